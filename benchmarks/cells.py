@@ -1,0 +1,100 @@
+"""Runs the cells of an experiment, each a `fedsb run` in a process of its own, and keeps every finished one.
+
+A cell is a recipe with overrides. Its outcome is added to results.json as soon as it is there, so that an experiment
+that was cut off goes on where it stopped. One thread a cell, as many cells at a time as there are cores.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from threading import Lock
+from typing import Any
+
+LOCK = Lock()
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: its name in results.json, the recipe, and what is set."""
+
+    name: str
+    recipe: str
+    settings: Mapping[str, Any]
+
+
+def run_cells(cells: Sequence[Cell], results: Path, *, workers: int | None = None) -> dict[str, Any]:
+    """Runs the cells that `results` does not hold yet; gives back all outcomes by name."""
+    results.parent.mkdir(parents=True, exist_ok=True)
+    done = json.loads(results.read_text())["cells"] if results.exists() else {}
+    left = [cell for cell in cells if cell.name not in done]
+    print(f"{results}: {len(done)} cells done, {len(left)} to run", flush=True)
+
+    def one(cell: Cell) -> None:
+        outcome = run_cell(cell)
+        with LOCK:
+            done[cell.name] = outcome
+            head = {"commit": commit(), "machine": machine()}
+            text = json.dumps({**head, "cells": dict(sorted(done.items()))}, indent=1)
+            temporary = results.with_suffix(".tmp")
+            temporary.write_text(text + "\n")
+            temporary.replace(results)
+            print(f"{cell.name}: {outcome['score']} in {outcome['seconds']:.0f} s", flush=True)
+
+    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+        list(pool.map(one, left))
+    return done
+
+
+def run_cell(cell: Cell) -> dict[str, Any]:
+    """The outcome of one cell. Raises CalledProcessError, with fedsb's message on stderr, where it failed."""
+    started = time.time()
+    with tempfile.TemporaryDirectory() as folder:
+        settings = {**cell.settings, "out": folder, "name": "cell"}
+        command = [sys.executable, "-m", "fedsb", "run", cell.recipe, "--json"]
+        for key, value in settings.items():
+            command += ["--set", f"{key}={value}"]
+        ran = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        if ran.returncode:
+            raise RuntimeError(f"{cell.name} failed:\n{ran.stderr}")
+        summary = json.loads(ran.stdout)
+        manifest = json.loads((Path(folder) / "cell" / "manifest.json").read_text())
+        rounds = [json.loads(line) for line in (Path(folder) / "cell" / "rounds.jsonl").read_text().splitlines()]
+        result = json.loads((Path(folder) / "cell" / "result.json").read_text())
+    return {
+        "settings": {key: value for key, value in cell.settings.items() if not key.startswith("data.")},
+        "score": summary["score"],
+        "before": summary["before"],
+        "majority": summary["majority"],
+        "metric": summary["metric"],
+        "scores": [row["score"] for row in rounds],
+        "losses": [row["loss"] for row in rounds],
+        "bytes": summary["bytes"],
+        "captured_share": (manifest["basis"] or {}).get("captured_share"),
+        "clients": result["clients"],
+        "seconds": round(time.time() - started, 1),
+    }
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and standard deviation over seeds."""
+    return f"{mean(values):.3f} ± {stdev(values):.3f}" if len(values) > 1 else f"{values[0]:.3f}"
+
+
+def commit() -> str:
+    asked = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
+    return asked.stdout.strip() or "unknown"
+
+
+def machine() -> str:
+    return f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, no GPU, 1 thread a cell"

@@ -1,0 +1,5 @@
+"""`python -m fedsb` is `fedsb`."""
+
+from fedsb.cli import main
+
+main()

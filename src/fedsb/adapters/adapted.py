@@ -1,0 +1,183 @@
+"""A base model with its adapter: which layers are adapted, and the adapter's tensors by name.
+
+Keys are "<layer>.<tensor>", as in "bert.encoder.layer.0.attention.self.query.R" or "classifier.weight". The base is
+frozen and in memory once; `load` puts in the tensors of one client or of several, stacked along a leading axis.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedsb.adapters.core import CoreLinear
+from fedsb.adapters.factors import FactorLinear
+from fedsb.adapters.layer import AdaptedLinear, HeadLinear, Routing, base_weight, is_linear, linear_shape
+from fedsb.errors import UserError, did_you_mean
+
+Shapes = dict[str, tuple[int, int]]
+Tensors = dict[str, Tensor]
+
+LAYERS: dict[str, type[AdaptedLinear]] = {"core": CoreLinear, "factors": FactorLinear}
+
+
+def find_targets(model: nn.Module, targets: str | Sequence[str] = "blocks", head: Sequence[str] = ()) -> list[str]:
+    """The names of the layers to adapt, in the model's order.
+
+    `targets` is "blocks" (every linear layer of the transformer blocks, the default), a regular expression that a
+    layer's whole name must match, or a list of name endings such as ["query", "value"]. Embeddings, the output
+    embedding and the head are never adapted. Raises UserError with the list of what there is.
+    """
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    linear = [
+        name
+        for name, module in model.named_modules()
+        if is_linear(module) and module is not output and not any(is_inside(name, part) for part in head)
+    ]
+    in_blocks = [name for name in linear if re.search(r"\.\d+\.", name)]
+    if targets == "blocks":
+        chosen = in_blocks
+    elif isinstance(targets, str):
+        try:
+            pattern = re.compile(targets)
+        except re.error as error:
+            raise UserError(f"model.targets = {targets!r} is not a regular expression: {error}") from error
+        chosen = [name for name in linear if pattern.fullmatch(name)]
+    else:
+        endings = {part: [name for name in linear if name == part or name.endswith("." + part)] for part in targets}
+        for part, names in endings.items():
+            if not names:
+                raise UserError(
+                    f"model.targets: no linear layer is called {part!r}; {did_you_mean(part, kinds(linear))}"
+                )
+        chosen = [name for name in linear if any(name in names for names in endings.values())]
+    if not chosen:
+        raise UserError(f"model.targets = {targets!r} matches no linear layer. There are: {', '.join(kinds(linear))}")
+    return chosen
+
+
+def kinds(names: Sequence[str]) -> list[str]:
+    """Layer names without what differs from block to block: 'attention.self.query', 'output.dense', ..."""
+    return sorted({re.split(r"\.\d+\.", name)[-1] for name in names})
+
+
+def is_inside(name: str, module: str) -> bool:
+    return name == module or name.startswith(module + ".")
+
+
+class AdaptedModel:
+    """A model whose chosen layers carry an adapter, and whose head, if it has one, is trained too.
+
+    Args:
+        model: any torch module; it is changed in place and frozen.
+        kind: "core" or "factors".
+        targets: names of linear layers, from `find_targets`.
+        head: names of modules trained in full (all their parameters must be those of linear layers).
+        scale: s in W = W0 + s * (adapter).
+    """
+
+    def __init__(
+        self, model: nn.Module, *, kind: str, targets: Sequence[str], head: Sequence[str] = (), scale: float = 1.0
+    ) -> None:
+        self.model = model
+        self.kind = kind
+        self.scale = scale
+        self.routing = Routing()
+        model.requires_grad_(False)
+        self.layers: dict[str, AdaptedLinear] = {}
+        for name in targets:
+            layer = LAYERS[kind](model.get_submodule(name), scale=scale, routing=self.routing, key=name)
+            _replace(model, name, layer)
+            self.layers[name] = layer
+        self.heads: dict[str, HeadLinear] = {}
+        for name in head_linears(model, head):
+            base = model.get_submodule(name)
+            assert isinstance(base, nn.Linear)
+            self.heads[name] = HeadLinear(base, routing=self.routing, key=name)
+            _replace(model, name, self.heads[name])
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def shapes(self) -> Shapes:
+        """(m, n) of every adapted layer."""
+        return {name: linear_shape(layer.base) for name, layer in self.layers.items()}
+
+    def base_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, W0 (m, n)) of every adapted layer, one at a time."""
+        for name, layer in self.layers.items():
+            yield name, base_weight(layer.base)
+
+    def head_tensors(self) -> Tensors:
+        """The head as it stands in the model: "<layer>.weight" (m, n) and "<layer>.bias" (m,), client 0's."""
+        return {
+            key: parameter.detach()[0].clone() for key, parameter in self._slots(self.heads) if parameter is not None
+        }
+
+    def load(self, tensors: Mapping[str, Tensor], *, trainable: frozenset[str] = frozenset()) -> None:
+        """Put in the adapter's and the head's tensors; those named in `trainable` get gradients, the others none.
+
+        A core's A (h r, n) and B (m, h r) are common to all clients; every other tensor has the axis of clients first.
+        """
+        for key, _ in self._slots({**self.layers, **self.heads}):
+            if key not in tensors:
+                continue
+            name, attribute = key.rsplit(".", 1)
+            layer = self.layers.get(name) or self.heads[name]
+            value = tensors[key].detach().to(self.device)
+            basis = self.is_basis(key)
+            setattr(layer, attribute, value if basis else nn.Parameter(value, requires_grad=key in trainable))
+
+    def is_basis(self, key: str) -> bool:
+        """Whether this tensor is a core's A or B, common to all clients."""
+        name, attribute = key.rsplit(".", 1)
+        return self.kind == "core" and attribute in ("A", "B") and name in self.layers
+
+    @property
+    def head_keys(self) -> frozenset[str]:
+        return frozenset(key for key, _ in self._slots(self.heads))
+
+    def unwrap(self) -> nn.Module:
+        """Takes the adapter off and gives the base model back as it was; this object is of no use afterwards."""
+        for name, layer in {**self.layers, **self.heads}.items():
+            _replace(self.model, name, layer.base)
+        return self.model
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The tensors that train, by key, each with the axis of clients first."""
+        slots = self._slots({**self.layers, **self.heads})
+        return {key: p for key, p in slots if isinstance(p, nn.Parameter) and p.requires_grad}
+
+    @staticmethod
+    def _slots(layers: Mapping[str, AdaptedLinear | HeadLinear]) -> Iterator[tuple[str, Tensor | None]]:
+        for name, layer in layers.items():
+            for attribute in layer.names:
+                if isinstance(layer, HeadLinear) and getattr(layer, attribute) is None:
+                    continue
+                yield f"{name}.{attribute}", getattr(layer, attribute)
+
+
+def head_linears(model: nn.Module, head: Sequence[str]) -> list[str]:
+    """The linear layers inside the head's modules. A head with parameters of another kind is refused."""
+    found: list[str] = []
+    for part in head:
+        module = model.get_submodule(part)
+        names = [f"{part}.{name}".rstrip(".") for name, sub in module.named_modules() if isinstance(sub, nn.Linear)]
+        inside = {f"{name}.{tensor}" for name in names for tensor in ("weight", "bias")}
+        strange = [f"{part}.{name}" for name, _ in module.named_parameters() if f"{part}.{name}" not in inside]
+        if strange:
+            raise UserError(
+                f"the task head {part!r} holds {strange[0]!r}, which is no linear layer; it cannot be trained"
+            )
+        found += names
+    return found
+
+
+def _replace(model: nn.Module, name: str, layer: Any) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, layer)

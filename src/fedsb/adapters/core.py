@@ -1,0 +1,66 @@
+"""The core adapter: a frozen basis around a small trained matrix.
+
+    W = W0 + s * sum_i B_i R_i A_i          i = 1..h blocks; only R is trained, sent and averaged
+
+h = 1 is Fed-SB (Singhal et al., "Fed-SB: A Silver Bullet for Extreme Communication Efficiency and Performance in
+(Private) Federated LoRA Fine-Tuning", arXiv 2502.15436) on LoRA-SB (Ponkshe et al., arXiv 2411.19557); h > 1 is the
+adapter of RAVAN (arXiv 2506.05568). Federated rounds, joint training and the PEFT tuner all run this one layer.
+
+Shapes: m out, n in, r rank, h blocks, K clients, b rows (examples), t tokens.
+  A (h r, n) and B (m, h r) stack the blocks; R is (K, h, r, r), block-diagonal were it written out.
+R is float32 whatever the base's dtype: in bfloat16 an entry of 0.02 no longer moves by a step of 1e-4.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fedsb.adapters.layer import AdaptedLinear, Routing
+
+
+def core_forward(
+    x: Tensor,  # (b, ..., n); the rows of client k are the k-th of K equal slices of the first axis
+    A: Tensor,  # (h r, n)
+    B: Tensor,  # (m, h r)
+    R_Khrr: Tensor,  # (K, h, r, r)
+    scale: float,
+) -> Tensor:  # (b, ..., m)
+    """The adapter's output s * sum_i x A_i' R_i' B_i', every slice of rows with its own client's R.
+
+    Autograd keeps x A' (tokens x h r) for the backward and no more: B and A need no gradient. The gradient of R is
+    s * sum_t (B' g_t)(A x_t)' over the tokens t of the client's rows.
+    """
+    K, h, r, _ = R_Khrr.shape
+    z = nn.functional.linear(x, A)  # (b, ..., h r)
+    z_Kphr = z.reshape(K, -1, h, r).transpose(1, 2)  # (K, h, p, r); p = the client's tokens
+    u_Kphr = z_Kphr @ R_Khrr.to(z.dtype).mT  # (K, h, p, r)
+    u = u_Kphr.transpose(1, 2).reshape(z.shape)
+    return nn.functional.linear(u, B) * scale
+
+
+def core_delta(A: Tensor, B: Tensor, R_hrr: Tensor, scale: float) -> Tensor:
+    """The change of the weight, s * sum_i B_i R_i A_i: (m, n), in the dtype of R. For merging and for tests."""
+    return scale * core_left(B.to(R_hrr.dtype), R_hrr) @ A.to(R_hrr.dtype)
+
+
+def core_left(B: Tensor, R_hrr: Tensor) -> Tensor:
+    """B R with R block-diagonal: (m, h r). With A beside it, this is the plain LoRA of the same change."""
+    h, r, _ = R_hrr.shape
+    return torch.einsum("mhr,hrq->mhq", B.reshape(-1, h, r), R_hrr).reshape(-1, h * r)
+
+
+class CoreLinear(AdaptedLinear):
+    """A frozen linear layer with a core adapter: y = x W0' + s * sum_i x A_i' R_i' B_i'."""
+
+    names = ("A", "B", "R")
+
+    def __init__(self, base: nn.Module, *, scale: float, routing: Routing, key: str) -> None:
+        super().__init__(base, scale=scale, routing=routing, key=key)
+        self.A: Tensor | None = None
+        self.B: Tensor | None = None
+        self.R: nn.Parameter | None = None
+
+    def adapter(self, x: Tensor) -> Tensor:
+        assert self.A is not None and self.B is not None and self.R is not None
+        return core_forward(x, self.A.to(x.dtype), self.B.to(x.dtype), self.R, self.scale)

@@ -1,0 +1,138 @@
+"""From a trained adapter to files that others load: plain PEFT LoRA, a merged model, a model card.
+
+    lora_B = B R,  lora_A = A,  rank h r,  lora_alpha = rank * s           multiplied in float32; exact
+
+A trained head is saved with the adapter (PEFT's modules_to_save). Every adapter that is written is loaded again by
+PEFT, on the same base, and its logits are compared with those of the model that was trained.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from fedsb.adapters.adapted import Tensors
+from fedsb.adapters.layer import is_conv1d
+from fedsb.errors import RunError
+from fedsb.methods.contract import Factors
+
+TOLERANCE = 1e-5  # of logits, relative to the largest, in float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseFacts:
+    """What a plain adapter must say of its base."""
+
+    name: str  # a folder or a Hub name
+    revision: str | None
+    auto_class: str
+    task_type: str  # PEFT's: SEQ_CLS, CAUSAL_LM
+    head: Sequence[str]  # modules trained in full
+    label_names: Sequence[str]
+    conv1d: bool  # GPT-2's layers, stored transposed
+
+
+def lora_tensors(factors: Mapping[str, Factors], head: Tensors) -> Tensors:
+    """The tensors of a PEFT LoRA file: "base_model.model.<layer>.lora_A.weight" (R, n), ".lora_B.weight" (m, R)."""
+    tensors: Tensors = {}
+    for layer, factor in factors.items():
+        tensors[f"base_model.model.{layer}.lora_A.weight"] = factor.A.float().contiguous()
+        tensors[f"base_model.model.{layer}.lora_B.weight"] = factor.B.float().contiguous()
+    return tensors | {f"base_model.model.{key}": tensor.float().contiguous() for key, tensor in head.items()}
+
+
+def lora_files(factors: Mapping[str, Factors], head: Tensors, base: BaseFacts, card: str) -> dict[str, bytes]:
+    """The files of a plain LoRA adapter folder, by name."""
+    from peft import LoraConfig
+
+    first = next(iter(factors.values()))
+    rank = len(first.A)
+    alpha = first.scale * rank
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
+        target_modules=sorted(factors),
+        modules_to_save=list(base.head) or None,
+        task_type=base.task_type,
+        base_model_name_or_path=base.name,
+        revision=base.revision,
+        fan_in_fan_out=base.conv1d,
+        inference_mode=True,
+    ).to_dict()
+    config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    return {
+        "adapter_model.safetensors": save(lora_tensors(factors, head), metadata={"format": "pt"}),
+        "adapter_config.json": json.dumps(config, indent=2, sort_keys=True, default=str).encode(),
+        "README.md": card.encode(),
+    }
+
+
+@torch.no_grad()
+def check_adapter(folder: Path, model: nn.Module, inputs: Mapping[str, Tensor], wanted: Tensor) -> float:
+    """Loads the adapter with PEFT onto the bare base and compares logits; returns the largest difference, relative.
+
+    Raises RunError where it is above TOLERANCE (times 1000 for a base that is not float32).
+    """
+    from peft import PeftModel
+
+    loaded = PeftModel.from_pretrained(model, folder)
+    loaded.eval()
+    got = loaded(**inputs).logits.float()
+    difference = float((got - wanted.float()).abs().max() / wanted.float().abs().max().clamp(min=1.0))
+    limit = TOLERANCE if next(model.parameters()).dtype == torch.float32 else TOLERANCE * 1000
+    loaded.unload()
+    if difference > limit:
+        raise RunError(
+            f"the adapter in {folder}, loaded by PEFT, differs from the trained model by {difference:.2g} of the largest "
+            f"logit, allowed {limit:.0e}; this is a defect of fedsb, please report it with `fedsb env`"
+        )
+    return difference
+
+
+def load_lines(base: BaseFacts, adapter: Path | str) -> str:
+    """Three lines of Python that load the adapter, with transformers and peft alone."""
+    labels = f", num_labels={len(base.label_names)}" if base.label_names else ""
+    revision = f", revision={base.revision!r}" if base.revision else ""
+    return (
+        f"from transformers import {base.auto_class}; from peft import PeftModel\n"
+        f"base = {base.auto_class}.from_pretrained({str(base.name)!r}{labels}{revision})\n"
+        f"model = PeftModel.from_pretrained(base, {str(adapter)!r})"
+    )
+
+
+def merge(base: BaseFacts, adapter: Path, folder: Path) -> None:
+    """Writes the base with the adapter merged into its weights, as an ordinary model folder."""
+    import transformers
+    from peft import PeftModel
+
+    labels: dict[str, Any] = {"num_labels": len(base.label_names)} if base.label_names else {}
+    model = getattr(transformers, base.auto_class).from_pretrained(base.name, revision=base.revision, **labels)
+    merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    if base.label_names:
+        merged.config.id2label = dict(enumerate(base.label_names))
+        merged.config.label2id = {name: i for i, name in enumerate(base.label_names)}
+    merged.save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(base.name, revision=base.revision).save_pretrained(folder)
+
+
+def has_conv1d(layers: Mapping[str, Any]) -> bool:
+    return any(is_conv1d(layer.base) for layer in layers.values())
+
+
+def model_card(base: BaseFacts, facts: Mapping[str, str], adapter: Path | str) -> str:
+    """A model card in Markdown: what it is, how it was made, what it scored, how to load it."""
+    rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
+    labels = "".join(f"\n- {i}: {name}" for i, name in enumerate(base.label_names))
+    return (
+        f"---\nbase_model: {json.dumps(base.name)}\nlibrary_name: peft\ntags: [lora, federated-learning, fedsb]\n---\n\n"
+        f"# A LoRA adapter, trained by federation with fedsb\n\n| | |\n|---|---|\n{rows}\n\n"
+        f"## Load it\n\n```python\n{load_lines(base, adapter)}\n```\n"
+        + (f"\n## Classes\n{labels}\n\nvLLM does not take adapters with a trained head; PEFT does.\n" if labels else "")
+    )

@@ -1,0 +1,59 @@
+"""The two-factor adapter of LoRA (Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685).
+
+    W = W0 + s B A          s = alpha / r
+
+Shapes: m out, n in, r rank, K clients, b rows. A is (K, r, n) and B is (K, m, r); a factor that every client shares
+may have K = 1. Both are float32 whatever the base's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fedsb.adapters.layer import AdaptedLinear, Routing
+from fedsb.draws import generator
+
+
+def factor_forward(
+    x: Tensor,  # (b, ..., n); the rows of client k are the k-th of K equal slices of the first axis
+    A_Krn: Tensor,  # (K or 1, r, n)
+    B_Kmr: Tensor,  # (K or 1, m, r)
+    scale: float,
+) -> Tensor:  # (b, ..., m)
+    """The adapter's output s x A' B', every slice of rows with its own client's factors."""
+    K = max(len(A_Krn), len(B_Kmr))
+    x_Kpn = x.reshape(K, -1, x.shape[-1])  # p = the client's tokens
+    y_Kpm = (x_Kpn @ A_Krn.to(x.dtype).mT) @ B_Kmr.to(x.dtype).mT
+    return y_Kpm.reshape(*x.shape[:-1], -1) * scale
+
+
+class FactorLinear(AdaptedLinear):
+    """A frozen linear layer with a two-factor adapter: y = x W0' + s x A' B'."""
+
+    names = ("A", "B")
+
+    def __init__(self, base: nn.Module, *, scale: float, routing: Routing, key: str) -> None:
+        super().__init__(base, scale=scale, routing=routing, key=key)
+        self.A: nn.Parameter | None = None
+        self.B: nn.Parameter | None = None
+
+    def adapter(self, x: Tensor) -> Tensor:
+        assert self.A is not None and self.B is not None
+        return factor_forward(x, self.A, self.B, self.scale)
+
+
+def factor_start(shapes: Mapping[str, tuple[int, int]], rank: int, seed: int) -> dict[str, Tensor]:
+    """LoRA's start, by layer: "<layer>.A" (r, n) uniform with variance 1 / (3 n), "<layer>.B" (m, r) zero; float32.
+
+    A is keyed by (seed, layer), so that two layers of one shape differ and every client has the same.
+    """
+    tensors: dict[str, Tensor] = {}
+    for layer, (m, n) in shapes.items():
+        bound = n**-0.5
+        draw = generator(seed, "lora A", layer).uniform(-bound, bound, size=(rank, n))
+        tensors[f"{layer}.A"] = torch.from_numpy(draw).float()
+        tensors[f"{layer}.B"] = torch.zeros(m, rank)
+    return tensors

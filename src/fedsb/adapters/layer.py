@@ -1,0 +1,106 @@
+"""What the adapted layers share: the frozen base, the leading axis of clients, and the routing of a batch's rows.
+
+Several clients are trained in one forward: their batches are joined along the first axis, K equal slices in a row,
+and each layer applies its own client's adapter to each slice. That needs an input whose first axis is the rows of
+the batch; a layer that sees anything else (a mixture of experts, packed rows) raises `RoutingError`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+
+class RoutingError(RuntimeError):
+    """A layer's input does not carry one row an example, so its rows cannot be given to their clients."""
+
+
+@dataclass
+class Routing:
+    """What adapted layers need to know of the batch in flight. One object, shared by all layers of a model."""
+
+    rows: int | None = None  # rows of the joined batch; None: one client, nothing to route
+    dropout: Callable[[str, Tensor], Tensor] | None = None  # (layer key, x) -> x with the clients' own dropout
+
+
+class AdaptedLinear(nn.Module):
+    """A frozen linear layer (nn.Linear, GPT-2's Conv1D, a quantised one) plus an adapter. Subclasses give `adapter`."""
+
+    names: tuple[str, ...] = ()  # the adapter's tensors
+
+    def __init__(self, base: nn.Module, *, scale: float, routing: Routing, key: str) -> None:
+        super().__init__()
+        self.base = base
+        self.scale = scale
+        self.key = key
+        self.routing = routing
+
+    def adapter(self, x: Tensor) -> Tensor:  # (b, ..., n) -> (b, ..., m)
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_rows(x, self.routing, self.key)
+        y: Tensor = self.base(x)
+        if self.routing.dropout is not None:
+            x = self.routing.dropout(self.key, x)
+        return y + self.adapter(x).to(y.dtype)
+
+
+class HeadLinear(nn.Module):
+    """A linear layer of the task head, trained in full: every client its own weight (K, m, n) and bias (K, m).
+
+    The head computes in float32, as its tensors are, and answers in the input's dtype.
+    """
+
+    names = ("weight", "bias")
+    base: nn.Linear
+
+    def __init__(self, base: nn.Linear, *, routing: Routing, key: str) -> None:
+        super().__init__()
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.__dict__["base"] = base  # to be given back by `unwrap`; not a part of this module
+        self.key = key
+        self.routing = routing
+        self.weight = nn.Parameter(base.weight.detach().float().unsqueeze(0))
+        self.bias = None if base.bias is None else nn.Parameter(base.bias.detach().float().unsqueeze(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_rows(x, self.routing, self.key)
+        y_Kpm = x.reshape(len(self.weight), -1, x.shape[-1]).float() @ self.weight.mT
+        if self.bias is not None:
+            y_Kpm = y_Kpm + self.bias.unsqueeze(1)
+        return y_Kpm.reshape(*x.shape[:-1], -1).to(x.dtype)
+
+
+def check_rows(x: Tensor, routing: Routing, key: str) -> None:
+    if routing.rows is not None and x.shape[0] != routing.rows:
+        raise RoutingError(
+            f"layer {key!r} sees {x.shape[0]} rows where the batch has {routing.rows}: its clients cannot be told "
+            "apart; train one client at a time (engine.cohort_size = 1)"
+        )
+
+
+def base_weight(base: nn.Module) -> Tensor:
+    """W0 as (out, in), detached, whatever the layer stores. GPT-2's Conv1D stores the transpose."""
+    weight = base.weight
+    assert isinstance(weight, Tensor)
+    return weight.detach().T if is_conv1d(base) else weight.detach()
+
+
+def linear_shape(base: nn.Module) -> tuple[int, int]:
+    """(m, n) = (out, in) of a linear layer."""
+    if is_conv1d(base):
+        n, m = base.weight.shape  # type: ignore[union-attr,misc]
+        return int(m), int(n)
+    return int(base.out_features), int(base.in_features)  # type: ignore[arg-type]
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def is_linear(module: nn.Module) -> bool:
+    """nn.Linear and what derives from it (bitsandbytes' quantised layers do), and GPT-2's Conv1D."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)

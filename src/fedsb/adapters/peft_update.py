@@ -1,0 +1,99 @@
+"""The `update` basis (LoRA-SB) for a PEFT model: one call before training.
+
+    G = sum over samples of dL/dW at W0,   D = -lr sign(G)  (or -lr G),   D ~ B diag(S) A,   R0 = diag(S) / s
+
+so that training starts one approximate full step from W0 (Ponkshe et al., arXiv 2411.19557, eq. 9). It costs a forward
+and a backward pass over the samples for each group of layers whose gradients fit `budget_bytes`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedsb.adapters.basis import captured_energy, update_pair
+from fedsb.adapters.gradients import weight_gradients
+from fedsb.adapters.peft_tuner import LoraSBConfig, adapter_layers
+from fedsb.errors import RunError, UserError
+
+Batch = Mapping[str, Any]
+
+
+def update_basis_(
+    model: Any,
+    batches: Iterable[Batch],
+    loss_fn: Callable[[Any, Batch], Tensor] | None = None,
+    *,
+    lr: float,
+    sign: bool = True,
+    adapter_name: str = "default",
+    budget_bytes: int = 1 << 30,
+) -> dict[str, float]:
+    """Sets A, B and R of the adapter from the first full step on `batches`; returns each layer's captured share.
+
+    Args:
+        model: a PeftModel with a `LoraSBConfig`. Its adapters are off, and it is in eval mode, during the call.
+        batches: dicts of tensors, examples first; a list or a DataLoader, for it is read once a group of layers.
+        loss_fn: (model, batch) -> the sum of the losses of the batch's samples. By default the model's own loss of
+            one sample at a time, which weights samples equally whatever their lengths.
+        lr: the learning rate at the first warm-up step of the training to come.
+        sign: True for Adam-like training, D = -lr sign(G); False for SGD, D = -lr G.
+        budget_bytes: what the float32 gradients of a group of layers may take.
+
+    Returns:
+        For each layer, ||B' G A'||^2 / ||G||^2.
+    """
+    if iter(batches) is batches:
+        raise UserError(
+            "batches ends after one pass, and it is read once a group of layers: give a list or a DataLoader"
+        )
+    layers = adapter_layers(model, adapter_name)
+    config: LoraSBConfig = model.peft_config[adapter_name]
+    device = next(model.parameters()).device
+
+    def run() -> None:
+        samples = 0
+        for batch in batches:
+            moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+            for part in [moved] if loss_fn else single_samples(moved):
+                loss = loss_fn(model, part) if loss_fn else model(**part).loss
+                loss.backward()
+                samples += 1
+        if not samples:
+            raise UserError("batches is empty: the `update` basis needs at least one sample")
+
+    captured = {}
+    training = model.training
+    trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    model.eval()
+    try:
+        with model.disable_adapter():
+            model.requires_grad_(False)
+            bases = {name: layer.get_base_layer() for name, layer in layers.items()}
+            for name, G in weight_gradients(bases, run, budget_bytes=budget_bytes):
+                if not torch.isfinite(G).all():
+                    raise RunError(f"the gradient of layer {name!r} is not finite: look at the loss of the samples")
+                A, B, S = update_pair(G, config.rank, lr, sign)
+                R0 = torch.diag_embed(S.reshape(config.blocks, config.r)) / config.scale
+                layers[name].set_basis(adapter_name, A, B, R0)
+                inside, total = captured_energy(G, A, B)
+                captured[name] = inside / total if total else 0.0
+    finally:
+        model.train(training)
+        for parameter, flag in trainable.items():
+            parameter.requires_grad_(flag)
+    config.basis = "update"
+    return captured
+
+
+def single_samples(batch: Batch) -> Iterator[dict[str, Any]]:
+    """The rows of a batch as batches of one: every tensor is cut along its first axis."""
+    rows = max((len(value) for value in batch.values() if isinstance(value, Tensor) and value.ndim), default=0)
+    for row in range(rows):
+        yield {
+            key: value[row : row + 1] if isinstance(value, Tensor) and value.ndim and len(value) == rows else value
+            for key, value in batch.items()
+        }

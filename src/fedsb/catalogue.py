@@ -1,0 +1,85 @@
+"""What there is: methods, recipes, tasks and bases, with their facts, for `fedsb ls` and for tests."""
+
+from __future__ import annotations
+
+import tomllib
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from fedsb.errors import UserError, did_you_mean
+
+
+def methods() -> list[dict[str, Any]]:
+    from fedsb.methods import priced_types
+
+    rows = []
+    for name, cls in sorted(priced_types().items(), key=lambda item: (not item[1].facts.trainable_here, item[0])):
+        facts = cls.facts
+        rows.append(
+            {
+                "method": name,
+                "travels": facts.travels,
+                "adapter": facts.adapter or "either",
+                "exact": facts.exact,
+                "sum only": facts.sum_only,
+                "client keeps": facts.client_state,
+                "status": "trains" if facts.trainable_here else "priced only",
+                "paper": facts.paper,
+            }
+        )
+    return rows
+
+
+def recipes() -> list[dict[str, Any]]:
+    rows = []
+    for path in sorted(_folder().glob("*.toml")):
+        settings = tomllib.loads(path.read_text())
+        rows.append(
+            {
+                "recipe": path.stem,
+                "command": path.read_text().splitlines()[0].removeprefix("# "),
+                "method": settings["method"]["name"],
+                "model": settings["model"]["name"],
+                "rounds": settings["rounds"],
+            }
+        )
+    return rows
+
+
+def tasks() -> list[dict[str, Any]]:
+    from fedsb.data.tasks import TASKS
+
+    return [
+        {"task": name, "metric": cls.metric, "model": cls.auto_class, "what": (cls.__doc__ or "").splitlines()[0]}
+        for name, cls in TASKS.items()
+    ]
+
+
+def bases() -> list[dict[str, Any]]:
+    from fedsb.adapters.basis import BASES
+
+    return [
+        {
+            "basis": facts.id,
+            "looks at": facts.looks_at,
+            "up, a layer": facts.up,
+            "down, a layer": facts.down,
+            "passes": facts.passes,
+            "simulation only": facts.simulation_only,
+        }
+        for facts in BASES.values()
+    ]
+
+
+def recipe_path(name: str) -> Path:
+    """The TOML of a recipe. Raises UserError with the nearest name."""
+    path = _folder() / f"{name}.toml"
+    if not path.is_file():
+        names = [recipe.stem for recipe in _folder().glob("*.toml")]
+        raise UserError(f"there is no file and no recipe {name!r}; {did_you_mean(name, names)}")
+    return path
+
+
+def _folder() -> Path:
+    return Path(str(files("fedsb") / "recipes"))

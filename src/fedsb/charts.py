@@ -1,0 +1,173 @@
+"""Numbers as text, and charts as plain geometry that report.html.j2 draws as SVG.
+
+A frame is 360 pixels wide, so that its text can be read on a phone; every text function answers a dash for a number
+that is null, NaN or infinite, and a line breaks where one is missing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Json = dict[str, Any]
+Show = Callable[[object], str]
+GLUE = "\N{NO-BREAK SPACE}"
+PERCENT = {"accuracy", "exact_match", "f1"}
+LEFT, RIGHT, TOP, BOTTOM = 52, 352, 10, 184  # the plotting area inside 360 x 210
+
+
+def number(value: object) -> float | None:
+    """A finite number, or None for anything else."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    return None
+
+
+def _shown(form: Callable[[float], str]) -> Show:
+    """`form` for finite numbers, a dash for the rest; with a true minus, and no space that breaks over a line."""
+    return lambda value: "–" if (x := number(value)) is None else form(x).replace(" ", GLUE).replace("-", "−")
+
+
+def _three(x: float) -> str:
+    """Three digits, trailing zeros kept, so that a column of numbers is equally exact: 15.0, 9.02, 978."""
+    return f"{x:,.0f}" if x >= 99.95 else f"{x:#.3g}"
+
+
+def _in_bytes(x: float, digits: Callable[[float], str] = _three) -> str:
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if x < 999.5 or unit == "TB":
+            break
+        x /= 1000
+    return f"{x:.0f} B" if unit == "B" else f"{digits(x)} {unit}"
+
+
+def _in_time(x: float) -> str:
+    if x < 59.5:
+        return f"{x:.2g} s" if x < 10 else f"{x:.0f} s"
+    minutes, seconds = divmod(round(x), 60)
+    hours, rest = divmod(minutes, 60)
+    return f"{hours} h {rest:02d} min" if hours else f"{minutes} min {seconds:02d} s"
+
+
+bytes_text = _shown(_in_bytes)  # three digits, decimal units: 156696 -> 157 kB
+seconds_text = _shown(_in_time)
+count_text = _shown(lambda x: f"{x:,.0f}")
+three_text = _shown(_three)
+percent_text = _shown(lambda x: f"{100 * x:.1f} %")
+plain_text = _shown(lambda x: f"{x:.4g}")
+bytes_tick = _shown(lambda x: _in_bytes(x, lambda x: f"{x:.3g}"))
+
+
+def score_text(metric: str, *, unit: bool = True) -> Show:
+    """`unit=False` where a title or a heading names the metric already; percent signs stay."""
+    if metric in PERCENT:
+        return percent_text
+    if metric == "nats_per_token":
+        return _shown(lambda x: f"{x:.3f} nats/token") if unit else _shown(lambda x: f"{x:.3f}")
+    return plain_text
+
+
+def score_tick(metric: str) -> Show:
+    return _shown(lambda x: f"{100 * x:.4g} %") if metric in PERCENT else plain_text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Axis:
+    """A linear map from [low, high] to the pixels [start, end]."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+
+    @staticmethod
+    def around(values: Sequence[float], start: float, end: float) -> Axis:
+        pad = (max(values) - min(values)) * 0.06 or abs(values[0]) * 0.1 or 1.0
+        return Axis(low=min(values) - pad, high=max(values) + pad, start=start, end=end)
+
+    def __call__(self, value: float) -> float:
+        return round(self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start), 1)
+
+    def ticks(self, show: Show, *, least_step: float = 0.0) -> list[tuple[float, str]]:
+        """Round numbers inside the axis, about four, as (pixel, label)."""
+        rough = max((self.high - self.low) / 4.5, least_step)
+        size = 10.0 ** math.floor(math.log10(rough))
+        step = next(k * size for k in (1, 2, 5, 10) if k * size >= rough * 0.999)
+        first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
+        return [(self(k * step), show(k * step)) for k in range(first, last + 1)]
+
+
+def line_chart(
+    values: Mapping[int, float | None],
+    show: Show,
+    tick: Show,
+    *,
+    levels: Mapping[str, float | None] | None = None,  # dashed, to compare with
+    from_zero: bool = False,
+) -> Json | None:
+    """A line over the rounds; None if there is no value at all."""
+    known = {x: y for x, y in values.items() if y is not None}
+    if not known:
+        return None
+    marks = {name: y for name, y in (levels or {}).items() if y is not None}
+    low, high = min(values), max(values)
+    x_axis = Axis(low=low - 0.02, high=max(high, low + 1), start=LEFT + 6, end=RIGHT - 6)
+    y_axis = Axis.around([*known.values(), *marks.values()], BOTTOM, TOP)
+    y_axis = Axis(low=0, high=y_axis.high, start=BOTTOM, end=TOP) if from_zero else y_axis
+    pieces: list[list[str]] = [[]]
+    for x, y in values.items():
+        if y is None:
+            pieces.append([])
+        else:
+            pieces[-1].append(f"{x_axis(x)},{y_axis(y)}")
+    return {
+        "lines": [" ".join(piece) for piece in pieces if len(piece) > 1],
+        "dots": [(x_axis(x), y_axis(y), f"round {x}: {show(y)}") for x, y in known.items()],
+        "radius": 3 if len(known) <= 30 else 1.5,
+        "levels": [(name, y_axis(y), show(y)) for name, y in marks.items()],
+        "x_ticks": x_axis.ticks(count_text, least_step=1) if high > low else [(x_axis(low), str(low))],
+        "y_ticks": y_axis.ticks(tick),
+        "first": (min(known), show(known[min(known)])),
+        "last": (max(known), show(known[max(known)])),
+        "gaps": len(values) - len(known),
+    }
+
+
+def bar_chart(by_round: Mapping[int, Mapping[str, int]]) -> Json:
+    """Up and, stacked on it, down bytes of every round (1 or more rounds)."""
+    low, high = min(by_round), max(by_round)
+    x_axis = Axis(low=low - 0.5, high=high + 0.5, start=LEFT, end=RIGHT)
+    tallest = max(sum(sides.values()) for sides in by_round.values())
+    y_axis = Axis(low=0, high=tallest * 1.05 or 1, start=BOTTOM, end=TOP)
+    step = (RIGHT - LEFT) / (high - low + 1)
+    width = min(step * 0.7, 40) if step > 5 else step + 0.5  # no gaps too thin to draw
+    return {
+        "width": width,
+        "bars": [
+            {
+                "x": x_axis(r) - width / 2,
+                "up": (y_axis(sides["up"]), BOTTOM - y_axis(sides["up"])),
+                "down": (y_axis(sides["up"] + sides["down"]), BOTTOM - y_axis(sides["down"])),
+                "tip": f"round {r}: {bytes_text(sides['up'])} up, {bytes_text(sides['down'])} down",
+            }
+            for r, sides in by_round.items()
+        ],
+        "x_ticks": x_axis.ticks(count_text, least_step=1) if high > low else [(x_axis(low), str(low))],
+        "y_ticks": y_axis.ticks(bytes_tick),
+    }
+
+
+def swarm(axis: Axis, values: Mapping[str, float], show: Show) -> list[tuple[float, float, str]]:
+    """A dot a name as (x, y around 0, tip): names with near values are stacked, never drawn over each other."""
+    columns: dict[int, list[str]] = defaultdict(list)
+    for name, value in sorted(values.items(), key=lambda item: item[1]):
+        columns[round(axis(value) / 7)].append(name)
+    pitch = min(7.0, 60 / max(Counter({c: len(names) for c, names in columns.items()}).values()))
+    return [
+        (7.0 * column, round((i - (len(names) - 1) / 2) * pitch, 1), f"{name}: {show(values[name])}")
+        for column, names in columns.items()
+        for i, name in enumerate(names)
+    ]

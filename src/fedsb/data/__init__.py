@@ -1,0 +1,1 @@
+"""Where rows come from, who holds which, and what a model reads of them."""

@@ -1,0 +1,180 @@
+"""From the settings to what each site holds: tables loaded, rows split over clients, held out, and tokenised."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fedsb.config import Choice, Config
+from fedsb.data.partition import split_rows
+from fedsb.data.sources import Row, Table, load_table, require_columns
+from fedsb.data.tasks import Example, Task, TaskColumns, Tokenizer, open_task
+from fedsb.draws import generator
+from fedsb.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """One client's data, on its own machine in a real federation."""
+
+    name: str
+    rows: int  # training rows, n_k
+    train: list[Example]
+    held_out: list[Example]  # for this client's own score
+    labels: dict[str, int] | None  # rows of each class
+    unseen: bool = False  # never takes part, is only scored
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Everything a run reads."""
+
+    task: Task
+    sites: list[Site]
+    test: list[Example]
+    test_is: str  # in words
+    baseline: float | None  # the score of a guess that reads no text
+    tables: dict[str, dict[str, Any]]  # origin, rows and fingerprint, for the manifest
+    choices: tuple[Choice, ...]
+
+    @property
+    def taking_part(self) -> list[Site]:
+        return [site for site in self.sites if not site.unseen]
+
+    def pooled(self) -> Site:
+        """All data of those who take part in one place; a control, for simulation only."""
+        sites = self.taking_part
+        train = [example for site in sites for example in site.train]
+        return Site(name="central", rows=sum(site.rows for site in sites), train=train, held_out=[], labels=None)
+
+
+def open_data(config: Config, tokenizer: Tokenizer) -> Data:
+    """Loads, splits and tokenises. Raises UserError with what is wrong in the data and what to do about it."""
+    task = open_task_of(config, tokenizer)
+    columns = task.columns
+    train, test = _tables(config)
+    for table in (train, test):
+        if table is not None:
+            require_columns(table, task.needs)
+    task.fit_labels(train.rows, test.rows if test else [])
+    labels = [row[columns.label] for row in train.rows] if task.label_names else None
+    clients = config.clients
+    if clients.split == "column":
+        require_columns(train, [clients.column])
+    partition = split_rows(
+        clients.split,
+        len(train.rows),
+        clients=clients.count,
+        seed=config.seed,
+        labels=labels,
+        column=[row[clients.column] for row in train.rows] if clients.split == "column" else None,
+        alpha=clients.alpha,
+        sizes=clients.sizes,
+        min_rows=clients.min_rows,
+    )
+    if clients.unseen >= len(partition.shards):
+        raise UserError(f"clients.unseen = {clients.unseen} of {len(partition.shards)} clients: nobody would take part")
+    names = [shard.name for shard in partition.shards]
+    unseen = set(generator(config.seed, "unseen").permutation(names)[: clients.unseen].tolist())
+    cut = 0
+    sites: list[Site] = []
+    for shard in partition.shards:
+        rows = [train.rows[i] for i in shard.rows]
+        kept, held = task.hold_out(rows, clients.held_out, generator(config.seed, "held out", shard.name))
+        (examples, cut_kept), (held_examples, cut_held) = task.encode(kept), task.encode(held)
+        if not examples:
+            raise UserError(f"client {shard.name!r} has no usable row of its {len(rows)}; raise clients.min_rows")
+        site = Site(
+            name=shard.name,
+            rows=len(kept),
+            train=examples,
+            held_out=held_examples,
+            labels=_count(task, kept, columns.label),
+        )
+        if shard.name in unseen:
+            site = replace(site, unseen=True, held_out=site.held_out or site.train, train=[], rows=0)
+        sites.append(site)
+        cut += cut_kept + cut_held
+    test_examples, cut_test = task.encode(test.rows) if test else ([], 0)
+    if not test:
+        test_examples = [example for site in sites if not site.unseen for example in site.held_out]
+    pool = [example for site in sites for example in site.train]
+    return Data(
+        task=task,
+        sites=sites,
+        test=test_examples,
+        test_is=f"{test.origin}, {len(test.rows):,} rows" if test else "the held-out rows of all who take part",
+        baseline=task.baseline(pool, test_examples) if test_examples else None,
+        tables={name: _facts(table) for name, table in (("train", train), ("test", test)) if table is not None},
+        choices=_choices(config, cut + cut_test, partition.dropped, unseen),
+    )
+
+
+def open_task_of(config: Config, tokenizer: Tokenizer) -> Task:
+    """The task of a configuration, its classes not yet fitted."""
+    columns = TaskColumns(**config.task.model_dump(exclude={"kind"}))
+    return open_task(config.task.kind, tokenizer=tokenizer, columns=columns, max_tokens=config.model.max_tokens)
+
+
+def load_rows(config: Config, task: Task, source: str | None) -> Table:
+    """Rows to score: of `source`, or the run's own test. Raises UserError where there are neither."""
+    table = _load(source, None, config.data.test_split) if source is not None else _tables(config)[1]
+    if table is None:
+        raise UserError("this run has no test file of its own: name one with --data PATH")
+    require_columns(table, task.needs)
+    return table
+
+
+def _tables(config: Config) -> tuple[Table, Table | None]:
+    data = config.data
+    test: Table | None = None
+    if data.train == "python-docs":
+        from fedsb.data import python_docs
+
+        train, test = python_docs.tables()
+    else:
+        train = _load(data.train, data.revision, data.train_split)
+    if data.test is not None:
+        test = _load(data.test, data.revision, data.test_split)
+    return _first(train, data.train_rows), None if test is None else _first(test, data.test_rows)
+
+
+def _load(source: str, revision: str | None, split: str) -> Table:
+    """Revision and split are a Hub data set's; a local file has none."""
+    if source.startswith("hub:"):
+        return load_table(source, revision=revision, split=split)
+    return load_table(source)
+
+
+def _first(table: Table, rows: int | None) -> Table:
+    return replace(table, rows=table.rows[:rows])
+
+
+def _count(task: Task, rows: Sequence[Row], column: str) -> dict[str, int] | None:
+    """Rows of each class, in the classes' order."""
+    if not task.label_names:
+        return None
+    counted = Counter(str(row[column]) for row in rows)
+    return {name: counted[name] for name in task.label_names}
+
+
+def _facts(table: Table) -> dict[str, Any]:
+    return {"origin": table.origin, "rows": len(table.rows), "fingerprint": table.fingerprint}
+
+
+def _choices(config: Config, cut: int, dropped: dict[str, int], unseen: set[str]) -> tuple[Choice, ...]:
+    choices = [
+        Choice(
+            key="data.cut",
+            value=cut,
+            reason=f"counted: rows longer than model.max_tokens = {config.model.max_tokens}, their end is not read",
+        )
+    ]
+    if dropped:
+        reason = f"counted: clients with under {config.clients.min_rows} rows (clients.min_rows), left out"
+        choices.append(Choice(key="clients.dropped", value=len(dropped), reason=reason))
+    if unseen:
+        choices.append(Choice(key="clients.unseen", value=", ".join(sorted(unseen)), reason="drawn by the seed"))
+    return tuple(choices)

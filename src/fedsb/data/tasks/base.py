@@ -1,0 +1,149 @@
+"""What every task does: rows in, padded batches out, and what a batch loses and scores.
+
+Shapes: b examples, t tokens, v vocabulary, c classes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+import numpy as np
+
+from fedsb.data.sources import Row
+from fedsb.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Example = dict[str, list[int] | int]
+Batch = dict[str, "Tensor"]
+Tokenizer = Any  # a transformers tokenizer, which ships no types
+
+NO_LOSS = -100  # the label that cross entropy leaves out
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskColumns:
+    """The names of the columns that a task reads; a task reads only its own."""
+
+    text: str = "text"
+    text_pair: str | None = None
+    label: str = "label"
+    prompt: str = "prompt"
+    answer: str = "answer"
+
+
+class Task(ABC):
+    """A task family: which columns it reads, how it encodes and collates them, and how it scores."""
+
+    metric: ClassVar[str]
+    higher_is_better: ClassVar[bool]
+    auto_class: ClassVar[str]  # the name of the transformers class that fits
+    peft_task_type: ClassVar[str]
+
+    def __init__(self, *, tokenizer: Tokenizer, columns: TaskColumns, max_tokens: int) -> None:
+        if max_tokens < 2:
+            raise UserError(f"max_tokens = {max_tokens}: a window needs at least 2 tokens")
+        self.tokenizer = tokenizer
+        self.columns = columns
+        self.max_tokens = max_tokens
+        self.label_names: list[str] = []  # set by fit_labels
+
+    @property
+    @abstractmethod
+    def needs(self) -> list[str]:
+        """The columns that a table must have."""
+
+    @abstractmethod
+    def encode(self, rows: list[Row]) -> tuple[list[Example], int]:
+        """The examples of `rows`, and how many rows lost text to max_tokens.
+
+        Raises UserError at a row whose text is not text.
+        """
+
+    @abstractmethod
+    def weight(self, example: Example) -> int:
+        """How much the example counts in a mean loss, known before any forward: what `losses` gives as weight."""
+
+    @abstractmethod
+    def losses(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """For each example, float32: the sum of its losses (b,) and what that sum is divided by in a mean (b,)."""
+
+    @abstractmethod
+    def scores(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """For each example, float32: sum (b,) and count (b,); the metric is total sum over total count."""
+
+    def fit_labels(self, train_rows: list[Row], test_rows: list[Row]) -> None:
+        """Fixes `label_names`; a task without classes has none."""
+        self.label_names = []
+
+    def baseline(self, examples_train: list[Example], examples_test: list[Example]) -> float | None:
+        """The metric of a guess that reads no text, where there is one."""
+        return None
+
+    def hold_out(self, rows: list[Row], share: float, rng: np.random.Generator) -> tuple[list[Row], list[Row]]:
+        """(training rows, held-out rows) of one client: random rows, at least one stays in training."""
+        check_share(share)
+        n_held = min(round(share * len(rows)), max(len(rows) - 1, 0))
+        held = set(rng.permutation(len(rows))[:n_held].tolist())
+        return [r for i, r in enumerate(rows) if i not in held], [r for i, r in enumerate(rows) if i in held]
+
+    def collate(self, examples: list[Example], *, multiple_of: int = 8) -> Batch:
+        """A right-padded batch: input_ids, attention_mask, labels, and token_type_ids where the tokenizer makes them.
+
+        All are (b, t) int64, t rounded up to `multiple_of` but not above max_tokens; labels of classes are (b,).
+        """
+        import torch
+
+        longest = max(len(ids(example, "input_ids")) for example in examples)
+        width = max(longest, min(-(-longest // multiple_of) * multiple_of, self.max_tokens))
+        ones = [{"attention_mask": [1] * len(ids(example, "input_ids"))} for example in examples]
+        fill = {"input_ids": pad_token(self.tokenizer), "labels": NO_LOSS}  # the others are padded with 0
+
+        def stack(name: str) -> Tensor:
+            values = [(example | one)[name] for example, one in zip(examples, ones, strict=True)]
+            if isinstance(values[0], int):
+                return torch.tensor(values)
+            lists = cast(list[list[int]], values)
+            return torch.tensor([value + [fill.get(name, 0)] * (width - len(value)) for value in lists])
+
+        return {name: stack(name) for name in (*examples[0], "attention_mask")}
+
+    def _texts(self, rows: Sequence[Row], column: str) -> list[str]:
+        for number, row in enumerate(rows, start=1):
+            if not isinstance(row.get(column), str):
+                held = row.get(column, "nothing")
+                raise UserError(f"row {number} holds {held!r:.60} in the column {column!r}, where text is needed")
+        return [row[column] for row in rows]
+
+    def _tokenize(self, texts: list[str]) -> list[list[int]]:
+        """The tokens of each text without any special token, uncut."""
+        if not texts:
+            return []
+        return cast(list[list[int]], self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def ids(example: Example, name: str) -> list[int]:
+    """A token list of an example."""
+    return cast(list[int], example[name])
+
+
+def pad_token(tokenizer: Tokenizer) -> int:
+    """Any token does, the attention mask hides it: the pad token, else the end token, else 0."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    return 0
+
+
+def start_tokens(tokenizer: Tokenizer) -> list[int]:
+    """The begin-of-text token of a tokenizer that has one, else nothing."""
+    return [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
+
+
+def check_share(share: float) -> None:
+    if not 0 <= share < 1:
+        raise UserError(f"a held-out share of {share}: it must be at least 0 and below 1")

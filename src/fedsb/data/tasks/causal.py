@@ -1,0 +1,39 @@
+"""The loss of next-token tasks: L = sum over targets of -log p(token | tokens before it), in nats.
+
+Shapes: b examples, t tokens, v vocabulary, n targets in the batch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fedsb.data.tasks.base import NO_LOSS, Batch, Example, Task, ids
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class CausalTask(Task):
+    """Labels are the input's own tokens, NO_LOSS where a token is only read."""
+
+    metric = "nats_per_token"
+    higher_is_better = False
+    auto_class = "AutoModelForCausalLM"
+    peft_task_type = "CAUSAL_LM"
+
+    def weight(self, example: Example) -> int:
+        return sum(label != NO_LOSS for label in ids(example, "labels")[1:])
+
+    def losses(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Token losses summed (b,) and targets counted (b,). Only the targets' logits are copied to float32."""
+        from torch.nn.functional import cross_entropy
+
+        target_bt = batch["labels"][:, 1:]  # logits at t tell the token at t + 1
+        is_target_bt = target_bt != NO_LOSS
+        logits_nv = logits[:, :-1][is_target_bt].float()
+        nats_n = cross_entropy(logits_nv, target_bt[is_target_bt], reduction="none")
+        nats_bt = nats_n.new_zeros(target_bt.shape).masked_scatter(is_target_bt, nats_n)
+        return nats_bt.sum(dim=1), is_target_bt.sum(dim=1).float()
+
+    def scores(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        return self.losses(logits, batch)

@@ -1,0 +1,115 @@
+"""Classes of one text or of a pair of texts: cross entropy, accuracy.
+
+Reads the columns text, text_pair (where it is named) and label; a label is an integer, a string, or true/false.
+A pair that is too long loses tokens from its longer text first.
+Shapes: b examples, c classes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from fedsb.data.sources import Row
+from fedsb.data.tasks.base import Batch, Example, Task
+from fedsb.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Classification(Task):
+    """Which class a text, or a pair of texts, belongs to."""
+
+    metric = "accuracy"
+    higher_is_better = True
+    auto_class = "AutoModelForSequenceClassification"
+    peft_task_type = "SEQ_CLS"
+
+    @property
+    def needs(self) -> list[str]:
+        pair = [] if self.columns.text_pair is None else [self.columns.text_pair]
+        return [self.columns.text, *pair, self.columns.label]
+
+    def fit_labels(self, train_rows: list[Row], test_rows: list[Row]) -> None:
+        """The classes of train, integers by value and strings by alphabet.
+
+        Raises UserError: a label of another type, labels of several types, one class only, a label only the test has.
+        """
+        train = self._labels(train_rows)
+        names = [str(label) for label in sorted(set(train))]
+        if len(names) < 2:
+            raise UserError(f"every training row has the label {', '.join(names)}: two classes are needed")
+        only_test = sorted({str(label) for label in self._labels(test_rows)} - set(names))
+        if only_test:
+            raise UserError(
+                f"the test has the label {', '.join(map(repr, only_test))}, which no training row has (there: "
+                f"{', '.join(names)}): add such rows to train or drop them from the test"
+            )
+        self.label_names = names
+
+    def encode(self, rows: list[Row]) -> tuple[list[Example], int]:
+        if not rows:
+            return [], 0
+        texts = [self._texts(rows, self.columns.text)]
+        if self.columns.text_pair is not None:
+            texts.append(self._texts(rows, self.columns.text_pair))
+        fields = self._fields(texts)
+        too_long = [i for i, tokens in enumerate(fields["input_ids"]) if len(tokens) > self.max_tokens]
+        if too_long:  # tokenised again, so that the tokenizer cuts around its own special tokens
+            cut = self._fields([[of[i] for i in too_long] for of in texts], truncation=True)
+            for name, values in cut.items():
+                for position, value in zip(too_long, values, strict=True):
+                    fields[name][position] = value
+        classes = {name: position for position, name in enumerate(self.label_names)}
+        examples: list[Example] = []
+        for position, label in enumerate(self._labels(rows)):
+            if str(label) not in classes:
+                raise UserError(f"the label {label!r} is not among those of fit_labels: {', '.join(self.label_names)}")
+            example: Example = {name: values[position] for name, values in fields.items()}
+            examples.append(example | {"labels": classes[str(label)]})
+        return examples, len(too_long)
+
+    def weight(self, example: Example) -> int:
+        return 1
+
+    def losses(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Cross entropy (b,) of logits (b, c), and ones (b,)."""
+        from torch.nn.functional import cross_entropy
+
+        loss_b = cross_entropy(logits.float(), batch["labels"], reduction="none")
+        return loss_b, loss_b.new_ones(loss_b.shape)
+
+    def scores(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """1 where the largest logit is the label's, else 0 (b,), and ones (b,)."""
+        correct_b = (logits.argmax(dim=-1) == batch["labels"]).float()
+        return correct_b, correct_b.new_ones(correct_b.shape)
+
+    def baseline(self, examples_train: list[Example], examples_test: list[Example]) -> float | None:
+        """The accuracy on test of always saying the class that is most frequent in train (a tie: the first class)."""
+        if not examples_train or not examples_test:
+            return None
+        counts = Counter(example["labels"] for example in examples_train)
+        majority = max(range(len(self.label_names)), key=lambda label: counts[label])
+        return sum(example["labels"] == majority for example in examples_test) / len(examples_test)
+
+    def _fields(self, texts: list[list[str]], *, truncation: bool = False) -> dict[str, list[list[int]]]:
+        """The tokenizer's lists for texts or pairs, without the attention mask, which collate makes."""
+        how = False if not truncation else "longest_first" if len(texts) > 1 else "only_first"
+        limit = self.max_tokens if truncation else None
+        made = self.tokenizer(*texts, truncation=how, max_length=limit, return_attention_mask=False, verbose=False)
+        return {name: list(made[name]) for name in ("input_ids", "token_type_ids") if name in made}
+
+    def _labels(self, rows: list[Row]) -> list[Any]:
+        name = self.columns.label
+        labels = [row.get(name) for row in rows]
+        for number, label in enumerate(labels, start=1):
+            if not isinstance(label, (int, str)):
+                raise UserError(
+                    f"row {number} has the label {label!r} ({type(label).__name__}) in the column {name!r}: a label is "
+                    "an integer, a string or true/false"
+                )
+        types = sorted({type(label).__name__ for label in labels})
+        if len(types) > 1:
+            raise UserError(f"the column {name!r} mixes labels of the types {', '.join(types)}: keep one")
+        return labels

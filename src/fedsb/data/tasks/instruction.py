@@ -1,0 +1,83 @@
+"""A prompt and its answer: next-token loss on the answer and the end token only.
+
+Reads the columns prompt and answer. The prompt is the chat template's where the tokenizer has one, else the Alpaca
+prompt without input (Taori et al., "Stanford Alpaca", 2023). Prompt and answer are tokenised apart and joined, so the
+tokens that a model sees when it generates are an exact prefix of those it was trained on.
+"""
+
+from __future__ import annotations
+
+from fedsb.data.sources import Row
+from fedsb.data.tasks.base import NO_LOSS, Example, Tokenizer, start_tokens
+from fedsb.data.tasks.causal import CausalTask
+from fedsb.errors import UserError
+
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{prompt}\n\n### Response:"
+)
+
+
+class Instruction(CausalTask):
+    """The answer to a prompt."""
+
+    @property
+    def needs(self) -> list[str]:
+        return [self.columns.prompt, self.columns.answer]
+
+    def encode(self, rows: list[Row]) -> tuple[list[Example], int]:
+        """One example a row, fewer where a prompt alone fills the window: those rows are dropped.
+
+        The second number counts the dropped rows and those whose answer was cut.
+        """
+        asked = self._texts(rows, self.columns.prompt)
+        told = self._texts(rows, self.columns.answer)
+        prompts = self._tokenize([prompt_text(self.tokenizer, prompt) for prompt in asked])
+        answers = self._tokenize([answer_text(self.tokenizer, p, a) for p, a in zip(asked, told, strict=True)])
+        # A chat template writes the begin token itself.
+        start = [] if self.tokenizer.chat_template else start_tokens(self.tokenizer)
+        examples: list[Example] = []
+        n_cut = 0
+        for prompt, answer in zip(prompts, answers, strict=True):
+            read = start + prompt
+            whole = read + answer
+            n_cut += len(whole) > self.max_tokens
+            if len(read) < self.max_tokens:
+                labels = [NO_LOSS] * len(read) + answer
+                examples.append({"input_ids": whole[: self.max_tokens], "labels": labels[: self.max_tokens]})
+        if rows and not examples:
+            raise UserError(f"every prompt fills the window of {self.max_tokens} tokens: raise max_tokens")
+        return examples, n_cut
+
+
+def prompt_text(tokenizer: Tokenizer, prompt: str) -> str:
+    """What the model reads before it answers, in training and in use; tokenise it without special tokens."""
+    if not tokenizer.chat_template:
+        return ALPACA.format(prompt=prompt)
+    asked = [{"role": "user", "content": prompt}]
+    return str(tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True))
+
+
+def answer_text(tokenizer: Tokenizer, prompt: str, answer: str) -> str:
+    """What the model should write after `prompt_text`, its end token included.
+
+    Raises UserError: no end token, or a chat template whose answer does not follow its own prompt.
+    """
+    if not tokenizer.chat_template:
+        if tokenizer.eos_token is None:
+            raise UserError("the tokenizer has no end token: set its eos_token, so that an answer can end")
+        return f"{_space(tokenizer)}{answer}{tokenizer.eos_token}"
+    told = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+    whole = str(tokenizer.apply_chat_template(told, tokenize=False))
+    before = prompt_text(tokenizer, prompt)
+    if not whole.startswith(before):
+        raise UserError(
+            f"the chat template gives {whole[-60:]!r} as answer, which does not follow the prompt {before[-60:]!r}: "
+            "give the tokenizer a chat_template whose prompt is the head of the whole"
+        )
+    return whole[len(before) :].rstrip()  # the line's end after the end-of-turn token is not the model's to write
+
+
+def _space(tokenizer: Tokenizer) -> str:
+    """Between prompt and answer: a space, or nothing where the tokenizer opens every text with one (SentencePiece)."""
+    return "" if tokenizer.tokenize("a")[0].startswith("▁") else " "

@@ -1,0 +1,65 @@
+"""Next-token on plain text: every token but the first of a window is a target.
+
+Reads the column text. A text is cut into consecutive windows of max_tokens, without overlap and with nothing lost
+but a last window of one token; each window opens with the begin token where the tokenizer has one.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fedsb.data.sources import Row
+from fedsb.data.tasks.base import NO_LOSS, Example, check_share, start_tokens
+from fedsb.data.tasks.causal import CausalTask
+
+NEAR = 0.1  # of a text: how far from the wanted cut a line's end may lie
+
+
+class Text(CausalTask):
+    """The next token of plain text."""
+
+    @property
+    def needs(self) -> list[str]:
+        return [self.columns.text]
+
+    def encode(self, rows: list[Row]) -> tuple[list[Example], int]:
+        """The windows of all rows in order; no text is lost, so the second number is 0."""
+        start = start_tokens(self.tokenizer)
+        step = self.max_tokens - len(start)
+        examples: list[Example] = []
+        for tokens in self._tokenize(self._texts(rows, self.columns.text)):
+            windows = (start + tokens[at : at + step] for at in range(0, len(tokens), step))
+            examples += [{"input_ids": w, "labels": [NO_LOSS, *w[1:]]} for w in windows if len(w) >= 2]
+        return examples, 0
+
+    def hold_out(self, rows: list[Row], share: float, rng: np.random.Generator) -> tuple[list[Row], list[Row]]:
+        """Holds out the tail of every text, for clients have few, long texts; nothing is drawn."""
+        return self.split_tail(rows, share)
+
+    def split_tail(self, rows: list[Row], share: float) -> tuple[list[Row], list[Row]]:
+        """(heads, tails): each text cut near its last `share`, at a line's end, else between words.
+
+        A text without such a place stays whole in training.
+        """
+        check_share(share)
+        if share == 0:
+            return rows, []
+        column = self.columns.text
+        heads: list[Row] = []
+        tails: list[Row] = []
+        for row, text in zip(rows, self._texts(rows, column), strict=True):
+            cut = _cut(text, round((1 - share) * len(text)))
+            heads.append(row | {column: text[:cut]})
+            if cut < len(text):
+                tails.append(row | {column: text[cut:]})
+        return heads, tails
+
+
+def _cut(text: str, wanted: int) -> int:
+    """The place after a line's end (near `wanted`) or after a space, nearest to it; len(text) where there is none."""
+    for mark, reach in (("\n", NEAR * len(text)), (" ", len(text))):
+        places = [text.rfind(mark, 0, wanted) + 1, text.find(mark, wanted) + 1]
+        fit = [at for at in places if abs(at - wanted) <= reach and text[:at].strip() and text[at:].strip()]
+        if fit:
+            return min(fit, key=lambda at: abs(at - wanted))
+    return len(text)

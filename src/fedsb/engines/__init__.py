@@ -1,0 +1,63 @@
+"""What runs the clients. Every engine has the same few verbs and gives back the same types."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from fedsb.adapters.adapted import Shapes, Tensors
+from fedsb.adapters.basis import Basis
+from fedsb.config import Choice
+from fedsb.data.sites import Site
+from fedsb.methods.contract import Method, State
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sent:
+    """One message of one client, as counted."""
+
+    round: int  # as users count: 1 is the first; 0 is before it
+    client: str
+    direction: Literal["up", "down"]
+    kind: Literal["round", "basis"]
+    values: int
+    head_values: int
+    bytes: int  # of the values
+    wire_bytes: int  # with the envelope
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replies:
+    """What came back from a cohort: envelopes not yet checked, and what each client keeps and reports."""
+
+    envelopes: Sequence[tuple[str, bytes]]  # (client, update)
+    kept: Mapping[str, Tensors]  # client -> its own state, which stays with it
+    losses: Mapping[str, float]  # client -> mean training loss
+    sent: Sequence[Sent]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """A metric over some examples, or over several clients' own models: their mean."""
+
+    value: float
+    count: int
+    by_client: Mapping[str, float] = field(default_factory=dict)
+
+
+class Engine(Protocol):
+    """The clients, their data and the base model, wherever they are."""
+
+    sites: Sequence[Site]
+    shapes: Shapes
+    head: Tensors
+    choices: Sequence[Choice]
+
+    def build_basis(self, method: Method) -> tuple[Basis | None, Sequence[Sent]]: ...
+
+    def train(self, method: Method, state: State, cohort: Sequence[str], kept: Mapping[str, Tensors]) -> Replies: ...
+
+    def score(self, method: Method, state: State, kept: Mapping[str, Tensors]) -> Score | None: ...
+
+    def score_sites(self, method: Method, state: State, kept: Mapping[str, Tensors]) -> dict[str, Score]: ...

@@ -1,0 +1,273 @@
+"""The embedded engine: every client in this process, trained jointly, with the base model in memory once.
+
+Nothing to set up. Messages still go through the envelope, byte for byte as they would over a network, and are counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+
+from fedsb.adapters.adapted import AdaptedModel, Tensors, find_targets
+from fedsb.adapters.basis import Basis, basis_hash
+from fedsb.adapters.layer import RoutingError
+from fedsb.config import Choice, Config
+from fedsb.data.sites import Site, open_data
+from fedsb.data.sources import load_table, require_columns
+from fedsb.data.tasks.base import Example, pad_token
+from fedsb.engines import Replies, Score, Sent
+from fedsb.errors import UserError
+from fedsb.federation.basis_round import build_basis
+from fedsb.federation.client import LocalTraining
+from fedsb.federation.cohort import Member, join_tensors, train_together
+from fedsb.federation.gradients import load_nothing
+from fedsb.federation.payload import Payload, pack, unpack
+from fedsb.federation.scoring import forward, mean_score
+from fedsb.federation.tensors import to_arrays, to_tensors, under, within
+from fedsb.methods.contract import Method, State
+from fedsb.model import head_start, load_base, load_tokenizer
+
+CPU_ROWS = 64  # rows that a joint forward is filled up to on a CPU; see docs/decisions.md
+GPU_ROWS = 256
+
+
+class EmbeddedEngine:
+    """Clients, data and base model of a configuration, in this process.
+
+    Raises UserError, at the start, for whatever is wrong with the data, the model, or their fit.
+    """
+
+    def __init__(self, config: Config, method: Method, run: str) -> None:
+        self.config = config
+        self.method = method
+        self.run = run
+        self.tokenizer = load_tokenizer(config.model)
+        self.data = open_data(config, self.tokenizer)
+        self.task = self.data.task
+        self.base = load_base(
+            config.model,
+            auto_class=self.task.auto_class,
+            num_labels=len(self.task.label_names),
+            pad_token=pad_token(self.tokenizer),
+        )
+        targets = find_targets(self.base.model, config.model.targets, self.base.head)
+        self.adapted = AdaptedModel(
+            self.base.model, kind=method.adapter, targets=targets, head=self.base.head, scale=method.scale
+        )
+        self.shapes = self.adapted.shapes
+        self.head = head_start(self.adapted.head_tensors(), config.seed)
+        self.sites: list[Site] = [self.data.pooled()] if method.facts.pools_data else self.data.taking_part
+        self.local = local_training(config, clients=len(self.data.taking_part) if method.facts.pools_data else 1)
+        self.cohort_size, reason = self._choose_cohort_size()
+        self.choices = (
+            *self.base.choices,
+            Choice(
+                key="model.targets", value=f"{len(targets)} layers", reason=f"model.targets = {config.model.targets!r}"
+            ),
+            *self.data.choices,
+            Choice(key="engine.cohort_size", value=self.cohort_size, reason=reason),
+        )
+
+    # --- the verbs of an engine ---
+
+    def build_basis(self, method: Method) -> tuple[Basis | None, list[Sent]]:
+        """Makes B and A as the configuration asks, with what travelled for it; None for a method without a basis."""
+        sent: list[Sent] = []
+        if method.adapter != "core":
+            return None, sent
+
+        def send(direction: Literal["up", "down"], client: str, tensors: Tensors) -> Tensors:
+            kind: Literal["basis-up", "basis-down"] = "basis-up" if direction == "up" else "basis-down"
+            envelope = pack(Payload(kind=kind, run=self.run, round=0, client=client, tensors=to_arrays(tensors)))
+            sent.append(self._count(envelope, 0, client, direction))
+            return to_tensors(unpack(envelope).tensors)
+
+        basis = build_basis(
+            self.config.basis,
+            method,
+            self.adapted,
+            self.task,
+            self.sites,
+            self.head,
+            public=self._public_rows(),
+            eta=self.local.lr * self.local.lr_factor(0, 0, self.local.steps_for(self.sites[0].rows))
+            if self.config.basis.eta == "auto"
+            else self.config.basis.eta,
+            sign=self.local.optimizer == "adamw",
+            seed=self.config.seed,
+            batch_size=self.config.eval.batch_size,
+            send=send,
+        )
+        return basis, sent
+
+    def train(self, method: Method, state: State, cohort: Sequence[str], kept: Mapping[str, Tensors]) -> Replies:
+        """One round: broadcast, local training, upload. `kept` is the clients' own state, theirs alone."""
+        sites = {site.name: site for site in self.sites}
+        common = basis_hash(state.common)
+        message = Payload(
+            kind="broadcast", run=self.run, round=state.round, basis=common, tensors=to_arrays(method.broadcast(state))
+        )
+        envelope = pack(message)
+        members: list[Member] = []
+        for name in cohort:
+            own = kept.get(name, {})
+            tensors = method.receive(state.common, to_tensors(unpack(envelope).tensors), within("method", own))
+            members.append(
+                Member(name=name, examples=sites[name].train, tensors=tensors, moments=within("optimizer", own))
+            )
+        trainable = method.trainable(members[0].tensors, state.round)
+        trained: list[Member] = []
+        for start in range(0, len(members), self.cohort_size):
+            group = members[start : start + self.cohort_size]
+            trained += train_together(
+                self.adapted, self.task, group, trainable, self.local, seed=self.config.seed, round=state.round
+            )
+        sent, envelopes, keep = [], [], {}
+        for before, after in zip(members, trained, strict=True):
+            up, own = method.upload(before.tensors, after.tensors)
+            keep[after.name] = under("method", own)
+            if self.local.keep_optimizer:
+                keep[after.name] |= under("optimizer", after.moments)
+            update = pack(
+                Payload(
+                    kind="update",
+                    run=self.run,
+                    round=state.round,
+                    client=after.name,
+                    samples=sites[after.name].rows,
+                    basis=common,
+                    numbers={"loss": after.loss},
+                    tensors=to_arrays(up),
+                )
+            )
+            envelopes.append((after.name, update))
+            for data, direction in ((envelope, "down"), (update, "up")):
+                sent.append(self._count(data, state.round + 1, after.name, direction))
+        return Replies(envelopes=envelopes, kept=keep, losses={m.name: m.loss for m in trained}, sent=sent)
+
+    def score(self, method: Method, state: State, kept: Mapping[str, Tensors]) -> Score | None:
+        """The metric on the test rows: of the global model, or the mean over the clients' own. None without test rows."""
+        if not self.data.test:
+            return None
+        if method.facts.global_model:
+            return self.evaluate(method.model(state), self.data.test)
+        values = {
+            site.name: self.evaluate(self.tensors_of(method, state, kept, site.name), self.data.test).value
+            for site in self.sites
+        }
+        return Score(value=sum(values.values()) / len(values), count=len(self.data.test), by_client=values)
+
+    def score_sites(self, method: Method, state: State, kept: Mapping[str, Tensors]) -> dict[str, Score]:
+        """Each client's held-out rows, by the global model or by its own; clients that never took part by the global."""
+        scores: dict[str, Score] = {}
+        for site in self.data.sites:
+            if site.held_out and (method.facts.global_model or not site.unseen):
+                scores[site.name] = self.evaluate(self.tensors_of(method, state, kept, site.name), site.held_out)
+        return scores
+
+    def tensors_of(self, method: Method, state: State, kept: Mapping[str, Tensors], client: str) -> Tensors:
+        """The model that a client ends with: the global one, or its own."""
+        if method.facts.global_model:
+            return method.model(state)
+        return method.receive(state.common, method.broadcast(state), within("method", kept.get(client, {})))
+
+    # --- the inside ---
+
+    @torch.no_grad()
+    def probe(self, tensors: Tensors) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Some inputs and the model's logits for them, to compare an exported adapter with."""
+        self._load_one(tensors)
+        logits, batch = forward(self.adapted.model, self.task, (self.data.test or self.sites[0].train)[:4])
+        return {key: value for key, value in batch.items() if key != "labels"}, logits
+
+    def evaluate(self, tensors: Tensors, examples: Sequence[Example]) -> Score:
+        """The task's metric over the examples, with one client's tensors in the adapter."""
+        self._load_one(tensors)
+        value = mean_score(self.adapted.model, self.task, examples, self.config.eval.batch_size)
+        return Score(value=value, count=len(examples))
+
+    def _load_one(self, tensors: Tensors) -> None:
+        self.adapted.load(join_tensors(self.adapted, [tensors]))
+
+    def _count(self, envelope: bytes, round: int, client: str, direction: str) -> Sent:
+        tensors = unpack(envelope).tensors
+        values = sum(array.size for array in tensors.values())
+        return Sent(
+            round=round,
+            client=client,
+            direction="up" if direction == "up" else "down",
+            kind="round" if round else "basis",
+            values=values,
+            head_values=sum(array.size for key, array in tensors.items() if key in self.head),
+            bytes=4 * values,
+            wire_bytes=len(envelope),
+        )
+
+    def _public_rows(self) -> list[Example]:
+        """The first basis.samples rows of the file that the user declared public."""
+        basis = self.config.basis
+        if basis.kind != "update":
+            return []
+        if basis.data is None:
+            raise UserError(
+                "basis.kind = 'update' looks at data: name a file of public rows with basis.data = PATH. "
+                "To look at the clients' own rows in a simulation, say basis.kind = 'update-pooled'"
+            )
+        table = load_table(basis.data)
+        require_columns(table, self.task.needs)
+        return self.task.encode(table.rows[: basis.samples])[0]
+
+    def _choose_cohort_size(self) -> tuple[int, str]:
+        """(clients in one forward, reason). A model whose rows cannot be routed gets 1, whatever was asked."""
+        wanted = self.config.engine.cohort_size
+        if wanted == 1 or len(self.sites) == 1:
+            return 1, "as asked" if wanted == 1 else "auto: there is one client"
+        fault = self._routing_fault()
+        if fault is not None:
+            if wanted != "auto":
+                raise UserError(f"engine.cohort_size = {wanted}: {fault}")
+            return 1, f"auto: {fault}"
+        if wanted != "auto":
+            return wanted, "as asked"
+        rows = CPU_ROWS if self.adapted.device.type == "cpu" else GPU_ROWS
+        size = max(1, rows // self.local.batch_size)
+        return size, f"auto: about {rows} rows in one forward on {self.adapted.device.type}"
+
+    def _routing_fault(self) -> str | None:
+        """Why this model's layers cannot tell the clients' rows apart, tried on two rows; None where they can."""
+        load_nothing(self.adapted, self.head)
+        example = self.sites[0].train[0]
+        self.adapted.routing.rows = 2
+        try:
+            with torch.no_grad():
+                forward(self.adapted.model, self.task, [example, example])
+        except RoutingError as error:
+            return str(error)
+        finally:
+            self.adapted.routing.rows = None
+        return None
+
+
+def local_training(config: Config, *, clients: int = 1) -> LocalTraining:
+    """The settings of [train], resolved. A pooled client takes the steps of `clients` clients."""
+    train = config.train
+    steps = None if train.epochs is not None else (train.steps or 10) * clients
+    return LocalTraining(
+        steps=steps,
+        epochs=train.epochs,
+        batch_size=train.batch_size,
+        accumulate=train.accumulate,
+        optimizer=train.optimizer,
+        lr=train.lr,
+        head_lr=train.head_lr,
+        weight_decay=train.weight_decay,
+        momentum=train.momentum,
+        clip_norm=train.clip_norm or None,
+        schedule=train.schedule,
+        warmup=train.warmup,
+        dropout=train.dropout,
+        keep_optimizer=train.keep_optimizer,
+        rounds=config.rounds,
+    )

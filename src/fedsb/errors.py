@@ -1,0 +1,31 @@
+"""What can go wrong, in two kinds: the user's input (exit code 1) and a run that failed (exit code 2)."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+class UserError(ValueError):
+    """The input is at fault: the message says what happened, with which value, and what to do."""
+
+
+class ConfigErrors(UserError):
+    """Every fault of a configuration, shown together."""
+
+    def __init__(self, faults: Sequence[str]) -> None:
+        self.faults = tuple(faults)
+        count = f"{len(self.faults)} fault{'s' if len(self.faults) > 1 else ''} in the configuration:"
+        super().__init__("\n".join([count, *(f"  - {fault}" for fault in self.faults)]))
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on; what was finished is on disk and the message says how to go on."""
+
+
+def did_you_mean(name: str, options: Iterable[str]) -> str:
+    """`did_you_mean("fed_sb", ["fed-sb", "fedit"])` -> `did you mean 'fed-sb'? There are: fed-sb, fedit`."""
+    known = sorted(options)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"{hint}There are: {', '.join(known) or 'none'}"

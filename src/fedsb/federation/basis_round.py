@@ -1,0 +1,180 @@
+"""Making a basis: a round like any other, with a client part and a server part, through the engine and the envelope.
+
+The linear algebra is in adapters/basis.py; here is who computes what, from which rows, and what travels.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Literal, Protocol
+
+import torch
+
+from fedsb.adapters.adapted import AdaptedModel, Tensors
+from fedsb.adapters.basis import (
+    Basis,
+    Pair,
+    check_rank,
+    core_pair,
+    make_basis,
+    random_pair,
+    update_pair,
+    weight_pair,
+)
+from fedsb.adapters.gradients import weight_gradients
+from fedsb.config import BasisConfig
+from fedsb.data.sites import Site
+from fedsb.data.tasks.base import Example, Task
+from fedsb.draws import generator
+from fedsb.federation.gradients import backward_sum, captured_share, core_gradients, load_nothing
+from fedsb.methods.contract import Method
+
+
+class Send(Protocol):
+    """Carries tensors to or from a client through the envelope, and counts them."""
+
+    def __call__(self, direction: Literal["up", "down"], client: str, tensors: Tensors) -> Tensors: ...
+
+
+def build_basis(
+    config: BasisConfig,
+    method: Method,
+    adapted: AdaptedModel,
+    task: Task,
+    sites: Sequence[Site],
+    head: Tensors,
+    *,
+    public: Sequence[Example],  # of `update`
+    eta: float,  # of the first step, for R at the start
+    sign: bool,  # whether that step is Adam-like
+    seed: int,
+    batch_size: int,
+    send: Send,
+) -> Basis:
+    """The basis that the configuration asks for, with its bill. Raises UserError where a layer is too small for it."""
+    started = time.monotonic()
+    rank = method.total_rank
+    check_rank(adapted.shapes, rank)
+    step_ahead = config.R0 == "step" or (config.R0 == "auto" and config.kind.startswith("update"))
+    samples = {site.name: draw_samples(site, sites, config.samples, seed) for site in sites}
+    if config.kind in ("random", "weights"):
+        basis = make_basis(config.kind, _data_free(config, adapted, config.kind, rank, seed).items())
+    elif config.kind == "core":
+        outer = _data_free(config, adapted, config.outer, rank, seed, outer=True)
+        sums: Tensors = {}
+        for site in sites:
+            own = core_gradients(adapted, task, head, outer, samples[site.name], batch_size)
+            for key, S in send("up", site.name, own).items():
+                sums[key] = sums[key] + S if key in sums else S
+        counted = sum(len(examples) for examples in samples.values())
+        basis = _core_basis(sums, outer, rank, eta / counted / method.scale if step_ahead else None)
+        inner = {f"{layer}.P": outer[layer][1].T @ basis.B[layer] for layer in outer}
+        inner |= {f"{layer}.Q": basis.A[layer] @ outer[layer][0].T for layer in outer}
+        for site in sites:
+            send("down", site.name, inner)
+    else:
+        rows = public if config.kind == "update" else [example for name in samples for example in samples[name]]
+        basis = _update_basis(config, adapted, task, head, rows, rank, eta, sign, step_ahead, method.scale, batch_size)
+        for site in sites:
+            send("down", site.name, basis.tensors)
+    captured: Mapping[str, float] = {}
+    if config.share_samples:
+        probe = {site.name: draw_samples(site, sites, config.share_samples, seed) for site in sites}
+        captured = captured_share(adapted, task, head, basis, probe, batch_size, config.budget_mib << 20)
+    return replace(
+        basis,
+        **basis_values(config, method, adapted.shapes),
+        captured=captured,
+        seconds=time.monotonic() - started,
+        peak_memory_bytes=peak_memory_bytes(),
+    )
+
+
+def basis_values(config: BasisConfig, method: Method, shapes: Mapping[str, tuple[int, int]]) -> dict[str, int]:
+    """Values a client sends ("up") and receives ("down") for the basis, known before it is made."""
+    if method.adapter != "core" or config.kind in ("random", "weights"):
+        return {"up": 0, "down": 0}
+    rank = method.total_rank
+    if config.kind == "core":
+        ks = [outer_rank(config, shape, rank) for shape in shapes.values()]
+        return {"up": sum(k * k for k in ks), "down": sum(2 * k * rank for k in ks)}
+    return {"up": 0, "down": sum(rank * (m + n) for m, n in shapes.values())}
+
+
+def draw_samples(site: Site, sites: Sequence[Site], samples: int, seed: int) -> list[Example]:
+    """A site's part of `samples` rows, in proportion to its size and at least one, drawn by (seed, its name)."""
+    total = sum(len(other.train) for other in sites)
+    count = min(len(site.train), max(1, math.ceil(samples * len(site.train) / total)))
+    order = generator(seed, "basis samples", site.name).permutation(len(site.train))[:count]
+    return [site.train[i] for i in order]
+
+
+def outer_rank(config: BasisConfig, shape: tuple[int, int], rank: int) -> int:
+    """k of `core` in a layer: as asked, or 8 h r but at most half of min(m, n); never under h r."""
+    wanted = config.outer_rank or min(8 * rank, min(shape) // 2)
+    return max(rank, min(wanted, min(shape)))
+
+
+def peak_memory_bytes() -> int:
+    """The process's high-water mark, on the CUDA device if there is one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _data_free(
+    config: BasisConfig, adapted: AdaptedModel, kind: str, rank: int, seed: int, *, outer: bool = False
+) -> dict[str, Pair]:
+    pairs: dict[str, Pair] = {}
+    for layer, W0 in adapted.base_weights():
+        m, n = W0.shape
+        k = outer_rank(config, (m, n), rank) if outer else rank
+        pairs[layer] = random_pair(m, n, k, seed, layer) if kind == "random" else weight_pair(W0.cpu(), k, config.side)
+    return pairs
+
+
+def _core_basis(sums: Tensors, outer: Mapping[str, Pair], rank: int, step: float | None) -> Basis:
+    """`core`, the server's part; R starts at -step * D, or at 0 without a step."""
+    built = {layer: core_pair(sums[f"{layer}.S"], pair, rank) for layer, pair in outer.items()}
+    return Basis(
+        kind="core",
+        A={layer: A for layer, (A, _, _) in built.items()},
+        B={layer: B for layer, (_, B, _) in built.items()},
+        R0={} if step is None else {layer: -step * D for layer, (_, _, D) in built.items()},
+    )
+
+
+def _update_basis(
+    config: BasisConfig,
+    adapted: AdaptedModel,
+    task: Task,
+    head: Tensors,
+    rows: Sequence[Example],
+    rank: int,
+    eta: float,
+    sign: bool,
+    step_ahead: bool,
+    scale: float,
+    batch_size: int,
+) -> Basis:
+    load_nothing(adapted, head)
+    layers = {name: layer.base for name, layer in adapted.layers.items()}
+    mean = 1 if sign else 1 / len(rows)  # an SGD-like step is along the mean loss's gradient
+    built = {
+        name: update_pair(G.cpu() * mean, rank, eta, sign)
+        for name, G in weight_gradients(
+            layers, lambda: backward_sum(adapted, task, rows, batch_size), budget_bytes=config.budget_mib << 20
+        )
+    }
+    return Basis(
+        kind=config.kind,
+        A={name: A for name, (A, _, _) in built.items()},
+        B={name: B for name, (_, B, _) in built.items()},
+        R0={name: S / scale for name, (_, _, S) in built.items()} if step_ahead else {},
+    )

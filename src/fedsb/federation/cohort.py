@@ -1,0 +1,162 @@
+"""Many clients trained in one forward: their batches are joined row by row, each row meets its own client's adapter.
+
+The base model is in memory once, whatever the number of clients. Loss mean, clipping, step count, schedule and decay
+are each client's own; a client that has finished its steps leaves the batch. K clients together end where K clients
+one after another end, to float tolerance; with K = 1 it is plain training.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from fedsb.adapters.adapted import AdaptedModel, Tensors
+from fedsb.data.tasks.base import Example, Task
+from fedsb.draws import generator
+from fedsb.errors import RunError
+from fedsb.federation.client import LocalTraining, draw_batches
+from fedsb.federation.optimizer import clip_by_client, step_by_client
+from fedsb.federation.scoring import forward
+
+Keys = Sequence[tuple[int | str, ...]]  # for each client, what its draws of this step are keyed by
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """A client in a round: its rows, its adapter's tensors, and, where they are kept, its optimiser's moments."""
+
+    name: str
+    examples: Sequence[Example]
+    tensors: Tensors
+    moments: Tensors = field(default_factory=dict)
+    losses: tuple[float, ...] = ()  # one a step, the mean over the step's rows
+
+    @property
+    def loss(self) -> float:
+        """Mean over the round's steps."""
+        return sum(self.losses) / len(self.losses) if self.losses else math.nan
+
+
+def train_together(
+    adapted: AdaptedModel,
+    task: Task,
+    members: Sequence[Member],
+    trainable: frozenset[str],
+    local: LocalTraining,
+    *,
+    seed: int,
+    round: int,
+) -> list[Member]:
+    """Trains the members for one round, jointly; gives them back in their order, with new tensors, moments and losses.
+
+    Raises RunError naming client and round at a loss that is NaN or infinite.
+    """
+    steps = {m.name: local.steps_for(len(m.examples)) for m in members}
+    batches = {
+        m.name: list(draw_batches(local, rows=len(m.examples), seed=seed, client=m.name, round=round)) for m in members
+    }
+    now = {m.name: m for m in members}
+    start = 0
+    for end in sorted(set(steps.values())):  # a stage: the steps that the same clients take together
+        running = [m for m in now.values() if steps[m.name] > start]
+        moments = {key: torch.stack([m.moments[key] for m in running]) for key in running[0].moments}
+        adapted.load(join_tensors(adapted, [m.tensors for m in running]), trainable=trainable)
+        losses: list[list[float]] = []
+        for step in range(start, end):
+            rows = [[m.examples[i] for i in batches[m.name][step]] for m in running]
+            keys = [(seed, "dropout", m.name, round, step) for m in running]
+            losses.append(_backward(adapted, task, rows, local, keys))
+            _check_finite(running, losses[-1], round, step)
+            factors = [local.lr_factor(round, step, steps[m.name]) for m in running]
+            _step(adapted, local, moments, torch.tensor(factors, device=adapted.device))
+        for k, m in enumerate(running):
+            trained = {key: p.detach()[k].clone() for key, p in adapted.parameters().items()}
+            now[m.name] = replace(
+                m,
+                tensors={**m.tensors, **trained},
+                moments={key: value[k].clone() for key, value in moments.items()},
+                losses=m.losses + tuple(loss_K[k] for loss_K in losses),
+            )
+        start = end
+    return list(now.values())
+
+
+def join_tensors(adapted: AdaptedModel, clients: Sequence[Tensors]) -> Tensors:
+    """Stacks the clients' tensors along a first axis; the basis, common to all, is taken once."""
+    return {
+        key: first if adapted.is_basis(key) else torch.stack([tensors[key] for tensors in clients])
+        for key, first in clients[0].items()
+    }
+
+
+def _backward(
+    adapted: AdaptedModel, task: Task, rows: list[list[Example]], local: LocalTraining, keys: Keys
+) -> list[float]:
+    """Forward and backward over one step's rows of every client; returns each client's mean loss.
+
+    Gradients add up over the micro-batches. A client's loss is the sum over its rows divided by their total weight
+    (rows, or target tokens), counted before any forward.
+    """
+    for p in adapted.parameters().values():
+        p.grad = None
+    total_K = [sum(task.weight(example) for example in examples) for examples in rows]
+    loss_K = [0.0] * len(rows)
+    for first in range(0, max(len(examples) for examples in rows), local.batch_size):
+        micro = [examples[first : first + local.batch_size] for examples in rows]
+        width = max(len(examples) for examples in micro)
+        # A client with fewer rows than the widest is filled up with a row that counts for nothing.
+        filled = [examples + [(examples or rows[k])[0]] * (width - len(examples)) for k, examples in enumerate(micro)]
+        weight = [
+            [float(i < len(examples)) / total for i in range(width)]
+            for examples, total in zip(micro, total_K, strict=True)
+        ]
+        adapted.routing.rows = len(rows) * width if len(rows) > 1 else None
+        adapted.routing.dropout = Dropout(local.dropout, keys, first) if local.dropout else None
+        logits, batch = forward(adapted.model, task, [example for examples in filled for example in examples])
+        loss_b, _ = task.losses(logits, batch)
+        loss_Kb = loss_b.reshape(len(rows), width) * torch.tensor(weight, device=loss_b.device)
+        loss_Kb.sum().backward()  # type: ignore[no-untyped-call]
+        loss_K = [old + new for old, new in zip(loss_K, loss_Kb.detach().sum(1).tolist(), strict=True)]
+    adapted.routing.rows = adapted.routing.dropout = None
+    return loss_K
+
+
+def _step(adapted: AdaptedModel, local: LocalTraining, moments: Tensors, factor_K: Tensor) -> None:
+    parameters = adapted.parameters()
+    gradients = {key: torch.zeros_like(p) if p.grad is None else p.grad for key, p in parameters.items()}
+    if local.clip_norm is not None:
+        clip_by_client(gradients, local.clip_norm)
+    step_by_client(local, parameters, gradients, moments, factor_K, heads=adapted.head_keys)
+
+
+def _check_finite(running: Sequence[Member], loss_K: Sequence[float], round: int, step: int) -> None:
+    for member, loss in zip(running, loss_K, strict=True):
+        if not math.isfinite(loss):
+            raise RunError(
+                f"the loss of client {member.name!r} became {loss} in round {round + 1}, local step {step + 1}: "
+                "lower train.lr, or look at this client's rows. The checkpoint of the last finished round is kept"
+            )
+
+
+class Dropout:
+    """Adapter dropout, drawn for each client, step and layer by key, and the same when a forward is run again.
+
+    Masks are drawn with the tokens first, so that a client's masks do not depend on how far others made it pad.
+    """
+
+    def __init__(self, p: float, keys: Keys, micro: int) -> None:
+        self.p, self.keys, self.micro = p, keys, micro
+
+    def __call__(self, layer: str, x: Tensor) -> Tensor:  # (K b, t, n) or (K b, n)
+        x_Kbtn = x.reshape(len(self.keys), -1, *(x.shape[1:-1] or (1,)), x.shape[-1])
+        _, b, t, n = x_Kbtn.shape
+        keep = [
+            torch.from_numpy(generator(*key, self.micro, layer).random((t, b, n), dtype="float32") >= self.p)
+            for key in self.keys
+        ]
+        mask_Kbtn = torch.stack(keep).transpose(1, 2).to(x.device, x.dtype) / (1 - self.p)
+        return (x_Kbtn * mask_Kbtn).reshape(x.shape)

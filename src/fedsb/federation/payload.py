@@ -1,0 +1,121 @@
+"""What travels: one packed, versioned envelope for every message between a site and the server.
+
+An envelope is a safetensors file with a single tensor, all values end to end, and a header that says whose they are:
+version, kind, run, client, round, sample count, basis hash, and the layout (name and shape of each tensor, compressed,
+since names would outweigh a small core). Reading one never runs code and never trusts a length that it did not check.
+Nothing but numpy and safetensors is needed, so a server without torch can read it.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+VERSION = 1
+LAYOUT_LIMIT = 1 << 24  # bytes of a layout when unpacked: a million tensors; more is an attack
+Kind = Literal["broadcast", "update", "basis-up", "basis-down"]
+Arrays = dict[str, NDArray[np.float32]]
+
+
+class PayloadError(ValueError):
+    """Bytes that are no envelope of ours, or one of another version."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Payload:
+    """One message. `tensors` are float32 arrays by name."""
+
+    kind: Kind
+    run: str  # the run's id: a message of another run is refused
+    round: int
+    client: str = ""  # empty: from the server
+    samples: int = 0  # n_k, rows behind an update
+    basis: str = ""  # hash of the common tensors, see adapters/basis.py
+    numbers: Mapping[str, float] = field(default_factory=dict)  # a few scalars: the mean training loss
+    tensors: Arrays
+
+    @property
+    def values(self) -> int:
+        return sum(array.size for array in self.tensors.values())
+
+
+def pack(payload: Payload) -> bytes:
+    """The envelope's bytes: the values, 4 bytes each, and a header of a few hundred bytes."""
+    for name, array in payload.tensors.items():
+        if array.dtype != np.float32:
+            raise PayloadError(f"{name!r} is {array.dtype}; version {VERSION} carries float32")
+    flat = [np.ascontiguousarray(array).reshape(-1) for array in payload.tensors.values()]
+    values = np.concatenate(flat) if flat else np.zeros(0, np.float32)
+    layout = json.dumps([[name, list(array.shape)] for name, array in payload.tensors.items()], separators=(",", ":"))
+    header = {
+        "version": VERSION,
+        "kind": payload.kind,
+        "run": payload.run,
+        "round": payload.round,
+        "client": payload.client,
+        "samples": payload.samples,
+        "basis": payload.basis,
+        "numbers": dict(payload.numbers),
+        "layout": base64.b64encode(zlib.compress(layout.encode(), 9)).decode(),
+    }
+    return save({"values": values}, metadata={"fedsb": json.dumps(header, separators=(",", ":"))})
+
+
+def unpack(data: bytes) -> Payload:
+    """Raises PayloadError, saying what is wrong, for anything but an envelope of this version."""
+    try:
+        header = _header(data)
+        values = load(data)["values"]
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise PayloadError(f"not an envelope of fedsb ({len(data)} bytes): {error}") from error
+    if header.get("version") != VERSION:
+        raise PayloadError(f"an envelope of version {header.get('version')!r}; this fedsb reads version {VERSION}")
+    if values.dtype != np.float32 or values.ndim != 1:
+        raise PayloadError(f"values are {values.dtype} with {values.ndim} axes; version {VERSION} carries flat float32")
+    try:
+        layout = _layout(header["layout"])
+        sizes = [math.prod(shape) for _, shape in layout]
+        if sum(sizes) != values.size or any(size < 0 for size in sizes):
+            raise PayloadError(f"the layout holds {sum(sizes)} values, the envelope {values.size}")
+        parts = np.split(values, np.cumsum(sizes)[:-1]) if sizes else []
+        return Payload(
+            kind=header["kind"],
+            run=str(header["run"]),
+            round=int(header["round"]),
+            client=str(header["client"]),
+            samples=int(header["samples"]),
+            basis=str(header["basis"]),
+            numbers={str(key): float(value) for key, value in header["numbers"].items()},
+            tensors={name: part.reshape(shape) for (name, shape), part in zip(layout, parts, strict=True)},
+        )
+    except (KeyError, TypeError, AttributeError, zlib.error) as error:
+        raise PayloadError(f"a broken envelope header: {type(error).__name__}: {error}") from error
+
+
+def _header(data: bytes) -> dict[str, Any]:
+    length = int.from_bytes(data[:8], "little")
+    if length > len(data) - 8:
+        raise ValueError(f"the header claims {length} bytes")
+    header = json.loads(data[8 : 8 + length])["__metadata__"]["fedsb"]
+    parsed = json.loads(header)
+    if not isinstance(parsed, dict):
+        raise ValueError("the header is no table")
+    return parsed
+
+
+def _layout(packed: str) -> list[tuple[str, tuple[int, ...]]]:
+    inflate = zlib.decompressobj()
+    text = inflate.decompress(base64.b64decode(packed), LAYOUT_LIMIT)
+    if inflate.unconsumed_tail:
+        raise PayloadError(f"a layout above {LAYOUT_LIMIT} bytes")
+    return [(str(name), tuple(int(axis) for axis in shape)) for name, shape in json.loads(text)]

@@ -1,0 +1,148 @@
+"""The server's doorkeeper: an update is checked before it is averaged, and a bad one is dropped with its reason.
+
+The round goes on with the others while `min_clients` good updates are there.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from fedsb.adapters.basis import basis_hash
+from fedsb.config import ServerConfig
+from fedsb.errors import RunError
+from fedsb.federation.payload import Arrays, Payload, PayloadError, unpack
+from fedsb.federation.tensors import to_arrays, to_tensors
+from fedsb.methods.contract import Method, State, Update
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """What a good update must be."""
+
+    run: str
+    round: int
+    basis: str
+    shapes: Mapping[str, tuple[int, ...]]  # name -> shape of each tensor that goes up
+    reference: Arrays  # what the server sent: an update's norm is that of its change against it
+    weighting: Literal["samples", "uniform"] = "samples"
+    norm_factor: float = 30.0  # an update whose change is so many times the cohort's median is dropped; inf: never
+    min_clients: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dropped:
+    client: str
+    reason: str
+
+
+def rules(method: Method, state: State, server: ServerConfig, run: str) -> Rules:
+    """The rules of the round that starts at `state`."""
+    message = method.broadcast(state)
+    tensors = method.receive(state.common, message, {})
+    sent, _ = method.upload(tensors, tensors)
+    return Rules(
+        run=run,
+        round=state.round,
+        basis=basis_hash(state.common),
+        shapes={name: tuple(tensor.shape) for name, tensor in sent.items()},
+        reference=to_arrays(message),
+        weighting=server.weighting,
+        norm_factor=server.norm_factor,
+        min_clients=server.min_clients,
+    )
+
+
+def admit(replies: Sequence[tuple[str, bytes]], rules: Rules) -> tuple[list[Update], list[Dropped]]:
+    """The good updates, and the bad ones with their reasons, from (client, envelope) pairs of one round.
+
+    Raises RunError when fewer than `min_clients` are good.
+    """
+    good: list[Payload] = []
+    dropped: list[Dropped] = []
+    for client, data in replies:
+        try:
+            payload = unpack(data)
+        except PayloadError as error:
+            dropped.append(Dropped(client=client, reason=str(error)))
+            continue
+        reason = fault(client, payload, rules)
+        if reason is None and any(payload.client == other.client for other in good):
+            reason = "sent a second update in this round"
+        if reason is None:
+            good.append(payload)
+        else:
+            dropped.append(Dropped(client=client, reason=reason))
+    good, outliers = _within_norm(good, rules)
+    dropped += outliers
+    if len(good) < rules.min_clients:
+        reasons = "; ".join(f"{drop.client}: {drop.reason}" for drop in dropped) or "no client replied"
+        raise RunError(
+            f"round {rules.round}: {len(good)} good updates, server.min_clients asks for {rules.min_clients} ({reasons})"
+        )
+    return [_update(payload, rules) for payload in good], dropped
+
+
+def fault(client: str, payload: Payload, rules: Rules) -> str | None:
+    """Why this update must not be averaged; None for a good one."""
+    claims = (
+        ("kind", payload.kind, "update"),
+        ("client", payload.client, client),
+        ("run", payload.run, rules.run),
+        ("round", payload.round, rules.round),
+        ("basis", payload.basis, rules.basis),
+    )
+    for what, value, wanted in claims:
+        if value != wanted:
+            return f"its {what} is {value!r}, this round's is {wanted!r}"
+    if payload.samples <= 0:
+        return f"claims {payload.samples} samples"
+    missing, extra = rules.shapes.keys() - payload.tensors.keys(), payload.tensors.keys() - rules.shapes.keys()
+    if missing or extra:
+        return f"wrong keys: {_some('missing', missing)}{_some('unknown', extra)}".strip()
+    for name, array in payload.tensors.items():
+        if array.shape != rules.shapes[name]:
+            return f"{name!r} has shape {array.shape}, wanted {rules.shapes[name]}"
+        if not np.isfinite(array).all():
+            return f"{name!r} holds {int((~np.isfinite(array)).sum())} values that are NaN or infinite"
+    return None
+
+
+def change_norm_l2(payload: Payload, reference: Arrays) -> float:
+    """L2 norm, over all tensors, of what the client changed; of the tensor itself where the server sent none."""
+    squares = (
+        np.square(array.astype(np.float64) - reference.get(name, np.float32(0))).sum()
+        for name, array in payload.tensors.items()
+    )
+    return float(np.sqrt(sum(squares)))
+
+
+def _update(payload: Payload, rules: Rules) -> Update:
+    weight = float(payload.samples) if rules.weighting == "samples" else 1.0
+    return Update(client=payload.client, weight=weight, tensors=to_tensors(payload.tensors))
+
+
+def _within_norm(good: list[Payload], rules: Rules) -> tuple[list[Payload], list[Dropped]]:
+    if len(good) < 2:
+        return good, []
+    norms = [change_norm_l2(payload, rules.reference) for payload in good]
+    limit = rules.norm_factor * statistics.median_low(norms)
+    outliers = [
+        Dropped(
+            client=payload.client,
+            reason=f"its change has norm {norm:.3g}, over {rules.norm_factor:g} times the cohort's median "
+            f"{statistics.median_low(norms):.3g} (server.norm_factor)",
+        )
+        for payload, norm in zip(good, norms, strict=True)
+        if norm > limit > 0
+    ]
+    names = {drop.client for drop in outliers}
+    return [payload for payload in good if payload.client not in names], outliers
+
+
+def _some(what: str, names: set[str]) -> str:
+    return f"{what} {', '.join(sorted(names)[:3])}{' and more' if len(names) > 3 else ''}; " if names else ""

@@ -1,0 +1,47 @@
+"""The methods, by name. One short file each; `contract.py` says what a method is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Any
+
+from fedsb.errors import UserError, did_you_mean
+from fedsb.methods.contract import Method
+from fedsb.methods.priced import FedExLoRA, FFALoRA, FLoRA
+
+GROUP = "fedsb.methods"
+
+
+@cache
+def method_types() -> dict[str, type[Method]]:
+    """Every method that can be trained, ours and third parties', from the entry-point group `fedsb.methods`."""
+    found: dict[str, type[Method]] = {}
+    for point in entry_points(group=GROUP):
+        loaded = point.load()
+        if not (isinstance(loaded, type) and issubclass(loaded, Method)):
+            raise UserError(f"entry point {point.name!r} ({point.value}) is no fedsb.methods.contract.Method")
+        found[point.name] = loaded
+    return found
+
+
+def priced_types() -> dict[str, type[Method]]:
+    """Every method whose traffic is known, those that cannot be trained here included."""
+    known: dict[str, type[Method]] = {cls.facts.id: cls for cls in (FFALoRA, FedExLoRA, FLoRA)}
+    return {**known, **method_types()}
+
+
+def method_type(name: str) -> type[Method]:
+    """Raises UserError, with the nearest name, for a method that there is not."""
+    methods = method_types()
+    if name in methods:
+        return methods[name]
+    if name in priced_types():
+        raise UserError(f"method {name!r} can be priced but not trained in this version; {did_you_mean('', methods)}")
+    raise UserError(f"unknown method {name!r}; {did_you_mean(name, methods)}")
+
+
+def build_method(name: str, options: Mapping[str, Any]) -> Method:
+    """The method of a checked configuration."""
+    return method_type(name)(**options)

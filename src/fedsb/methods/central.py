@@ -1,0 +1,29 @@
+"""Central: all data in one place. The control that shows what federation costs; for simulation only.
+
+    one client holds every client's rows and takes as many steps as they would together.
+
+Shapes as in fed-sb (`adapter = "core"`) or fedit (`adapter = "factors"`). Nothing travels but the data themselves,
+which is what federation is there to avoid.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from fedsb.methods.contract import Facts
+from fedsb.methods.control import Control
+
+
+@dataclass(frozen=True, kw_only=True)
+class Central(Control):
+    facts: ClassVar[Facts] = Facts(
+        id="central",
+        paper="a control: no federation, all data in one place",
+        travels="every row of every client",
+        adapter=None,
+        exact=True,
+        sum_only=True,
+        dp_noise="linear",
+        pools_data=True,
+    )

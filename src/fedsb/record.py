@@ -1,0 +1,319 @@
+"""The run directory: manifest, ledgers, atomic checkpoints, and how a run is taken up again.
+
+    manifest.json  rounds.jsonl  traffic.jsonl  common.safetensors  checkpoints/round-0007/  clients/<name>/  adapter/
+
+A checkpoint is a folder written under a temporary name, flushed to disk, and renamed: it is there whole or not at all.
+Its rename is what finishes a round; rows of the ledgers and clients' states of a later round are left from a run that
+was cut off, and are dropped when it is taken up again. Everything is safetensors or JSON; nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load, save
+
+from fedsb.adapters.adapted import Tensors
+from fedsb.engines import Sent
+from fedsb.errors import RunError, UserError
+from fedsb.federation.tensors import under, within
+from fedsb.methods.contract import State
+
+PREFIX = "round-"
+
+
+class Record:
+    """A run directory, held by this process alone while it is open."""
+
+    def __init__(self, folder: Path, manifest: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self.manifest = dict(manifest)
+        self.skipped: list[str] = []  # torn or foreign checkpoints, with the reason
+        self._lock: IO[str] | None = None
+
+    @property
+    def run(self) -> str:
+        """The run's id: its messages and checkpoints carry it."""
+        return str(self.manifest["run"])
+
+    @classmethod
+    def create(cls, folder: Path, manifest: Mapping[str, Any]) -> Record:
+        """Makes the directory. Raises UserError where there is a run already."""
+        refuse_existing(folder)
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            record = cls(folder, manifest)
+            record._hold()
+            record.save_manifest({})
+        return record
+
+    @classmethod
+    def open(cls, folder: Path) -> Record:
+        """Takes up an existing directory. Raises UserError where there is none, or another process holds it."""
+        record = cls(folder, read_manifest(folder))
+        record._hold()
+        return record
+
+    def __enter__(self) -> Record:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    # --- the life of a run ---
+
+    def start(self, state: State, sent: Sequence[Sent]) -> None:
+        """Writes what is there before the first round."""
+        self.append("traffic.jsonl", [asdict(each) for each in sent])
+        write_atomic(self.folder / "common.safetensors", save(_contiguous(state.common)))
+        self.checkpoint(state, keep=1)
+
+    def take_up(self, round: int) -> dict[str, Tensors]:
+        """Drops what a run that was cut off left behind `round`; gives back the clients' own states as of then."""
+        self._roll_back(round)
+        return self._clients(round)
+
+    def round(
+        self, state: State, row: Mapping[str, Any], sent: Sequence[Sent], kept: Mapping[str, Tensors], *, keep: int
+    ) -> None:
+        """Finishes a round. The checkpoint is written last: until it is there, the round did not happen."""
+        for name, tensors in kept.items():
+            if tensors:
+                path = self.folder / "clients" / safe_name(name) / f"{PREFIX}{state.round:04d}.safetensors"
+                write_atomic(path, save(_contiguous(tensors), metadata={"client": name}))
+        self.append("traffic.jsonl", [asdict(each) for each in sent])
+        self.append("rounds.jsonl", [row])
+        self.checkpoint(state, keep)
+
+    def check_data(self, tables: Mapping[str, Any]) -> None:
+        """Raises UserError where a run that is taken up would go on with other data."""
+        for name, table in self.manifest.get("data", {}).items():
+            if table["fingerprint"] != tables.get(name, {}).get("fingerprint"):
+                raise UserError(
+                    f"the {name} data of {self.folder} have changed since the run was started (they were "
+                    f"{table['rows']} rows of {table['origin']}); put them back, or start a new run"
+                )
+
+    # --- writing ---
+
+    def save_manifest(self, more: Mapping[str, Any]) -> None:
+        self.manifest |= more
+        write_atomic(self.folder / "manifest.json", json.dumps(self.manifest, indent=1, default=str).encode())
+
+    def append(self, ledger: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Adds rows to rounds.jsonl or traffic.jsonl, on disk when this returns."""
+        with disk_errors(self.folder), (self.folder / ledger).open("a") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def checkpoint(self, state: State, keep: int) -> None:
+        """Finishes a round: after this returns, the run resumes behind it. Older checkpoints but `keep` are deleted."""
+        content = save(_contiguous({**under("tensors", state.tensors), **under("server", state.server)}))
+        facts = {"run": self.run, "round": state.round, "sha256": hashlib.sha256(content).hexdigest()}
+        final = self.folder / "checkpoints" / f"{PREFIX}{state.round:04d}"
+        temporary = final.with_name(f".{final.name}.{os.getpid()}")
+        with disk_errors(self.folder):
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            _write(temporary / "state.safetensors", content)
+            _write(temporary / "state.json", json.dumps(facts).encode())
+            shutil.rmtree(final, ignore_errors=True)
+            temporary.rename(final)
+            _flush(final.parent)
+        for old in self._checkpoints()[keep:]:
+            shutil.rmtree(old)
+        self._thin_clients(state.round, keep)
+
+    # --- reading ---
+
+    def latest(self) -> State | None:
+        """The state after the last round that was finished whole; None where none was.
+
+        Torn or foreign checkpoints are skipped and named in `skipped`. Raises RunError where checkpoints are there but
+        none can be used.
+        """
+        found = self._checkpoints()
+        for folder in found:
+            try:
+                facts = json.loads((folder / "state.json").read_text())
+                content = (folder / "state.safetensors").read_bytes()
+                if facts["run"] != self.run:
+                    raise ValueError(f"it is of the run {facts['run']!r}, this is {self.run!r}")
+                if hashlib.sha256(content).hexdigest() != facts["sha256"]:
+                    raise ValueError("its sha256 differs from the one it was written with")
+                tensors = load(content)
+                common = load((self.folder / "common.safetensors").read_bytes())
+            except (OSError, ValueError, KeyError, SafetensorError) as error:
+                self.skipped.append(f"checkpoint {folder.name} was skipped: {error}")
+                continue
+            return State(
+                round=int(facts["round"]),
+                tensors=within("tensors", tensors),
+                server=within("server", tensors),
+                common=common,
+            )
+        if found:
+            raise RunError(f"no checkpoint in {self.folder} can be used:\n  " + "\n  ".join(self.skipped))
+        return None
+
+    def _clients(self, round: int) -> dict[str, Tensors]:
+        """Every client's own state as it was after `round` rounds."""
+        states: dict[str, Tensors] = {}
+        for folder in sorted((self.folder / "clients").glob("*")):
+            usable = [path for path in folder.glob(f"{PREFIX}*.safetensors") if _round_of(path) <= round]
+            if usable:
+                with safe_open(max(usable, key=_round_of), "pt") as file:
+                    states[file.metadata()["client"]] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        return states
+
+    def rows(self, ledger: str) -> list[dict[str, Any]]:
+        """The rows of rounds.jsonl or traffic.jsonl; a torn last line is left out."""
+        return read_rows(self.folder / ledger)
+
+    def _roll_back(self, round: int) -> None:
+        """Drops what was written behind the state after `round` rounds, by a run that was cut off."""
+        for ledger in ("rounds.jsonl", "traffic.jsonl"):
+            rows = [row for row in self.rows(ledger) if row["round"] <= round]
+            write_atomic(self.folder / ledger, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        for path in (self.folder / "clients").glob(f"*/{PREFIX}*.safetensors"):
+            if _round_of(path) > round:
+                path.unlink()
+        for path in (self.folder / "checkpoints").glob(".*"):
+            shutil.rmtree(path)
+
+    # --- the inside ---
+
+    def _checkpoints(self) -> list[Path]:
+        """Newest first."""
+        return sorted((self.folder / "checkpoints").glob(f"{PREFIX}*"), key=_round_of, reverse=True)
+
+    def _thin_clients(self, round: int, keep: int) -> None:
+        """Of each client's states, keeps those that the kept checkpoints may need."""
+        oldest = round - keep + 1
+        for folder in (self.folder / "clients").glob("*"):
+            states = sorted(folder.glob(f"{PREFIX}*.safetensors"), key=_round_of)
+            needed = [path for path in states if _round_of(path) <= oldest][-1:]
+            for path in states:
+                if _round_of(path) <= oldest and path not in needed:
+                    path.unlink()
+
+    def _hold(self) -> None:
+        """Takes the lock, which the system lets go with the process: a stale one cannot be."""
+        self._lock = (self.folder / "lock").open("a+")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"{self.folder} is in use by another fedsb process; wait for it, or end it") from error
+
+
+def refuse_existing(folder: Path) -> None:
+    """Raises UserError where there is a run already: nothing is ever overwritten."""
+    if (folder / "manifest.json").exists():
+        raise UserError(
+            f"{folder} holds a run already: take it up with `fedsb resume {folder}`, or give another name "
+            "(--set name=other)"
+        )
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Raises UserError where `folder` is no run directory."""
+    try:
+        manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        there = sorted(path.parent.name for path in folder.parent.glob("*/manifest.json"))
+        raise UserError(
+            f"{folder} is no run directory; runs in {folder.parent}: {', '.join(there) or 'none'}"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / 'manifest.json'} cannot be read: {error}") from error
+    return manifest
+
+
+def read_result(folder: Path) -> dict[str, Any] | None:
+    """What a finished run says at its end; None for one that is not finished."""
+    try:
+        result: dict[str, Any] = json.loads((folder / "result.json").read_text())
+    except FileNotFoundError:
+        return None
+    return result
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a ledger; a torn last line is left out."""
+    rows: list[dict[str, Any]] = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Writes a file under a temporary name, flushes it to disk and renames it: it is there whole or not at all."""
+    with disk_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            _write(temporary, content)
+            temporary.replace(path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+        _flush(path.parent)
+
+
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Turns what a disk refuses into a message that says what is kept and how to go on."""
+    try:
+        yield
+    except OSError as error:
+        what = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else str(error)
+        raise RunError(
+            f"cannot write below {folder}: {what}. What was finished is kept: make room, then `fedsb resume`"
+        ) from error
+
+
+def safe_name(client: str) -> str:
+    """A folder name for a client: its own where that is harmless, else with a hash in place of what is not."""
+    kept = "".join(c if c.isalnum() or c in " ._-" else "_" for c in client).strip(" .")
+    return kept if kept == client else f"{kept}-{hashlib.sha256(client.encode()).hexdigest()[:8]}"
+
+
+def _write(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _flush(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _round_of(path: Path) -> int:
+    return int(path.name.removeprefix(PREFIX).split(".")[0])
+
+
+def _contiguous(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key: tensor.detach().contiguous().cpu() for key, tensor in tensors.items()}

@@ -1,0 +1,147 @@
+"""A run, top to bottom: the clients, the basis, the rounds, and the adapter at the end.
+
+`run` starts a run and `resume` takes one up again; both are the same loop, started at another round.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+from fedsb.config import Choice, Config, Loaded, difference, load_config
+from fedsb.draws import generator
+from fedsb.engines import Engine
+from fedsb.engines.embedded import EmbeddedEngine
+from fedsb.environment import versions
+from fedsb.errors import UserError
+from fedsb.federation.server import admit, rules
+from fedsb.interrupts import Interrupts
+from fedsb.methods import build_method
+from fedsb.methods.averaging import ServerOptimizer
+from fedsb.methods.contract import Method
+from fedsb.outcome import describe_start, export, finish, round_row
+from fedsb.record import Record, read_manifest, refuse_existing
+
+
+class Display(Protocol):
+    """Who watches a run: the terminal, a notebook, nobody."""
+
+    def settings(self, choices: Sequence[Choice]) -> None: ...
+    def note(self, text: str) -> None: ...
+    def round(self, row: Mapping[str, Any], rounds: int) -> None: ...
+
+
+class Silent:
+    """Watches without a word."""
+
+    def settings(self, choices: Sequence[Choice]) -> None: ...
+    def note(self, text: str) -> None: ...
+    def round(self, row: Mapping[str, Any], rounds: int) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """Where a finished run is, and its last score."""
+
+    folder: Path
+    score: float | None
+    adapter: Path
+
+
+def run(loaded: Loaded, display: Display | None = None) -> Result:
+    """Runs a configuration from the start, in a new run directory.
+
+    Raises:
+        UserError: anything wrong with the settings, the data or the model, before any training.
+        RunError: a run that cannot go on; its last finished round is on disk.
+        KeyboardInterrupt: Ctrl-C or SIGTERM, after what was being written is on disk.
+    """
+    config = loaded.config
+    folder = Path(config.out) / config.name
+    refuse_existing(folder)
+    run_id = uuid.uuid4().hex[:12]
+    engine = EmbeddedEngine(config, method_of(config), run_id)
+    manifest = {
+        "fedsb": versions()["fedsb"],
+        "run": run_id,
+        "name": config.name,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "config": config.model_dump(mode="json"),
+        "origin": dict(loaded.origin),
+    }
+    return _federate(loaded, engine, Record.create(folder, manifest), display or Silent())
+
+
+def resume(folder: Path, display: Display | None = None, changed: Loaded | None = None) -> Result:
+    """Takes up a run behind its last finished round; the outcome is that of a run that was never cut off.
+
+    Raises UserError where `changed`, a configuration to compare with, or the data differ from the run's own.
+    """
+    manifest = read_manifest(folder)
+    loaded = Loaded(config=load_config(manifest["config"]).config, origin=manifest["origin"])
+    if changed is not None and (lines := difference(manifest["config"], changed.config.model_dump(mode="json"))):
+        raise UserError(
+            f"{folder} was started with other settings. Resume it without them, or start a new run:\n  "
+            + "\n  ".join(lines)
+        )
+    record = Record.open(folder)
+    engine = EmbeddedEngine(loaded.config, method_of(loaded.config), record.run)
+    return _federate(loaded, engine, record, display or Silent())
+
+
+def _federate(loaded: Loaded, engine: EmbeddedEngine, record: Record, display: Display) -> Result:
+    config, method = loaded.config, engine.method
+    server = ServerOptimizer(**config.server.optimizer_settings)
+    with record, Interrupts().installed() as interrupts:
+        record.check_data(engine.data.tables)
+        choices = [*loaded.choices(), *engine.choices]
+        display.settings(choices)
+
+        state = record.latest()
+        if state is None:
+            basis, sent = engine.build_basis(method)
+            state = method.start(engine.shapes, basis, engine.head, config.seed)
+            before = engine.score(method, state, {})
+            record.save_manifest(describe_start(config, method, engine, basis, state, choices, before))
+            record.start(state, sent)
+        for torn in record.skipped:
+            display.note(torn)
+        kept = record.take_up(state.round)  # what clients keep to themselves
+
+        for round in range(state.round, config.rounds):
+            started = time.monotonic()
+            cohort = sample(engine, round, config)
+            replies = engine.train(method, state, cohort, kept)
+            updates, dropped = admit(replies.envelopes, rules(method, state, config.server, record.run))
+            state = method.aggregate(state, updates, server)
+            kept |= replies.kept
+            due = state.round % config.eval.every == 0 or state.round == config.rounds
+            score = engine.score(method, state, kept) if due else None
+            row = round_row(state, cohort, replies, dropped, score, time.monotonic() - started)
+            with interrupts.hold():
+                record.round(state, row, replies.sent, replies.kept, keep=config.keep_checkpoints)
+            display.round(row, config.rounds)
+
+        sites = engine.score_sites(method, state, kept)
+        adapter = export(config, method, engine, state, kept, record)
+        score_at_end = finish(record, engine, sites, adapter)
+    return Result(folder=record.folder, score=score_at_end, adapter=adapter)
+
+
+def method_of(config: Config) -> Method:
+    return build_method(config.method.name, config.method.options)
+
+
+def sample(engine: Engine, round: int, config: Config) -> list[str]:
+    """The clients of a round: all, or a draw keyed by (seed, round)."""
+    names = [site.name for site in engine.sites]
+    wanted = config.server.clients_per_round
+    if wanted is None or wanted >= len(names):
+        return names
+    chosen = generator(config.seed, "cohort", round).permutation(len(names))[:wanted]
+    return [names[i] for i in sorted(chosen)]

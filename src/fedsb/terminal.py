@@ -1,0 +1,163 @@
+"""What a person sees: the table of settings, the live table of rounds, the summary at the end. All on stderr but tables."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from fedsb.charts import bytes_text, score_text, seconds_text
+from fedsb.config import Choice
+
+COLUMNS = ("round", "loss", "score", "up", "down", "seconds", "left", "dropped")
+
+
+class Terminal:
+    """Watches a run: a table that grows by a row a round; on anything but a terminal, a line a round."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.console = Console(stderr=quiet, highlight=False)
+        self.quiet = quiet
+        self.rows: list[list[str]] = []
+        self.live: Live | None = None
+        self.started = time.monotonic()
+        self.first_round = 0
+
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.live is not None:
+            self.live.stop()
+
+    def settings(self, choices: Sequence[Choice]) -> None:
+        """Every resolved setting with its reason; a later choice replaces an earlier one of the same name."""
+        if self.quiet:
+            return
+        table = Table(
+            "setting", "value", "reason", title="Settings", title_justify="left", box=None, padding=(0, 2, 0, 0)
+        )
+        for choice in {choice.key: choice for choice in choices}.values():
+            if choice.value is not None or choice.reason != "default":
+                table.add_row(choice.key, str(choice.value), choice.reason)
+        self.console.print(table)
+
+    def note(self, text: str) -> None:
+        self.console.print(text)
+        self.started = time.monotonic()
+
+    def round(self, row: Mapping[str, Any], rounds: int) -> None:
+        self.first_round = self.first_round or row["round"]
+        done = row["round"] - self.first_round + 1
+        left = (time.monotonic() - self.started) / done * (rounds - row["round"])
+        metric = "" if row["score"] is None else f"{row['score']:.4f}"
+        cells = [
+            f"{row['round']}/{rounds}",
+            "" if row["loss"] is None else f"{row['loss']:.4f}",
+            metric,
+            bytes_text(row["up_bytes"]),
+            bytes_text(row["down_bytes"]),
+            f"{row['seconds']:.1f}",
+            seconds_text(left),
+            "; ".join(f"{drop['client']}: {drop['reason']}" for drop in row["dropped"]),
+        ]
+        self.rows.append(cells)
+        if self.console.is_terminal:
+            if self.live is None:
+                self.live = Live(console=self.console, auto_refresh=False)
+                self.live.start()
+            self.live.update(self._table(), refresh=True)
+        else:
+            named = [f"{name} {cell}" for name, cell in zip(COLUMNS, cells, strict=True) if cell]
+            self.console.print("  ".join(named), soft_wrap=True)
+
+    def _table(self) -> Table:
+        table = Table(*COLUMNS, box=None, padding=(0, 2, 0, 0))
+        for cells in self.rows[-self.console.height + 4 :]:
+            table.add_row(*cells)
+        return table
+
+
+def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Rows of one shape, as a table on stdout."""
+    console = Console(highlight=False)
+    table = Table(*rows[0], box=None, padding=(0, 2, 0, 0))
+    for row in rows:
+        table.add_row(*(_cell(value) for value in row.values()))
+    console.print(table)
+
+
+def print_summary(folder: Path, found: Mapping[str, Any]) -> None:
+    """The headline of a run: score, bytes, adapter."""
+    from fedsb.record import read_manifest, read_result
+
+    console = Console(highlight=False, soft_wrap=True)
+    manifest, result = read_manifest(folder), read_result(folder)
+    show = score_text(found["metric"])
+    state = "finished" if found["finished"] else f"{found['rounds']} of {found['rounds_planned']} rounds"
+    console.print(f"\n{found['name']}: {state}")
+    if found["score"] is not None:
+        against = [f"before federation {show(found['before'])}"] if found["before"] is not None else []
+        against += [f"majority class {show(found['majority'])}"] if found["majority"] is not None else []
+        console.print(
+            f"  {found['metric']:<16}{show(found['score'])}" + (f"  ({', '.join(against)})" if against else "")
+        )
+    totals = found["bytes"]["federation"]["with_head"]
+    console.print(
+        "  bytes sent      "
+        + f"{bytes_text(totals['total'])} in all: one-off {bytes_text(totals['one_off'])}, up {bytes_text(totals['up'])}, "
+        + f"down {bytes_text(totals['down'])}"
+    )
+    for price in manifest.get("prices", []):
+        if not price["this_run"] and price["label"].startswith(("fedit", "flora")) and totals["total"]:
+            console.print(
+                f"    {price['label']:<16} would have sent {bytes_text(price['total_bytes'])} for the planned rounds"
+            )
+    if result:
+        console.print(f"  adapter         {result['adapter']}")
+        console.print(f"  report          {folder / 'report.html'}")
+        console.print("\nLoad it:\n\n" + "\n".join("    " + line for line in result["load"].splitlines()) + "\n")
+
+
+def print_estimate(found: Mapping[str, Any]) -> None:
+    """What `fedsb check` prints."""
+    console = Console(highlight=False)
+    Terminal().settings([Choice(**choice) for choice in found["settings"]])
+    table = Table(
+        "method",
+        "one-off",
+        "up",
+        "down",
+        "total",
+        "without head",
+        title="\nBytes, the whole federation, all rounds",
+        title_justify="left",
+        box=None,
+        padding=(0, 2, 0, 0),
+    )
+    for price in found["prices"]:
+        label = f"{price['label']}  <- this run" if price["this_run"] else price["label"]
+        keys = ("one_off_bytes", "up_bytes", "down_bytes", "total_bytes", "total_bytes_without_head")
+        table.add_row(label, *(bytes_text(price[key]) for key in keys))
+    console.print(table)
+    one = found["values_a_client_a_round"]
+    console.print(
+        f"\nA client, a round: {one['up']:,} values up, {one['down']:,} down (of these the head {one['head']:,}); "
+        f"once: {one['one_off']:,}"
+    )
+    console.print(f"Memory: about {bytes_text(found['memory_bytes'])} ({found['memory_reason']})")
+    console.print(f"Time: about {seconds_text(found['seconds'])} ({found['seconds_reason']})")
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
