@@ -47,12 +47,19 @@ def main() -> None:
         for name, (_, rates) in CONTENDERS.items()
     }
     final = [
-        Cell(f"test {name} seed {seed}", "trec", {**common, **what, "data.test": test, "seed": seed, "train.lr": best[name]})
+        Cell(
+            f"test {name} seed {seed}",
+            "trec",
+            {**common, **what, "data.test": test, "seed": seed, "train.lr": best[name]},
+        )
         for seed in SEEDS
         for name, (what, _) in CONTENDERS.items()
     ]
     done = run_cells(final, HERE / "results.json")
-    lines = ["| method | lr | accuracy, mean ± sd of 3 seeds | one-off | up | down | total |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| method | lr | accuracy, mean ± sd of 3 seeds | one-off | up | down | total |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for name in CONTENDERS:
         cells = [done[f"test {name} seed {seed}"] for seed in SEEDS]
         counted = cells[0]["bytes"]["federation"]["with_head"]
@@ -70,9 +77,8 @@ def find(folder: Path, name: str) -> Path:
 
 
 def read(path: Path) -> list[str]:
-    opened = gzip.open(path, "rt") if path.suffix == ".gz" else path.open()
-    with opened as file:
-        return file.readlines()
+    text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    return text.decode().splitlines(keepends=True)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,7 +29,7 @@ ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="A TOML fi
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, such as runs/quickstart.")]
 
 
-class Listed(str, Enum):
+class Listed(StrEnum):
     methods = "methods"
     recipes = "recipes"
     tasks = "tasks"
@@ -73,11 +73,11 @@ def check(config: ConfigArgument, overrides: Set = [], as_json: Json = False) ->
 @app.command()
 def run(config: ConfigArgument, overrides: Set = [], as_json: Json = False) -> None:  # noqa: B006
     """Run a federation, from the start to the adapter."""
-    from fedsb.run import run as start
+    from fedsb.run import federate
 
     loaded = _load(config, overrides)
     with _watched(as_json) as display:
-        result = start(loaded, display)
+        result = federate(loaded, display)
     _print_result(result.folder, as_json)
 
 

@@ -1,4 +1,4 @@
-"""A run's settings: TOML <-> frozen pydantic models. Unknown keys are errors with a suggestion; all errors come at once."""
+"""A run's settings: TOML <-> frozen pydantic models. Unknown keys get a suggestion; all errors come at once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from fedsb.errors import ConfigErrors, UserError, did_you_mean
+from fedsb.errors import ConfigError, UserError, did_you_mean
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -205,7 +205,7 @@ class Loaded:
 def load_config(source: Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Loaded:
     """Reads a TOML file (or a dict) and `--set key=value` overrides.
 
-    Raises ConfigErrors with every fault at once: unknown keys and methods with the nearest name, wrong types, values
+    Raises ConfigError with every fault at once: unknown keys and methods with the nearest name, wrong types, values
     out of range.
     """
     raw, label = (_read_toml(source), source.name) if isinstance(source, Path) else (dict(source), "dict")
@@ -227,7 +227,7 @@ def load_config(source: Path | Mapping[str, Any], overrides: Sequence[str] = ())
     if isinstance(section, dict):
         faults += method_faults(section)
     if faults or config is None:
-        raise ConfigErrors(faults)
+        raise ConfigError(faults)
     return Loaded(config=config, origin=origin)
 
 

@@ -10,7 +10,7 @@ class UserError(ValueError):
     """The input is at fault: the message says what happened, with which value, and what to do."""
 
 
-class ConfigErrors(UserError):
+class ConfigError(UserError):
     """Every fault of a configuration, shown together."""
 
     def __init__(self, faults: Sequence[str]) -> None:

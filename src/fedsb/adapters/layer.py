@@ -92,7 +92,7 @@ def base_weight(base: nn.Module) -> Tensor:
 def linear_shape(base: nn.Module) -> tuple[int, int]:
     """(m, n) = (out, in) of a linear layer."""
     if is_conv1d(base):
-        n, m = base.weight.shape  # type: ignore[union-attr,misc]
+        n, m = base.weight.shape  # type: ignore[misc]
         return int(m), int(n)
     return int(base.out_features), int(base.in_features)  # type: ignore[arg-type]
 

@@ -49,10 +49,17 @@ class Score:
 class Engine(Protocol):
     """The clients, their data and the base model, wherever they are."""
 
-    sites: Sequence[Site]
-    shapes: Shapes
-    head: Tensors
-    choices: Sequence[Choice]
+    @property
+    def sites(self) -> Sequence[Site]: ...
+
+    @property
+    def shapes(self) -> Shapes: ...
+
+    @property
+    def head(self) -> Tensors: ...
+
+    @property
+    def choices(self) -> Sequence[Choice]: ...
 
     def build_basis(self, method: Method) -> tuple[Basis | None, Sequence[Sent]]: ...
 

@@ -63,9 +63,7 @@ class EmbeddedEngine:
         self.cohort_size, reason = self._choose_cohort_size()
         self.choices = (
             *self.base.choices,
-            Choice(
-                key="model.targets", value=f"{len(targets)} layers", reason=f"model.targets = {config.model.targets!r}"
-            ),
+            targets_choice(config, targets),
             *self.data.choices,
             Choice(key="engine.cohort_size", value=self.cohort_size, reason=reason),
         )
@@ -143,12 +141,14 @@ class EmbeddedEngine:
                 )
             )
             envelopes.append((after.name, update))
+            if method.facts.pools_data:
+                continue  # the data are where the server is: nothing travels
             for data, direction in ((envelope, "down"), (update, "up")):
                 sent.append(self._count(data, state.round + 1, after.name, direction))
         return Replies(envelopes=envelopes, kept=keep, losses={m.name: m.loss for m in trained}, sent=sent)
 
     def score(self, method: Method, state: State, kept: Mapping[str, Tensors]) -> Score | None:
-        """The metric on the test rows: of the global model, or the mean over the clients' own. None without test rows."""
+        """The metric on the test rows, of the global model or the mean over the clients' own; None without rows."""
         if not self.data.test:
             return None
         if method.facts.global_model:
@@ -160,7 +160,7 @@ class EmbeddedEngine:
         return Score(value=sum(values.values()) / len(values), count=len(self.data.test), by_client=values)
 
     def score_sites(self, method: Method, state: State, kept: Mapping[str, Tensors]) -> dict[str, Score]:
-        """Each client's held-out rows, by the global model or by its own; clients that never took part by the global."""
+        """The metric on each client's held-out rows, by its own model or the global one; unseen clients included."""
         scores: dict[str, Score] = {}
         for site in self.data.sites:
             if site.held_out and (method.facts.global_model or not site.unseen):
@@ -248,6 +248,11 @@ class EmbeddedEngine:
         finally:
             self.adapted.routing.rows = None
         return None
+
+
+def targets_choice(config: Config, targets: Sequence[str]) -> Choice:
+    reason = f"model.targets = {config.model.targets!r}"
+    return Choice(key="model.targets", value=f"{len(targets)} layers", reason=reason)
 
 
 def local_training(config: Config, *, clients: int = 1) -> LocalTraining:

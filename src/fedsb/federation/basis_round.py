@@ -86,9 +86,11 @@ def build_basis(
     if config.share_samples:
         probe = {site.name: draw_samples(site, sites, config.share_samples, seed) for site in sites}
         captured = captured_share(adapted, task, head, basis, probe, batch_size, config.budget_mib << 20)
+    values = basis_values(config, method, adapted.shapes)
     return replace(
         basis,
-        **basis_values(config, method, adapted.shapes),
+        up=values["up"],
+        down=values["down"],
         captured=captured,
         seconds=time.monotonic() - started,
         peak_memory_bytes=peak_memory_bytes(),

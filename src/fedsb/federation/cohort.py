@@ -63,7 +63,7 @@ def train_together(
     start = 0
     for end in sorted(set(steps.values())):  # a stage: the steps that the same clients take together
         running = [m for m in now.values() if steps[m.name] > start]
-        moments = {key: torch.stack([m.moments[key] for m in running]) for key in running[0].moments}
+        moments = _join_moments([m.moments for m in running])
         adapted.load(join_tensors(adapted, [m.tensors for m in running]), trainable=trainable)
         losses: list[list[float]] = []
         for step in range(start, end):
@@ -90,6 +90,15 @@ def join_tensors(adapted: AdaptedModel, clients: Sequence[Tensors]) -> Tensors:
     return {
         key: first if adapted.is_basis(key) else torch.stack([tensors[key] for tensors in clients])
         for key, first in clients[0].items()
+    }
+
+
+def _join_moments(clients: Sequence[Tensors]) -> Tensors:
+    """Stacks the clients' moments; zeros stand for those of a client that has none yet."""
+    like = {key: value for moments in clients for key, value in moments.items()}
+    return {
+        key: torch.stack([moments.get(key, torch.zeros_like(value)) for moments in clients])
+        for key, value in like.items()
     }
 
 

@@ -19,7 +19,7 @@ Tensors = dict[str, Tensor]
 
 
 def clip_by_client(gradients: Mapping[str, Tensor], clip_norm_l2: float) -> Tensor:
-    """Scales each client's gradients, in place, to an L2 norm of at most `clip_norm_l2`; returns the norms before, (K,)."""
+    """Scales each client's gradients, in place, to an L2 norm of at most `clip_norm_l2`; returns their norms (K,)."""
     norms_K = torch.stack([g.flatten(1).square().sum(1) for g in gradients.values()]).sum(0).sqrt()
     factor_K = (clip_norm_l2 / (norms_K + 1e-6)).clamp(max=1.0)
     for g in gradients.values():

@@ -14,6 +14,7 @@ from fedsb.methods import priced_types
 from fedsb.methods.contract import Method
 
 BYTES_A_VALUE = 4  # float32
+LORA_RANKS, CORE_RANKS = (4, 1), (32, 8)  # that other methods are priced at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,12 +64,12 @@ def price(
 def price_list(
     method: Method, shapes: Shapes, *, head: int, clients: int, rounds: int, basis: Mapping[str, int] | None, sites: int
 ) -> list[Price]:
-    """This run's method first, then every other that sends anything, at its default rank; two-factor ones at rank 1 too."""
+    """This run's method first, then the others, cheapest first: each at LORA_RANKS or CORE_RANKS."""
     mine = price(method, shapes, head=head, clients=clients, rounds=rounds, basis=basis, sites=sites, this_run=True)
     others = [
         cls(rank=rank)
         for name, cls in priced_types().items()
-        for rank in ((cls.__dataclass_fields__["rank"].default, 1) if cls.facts.adapter == "factors" else (32, 8))
+        for rank in (LORA_RANKS if cls.facts.adapter == "factors" else CORE_RANKS)
         if cls.facts.adapter is not None and (name, rank) != (method.facts.id, method.rank)
     ]
     prices = [price(other, shapes, head=head, clients=clients, rounds=rounds) for other in others]

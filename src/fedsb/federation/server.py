@@ -82,7 +82,8 @@ def admit(replies: Sequence[tuple[str, bytes]], rules: Rules) -> tuple[list[Upda
     if len(good) < rules.min_clients:
         reasons = "; ".join(f"{drop.client}: {drop.reason}" for drop in dropped) or "no client replied"
         raise RunError(
-            f"round {rules.round}: {len(good)} good updates, server.min_clients asks for {rules.min_clients} ({reasons})"
+            f"round {rules.round + 1}: {len(good)} good updates, server.min_clients asks for {rules.min_clients} "
+            f"({reasons}). The checkpoint of the last finished round is kept"
         )
     return [_update(payload, rules) for payload in good], dropped
 

@@ -14,7 +14,7 @@ from fedsb.methods.fedit import FedIT
 @dataclass(frozen=True, kw_only=True)
 class Control(Method):
     rank: int = 32
-    adapter: AdapterKind = "core"  # type: ignore[assignment]  # here the user chooses
+    adapter: AdapterKind = "core"  # here the user chooses
 
     @property
     def twin(self) -> Method:

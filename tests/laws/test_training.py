@@ -1,0 +1,286 @@
+"""Laws 4, 5, 6, 7, 9 and 11: whole runs of every method on a tiny model."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import set_all
+from fedsb.config import load_config
+from fedsb.engines.embedded import EmbeddedEngine
+from fedsb.federation.client import draw_batches
+from fedsb.federation.payload import unpack
+from fedsb.methods.contract import State
+from fedsb.record import Record
+from fedsb.run import federate, method_of, resume
+from laws import twins
+
+METHODS = [
+    pytest.param({"name": "fed-sb", "rank": 4}, id="fed-sb"),
+    pytest.param({"name": "fed-sb", "rank": 3, "blocks": 2}, id="fed-sb, two blocks"),
+    pytest.param({"name": "fedit", "rank": 2, "alpha": 6}, id="fedit"),
+    pytest.param({"name": "local", "rank": 3}, id="local"),
+    pytest.param({"name": "local", "rank": 2, "adapter": "factors"}, id="local, factors"),
+    pytest.param({"name": "central", "rank": 3}, id="central"),
+    pytest.param({"name": "central", "rank": 2, "adapter": "factors"}, id="central, factors"),
+]
+
+
+def open_engine(config: dict[str, Any]) -> tuple[EmbeddedEngine, State]:
+    settings = load_config(config).config
+    engine = EmbeddedEngine(settings, method_of(settings), "test")
+    basis, _ = engine.build_basis(engine.method)
+    return engine, engine.method.start(engine.shapes, basis, engine.head, settings.seed)
+
+
+def names(engine: EmbeddedEngine) -> list[str]:
+    return [site.name for site in engine.sites]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_law_4_bytes(tiny_config: dict[str, Any], method: dict[str, Any]) -> None:
+    """Values measured on the serialized envelopes equal traffic(); the envelope adds under 2 kB."""
+    engine, state = open_engine(set_all(tiny_config, method=method))
+    replies = engine.train(engine.method, state, names(engine), {})
+    head = sum(t.numel() for t in engine.head.values())
+    priced = engine.method.traffic(engine.shapes, head=head, clients=len(engine.sites))
+    if engine.method.facts.pools_data:
+        assert not replies.sent  # the rows are already where the training is
+        return
+    assert len(replies.sent) == 2 * len(engine.sites)
+    for sent in replies.sent:
+        assert sent.values == (priced.up if sent.direction == "up" else priced.down) + priced.head
+        assert sent.head_values == priced.head
+        assert sent.bytes == 4 * sent.values
+        assert sent.bytes < sent.wire_bytes < sent.bytes + 2000
+    for name, envelope in replies.envelopes:
+        payload = unpack(envelope)
+        assert payload.client == name
+        assert payload.values == priced.up + priced.head
+
+
+@pytest.mark.parametrize("basis", ["random", "weights", "core", "update-pooled"])
+def test_law_4_bytes_of_a_basis(tiny_config: dict[str, Any], basis: str) -> None:
+    engine, _ = open_engine(set_all(tiny_config, basis={"kind": basis, "share_samples": 0}))
+    made, sent = engine.build_basis(engine.method)
+    assert made is not None
+    for direction, values in (("up", made.up), ("down", made.down)):
+        measured = [each.values for each in sent if each.direction == direction]
+        assert measured == ([values] * len(engine.sites) if values else [])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_law_5_resume_is_bit_exact(tiny_config: dict[str, Any], tmp_path: Path, method: dict[str, Any]) -> None:
+    """Three rounds equal one round, a stop in the middle of the second, a resume and the rest: bit for bit."""
+    train = {**tiny_config["train"], "keep_optimizer": True, "dropout": 0.1, "schedule": "cosine"}
+    server = {"clients_per_round": 2, "optimizer": "momentum"}
+    config = set_all(tiny_config, method=method, train=train, server=server)
+    whole = federate(load_config(set_all(config, out=str(tmp_path / "whole"))))
+
+    class StopAfter:
+        def settings(self, choices: Any) -> None: ...
+        def note(self, text: str) -> None: ...
+        def round(self, row: Any, rounds: int) -> None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        federate(load_config(set_all(config, out=str(tmp_path / "broken"))), StopAfter())
+    folder = tmp_path / "broken" / "tiny"
+    # What a run leaves behind that is killed while it writes its second round:
+    with (folder / "rounds.jsonl").open("a") as file:
+        file.write('{"round": 2, "loss": 99}\n{"round": 3, "lo')
+    (folder / "checkpoints" / ".round-0002.1").mkdir()
+    broken = resume(folder)
+    assert adapter_bytes(whole.folder) == adapter_bytes(broken.folder)
+    assert broken.score == whole.score
+    rows = [Record(path, {}).rows("rounds.jsonl") for path in (whole.folder, broken.folder)]
+    assert [{**row, "seconds": 0} for row in rows[0]] == [{**row, "seconds": 0} for row in rows[1]]
+
+
+def adapter_bytes(folder: Path) -> dict[str, bytes]:
+    files = sorted((folder / "adapter").rglob("*.safetensors"))
+    assert files
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+RELOAD = """
+import sys, json, torch
+sys.modules["fedsb"] = None  # any import of fedsb fails
+from transformers import {auto}
+from peft import PeftModel
+base = {auto}.from_pretrained({base!r}{labels})
+model = PeftModel.from_pretrained(base, {adapter!r}).eval()
+saved = torch.load({inputs!r}, weights_only=True)
+print(float((model(**saved["inputs"]).logits - saved["logits"]).abs().max()))
+"""
+
+
+@pytest.mark.parametrize("model", ["tiny_bert", "tiny_llama", "tiny_gpt2"])
+@pytest.mark.parametrize(
+    "method", [{"name": "fed-sb", "rank": 3, "blocks": 2}, {"name": "fedit", "rank": 2, "alpha": 6}]
+)
+def test_law_6_export_reloads_without_fedsb(
+    tiny_config: dict[str, Any], tmp_path: Path, request: pytest.FixtureRequest, model: str, method: dict[str, Any]
+) -> None:
+    folder = request.getfixturevalue(model)
+    config = set_all(tiny_config, method=method, rounds=2, model={"name": str(folder), "max_tokens": 16})
+    if model != "tiny_bert":
+        config = set_all(config, task={"kind": "text"}, clients={"split": "iid", "count": 3})
+    finished = federate(load_config(config))
+    engine, _ = open_engine(config)
+    record = Record(finished.folder, Record.open(finished.folder).manifest)
+    state = record.latest()
+    assert state is not None
+    inputs, logits = engine.probe(engine.method.model(state))
+    torch.save({"inputs": inputs, "logits": logits}, tmp_path / "probe.pt")
+    classifier = model == "tiny_bert"
+    script = RELOAD.format(
+        auto="AutoModelForSequenceClassification" if classifier else "AutoModelForCausalLM",
+        base=str(folder),
+        labels=", num_labels=3" if classifier else "",
+        adapter=str(finished.adapter),
+        inputs=str(tmp_path / "probe.pt"),
+    )
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert float(ran.stdout) < 1e-5
+
+
+@pytest.mark.parametrize("length", [{"steps": 3}, {"epochs": 1}])
+@pytest.mark.parametrize("method", [p for p in METHODS if "central" not in str(p.id)])
+def test_law_7_together_equals_one_after_another(
+    tiny_config: dict[str, Any], method: dict[str, Any], length: dict[str, int]
+) -> None:
+    """Clients of unequal sizes, with dropout, accumulation, clipping and a schedule."""
+    train = {
+        "batch_size": 3,
+        "accumulate": 2,
+        "lr": 0.02,
+        "dropout": 0.2,
+        "schedule": "linear",
+        "warmup": 0.2,
+        **length,
+    }
+    ends = []
+    for cohort_size in (1, 2, 3):
+        engine, state = open_engine(
+            set_all(tiny_config, method=method, train=train, engine={"cohort_size": cohort_size})
+        )
+        replies = engine.train(engine.method, state, names(engine), {})
+        ends.append(({n: unpack(e).tensors for n, e in replies.envelopes}, replies.kept, replies.losses))
+    for tensors, kept, losses in ends[1:]:
+        for client in ends[0][0]:
+            assert losses[client] == pytest.approx(ends[0][2][client], rel=1e-4)
+            for key, value in ends[0][0][client].items():
+                assert torch.allclose(torch.tensor(tensors[client][key]), torch.tensor(value), atol=2e-4), (client, key)
+            for key, value in ends[0][1][client].items():
+                assert torch.allclose(kept[client][key], value, atol=2e-4), (client, key)
+
+
+@pytest.mark.parametrize("method", METHODS[:3])
+def test_law_9_the_naive_twin(tiny_config: dict[str, Any], method: dict[str, Any]) -> None:
+    """Two rounds of the fast version, clients together, against the paper's pseudocode on dense matrices."""
+    from transformers import AutoModelForSequenceClassification
+
+    engine, state = open_engine(set_all(tiny_config, method=method, engine={"cohort_size": 3}))
+    rounds = 2
+    batches: twins.Batches = {
+        site.name: [
+            [
+                engine.task.collate([site.train[i] for i in rows])
+                for rows in draw_batches(engine.local, rows=len(site.train), seed=0, client=site.name, round=round)
+            ]
+            for round in range(rounds)
+        ]
+        for site in engine.sites
+    }
+    sizes = [site.rows for site in engine.sites]
+    p = [size / sum(sizes) for size in sizes]
+    plain = AutoModelForSequenceClassification.from_pretrained(tiny_config["model"]["name"], num_labels=3).eval()
+    weights = {layer: plain.get_submodule(layer).weight.detach() for layer in engine.shapes}
+    head = dict(engine.head)
+    settings = {"batches": batches, "p": p, "rounds": rounds, "lr": 0.02, "head_lr": 0.01, "clip": 1.0}
+    if method["name"] == "fed-sb":
+        h, r = method.get("blocks", 1), method["rank"]
+        R = {layer: torch.block_diag(*state.tensors[f"{layer}.R"]) for layer in weights}
+        mask = torch.block_diag(*[torch.ones(r, r)] * h)
+        A = {layer: state.common[f"{layer}.A"] for layer in weights}
+        B = {layer: state.common[f"{layer}.B"] for layer in weights}
+        dense, dense_head = twins.fed_sb(plain, weights, A, B, R, mask, head, 1.0, **settings)
+    else:
+        A = {layer: state.tensors[f"{layer}.A"] for layer in weights}
+        B = {layer: state.tensors[f"{layer}.B"] for layer in weights}
+        dense, dense_head = twins.fedit(plain, weights, A, B, head, method["alpha"] / method["rank"], **settings)
+
+    for _ in range(rounds):
+        state = one_round(engine, state)
+    deltas = {layer: f.scale * f.B @ f.A for layer, f in engine.method.export(engine.method.model(state)).items()}
+    for layer, wanted in dense.items():
+        assert torch.allclose(deltas[layer], wanted, atol=2e-4), layer
+    for key, wanted in dense_head.items():
+        assert torch.allclose(state.tensors[key], wanted, atol=2e-4), key
+
+
+def one_round(engine: EmbeddedEngine, state: State) -> State:
+    from fedsb.federation.server import admit, rules
+    from fedsb.methods.averaging import ServerOptimizer
+
+    replies = engine.train(engine.method, state, names(engine), {})
+    updates, dropped = admit(replies.envelopes, rules(engine.method, state, engine.config.server, "test"))
+    assert not dropped
+    return engine.method.aggregate(state, updates, ServerOptimizer())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_law_11_what_should_move_moves_and_nothing_else(tiny_config: dict[str, Any], method: dict[str, Any]) -> None:
+    """One local step from a state with every tensor non-zero."""
+    train = {**tiny_config["train"], "steps": 1}
+    engine, state = open_engine(set_all(tiny_config, method=method, train=train))
+    before_base = {key: p.detach().clone() for key, p in engine.base.model.named_parameters() if ".base." in key}
+    draw = torch.Generator().manual_seed(0)
+    moving = engine.method.trainable(engine.method.model(state), 0)
+
+    def shake(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {
+            key: value + 0.1 * torch.randn(value.shape, generator=draw) if key in moving else value
+            for key, value in tensors.items()
+        }
+
+    state = State(tensors=shake(state.tensors), common=shake(state.common))
+    before = engine.method.model(state)
+    client = names(engine)[0]
+    replies = engine.train(engine.method, state, [client], {})
+    sent = {key: torch.tensor(value) for key, value in unpack(replies.envelopes[0][1]).tensors.items()}
+    kept = {key.removeprefix("method/"): value for key, value in replies.kept[client].items()}
+    after = {**before, **sent, **kept}
+    for key in before:
+        moved = not torch.equal(before[key], after[key])
+        assert moved == (key in moving), key
+    for key, value in before_base.items():
+        assert torch.equal(dict(engine.base.model.named_parameters())[key], value), key
+    assert moving
+    for layer in engine.shapes:
+        assert any(key.startswith(layer) for key in moving)
+
+
+def test_the_adapter_of_a_run_holds_the_product_of_its_state(tiny_config: dict[str, Any]) -> None:
+    """lora_B = B R, lora_A = A, alpha = h r: checked on the files, not through PEFT."""
+    import json
+
+    finished = federate(load_config(set_all(tiny_config, rounds=1)))
+    state = Record(finished.folder, Record.open(finished.folder).manifest).latest()
+    assert state is not None
+    files = load_file(finished.adapter / "adapter_model.safetensors")
+    settings = json.loads((finished.adapter / "adapter_config.json").read_text())
+    assert (settings["r"], settings["lora_alpha"], settings["peft_type"]) == (4, 4, "LORA")
+    layer = "bert.encoder.layer.0.attention.self.query"
+    R = state.tensors[f"{layer}.R"][0]
+    assert R.abs().max() > 0
+    assert torch.equal(files[f"base_model.model.{layer}.lora_B.weight"], state.common[f"{layer}.B"] @ R)
+    assert torch.equal(files[f"base_model.model.{layer}.lora_A.weight"], state.common[f"{layer}.A"])
