@@ -38,7 +38,8 @@ def run_cells(cells: Sequence[Cell], results: Path, *, workers: int | None = Non
     results.parent.mkdir(parents=True, exist_ok=True)
     done = json.loads(results.read_text())["cells"] if results.exists() else {}
     left = [cell for cell in cells if cell.name not in done]
-    print(f"{results}: {len(done)} cells done, {len(left)} to run", flush=True)
+    if left:
+        print(f"{results.parent.name}: {len(left)} of {len(cells)} cells to run", flush=True)
 
     def one(cell: Cell) -> None:
         outcome = run_cell(cell)
@@ -84,6 +85,30 @@ def run_cell(cell: Cell) -> dict[str, Any]:
         "clients": result["clients"],
         "seconds": round(time.time() - started, 1),
     }
+
+
+def table(contenders: Mapping[str, Any], done: Mapping[str, Any], seeds: Sequence[int], metric: str) -> str:
+    """A row a contender: its learning rate, mean and spread over the seeds, and the four traffic numbers.
+
+    The cells are those named "test <contender> seed <seed>"; bytes are the federation's, for the whole run.
+    """
+    score = f"{metric}, mean ± sd of {len(seeds)} seeds"
+    lines = [f"| method | lr | {score} | one-off | up | down | total | total less the head |", "|---" * 8 + "|"]
+    for name, lr in contenders.items():
+        cells = [done[f"test {name} seed {seed}"] for seed in seeds]
+        counted = cells[0]["bytes"]["federation"]
+        sizes = [counted["with_head"][key] for key in ("one_off", "up", "down", "total")]
+        shown = " | ".join(f"{size / 1e6:.2f} MB" for size in [*sizes, counted["without_head"]["total"]])
+        lines.append(f"| {name} | {lr} | {spread([cell['score'] for cell in cells])} | {shown} |")
+    return "\n".join(lines) + "\n"
+
+
+def find(folder: Path, name: str) -> Path:
+    """name.jsonl or name.jsonl.gz in a folder."""
+    for path in (folder / f"{name}.jsonl", folder / f"{name}.jsonl.gz"):
+        if path.exists():
+            return path.resolve()
+    raise SystemExit(f"there is no {name}.jsonl or {name}.jsonl.gz in {folder}")
 
 
 def spread(values: Sequence[float]) -> str:

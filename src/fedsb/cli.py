@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +18,7 @@ from fedsb.errors import RunError, UserError
 
 if TYPE_CHECKING:
     from fedsb.config import Loaded
+    from fedsb.terminal import Terminal
 
 app = typer.Typer(
     help="Federated fine-tuning of language models at a fraction of the bytes that LoRA sends.",
@@ -38,7 +43,7 @@ class Listed(StrEnum):
 
 @app.command("ls")
 def list_things(what: Annotated[Listed, typer.Argument(help="What to list.")], as_json: Json = False) -> None:
-    """List the methods, recipes, tasks or bases that there are, with their facts."""
+    """List what there is. Methods, recipes, tasks or bases, with their facts."""
     from fedsb import catalogue
     from fedsb.terminal import print_table
 
@@ -50,16 +55,22 @@ def list_things(what: Annotated[Listed, typer.Argument(help="What to list.")], a
 
 
 @app.command()
-def init(recipe: Annotated[str, typer.Argument(help="The recipe to start from.")] = "quickstart") -> None:
-    """Print a recipe, to be saved and changed: fedsb init quickstart > my.toml."""
+def init(
+    recipe: Annotated[str, typer.Argument(help="The recipe to start from.")] = "quickstart", as_json: Json = False
+) -> None:
+    """Print a recipe to start from. To be saved and changed: fedsb init quickstart > my.toml."""
     from fedsb.catalogue import recipe_path
 
-    typer.echo(recipe_path(recipe).read_text(), nl=False)
+    text = recipe_path(recipe).read_text()
+    if as_json:
+        _print_json(tomllib.loads(text))
+    else:
+        typer.echo(text, nl=False)
 
 
 @app.command()
 def check(config: ConfigArgument, overrides: Set = [], as_json: Json = False) -> None:  # noqa: B006
-    """Check a configuration and price its run before it starts: bytes, memory, time. Exit code 1 with all faults."""
+    """Check a run and price it. Bytes, memory and time before it starts; exit code 1 with all faults."""
     from fedsb.pricing import estimate
     from fedsb.terminal import print_estimate
 
@@ -76,7 +87,7 @@ def run(config: ConfigArgument, overrides: Set = [], as_json: Json = False) -> N
     from fedsb.run import federate
 
     loaded = _load(config, overrides)
-    with _watched(as_json) as display:
+    with _watched(Path(loaded.config.out) / loaded.config.name, as_json) as display:
         result = federate(loaded, display)
     _print_result(result.folder, as_json)
 
@@ -100,7 +111,7 @@ def resume(
         changed = _load(config, overrides)
     elif overrides:
         changed = load_config(read_manifest(folder)["config"], overrides)
-    with _watched(as_json) as display:
+    with _watched(folder, as_json) as display:
         result = take_up(folder, display, changed)
     _print_result(result.folder, as_json)
 
@@ -111,7 +122,7 @@ def evaluate(
     data: Annotated[str | None, typer.Option("--data", help="Other rows to score: a file or hub:owner/name.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Score a run's exported adapter, loaded by PEFT, on its test rows or on others."""
+    """Score a run's adapter, loaded by PEFT. On the run's test rows or on others."""
     from fedsb.evaluate import evaluate_adapter
     from fedsb.terminal import print_table
 
@@ -129,7 +140,7 @@ def export(
     merged: Annotated[bool, typer.Option("--merged", help="The base model with the adapter merged in.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Copy a run's adapter, or the merged model, to a folder or to the Hub."""
+    """Copy the adapter or the merged model. To a new folder or to the Hub."""
     from fedsb.evaluate import export_to
 
     where = export_to(folder, to, merged=merged)
@@ -141,12 +152,11 @@ def export(
 
 @app.command()
 def report(folder: RunArgument, as_json: Json = False) -> None:
-    """Write a run's report.html anew, finished or not, and print its headline."""
+    """Write a run's report.html anew. Finished or not; prints its headline."""
     from fedsb.report import write_report
 
-    page = write_report(folder)
+    write_report(folder)
     _print_result(folder, as_json)
-    typer.echo(f"report: {page}", err=as_json)
 
 
 @app.command()
@@ -168,13 +178,27 @@ def _load(config: str, overrides: list[str]) -> Loaded:
     from fedsb.config import load_config
 
     path = Path(config)
-    return load_config(path if path.suffix == ".toml" or path.exists() else recipe_path(config), overrides)
+    return load_config(path if path.suffix == ".toml" or path.is_file() else recipe_path(config), overrides)
 
 
-def _watched(as_json: bool) -> Any:
+@contextmanager
+def _watched(folder: Path, as_json: bool) -> Iterator[Terminal]:
+    """Shows a run; where it stops early, says how to go on with it."""
     from fedsb.terminal import Terminal
 
-    return Terminal(quiet=as_json)
+    try:
+        with Terminal(quiet=as_json) as display:
+            yield display
+    except RunError as error:
+        raise typer.Exit(_fail(f"{error}\n{_how_to_go_on(folder)}", 2)) from error
+    except KeyboardInterrupt as error:
+        raise typer.Exit(_fail(f"interrupted\n{_how_to_go_on(folder)}", 130)) from error
+
+
+def _how_to_go_on(folder: Path) -> str:
+    if not (folder / "manifest.json").exists():
+        return "  nothing was written: run it again"
+    return f"  what was finished is in {folder}; to go on:\n    fedsb resume {shlex.quote(str(folder))}"
 
 
 def _print_result(folder: Path, as_json: bool) -> None:
@@ -183,7 +207,8 @@ def _print_result(folder: Path, as_json: bool) -> None:
 
     found = summary(folder)
     if as_json:
-        _print_json({"run": str(folder), **found})
+        there = {what: str(path) for what in ("adapter", "report.html") if (path := folder / what).exists()}
+        _print_json({"run": str(folder), **there, **found})
     else:
         print_summary(folder, found)
 
@@ -201,7 +226,9 @@ def main() -> None:
     except RunError as error:
         code = _fail(str(error), 2)
     except (KeyboardInterrupt, typer.Abort):
-        code = _fail("interrupted; what was finished is on disk: `fedsb resume RUN` goes on", 130)
+        code = _fail("interrupted", 130)
+    except OSError as error:  # a disk or a file that the machine refuses; what fedsb writes is atomic
+        code = _fail(str(error), 2)
     except Exception as error:
         if type(error).__module__.split(".")[0] not in ("click", "typer"):
             raise

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
@@ -18,6 +19,7 @@ Count = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Auto = Literal["auto"]
+OPTIONS: dict[str, Any] = {"rank": Positive, "blocks": Positive, "alpha": Rate | None}  # one meaning everywhere
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +78,8 @@ class ClientsConfig(Section):
     alpha: Rate = Field(0.5, description="of dirichlet: small is uneven")
     column: str = Field("client", description="of the split by column: a client for each value")
     sizes: list[Rate] | None = Field(None, description="of the split by size: relative sizes; default 1, 2, 3, ...")
-    min_rows: Positive = 1
+    min_rows: Positive = Field(1, description="of the split by column: smaller clients are left out; else an error")
+    min_characters: Count = Field(0, description="of the split by column: clients with less text are left out")
     held_out: Share = Field(0.0, description="share of each client's rows kept for its own score")
     unseen: Count = Field(0, description="so many clients never take part and are only scored")
 
@@ -130,7 +133,7 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _one_length(self) -> Self:
         if self.steps is not None and self.epochs is not None:
-            raise ValueError("set steps or epochs, not both")
+            raise ValueError("set steps or epochs, not both; --set train.steps=none takes one back")
         return self
 
 
@@ -148,6 +151,12 @@ class ServerConfig(Section):
     beta1: Share = 0.9
     beta2: Share = 0.99
     tau: Rate = 1e-3
+
+    @model_validator(mode="after")
+    def _enough(self) -> Self:
+        if self.clients_per_round is not None and self.min_clients > self.clients_per_round:
+            raise ValueError(f"min_clients = {self.min_clients} of {self.clients_per_round} clients_per_round")
+        return self
 
     @property
     def optimizer_settings(self) -> dict[str, Any]:
@@ -222,7 +231,7 @@ def load_config(source: Path | Mapping[str, Any], overrides: Sequence[str] = ())
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:
-        faults += [_explain(fault, Config) for fault in error.errors()]
+        faults += _explain(error.errors())
     section = raw.get("method", {})
     if isinstance(section, dict):
         faults += method_faults(section)
@@ -238,34 +247,41 @@ def method_faults(section: Mapping[str, Any]) -> list[str]:
     options = {key: value for key, value in section.items() if key != "name"}
     name = section.get("name", MethodConfig().name)
     if not isinstance(name, str):
-        return [f"method.name: {name!r} is no text"]
+        return []  # Config says it
     try:
         cls = method_type(name)
     except UserError as error:
         return [f"method.name: {error}"]
-    fields = {field for field in cls.__dataclass_fields__ if field != "facts"}
+    fields = {field.name: field for field in dataclasses.fields(cls)}
     unknown = [
         f"method.{key}: {name} has no such option; {did_you_mean(key, fields)}" for key in options if key not in fields
     ]
     if unknown:
         return unknown
     faults = [
-        f"method.{key}: {value!r}; it must be a whole number of at least 1"
-        for key, value in options.items()
-        if key in ("rank", "blocks") and (not isinstance(value, int) or isinstance(value, bool) or value < 1)
+        f"method.{key}: {name} needs it"
+        for key, field in fields.items()
+        if key not in options and field.default is field.default_factory is dataclasses.MISSING
     ]
-    try:
-        TypeAdapter(cls).validate_python(options, strict=False)
-    except ValidationError as error:
-        faults += [f"method.{_dots(fault['loc'])}: {fault['msg']}" for fault in error.errors() if not faults]
+    types = {**get_type_hints(cls), **OPTIONS}
+    for key, value in options.items():
+        try:
+            TypeAdapter(types[key]).validate_python(value, strict=True)
+        except ValidationError as error:
+            faults += _joined((f"method.{key}", fault) for fault in error.errors())
     return faults
 
 
 def parse_override(text: str) -> tuple[str, Any]:
-    """`train.lr=0.01` -> ("train.lr", 0.01). The value is TOML; what is no TOML value is taken as text."""
+    """`train.lr=0.01` -> ("train.lr", 0.01).
+
+    The value is TOML; what is no TOML value is taken as text, and `none` unsets, which TOML cannot say.
+    """
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise UserError(f"--set {text!r}: write key=value, as in --set train.lr=0.01")
+    if value.strip() == "none":
+        return key.strip(), None
     try:
         return key.strip(), tomllib.loads(f"x = {value}")["x"]
     except tomllib.TOMLDecodeError:
@@ -302,7 +318,10 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text())
+        text = path.read_text(encoding="utf-8-sig")
+        if not text.strip():
+            raise UserError(f"{path} is empty; `fedsb init quickstart > {path}` makes one to start from")
+        return tomllib.loads(text)
     except FileNotFoundError:
         near = [other.name for other in path.parent.glob("*.toml")] if path.parent.is_dir() else []
         raise UserError(f"there is no file {path}; {did_you_mean(path.name, near)}") from None
@@ -312,23 +331,43 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is no TOML: {error}") from error
 
 
-def _explain(fault: Any, root: type[BaseModel]) -> str:
-    loc = [
-        part
-        for part in fault["loc"]
-        if not (isinstance(part, str) and re.search(r"[\[\]]|^(int|float|str|literal)", part))
+def _explain(errors: Sequence[Any]) -> list[str]:
+    """A line for each key that is at fault."""
+    placed = []
+    for error in errors:
+        where, section = _place(error["loc"])
+        if error["type"] == "extra_forbidden":
+            key = str(error["loc"][-1])
+            elsewhere = [other for other, _ in flatten(Config().model_dump()) if other.endswith(f".{key}")]
+            hint = f"did you mean {' or '.join(elsewhere)}?" if elsewhere else did_you_mean(key, section.model_fields)
+            error = {**error, "msg": f"there is no such key; {hint}", "input": {}}
+        elif error["type"] == "model_type":
+            error = {**error, "msg": f"it must be a section, [{where}] with keys below it"}
+        placed.append((where, error))
+    return _joined(placed)
+
+
+def _joined(placed: Iterable[tuple[str, Any]]) -> list[str]:
+    """`train.lr: it must be greater than 0 (it is -1)`; what each branch of a union asks for is joined by "or"."""
+    said: dict[str, tuple[list[str], Any]] = {}
+    for where, error in placed:
+        message = re.sub("^(Input|String) should", "it must", error["msg"].removeprefix("Value error, "))
+        said.setdefault(where, ([], error["input"]))[0].append(message)
+    return [
+        f"{where}: {' or '.join([first, *(other.removeprefix('it must be ') for other in others)])}"
+        + ("" if isinstance(value, dict) else f" (it is {value!r:.80})")
+        for where, ((first, *others), value) in said.items()
     ]
-    where = _dots(loc)
-    if fault["type"] == "extra_forbidden":
-        model = root
-        for part in loc[:-1]:
-            inner = model.model_fields[part].annotation
-            assert isinstance(inner, type)
-            model = inner
-        return f"{where}: there is no such key; {did_you_mean(str(loc[-1]), model.model_fields)}"
-    message = fault["msg"].removeprefix("Value error, ")
-    return f"{where}: {message}" + ("" if isinstance(fault["input"], dict) else f" (it is {fault['input']!r})")
 
 
-def _dots(loc: Sequence[Any]) -> str:
-    return ".".join(str(part) for part in loc)
+def _place(loc: Sequence[Any]) -> tuple[str, type[BaseModel]]:
+    """The dotted key of a fault and its section. What pydantic adds behind a key, a union's branches, is left out."""
+    section: type[BaseModel] = Config
+    keys: list[str] = []
+    for part in loc:
+        keys.append(str(part))
+        inner = section.model_fields[part].annotation if part in section.model_fields else None
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            break
+        section = inner
+    return ".".join(keys), section

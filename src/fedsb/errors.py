@@ -27,5 +27,5 @@ def did_you_mean(name: str, options: Iterable[str]) -> str:
     """`did_you_mean("fed_sb", ["fed-sb", "fedit"])` -> `did you mean 'fed-sb'? There are: fed-sb, fedit`."""
     known = sorted(options)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"{hint}There are: {', '.join(known) or 'none'}"
+    hint = f"did you mean {near[0]!r}? There" if near else "there"
+    return f"{hint} are: {', '.join(known) or 'none'}"

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from fedsb.adapters.export import BaseFacts, merge
 from fedsb.config import Config, load_config
 from fedsb.data.sites import load_rows, open_task_of
+from fedsb.data.tasks.base import pad_token
 from fedsb.errors import UserError
 from fedsb.federation.scoring import mean_score
-from fedsb.model import load_base, load_tokenizer
-from fedsb.record import read_manifest, read_result
+from fedsb.methods import method_type
+from fedsb.model import load_base, load_tokenizer, quiet
+from fedsb.record import disk_errors, read_manifest, read_result
 
 
 def evaluate_adapter(folder: Path, data: str | None) -> dict[str, Any]:
@@ -30,9 +36,10 @@ def evaluate_adapter(folder: Path, data: str | None) -> dict[str, Any]:
     table = load_rows(config, task, data)
     examples, cut = task.encode(table.rows)
     base = load_base(
-        config.model, auto_class=task.auto_class, num_labels=len(task.label_names), pad_token=tokenizer.pad_token_id
+        config.model, auto_class=task.auto_class, num_labels=len(task.label_names), pad_token=pad_token(tokenizer)
     )
-    model = PeftModel.from_pretrained(base.model, adapter)
+    with _silently():
+        model = PeftModel.from_pretrained(base.model, adapter)
     score = mean_score(model.eval(), task, examples, config.eval.batch_size)
     return {"run": str(folder), "data": table.origin, "rows": len(table.rows), "cut": cut, task.metric: score}
 
@@ -40,54 +47,72 @@ def evaluate_adapter(folder: Path, data: str | None) -> dict[str, Any]:
 def export_to(folder: Path, to: str, *, merged: bool) -> str:
     """Copies the adapter, or the merged model, to a new folder or to `hub:owner/name`; gives back where it is.
 
-    Raises UserError where the folder holds something, or HF_TOKEN is missing.
+    A folder is there whole or not at all. Raises UserError where it holds something, HF_TOKEN is missing, or the Hub
+    refuses.
     """
     manifest, config, adapter = _finished(folder)
-    hub = to.startswith("hub:")
-    if hub and not os.environ.get("HF_TOKEN"):
-        raise UserError(f"--to {to}: pushing to the Hub needs a token; set the environment variable HF_TOKEN")
-    target = folder / "export" if hub else Path(to)
-    if target.exists() and any(target.iterdir()):
-        raise UserError(f"--to {target} holds something already; name a new folder")
-    if merged:
-        from transformers import AutoConfig
+    if to.startswith("hub:"):
+        if not os.environ.get("HF_TOKEN"):
+            raise UserError(f"--to {to}: pushing to the Hub needs a token; set the environment variable HF_TOKEN")
+        with disk_errors(folder), TemporaryDirectory(dir=folder, prefix=".export.") as draft:
+            made = _make(manifest, config, adapter, Path(draft) / "model", merged=merged)
+            return _push(made, to)
+    target = Path(to).expanduser()
+    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+        raise UserError(f"--to {to} holds something already; name a new folder")
+    with disk_errors(target.parent):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as draft:
+            _make(manifest, config, adapter, Path(draft) / "model", merged=merged).replace(target)
+    return str(target)
 
-        base = manifest["model"]["path"]
-        task = manifest["task"]
-        AutoConfig.from_pretrained(base, revision=config.model.revision)
-        merge(
-            BaseFacts(
-                name=base,
-                revision=config.model.revision,
-                auto_class=task["auto_class"],
-                task_type=task["peft_task_type"],
-                head=(),
-                label_names=task["label_names"] or [],
-                conv1d=False,
-            ),
-            adapter,
-            target,
-        )
-    else:
-        shutil.copytree(adapter, target, dirs_exist_ok=True)
-    if not hub:
-        return str(target)
+
+def _make(manifest: Mapping[str, Any], config: Config, adapter: Path, folder: Path, *, merged: bool) -> Path:
+    if not merged:
+        return Path(shutil.copytree(adapter, folder))
+    task = manifest["task"]
+    base = BaseFacts(
+        name=manifest["model"]["path"],
+        revision=config.model.revision,
+        auto_class=task["auto_class"],
+        task_type=task["peft_task_type"],
+        head=(),
+        label_names=task["label_names"] or [],
+        conv1d=False,
+    )
+    with _silently():
+        merge(base, adapter, folder)
+    return folder
+
+
+def _push(folder: Path, to: str) -> str:
     from huggingface_hub import HfApi
 
     api, name = HfApi(token=os.environ["HF_TOKEN"]), to.removeprefix("hub:")
-    api.create_repo(name, exist_ok=True)
-    api.upload_folder(repo_id=name, folder_path=target)
-    shutil.rmtree(target)
+    try:
+        api.create_repo(name, exist_ok=True)
+        api.upload_folder(repo_id=name, folder_path=folder)
+    except Exception as error:  # the Hub's client raises its own kinds, those of its network library, and the system's
+        raise UserError(f"--to {to}: the Hub refused it: {error}. The run and its adapter are as they were") from error
     return f"https://huggingface.co/{name}"
+
+
+@contextmanager
+def _silently() -> Iterator[None]:
+    """No progress bars, no load report, and not PEFT's call of a name that transformers is giving up."""
+    with quiet(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        yield
 
 
 def _finished(folder: Path) -> tuple[dict[str, Any], Config, Path]:
     manifest = read_manifest(folder)
-    result = read_result(folder)
-    if result is None:
+    if read_result(folder) is None:
         raise UserError(f"{folder} is not finished: `fedsb resume {folder}` goes on")
-    adapter = folder / "adapter"
-    if not (adapter / "adapter_config.json").exists():
+    config, adapter = load_config(manifest["config"]).config, folder / "adapter"
+    if not method_type(config.method.name).facts.global_model:
         names = ", ".join(sorted(path.name for path in adapter.glob("*")))
-        raise UserError(f"method {manifest['method']['id']!r} has no global model; its clients' adapters are {names}")
-    return manifest, load_config(manifest["config"]).config, adapter
+        raise UserError(f"method {config.method.name!r} has no global model; its clients' adapters are {names}")
+    if not (adapter / "adapter_config.json").exists():
+        raise UserError(f"{adapter} is gone: `fedsb resume {folder}` writes it again")
+    return manifest, config, adapter

@@ -35,9 +35,9 @@ class Interrupts:
             yield
         finally:
             self._held = False
-            if self._pending:
-                self._pending = False
-                raise KeyboardInterrupt
+        if self._pending:  # not where the write itself failed: that is the news
+            self._pending = False
+            raise KeyboardInterrupt
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self._held:

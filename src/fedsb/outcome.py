@@ -176,6 +176,7 @@ def base_facts(config: Config, engine: EmbeddedEngine) -> BaseFacts:
         head=engine.base.head,
         label_names=engine.task.label_names,
         conv1d=has_conv1d(engine.adapted.layers),
+        pad_token=engine.base.pad_token,
     )
 
 

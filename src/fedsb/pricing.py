@@ -15,6 +15,7 @@ import torch
 from fedsb.adapters.adapted import AdaptedModel, find_targets
 from fedsb.adapters.basis import check_rank
 from fedsb.adapters.layer import is_linear, linear_shape
+from fedsb.charts import bytes_text
 from fedsb.config import Config, Loaded
 from fedsb.data.sites import Data, open_data
 from fedsb.data.tasks.base import ids, pad_token
@@ -105,7 +106,7 @@ def _memory(config: Config, adapted: AdaptedModel, weights: int, cohort: int) ->
         per_token //= max(len(adapted.shapes) // 7, 1)
     activations = tokens * per_token * size
     return weights + activations, (
-        f"the base once, {weights / 2**20:,.0f} MiB, and the activations of {tokens:,} tokens in one forward"
+        f"the base once, {bytes_text(weights)}, and the activations of {tokens:,} tokens in one forward"
     )
 
 

@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
@@ -26,8 +26,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 
 from fedsb.adapters.adapted import Tensors
+from fedsb.adapters.basis import basis_hash
 from fedsb.engines import Sent
-from fedsb.errors import RunError, UserError
+from fedsb.errors import RunError, UserError, did_you_mean
 from fedsb.federation.tensors import under, within
 from fedsb.methods.contract import State
 
@@ -42,6 +43,7 @@ class Record:
         self.manifest = dict(manifest)
         self.skipped: list[str] = []  # torn or foreign checkpoints, with the reason
         self._lock: IO[str] | None = None
+        self._new = False
 
     @property
     def run(self) -> str:
@@ -51,11 +53,12 @@ class Record:
     @classmethod
     def create(cls, folder: Path, manifest: Mapping[str, Any]) -> Record:
         """Makes the directory. Raises UserError where there is a run already."""
-        refuse_existing(folder)
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             record = cls(folder, manifest)
             record._hold()
+            refuse_existing(folder)
+            record._new = True
             record.save_manifest({})
         return record
 
@@ -69,7 +72,9 @@ class Record:
     def __enter__(self) -> Record:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._new and kind is not None and issubclass(kind, UserError) and not self._checkpoints():
+            self._undo()
         if self._lock is not None:
             self._lock.close()
             self._lock = None
@@ -78,7 +83,7 @@ class Record:
 
     def start(self, state: State, sent: Sequence[Sent]) -> None:
         """Writes what is there before the first round."""
-        self.append("traffic.jsonl", [asdict(each) for each in sent])
+        write_atomic(self.folder / "traffic.jsonl", _lines([asdict(each) for each in sent]))
         write_atomic(self.folder / "common.safetensors", save(_contiguous(state.common)))
         self.checkpoint(state, keep=1)
 
@@ -116,8 +121,8 @@ class Record:
 
     def append(self, ledger: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Adds rows to rounds.jsonl or traffic.jsonl, on disk when this returns."""
-        with disk_errors(self.folder), (self.folder / ledger).open("a") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows))
+        with disk_errors(self.folder), (self.folder / ledger).open("ab") as file:
+            file.write(_lines(rows))
             file.flush()
             os.fsync(file.fileno())
 
@@ -128,16 +133,20 @@ class Record:
         final = self.folder / "checkpoints" / f"{PREFIX}{state.round:04d}"
         temporary = final.with_name(f".{final.name}.{os.getpid()}")
         with disk_errors(self.folder):
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            _write(temporary / "state.safetensors", content)
-            _write(temporary / "state.json", json.dumps(facts).encode())
-            shutil.rmtree(final, ignore_errors=True)
-            temporary.rename(final)
+            try:
+                temporary.mkdir(parents=True)
+                _write(temporary / "state.safetensors", content)
+                _write(temporary / "state.json", json.dumps(facts).encode())
+                _flush(temporary)
+                shutil.rmtree(final, ignore_errors=True)  # one that was skipped
+                temporary.rename(final)
+            except BaseException:
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise
             _flush(final.parent)
-        for old in self._checkpoints()[keep:]:
-            shutil.rmtree(old)
-        self._thin_clients(state.round, keep)
+            for old in [path for path in self._checkpoints() if _round_of(path) <= state.round][keep:]:
+                shutil.rmtree(old)
+            self._thin_clients(state.round, keep)
 
     # --- reading ---
 
@@ -154,15 +163,19 @@ class Record:
                 content = (folder / "state.safetensors").read_bytes()
                 if facts["run"] != self.run:
                     raise ValueError(f"it is of the run {facts['run']!r}, this is {self.run!r}")
+                if facts["round"] != _round_of(folder):
+                    raise ValueError(f"it was written as that of round {facts['round']}")
                 if hashlib.sha256(content).hexdigest() != facts["sha256"]:
                     raise ValueError("its sha256 differs from the one it was written with")
                 tensors = load(content)
                 common = load((self.folder / "common.safetensors").read_bytes())
-            except (OSError, ValueError, KeyError, SafetensorError) as error:
+                if basis_hash(common) != self.manifest["basis_hash"]:
+                    raise ValueError("common.safetensors, the basis, is not the one that the run was started with")
+            except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
                 self.skipped.append(f"checkpoint {folder.name} was skipped: {error}")
                 continue
             return State(
-                round=int(facts["round"]),
+                round=facts["round"],
                 tensors=within("tensors", tensors),
                 server=within("server", tensors),
                 common=common,
@@ -176,9 +189,17 @@ class Record:
         states: dict[str, Tensors] = {}
         for folder in sorted((self.folder / "clients").glob("*")):
             usable = [path for path in folder.glob(f"{PREFIX}*.safetensors") if _round_of(path) <= round]
-            if usable:
-                with safe_open(max(usable, key=_round_of), "pt") as file:
+            if not usable:
+                continue
+            newest = max(usable, key=_round_of)
+            try:
+                with safe_open(newest, "pt") as file:
                     states[file.metadata()["client"]] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            except (OSError, KeyError, TypeError, SafetensorError) as error:
+                raise RunError(
+                    f"{newest}, what a client keeps between rounds, cannot be read: {error}. Put the file back, or "
+                    "start a new run"
+                ) from error
         return states
 
     def rows(self, ledger: str) -> list[dict[str, Any]]:
@@ -189,18 +210,20 @@ class Record:
         """Drops what was written behind the state after `round` rounds, by a run that was cut off."""
         for ledger in ("rounds.jsonl", "traffic.jsonl"):
             rows = [row for row in self.rows(ledger) if row["round"] <= round]
-            write_atomic(self.folder / ledger, "".join(json.dumps(row) + "\n" for row in rows).encode())
+            write_atomic(self.folder / ledger, _lines(rows))
         for path in (self.folder / "clients").glob(f"*/{PREFIX}*.safetensors"):
             if _round_of(path) > round:
                 path.unlink()
-        for path in (self.folder / "checkpoints").glob(".*"):
-            shutil.rmtree(path)
+        for path in sorted(self.folder.rglob(".*")):  # temporary names of writes that were cut off
+            if path.suffix.removeprefix(".").isdigit():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     # --- the inside ---
 
     def _checkpoints(self) -> list[Path]:
         """Newest first."""
-        return sorted((self.folder / "checkpoints").glob(f"{PREFIX}*"), key=_round_of, reverse=True)
+        found = [path for path in (self.folder / "checkpoints").glob(f"{PREFIX}*") if _is_round(path)]
+        return sorted(found, key=_round_of, reverse=True)
 
     def _thin_clients(self, round: int, keep: int) -> None:
         """Of each client's states, keeps those that the kept checkpoints may need."""
@@ -214,11 +237,19 @@ class Record:
 
     def _hold(self) -> None:
         """Takes the lock, which the system lets go with the process: a stale one cannot be."""
-        self._lock = (self.folder / "lock").open("a+")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"{self.folder} is in use by another fedsb process; wait for it, or end it") from error
+        with disk_errors(self.folder):
+            self._lock = (self.folder / "lock").open("a+")
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(f"{self.folder} is in use by another fedsb process; wait for it, or end it") from error
+
+    def _undo(self) -> None:
+        """Takes back a start that the user's input made fail, so that the same name can be run again."""
+        for name in ("manifest.json", "traffic.jsonl", "common.safetensors", "lock"):
+            (self.folder / name).unlink(missing_ok=True)
+        with suppress(OSError):  # what else is in there is the user's
+            self.folder.rmdir()
 
 
 def refuse_existing(folder: Path) -> None:
@@ -235,12 +266,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
     except (FileNotFoundError, NotADirectoryError):
-        there = sorted(path.parent.name for path in folder.parent.glob("*/manifest.json"))
-        raise UserError(
-            f"{folder} is no run directory; runs in {folder.parent}: {', '.join(there) or 'none'}"
-        ) from None
+        there = {str(path.parent) for place in (folder.parent, Path("runs")) for path in place.glob("*/manifest.json")}
+        raise UserError(f"{folder} is no run directory; {did_you_mean(str(folder), there)}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{folder / 'manifest.json'} cannot be read: {error}") from error
+    if not isinstance(manifest, dict) or not manifest.keys() >= {"run", "config", "origin"}:
+        raise UserError(f"{folder / 'manifest.json'} is not that of a run of fedsb")
     return manifest
 
 
@@ -272,7 +303,7 @@ def write_atomic(path: Path, content: bytes) -> None:
         try:
             _write(temporary, content)
             temporary.replace(path)
-        except OSError:
+        except BaseException:
             temporary.unlink(missing_ok=True)
             raise
         _flush(path.parent)
@@ -286,14 +317,14 @@ def disk_errors(folder: Path) -> Iterator[None]:
     except OSError as error:
         what = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else str(error)
         raise RunError(
-            f"cannot write below {folder}: {what}. What was finished is kept: make room, then `fedsb resume`"
+            f"cannot write below {folder}: {what}. What was finished is kept: make room and try again"
         ) from error
 
 
 def safe_name(client: str) -> str:
-    """A folder name for a client: its own where that is harmless, else with a hash in place of what is not."""
-    kept = "".join(c if c.isalnum() or c in " ._-" else "_" for c in client).strip(" .")
-    return kept if kept == client else f"{kept}-{hashlib.sha256(client.encode()).hexdigest()[:8]}"
+    """A folder name for a client: its own where that is harmless and short, else with a hash for what is not."""
+    kept = "".join(c if c.isalnum() or c in " ._-" else "_" for c in client).strip(" .")[:50]
+    return client if client and kept == client else f"{kept}-{hashlib.sha256(client.encode()).hexdigest()[:8]}"
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -313,6 +344,14 @@ def _flush(folder: Path) -> None:
 
 def _round_of(path: Path) -> int:
     return int(path.name.removeprefix(PREFIX).split(".")[0])
+
+
+def _is_round(path: Path) -> bool:
+    return path.name.removeprefix(PREFIX).isdecimal()
+
+
+def _lines(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
 def _contiguous(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.live import Live
-from rich.table import Table
+from rich.table import Column, Table
 
 from fedsb.charts import bytes_text, score_text, seconds_text
 from fedsb.config import Choice
@@ -22,7 +23,7 @@ class Terminal:
     """Watches a run: a table that grows by a row a round; on anything but a terminal, a line a round."""
 
     def __init__(self, *, quiet: bool = False) -> None:
-        self.console = Console(stderr=quiet, highlight=False)
+        self.console = _console(stderr=quiet)
         self.quiet = quiet
         self.rows: list[list[str]] = []
         self.live: Live | None = None
@@ -37,17 +38,30 @@ class Terminal:
             self.live.stop()
 
     def settings(self, choices: Sequence[Choice]) -> None:
-        """Every resolved setting with its reason; a later choice replaces an earlier one of the same name."""
+        """Every resolved setting with its reason, those at their default together at the end.
+
+        A later choice replaces an earlier one of the same name.
+        """
         if self.quiet:
             return
-        table = Table("setting", "value", "reason", title="Settings", title_justify="left", **PLAIN)
+        table = Table("setting", Column("value", overflow="fold"), "reason", **PLAIN)
+        defaults: dict[str, list[str]] = {}
         for choice in {choice.key: choice for choice in choices}.values():
-            if choice.value is not None or choice.reason != "default":
-                table.add_row(choice.key, str(choice.value), choice.reason)
+            if choice.reason != "default":
+                table.add_row(choice.key, _setting(choice.value), choice.reason)
+            elif choice.value is not None:
+                section, _, key = choice.key.rpartition(".")
+                defaults.setdefault(section, []).append(f"{key} {_setting(choice.value)}")
         self.console.print(table)
+        self.console.print("\nBy default:")
+        rest = Table(show_header=False, **PLAIN)
+        for section, settings in defaults.items():
+            rest.add_row(f"  {section}", ", ".join(settings))
+        self.console.print(rest)
+        self.console.print()
 
     def note(self, text: str) -> None:
-        self.console.print(text)
+        self.console.print(text, soft_wrap=True)
         self.started = time.monotonic()
 
     def round(self, row: Mapping[str, Any], rounds: int) -> None:
@@ -83,19 +97,29 @@ class Terminal:
 
 
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Rows of one shape, as a table on stdout."""
-    console = Console(highlight=False)
-    table = Table(*rows[0], **PLAIN)
-    for row in rows:
-        table.add_row(*(_cell(value) for value in row.values()))
-    console.print(table)
+    """Rows of one shape on stdout: a table where it fits, else a paragraph a row."""
+    console = _console()
+    cells = [[_cell(value) for value in row.values()] for row in rows]
+    widths = [max(map(len, column)) + 2 for column in zip(list(rows[0]), *cells, strict=True)]
+    if sum(widths) <= console.width:
+        table = Table(*rows[0], **PLAIN)
+        for row in cells:
+            table.add_row(*row)
+        console.print(table)
+        return
+    for first, *others in cells:
+        console.print(first)
+        table = Table(show_header=False, **PLAIN)
+        for name, cell in zip(list(rows[0])[1:], others, strict=True):
+            table.add_row(f"  {name}", cell)
+        console.print(table)
 
 
 def print_summary(folder: Path, found: Mapping[str, Any]) -> None:
     """The headline of a run: score, bytes, adapter."""
     from fedsb.record import read_manifest, read_result
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = _console(soft_wrap=True)
     manifest, result = read_manifest(folder), read_result(folder)
     show = score_text(found["metric"])
     state = "finished" if found["finished"] else f"{found['rounds']} of {found['rounds_planned']} rounds"
@@ -118,13 +142,15 @@ def print_summary(folder: Path, found: Mapping[str, Any]) -> None:
             )
     if result:
         console.print(f"  adapter         {result['adapter']}")
+    if (folder / "report.html").exists():
         console.print(f"  report          {folder / 'report.html'}")
+    if result:
         console.print("\nLoad it:\n\n" + "\n".join("    " + line for line in result["load"].splitlines()) + "\n")
 
 
 def print_estimate(found: Mapping[str, Any]) -> None:
     """What `fedsb check` prints."""
-    console = Console(highlight=False)
+    console = _console()
     Terminal().settings([Choice(**choice) for choice in found["settings"]])
     table = Table(
         "method",
@@ -133,14 +159,13 @@ def print_estimate(found: Mapping[str, Any]) -> None:
         "down",
         "total",
         "without head",
-        title="\nBytes, the whole federation, all rounds",
-        title_justify="left",
         **PLAIN,
     )
     for price in found["prices"]:
         label = f"{price['label']}  <- this run" if price["this_run"] else price["label"]
         keys = ("one_off_bytes", "up_bytes", "down_bytes", "total_bytes", "total_bytes_without_head")
         table.add_row(label, *(bytes_text(price[key]) for key in keys))
+    console.print("Bytes, the whole federation, all rounds:")
     console.print(table)
     one = found["values_a_client_a_round"]
     console.print(
@@ -149,6 +174,16 @@ def print_estimate(found: Mapping[str, Any]) -> None:
     )
     console.print(f"Memory: about {bytes_text(found['memory_bytes'])} ({found['memory_reason']})")
     console.print(f"Time: about {seconds_text(found['seconds'])} ({found['seconds_reason']})")
+
+
+def _console(**options: Any) -> Console:
+    """Prints texts as they are: a client may be called "[/]" or ":smile:"."""
+    return Console(highlight=False, markup=False, emoji=False, **options)
+
+
+def _setting(value: Any) -> str:
+    """As a TOML would have it."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _cell(value: Any) -> str:

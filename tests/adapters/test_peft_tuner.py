@@ -251,7 +251,7 @@ def test_several_adapters() -> None:
     model.delete_adapter("second")
     assert torch.equal(logits(model), first)
     assert not [name for name, _ in model.named_parameters() if "second" in name]
-    with pytest.raises(UserError, match="There are: default"):
+    with pytest.raises(UserError, match="there are: default"):
         to_lora(model, "second")
 
 

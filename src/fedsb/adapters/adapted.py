@@ -123,10 +123,14 @@ class AdaptedModel:
         """Put in the adapter's and the head's tensors; those named in `trainable` get gradients, the others none.
 
         A core's A (h r, n) and B (m, h r) are common to all clients; every other tensor has the axis of clients first.
+        All are replaced, so that nothing of the client before stays: ValueError where one is missing, or unknown.
         """
-        for key, _ in self._slots({**self.layers, **self.heads}):
-            if key not in tensors:
-                continue
+        slots = {key for key, _ in self._slots({**self.layers, **self.heads})}
+        if slots != tensors.keys():
+            odd = [f"{key!r} is missing" for key in sorted(slots - tensors.keys())]
+            odd += [f"{key!r} is unknown" for key in sorted(tensors.keys() - slots)]
+            raise ValueError(f"{len(odd)} tensors do not fit the adapted model: {', '.join(odd[:3])}")
+        for key in slots:
             name, attribute = key.rsplit(".", 1)
             layer = self.layers.get(name) or self.heads[name]
             value = tensors[key].detach().to(self.device)

@@ -38,6 +38,7 @@ class BaseFacts:
     head: Sequence[str]  # modules trained in full
     label_names: Sequence[str]
     conv1d: bool  # GPT-2's layers, stored transposed
+    pad_token: int | None = None  # where the base's own config names none and a classifier needs one
 
 
 def lora_tensors(factors: Mapping[str, Factors], head: Tensors) -> Tensors:
@@ -91,7 +92,7 @@ def check_adapter(folder: Path, model: nn.Module, inputs: Mapping[str, Tensor], 
     difference = float((got - wanted.float()).abs().max() / wanted.float().abs().max().clamp(min=1.0))
     limit = TOLERANCE if next(model.parameters()).dtype == torch.float32 else TOLERANCE * 1000
     loaded.unload()
-    if difference > limit:
+    if not difference <= limit:  # NaN too
         raise RunError(
             f"the adapter in {folder}, loaded by PEFT, differs from the trained model by {difference:.2g} of the "
             f"largest logit, allowed {limit:.0e}; this is a defect of fedsb, please report it with `fedsb env`"
@@ -102,6 +103,8 @@ def check_adapter(folder: Path, model: nn.Module, inputs: Mapping[str, Tensor], 
 def load_lines(base: BaseFacts, adapter: Path | str) -> str:
     """Three lines of Python that load the adapter, with transformers and peft alone."""
     labels = f", num_labels={len(base.label_names)}" if base.label_names else ""
+    if base.label_names and base.pad_token is not None:
+        labels += f", pad_token_id={base.pad_token}"
     revision = f", revision={base.revision!r}" if base.revision else ""
     return (
         f"from transformers import {base.auto_class}; from peft import PeftModel\n"
@@ -121,6 +124,8 @@ def merge(base: BaseFacts, adapter: Path, folder: Path) -> None:
     if base.label_names:
         merged.config.id2label = dict(enumerate(base.label_names))
         merged.config.label2id = {name: i for i, name in enumerate(base.label_names)}
+        if merged.config.get_text_config().pad_token_id is None:
+            merged.config.get_text_config().pad_token_id = base.pad_token
     merged.save_pretrained(folder)
     transformers.AutoTokenizer.from_pretrained(base.name, revision=base.revision).save_pretrained(folder)
 

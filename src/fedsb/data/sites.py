@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fedsb.config import Choice, Config
-from fedsb.data.partition import split_rows
+from fedsb.config import Choice, ClientsConfig, Config
+from fedsb.data.partition import Partition, split_rows
 from fedsb.data.sources import Row, Table, load_table, require_columns
 from fedsb.data.tasks import Example, Task, TaskColumns, Tokenizer, open_task
 from fedsb.draws import generator
@@ -20,7 +20,7 @@ class Site:
     """One client's data, on its own machine in a real federation."""
 
     name: str
-    rows: int  # training rows, n_k
+    rows: int  # training examples, n_k: rows, or windows of a long text
     train: list[Example]
     held_out: list[Example]  # for this client's own score
     labels: dict[str, int] | None  # rows of each class
@@ -74,6 +74,8 @@ def open_data(config: Config, tokenizer: Tokenizer) -> Data:
         sizes=clients.sizes,
         min_rows=clients.min_rows,
     )
+    if clients.min_characters:
+        partition = _enough_text(partition, train, task, clients)
     if clients.unseen >= len(partition.shards):
         raise UserError(f"clients.unseen = {clients.unseen} of {len(partition.shards)} clients: nobody would take part")
     names = [shard.name for shard in partition.shards]
@@ -88,7 +90,7 @@ def open_data(config: Config, tokenizer: Tokenizer) -> Data:
             raise UserError(f"client {shard.name!r} has no usable row of its {len(rows)}; raise clients.min_rows")
         site = Site(
             name=shard.name,
-            rows=len(kept),
+            rows=len(examples),
             train=examples,
             held_out=held_examples,
             labels=_count(task, kept, columns.label),
@@ -152,6 +154,25 @@ def _first(table: Table, rows: int | None) -> Table:
     return replace(table, rows=table.rows[:rows])
 
 
+def _enough_text(partition: Partition, train: Table, task: Task, clients: ClientsConfig) -> Partition:
+    """Leaves out natural clients whose texts together are shorter than clients.min_characters."""
+    if clients.split != "column":
+        raise UserError(f"clients.min_characters is of the split by column; this one is {clients.split!r}: leave it out")
+    texts = [name for name in task.needs if name != task.columns.label]
+    length = {
+        shard.name: sum(len(str(train.rows[i][name])) for i in shard.rows for name in texts)
+        for shard in partition.shards
+    }
+    kept = [shard for shard in partition.shards if length[shard.name] >= clients.min_characters]
+    if not kept:
+        raise UserError(
+            f"no client has {clients.min_characters} characters of text; the longest has {max(length.values())}: "
+            "lower clients.min_characters"
+        )
+    out = {shard.name: len(shard.rows) for shard in partition.shards if shard not in kept}
+    return Partition(shards=kept, dropped={**partition.dropped, **out})
+
+
 def _count(task: Task, rows: Sequence[Row], column: str) -> dict[str, int] | None:
     """Rows of each class, in the classes' order."""
     if not task.label_names:
@@ -173,7 +194,7 @@ def _choices(config: Config, cut: int, dropped: dict[str, int], unseen: set[str]
         )
     ]
     if dropped:
-        reason = f"counted: clients with under {config.clients.min_rows} rows (clients.min_rows), left out"
+        reason = "counted: clients under clients.min_rows or clients.min_characters, left out"
         choices.append(Choice(key="clients.dropped", value=len(dropped), reason=reason))
     if unseen:
         choices.append(Choice(key="clients.unseen", value=", ".join(sorted(unseen)), reason="drawn by the seed"))

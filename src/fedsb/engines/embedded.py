@@ -220,10 +220,13 @@ class EmbeddedEngine:
         return self.task.encode(table.rows[: basis.samples])[0]
 
     def _choose_cohort_size(self) -> tuple[int, str]:
-        """(clients in one forward, reason). A model whose rows cannot be routed gets 1, whatever was asked."""
+        """(clients in one forward, reason). A model whose rows cannot be routed gets 1.
+
+        Raises UserError where more were asked for and the rows cannot be routed.
+        """
         wanted = self.config.engine.cohort_size
         if wanted == 1 or len(self.sites) == 1:
-            return 1, "as asked" if wanted == 1 else "auto: there is one client"
+            return 1, "as asked" if wanted == 1 else "there is one client"
         fault = self._routing_fault()
         if fault is not None:
             if wanted != "auto":
@@ -256,9 +259,10 @@ def targets_choice(config: Config, targets: Sequence[str]) -> Choice:
 
 
 def local_training(config: Config, *, clients: int = 1) -> LocalTraining:
-    """The settings of [train], resolved. A pooled client takes the steps of `clients` clients."""
+    """The settings of [train], resolved. A pooled client takes the steps of all clients of a round, of `clients`."""
     train = config.train
-    steps = None if train.epochs is not None else (train.steps or 10) * clients
+    together = min(config.server.clients_per_round or clients, clients)
+    steps = None if train.epochs is not None else (train.steps or 10) * together
     return LocalTraining(
         steps=steps,
         epochs=train.epochs,

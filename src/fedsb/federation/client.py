@@ -53,7 +53,7 @@ class LocalTraining:
         """The schedule in 0..1 at `step` of `steps` in `round`, over the run as a whole."""
         done, total = round * steps + step, self.rounds * steps
         if done < self.warmup * total:
-            return (done + 1) / (self.warmup * total) if self.warmup * total > 1 else 1.0
+            return min((done + 1) / (self.warmup * total), 1.0)
         progress = (done - self.warmup * total) / max(total * (1 - self.warmup), 1)
         if self.schedule == "linear":
             return 1 - progress

@@ -152,20 +152,20 @@ def _check_finite(running: Sequence[Member], loss_K: Sequence[float], round: int
 
 
 class Dropout:
-    """Adapter dropout, drawn for each client, step and layer by key, and the same when a forward is run again.
+    """Adapter dropout, drawn for each client, step, layer and row by key, and the same when a forward is run again.
 
-    Masks are drawn with the tokens first, so that a client's masks do not depend on how far others made it pad.
+    A row's mask is drawn token by token, so it depends neither on how far others make the row pad, nor on the rows
+    beside it, nor on how a step's rows are cut into micro-batches.
     """
 
-    def __init__(self, p: float, keys: Keys, micro: int) -> None:
-        self.p, self.keys, self.micro = p, keys, micro
+    def __init__(self, p: float, keys: Keys, first: int) -> None:
+        self.p, self.keys, self.first = p, keys, first  # first: the micro-batch's first row, counted in the step
 
-    def __call__(self, layer: str, x: Tensor) -> Tensor:  # (K b, t, n) or (K b, n)
-        x_Kbtn = x.reshape(len(self.keys), -1, *(x.shape[1:-1] or (1,)), x.shape[-1])
-        _, b, t, n = x_Kbtn.shape
+    def __call__(self, layer: str, x: Tensor) -> Tensor:  # (K b, ..., n)
+        width = len(x) // len(self.keys)
         keep = [
-            torch.from_numpy(generator(*key, self.micro, layer).random((t, b, n), dtype="float32") >= self.p)
+            torch.from_numpy(generator(*key, layer, self.first + i).random(x.shape[1:], dtype="float32") >= self.p)
             for key in self.keys
+            for i in range(width)
         ]
-        mask_Kbtn = torch.stack(keep).transpose(1, 2).to(x.device, x.dtype) / (1 - self.p)
-        return (x_Kbtn * mask_Kbtn).reshape(x.shape)
+        return x * torch.stack(keep).to(x.device, x.dtype) / (1 - self.p)

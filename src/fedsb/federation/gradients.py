@@ -41,8 +41,8 @@ def core_gradients(
     backward_sum(adapted, task, examples, batch_size)
     sums: Tensors = {}
     for key, p in adapted.parameters().items():
-        assert p.grad is not None
-        sums[f"{key.removesuffix('.R')}.S"] = p.grad[0, 0].float().cpu() / adapted.scale
+        gradient = torch.zeros_like(p) if p.grad is None else p.grad  # None: a layer that the loss does not need
+        sums[f"{key.removesuffix('.R')}.S"] = gradient[0, 0].float().cpu() / adapted.scale
         p.grad = None
     return sums
 

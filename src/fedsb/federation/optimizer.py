@@ -3,7 +3,8 @@
     AdamW (Loshchilov & Hutter, ICLR 2019, arXiv 1711.05101)        SGD with momentum, as torch.optim defines it
 
 torch.optim keeps one learning rate and one step count a tensor; here a tensor holds K clients, which differ in both.
-For K = 1 the results are torch's.
+For K = 1 the results are torch's, but that weight decay is decoupled for SGD too: x <- x - lr decay x, whatever the
+momentum.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ Tensors = dict[str, Tensor]
 
 def clip_by_client(gradients: Mapping[str, Tensor], clip_norm_l2: float) -> Tensor:
     """Scales each client's gradients, in place, to an L2 norm of at most `clip_norm_l2`; returns their norms (K,)."""
-    norms_K = torch.stack([g.flatten(1).square().sum(1) for g in gradients.values()]).sum(0).sqrt()
+    norms_K = torch.stack([g.reshape(len(g), -1).square().sum(1) for g in gradients.values()]).sum(0).sqrt()
     factor_K = (clip_norm_l2 / (norms_K + 1e-6)).clamp(max=1.0)
     for g in gradients.values():
         g.mul_(_along(factor_K, g))

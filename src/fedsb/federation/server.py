@@ -99,12 +99,12 @@ def fault(client: str, payload: Payload, rules: Rules) -> str | None:
     )
     for what, value, wanted in claims:
         if value != wanted:
-            return f"its {what} is {value!r}, this round's is {wanted!r}"
+            return f"its {what} is {value!r:.80}, this round's is {wanted!r}"
     if payload.samples <= 0:
         return f"claims {payload.samples} samples"
     missing, extra = rules.shapes.keys() - payload.tensors.keys(), payload.tensors.keys() - rules.shapes.keys()
     if missing or extra:
-        return f"wrong keys: {_some('missing', missing)}{_some('unknown', extra)}".strip()
+        return "wrong keys: " + "; ".join([*_some("missing", missing), *_some("unknown", extra)])
     for name, array in payload.tensors.items():
         if array.shape != rules.shapes[name]:
             return f"{name!r} has shape {array.shape}, wanted {rules.shapes[name]}"
@@ -145,5 +145,6 @@ def _within_norm(good: list[Payload], rules: Rules) -> tuple[list[Payload], list
     return [payload for payload in good if payload.client not in names], outliers
 
 
-def _some(what: str, names: set[str]) -> str:
-    return f"{what} {', '.join(sorted(names)[:3])}{' and more' if len(names) > 3 else ''}; " if names else ""
+def _some(what: str, names: set[str]) -> list[str]:
+    shown = ", ".join(f"{name:.80}" for name in sorted(names)[:3])
+    return [f"{what} {shown}{' and more' if len(names) > 3 else ''}"] if names else []

@@ -19,9 +19,15 @@ def method_types() -> dict[str, type[Method]]:
     """Every method that can be trained, ours and third parties', from the entry-point group `fedsb.methods`."""
     found: dict[str, type[Method]] = {}
     for point in entry_points(group=GROUP):
-        loaded = point.load()
-        if not (isinstance(loaded, type) and issubclass(loaded, Method)):
-            raise UserError(f"entry point {point.name!r} ({point.value}) is no fedsb.methods.contract.Method")
+        what = f"entry point {point.name!r} ({point.value})"
+        try:
+            loaded = point.load()
+        except (ImportError, AttributeError) as error:
+            raise UserError(f"{what} cannot be loaded: {error}") from error
+        if not (isinstance(loaded, type) and issubclass(loaded, Method) and hasattr(loaded, "facts")):
+            raise UserError(f"{what} is no fedsb.methods.contract.Method with facts")
+        if loaded.facts.id != point.name:
+            raise UserError(f"{what} names a method whose id is {loaded.facts.id!r}: the two must be the same")
         found[point.name] = loaded
     return found
 

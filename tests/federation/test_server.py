@@ -1,0 +1,130 @@
+"""The doorkeeper: each kind of bad update is dropped with its client's name and reason, the good ones pass."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedsb.errors import RunError
+from fedsb.federation.payload import Payload, pack
+from fedsb.federation.server import Rules, admit
+
+RULES = Rules(
+    run="run",
+    round=4,
+    basis="basis",
+    shapes={"x.R": (2, 3), "head.bias": (2,)},
+    reference={"x.R": np.full((2, 3), 5, np.float32), "head.bias": np.zeros(2, np.float32)},
+)
+
+
+def update(client: str, change: float = 1.0, tensors: dict[str, Any] | None = None, **claims: Any) -> tuple[str, bytes]:
+    good = {"x.R": RULES.reference["x.R"] + np.float32(change), "head.bias": np.zeros(2, np.float32)}
+    facts = {"kind": "update", "run": "run", "round": 4, "client": client, "samples": 10, "basis": "basis", **claims}
+    return client, pack(Payload(tensors=good if tensors is None else tensors, **facts))
+
+
+def with_value(value: float) -> dict[str, Any]:
+    tensors = {"x.R": np.full((2, 3), 6, np.float32), "head.bias": np.zeros(2, np.float32)}
+    tensors["x.R"][1, 2] = value
+    return tensors
+
+
+def test_good_updates_pass_with_their_samples() -> None:
+    updates, dropped = admit([update("a", samples=3), update("b", samples=9)], RULES)
+    assert not dropped
+    assert [(u.client, u.weight) for u in updates] == [("a", 3.0), ("b", 9.0)]
+    assert updates[0].tensors["x.R"].tolist() == [[6.0] * 3] * 2
+
+
+def test_uniform_weights() -> None:
+    rules = dataclasses.replace(RULES, weighting="uniform")
+    updates, _ = admit([update("a", samples=3), update("b", samples=9)], rules)
+    assert [u.weight for u in updates] == [1.0, 1.0]
+
+
+BAD = [
+    pytest.param(update("bad", tensors=with_value(np.nan)), "'x.R' holds 1 values that are NaN or infinite", id="nan"),
+    pytest.param(update("bad", tensors=with_value(np.inf)), "'x.R' holds 1 values that are NaN or infinite", id="inf"),
+    pytest.param(
+        update("bad", tensors={"x.R": np.zeros((3, 2), np.float32), "head.bias": np.zeros(2, np.float32)}),
+        "'x.R' has shape (3, 2), wanted (2, 3)",
+        id="shape",
+    ),
+    pytest.param(
+        update("bad", tensors={"y.R": np.zeros((2, 3), np.float32), "head.bias": np.zeros(2, np.float32)}),
+        "wrong keys: missing x.R; unknown y.R",
+        id="key",
+    ),
+    pytest.param(update("bad", tensors={}), "wrong keys: missing head.bias, x.R", id="no tensors"),
+    pytest.param(update("bad", run="other"), "its run is 'other', this round's is 'run'", id="foreign run"),
+    pytest.param(update("bad", round=3), "its round is 3, this round's is 4", id="round"),
+    pytest.param(update("bad", basis="of another seed"), "its basis is 'of another seed'", id="basis"),
+    pytest.param(update("bad", kind="basis-up"), "its kind is 'basis-up'", id="kind"),
+    pytest.param(("bad", update("a")[1]), "its client is 'a', this round's is 'bad'", id="another's name"),
+    pytest.param(update("bad", samples=0), "claims 0 samples", id="no samples"),
+    pytest.param(update("bad", samples=-5), "claims -5 samples", id="negative samples"),
+    pytest.param(update("bad", change=1000.0), "its change has norm 2.45e+03, over 30 times", id="norm"),
+    pytest.param(("bad", update("bad")[1][:-1]), "not an envelope of fedsb", id="torn"),
+    pytest.param(("bad", b""), "not an envelope of fedsb", id="nothing"),
+]
+
+
+@pytest.mark.parametrize(("reply", "said"), BAD)
+def test_a_bad_update_is_dropped_with_its_reason(reply: tuple[str, bytes], said: str) -> None:
+    updates, (dropped,) = admit([update("a"), reply, update("b")], RULES)
+    assert [u.client for u in updates] == ["a", "b"]
+    assert dropped.client == "bad"
+    assert said in dropped.reason
+
+
+def test_a_second_update_of_a_client_is_dropped() -> None:
+    updates, (dropped,) = admit([update("a", samples=1), update("b"), update("a", samples=99)], RULES)
+    assert [(u.client, u.weight) for u in updates] == [("a", 1.0), ("b", 10.0)]
+    assert (dropped.client, dropped.reason) == ("a", "sent a second update in this round")
+
+
+def test_all_bad_updates_of_a_round_at_once() -> None:
+    bad = [(f"bad {i}", param.values[0][1]) for i, param in enumerate(BAD)]  # some now lie of their name too
+    updates, dropped = admit([update("a"), *bad, update("b")], RULES)
+    assert [u.client for u in updates] == ["a", "b"]
+    assert [d.client for d in dropped] == [name for name, _ in bad]
+
+
+def test_too_few_good_updates_end_the_round() -> None:
+    rules = dataclasses.replace(RULES, min_clients=2)
+    with pytest.raises(RunError) as caught:
+        admit([update("a"), update("bad", samples=0)], rules)
+    assert str(caught.value) == (
+        "round 5: 1 good updates, server.min_clients asks for 2 (bad: claims 0 samples). "
+        "The checkpoint of the last finished round is kept"
+    )
+    with pytest.raises(RunError, match="no client replied"):
+        admit([], rules)
+    assert len(admit([update("a"), update("b"), update("bad", samples=0)], rules)[0]) == 2
+
+
+def test_an_outlier_counts_against_min_clients() -> None:
+    with pytest.raises(RunError, match="far: its change has norm"):
+        admit([update("a"), update("b"), update("far", change=1000)], dataclasses.replace(RULES, min_clients=3))
+
+
+def test_the_norm_is_that_of_the_change_not_of_the_tensor() -> None:
+    """Values near 5 with changes near 0.001: 100 times that is an outlier although it hardly moves the tensor."""
+    replies = [update("a", 0.001), update("b", 0.001), update("far", 0.1)]
+    _, (dropped,) = admit(replies, RULES)
+    assert dropped.client == "far"
+    updates, none = admit(replies, dataclasses.replace(RULES, norm_factor=float("inf")))
+    assert len(updates) == 3 and not none
+
+
+def test_clients_that_did_not_move_do_not_make_the_others_outliers() -> None:
+    updates, dropped = admit([update("a", 0), update("b", 0), update("c", 1)], RULES)
+    assert len(updates) == 3 and not dropped
+
+
+def test_one_client_alone_is_never_an_outlier() -> None:
+    assert len(admit([update("a", 1e6)], RULES)[0]) == 1
