@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny shapes; and runs in processes of their own must round alike
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may ask a network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -98,14 +102,13 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     )
 
 
-@pytest.fixture
-def tiny_config(tiny_bert: Path, tables: tuple[Path, Path], tmp_path: Path) -> dict[str, Any]:
+def tiny_settings(model: Path, tables: tuple[Path, Path], out: Path) -> dict[str, Any]:
     """A whole run of three clients, in a second or two."""
     return {
         "name": "tiny",
         "rounds": 3,
-        "out": str(tmp_path / "runs"),
-        "model": {"name": str(tiny_bert), "max_tokens": 16},
+        "out": str(out),
+        "model": {"name": str(model), "max_tokens": 16},
         "data": {"train": str(tables[0]), "test": str(tables[1])},
         "task": {"kind": "classification"},
         "clients": {"split": "column", "column": "client", "held_out": 0.2},
@@ -115,6 +118,54 @@ def tiny_config(tiny_bert: Path, tables: tuple[Path, Path], tmp_path: Path) -> d
     }
 
 
+@pytest.fixture
+def tiny_config(tiny_bert: Path, tables: tuple[Path, Path], tmp_path: Path) -> dict[str, Any]:
+    return tiny_settings(tiny_bert, tables, tmp_path / "runs")
+
+
 def set_all(config: dict[str, Any], **changes: Any) -> dict[str, Any]:
     """`set_all(config, method={"name": "fedit"}, rounds=2)`: a copy with sections replaced or values set."""
     return {**config, **changes}
+
+
+def write_toml(path: Path, config: Mapping[str, Any]) -> Path:
+    """A configuration as a TOML file: its values first, then its sections."""
+    values = [f"{key} = {json.dumps(value)}" for key, value in config.items() if not isinstance(value, dict)]
+    for section, settings in config.items():
+        if isinstance(settings, dict):
+            values += [f"[{section}]", *(f"{key} = {json.dumps(value)}" for key, value in settings.items())]
+    path.write_text("\n".join(values) + "\n")
+    return path
+
+
+def adapter_bytes(folder: Path) -> dict[str, bytes]:
+    """What a finished run's adapter weighs in on, file by file."""
+    files = sorted((folder / "adapter").rglob("*.safetensors"))
+    assert files
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a command said, and its exit code."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Said]:
+    """`cli("run", path)`: the real command line, `main` and all, in this process. A traceback fails the test."""
+    from fedsb.cli import main
+
+    def run(*arguments: object) -> Said:
+        monkeypatch.setattr(sys, "argv", ["fedsb", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        captured = capsys.readouterr()
+        return Said(ended.value.code, captured.out, captured.err)
+
+    monkeypatch.setenv("COLUMNS", "100")
+    return run

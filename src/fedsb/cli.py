@@ -220,7 +220,7 @@ def _print_json(found: Any) -> None:
 def main() -> None:
     """Runs the command line. Exit codes: 0 done, 1 the user's input, 2 a run that failed, 130 interrupted."""
     try:
-        code = app(standalone_mode=False)
+        code = app(prog_name="fedsb", standalone_mode=False)
     except UserError as error:
         code = _fail(str(error), 1)
     except RunError as error:

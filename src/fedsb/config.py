@@ -109,6 +109,12 @@ class BasisConfig(Section):
     share_samples: Count = Field(64, description="rows to report the captured share of the gradient on; 0: do not")
     budget_mib: Positive = Field(1024, description="memory for gradients of whole weights, a group of layers at a time")
 
+    @model_validator(mode="after")
+    def _step_needs_a_gradient(self) -> Self:
+        if self.R0 == "step" and self.kind in ("random", "weights"):
+            raise ValueError(f"R0 = 'step' is a step along a gradient, kind = {self.kind!r} looks at none")
+        return self
+
 
 class TrainConfig(Section):
     """Local training. See federation/client.py."""
@@ -143,7 +149,7 @@ class ServerConfig(Section):
     clients_per_round: Positive | None = Field(None, description="drawn afresh each round; default: all")
     min_clients: Positive = Field(1, description="fewer good updates than this end the run")
     weighting: Literal["samples", "uniform"] = "samples"
-    norm_factor: Annotated[float, Field(gt=1)] = Field(
+    norm_factor: Annotated[float, Field(gt=1, allow_inf_nan=False)] = Field(
         30.0, description="an update whose change is so many times the cohort's median is dropped"
     )
     optimizer: Literal["none", "momentum", "adam"] = "none"

@@ -15,11 +15,12 @@ from fedsb.adapters.export import BaseFacts, merge
 from fedsb.config import Config, load_config
 from fedsb.data.sites import load_rows, open_task_of
 from fedsb.data.tasks.base import pad_token
+from fedsb.disk import disk_errors
 from fedsb.errors import UserError
 from fedsb.federation.scoring import mean_score
 from fedsb.methods import method_type
 from fedsb.model import load_base, load_tokenizer, quiet
-from fedsb.record import disk_errors, read_manifest, read_result
+from fedsb.record import read_manifest, read_result
 
 
 def evaluate_adapter(folder: Path, data: str | None) -> dict[str, Any]:
@@ -70,9 +71,11 @@ def export_to(folder: Path, to: str, *, merged: bool) -> str:
 def _make(manifest: Mapping[str, Any], config: Config, adapter: Path, folder: Path, *, merged: bool) -> Path:
     if not merged:
         return Path(shutil.copytree(adapter, folder))
+    load_tokenizer(config.model)  # says what to do where the base is not at hand
     task = manifest["task"]
     base = BaseFacts(
         name=manifest["model"]["path"],
+        shared_name=manifest["model"]["path"],
         revision=config.model.revision,
         auto_class=task["auto_class"],
         task_type=task["peft_task_type"],

@@ -28,7 +28,8 @@ class BaseModel:
     """A loaded model, before any adapter."""
 
     model: nn.Module
-    name: str  # as a user would load it again: a folder or a Hub name
+    name: str  # where it was loaded from: a folder or a Hub name
+    shared_name: str  # what others know it by: the Hub's name where that is sure, else `name`
     head: tuple[str, ...]  # modules to train in full
     pad_token: int | None  # as it was told to the model; None where its own config names one, or it needs none
     parameters: int
@@ -128,6 +129,7 @@ def load_base(
     return BaseModel(
         model=model,
         name=name,
+        shared_name=MINILM_HUB if config.name == "minilm" else name,
         head=(*head, *fresh),
         pad_token=told,
         parameters=parameters,

@@ -13,13 +13,14 @@ from fedsb.adapters.adapted import Tensors
 from fedsb.adapters.basis import BASES, Basis, basis_hash
 from fedsb.adapters.export import BaseFacts, check_adapter, has_conv1d, load_lines, lora_files, model_card
 from fedsb.config import Choice, Config
+from fedsb.disk import safe_name, write_atomic
 from fedsb.engines import Replies, Score
 from fedsb.engines.embedded import EmbeddedEngine
 from fedsb.environment import git_hash, versions
 from fedsb.federation.prices import price_list
 from fedsb.federation.server import Dropped
 from fedsb.methods.contract import Method, State
-from fedsb.record import Record, safe_name, write_atomic
+from fedsb.record import Record
 from fedsb.report import summary, write_report
 
 
@@ -146,6 +147,7 @@ def finish(record: Record, engine: EmbeddedEngine, sites: Mapping[str, Score], a
     rounds = record.rows("rounds.jsonl")
     took_part = [name for row in rounds for name in row["cohort"]]
     last = rounds[-1]
+    one = adapter if engine.method.facts.global_model else adapter / safe_name(engine.sites[0].name)
     result = {
         "score": last["score"],
         "loss": last["loss"],
@@ -160,7 +162,7 @@ def finish(record: Record, engine: EmbeddedEngine, sites: Mapping[str, Score], a
             for site in engine.data.sites
         ],
         "adapter": str(adapter),
-        "load": load_lines(base_facts(engine.config, engine), adapter),
+        "load": load_lines(base_facts(engine.config, engine), one),
     }
     write_atomic(record.folder / "result.json", json.dumps(result, indent=1).encode())
     write_report(record.folder)
@@ -170,6 +172,7 @@ def finish(record: Record, engine: EmbeddedEngine, sites: Mapping[str, Score], a
 def base_facts(config: Config, engine: EmbeddedEngine) -> BaseFacts:
     return BaseFacts(
         name=engine.base.name,
+        shared_name=engine.base.shared_name,
         revision=config.model.revision,
         auto_class=engine.task.auto_class,
         task_type=engine.task.peft_task_type,

@@ -19,7 +19,7 @@ from fedsb.charts import bytes_text
 from fedsb.config import Config, Loaded
 from fedsb.data.sites import Data, open_data
 from fedsb.data.tasks.base import ids, pad_token
-from fedsb.engines.embedded import local_training, targets_choice
+from fedsb.engines.embedded import local_training, public_rows, targets_choice
 from fedsb.federation.basis_round import basis_values
 from fedsb.federation.prices import price_list
 from fedsb.methods import build_method
@@ -48,6 +48,7 @@ def estimate(loaded: Loaded) -> dict[str, Any]:
     adapted = AdaptedModel(base.model, kind=method.adapter, targets=targets, head=base.head, scale=method.scale)
     if method.adapter == "core":
         check_rank(adapted.shapes, method.total_rank)
+        public_rows(config, data.task)
     head = sum(t.numel() for t in adapted.head_tensors().values())
     sites = [data.pooled()] if method.facts.pools_data else data.taking_part
     cohort = min(config.server.clients_per_round or len(sites), len(sites))

@@ -9,14 +9,13 @@ was cut off, and are dropped when it is taken up again. Everything is safetensor
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
@@ -27,6 +26,7 @@ from safetensors.torch import load, save
 
 from fedsb.adapters.adapted import Tensors
 from fedsb.adapters.basis import basis_hash
+from fedsb.disk import disk_errors, flush, safe_name, write, write_atomic
 from fedsb.engines import Sent
 from fedsb.errors import RunError, UserError, did_you_mean
 from fedsb.federation.tensors import under, within
@@ -135,15 +135,15 @@ class Record:
         with disk_errors(self.folder):
             try:
                 temporary.mkdir(parents=True)
-                _write(temporary / "state.safetensors", content)
-                _write(temporary / "state.json", json.dumps(facts).encode())
-                _flush(temporary)
+                write(temporary / "state.safetensors", content)
+                write(temporary / "state.json", json.dumps(facts).encode())
+                flush(temporary)
                 shutil.rmtree(final, ignore_errors=True)  # one that was skipped
                 temporary.rename(final)
             except BaseException:
                 shutil.rmtree(temporary, ignore_errors=True)
                 raise
-            _flush(final.parent)
+            flush(final.parent)
             for old in [path for path in self._checkpoints() if _round_of(path) <= state.round][keep:]:
                 shutil.rmtree(old)
             self._thin_clients(state.round, keep)
@@ -293,53 +293,6 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             break
     return rows
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Writes a file under a temporary name, flushes it to disk and renames it: it is there whole or not at all."""
-    with disk_errors(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            _write(temporary, content)
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        _flush(path.parent)
-
-
-@contextmanager
-def disk_errors(folder: Path) -> Iterator[None]:
-    """Turns what a disk refuses into a message that says what is kept and how to go on."""
-    try:
-        yield
-    except OSError as error:
-        what = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else str(error)
-        raise RunError(
-            f"cannot write below {folder}: {what}. What was finished is kept: make room and try again"
-        ) from error
-
-
-def safe_name(client: str) -> str:
-    """A folder name for a client: its own where that is harmless and short, else with a hash for what is not."""
-    kept = "".join(c if c.isalnum() or c in " ._-" else "_" for c in client).strip(" .")[:50]
-    return client if client and kept == client else f"{kept}-{hashlib.sha256(client.encode()).hexdigest()[:8]}"
-
-
-def _write(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _flush(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _round_of(path: Path) -> int:

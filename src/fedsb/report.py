@@ -11,7 +11,6 @@ Bytes are those of the tensors; `wire` adds the envelope. One-off is what travel
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from typing import Any
 
 from fedsb import charts
 from fedsb.charts import Json, number
+from fedsb.disk import write_atomic
 from fedsb.errors import UserError
 
 
@@ -159,9 +159,9 @@ def write_report(run_dir: Path) -> Path:
         holdings=_holdings(run.manifest),
         dropped=_dropped(run.rounds),
     )
-    path, draft = run_dir / "report.html", run_dir / f".report.html.{os.getpid()}"
-    draft.write_text(page, "utf-8")
-    return draft.replace(path)
+    path = run_dir / "report.html"
+    write_atomic(path, page.encode())
+    return path
 
 
 def _curves(run: RunFiles, metric: str) -> Json:

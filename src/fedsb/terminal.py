@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,8 +26,7 @@ class Terminal:
         self.quiet = quiet
         self.rows: list[list[str]] = []
         self.live: Live | None = None
-        self.started = time.monotonic()
-        self.first_round = 0
+        self.seconds = 0.0  # of the rounds that were shown
 
     def __enter__(self) -> Terminal:
         return self
@@ -62,12 +60,10 @@ class Terminal:
 
     def note(self, text: str) -> None:
         self.console.print(text, soft_wrap=True)
-        self.started = time.monotonic()
 
     def round(self, row: Mapping[str, Any], rounds: int) -> None:
-        self.first_round = self.first_round or row["round"]
-        done = row["round"] - self.first_round + 1
-        left = (time.monotonic() - self.started) / done * (rounds - row["round"])
+        self.seconds += row["seconds"]
+        left = self.seconds / (len(self.rows) + 1) * (rounds - row["round"])
         metric = "" if row["score"] is None else f"{row['score']:.4f}"
         cells = [
             f"{row['round']}/{rounds}",
@@ -169,7 +165,7 @@ def print_estimate(found: Mapping[str, Any]) -> None:
     console.print(table)
     one = found["values_a_client_a_round"]
     console.print(
-        f"\nA client, a round: {one['up']:,} values up, {one['down']:,} down (of these the head {one['head']:,}); "
+        f"\nA client, a round: {one['up']:,} values up, {one['down']:,} down, and the head's {one['head']:,} each way; "
         f"once: {one['one_off']:,}"
     )
     console.print(f"Memory: about {bytes_text(found['memory_bytes'])} ({found['memory_reason']})")

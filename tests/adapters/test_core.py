@@ -52,6 +52,11 @@ def test_forward_equals_the_dense_weight(h: int, K: int, shape: tuple[int, ...])
         torch.testing.assert_close(got[rows], x[rows] @ dense(A, B, R_Khrr[k], SCALE).T)
 
 
+def test_an_expert_that_got_no_tokens() -> None:
+    A, B, R_Khrr, _ = drawn(2, 1)
+    assert core_forward(torch.zeros(0, N).double(), A, B, R_Khrr, SCALE).shape == (0, M)
+
+
 @pytest.mark.parametrize("h", [1, 2, 3])
 def test_delta_and_left_equal_the_dense_weight(h: int) -> None:
     A, B, R_Khrr, _ = drawn(h, 1)

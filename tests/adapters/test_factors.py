@@ -37,6 +37,11 @@ def test_forward_equals_the_dense_weight(K_A: int, K_B: int, shape: tuple[int, .
         torch.testing.assert_close(got[2 * k : 2 * k + 2], x[2 * k : 2 * k + 2] @ W.T)
 
 
+def test_an_expert_that_got_no_tokens() -> None:
+    A, B = drawn(1, 1)
+    assert factor_forward(torch.zeros(0, N).double(), A, B, SCALE).shape == (0, M)
+
+
 def test_gradients_are_those_of_the_dense_weight() -> None:
     """g_B = s G A', g_A = s B' G, each client's of its own rows; a shared A gets their sum."""
     A, B = drawn(1, 2)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from opened import added, dense_gradients, open_engine
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -14,11 +15,10 @@ from conftest import set_all
 from fedsb.adapters.basis import Basis, core_pair, random_pair, svd, truncated_svd, weight_pair
 from fedsb.engines import Sent
 from fedsb.engines.embedded import EmbeddedEngine
-from fedsb.errors import UserError
+from fedsb.errors import ConfigError, UserError
 from fedsb.federation import gradients as federation_gradients
 from fedsb.federation.basis_round import draw_samples
 from fedsb.federation.gradients import captured_share, core_gradients
-from opened import added, dense_gradients, open_engine
 
 SQUARE = "bert.encoder.layer.0.attention.self.query"  # 32 x 32
 WIDE = "bert.encoder.layer.0.intermediate.dense"  # 48 x 32
@@ -128,6 +128,12 @@ def test_start_of_R(tiny_config: dict[str, Any]) -> None:
         assert not built(tiny_config, kind=kind)[1].R0
     assert built(tiny_config, kind="update-pooled")[1].R0.keys() == engine.shapes.keys()
     assert not built(tiny_config, kind="update-pooled", R0="zero")[1].R0
+
+
+@pytest.mark.parametrize("kind", ["random", "weights"])
+def test_a_step_without_a_gradient_is_refused(tiny_config: dict[str, Any], kind: str) -> None:
+    with pytest.raises(ConfigError, match=f"kind = '{kind}' looks at none"):
+        built(tiny_config, kind=kind, R0="step")
 
 
 @pytest.mark.parametrize("batch_size", [1, 64])

@@ -11,11 +11,12 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -31,7 +32,8 @@ TOLERANCE = 1e-5  # of logits, relative to the largest, in float32
 class BaseFacts:
     """What a plain adapter must say of its base."""
 
-    name: str  # a folder or a Hub name
+    name: str  # where it was loaded from: a folder or a Hub name
+    shared_name: str  # what others know it by
     revision: str | None
     auto_class: str
     task_type: str  # PEFT's: SEQ_CLS, CAUSAL_LM
@@ -63,7 +65,7 @@ def lora_files(factors: Mapping[str, Factors], head: Tensors, base: BaseFacts, c
         target_modules=sorted(factors),
         modules_to_save=list(base.head) or None,
         task_type=base.task_type,
-        base_model_name_or_path=base.name,
+        base_model_name_or_path=base.shared_name,
         revision=base.revision,
         fan_in_fan_out=base.conv1d,
         inference_mode=True,
@@ -80,13 +82,18 @@ def lora_files(factors: Mapping[str, Factors], head: Tensors, base: BaseFacts, c
 def check_adapter(folder: Path, model: nn.Module, inputs: Mapping[str, Tensor], wanted: Tensor) -> float:
     """Loads the adapter with PEFT onto the bare base and compares logits; returns the largest difference, relative.
 
-    Raises RunError where it is above TOLERANCE (times 1000 for a base that is not float32).
+    The model is given back without the adapter, but with its head, as PEFT leaves it.
+    Raises RunError where PEFT cannot load it, or the difference is above TOLERANCE (times 1000 for a base that is not
+    float32).
     """
     from peft import PeftModel
 
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)  # PEFT asks it
-        loaded = PeftModel.from_pretrained(model, folder)
+    try:
+        with warnings.catch_warnings():  # PEFT asks it
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+            loaded = PeftModel.from_pretrained(model, folder)
+    except (KeyError, RuntimeError, ValueError, SafetensorError) as error:
+        raise RunError(f"PEFT cannot load the adapter in {folder}: {type(error).__name__}: {error}") from error
     loaded.eval()
     got = loaded(**inputs).logits.float()
     difference = float((got - wanted.float()).abs().max() / wanted.float().abs().max().clamp(min=1.0))
@@ -139,9 +146,9 @@ def model_card(base: BaseFacts, facts: Mapping[str, str], adapter: Path | str) -
     rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
     labels = "".join(f"\n- {i}: {name}" for i, name in enumerate(base.label_names))
     return (
-        f"---\nbase_model: {json.dumps(base.name)}\nlibrary_name: peft\n"
+        f"---\nbase_model: {json.dumps(base.shared_name)}\nlibrary_name: peft\n"
         f"tags: [lora, federated-learning, fedsb]\n---\n\n"
         f"# A LoRA adapter, trained by federation with fedsb\n\n| | |\n|---|---|\n{rows}\n\n"
-        f"## Load it\n\n```python\n{load_lines(base, adapter)}\n```\n"
+        f"## Load it\n\n```python\n{load_lines(replace(base, name=base.shared_name), adapter)}\n```\n"
         + (f"\n## Classes\n{labels}\n\nvLLM does not take adapters with a trained head; PEFT does.\n" if labels else "")
     )

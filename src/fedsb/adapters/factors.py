@@ -27,7 +27,7 @@ def factor_forward(
     K = max(len(A_Krn), len(B_Kmr))
     x_Kpn = x.reshape(K, -1, x.shape[-1])  # p = the client's tokens
     y_Kpm = (x_Kpn @ A_Krn.to(x.dtype).mT) @ B_Kmr.to(x.dtype).mT
-    return y_Kpm.reshape(*x.shape[:-1], -1) * scale
+    return y_Kpm.reshape(*x.shape[:-1], B_Kmr.shape[1]) * scale
 
 
 class FactorLinear(AdaptedLinear):

@@ -78,6 +78,9 @@ def open_data(config: Config, tokenizer: Tokenizer) -> Data:
         partition = _enough_text(partition, train, task, clients)
     if clients.unseen >= len(partition.shards):
         raise UserError(f"clients.unseen = {clients.unseen} of {len(partition.shards)} clients: nobody would take part")
+    taking_part = len(partition.shards) - clients.unseen
+    if config.server.min_clients > taking_part:
+        raise UserError(f"server.min_clients = {config.server.min_clients}, but {taking_part} clients take part")
     names = [shard.name for shard in partition.shards]
     unseen = set(generator(config.seed, "unseen").permutation(names)[: clients.unseen].tolist())
     cut = 0
@@ -157,7 +160,7 @@ def _first(table: Table, rows: int | None) -> Table:
 def _enough_text(partition: Partition, train: Table, task: Task, clients: ClientsConfig) -> Partition:
     """Leaves out natural clients whose texts together are shorter than clients.min_characters."""
     if clients.split != "column":
-        raise UserError(f"clients.min_characters is of the split by column; this one is {clients.split!r}: leave it out")
+        raise UserError(f"clients.min_characters is of the split by column; this one is {clients.split!r}")
     texts = [name for name in task.needs if name != task.columns.label]
     length = {
         shard.name: sum(len(str(train.rows[i][name])) for i in shard.rows for name in texts)

@@ -16,7 +16,7 @@ from fedsb.adapters.layer import RoutingError
 from fedsb.config import Choice, Config
 from fedsb.data.sites import Site, open_data
 from fedsb.data.sources import load_table, require_columns
-from fedsb.data.tasks.base import Example, pad_token
+from fedsb.data.tasks.base import Example, Task, pad_token
 from fedsb.engines import Replies, Score, Sent
 from fedsb.errors import UserError
 from fedsb.federation.basis_round import build_basis
@@ -89,7 +89,7 @@ class EmbeddedEngine:
             self.task,
             self.sites,
             self.head,
-            public=self._public_rows(),
+            public=public_rows(self.config, self.task),
             eta=self.local.lr * self.local.lr_factor(0, 0, self.local.steps_for(self.sites[0].rows))
             if self.config.basis.eta == "auto"
             else self.config.basis.eta,
@@ -205,20 +205,6 @@ class EmbeddedEngine:
             wire_bytes=len(envelope),
         )
 
-    def _public_rows(self) -> list[Example]:
-        """The first basis.samples rows of the file that the user declared public."""
-        basis = self.config.basis
-        if basis.kind != "update":
-            return []
-        if basis.data is None:
-            raise UserError(
-                "basis.kind = 'update' looks at data: name a file of public rows with basis.data = PATH. "
-                "To look at the clients' own rows in a simulation, say basis.kind = 'update-pooled'"
-            )
-        table = load_table(basis.data)
-        require_columns(table, self.task.needs)
-        return self.task.encode(table.rows[: basis.samples])[0]
-
     def _choose_cohort_size(self) -> tuple[int, str]:
         """(clients in one forward, reason). A model whose rows cannot be routed gets 1.
 
@@ -251,6 +237,21 @@ class EmbeddedEngine:
         finally:
             self.adapted.routing.rows = None
         return None
+
+
+def public_rows(config: Config, task: Task) -> list[Example]:
+    """Of `update`: the first basis.samples rows of the file that the user declared public."""
+    basis = config.basis
+    if basis.kind != "update":
+        return []
+    if basis.data is None:
+        raise UserError(
+            "basis.kind = 'update' looks at data: name a file of public rows with basis.data = PATH. "
+            "To look at the clients' own rows in a simulation, say basis.kind = 'update-pooled'"
+        )
+    table = load_table(basis.data)
+    require_columns(table, task.needs)
+    return task.encode(table.rows[: basis.samples])[0]
 
 
 def targets_choice(config: Config, targets: Sequence[str]) -> Choice:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -124,7 +125,7 @@ def _backward(
             for examples, total in zip(micro, total_K, strict=True)
         ]
         adapted.routing.rows = len(rows) * width if len(rows) > 1 else None
-        adapted.routing.dropout = Dropout(local.dropout, keys, first) if local.dropout else None
+        adapted.routing.dropout = Dropout(local.dropout, keys, first, len(rows) * width) if local.dropout else None
         logits, batch = forward(adapted.model, task, [example for examples in filled for example in examples])
         loss_b, _ = task.losses(logits, batch)
         loss_Kb = loss_b.reshape(len(rows), width) * torch.tensor(weight, device=loss_b.device)
@@ -155,17 +156,24 @@ class Dropout:
     """Adapter dropout, drawn for each client, step, layer and row by key, and the same when a forward is run again.
 
     A row's mask is drawn token by token, so it depends neither on how far others make the row pad, nor on the rows
-    beside it, nor on how a step's rows are cut into micro-batches.
+    beside it, nor on how a step's rows are cut into micro-batches. A layer that sees no rows (its client is alone then)
+    gets one mask for all it sees.
+
+    Args:
+        p: the share that is dropped.
+        keys: of the clients, in the order of their rows.
+        first: the micro-batch's first row, counted in the step.
+        rows: of all clients in the micro-batch.
     """
 
-    def __init__(self, p: float, keys: Keys, first: int) -> None:
-        self.p, self.keys, self.first = p, keys, first  # first: the micro-batch's first row, counted in the step
+    def __init__(self, p: float, keys: Keys, first: int, rows: int) -> None:
+        self.p, self.keys, self.first, self.rows = p, keys, first, rows
 
     def __call__(self, layer: str, x: Tensor) -> Tensor:  # (K b, ..., n)
-        width = len(x) // len(self.keys)
-        keep = [
-            torch.from_numpy(generator(*key, layer, self.first + i).random(x.shape[1:], dtype="float32") >= self.p)
-            for key in self.keys
-            for i in range(width)
-        ]
-        return x * torch.stack(keep).to(x.device, x.dtype) / (1 - self.p)
+        if len(x) == self.rows:
+            numbers = range(self.first, self.first + self.rows // len(self.keys))
+            shape = x.shape[1:]
+            drawn = np.stack([generator(*k, layer, i).random(shape, "float32") for k in self.keys for i in numbers])
+        else:
+            drawn = generator(*self.keys[0], layer, self.first).random(x.shape, "float32")
+        return x * torch.from_numpy(drawn >= self.p).to(x.device, x.dtype) / (1 - self.p)

@@ -51,12 +51,13 @@ class Payload:
 
 def pack(payload: Payload) -> bytes:
     """The envelope's bytes: the values, 4 bytes each, and a header of a few hundred bytes."""
-    for name, array in payload.tensors.items():
+    tensors = sorted(payload.tensors.items())  # a message is the same bytes in any process, sets or not
+    for name, array in tensors:
         if array.dtype != np.float32:
             raise PayloadError(f"{name!r} is {array.dtype}; version {VERSION} carries float32")
-    flat = [np.ascontiguousarray(array).reshape(-1) for array in payload.tensors.values()]
+    flat = [np.ascontiguousarray(array).reshape(-1) for _, array in tensors]
     values = np.concatenate(flat) if flat else np.zeros(0, np.float32)
-    layout = json.dumps([[name, list(array.shape)] for name, array in payload.tensors.items()], separators=(",", ":"))
+    layout = json.dumps([[name, list(array.shape)] for name, array in tensors], separators=(",", ":"))
     header = {
         "version": VERSION,
         "kind": payload.kind,

@@ -30,7 +30,7 @@ class Rules:
     shapes: Mapping[str, tuple[int, ...]]  # name -> shape of each tensor that goes up
     reference: Arrays  # what the server sent: an update's norm is that of its change against it
     weighting: Literal["samples", "uniform"] = "samples"
-    norm_factor: float = 30.0  # an update whose change is so many times the cohort's median is dropped; inf: never
+    norm_factor: float = 30.0  # an update whose change is so many times the cohort's median is dropped
     min_clients: int = 1
 
 
@@ -53,7 +53,7 @@ def rules(method: Method, state: State, server: ServerConfig, run: str) -> Rules
         reference=to_arrays(message),
         weighting=server.weighting,
         norm_factor=server.norm_factor,
-        min_clients=server.min_clients,
+        min_clients=1 if method.facts.pools_data else server.min_clients,
     )
 
 

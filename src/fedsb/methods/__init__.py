@@ -28,7 +28,8 @@ def method_types() -> dict[str, type[Method]]:
             raise UserError(f"{what} is no fedsb.methods.contract.Method with facts")
         if loaded.facts.id != point.name:
             raise UserError(f"{what} names a method whose id is {loaded.facts.id!r}: the two must be the same")
-        found[point.name] = loaded
+        if found.setdefault(point.name, loaded) is not loaded:
+            raise UserError(f"{what} takes the name of another method, {found[point.name].__module__}: uninstall one")
     return found
 
 

@@ -65,7 +65,7 @@ class Classification(Task):
         examples: list[Example] = []
         for position, label in enumerate(self._labels(rows)):
             if str(label) not in classes:
-                raise UserError(f"the label {label!r} is not among those of fit_labels: {', '.join(self.label_names)}")
+                raise UserError(f"the label {label!r} is none of this model's classes: {', '.join(self.label_names)}")
             example: Example = {name: values[position] for name, values in fields.items()}
             examples.append(example | {"labels": classes[str(label)]})
         return examples, len(too_long)

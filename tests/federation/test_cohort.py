@@ -1,0 +1,264 @@
+"""Clients in one forward: nothing of one may reach another, and memory tricks may not change a number."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from opened import members_of, open_engine, started
+from transformers import OPTConfig, OPTForCausalLM
+from transformers.models.bert.modeling_bert import BertIntermediate
+
+from conftest import WORDS, _save, set_all
+from fedsb.config import load_config
+from fedsb.engines.embedded import EmbeddedEngine, local_training
+from fedsb.errors import RunError, UserError
+from fedsb.federation.cohort import Dropout, Member, train_together
+
+
+def train_all(engine: EmbeddedEngine, state: Any, members: list[Member], round: int = 0) -> list[Member]:
+    moving = engine.method.trainable(members[0].tensors, 0)
+    return train_together(engine.adapted, engine.task, members, moving, engine.local, seed=0, round=round)
+
+
+def run(config: dict[str, Any], rows: list[int] | None = None, **train: Any) -> list[Member]:
+    engine, state = started(set_all(config, train={**config["train"], **train}))
+    return train_all(engine, state, members_of(engine, state, rows))
+
+
+def assert_same(one: list[Member], other: list[Member], atol: float = 2e-4) -> None:
+    for a, b in zip(one, other, strict=True):
+        assert a.losses == pytest.approx(b.losses, rel=1e-4)
+        moved = 0.0
+        for key, value in a.tensors.items():
+            torch.testing.assert_close(b.tensors[key], value, rtol=0, atol=atol)
+            moved = max(moved, float(value.abs().max()) if key.endswith(".R") else 0.0)
+        assert moved > 10 * atol  # there was something to compare
+
+
+# --- losses ---
+
+
+def test_a_nan_loss_names_client_and_round(tiny_config: dict[str, Any]) -> None:
+    engine, state = started(tiny_config)
+    members = members_of(engine, state)
+    sick = members[1]
+    broken = {key: value * math.nan if key.endswith(".R") else value for key, value in sick.tensors.items()}
+    members[1] = Member(name=sick.name, examples=sick.examples, tensors=broken)
+    with pytest.raises(RunError, match=rf"'{sick.name}' became nan in round 3, local step 1.*checkpoint"):
+        train_all(engine, state, members, round=2)
+
+
+def test_the_loss_is_the_mean_over_the_steps_rows(tiny_config: dict[str, Any]) -> None:
+    """At R = 0 the first loss is the plain model's cross entropy over the batch: about ln 3 with a small head."""
+    for member in run(tiny_config, steps=1, batch_size=8):
+        assert member.losses == pytest.approx([math.log(3)], abs=0.05)
+        assert member.loss == member.losses[0]
+
+
+# --- accumulation ---
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_accumulation_equals_a_large_batch(tiny_config: dict[str, Any], dropout: float) -> None:
+    """12 rows at once, 4 x 3 and 3 x 4: one loss, one step, one set of dropout masks."""
+    whole = run(tiny_config, steps=2, batch_size=12, dropout=dropout)
+    for batch_size, accumulate in ((3, 4), (4, 3)):
+        assert_same(whole, run(tiny_config, steps=2, batch_size=batch_size, accumulate=accumulate, dropout=dropout))
+
+
+def test_a_short_last_batch_is_a_mean_over_its_own_rows(tiny_config: dict[str, Any]) -> None:
+    """5, 7 and 3 rows in batches of 4, together and alone: 4 + 1, 4 + 3, and 3."""
+    joint = run(set_all(tiny_config, engine={"cohort_size": 3}), [5, 7, 3], steps=None, epochs=1, batch_size=4)
+    engine, state = started(set_all(tiny_config, train={"epochs": 1, "batch_size": 4, "lr": 0.02}))
+    alone = [train_all(engine, state, [member])[0] for member in members_of(engine, state, [5, 7, 3])]
+    assert [len(member.losses) for member in joint] == [2, 2, 1]
+    assert_same(alone, joint)
+
+
+# --- dropout ---
+
+KEYS = [(0, "dropout", name, 0, 0) for name in ("a", "b")]
+
+
+def mask(keys: list[Any], rows: int, tokens: int, first: int = 0, layer: str = "x", p: float = 0.5) -> torch.Tensor:
+    return Dropout(p, keys, first, rows * len(keys))(layer, torch.ones(rows * len(keys), tokens, 6))
+
+
+def test_masks_depend_neither_on_padding_nor_on_company_nor_on_micro_batches() -> None:
+    both = mask(KEYS, 4, 5)
+    a, b = both[:4], both[4:]
+    assert torch.equal(mask(KEYS[:1], 4, 5), a)  # alone
+    assert torch.equal(mask(KEYS[1:], 4, 5), b)
+    assert torch.equal(mask(KEYS[::-1], 4, 5), torch.cat([b, a]))  # in another order
+    assert torch.equal(mask(KEYS, 4, 9)[:, :5], both)  # padded further
+    assert torch.equal(mask(KEYS[:1], 2, 5), a[:2])  # in a narrower batch
+    assert torch.equal(mask(KEYS[:1], 2, 5, first=2), a[2:])  # in the second micro-batch
+    assert torch.equal(Dropout(0.5, KEYS[:1], 0, 4)("x", torch.ones(4, 6)), mask(KEYS[:1], 4, 1)[:, 0])  # no token axis
+
+
+def test_masks_differ_by_client_row_layer_and_step() -> None:
+    a = mask(KEYS[:1], 2, 50)
+    assert not torch.equal(a[0], a[1])
+    for other in (
+        mask(KEYS[1:], 2, 50),
+        mask(KEYS[:1], 2, 50, layer="y"),
+        mask([(0, "dropout", "a", 0, 1)], 2, 50),
+        mask([(0, "dropout", "a", 1, 0)], 2, 50),
+        mask([(1, "dropout", "a", 0, 0)], 2, 50),
+    ):
+        assert 0.3 < float((other == a).float().mean()) < 0.7
+
+
+def test_a_layer_that_sees_tokens_gets_a_mask_for_each() -> None:
+    """One client, 4 rows of 25 tokens, flattened: no token's mask comes twice, here or in another micro-batch."""
+    x = torch.ones(100, 16)
+    flat = Dropout(0.5, KEYS[:1], 0, 4)("x", x)
+    assert len(flat.unique(dim=0)) == 100
+    assert torch.equal(Dropout(0.5, KEYS[:1], 0, 4)("x", x), flat)
+    assert 0.4 < float((Dropout(0.5, KEYS[:1], 4, 4)("x", x) == flat).float().mean()) < 0.6
+
+
+def test_dropout_keeps_the_mean() -> None:
+    """p = 0.2: a fifth is 0, the rest 1.25."""
+    got = mask(KEYS, 20, 100, p=0.2)
+    assert set(got.unique().tolist()) == {0.0, 1.25}
+    assert float(got.mean()) == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize("method", [{"name": "fed-sb", "rank": 4}, {"name": "fedit", "rank": 2}])
+def test_a_client_with_short_batches_keeps_its_masks_in_company(
+    tiny_config: dict[str, Any], method: dict[str, Any]
+) -> None:
+    config = set_all(tiny_config, method=method, train={"epochs": 2, "batch_size": 4, "lr": 0.02, "dropout": 0.4})
+    engine, state = started(config)
+    members = members_of(engine, state, [3, 4, 2])  # all of one step an epoch, of three widths
+    alone = [train_all(engine, state, [member])[0] for member in members]
+    for a, b in zip(alone, train_all(engine, state, members), strict=True):
+        assert a.losses == pytest.approx(b.losses, rel=1e-5)
+
+
+# --- the base's own dropout, and activation checkpointing ---
+
+
+@pytest.fixture(scope="module")
+def tiny_opt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A family whose blocks have dropout of their own, beside that of their parts, and flatten rows into tokens."""
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=len(WORDS) + 3,
+        hidden_size=32,
+        word_embed_proj_dim=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        ffn_dim=48,
+        max_position_embeddings=64,
+        dropout=0.5,
+        attention_dropout=0.5,
+        layerdrop=0.5,
+        init_std=0.5,
+    )
+    return _save(tmp_path_factory.mktemp("tiny-opt"), OPTForCausalLM(config))
+
+
+@pytest.mark.parametrize("model", ["tiny_bert", "tiny_llama", "tiny_opt"])
+def test_activation_checkpointing_changes_nothing(
+    tiny_config: dict[str, Any], request: pytest.FixtureRequest, model: str
+) -> None:
+    """With adapter dropout, whose masks are drawn again; and the base's own dropout (BERT's 0.1, OPT's 0.5) is off."""
+    folder = request.getfixturevalue(model)
+    ends = []
+    for checkpointing in (False, True):
+        base = {"name": str(folder), "max_tokens": 16, "activation_checkpointing": checkpointing}
+        config = set_all(tiny_config, model=base)
+        if model != "tiny_bert":
+            config = set_all(config, task={"kind": "text"}, clients={"split": "iid", "count": 3})
+        engine, state = started(set_all(config, train={**tiny_config["train"], "dropout": 0.2}))
+        blocks = [m for m in engine.base.model.modules() if getattr(m, "gradient_checkpointing", False) and m.training]
+        assert bool(blocks) == checkpointing
+        ends.append([train_all(engine, state, [member])[0] for member in members_of(engine, state)])
+        score = engine.evaluate(engine.method.model(state), engine.sites[0].train)
+        assert score == engine.evaluate(engine.method.model(state), engine.sites[0].train)
+    assert_same(*ends, atol=1e-6)
+
+
+def test_checkpointing_runs_the_blocks_twice(tiny_config: dict[str, Any]) -> None:
+    """The second time in the backward: it is on, not merely harmless."""
+    calls = []
+    for checkpointing in (False, True):
+        base = {**tiny_config["model"], "activation_checkpointing": checkpointing}
+        engine, state = started(set_all(tiny_config, model=base, train={**tiny_config["train"], "steps": 1}))
+        count: list[int] = []
+        layer = engine.adapted.layers["bert.encoder.layer.0.intermediate.dense"]
+        layer.register_forward_hook(lambda *_: count.append(1))  # noqa: B023
+        train_all(engine, state, members_of(engine, state))
+        calls.append(len(count))
+    assert calls == [1, 2]
+
+
+# --- routing ---
+
+
+@pytest.fixture
+def flattening(monkeypatch: pytest.MonkeyPatch) -> None:
+    """BERT whose feed-forward layers see tokens, not rows, as those of a mixture of experts do."""
+    real = BertIntermediate.forward
+
+    def flat(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return real(self, x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+
+    monkeypatch.setattr(BertIntermediate, "forward", flat)
+
+
+def choice(engine: EmbeddedEngine) -> tuple[Any, str]:
+    (found,) = (c for c in engine.choices if c.key == "engine.cohort_size")
+    return found.value, found.reason
+
+
+def test_a_model_whose_rows_cannot_be_routed_trains_one_client_at_a_time(
+    tiny_config: dict[str, Any], flattening: None
+) -> None:
+    engine, state = started(tiny_config)
+    value, reason = choice(engine)
+    assert value == engine.cohort_size == 1
+    assert reason.startswith("auto: layer 'bert.encoder.layer.0.intermediate.dense' sees")
+    assert not engine.train(engine.method, state, [engine.sites[0].name], {}).kept[engine.sites[0].name]
+    with pytest.raises(UserError, match=r"engine.cohort_size = 2: layer 'bert.*engine.cohort_size = 1"):
+        open_engine(set_all(tiny_config, engine={"cohort_size": 2}))
+    assert choice(open_engine(set_all(tiny_config, engine={"cohort_size": 1}))) == (1, "as asked")
+
+
+def test_opt_flattens_its_rows(tiny_config: dict[str, Any], tiny_opt: Path) -> None:
+    config = set_all(tiny_config, model={"name": str(tiny_opt), "max_tokens": 16}, task={"kind": "text"})
+    value, reason = choice(open_engine(config))
+    assert value == 1 and "'model.decoder.layers.0.fc1' sees 16 rows where the batch has 2" in reason
+    attention = {"name": str(tiny_opt), "max_tokens": 16, "targets": ["q_proj", "v_proj"]}
+    assert choice(open_engine(set_all(config, model=attention)))[0] == 16  # its attention does not
+
+
+def test_the_cohort_size_and_its_reason(tiny_config: dict[str, Any]) -> None:
+    assert choice(open_engine(tiny_config)) == (16, "auto: about 64 rows in one forward on cpu")  # 64 / 4
+    assert choice(open_engine(set_all(tiny_config, engine={"cohort_size": 2}))) == (2, "as asked")
+    alone = set_all(tiny_config, clients={"split": "iid", "count": 1})
+    assert choice(open_engine(alone)) == (1, "there is one client")
+
+
+def test_a_pooled_client_takes_the_steps_of_a_rounds_clients(tiny_config: dict[str, Any]) -> None:
+    """10 clients of which 4 take part in a round, 3 steps each: 12."""
+    config = load_config(set_all(tiny_config, server={"clients_per_round": 4})).config
+    assert local_training(config, clients=10).steps == 12
+    assert local_training(config, clients=3).steps == 9
+    assert local_training(config).steps == 3
+
+
+def test_moments_are_kept_only_where_asked(tiny_config: dict[str, Any]) -> None:
+    """Kept, they hold the steps taken; a second round goes on from them."""
+    engine, state = started(set_all(tiny_config, train={**tiny_config["train"], "keep_optimizer": True}))
+    name = engine.sites[0].name
+    kept = engine.train(engine.method, state, [name], {}).kept
+    assert float(kept[name]["optimizer/steps"]) == 3
+    again = engine.train(engine.method, state, [name], kept).kept
+    assert float(again[name]["optimizer/steps"]) == 6

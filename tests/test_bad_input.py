@@ -1,0 +1,308 @@
+"""What users get wrong, each line of it: a clear message, the right exit code, nothing lost, nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import Said, adapter_bytes, set_all, write_rows, write_toml
+from fedsb.config import load_config
+from fedsb.record import read_rows
+from fedsb.run import federate
+
+Cli = Callable[..., Said]
+
+
+def rows_of(path: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+@pytest.fixture
+def refused(cli: Cli, tmp_path: Path) -> Callable[..., str]:
+    """Both `check` and `run` refuse a configuration in the same words, with exit code 1, and leave no run behind."""
+
+    def both(config: dict[str, Any], *more: str) -> str:
+        toml = write_toml(tmp_path / "bad.toml", config)
+        before = sorted(tmp_path.rglob("*"))
+        checked, ran = cli("check", toml, *more), cli("run", toml, *more)
+        assert (checked.code, ran.code) == (1, 1), (checked, ran)
+        assert checked.out == ""
+        assert checked.err == ran.err
+        assert "Traceback" not in ran.err
+        assert [path for path in sorted(tmp_path.rglob("*")) if path != tmp_path / "runs"] == before
+        return ran.err
+
+    return both
+
+
+# --- the data ---
+
+
+def test_a_missing_file(tiny_config: dict[str, Any], refused: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("text,label\n")
+    said = refused(set_all(tiny_config, data={"train": str(tmp_path / "trian.csv")}))
+    assert "there is no file" in said and "near it there is train.csv" in said
+
+
+def test_an_empty_file(tiny_config: dict[str, Any], refused: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text("\n")
+    assert "is empty: give a file with at least one row" in refused(
+        set_all(tiny_config, data={"train": str(tmp_path / "train.jsonl")})
+    )
+
+
+def test_an_unknown_column(tiny_config: dict[str, Any], refused: Callable[..., str]) -> None:
+    said = refused(tiny_config, "--set", "task.text=txt")
+    assert "has no column 'txt': did you mean 'text'? There are: client, label, text" in said
+    said = refused(tiny_config, "--set", "clients.column=klient")
+    assert "has no column 'klient': did you mean 'client'?" in said
+
+
+def test_a_label_that_only_the_test_has(
+    tiny_config: dict[str, Any], refused: Callable[..., str], tmp_path: Path
+) -> None:
+    rows = [*rows_of(tiny_config["data"]["test"]), {"text": "red1", "label": "mauve", "client": "x"}]
+    data = {**tiny_config["data"], "test": str(write_rows(tmp_path / "test.jsonl", rows))}
+    said = refused(set_all(tiny_config, data=data))
+    assert "the test has the label 'mauve', which no training row has (there: blue, green, red)" in said
+
+
+def test_a_label_that_only_some_clients_have_is_fine(tiny_config: dict[str, Any], tmp_path: Path) -> None:
+    rows = [row for row in rows_of(tiny_config["data"]["train"]) if (row["client"], row["label"]) != ("site 0", "red")]
+    data = {**tiny_config["data"], "train": str(write_rows(tmp_path / "train.jsonl", rows))}
+    folder = federate(load_config(set_all(tiny_config, data=data, rounds=1))).folder
+    clients = {c["name"]: c["labels"] for c in json.loads((folder / "manifest.json").read_text())["clients"]}
+    assert clients["site 0"]["red"] == 0 < clients["site 1"]["red"]
+
+
+def test_more_clients_than_rows(tiny_config: dict[str, Any], refused: Callable[..., str]) -> None:
+    said = refused(set_all(tiny_config, clients={"split": "iid", "count": 91}))
+    assert "91 clients for 90 rows: a client needs a row; take 90 clients or fewer" in said
+
+
+def test_a_client_with_no_rows(tiny_config: dict[str, Any], refused: Callable[..., str]) -> None:
+    clients = {"split": "size", "count": 2, "sizes": [1, 1000]}
+    said = refused(set_all(tiny_config, clients=clients))
+    assert "client-00 holds 0 of 90 rows, fewer than 1: take fewer clients" in said
+
+
+def test_a_client_without_a_usable_row(
+    tiny_config: dict[str, Any], refused: Callable[..., str], tiny_llama: Path, tmp_path: Path
+) -> None:
+    rows = [{"text": "red1 red2 red3", "client": "a"}, {"text": "red1", "client": "one word"}]
+    data = {"train": str(write_rows(tmp_path / "train.jsonl", rows))}
+    config = set_all(tiny_config, model={"name": str(tiny_llama)}, task={"kind": "text"}, data=data)
+    assert "client 'one word' has no usable row" in refused(config)
+
+
+def test_text_that_is_too_long_is_counted_and_shown(
+    cli: Cli, tiny_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    rows = rows_of(tiny_config["data"]["train"])
+    for row in rows[:7]:
+        row["text"] = "red1 " * 40
+    data = {"train": str(write_rows(tmp_path / "train.jsonl", rows))}
+    said = cli("check", write_toml(tmp_path / "long.toml", set_all(tiny_config, data=data)))
+    assert said.code == 0
+    line = next(" ".join(line.split()) for line in said.out.splitlines() if line.startswith("data.cut"))
+    assert line.startswith("data.cut 7 counted: rows longer than model.max_tokens = 16")
+
+
+# --- the model and the method ---
+
+
+@pytest.mark.parametrize("method", [{"name": "fed-sb", "rank": 33}, {"name": "fed-sb", "rank": 17, "blocks": 2}])
+def test_a_rank_above_the_layers(
+    tiny_config: dict[str, Any], refused: Callable[..., str], cli: Cli, method: dict[str, Any], tmp_path: Path
+) -> None:
+    """Found while the basis is made, so a run's folder is there already: it is taken back, and the name is free."""
+    toml = write_toml(tmp_path / "rank.toml", set_all(tiny_config, method=method))
+    for verb in ("check", "run"):
+        said = cli(verb, toml)
+        assert said.code == 1
+        wanted = f"rank x blocks = {method['rank'] * method.get('blocks', 1)} is above min(m, n) in 12 of 12 layers"
+        assert wanted in said.err and "Choose at most 32" in said.err
+    assert not (tmp_path / "runs" / "tiny").exists()
+    assert cli("run", toml, "--set", "method.rank=4").code == 0
+
+
+def test_an_unknown_target_module(tiny_config: dict[str, Any], refused: Callable[..., str]) -> None:
+    said = refused(tiny_config, "--set", 'model.targets=["querry"]')
+    assert "no linear layer is called 'querry'" in said
+    assert "attention.self.key, attention.self.query, attention.self.value" in said
+    said = refused(tiny_config, "--set", "model.targets=.*nothing")
+    assert "matches no linear layer. There are: attention.output.dense" in said
+    assert "is not a regular expression" in refused(tiny_config, "--set", "model.targets=[a-")
+
+
+def test_an_unknown_key_and_an_unknown_method(tiny_config: dict[str, Any], refused: Callable[..., str]) -> None:
+    said = refused(tiny_config, "--set", "train.lrr=1", "--set", "method.name=fedsb", "--set", "rouns=3")
+    assert said.startswith("fedsb: 3 faults in the configuration:\n")
+    for part in ("train.lrr: there is no such key; did you mean 'lr'?", "did you mean 'fed-sb'?", "'rounds'?"):
+        assert part in said
+
+
+def test_a_basis_that_looks_at_data_it_is_not_given(tiny_config: dict[str, Any], refused: Callable[..., str]) -> None:
+    said = refused(set_all(tiny_config, basis={"kind": "update"}))
+    assert "name a file of public rows with basis.data = PATH" in said
+
+
+def test_min_clients_above_the_clients(tiny_config: dict[str, Any], refused: Callable[..., str]) -> None:
+    said = refused(set_all(tiny_config, server={"min_clients": 4}))
+    assert "server.min_clients = 4, but 3 clients take part" in said
+
+
+def test_no_network_for_a_hub_model(tiny_config: dict[str, Any], refused: Callable[..., str]) -> None:
+    said = refused(tiny_config, "--set", "model.name=nobody/nothing")
+    assert "cannot load the model 'nobody/nothing'" in said
+    assert "--set model.name=FOLDER" in said and "HF_HOME" in said and "HF_HUB_OFFLINE=1" in said
+
+
+def test_no_network_for_a_hub_data_set(tiny_config: dict[str, Any], refused: Callable[..., str]) -> None:
+    said = refused(tiny_config, "--set", "data.train=hub:nobody/nothing")
+    assert "'hub:nobody/nothing' cannot be fetched from the Hub" in said
+    assert "HF_HOME" in said and "HF_HUB_OFFLINE=1" in said and "--set data.train=PATH" in said
+
+
+def test_a_model_folder_that_is_none(tiny_config: dict[str, Any], refused: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert "cannot load the model" in refused(tiny_config, "--set", f"model.name={tmp_path / 'empty'}")
+    assert "there is no such folder" in refused(tiny_config, "--set", f"model.name={tmp_path / 'none'}")
+    assert "model.device = 'cuda:7' cannot be used here" in refused(tiny_config, "--set", "model.device=cuda:7")
+
+
+# --- a run that fails, and runs that are there ---
+
+
+def test_a_loss_that_is_nan(cli: Cli, tiny_config: dict[str, Any], tmp_path: Path) -> None:
+    """It names client, round and step, stops, and keeps what was finished."""
+    train = {
+        **tiny_config["train"],
+        "optimizer": "sgd",
+        "clip_norm": 0,
+        "lr": 1e30,
+        "schedule": "linear",
+        "warmup": 0.5,
+    }
+    config = set_all(tiny_config, train=train, rounds=40, engine={"cohort_size": 1})
+    folder = tmp_path / "runs" / "tiny"
+    said = cli("run", write_toml(tmp_path / "nan.toml", config))
+    assert said.code == 2
+    assert "the loss of client 'site 0' became nan in round 1, local step 2: lower train.lr" in said.err
+    assert f"fedsb resume {folder}\n" in said.err and "Traceback" not in said.err
+    assert (folder / "checkpoints" / "round-0000" / "state.safetensors").exists()
+
+
+def test_a_loss_that_is_nan_later(
+    cli: Cli, tiny_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the second round; the first is kept, and the run goes on from it."""
+    from fedsb.federation import cohort
+
+    config = set_all(tiny_config, engine={"cohort_size": 1})
+    whole = federate(load_config(set_all(config, out=str(tmp_path / "whole")))).folder
+    real = cohort._backward
+    calls: list[int] = []
+
+    def poisoned(*arguments: Any) -> list[float]:
+        calls.append(1)
+        losses = real(*arguments)
+        return [float("nan")] if len(calls) == 9 + 3 + 2 else losses  # round 2, the second client, its second step
+
+    folder = tmp_path / "runs" / "tiny"
+    with monkeypatch.context() as patch:
+        patch.setattr(cohort, "_backward", poisoned)
+        said = cli("run", write_toml(tmp_path / "nan.toml", config))
+    assert said.code == 2
+    assert "the loss of client 'site 1' became nan in round 2, local step 2" in said.err
+    assert [row["round"] for row in read_rows(folder / "rounds.jsonl")] == [1]
+    assert cli("resume", folder).code == 0
+    assert adapter_bytes(folder) == adapter_bytes(whole)
+
+
+@pytest.fixture
+def done(tiny_config: dict[str, Any]) -> Path:
+    return federate(load_config(tiny_config)).folder
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def test_a_torn_checkpoint(cli: Cli, done: Path) -> None:
+    wanted = adapter_bytes(done)
+    truncate(done / "checkpoints" / "round-0003" / "state.safetensors")
+    said = cli("resume", done)
+    assert said.code == 0
+    assert "checkpoint round-0003 was skipped: its sha256 differs from the one it was written with" in said.out
+    assert "round 3/3" in said.out and "round 2/3" not in said.out
+    assert adapter_bytes(done) == wanted
+
+
+def test_a_foreign_checkpoint(cli: Cli, done: Path, tiny_config: dict[str, Any], tmp_path: Path) -> None:
+    """One that was copied from another run, of other settings, over this run's own and behind it."""
+    other = federate(load_config(set_all(tiny_config, name="other", seed=9))).folder
+    wanted = adapter_bytes(done)
+    shutil.rmtree(done / "checkpoints" / "round-0003")
+    shutil.copytree(other / "checkpoints" / "round-0003", done / "checkpoints" / "round-0003")
+    shutil.copytree(other / "checkpoints" / "round-0003", done / "checkpoints" / "round-0012")
+    said = cli("resume", done)
+    assert said.code == 0, said.err
+    assert said.out.count("was skipped: it is of the run") == 2
+    assert adapter_bytes(done) == wanted
+    assert (done / "checkpoints" / "round-0012").exists(), "what is not ours is not ours to delete"
+
+
+def test_only_torn_checkpoints(cli: Cli, done: Path) -> None:
+    for path in done.glob("checkpoints/*/state.safetensors"):
+        truncate(path)
+    before = sorted(done.rglob("*"))
+    said = cli("resume", done)
+    assert said.code == 2
+    assert "can be used:\n  checkpoint round-0003 was skipped" in said.err and "checkpoint round-0002" in said.err
+    assert sorted(done.rglob("*")) == before
+
+
+def test_resume_with_a_changed_configuration(cli: Cli, done: Path, tiny_config: dict[str, Any], tmp_path: Path) -> None:
+    changed = write_toml(tmp_path / "changed.toml", set_all(tiny_config, rounds=9, method={"name": "fedit", "rank": 2}))
+    wanted = ["method.name: 'fed-sb' -> 'fedit'", "method.rank: 4 -> 2", "rounds: 3 -> 9"]
+    said = cli("resume", done, "--config", changed)
+    assert said.code == 1 and said.err.splitlines()[1:] == [f"  {line}" for line in wanted]
+    assert "was started with other settings. Resume it without them, or start a new run:" in said.err
+    said = cli("resume", done, "--set", "train.lr=0.5")
+    assert said.code == 1 and said.err.splitlines()[1:] == ["  train.lr: 0.02 -> 0.5"]
+    assert cli("resume", done, "--config", write_toml(tmp_path / "same.toml", tiny_config)).code == 0
+
+
+def test_resume_with_changed_data(cli: Cli, tiny_config: dict[str, Any], tmp_path: Path) -> None:
+    rows = rows_of(tiny_config["data"]["train"])
+    train = write_rows(tmp_path / "train.jsonl", rows)
+    folder = federate(load_config(set_all(tiny_config, data={"train": str(train)}))).folder
+    before = adapter_bytes(folder)
+    write_rows(train, rows[:-1])
+    said = cli("resume", folder)
+    assert said.code == 1
+    assert "the train data of" in said.err and "(they were 90 rows of" in said.err
+    assert adapter_bytes(folder) == before
+    train.unlink()
+    assert cli("resume", folder).code == 1
+
+
+def test_what_is_no_run(cli: Cli, done: Path, tmp_path: Path) -> None:
+    for verb in (["resume"], ["eval"], ["export", "--to", tmp_path / "copy"], ["report"]):
+        said = cli(verb[0], done.parent / "tinny", *verb[1:])
+        assert said.code == 1 and "run directory" in said.err and "Traceback" not in said.err
+    assert f"did you mean '{done}'?" in cli("resume", done.parent / "tinny").err
+
+
+def test_an_unwritable_place(cli: Cli, tiny_config: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    said = cli("run", write_toml(tmp_path / "tiny.toml", set_all(tiny_config, out=str(tmp_path / "file"))))
+    assert said.code == 2 and "cannot write below" in said.err and "Traceback" not in said.err
+    assert (tmp_path / "file").read_text() == "mine"

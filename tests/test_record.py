@@ -1,0 +1,351 @@
+"""The run directory: atomic, locked, inside itself; a torn or foreign checkpoint or a full disk loses nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import Said, adapter_bytes, set_all, tiny_settings, write_rows, write_toml
+from fedsb.adapters.basis import basis_hash
+from fedsb.config import load_config
+from fedsb.disk import safe_name, write_atomic
+from fedsb.errors import RunError, UserError
+from fedsb.methods.contract import State
+from fedsb.record import Record, read_manifest, read_rows
+from fedsb.run import Silent, federate, resume
+
+COMMON = {"x.A": torch.arange(6.0).reshape(2, 3)}
+MANIFEST = {"run": "abc", "config": {}, "origin": {}, "basis_hash": basis_hash(COMMON)}
+
+
+def state_of(round: int) -> State:
+    return State(round=round, tensors={"x.R": torch.full((2, 2), float(round))}, common=COMMON)
+
+
+@pytest.fixture
+def record(tmp_path: Path) -> Iterator[Record]:
+    """A run with checkpoints of round 0, 1 and 2, the last two kept."""
+    with Record.create(tmp_path / "run", MANIFEST) as record:
+        record.start(state_of(0), [])
+        for round in (1, 2):
+            record.round(state_of(round), {"round": round}, [], {"a/b": {"x": torch.ones(round)}}, keep=2)
+        yield record
+
+
+@pytest.fixture(scope="module")
+def unbroken(tiny_bert: Path, tables: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = tiny_settings(tiny_bert, tables, tmp_path_factory.mktemp("unbroken"))
+    return federate(load_config(config)).folder
+
+
+def checkpoints(record: Record) -> list[str]:
+    return sorted(path.name for path in (record.folder / "checkpoints").iterdir())
+
+
+def test_a_state_comes_back_as_it_was(record: Record) -> None:
+    state = record.latest()
+    assert state is not None and not record.skipped
+    assert state.round == 2
+    assert torch.equal(state.tensors["x.R"], torch.full((2, 2), 2.0))
+    assert torch.equal(state.common["x.A"], COMMON["x.A"])
+    assert checkpoints(record) == ["round-0001", "round-0002"]
+    assert torch.equal(record.take_up(2)["a/b"]["x"], torch.ones(2))
+
+
+def truncate(folder: Path) -> None:
+    path = folder / "state.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(folder: Path) -> None:
+    path = folder / "state.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def foreign(folder: Path) -> None:
+    facts = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps({**facts, "run": "another"}))
+
+
+TORN = [
+    pytest.param(truncate, "its sha256 differs", id="truncated"),
+    pytest.param(flip, "its sha256 differs", id="a flipped bit"),
+    pytest.param(foreign, "it is of the run 'another', this is 'abc'", id="foreign"),
+    pytest.param(lambda folder: (folder / "state.safetensors").unlink(), "No such file", id="missing"),
+    pytest.param(lambda folder: (folder / "state.json").write_text(""), "Expecting value", id="empty facts"),
+    pytest.param(lambda folder: (folder / "state.json").write_text("[1]"), "list indices", id="other facts"),
+    pytest.param(lambda folder: (folder / "state.json").write_text("{}"), "run", id="no facts"),
+]
+
+
+@pytest.mark.parametrize(("harm", "said"), TORN)
+def test_a_torn_or_foreign_checkpoint_is_skipped_and_named(
+    record: Record, harm: Callable[[Path], None], said: str
+) -> None:
+    harm(record.folder / "checkpoints" / "round-0002")
+    state = record.latest()
+    assert state is not None and state.round == 1
+    (skipped,) = record.skipped
+    assert skipped.startswith("checkpoint round-0002 was skipped: ") and said in skipped
+    kept = record.take_up(1)
+    assert torch.equal(kept["a/b"]["x"], torch.ones(1))
+    assert record.rows("rounds.jsonl") == [{"round": 1}]
+    record.round(state_of(2), {"round": 2}, [], {}, keep=2)
+    assert checkpoints(record) == ["round-0001", "round-0002"]
+    fresh = Record(record.folder, MANIFEST)
+    assert fresh.latest() is not None and not fresh.skipped
+
+
+def test_all_torn(record: Record) -> None:
+    for name in ("round-0001", "round-0002"):
+        truncate(record.folder / "checkpoints" / name)
+    with pytest.raises(RunError, match=r"(?s)no checkpoint in .*run can be used:.*round-0002.*round-0001"):
+        record.latest()
+    assert checkpoints(record) == ["round-0001", "round-0002"]
+
+
+def test_another_basis_is_noticed(record: Record) -> None:
+    path = record.folder / "common.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(bytes(content))
+    with pytest.raises(RunError, match="the basis, is not the one that the run was started with"):
+        record.latest()
+
+
+def test_a_foreign_checkpoint_of_a_later_round_pushes_out_no_own(record: Record) -> None:
+    """It stands first in the folder's order; were it counted, the only good checkpoint would be deleted."""
+    shutil.copytree(record.folder / "checkpoints" / "round-0002", record.folder / "checkpoints" / "round-0099")
+    (record.folder / "checkpoints" / "round-notes").mkdir()
+    record.checkpoint(state_of(3), keep=1)
+    fresh = Record(record.folder, MANIFEST)
+    state = fresh.latest()
+    assert state is not None and state.round == 3
+    assert "round-0099 was skipped: it was written as that of round 2" in fresh.skipped[0]
+
+
+def test_what_a_kill_left_is_cleared_and_nothing_else(record: Record) -> None:
+    left = [
+        record.folder / "checkpoints" / ".round-0003.17" / "state.json",
+        record.folder / "adapter" / ".adapter_model.safetensors.17",
+        record.folder / ".manifest.json.17",
+    ]
+    mine = record.folder / ".notes"
+    for path in [*left, mine]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("x")
+    with (record.folder / "rounds.jsonl").open("a") as file:
+        file.write('{"round": 3}\n{"round": 4, "lo')
+    record.take_up(2)
+    assert not any(path.exists() for path in left) and mine.exists()
+    assert [row["round"] for row in record.rows("rounds.jsonl")] == [1, 2]
+
+
+def test_a_start_that_was_cut_off_counts_its_bytes_once(tmp_path: Path) -> None:
+    """Killed between the ledger and the first checkpoint, the start is done again; its basis travelled once."""
+    from fedsb.engines import Sent
+
+    sent = [
+        Sent(round=0, client="a", direction="up", kind="basis", values=1, head_values=0, bytes=4, wire_bytes=9),
+    ]
+    with Record.create(tmp_path / "run", MANIFEST) as record:
+        record.start(state_of(0), sent)
+        record.start(state_of(0), sent)
+        assert len(record.rows("traffic.jsonl")) == 1
+
+
+def test_a_clients_state_that_cannot_be_read(record: Record) -> None:
+    (path,) = (record.folder / "clients").glob("*/round-0002.safetensors")
+    path.write_bytes(b"torn")
+    with pytest.raises(RunError, match=r"what a client keeps between rounds, cannot be read"):
+        record.take_up(2)
+
+
+def test_the_lock(record: Record) -> None:
+    with pytest.raises(UserError, match="in use by another fedsb process"):
+        Record.open(record.folder)
+    record.__exit__(None)
+    Record.open(record.folder).__exit__(None)
+
+
+def test_a_name_that_exists_is_refused(record: Record) -> None:
+    before = (record.folder / "manifest.json").read_bytes()
+    record.__exit__(None)
+    with pytest.raises(UserError, match="holds a run already: take it up with `fedsb resume"):
+        Record.create(record.folder, {**MANIFEST, "run": "new"})
+    assert (record.folder / "manifest.json").read_bytes() == before
+
+
+def test_a_start_that_the_user_made_fail_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(UserError), Record.create(tmp_path / "run", MANIFEST):
+        raise UserError("rank")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_failed_start_in_a_folder_of_the_users_takes_only_its_own(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError), Record.create(tmp_path / "run", MANIFEST):
+        raise UserError("rank")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
+
+
+def test_a_failure_behind_the_first_checkpoint_takes_nothing_back(tmp_path: Path) -> None:
+    with pytest.raises(UserError), Record.create(tmp_path / "run", MANIFEST) as record:
+        record.start(state_of(0), [])
+        raise UserError("later")
+    assert (tmp_path / "run" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(None, "is no run directory"), ("", "cannot be read"), ("[]", "is not that of a run"), ("{}", "is not that of")],
+)
+def test_no_manifest_worth_the_name(tmp_path: Path, content: str | None, said: str) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "manifest.json").write_text(json.dumps(MANIFEST))
+    (tmp_path / "run").mkdir()
+    if content is not None:
+        (tmp_path / "run" / "manifest.json").write_text(content)
+    with pytest.raises(UserError, match=said) as caught:
+        read_manifest(tmp_path / "run")
+    assert content is not None or str(tmp_path / "other") in str(caught.value)
+
+
+def test_a_ledger_with_a_torn_last_line(tmp_path: Path) -> None:
+    (tmp_path / "rounds.jsonl").write_text('{"round": 1}\n{"round": 2')
+    assert read_rows(tmp_path / "rounds.jsonl") == [{"round": 1}]
+    assert read_rows(tmp_path / "missing.jsonl") == []
+
+
+def test_a_write_that_fails_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    write_atomic(path, b"old")
+
+    def torn(path: Path, content: bytes) -> None:
+        path.write_bytes(content[:1])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fedsb.disk.write", torn)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomic(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
+
+
+HOSTILE = ["../x", "../../x", "/etc", "", ".", "..", "a/b", "a\\b", "a\nb", "x" * 5000, "[/]", "ü ß", "a_b", "\0", "🙂"]
+
+
+def test_hostile_names_make_harmless_folders() -> None:
+    names = [safe_name(client) for client in HOSTILE]
+    assert len(set(names)) == len(HOSTILE)
+    for name in names:
+        assert name and Path(name).name == name and name not in (".", "..") and not name.startswith(".")
+        assert len(name.encode()) < 250
+    assert safe_name("site 0") == "site 0"
+
+
+def test_hostile_client_names_round_trip(tiny_config: dict[str, Any], tables: Any, tmp_path: Path) -> None:
+    """As values of the client column: a run that keeps state with its clients, stopped, resumed, equal to unbroken."""
+    names = ["../x", "/etc", "", "a/b", "[/red]:smile:"]
+    rows = [json.loads(line) for line in tables[0].read_text().splitlines()]
+    rows = [{**row, "client": names[i % len(names)]} for i, row in enumerate(rows)]
+    config = set_all(
+        tiny_config,
+        data={"train": str(write_rows(tmp_path / "hostile.jsonl", rows))},
+        method={"name": "local", "rank": 2},
+        train={**tiny_config["train"], "keep_optimizer": True},
+        rounds=2,
+    )
+    whole = federate(load_config(set_all(config, out=str(tmp_path / "whole"))))
+
+    class Stop(Silent):
+        def round(self, row: Any, rounds: int) -> None:
+            raise KeyboardInterrupt
+
+    before = {path for path in tmp_path.rglob("*") if not path.is_relative_to(tmp_path / "runs")}
+    with pytest.raises(KeyboardInterrupt):
+        federate(load_config(config), Stop())
+    broken = resume(tmp_path / "runs" / "tiny")
+    assert adapter_bytes(broken.folder) == adapter_bytes(whole.folder)
+    assert len(adapter_bytes(whole.folder)) == len(names)
+    assert {path for path in tmp_path.rglob("*") if not path.is_relative_to(tmp_path / "runs")} == before
+    assert [client["name"] for client in read_manifest(broken.folder)["clients"]] == names
+
+
+# --- a full disk ---
+
+
+@contextmanager
+def no_more_than(size: int) -> Iterator[None]:
+    """No file above so many bytes: what a full disk does to every write."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("no tmpfs can be mounted here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def check_refused(said: Said, folder: Path) -> None:
+    assert said.code == 2
+    assert "the disk is full" in said.err and "Traceback" not in said.err
+    if (folder / "manifest.json").exists():
+        assert f"fedsb resume {folder}" in said.err
+    else:
+        assert "nothing was written: run it again" in said.err
+
+
+@pytest.mark.parametrize("room", [4, 40, 80, 112])
+def test_a_full_disk(
+    small_disk: Path, room: int, cli: Callable[..., Said], tiny_config: dict[str, Any], tmp_path: Path, unbroken: Path
+) -> None:
+    """Full at four places of the run; with room made, it goes on to the same adapter."""
+    toml = write_toml(tmp_path / "tiny.toml", set_all(tiny_config, out=str(small_disk)))
+    folder = small_disk / "tiny"
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes((1024 - room) << 10))
+    check_refused(cli("run", toml), folder)
+    assert not list(folder.rglob(".*")), "a temporary file takes room on a full disk"
+    filler.unlink()
+    said = cli("resume", folder) if (folder / "manifest.json").exists() else cli("run", toml)
+    assert said.code == 0, said.err
+    assert adapter_bytes(folder) == adapter_bytes(unbroken)
+
+
+@pytest.mark.parametrize("size", [1000, 20_000, 30_000])
+def test_a_file_that_cannot_grow(
+    size: int, cli: Callable[..., Said], tiny_config: dict[str, Any], tmp_path: Path, unbroken: Path
+) -> None:
+    toml = write_toml(tmp_path / "tiny.toml", tiny_config)
+    folder = tmp_path / "runs" / "tiny"
+    with no_more_than(size):
+        said = cli("run", toml)
+    check_refused(said, folder)
+    said = cli("resume", folder) if (folder / "manifest.json").exists() else cli("run", toml)
+    assert said.code == 0, said.err
+    assert adapter_bytes(folder) == adapter_bytes(unbroken)

@@ -1,0 +1,119 @@
+"""The run's own loop: a bad update costs its client one round, and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from conftest import Said, adapter_bytes, set_all, write_toml
+from fedsb.config import Config, load_config
+from fedsb.engines import Engine, Replies
+from fedsb.engines.embedded import EmbeddedEngine
+from fedsb.federation.payload import pack, unpack
+from fedsb.record import read_rows
+from fedsb.run import federate, sample
+
+BAD_CLIENT, BAD_ROUND = "site 1", 1  # the second round
+
+
+def with_nan(envelope: bytes) -> bytes:
+    payload = unpack(envelope)
+    tensors = {name: array.copy() for name, array in payload.tensors.items()}
+    tensors[min(tensors)].reshape(-1)[0] = np.nan
+    return pack(dataclasses.replace(payload, tensors=tensors))
+
+
+def of_another_run(envelope: bytes) -> bytes:
+    return pack(dataclasses.replace(unpack(envelope), run="elsewhere"))
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, harm: Callable[[bytes], bytes]) -> None:
+    """In the second round, one client's update goes through `harm`."""
+    train = EmbeddedEngine.train
+
+    def harmed(self: EmbeddedEngine, method: Any, state: Any, cohort: Any, kept: Any) -> Replies:
+        replies = train(self, method, state, cohort, kept)
+        if state.round != BAD_ROUND:
+            return replies
+        envelopes = [(name, harm(data) if name == BAD_CLIENT else data) for name, data in replies.envelopes]
+        return dataclasses.replace(replies, envelopes=envelopes)
+
+    monkeypatch.setattr(EmbeddedEngine, "train", harmed)
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        pytest.param(with_nan, "holds 1 values that are NaN or infinite", id="nan"),
+        pytest.param(of_another_run, "its run is 'elsewhere'", id="another run"),
+        pytest.param(lambda data: data[:100], "not an envelope of fedsb", id="torn"),
+        pytest.param(lambda data: b"", "not an envelope of fedsb", id="nothing"),
+    ],
+)
+@pytest.mark.parametrize("method", [{"name": "fed-sb", "rank": 4}, {"name": "fedit", "rank": 2}])
+def test_a_bad_update_costs_its_client_the_round(
+    tiny_config: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: dict[str, Any],
+    harm: Callable[[bytes], bytes],
+    said: str,
+) -> None:
+    """It is named with its reason, and the run ends bit for bit as one in which it sat that round out."""
+    config = set_all(tiny_config, method=method, engine={"cohort_size": 1})
+
+    def without(engine: Engine, round: int, settings: Config) -> Sequence[str]:
+        return [name for name in sample(engine, round, settings) if (name, round) != (BAD_CLIENT, BAD_ROUND)]
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fedsb.run.sample", without)
+        wanted = federate(load_config(set_all(config, out=str(tmp_path / "without"))))
+    spoil(monkeypatch, harm)
+    got = federate(load_config(set_all(config, out=str(tmp_path / "with"))))
+
+    assert adapter_bytes(got.folder) == adapter_bytes(wanted.folder)
+    rows, others = (read_rows(result.folder / "rounds.jsonl") for result in (got, wanted))
+    assert [row["dropped"] for row in rows if row["round"] != BAD_ROUND + 1] == [[], []]
+    (dropped,) = rows[BAD_ROUND]["dropped"]
+    assert dropped["client"] == BAD_CLIENT and said in dropped["reason"]
+    assert BAD_CLIENT in rows[BAD_ROUND]["cohort"] and BAD_CLIENT not in others[BAD_ROUND]["cohort"]
+    assert [row["score"] for row in rows] == [row["score"] for row in others]
+    assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in others], rel=1e-12)
+    assert BAD_CLIENT in (got.folder / "report.html").read_text()
+
+
+def test_too_few_good_updates_stop_the_run_and_it_can_go_on(
+    tiny_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Callable[..., Said]
+) -> None:
+    config = set_all(tiny_config, server={"min_clients": 3})
+    whole = federate(load_config(set_all(config, out=str(tmp_path / "whole"))))
+    folder = tmp_path / "runs" / "tiny"
+    with monkeypatch.context() as patch:
+        spoil(patch, with_nan)
+        said = cli("run", write_toml(tmp_path / "tiny.toml", config))
+    assert said.code == 2
+    assert "round 2: 2 good updates, server.min_clients asks for 3 (site 1: " in said.err
+    assert f"fedsb resume {folder}\n" in said.err
+    assert [row["round"] for row in read_rows(folder / "rounds.jsonl")] == [1]
+    assert cli("resume", folder).code == 0
+    assert adapter_bytes(folder) == adapter_bytes(whole.folder)
+
+
+def test_the_table_shows_who_was_dropped_and_why(
+    tiny_config: dict[str, Any], tables: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Callable[..., Said]
+) -> None:
+    """Names are shown as they are, though the terminal's library has a markup of its own."""
+    rows = [json.loads(line) for line in tables[0].read_text().splitlines()]
+    train = tmp_path / "train.jsonl"
+    train.write_text("".join(json.dumps({**row, "client": f"[/b] {row['client']}"}) + "\n" for row in rows))
+    monkeypatch.setattr("test_run.BAD_CLIENT", "[/b] site 1")
+    spoil(monkeypatch, of_another_run)
+    said = cli("run", write_toml(tmp_path / "tiny.toml", set_all(tiny_config, data={"train": str(train)})))
+    assert said.code == 0, said.err
+    assert "dropped [/b] site 1: its run is 'elsewhere'" in said.out
