@@ -73,7 +73,7 @@ def run_cell(cell: Cell) -> dict[str, Any]:
         rounds = [json.loads(line) for line in (Path(folder) / "cell" / "rounds.jsonl").read_text().splitlines()]
         result = json.loads((Path(folder) / "cell" / "result.json").read_text())
     return {
-        "settings": {key: value for key, value in cell.settings.items() if not key.startswith("data.")},
+        "settings": {key: value for key, value in cell.settings.items() if not isinstance(value, Path)},
         "score": summary["score"],
         "before": summary["before"],
         "majority": summary["majority"],

@@ -207,6 +207,7 @@ def _card_facts(config: Config, method: Method, record: Record) -> dict[str, str
         "Data": ", ".join(f"{table['origin']} ({table['rows']:,} rows)" for table in record.manifest["data"].values()),
         "Clients": f"{sum(not client['unseen'] for client in record.manifest['clients'])}, {config.clients.split}",
         "Rounds": str(config.rounds),
+        "Bytes sent": f"{facts['bytes']['federation']['with_head']['total']:,} by the whole federation",
         "Score": "not scored" if score is None else f"{record.manifest['task']['metric']} {score:.4f}",
         "Privacy": f"not private: {record.manifest['not_private']}",
     }

@@ -138,6 +138,20 @@ def test_only_what_is_named_trains() -> None:
     assert adapted.head_keys == {"classifier.weight", "classifier.bias"}
 
 
+def test_the_adapter_is_float32_on_a_bfloat16_base() -> None:
+    """1 + 1e-4 is 1 in bfloat16."""
+    _, tensors = adapted_toy()
+    adapted = AdaptedModel(
+        Toy().to(torch.bfloat16), kind="core", targets=["blocks.0", "blocks.1"], head=["classifier"], scale=2.0
+    )
+    tensors["blocks.0.R"] = torch.full((2, 1, 2, 2), 1 + 1e-4)
+    adapted.load(tensors, trainable=frozenset(tensors) - {"blocks.0.A", "blocks.0.B", "blocks.1.A", "blocks.1.B"})
+    assert all(p.dtype == torch.float32 for p in adapted.parameters().values())
+    assert torch.equal(adapted.parameters()["blocks.0.R"], tensors["blocks.0.R"])
+    adapted.model(torch.randn(4, 4, dtype=torch.bfloat16)).float().sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in adapted.parameters().values())
+
+
 @pytest.mark.parametrize("kind", ["missing", "unknown"])
 def test_tensors_that_do_not_fit_are_refused(kind: str) -> None:
     """A tensor left out would leave the client before's in its place."""

@@ -47,7 +47,7 @@ def test_labels_that_cannot_be(minilm, train, test, message):
 
 
 def test_a_label_must_be_fitted_first(minilm):
-    with pytest.raises(UserError, match="the label 1 is not among those of fit_labels"):
+    with pytest.raises(UserError, match="the label 1 is none of this model"):
         task_of(minilm).encode(rows_of(1))
 
 

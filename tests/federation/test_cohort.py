@@ -59,6 +59,19 @@ def test_the_loss_is_the_mean_over_the_steps_rows(tiny_config: dict[str, Any]) -
         assert member.loss == member.losses[0]
 
 
+def test_on_a_bfloat16_base_small_steps_still_count(tiny_config: dict[str, Any]) -> None:
+    """Three steps of about 1e-5 from R = 1: lost in bfloat16, whose next number below 1 is 0.996."""
+    base = {**tiny_config["model"], "dtype": "bfloat16"}
+    engine, state = started(set_all(tiny_config, model=base, train={**tiny_config["train"], "lr": 1e-5}))
+    (member, *_) = members_of(engine, state)
+    ones = {key: torch.ones_like(t) if key.endswith(".R") else t for key, t in member.tensors.items()}
+    (after,) = train_all(engine, state, [Member(name=member.name, examples=member.examples, tensors=ones)])
+    for key, value in after.tensors.items():
+        assert value.dtype == torch.float32
+        if key.endswith(".R"):
+            assert 0 < float((value - 1).abs().max()) < 5e-5
+
+
 # --- accumulation ---
 
 

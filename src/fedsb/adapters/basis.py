@@ -156,9 +156,13 @@ def core_pair(S: Tensor, outer: Pair, rank: int) -> tuple[Tensor, Tensor, Tensor
     return (Q.T @ A).contiguous(), (B @ P).contiguous(), D[:rank].float()
 
 
-def captured_energy(G: Tensor, A: Tensor, B: Tensor) -> tuple[float, float]:
-    """(||B' G A'||^2, ||G||^2) of a gradient G (m, n): their quotient is the share that the basis captures."""
-    return float((B.T @ G @ A.T).square().sum()), float(G.square().sum())
+def captured_energy(G: Tensor, A: Tensor, B: Tensor, blocks: int = 1) -> tuple[float, float]:
+    """(sum_i ||B_i' G A_i'||^2, ||G||^2) of a gradient G (m, n): the basis captures the first of the second."""
+    inside = sum(
+        float((B_i.T @ G @ A_i.T).square().sum())
+        for A_i, B_i in zip(A.chunk(blocks, dim=0), B.chunk(blocks, dim=1), strict=True)
+    )
+    return inside, float(G.square().sum())
 
 
 # --- singular vectors with one sign ---

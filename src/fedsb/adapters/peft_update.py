@@ -79,7 +79,7 @@ def update_basis_(
                 A, B, S = update_pair(G, config.rank, lr, sign)
                 R0 = torch.diag_embed(S.reshape(config.blocks, config.r)) / config.scale
                 layers[name].set_basis(adapter_name, A, B, R0)
-                inside, total = captured_energy(G, A, B)
+                inside, total = captured_energy(G, A, B, config.blocks)
                 captured[name] = inside / total if total else 0.0
     finally:
         model.train(training)

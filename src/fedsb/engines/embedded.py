@@ -79,7 +79,8 @@ class EmbeddedEngine:
         def send(direction: Literal["up", "down"], client: str, tensors: Tensors) -> Tensors:
             kind: Literal["basis-up", "basis-down"] = "basis-up" if direction == "up" else "basis-down"
             envelope = pack(Payload(kind=kind, run=self.run, round=0, client=client, tensors=to_arrays(tensors)))
-            sent.append(self._count(envelope, 0, client, direction))
+            if not method.facts.pools_data:  # the data are where the server is: nothing travels
+                sent.append(self._count(envelope, 0, client, direction))
             return to_tensors(unpack(envelope).tensors)
 
         basis = build_basis(
@@ -142,7 +143,7 @@ class EmbeddedEngine:
             )
             envelopes.append((after.name, update))
             if method.facts.pools_data:
-                continue  # the data are where the server is: nothing travels
+                continue
             for data, direction in ((envelope, "down"), (update, "up")):
                 sent.append(self._count(data, state.round + 1, after.name, direction))
         return Replies(envelopes=envelopes, kept=keep, losses={m.name: m.loss for m in trained}, sent=sent)

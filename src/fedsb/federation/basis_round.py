@@ -85,7 +85,9 @@ def build_basis(
     captured: Mapping[str, float] = {}
     if config.share_samples:
         probe = {site.name: draw_samples(site, sites, config.share_samples, seed) for site in sites}
-        captured = captured_share(adapted, task, head, basis, probe, batch_size, config.budget_mib << 20)
+        captured = captured_share(
+            adapted, task, head, basis, probe, batch_size, config.budget_mib << 20, rank // method.rank
+        )
     values = basis_values(config, method, adapted.shapes)
     return replace(
         basis,
@@ -99,7 +101,7 @@ def build_basis(
 
 def basis_values(config: BasisConfig, method: Method, shapes: Mapping[str, tuple[int, int]]) -> dict[str, int]:
     """Values a client sends ("up") and receives ("down") for the basis, known before it is made."""
-    if method.adapter != "core" or config.kind in ("random", "weights"):
+    if method.adapter != "core" or method.facts.pools_data or config.kind in ("random", "weights"):
         return {"up": 0, "down": 0}
     rank = method.total_rank
     if config.kind == "core":

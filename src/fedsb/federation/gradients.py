@@ -67,6 +67,7 @@ def captured_share(
     samples: Mapping[str, Sequence[Example]],  # client -> its examples
     batch_size: int,
     budget_bytes: int,
+    blocks: int = 1,
 ) -> dict[str, float]:
     """The share of ||G_k||^2 inside the basis, by layer: sum_k ||B' G_k A'||^2 / sum_k ||G_k||^2 over the clients k.
 
@@ -82,7 +83,7 @@ def captured_share(
             backward_sum(adapted, task, examples, batch_size)
 
         for name, G in weight_gradients(layers, run, budget_bytes=budget_bytes):
-            captured, all_of_it = captured_energy(G.cpu(), basis.A[name], basis.B[name])
+            captured, all_of_it = captured_energy(G.cpu(), basis.A[name], basis.B[name], blocks)
             inside[name] += captured
             total[name] += all_of_it
     return {name: inside[name] / total[name] if total[name] else 0.0 for name in layers}

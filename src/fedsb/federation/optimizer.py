@@ -53,8 +53,8 @@ def step_by_client(
         v = moments.setdefault(f"v.{key}", torch.zeros_like(x))
         m.lerp_(g, 1 - local.beta1)
         v.mul_(local.beta2).addcmul_(g, g, value=1 - local.beta2)
-        m_hat = m / _along(1 - local.beta1**t_K, x)
-        v_hat = v / _along(1 - local.beta2**t_K, x)
+        m_hat = m / _along(1 - local.beta1 ** t_K.double(), x)
+        v_hat = v / _along(1 - local.beta2 ** t_K.double(), x)
         x.sub_(lr * m_hat / (v_hat.sqrt() + 1e-8))
 
 
