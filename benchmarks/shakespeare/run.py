@@ -16,7 +16,7 @@ from cells import Cell, find, run_cells, spread, table
 
 HERE = Path(__file__).parent
 SEEDS = (0, 1, 2)
-RATE = 0.04
+RATE = 0.01
 
 
 def main() -> None:
@@ -25,9 +25,9 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     asked = parser.parse_args()
     common = {"data.train": find(asked.data, "by_role"), "model.name": Path(asked.model).resolve(), "train.lr": RATE}
-    cells = [Cell(f"test fed-sb r16 seed {seed}", "shakespeare", {**common, "seed": seed}) for seed in SEEDS]
+    cells = [Cell(f"test fed-sb r32 seed {seed}", "shakespeare", {**common, "seed": seed}) for seed in SEEDS]
     done = run_cells(cells, HERE / "results.json")
-    text = table({"fed-sb r16": RATE}, done, SEEDS, "nats a token")
+    text = table({"fed-sb r32": RATE}, done, SEEDS, "nats a token")
     before = spread([done[cell.name]["before"] for cell in cells])
     unseen = spread([mean_of(done[cell.name], unseen=True) for cell in cells])
     seen = spread([mean_of(done[cell.name], unseen=False) for cell in cells])

@@ -64,7 +64,7 @@ def train_together(
     start = 0
     for end in sorted(set(steps.values())):  # a stage: the steps that the same clients take together
         running = [m for m in now.values() if steps[m.name] > start]
-        moments = _join_moments([m.moments for m in running])
+        moments = {key: value.to(adapted.device) for key, value in _join_moments([m.moments for m in running]).items()}
         adapted.load(join_tensors(adapted, [m.tensors for m in running]), trainable=trainable)
         losses: list[list[float]] = []
         for step in range(start, end):
@@ -75,11 +75,11 @@ def train_together(
             factors = [local.lr_factor(round, step, steps[m.name]) for m in running]
             _step(adapted, local, moments, torch.tensor(factors, device=adapted.device))
         for k, m in enumerate(running):
-            trained = {key: p.detach()[k].clone() for key, p in adapted.parameters().items()}
+            trained = {key: p.detach()[k].to("cpu", copy=True) for key, p in adapted.parameters().items()}
             now[m.name] = replace(
                 m,
                 tensors={**m.tensors, **trained},
-                moments={key: value[k].clone() for key, value in moments.items()},
+                moments={key: value[k].to("cpu", copy=True) for key, value in moments.items()},
                 losses=m.losses + tuple(loss_K[k] for loss_K in losses),
             )
         start = end
