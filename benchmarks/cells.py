@@ -1,6 +1,6 @@
 """Runs the cells of an experiment, each a `fedsb run` in a process of its own, and keeps every finished one.
 
-A cell is a recipe with overrides. Its outcome is added to results.json as soon as it is there, so that an experiment
+A cell is a recipe with overrides, known by its name: whoever changes a recipe removes its cells. Its outcome is added to results.json as soon as it is there, so that an experiment
 that was cut off goes on where it stopped. One thread a cell, as many cells at a time as there are cores.
 """
 
@@ -45,8 +45,7 @@ def run_cells(cells: Sequence[Cell], results: Path, *, workers: int | None = Non
         outcome = run_cell(cell)
         with LOCK:
             done[cell.name] = outcome
-            head = {"commit": commit(), "machine": machine()}
-            text = json.dumps({**head, "cells": dict(sorted(done.items()))}, indent=1)
+            text = json.dumps({"machine": machine(), "cells": dict(sorted(done.items()))}, indent=1)
             temporary = results.with_suffix(".tmp")
             temporary.write_text(text + "\n")
             temporary.replace(results)
@@ -84,6 +83,7 @@ def run_cell(cell: Cell) -> dict[str, Any]:
         "captured_share": (manifest["basis"] or {}).get("captured_share"),
         "clients": result["clients"],
         "seconds": round(time.time() - started, 1),
+        "commit": commit(),
     }
 
 
@@ -117,8 +117,10 @@ def spread(values: Sequence[float]) -> str:
 
 
 def commit() -> str:
+    """The commit that a cell ran with; "+changes" where a tracked file differed from it."""
     asked = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
-    return asked.stdout.strip() or "unknown"
+    changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "src"]).returncode
+    return (asked.stdout.strip() or "unknown") + ("+changes" if changed else "")
 
 
 def machine() -> str:

@@ -25,7 +25,7 @@ from transformers import (
 from conftest import WORDS, _save, set_all
 from fedsb import model as models
 from fedsb.adapters.adapted import AdaptedModel, find_targets
-from fedsb.config import Choice, ModelConfig, load_config
+from fedsb.config import load_config
 from fedsb.engines.embedded import EmbeddedEngine
 from fedsb.errors import UserError
 from fedsb.model import (
@@ -39,6 +39,7 @@ from fedsb.model import (
     resolve_name,
 )
 from fedsb.run import federate, method_of
+from fedsb.settings import Choice, ModelConfig
 
 CLASSIFIER, LM = "AutoModelForSequenceClassification", "AutoModelForCausalLM"
 TINY = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
@@ -126,11 +127,11 @@ def test_dtype_and_device_come_with_reasons(tiny_bert: Path) -> None:
 
 def test_auto_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     device, reason = choose_device("auto")
     assert (device.type, reason) == ("cuda", "auto: a CUDA device is there")
     assert choose_dtype("auto", device)[0] == torch.bfloat16
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
     assert choose_dtype("auto", device)[0] == torch.float32
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ import numpy as np
 import pytest
 
 from conftest import Said, adapter_bytes, set_all, write_toml
-from fedsb.config import Config, load_config
+from fedsb.config import load_config
 from fedsb.engines import Engine, Replies
 from fedsb.engines.embedded import EmbeddedEngine
+from fedsb.errors import UserError
 from fedsb.federation.payload import pack, unpack
 from fedsb.record import read_rows
-from fedsb.run import federate, sample
+from fedsb.run import federate, resume, sample
+from fedsb.settings import Config
 
 BAD_CLIENT, BAD_ROUND = "site 1", 1  # the second round
 
@@ -117,3 +120,20 @@ def test_the_table_shows_who_was_dropped_and_why(
     said = cli("run", write_toml(tmp_path / "tiny.toml", set_all(tiny_config, data={"train": str(train)})))
     assert said.code == 0, said.err
     assert "dropped [/b] site 1: its run is 'elsewhere'" in said.out
+
+
+def test_a_resume_on_another_base_model_is_refused(
+    tiny_config: dict[str, Any], tiny_bert: Path, tmp_path: Path
+) -> None:
+    """One weight of the base retrained in place between two rounds."""
+    from safetensors.torch import load_file, save_file
+
+    base = tmp_path / "base"
+    shutil.copytree(tiny_bert, base)
+    config = set_all(tiny_config, model={"name": str(base), "max_tokens": 16}, rounds=1)
+    done = federate(load_config(config))
+    tensors = load_file(base / "model.safetensors")
+    key = next(key for key in tensors if key.endswith("query.weight"))
+    save_file({**tensors, key: tensors[key] + 1}, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="has changed since the run was started"):
+        resume(done.folder)

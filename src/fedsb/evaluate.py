@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from fedsb.adapters.export import BaseFacts, merge
-from fedsb.config import Config, load_config
+from fedsb.config import load_config
 from fedsb.data.sites import load_rows, open_task_of
 from fedsb.data.tasks.base import pad_token
 from fedsb.disk import disk_errors
@@ -21,6 +21,7 @@ from fedsb.federation.scoring import mean_score
 from fedsb.methods import method_type
 from fedsb.model import load_base, load_tokenizer, quiet
 from fedsb.record import read_manifest, read_result
+from fedsb.settings import Config
 
 
 def evaluate_adapter(folder: Path, data: str | None) -> dict[str, Any]:
@@ -82,6 +83,7 @@ def _make(manifest: Mapping[str, Any], config: Config, adapter: Path, folder: Pa
         head=(),
         label_names=task["label_names"] or [],
         conv1d=False,
+        pad_token=manifest["model"]["pad_token"],
     )
     with _silently():
         merge(base, adapter, folder)

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from fedsb.adapters.adapted import Tensors, is_inside
-from fedsb.config import Choice, ModelConfig
 from fedsb.draws import generator
 from fedsb.errors import UserError
+from fedsb.settings import Choice, ModelConfig
 
 MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # of its model.safetensors
@@ -33,6 +33,7 @@ class BaseModel:
     head: tuple[str, ...]  # modules to train in full
     pad_token: int | None  # as it was told to the model; None where its own config names one, or it needs none
     parameters: int
+    fingerprint: str  # of the weights; empty on the meta device
     choices: tuple[Choice, ...]
 
 
@@ -92,7 +93,13 @@ def load_base(
     labels: dict[str, Any] = {"num_labels": num_labels} if num_labels else {}
     with _hub_errors(name), quiet():
         settings = transformers.AutoConfig.from_pretrained(name, revision=config.revision, **labels)
-        told = pad_token if getattr(settings.get_text_config(), "pad_token_id", None) is None else None
+        named = getattr(settings.get_text_config(), "pad_token_id", None)
+        if num_labels and pad_token is not None and named is not None and 0 <= named != pad_token:
+            raise UserError(
+                f"the config of {name!r} pads with token {named}, its tokenizer with {pad_token}: a classifier would "
+                "read padding as text. Make them agree in the model's folder (config.json, tokenizer_config.json)"
+            )
+        told = pad_token if named is None or named < 0 else None
         if told is not None:
             settings.get_text_config().pad_token_id = told
         if shapes_only:
@@ -133,8 +140,20 @@ def load_base(
         head=(*head, *fresh),
         pad_token=told,
         parameters=parameters,
+        fingerprint="" if shapes_only else fingerprint(model, (*head, *fresh)),
         choices=tuple(choices),
     )
+
+
+def fingerprint(model: nn.Module, head: tuple[str, ...]) -> str:
+    """Names the frozen weights, from about a thousand values of each tensor: another model or revision differs."""
+    digest = hashlib.sha256()
+    for name, p in model.named_parameters():
+        if any(is_inside(name, part) for part in head):
+            continue
+        values = p.detach().flatten()[:: max(1, p.numel() // 1024)].float().cpu()
+        digest.update(f"{name} {tuple(p.shape)} {p.dtype}".encode() + values.numpy().tobytes())
+    return digest.hexdigest()[:32]
 
 
 def find_head(model: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -198,7 +217,7 @@ def choose_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
     """(dtype of the frozen base, reason). The adapter is float32 always."""
     if wanted != "auto":
         return getattr(torch, wanted), "as asked"
-    if device.type == "cuda" and torch.cuda.is_bf16_supported():
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.bfloat16, "auto: half the memory, and the device computes in it"
     return torch.float32, f"auto: {device.type} computes fastest and exactest in it"
 

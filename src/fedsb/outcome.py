@@ -12,7 +12,6 @@ from typing import Any
 from fedsb.adapters.adapted import Tensors
 from fedsb.adapters.basis import BASES, Basis, basis_hash
 from fedsb.adapters.export import BaseFacts, check_adapter, has_conv1d, load_lines, lora_files, model_card
-from fedsb.config import Choice, Config
 from fedsb.disk import safe_name, write_atomic
 from fedsb.engines import Replies, Score
 from fedsb.engines.embedded import EmbeddedEngine
@@ -22,6 +21,7 @@ from fedsb.federation.server import Dropped
 from fedsb.methods.contract import Method, State
 from fedsb.record import Record
 from fedsb.report import summary, write_report
+from fedsb.settings import Choice, Config
 
 
 def describe_start(
@@ -48,6 +48,9 @@ def describe_start(
             "name": config.model.name,
             "path": engine.base.name,
             "parameters": engine.base.parameters,
+            "pad_token": engine.base.pad_token,
+            "fingerprint": engine.base.fingerprint,
+            "revision": config.model.revision,
             "adapted_layers": len(engine.shapes),
             "trained_values": sum(tensors[key].numel() for key in trained),
         },
@@ -133,12 +136,13 @@ def export(
     model = engine.adapted.unwrap()
     for path, tensors in models.items():
         head = {key: tensors[key] for key in engine.head}
-        card = model_card(base, _card_facts(config, method, record), path)
-        files = lora_files(method.export(tensors), head, base, card)
+        card = model_card(base, _card_facts(config, method, record), "path/to/this/adapter")
+        factors = method.export(tensors)
+        files = lora_files(factors, head, base, card)
         for name in sorted(files, key=lambda name: name == "adapter_config.json"):
             write_atomic(path / name, files[name])
         inputs, wanted = logits[path]
-        check_adapter(path, model, inputs, wanted)
+        check_adapter(path, model, inputs, wanted, factors, base)
     return folder
 
 
@@ -201,10 +205,11 @@ def _basis_facts(basis: Basis | None) -> dict[str, Any] | None:
 
 def _card_facts(config: Config, method: Method, record: Record) -> dict[str, str]:
     facts = summary(record.folder)
+    tables = record.manifest["data"].values()
     score = facts["score"]
     return {
         "Method": f"{method.facts.id} ({method.facts.paper}), rank {method.rank}",
-        "Data": ", ".join(f"{table['origin']} ({table['rows']:,} rows)" for table in record.manifest["data"].values()),
+        "Data": ", ".join(f"{Path(table['origin']).name} ({table['rows']:,} rows)" for table in tables),
         "Clients": f"{sum(not client['unseen'] for client in record.manifest['clients'])}, {config.clients.split}",
         "Rounds": str(config.rounds),
         "Bytes sent": f"{facts['bytes']['federation']['with_head']['total']:,} by the whole federation",

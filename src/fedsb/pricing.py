@@ -16,21 +16,22 @@ from fedsb.adapters.adapted import AdaptedModel, find_targets
 from fedsb.adapters.basis import check_rank
 from fedsb.adapters.layer import is_linear, linear_shape
 from fedsb.charts import bytes_text
-from fedsb.config import Config, Loaded
+from fedsb.config import Loaded
 from fedsb.data.sites import Data, open_data
 from fedsb.data.tasks.base import ids, pad_token
-from fedsb.engines.embedded import local_training, public_rows, targets_choice
+from fedsb.engines.embedded import auto_cohort_size, local_training, public_rows, targets_choice
 from fedsb.federation.basis_round import basis_values
 from fedsb.federation.prices import price_list
 from fedsb.methods import build_method
 from fedsb.methods.contract import Method
 from fedsb.model import choose_device, load_base, load_tokenizer
+from fedsb.settings import Config
 
 OVERHEAD = 1.5  # of a real step over its matrix products, as seen with MiniLM on two cores
 
 
 def estimate(loaded: Loaded) -> dict[str, Any]:
-    """Everything `fedsb check` prints. Raises UserError for whatever `fedsb run` would refuse at its start."""
+    """Everything `fedsb check` prints. Raises UserError for faults of settings, data and model."""
     config = loaded.config
     method = build_method(config.method.name, config.method.options)
     tokenizer = load_tokenizer(config.model)
@@ -100,7 +101,10 @@ def _seconds(config: Config, method: Method, data: Data, linear: int, cohort: in
 def _memory(config: Config, adapted: AdaptedModel, weights: int, cohort: int) -> tuple[int, str]:
     """(bytes, reason): the base once, the adapters, and the activations of one joint forward."""
     size = 2 if any(p.dtype != torch.float32 for p in adapted.model.parameters() if p.dim() > 1) else 4
-    together = cohort if config.engine.cohort_size == "auto" else min(cohort, config.engine.cohort_size)
+    size_asked = config.engine.cohort_size
+    if size_asked == "auto":
+        size_asked, _ = auto_cohort_size(config, choose_device(config.model.device)[0])
+    together = min(cohort, size_asked)
     tokens = together * config.train.batch_size * config.model.max_tokens
     per_token = sum(m + n for m, n in adapted.shapes.values())
     if config.model.activation_checkpointing:

@@ -104,8 +104,13 @@ class Record:
         self.append("rounds.jsonl", [row])
         self.checkpoint(state, keep)
 
-    def check_data(self, tables: Mapping[str, Any]) -> None:
-        """Raises UserError where a run that is taken up would go on with other data."""
+    def check_same(self, tables: Mapping[str, Any], model: str) -> None:
+        """Raises UserError where a run that is taken up would go on with other data or another base model."""
+        if self.manifest.get("model", {}).get("fingerprint", model) != model:
+            raise UserError(
+                f"the base model of {self.folder} has changed since the run was started (its weights' fingerprint is "
+                f"{model}, it was {self.manifest['model']['fingerprint']}); put it back, or start a new run"
+            )
         for name, table in self.manifest.get("data", {}).items():
             if table["fingerprint"] != tables.get(name, {}).get("fingerprint"):
                 raise UserError(

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
-from fedsb.config import Choice, Config, Loaded, difference, load_config
+from fedsb.config import Loaded, difference, load_config
 from fedsb.draws import generator
 from fedsb.engines import Engine
 from fedsb.engines.embedded import EmbeddedEngine
@@ -26,6 +26,7 @@ from fedsb.methods.averaging import ServerOptimizer
 from fedsb.methods.contract import Method
 from fedsb.outcome import describe_start, export, finish, round_row
 from fedsb.record import Record, read_manifest, refuse_existing
+from fedsb.settings import Choice, Config
 
 
 class Display(Protocol):
@@ -98,7 +99,7 @@ def _carry_out(loaded: Loaded, engine: EmbeddedEngine, record: Record, display: 
     config, method = loaded.config, engine.method
     server = ServerOptimizer(**config.server.optimizer_settings)
     with record, Interrupts().installed() as interrupts:
-        record.check_data(engine.data.tables)
+        record.check_same(engine.data.tables, engine.base.fingerprint)
         choices = [*loaded.choices(), *engine.choices]
         display.settings(choices)
 
@@ -119,12 +120,13 @@ def _carry_out(loaded: Loaded, engine: EmbeddedEngine, record: Record, display: 
             replies = engine.train(method, state, cohort, kept)
             updates, dropped = admit(replies.envelopes, rules(method, state, config.server, record.run))
             state = method.aggregate(state, updates, server)
-            kept |= replies.kept
+            keeps = {update.client: replies.kept[update.client] for update in updates}  # not of those dropped
+            kept |= keeps
             due = state.round % config.eval.every == 0 or state.round == config.rounds
             score = engine.score(method, state, kept) if due else None
             row = round_row(state, cohort, replies, dropped, score, time.monotonic() - started)
             with interrupts.hold():
-                record.round(state, row, replies.sent, replies.kept, keep=config.keep_checkpoints)
+                record.round(state, row, replies.sent, keeps, keep=config.keep_checkpoints)
             display.round(row, config.rounds)
 
         sites = engine.score_sites(method, state, kept)

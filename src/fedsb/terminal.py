@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.table import Column, Table
 
 from fedsb.charts import bytes_text, score_text, seconds_text
-from fedsb.config import Choice
+from fedsb.settings import Choice
 
 PLAIN: dict[str, Any] = {"box": None, "padding": (0, 2, 0, 0)}  # tables without lines
 COLUMNS = ("round", "loss", "score", "up", "down", "seconds", "left", "dropped")

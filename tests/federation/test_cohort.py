@@ -249,11 +249,11 @@ def test_opt_flattens_its_rows(tiny_config: dict[str, Any], tiny_opt: Path) -> N
     value, reason = choice(open_engine(config))
     assert value == 1 and "'model.decoder.layers.0.fc1' sees 16 rows where the batch has 2" in reason
     attention = {"name": str(tiny_opt), "max_tokens": 16, "targets": ["q_proj", "v_proj"]}
-    assert choice(open_engine(set_all(config, model=attention)))[0] == 16  # its attention does not
+    assert choice(open_engine(set_all(config, model=attention)))[0] == 64  # its attention does not
 
 
 def test_the_cohort_size_and_its_reason(tiny_config: dict[str, Any]) -> None:
-    assert choice(open_engine(tiny_config)) == (16, "auto: about 64 rows in one forward on cpu")  # 64 / 4
+    assert choice(open_engine(tiny_config)) == (64, "auto: up to 4,096 tokens in one forward on cpu")  # 4096 / (4 x 16)
     assert choice(open_engine(set_all(tiny_config, engine={"cohort_size": 2}))) == (2, "as asked")
     alone = set_all(tiny_config, clients={"split": "iid", "count": 1})
     assert choice(open_engine(alone)) == (1, "there is one client")

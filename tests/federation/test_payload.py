@@ -24,7 +24,6 @@ HEADER: dict[str, Any] = {
     "client": "a",
     "samples": 3,
     "basis": "",
-    "numbers": {},
 }
 
 
@@ -48,7 +47,6 @@ def test_round_trip() -> None:
         client="the client / ü [x]",
         samples=12,
         basis="hash",
-        numbers={"loss": 0.5, "nothing": math.inf},
         tensors={
             "layer.R": np.arange(6, dtype=np.float32).reshape(1, 2, 3),
             "scalar": np.array(2.5, np.float32),
@@ -186,8 +184,6 @@ def test_a_zip_bomb_costs_little_memory(bomb: int) -> None:
         {"round": "x"},
         {"round": math.inf},
         {"samples": [1]},
-        {"numbers": [1]},
-        {"numbers": {"loss": "low"}},
     ],
 )
 def test_a_broken_header(header: dict[str, Any]) -> None:

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from fedsb.adapters.adapted import AdaptedModel, find_targets
-from fedsb.config import BasisConfig
 from fedsb.federation.basis_round import basis_values
 from fedsb.federation.prices import price, price_list
 from fedsb.methods.central import Central
@@ -17,6 +16,7 @@ from fedsb.methods.fed_sb import FedSB
 from fedsb.methods.fedit import FedIT
 from fedsb.methods.local import Local
 from fedsb.methods.priced import FedExLoRA, FFALoRA, FLoRA
+from fedsb.settings import BasisConfig
 
 TOY = {"up": (20, 10), "down": (10, 20)}  # m + n = 30 in both, m n = 200
 

@@ -56,16 +56,17 @@ BAD = [
     ),
     pytest.param(
         update("bad", tensors={"y.R": np.zeros((2, 3), np.float32), "head.bias": np.zeros(2, np.float32)}),
-        "wrong keys: missing x.R; unknown y.R",
+        "wrong keys: missing 'x.R'; unknown 'y.R'",
         id="key",
     ),
-    pytest.param(update("bad", tensors={}), "wrong keys: missing head.bias, x.R", id="no tensors"),
+    pytest.param(update("bad", tensors={}), "wrong keys: missing 'head.bias', 'x.R'", id="no tensors"),
     pytest.param(update("bad", run="other"), "its run is 'other', this round's is 'run'", id="foreign run"),
     pytest.param(update("bad", round=3), "its round is 3, this round's is 4", id="round"),
     pytest.param(update("bad", basis="of another seed"), "its basis is 'of another seed'", id="basis"),
     pytest.param(update("bad", kind="basis-up"), "its kind is 'basis-up'", id="kind"),
     pytest.param(("bad", update("a")[1]), "its client is 'a', this round's is 'bad'", id="another's name"),
     pytest.param(update("bad", samples=0), "claims 0 samples", id="no samples"),
+    pytest.param(update("bad", samples=10**400), "samples, allowed are 1 to 1,000,000,000", id="absurd samples"),
     pytest.param(update("bad", samples=-5), "claims -5 samples", id="negative samples"),
     pytest.param(update("bad", change=1000.0), "its change has norm 2.45e+03, over 30 times", id="norm"),
     pytest.param(("bad", update("bad")[1][:-1]), "not an envelope of fedsb", id="torn"),
@@ -99,7 +100,7 @@ def test_too_few_good_updates_end_the_round() -> None:
     with pytest.raises(RunError) as caught:
         admit([update("a"), update("bad", samples=0)], rules)
     assert str(caught.value) == (
-        "round 5: 1 good updates, server.min_clients asks for 2 (bad: claims 0 samples). "
+        "round 5: 1 good updates, server.min_clients asks for 2 (bad: claims 0 samples, allowed are 1 to 1,000,000,000). "
         "The checkpoint of the last finished round is kept"
     )
     with pytest.raises(RunError, match="no client replied"):

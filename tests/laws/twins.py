@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+Tensors = dict[str, Tensor]
 Batches = dict[str, list[list[dict[str, Tensor]]]]  # client -> round -> batches, each a model input with labels
 
 

@@ -9,6 +9,7 @@ may have K = 1. Both are float32 whatever the base's dtype.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,15 @@ def factor_forward(
     x_Kpn = x.reshape(K, -1, x.shape[-1])  # p = the client's tokens
     y_Kpm = (x_Kpn @ A_Krn.to(x.dtype).mT) @ B_Kmr.to(x.dtype).mT
     return y_Kpm.reshape(*x.shape[:-1], B_Kmr.shape[1]) * scale
+
+
+@dataclass(frozen=True, kw_only=True)
+class Factors:
+    """An adapter as plain LoRA: dW = scale * B A with B (m, R) and A (R, n), R the total rank."""
+
+    A: Tensor
+    B: Tensor
+    scale: float
 
 
 class FactorLinear(AdaptedLinear):

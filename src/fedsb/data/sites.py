@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fedsb.config import Choice, ClientsConfig, Config
 from fedsb.data.partition import Partition, split_rows
 from fedsb.data.sources import Row, Table, load_table, require_columns
 from fedsb.data.tasks import Example, Task, TaskColumns, Tokenizer, open_task
 from fedsb.draws import generator
 from fedsb.errors import UserError
+from fedsb.settings import Choice, ClientsConfig, Config
 
 
 @dataclass(frozen=True, kw_only=True)

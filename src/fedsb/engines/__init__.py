@@ -8,9 +8,9 @@ from typing import Literal, Protocol
 
 from fedsb.adapters.adapted import Shapes, Tensors
 from fedsb.adapters.basis import Basis
-from fedsb.config import Choice
 from fedsb.data.sites import Site
 from fedsb.methods.contract import Method, State
+from fedsb.settings import Choice
 
 
 @dataclass(frozen=True, kw_only=True)

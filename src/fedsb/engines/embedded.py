@@ -13,7 +13,6 @@ import torch
 from fedsb.adapters.adapted import AdaptedModel, Tensors, find_targets
 from fedsb.adapters.basis import Basis, basis_hash
 from fedsb.adapters.layer import RoutingError
-from fedsb.config import Choice, Config
 from fedsb.data.sites import Site, open_data
 from fedsb.data.sources import load_table, require_columns
 from fedsb.data.tasks.base import Example, Task, pad_token
@@ -28,9 +27,9 @@ from fedsb.federation.scoring import forward, mean_score
 from fedsb.federation.tensors import to_arrays, to_tensors, under, within
 from fedsb.methods.contract import Method, State
 from fedsb.model import head_start, load_base, load_tokenizer
+from fedsb.settings import Choice, Config
 
-CPU_ROWS = 64  # rows that a joint forward is filled up to on a CPU; see docs/decisions.md
-GPU_ROWS = 256
+CPU_TOKENS, GPU_TOKENS = 4096, 16384  # that a joint forward may hold; see docs/decisions.md
 
 
 class EmbeddedEngine:
@@ -96,7 +95,7 @@ class EmbeddedEngine:
             else self.config.basis.eta,
             sign=self.local.optimizer == "adamw",
             seed=self.config.seed,
-            batch_size=self.config.eval.batch_size,
+            batch_size=self.config.train.batch_size,
             send=send,
         )
         return basis, sent
@@ -137,7 +136,6 @@ class EmbeddedEngine:
                     client=after.name,
                     samples=sites[after.name].rows,
                     basis=common,
-                    numbers={"loss": after.loss},
                     tensors=to_arrays(up),
                 )
             )
@@ -221,9 +219,7 @@ class EmbeddedEngine:
             return 1, f"auto: {fault}"
         if wanted != "auto":
             return wanted, "as asked"
-        rows = CPU_ROWS if self.adapted.device.type == "cpu" else GPU_ROWS
-        size = max(1, rows // self.local.batch_size)
-        return size, f"auto: about {rows} rows in one forward on {self.adapted.device.type}"
+        return auto_cohort_size(self.config, self.adapted.device)
 
     def _routing_fault(self) -> str | None:
         """Why this model's layers cannot tell the clients' rows apart, tried on two rows; None where they can."""
@@ -255,6 +251,13 @@ def public_rows(config: Config, task: Task) -> list[Example]:
     return task.encode(table.rows[: basis.samples])[0]
 
 
+def auto_cohort_size(config: Config, device: torch.device) -> tuple[int, str]:
+    """(clients in one forward, reason): as many as fit a budget of tokens, at least one."""
+    tokens = CPU_TOKENS if device.type == "cpu" else GPU_TOKENS
+    size = max(1, tokens // (config.train.batch_size * config.model.max_tokens))
+    return size, f"auto: up to {tokens:,} tokens in one forward on {device.type}"
+
+
 def targets_choice(config: Config, targets: Sequence[str]) -> Choice:
     reason = f"model.targets = {config.model.targets!r}"
     return Choice(key="model.targets", value=f"{len(targets)} layers", reason=reason)
@@ -264,7 +267,7 @@ def local_training(config: Config, *, clients: int = 1) -> LocalTraining:
     """The settings of [train], resolved. A pooled client takes the steps of all clients of a round, of `clients`."""
     train = config.train
     together = min(config.server.clients_per_round or clients, clients)
-    steps = None if train.epochs is not None else (train.steps or 10) * together
+    steps = None if train.steps is None else train.steps * together
     return LocalTraining(
         steps=steps,
         epochs=train.epochs,

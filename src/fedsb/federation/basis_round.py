@@ -27,12 +27,12 @@ from fedsb.adapters.basis import (
     weight_pair,
 )
 from fedsb.adapters.gradients import weight_gradients
-from fedsb.config import BasisConfig
 from fedsb.data.sites import Site
 from fedsb.data.tasks.base import Example, Task
 from fedsb.draws import generator
 from fedsb.federation.gradients import backward_sum, captured_share, core_gradients, load_nothing
 from fedsb.methods.contract import Method
+from fedsb.settings import BasisConfig
 
 
 class Send(Protocol):
@@ -82,9 +82,10 @@ def build_basis(
         basis = _update_basis(config, adapted, task, head, rows, rank, eta, sign, step_ahead, method.scale, batch_size)
         for site in sites:
             send("down", site.name, basis.tensors)
+    seconds = time.monotonic() - started
     captured: Mapping[str, float] = {}
     if config.share_samples:
-        probe = {site.name: draw_samples(site, sites, config.share_samples, seed) for site in sites}
+        probe = {site.name: draw_samples(site, sites, config.share_samples, seed, from_the_end=True) for site in sites}
         captured = captured_share(
             adapted, task, head, basis, probe, batch_size, config.budget_mib << 20, rank // method.rank
         )
@@ -94,8 +95,8 @@ def build_basis(
         up=values["up"],
         down=values["down"],
         captured=captured,
-        seconds=time.monotonic() - started,
-        peak_memory_bytes=peak_memory_bytes(),
+        seconds=seconds,
+        peak_memory_bytes=peak_memory_bytes(adapted.device),
     )
 
 
@@ -110,11 +111,17 @@ def basis_values(config: BasisConfig, method: Method, shapes: Mapping[str, tuple
     return {"up": 0, "down": sum(rank * (m + n) for m, n in shapes.values())}
 
 
-def draw_samples(site: Site, sites: Sequence[Site], samples: int, seed: int) -> list[Example]:
-    """A site's part of `samples` rows, in proportion to its size and at least one, drawn by (seed, its name)."""
+def draw_samples(
+    site: Site, sites: Sequence[Site], samples: int, seed: int, *, from_the_end: bool = False
+) -> list[Example]:
+    """A site's part of `samples` rows, in proportion to its size and at least one, drawn by (seed, its name).
+
+    Rows for the basis come from the front of the draw, rows that judge it from the end: others, if there are enough.
+    """
     total = sum(len(other.train) for other in sites)
     count = min(len(site.train), max(1, math.ceil(samples * len(site.train) / total)))
-    order = generator(seed, "basis samples", site.name).permutation(len(site.train))[:count]
+    order = generator(seed, "basis samples", site.name).permutation(len(site.train))
+    order = order[-count:] if from_the_end else order[:count]
     return [site.train[i] for i in order]
 
 
@@ -124,10 +131,10 @@ def outer_rank(config: BasisConfig, shape: tuple[int, int], rank: int) -> int:
     return max(rank, min(wanted, min(shape)))
 
 
-def peak_memory_bytes() -> int:
-    """The process's high-water mark, on the CUDA device if there is one."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+def peak_memory_bytes(device: torch.device) -> int:
+    """The high-water mark of the CUDA device, if the model is on one, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -135,12 +142,10 @@ def peak_memory_bytes() -> int:
 def _data_free(
     config: BasisConfig, adapted: AdaptedModel, kind: str, rank: int, seed: int, *, outer: bool = False
 ) -> dict[str, Pair]:
-    pairs: dict[str, Pair] = {}
-    for layer, W0 in adapted.base_weights():
-        m, n = W0.shape
-        k = outer_rank(config, (m, n), rank) if outer else rank
-        pairs[layer] = random_pair(m, n, k, seed, layer) if kind == "random" else weight_pair(W0.cpu(), k, config.side)
-    return pairs
+    ranks = {layer: outer_rank(config, shape, rank) if outer else rank for layer, shape in adapted.shapes.items()}
+    if kind == "random":
+        return {layer: random_pair(m, n, ranks[layer], seed, layer) for layer, (m, n) in adapted.shapes.items()}
+    return {layer: weight_pair(W0.cpu(), ranks[layer], config.side) for layer, W0 in adapted.base_weights()}
 
 
 def _core_basis(sums: Tensors, outer: Mapping[str, Pair], rank: int, step: float | None) -> Basis:

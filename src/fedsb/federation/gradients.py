@@ -83,7 +83,7 @@ def captured_share(
             backward_sum(adapted, task, examples, batch_size)
 
         for name, G in weight_gradients(layers, run, budget_bytes=budget_bytes):
-            captured, all_of_it = captured_energy(G.cpu(), basis.A[name], basis.B[name], blocks)
+            captured, all_of_it = captured_energy(G, basis.A[name].to(G), basis.B[name].to(G), blocks)
             inside[name] += captured
             total[name] += all_of_it
     return {name: inside[name] / total[name] if total[name] else 0.0 for name in layers}

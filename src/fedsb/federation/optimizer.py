@@ -53,11 +53,11 @@ def step_by_client(
         v = moments.setdefault(f"v.{key}", torch.zeros_like(x))
         m.lerp_(g, 1 - local.beta1)
         v.mul_(local.beta2).addcmul_(g, g, value=1 - local.beta2)
-        m_hat = m / _along(1 - local.beta1 ** t_K.double(), x)
-        v_hat = v / _along(1 - local.beta2 ** t_K.double(), x)
+        m_hat = m / _along(1 - local.beta1 ** t_K.cpu().double(), x)
+        v_hat = v / _along(1 - local.beta2 ** t_K.cpu().double(), x)
         x.sub_(lr * m_hat / (v_hat.sqrt() + 1e-8))
 
 
 def _along(values_K: Tensor, like: Tensor) -> Tensor:
     """(K,) -> (K, 1, 1, ...) to multiply a tensor (K, ...)."""
-    return values_K.to(like.dtype).reshape(-1, *[1] * (like.dim() - 1))
+    return values_K.to(like.device, like.dtype).reshape(-1, *[1] * (like.dim() - 1))

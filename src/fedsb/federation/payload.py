@@ -12,8 +12,7 @@ import base64
 import json
 import math
 import zlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -41,7 +40,6 @@ class Payload:
     client: str = ""  # empty: from the server
     samples: int = 0  # n_k, rows behind an update
     basis: str = ""  # hash of the common tensors, see adapters/basis.py
-    numbers: Mapping[str, float] = field(default_factory=dict)  # a few scalars: the mean training loss
     tensors: Arrays
 
     @property
@@ -66,7 +64,6 @@ def pack(payload: Payload) -> bytes:
         "client": payload.client,
         "samples": payload.samples,
         "basis": payload.basis,
-        "numbers": dict(payload.numbers),
         "layout": base64.b64encode(zlib.compress(layout.encode(), 9)).decode(),
     }
     return save({"values": values}, metadata={"fedsb": json.dumps(header, separators=(",", ":"))})
@@ -104,7 +101,6 @@ def _unpack(data: bytes) -> Payload:
         client=str(header["client"]),
         samples=int(header["samples"]),
         basis=str(header["basis"]),
-        numbers={str(key): float(value) for key, value in header["numbers"].items()},
         tensors={name: part.reshape(shape) for (name, shape), part in zip(layout.items(), parts, strict=True)},
     )
 

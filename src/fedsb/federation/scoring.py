@@ -26,5 +26,5 @@ def mean_score(model: nn.Module, task: Task, examples: Sequence[Example], batch_
     for start in range(0, len(examples), batch_size):
         chosen = [examples[i] for i in by_length[start : start + batch_size]]
         sums, counts = task.scores(*forward(model, task, chosen))
-        total, count = total + float(sums.double().sum()), count + float(counts.double().sum())
+        total, count = total + float(sums.cpu().double().sum()), count + float(counts.cpu().double().sum())
     return total / count

@@ -13,11 +13,13 @@ from typing import Literal
 import numpy as np
 
 from fedsb.adapters.basis import basis_hash
-from fedsb.config import ServerConfig
 from fedsb.errors import RunError
 from fedsb.federation.payload import Arrays, Payload, PayloadError, unpack
 from fedsb.federation.tensors import to_arrays, to_tensors
 from fedsb.methods.contract import Method, State, Update
+from fedsb.settings import ServerConfig
+
+MAX_SAMPLES = 10**9  # rows that one client may claim
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +102,8 @@ def fault(client: str, payload: Payload, rules: Rules) -> str | None:
     for what, value, wanted in claims:
         if value != wanted:
             return f"its {what} is {value!r:.80}, this round's is {wanted!r}"
-    if payload.samples <= 0:
-        return f"claims {payload.samples} samples"
+    if not 0 < payload.samples <= MAX_SAMPLES:
+        return f"claims {payload.samples!s:.12} samples, allowed are 1 to {MAX_SAMPLES:,}"
     missing, extra = rules.shapes.keys() - payload.tensors.keys(), payload.tensors.keys() - rules.shapes.keys()
     if missing or extra:
         return "wrong keys: " + "; ".join([*_some("missing", missing), *_some("unknown", extra)])
@@ -146,5 +148,5 @@ def _within_norm(good: list[Payload], rules: Rules) -> tuple[list[Payload], list
 
 
 def _some(what: str, names: set[str]) -> list[str]:
-    shown = ", ".join(f"{name:.80}" for name in sorted(names)[:3])
+    shown = ", ".join(f"{name!r:.80}" for name in sorted(names)[:3])
     return [f"{what} {shown}{' and more' if len(names) > 3 else ''}"] if names else []

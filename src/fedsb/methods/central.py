@@ -1,6 +1,6 @@
 """Central: all data in one place. The control that shows what federation costs; for simulation only.
 
-    one client holds every client's rows and takes as many steps as they would together.
+    one client holds every client's rows and takes as many steps in a round as a cohort does (or the same epochs).
 
 Shapes as in fed-sb (`adapter = "core"`) or fedit (`adapter = "factors"`). Nothing travels but the data themselves,
 which is what federation is there to avoid.

@@ -18,11 +18,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
-from torch import Tensor
-
 from fedsb.adapters.adapted import Shapes, Tensors
 from fedsb.adapters.basis import Basis
 from fedsb.adapters.core import core_left
+from fedsb.adapters.factors import Factors
 from fedsb.methods.averaging import ServerOptimizer, average, server_step
 
 AdapterKind = Literal["core", "factors"]
@@ -74,15 +73,6 @@ class Update:
     client: str
     weight: float
     tensors: Tensors
-
-
-@dataclass(frozen=True, kw_only=True)
-class Factors:
-    """An adapter as plain LoRA: dW = scale * B A with B (m, R) and A (R, n), R the total rank."""
-
-    A: Tensor
-    B: Tensor
-    scale: float
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,199 @@
+"""A run's settings as frozen pydantic models: what a TOML may say, with defaults and ranges. `config.py` reads it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Auto = Literal["auto"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """A setting as it was resolved, and why it is what it is."""
+
+    key: str
+    value: Any
+    reason: str
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelConfig(Section):
+    """The base model, which stays frozen and never travels."""
+
+    name: str = Field("minilm", description="a folder, a Hub name, or 'minilm'")
+    revision: str | None = Field(None, description="branch, tag or commit on the Hub")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = Field("auto", description="'auto', 'cpu', 'cuda', 'cuda:1', 'mps'")
+    targets: str | list[str] = Field("blocks", description="'blocks', a regular expression, or name endings")
+    max_tokens: Annotated[int, Field(ge=2)] = 128
+    activation_checkpointing: bool = False
+
+
+class TaskConfig(Section):
+    """What a row means."""
+
+    kind: Literal["classification", "text", "instruction"] = "classification"
+    text: str = "text"
+    text_pair: str | None = None
+    label: str = "label"
+    prompt: str = "prompt"
+    answer: str = "answer"
+
+
+class DataConfig(Section):
+    """Where the rows come from."""
+
+    train: str = Field("python-docs", description="a file, 'hub:owner/name[:config]', or 'python-docs'")
+    test: str | None = Field(None, description="the same; scored every round, never trained on")
+    revision: str | None = Field(None, description="of a Hub data set: branch, tag or commit")
+    train_split: str = "train"
+    test_split: str = "test"
+    train_rows: Positive | None = Field(None, description="only the first so many rows")
+    test_rows: Positive | None = Field(None, description="only the first so many rows")
+
+
+class ClientsConfig(Section):
+    """Who holds what."""
+
+    split: Literal["iid", "dirichlet", "column", "size"] = "iid"
+    count: Positive = Field(8, description="number of clients; 'column' has its own")
+    alpha: Rate = Field(0.5, description="of dirichlet: small is uneven")
+    column: str = Field("client", description="of the split by column: a client for each value")
+    sizes: list[Rate] | None = Field(None, description="of the split by size: relative sizes; default 1, 2, 3, ...")
+    min_rows: Positive = Field(1, description="of the split by column: smaller clients are left out; else an error")
+    min_characters: Count = Field(0, description="of the split by column: clients with less text are left out")
+    held_out: Share = Field(0.0, description="share of each client's rows kept for its own score")
+    unseen: Count = Field(0, description="so many clients never take part and are only scored")
+
+
+class MethodConfig(BaseModel):
+    """The method by name; the other keys are the method's own."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str = "fed-sb"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class BasisConfig(Section):
+    """Where a core's B and A come from. See adapters/basis.py."""
+
+    kind: Literal["random", "weights", "update", "update-pooled", "core"] = "random"
+    side: Literal["leading", "trailing"] = Field("leading", description="of weights, and of core's outer basis")
+    outer: Literal["weights", "random"] = Field("weights", description="of core: the data-free basis around it")
+    outer_rank: Positive | None = Field(None, description="of core: k; default 8 h r, at most half of min(m, n)")
+    samples: Positive = Field(256, description="rows that the gradient is summed over, of all clients together")
+    data: str | None = Field(None, description="of update: a file of rows that are declared public")
+    R0: Literal["auto", "zero", "step"] = Field("auto", description="start at 0, or one approximate full step ahead")
+    eta: Rate | Auto = Field("auto", description="of that step; default: the first local step's learning rate")
+    share_samples: Count = Field(16, description="rows to report the captured share of the gradient on; 0: do not")
+    budget_mib: Positive = Field(1024, description="memory for gradients of whole weights, a group of layers at a time")
+
+    @model_validator(mode="after")
+    def _step_needs_a_gradient(self) -> Self:
+        if self.R0 == "step" and self.kind in ("random", "weights"):
+            raise ValueError(f"R0 = 'step' is a step along a gradient, kind = {self.kind!r} looks at none")
+        return self
+
+
+class TrainConfig(Section):
+    """Local training. See federation/client.py."""
+
+    steps: Positive | None = Field(None, description="optimiser steps a client takes in a round; 10 without epochs")
+    epochs: Positive | None = Field(None, description="passes over a client's rows in a round, instead of steps")
+    batch_size: Positive = 8
+    accumulate: Positive = 1
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: Rate = 0.01
+    head_lr: Rate = Field(0.01, description="of the task head")
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    momentum: Share = 0.0
+    clip_norm: Annotated[float, Field(ge=0)] = Field(1.0, description="L2 over a client's gradients; 0: none")
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="over all rounds")
+    warmup: Share = 0.0
+    dropout: Share = 0.0
+    keep_optimizer: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _ten_steps(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("steps") is None and given.get("epochs") is None:
+            return {**given, "steps": 10}
+        return given
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("set steps or epochs, not both; --set train.steps=none takes one back")
+        return self
+
+
+class ServerConfig(Section):
+    """Rounds and their average."""
+
+    clients_per_round: Positive | None = Field(None, description="drawn afresh each round; default: all")
+    min_clients: Positive = Field(1, description="fewer good updates than this end the run")
+    weighting: Literal["samples", "uniform"] = "samples"
+    norm_factor: Annotated[float, Field(gt=1, allow_inf_nan=False)] = Field(
+        30.0, description="an update whose change is so many times the cohort's median is dropped"
+    )
+    optimizer: Literal["none", "momentum", "adam"] = "none"
+    lr: Rate = 1.0
+    beta1: Share = 0.9
+    beta2: Share = 0.99
+    tau: Rate = 1e-3
+
+    @model_validator(mode="after")
+    def _enough(self) -> Self:
+        if self.clients_per_round is not None and self.min_clients > self.clients_per_round:
+            raise ValueError(f"min_clients = {self.min_clients} of {self.clients_per_round} clients_per_round")
+        return self
+
+    @property
+    def optimizer_settings(self) -> dict[str, Any]:
+        """For `ServerOptimizer`."""
+        return {"kind": self.optimizer, **self.model_dump(include={"lr", "beta1", "beta2", "tau"})}
+
+
+class EngineConfig(Section):
+    """What runs the clients."""
+
+    name: Literal["embedded"] = "embedded"
+    cohort_size: Positive | Auto = Field("auto", description="clients trained in one forward")
+
+
+class EvalConfig(Section):
+    every: Positive = Field(1, description="score the test rows every so many rounds, and after the last")
+    batch_size: Positive = 64
+
+
+class Config(Section):
+    """A whole run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
+    seed: Count = 0
+    rounds: Positive = 10
+    out: str = Field("runs", description="the folder for run directories")
+    keep_checkpoints: Positive = 2
+    model: ModelConfig = ModelConfig()
+    task: TaskConfig = TaskConfig()
+    data: DataConfig = DataConfig()
+    clients: ClientsConfig = ClientsConfig()
+    method: MethodConfig = MethodConfig()
+    basis: BasisConfig = BasisConfig()
+    train: TrainConfig = TrainConfig()
+    server: ServerConfig = ServerConfig()
+    engine: EngineConfig = EngineConfig()
+    eval: EvalConfig = EvalConfig()
