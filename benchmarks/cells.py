@@ -1,7 +1,8 @@
 """Runs the cells of an experiment, each a `fedsb run` in a process of its own, and keeps every finished one.
 
-A cell is a recipe with overrides, known by its name: whoever changes a recipe removes its cells. Its outcome is added to results.json as soon as it is there, so that an experiment
-that was cut off goes on where it stopped. One thread a cell, as many cells at a time as there are cores.
+A cell is a recipe with overrides, known by its name: whoever changes a recipe removes its cells. Its outcome is added
+to results.json as soon as it is there, so that an experiment that was cut off goes on where it stopped. One thread a
+cell, as many cells at a time as there are cores.
 """
 
 from __future__ import annotations

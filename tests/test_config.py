@@ -118,7 +118,7 @@ def test_difference() -> None:
     old = {"rounds": 3, "train": {"lr": 0.1, "steps": None}, "method": {"name": "fedit", "alpha": 2}}
     new = {"rounds": 3, "train": {"lr": 0.2, "steps": None}, "method": {"name": "fedit", "rank": 4}}
     assert difference(old, old) == []
-    assert difference(old, new) == ["method.alpha: 2 -> None", "method.rank: None -> 4", "train.lr: 0.1 -> 0.2"]
+    assert difference(old, new) == ["method.alpha: 2 -> unset", "method.rank: unset -> 4", "train.lr: 0.1 -> 0.2"]
 
 
 @pytest.mark.parametrize(

@@ -100,8 +100,8 @@ def test_too_few_good_updates_end_the_round() -> None:
     with pytest.raises(RunError) as caught:
         admit([update("a"), update("bad", samples=0)], rules)
     assert str(caught.value) == (
-        "round 5: 1 good updates, server.min_clients asks for 2 (bad: claims 0 samples, allowed are 1 to 1,000,000,000). "
-        "The checkpoint of the last finished round is kept"
+        "round 5: 1 good updates, server.min_clients asks for 2 "
+        "(bad: claims 0 samples, allowed are 1 to 1,000,000,000). The checkpoint of the last finished round is kept"
     )
     with pytest.raises(RunError, match="no client replied"):
         admit([], rules)
