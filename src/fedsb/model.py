@@ -76,7 +76,7 @@ def load_base(
     """The base model for a task, frozen, in evaluation mode (its own dropout is off).
 
     Args:
-        auto_class: "AutoModelForSequenceClassification" or "AutoModelForCausalLM".
+        auto_class: the name of a transformers class, as "AutoModelForCausalLM".
         num_labels: classes of the head; 0 where there is none.
         pad_token: told to models that must know it to find a text's end.
         shapes_only: on the meta device, from the model's config alone, without weights.

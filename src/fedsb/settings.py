@@ -48,6 +48,7 @@ class TaskConfig(Section):
     label: str = "label"
     prompt: str = "prompt"
     answer: str = "answer"
+    pooling: Literal["model", "mean"] = Field("model", description="of classification: the model's own, or the tokens'")
 
 
 class DataConfig(Section):

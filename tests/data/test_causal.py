@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from fedsb.data.sources import load_table
-from fedsb.data.tasks import TaskColumns, open_task
+from fedsb.data.tasks import TaskOptions, open_task
 from fedsb.data.tasks.instruction import ALPACA, prompt_text
 from fedsb.errors import UserError
 
 
 def task_of(kind, tokenizer, max_tokens, **columns):
-    return open_task(kind, tokenizer=tokenizer, columns=TaskColumns(**columns), max_tokens=max_tokens)
+    return open_task(kind, tokenizer=tokenizer, options=TaskOptions(**columns), max_tokens=max_tokens)
 
 
 def targets(example):

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from fedsb.data.sources import load_table
-from fedsb.data.tasks import TaskColumns, open_task
+from fedsb.data.tasks import TaskOptions, open_task
 from fedsb.errors import UserError
 
 
 def task_of(tokenizer, max_tokens=16, **columns):
-    return open_task("classification", tokenizer=tokenizer, columns=TaskColumns(**columns), max_tokens=max_tokens)
+    return open_task("classification", tokenizer=tokenizer, options=TaskOptions(**columns), max_tokens=max_tokens)
 
 
 def rows_of(*labels):
@@ -113,3 +113,15 @@ def test_trec_and_snli(minilm, real_data):
     first = task.encode(pairs)[0][0]
     hypothesis = [i for i, kind in zip(first["input_ids"], first["token_type_ids"], strict=True) if kind == 1]
     assert minilm.decode(hypothesis).startswith("the sisters are hugging goodbye")
+
+
+def test_mean_pooling_averages_the_logits_of_the_tokens_that_are_there(minilm):
+    """Text 0: tokens (1, 0) and (3, 0), the third is padding; text 1: three tokens of (0, 3)."""
+    task = task_of(minilm, pooling="mean")
+    assert (task.auto_class, task.peft_task_type) == ("AutoModelForTokenClassification", "TOKEN_CLS")
+    logits = torch.tensor([[[1.0, 0.0], [3.0, 0.0], [9.0, 99.0]], [[0.0, 3.0]] * 3])
+    batch = {"labels": torch.tensor([0, 0]), "attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]])}
+    loss_b, weight_b = task.losses(logits, batch)
+    assert loss_b.tolist() == pytest.approx([math.log(1 + math.exp(-2)), math.log(1 + math.exp(3))])
+    assert weight_b.tolist() == [1, 1]
+    assert task.scores(logits, batch)[0].tolist() == [1, 0]

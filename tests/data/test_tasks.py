@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fedsb.data.tasks import TASKS, TaskColumns, open_task
+from fedsb.data.tasks import TASKS, TaskOptions, open_task
 from fedsb.data.tasks.base import pad_token
 from fedsb.errors import UserError
 
@@ -21,12 +21,12 @@ class Plain:
 
 
 def plain(kind="text", max_tokens=4, **columns):
-    return open_task(kind, tokenizer=Plain(), columns=TaskColumns(**columns), max_tokens=max_tokens)
+    return open_task(kind, tokenizer=Plain(), options=TaskOptions(**columns), max_tokens=max_tokens)
 
 
 def test_opening_a_task():
     with pytest.raises(UserError, match="there is no task 'clasification': did you mean 'classification'"):
-        open_task("clasification", tokenizer=Plain(), columns=TaskColumns(), max_tokens=8)
+        open_task("clasification", tokenizer=Plain(), options=TaskOptions(), max_tokens=8)
     with pytest.raises(UserError, match="max_tokens = 1"):
         plain(max_tokens=1)
     assert plain("classification", text_pair="other").needs == ["text", "other", "label"]

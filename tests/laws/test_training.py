@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from conftest import adapter_bytes, set_all
 from fedsb.config import load_config
 from fedsb.engines.embedded import EmbeddedEngine
+from fedsb.evaluate import evaluate_adapter
 from fedsb.federation.client import draw_batches
 from fedsb.federation.payload import unpack
 from fedsb.federation.server import admit, rules
@@ -117,17 +118,34 @@ print(float((model(**saved["inputs"]).logits - saved["logits"]).abs().max()))
 """
 
 
-@pytest.mark.parametrize("model", ["tiny_bert", "tiny_llama", "tiny_gpt2"])
+CLASSES = {"kind": "classification"}
+
+
+@pytest.mark.parametrize(
+    ("model", "task", "auto"),
+    [
+        ("tiny_bert", CLASSES, "AutoModelForSequenceClassification"),
+        ("tiny_bert", {**CLASSES, "pooling": "mean"}, "AutoModelForTokenClassification"),
+        ("tiny_llama", {"kind": "text"}, "AutoModelForCausalLM"),
+        ("tiny_gpt2", {"kind": "text"}, "AutoModelForCausalLM"),
+    ],
+)
 @pytest.mark.parametrize(
     "method", [{"name": "fed-sb", "rank": 3, "blocks": 2}, {"name": "fedit", "rank": 2, "alpha": 6}]
 )
 def test_law_6_export_reloads_without_fedsb(
-    tiny_config: dict[str, Any], tmp_path: Path, request: pytest.FixtureRequest, model: str, method: dict[str, Any]
+    tiny_config: dict[str, Any],
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    model: str,
+    task: dict[str, str],
+    auto: str,
+    method: dict[str, Any],
 ) -> None:
     folder = request.getfixturevalue(model)
-    config = set_all(tiny_config, method=method, rounds=2, model={"name": str(folder), "max_tokens": 16})
+    config = set_all(tiny_config, method=method, task=task, rounds=2, model={"name": str(folder), "max_tokens": 16})
     if model != "tiny_bert":
-        config = set_all(config, task={"kind": "text"}, clients={"split": "iid", "count": 3})
+        config = set_all(config, clients={"split": "iid", "count": 3})
     finished = federate(load_config(config))
     engine, _ = open_engine(config)
     record = Record(finished.folder, Record.open(finished.folder).manifest)
@@ -135,17 +153,18 @@ def test_law_6_export_reloads_without_fedsb(
     assert state is not None
     inputs, logits = engine.probe(engine.method.model(state))
     torch.save({"inputs": inputs, "logits": logits}, tmp_path / "probe.pt")
-    classifier = model == "tiny_bert"
     script = RELOAD.format(
-        auto="AutoModelForSequenceClassification" if classifier else "AutoModelForCausalLM",
+        auto=auto,
         base=str(folder),
-        labels=", num_labels=3" if classifier else "",
+        labels=", num_labels=3" if model == "tiny_bert" else "",
         adapter=str(finished.adapter),
         inputs=str(tmp_path / "probe.pt"),
     )
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     assert float(ran.stdout) < 1e-5
+    if model == "tiny_bert":  # scored through PEFT, as it was in the run
+        assert evaluate_adapter(finished.folder, None)["accuracy"] == pytest.approx(finished.score)
 
 
 @pytest.mark.parametrize("length", [{"steps": 3}, {"epochs": 1}])

@@ -36,7 +36,7 @@ class BaseFacts:
     shared_name: str  # what others know it by
     revision: str | None
     auto_class: str
-    task_type: str  # PEFT's: SEQ_CLS, CAUSAL_LM
+    task_type: str  # PEFT's: SEQ_CLS, TOKEN_CLS, CAUSAL_LM
     head: Sequence[str]  # modules trained in full
     label_names: Sequence[str]
     conv1d: bool  # GPT-2's layers, stored transposed
@@ -131,15 +131,17 @@ def _stored(delta: Tensor, base: BaseFacts) -> Tensor:
 
 
 def load_lines(base: BaseFacts, adapter: Path | str) -> str:
-    """Three lines of Python that load the adapter, with transformers and peft alone."""
+    """Three lines of Python that load the adapter, with transformers and peft alone; mean pooling needs a word more."""
     labels = f", num_labels={len(base.label_names)}" if base.label_names else ""
     if base.label_names and base.pad_token is not None:
         labels += f", pad_token_id={base.pad_token}"
     revision = f", revision={base.revision!r}" if base.revision else ""
+    pooling = '\n# of a text: model(**tokenizer(text, return_tensors="pt")).logits.mean(1), the mean over its tokens'
     return (
         f"from transformers import {base.auto_class}; from peft import PeftModel\n"
         f"base = {base.auto_class}.from_pretrained({str(base.name)!r}{labels}{revision})\n"
         f"model = PeftModel.from_pretrained(base, {str(adapter)!r})"
+        + (pooling if base.task_type == "TOKEN_CLS" else "")
     )
 
 

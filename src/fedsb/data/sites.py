@@ -9,7 +9,7 @@ from typing import Any
 
 from fedsb.data.partition import Partition, split_rows
 from fedsb.data.sources import Row, Table, load_table, require_columns
-from fedsb.data.tasks import Example, Task, TaskColumns, Tokenizer, open_task
+from fedsb.data.tasks import Example, Task, TaskOptions, Tokenizer, open_task
 from fedsb.draws import generator
 from fedsb.errors import UserError
 from fedsb.settings import Choice, ClientsConfig, Config
@@ -53,7 +53,7 @@ class Data:
 def open_data(config: Config, tokenizer: Tokenizer) -> Data:
     """Loads, splits and tokenises. Raises UserError with what is wrong in the data and what to do about it."""
     task = open_task_of(config, tokenizer)
-    columns = task.columns
+    columns = task.options
     train, test = _tables(config)
     for table in (train, test):
         if table is not None:
@@ -119,8 +119,8 @@ def open_data(config: Config, tokenizer: Tokenizer) -> Data:
 
 def open_task_of(config: Config, tokenizer: Tokenizer) -> Task:
     """The task of a configuration, its classes not yet fitted."""
-    columns = TaskColumns(**config.task.model_dump(exclude={"kind"}))
-    return open_task(config.task.kind, tokenizer=tokenizer, columns=columns, max_tokens=config.model.max_tokens)
+    options = TaskOptions(**config.task.model_dump(exclude={"kind"}))
+    return open_task(config.task.kind, tokenizer=tokenizer, options=options, max_tokens=config.model.max_tokens)
 
 
 def load_rows(config: Config, task: Task, source: str | None) -> Table:
@@ -161,7 +161,7 @@ def _enough_text(partition: Partition, train: Table, task: Task, clients: Client
     """Leaves out natural clients whose texts together are shorter than clients.min_characters."""
     if clients.split != "column":
         raise UserError(f"clients.min_characters is of the split by column; this one is {clients.split!r}")
-    texts = [name for name in task.needs if name != task.columns.label]
+    texts = [name for name in task.needs if name != task.options.label]
     length = {
         shard.name: sum(len(str(train.rows[i][name])) for i in shard.rows for name in texts)
         for shard in partition.shards

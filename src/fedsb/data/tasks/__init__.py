@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from fedsb.data.tasks.base import NO_LOSS, Batch, Example, Task, TaskColumns, Tokenizer
+from fedsb.data.tasks.base import NO_LOSS, Batch, Example, Task, TaskOptions, Tokenizer
 from fedsb.data.tasks.classification import Classification
 from fedsb.data.tasks.instruction import Instruction
 from fedsb.data.tasks.text import Text
 from fedsb.errors import UserError, did_you_mean
 
-__all__ = ["NO_LOSS", "TASKS", "Batch", "Example", "Task", "TaskColumns", "Tokenizer", "open_task"]
+__all__ = ["NO_LOSS", "TASKS", "Batch", "Example", "Task", "TaskOptions", "Tokenizer", "open_task"]
 
 TASKS: dict[str, type[Task]] = {"classification": Classification, "text": Text, "instruction": Instruction}
 
 
-def open_task(kind: str, *, tokenizer: Tokenizer, columns: TaskColumns, max_tokens: int) -> Task:
+def open_task(kind: str, *, tokenizer: Tokenizer, options: TaskOptions, max_tokens: int) -> Task:
     """The task of that name. Raises UserError where there is none."""
     if kind not in TASKS:
         raise UserError(f"there is no task {kind!r}: {did_you_mean(kind, TASKS)}")
-    return TASKS[kind](tokenizer=tokenizer, columns=columns, max_tokens=max_tokens)
+    return TASKS[kind](tokenizer=tokenizer, options=options, max_tokens=max_tokens)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import numpy as np
 
@@ -26,14 +26,15 @@ NO_LOSS = -100  # the label that cross entropy leaves out
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskColumns:
-    """The names of the columns that a task reads; a task reads only its own."""
+class TaskOptions:
+    """The names of the columns that a task reads, and how it reads the model; a task takes only its own."""
 
     text: str = "text"
     text_pair: str | None = None
     label: str = "label"
     prompt: str = "prompt"
     answer: str = "answer"
+    pooling: Literal["model", "mean"] = "model"
 
 
 class Task(ABC):
@@ -41,14 +42,14 @@ class Task(ABC):
 
     metric: ClassVar[str]
     higher_is_better: ClassVar[bool]
-    auto_class: ClassVar[str]  # the name of the transformers class that fits
-    peft_task_type: ClassVar[str]
+    auto_class: str  # the name of the transformers class that fits
+    peft_task_type: str
 
-    def __init__(self, *, tokenizer: Tokenizer, columns: TaskColumns, max_tokens: int) -> None:
+    def __init__(self, *, tokenizer: Tokenizer, options: TaskOptions, max_tokens: int) -> None:
         if max_tokens < 2:
             raise UserError(f"max_tokens = {max_tokens}: a window needs at least 2 tokens")
         self.tokenizer = tokenizer
-        self.columns = columns
+        self.options = options
         self.max_tokens = max_tokens
         self.label_names: list[str] = []  # set by fit_labels
 

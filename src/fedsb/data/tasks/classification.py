@@ -2,7 +2,11 @@
 
 Reads the columns text, text_pair (where it is named) and label; a label is an integer, a string, or true/false.
 A pair that is too long loses tokens from its longer text first.
-Shapes: b examples, c classes.
+
+`pooling` is how the tokens' last states become one: "model" as the model's own classifier does (BERT: a dense layer
+over the first token), "mean" over all tokens. The mean of the states through a linear head is the mean of the tokens'
+logits, so the latter is a token classifier as transformers and PEFT know it, whose logits are averaged.
+Shapes: b examples, t tokens, c classes.
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from fedsb.data.sources import Row
-from fedsb.data.tasks.base import Batch, Example, Task
+from fedsb.data.tasks.base import Batch, Example, Task, TaskOptions, Tokenizer
 from fedsb.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,10 +30,16 @@ class Classification(Task):
     auto_class = "AutoModelForSequenceClassification"
     peft_task_type = "SEQ_CLS"
 
+    def __init__(self, *, tokenizer: Tokenizer, options: TaskOptions, max_tokens: int) -> None:
+        super().__init__(tokenizer=tokenizer, options=options, max_tokens=max_tokens)
+        if options.pooling == "mean":
+            self.auto_class = "AutoModelForTokenClassification"
+            self.peft_task_type = "TOKEN_CLS"
+
     @property
     def needs(self) -> list[str]:
-        pair = [] if self.columns.text_pair is None else [self.columns.text_pair]
-        return [self.columns.text, *pair, self.columns.label]
+        pair = [] if self.options.text_pair is None else [self.options.text_pair]
+        return [self.options.text, *pair, self.options.label]
 
     def fit_labels(self, train_rows: list[Row], test_rows: list[Row]) -> None:
         """The classes of train, integers by value and strings by alphabet.
@@ -51,9 +61,9 @@ class Classification(Task):
     def encode(self, rows: list[Row]) -> tuple[list[Example], int]:
         if not rows:
             return [], 0
-        texts = [self._texts(rows, self.columns.text)]
-        if self.columns.text_pair is not None:
-            texts.append(self._texts(rows, self.columns.text_pair))
+        texts = [self._texts(rows, self.options.text)]
+        if self.options.text_pair is not None:
+            texts.append(self._texts(rows, self.options.text_pair))
         fields = self._fields(texts)
         too_long = [i for i, tokens in enumerate(fields["input_ids"]) if len(tokens) > self.max_tokens]
         if too_long:  # tokenised again, so that the tokenizer cuts around its own special tokens
@@ -74,15 +84,15 @@ class Classification(Task):
         return 1
 
     def losses(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Cross entropy (b,) of logits (b, c), and ones (b,)."""
+        """Cross entropy (b,) of logits (b, c) or (b, t, c), and ones (b,)."""
         from torch.nn.functional import cross_entropy
 
-        loss_b = cross_entropy(logits.float(), batch["labels"], reduction="none")
+        loss_b = cross_entropy(pooled(logits, batch), batch["labels"], reduction="none")
         return loss_b, loss_b.new_ones(loss_b.shape)
 
     def scores(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """1 where the largest logit is the label's, else 0 (b,), and ones (b,)."""
-        correct_b = (logits.argmax(dim=-1) == batch["labels"]).float()
+        correct_b = (pooled(logits, batch).argmax(dim=-1) == batch["labels"]).float()
         return correct_b, correct_b.new_ones(correct_b.shape)
 
     def baseline(self, examples_train: list[Example], examples_test: list[Example]) -> float | None:
@@ -101,7 +111,7 @@ class Classification(Task):
         return {name: list(made[name]) for name in ("input_ids", "token_type_ids") if name in made}
 
     def _labels(self, rows: list[Row]) -> list[Any]:
-        name = self.columns.label
+        name = self.options.label
         labels = [row.get(name) for row in rows]
         for number, label in enumerate(labels, start=1):
             if not isinstance(label, (int, str)):
@@ -113,3 +123,11 @@ class Classification(Task):
         if len(types) > 1:
             raise UserError(f"the column {name!r} mixes labels of the types {', '.join(types)}: keep one")
         return labels
+
+
+def pooled(logits: Tensor, batch: Batch) -> Tensor:
+    """Logits of texts (b, c), float32: those of a token classifier (b, t, c) are averaged over each text's tokens."""
+    if logits.dim() == 2:
+        return logits.float()
+    mask_bt1 = batch["attention_mask"].unsqueeze(-1).float()
+    return (logits.float() * mask_bt1).sum(1) / mask_bt1.sum(1)

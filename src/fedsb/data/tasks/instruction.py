@@ -23,15 +23,15 @@ class Instruction(CausalTask):
 
     @property
     def needs(self) -> list[str]:
-        return [self.columns.prompt, self.columns.answer]
+        return [self.options.prompt, self.options.answer]
 
     def encode(self, rows: list[Row]) -> tuple[list[Example], int]:
         """One example a row, fewer where a prompt alone fills the window: those rows are dropped.
 
         The second number counts the dropped rows and those whose answer was cut.
         """
-        asked = self._texts(rows, self.columns.prompt)
-        told = self._texts(rows, self.columns.answer)
+        asked = self._texts(rows, self.options.prompt)
+        told = self._texts(rows, self.options.answer)
         prompts = self._tokenize([prompt_text(self.tokenizer, prompt) for prompt in asked])
         answers = self._tokenize([answer_text(self.tokenizer, p, a) for p, a in zip(asked, told, strict=True)])
         # A chat template writes the begin token itself.

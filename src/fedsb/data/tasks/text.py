@@ -20,14 +20,14 @@ class Text(CausalTask):
 
     @property
     def needs(self) -> list[str]:
-        return [self.columns.text]
+        return [self.options.text]
 
     def encode(self, rows: list[Row]) -> tuple[list[Example], int]:
         """The windows of all rows in order; no text is lost, so the second number is 0."""
         start = start_tokens(self.tokenizer)
         step = self.max_tokens - len(start)
         examples: list[Example] = []
-        for tokens in self._tokenize(self._texts(rows, self.columns.text)):
+        for tokens in self._tokenize(self._texts(rows, self.options.text)):
             windows = (start + tokens[at : at + step] for at in range(0, len(tokens), step))
             examples += [{"input_ids": w, "labels": [NO_LOSS, *w[1:]]} for w in windows if len(w) >= 2]
         return examples, 0
@@ -44,7 +44,7 @@ class Text(CausalTask):
         check_share(share)
         if share == 0:
             return rows, []
-        column = self.columns.text
+        column = self.options.text
         heads: list[Row] = []
         tails: list[Row] = []
         for row, text in zip(rows, self._texts(rows, column), strict=True):
