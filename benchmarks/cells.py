@@ -7,6 +7,7 @@ cell, as many cells at a time as there are cores.
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import platform
@@ -86,6 +87,55 @@ def run_cell(cell: Cell) -> dict[str, Any]:
         "seconds": round(time.time() - started, 1),
         "commit": commit(),
     }
+
+
+def tune(cell: Cell, rates: Sequence[float], results: Path) -> float:
+    """The best learning rate on seed 0: of `rates`, a factor 2 apart, and on while the best lies at an end of them."""
+    rates = sorted(rates)
+    while True:
+        names = {lr: f"tune {cell.name} lr {lr:g}" for lr in rates}
+        cells = [Cell(names[lr], cell.recipe, {**cell.settings, "seed": 0, "train.lr": lr}) for lr in rates]
+        done = run_cells(cells, results)
+        best = max(rates, key=lambda lr: done[names[lr]]["score"])
+        if best == rates[0]:
+            rates = [rates[0] / 4, rates[0] / 2, *rates]
+        elif best == rates[-1]:
+            rates = [*rates, rates[-1] * 2, rates[-1] * 4]
+        else:
+            return best
+
+
+def compare(
+    recipe: str,
+    contenders: Mapping[str, tuple[Mapping[str, Any], Sequence[float]]],  # name -> (settings, learning rates)
+    *,
+    tuning: Mapping[str, Any],  # settings of a sweep: the data that it is scored on
+    testing: Mapping[str, Any],
+    seeds: Sequence[int],
+    folder: Path,
+    metric: str = "accuracy",
+) -> None:
+    """Tunes every contender, runs it over the seeds, prints the table and keeps it beside results.json."""
+    results = folder / "results.json"
+    best = {
+        name: tune(Cell(name, recipe, {**tuning, **what}), rates, results) for name, (what, rates) in contenders.items()
+    }
+    cells = [
+        Cell(f"test {name} seed {seed}", recipe, {**testing, **what, "seed": seed, "train.lr": best[name]})
+        for seed in seeds
+        for name, (what, _) in contenders.items()
+    ]
+    text = table(best, run_cells(cells, results), seeds, metric)
+    print(text)
+    (folder / "table.md").write_text(text)
+
+
+def slice_of(train: Path, rows: int, to: Path) -> Path:
+    """Writes the rows of `train` behind the first `rows`, to tune on. Not to be committed: licences do not allow it."""
+    data = train.read_bytes()
+    lines = (gzip.decompress(data) if train.suffix == ".gz" else data).splitlines(keepends=True)
+    to.write_bytes(b"".join(lines[rows:]))
+    return to
 
 
 def table(contenders: Mapping[str, Any], done: Mapping[str, Any], seeds: Sequence[int], metric: str) -> str:
