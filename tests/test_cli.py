@@ -17,7 +17,7 @@ from conftest import Said, set_all, tiny_settings, write_rows, write_toml
 from fedsb.config import load_config
 from fedsb.run import federate
 
-VERBS = ["ls", "init", "check", "run", "resume", "eval", "export", "report", "env"]
+VERBS = ["ls", "init", "check", "run", "resume", "compare", "eval", "export", "report", "env"]
 HEAVY = ["torch", "transformers", "peft", "datasets", "pydantic", "numpy", "jinja2"]
 
 

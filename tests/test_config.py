@@ -26,7 +26,6 @@ def faults(raw: dict[str, Any], overrides: list[str] | None = None) -> list[str]
         pytest.param({"strategy": 1}, "strategy: there is no such key", id="top key like a type's name"),
         pytest.param({"lr": 0.1}, "lr: there is no such key; did you mean train.lr or server.lr?", id="wrong place"),
         pytest.param({"method": {"name": "fed_sb"}}, "method.name: unknown method 'fed_sb'; did you mean 'fed-sb'?"),
-        pytest.param({"method": {"name": "flora"}}, "method 'flora' can be priced but not trained in this version"),
         pytest.param({"method": {"name": 3}}, "method.name: it must be a valid string (it is 3)"),
         pytest.param({"method": "fedit"}, "method: it must be a section, [method] with keys below it (it is 'fedit')"),
         pytest.param({"method": {"rnk": 4}}, "method.rnk: fed-sb has no such option; did you mean 'rank'?"),

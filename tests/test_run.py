@@ -16,7 +16,7 @@ from conftest import Said, adapter_bytes, set_all, write_toml
 from fedsb.config import load_config
 from fedsb.engines import Engine, Replies
 from fedsb.engines.embedded import EmbeddedEngine
-from fedsb.errors import UserError
+from fedsb.errors import ConfigError, UserError
 from fedsb.federation.payload import pack, unpack
 from fedsb.record import read_rows
 from fedsb.run import federate, resume, sample
@@ -40,8 +40,8 @@ def spoil(monkeypatch: pytest.MonkeyPatch, harm: Callable[[bytes], bytes]) -> No
     """In the second round, one client's update goes through `harm`."""
     train = EmbeddedEngine.train
 
-    def harmed(self: EmbeddedEngine, method: Any, state: Any, cohort: Any, kept: Any) -> Replies:
-        replies = train(self, method, state, cohort, kept)
+    def harmed(self: EmbeddedEngine, method: Any, state: Any, cohort: Any, kept: Any, late: Any) -> Replies:
+        replies = train(self, method, state, cohort, kept, late)
         if state.round != BAD_ROUND:
             return replies
         envelopes = [(name, harm(data) if name == BAD_CLIENT else data) for name, data in replies.envelopes]
@@ -137,3 +137,21 @@ def test_a_resume_on_another_base_model_is_refused(
     save_file({**tensors, key: tensors[key] + 1}, base / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match="has changed since the run was started"):
         resume(done.folder)
+
+
+def test_the_local_to_global_gap(tiny_config: dict[str, Any]) -> None:
+    """Both scores are on the clients' held-out rows; the last global one is the mean of those in result.json."""
+    finished = federate(load_config(set_all(tiny_config, eval={"every": 2, "gap": True})))
+    rows = read_rows(finished.folder / "rounds.jsonl")
+    assert ["local_score" in row for row in rows] == [False, True, True]
+    clients = json.loads((finished.folder / "result.json").read_text())["clients"]
+    assert rows[-1]["global_score"] == pytest.approx(sum(c["score"] for c in clients) / len(clients))
+    assert 0 <= rows[-1]["local_score"] <= 1
+    with pytest.raises(ConfigError, match=r"set clients\.held_out"):
+        load_config(set_all(tiny_config, eval={"gap": True}, clients={"split": "iid", "count": 3}))
+
+
+def test_flora_na_logs_its_errors(tiny_config: dict[str, Any]) -> None:
+    finished = federate(load_config(set_all(tiny_config, method={"name": "flora-na", "rank": 2})))
+    for row in read_rows(finished.folder / "rounds.jsonl"):
+        assert 0 < row["error_best_rank_r"] <= row["error_flora_na"] <= row["error_fedit"] < 1

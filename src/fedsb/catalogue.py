@@ -11,10 +11,10 @@ from fedsb.errors import UserError, did_you_mean
 
 
 def methods() -> list[dict[str, Any]]:
-    from fedsb.methods import priced_types
+    from fedsb.methods import method_types
 
     rows = []
-    for name, cls in sorted(priced_types().items(), key=lambda item: (not item[1].facts.trainable_here, item[0])):
+    for name, cls in sorted(method_types().items()):
         facts = cls.facts
         rows.append(
             {
@@ -24,7 +24,8 @@ def methods() -> list[dict[str, Any]]:
                 "exact": facts.exact,
                 "sum only": facts.sum_only,
                 "client keeps": facts.client_state,
-                "status": "trains" if facts.trainable_here else "priced only",
+                "mixed ranks": facts.mixed_ranks,
+                "changes base": facts.changes_base,
                 "paper": facts.paper,
             }
         )

@@ -116,6 +116,46 @@ def resume(
     _print_result(result.folder, as_json)
 
 
+@app.command()
+def compare(
+    config: ConfigArgument,
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            "--methods", metavar="A,B@RANK,...", help="Compare these with the first, instead of what the TOML names."
+        ),
+    ] = None,
+    seeds: Annotated[int | None, typer.Option("--seeds", help="Runs of each, with the seeds 0, 1, ...")] = None,
+    trials: Annotated[
+        int | None, typer.Option("--trials", help="Learning rates tried for each; 0: train.lr as it stands.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Its folder; default: comparisons/NAME.")] = None,
+    overrides: Set = [],  # noqa: B006
+    as_json: Json = False,
+) -> None:
+    """Compare methods, tuned alike. Scores over seeds and bytes; started again, it goes on where it stopped."""
+    from fedsb.comparison.compare import compare as run_all
+    from fedsb.terminal import Terminal, print_comparison
+
+    chosen = [f"compare.{name}={value}" for name, value in (("seeds", seeds), ("trials", trials)) if value is not None]
+    if methods is not None:
+        names = [name.strip() for name in methods.split(",")]
+        chosen += [f"compare.methods={json.dumps(names)}", "compare.contenders=[]", "compare.reference=none"]
+    loaded = _load(config, [*chosen, *overrides])
+    folder = out or Path("comparisons") / loaded.config.name
+    try:
+        found = run_all(loaded, folder, Terminal(quiet=as_json).note)
+    except KeyboardInterrupt as error:
+        again = f"  what was finished is in {folder}; to go on:\n    {shlex.join(['fedsb', *sys.argv[1:]])}"
+        raise typer.Exit(_fail(f"interrupted\n{again}", 130)) from error
+    if as_json:
+        _print_json({"comparison": str(folder), **found})
+    else:
+        print_comparison(folder, found)
+    if found["failed"]:
+        raise RunError("not everything ran:\n" + "\n".join(f"  {name}: {why}" for name, why in found["failed"].items()))
+
+
 @app.command("eval")
 def evaluate(
     folder: RunArgument,

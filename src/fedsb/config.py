@@ -6,9 +6,9 @@ import dataclasses
 import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
@@ -24,6 +24,7 @@ class Loaded:
 
     config: Config
     origin: Mapping[str, str]
+    given: Mapping[str, Any] = field(default_factory=dict)  # as the TOML and --set said it, in nested tables
 
     def choices(self) -> list[Choice]:
         """Every setting with its reason, in the order of the models; the method's own options behind its name."""
@@ -54,6 +55,7 @@ def load_config(source: Path | Mapping[str, Any], overrides: Sequence[str] = ())
             origin[key] = f"--set {key}"
         except UserError as error:
             faults.append(str(error))
+    origin = {key: where for key, where in origin.items() if not key.startswith("compare.")}  # no settings of a run
     config = None
     try:
         config = Config.model_validate(raw)
@@ -64,7 +66,7 @@ def load_config(source: Path | Mapping[str, Any], overrides: Sequence[str] = ())
         faults += method_faults(section)
     if faults or config is None:
         raise ConfigError(faults)
-    return Loaded(config=_with_method_defaults(config), origin=origin)
+    return Loaded(config=_with_method_defaults(config), origin=origin, given=raw)
 
 
 def _with_method_defaults(config: Config) -> Config:
@@ -90,12 +92,14 @@ def idle(config: Config) -> dict[str, str]:
     note("clients", ["sizes"], clients.split == "size", f"clients.split is {clients.split}")
     note("clients", ["column"], clients.split == "column", f"clients.split is {clients.split}")
     note("clients", ["count"], clients.split != "column", "the column says how many clients there are")
+    note("data", ["test", "test_split", "test_rows"], not config.data.tune_share, "data.tune_share takes training rows")
     note("basis", ["outer", "outer_rank"], basis.kind == "core", f"basis.kind is {basis.kind}")
     note("basis", ["side"], basis.kind in ("weights", "core"), f"basis.kind is {basis.kind}")
     note("basis", ["data"], basis.kind == "update", f"basis.kind is {basis.kind}")
     note("train", ["momentum"], train.optimizer == "sgd", f"train.optimizer is {train.optimizer}")
     note("server", ["lr", "beta1", "beta2", "tau"], server.optimizer != "none", "server.optimizer is none")
     method = build_method(config.method.name, config.method.options)
+    note("server", ["codec"], not method.facts.pools_data, "all data are in one place, nothing travels")
     note("basis", list(BasisConfig.model_fields), method.adapter == "core", f"{config.method.name} has no basis")
     return found
 
@@ -229,7 +233,10 @@ def _place(loc: Sequence[Any]) -> tuple[str, type[BaseModel]]:
     keys: list[str] = []
     for part in loc:
         keys.append(str(part))
+        if isinstance(part, int):  # of a list of sections
+            continue
         inner = section.model_fields[part].annotation if part in section.model_fields else None
+        inner = get_args(inner)[0] if get_origin(inner) is list else inner
         if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
             break
         section = inner

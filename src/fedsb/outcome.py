@@ -16,10 +16,12 @@ from fedsb.disk import safe_name, write_atomic
 from fedsb.engines import Replies, Score
 from fedsb.engines.embedded import EmbeddedEngine
 from fedsb.environment import git_hash, versions
+from fedsb.federation.basis_round import peak_memory_bytes
 from fedsb.federation.prices import price_list
+from fedsb.federation.schedule import whole_broadcasts
 from fedsb.federation.server import Dropped
 from fedsb.methods.contract import Method, State
-from fedsb.record import Record
+from fedsb.record import Record, read_result
 from fedsb.report import summary, write_report
 from fedsb.settings import Choice, Config
 
@@ -36,8 +38,8 @@ def describe_start(
     """The manifest's part that is known before the first round."""
     task, data = engine.task, engine.data
     head = sum(tensor.numel() for tensor in engine.head.values())
-    trained = method.trainable(method.receive(state.common, method.broadcast(state), {}), 0)
-    tensors = method.receive(state.common, method.broadcast(state), {})
+    tensors = method.model(state)
+    trained = method.trainable(tensors, 0)
     return {
         "settings": [asdict(choice) for choice in choices],
         "versions": versions(),
@@ -87,6 +89,8 @@ def describe_start(
                 rounds=config.rounds,
                 basis={"up": basis.up, "down": basis.down} if basis else None,
                 sites=len(engine.sites),
+                codec=config.server.codec,
+                whole=whole_broadcasts([site.name for site in engine.sites], config, engine.ranks),
             )
         ],
         "before": {"score": before.value if before else None, "majority": data.baseline},
@@ -100,9 +104,23 @@ def round_row(
     replies: Replies,
     dropped: Sequence[Dropped],
     score: Score | None,
+    sites: Mapping[str, Score],
     seconds: float,
 ) -> dict[str, Any]:
-    """A row of rounds.jsonl. The loss is the plain mean over the clients whose updates were good."""
+    """A row of rounds.jsonl. The loss is the plain mean over the clients whose updates were good.
+
+    With `sites`, also the plain means over the cohort of the clients' own scores and of the global model's on the same
+    rows: "local_score" and "global_score", whose difference is the local-to-global gap.
+    """
+    both = [name for name in replies.own if name in sites]
+    gap = (
+        {
+            "local_score": sum(replies.own[name] for name in both) / len(both),
+            "global_score": sum(sites[name].value for name in both) / len(both),
+        }
+        if both
+        else {}
+    )
     out = {drop.client for drop in dropped}
     losses = [loss for client, loss in replies.losses.items() if client not in out]
     return {
@@ -113,6 +131,8 @@ def round_row(
         "dropped": [asdict(drop) for drop in dropped],
         "up_bytes": sum(sent.bytes for sent in replies.sent if sent.direction == "up"),
         "down_bytes": sum(sent.bytes for sent in replies.sent if sent.direction == "down"),
+        **state.metrics,
+        **gap,
         "seconds": round(seconds, 3),
     }
 
@@ -151,6 +171,7 @@ def finish(record: Record, engine: EmbeddedEngine, sites: Mapping[str, Score], a
     rounds = record.rows("rounds.jsonl")
     took_part = [name for row in rounds for name in row["cohort"]]
     last = rounds[-1]
+    before = read_result(record.folder)  # of a finished run that is taken up again
     one = adapter if engine.method.facts.global_model else adapter / safe_name(engine.sites[0].name)
     result = {
         "score": last["score"],
@@ -165,6 +186,7 @@ def finish(record: Record, engine: EmbeddedEngine, sites: Mapping[str, Score], a
             }
             for site in engine.data.sites
         ],
+        "peak_memory_bytes": (before or {}).get("peak_memory_bytes") or peak_memory_bytes(engine.adapted.device),
         "adapter": str(adapter),
         "load": load_lines(base_facts(engine.config, engine), one),
     }

@@ -21,7 +21,9 @@ from fedsb.data.sites import Data, open_data
 from fedsb.data.tasks.base import ids, pad_token
 from fedsb.engines.embedded import auto_cohort_size, local_training, public_rows, targets_choice
 from fedsb.federation.basis_round import basis_values
+from fedsb.federation.facts import client_ranks, refuse_what_facts_forbid
 from fedsb.federation.prices import price_list
+from fedsb.federation.schedule import whole_broadcasts
 from fedsb.methods import build_method
 from fedsb.methods.contract import Method
 from fedsb.model import choose_device, load_base, load_tokenizer
@@ -34,6 +36,7 @@ def estimate(loaded: Loaded) -> dict[str, Any]:
     """Everything `fedsb check` prints. Raises UserError for faults of settings, data and model."""
     config = loaded.config
     method = build_method(config.method.name, config.method.options)
+    refuse_what_facts_forbid(config, method)
     tokenizer = load_tokenizer(config.model)
     data = open_data(config, tokenizer)
     base = load_base(
@@ -52,10 +55,20 @@ def estimate(loaded: Loaded) -> dict[str, Any]:
         public_rows(config, data.task)
     head = sum(t.numel() for t in adapted.head_tensors().values())
     sites = [data.pooled()] if method.facts.pools_data else data.taking_part
+    names = [site.name for site in sites]
+    ranks, rank_choices = client_ranks(config, method, adapted.shapes, names)
     cohort = min(config.server.clients_per_round or len(sites), len(sites))
     bill = basis_values(config.basis, method, adapted.shapes)
     prices = price_list(
-        method, adapted.shapes, head=head, clients=cohort, rounds=config.rounds, basis=bill, sites=len(sites)
+        method,
+        adapted.shapes,
+        head=head,
+        clients=cohort,
+        rounds=config.rounds,
+        basis=bill,
+        sites=len(sites),
+        codec=config.server.codec,
+        whole=whole_broadcasts(names, config, ranks),
     )
     traffic = method.traffic(adapted.shapes, head=head, clients=cohort)
     seconds, seconds_reason = _seconds(config, method, data, linear, cohort)
@@ -65,6 +78,7 @@ def estimate(loaded: Loaded) -> dict[str, Any]:
         *base.choices,
         targets_choice(config, targets),
         *data.choices,
+        *rank_choices,
     ]
     return {
         "settings": [asdict(choice) for choice in choices],

@@ -42,6 +42,7 @@ class Record:
         self.folder = folder
         self.manifest = dict(manifest)
         self.skipped: list[str] = []  # torn or foreign checkpoints, with the reason
+        self._common: Tensors = {}  # as in common.safetensors: a checkpoint holds what has changed in it since
         self._lock: IO[str] | None = None
         self._new = False
 
@@ -85,6 +86,7 @@ class Record:
         """Writes what is there before the first round."""
         write_atomic(self.folder / "traffic.jsonl", _lines([asdict(each) for each in sent]))
         write_atomic(self.folder / "common.safetensors", save(_contiguous(state.common)))
+        self._common = state.common
         self.checkpoint(state, keep=1)
 
     def take_up(self, round: int) -> dict[str, Tensors]:
@@ -133,8 +135,11 @@ class Record:
 
     def checkpoint(self, state: State, keep: int) -> None:
         """Finishes a round: after this returns, the run resumes behind it. Older checkpoints but `keep` are deleted."""
-        content = save(_contiguous({**under("tensors", state.tensors), **under("server", state.server)}))
+        parts = {name: getattr(state, name) for name in ("tensors", "server", "news", "held")}
+        parts["common"] = {key: x for key, x in state.common.items() if not _same(x, self._common.get(key))}
+        content = save(_contiguous({key: x for name, part in parts.items() for key, x in under(name, part).items()}))
         facts = {"run": self.run, "round": state.round, "sha256": hashlib.sha256(content).hexdigest()}
+        facts |= {"ranks": dict(state.ranks)}
         final = self.folder / "checkpoints" / f"{PREFIX}{state.round:04d}"
         temporary = final.with_name(f".{final.name}.{os.getpid()}")
         with disk_errors(self.folder):
@@ -174,16 +179,21 @@ class Record:
                     raise ValueError("its sha256 differs from the one it was written with")
                 tensors = load(content)
                 common = load((self.folder / "common.safetensors").read_bytes())
+                ranks = {str(client): int(rank) for client, rank in facts["ranks"].items()}
                 if basis_hash(common) != self.manifest["basis_hash"]:
                     raise ValueError("common.safetensors, the basis, is not the one that the run was started with")
             except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
                 self.skipped.append(f"checkpoint {folder.name} was skipped: {error}")
                 continue
+            self._common = common
             return State(
                 round=facts["round"],
                 tensors=within("tensors", tensors),
                 server=within("server", tensors),
-                common=common,
+                common={**common, **within("common", tensors)},
+                news=within("news", tensors),
+                held=within("held", tensors),
+                ranks=ranks,
             )
         if found:
             raise RunError(f"no checkpoint in {self.folder} can be used:\n  " + "\n  ".join(self.skipped))
@@ -312,5 +322,17 @@ def _lines(rows: Sequence[Mapping[str, Any]]) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
+def _same(x: torch.Tensor, other: torch.Tensor | None) -> bool:
+    return other is not None and torch.equal(x, other)
+
+
 def _contiguous(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {key: tensor.detach().contiguous().cpu() for key, tensor in tensors.items()}
+    """As a file of tensors wants them: on the CPU, in order, none sharing memory with another."""
+    own: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for key, tensor in tensors.items():
+        own[key] = tensor.detach().contiguous().cpu()
+        if own[key].data_ptr() in seen:
+            own[key] = own[key].clone()
+        seen.add(own[key].data_ptr())
+    return own

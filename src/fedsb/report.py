@@ -16,12 +16,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median, pstdev
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedsb import charts
 from fedsb.charts import Json, number
 from fedsb.disk import write_atomic
 from fedsb.errors import UserError
+
+if TYPE_CHECKING:
+    import jinja2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,21 +135,27 @@ def _is_one_off(row: Json) -> bool:
     return bool(row.get("kind") == "basis" or row["round"] == 0)
 
 
-def write_report(run_dir: Path) -> Path:
-    """Write `report.html` into the run directory (to a temporary name, then renamed) and return its path."""
+def open_templates() -> jinja2.Environment:
+    """The pages' templates, with the filters that every page needs."""
     import jinja2
 
-    run = RunFiles.read(run_dir)
-    metric = str((run.manifest.get("task") or {}).get("metric") or "score")
-    score = charts.score_text(metric)
     templates = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     templates.filters |= {"bytes": charts.bytes_text, "count": charts.count_text, "seconds": charts.seconds_text}
+    templates.filters["setting"] = lambda value: value if isinstance(value, str) else json.dumps(value)
+    return templates
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write `report.html` into the run directory (to a temporary name, then renamed) and return its path."""
+    run = RunFiles.read(run_dir)
+    metric = str((run.manifest.get("task") or {}).get("metric") or "score")
+    score = charts.score_text(metric)
+    templates = open_templates()
     templates.filters |= {"score": score, "bare": charts.score_text(metric, unit=False), "percent": charts.percent_text}
     templates.filters["three"] = charts.three_text
     templates.filters["gap"] = lambda gap: score(abs(gap)).replace("%", "points")
-    templates.filters["setting"] = lambda value: value if isinstance(value, str) else json.dumps(value)
     page = templates.get_template("report.html.j2").render(
         m=run.manifest,
         run=run,

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fedsb.config import Loaded, difference, load_config
-from fedsb.draws import generator
 from fedsb.engines import Engine
 from fedsb.engines.embedded import EmbeddedEngine
 from fedsb.environment import versions
 from fedsb.errors import UserError
+from fedsb.federation import schedule
+from fedsb.federation.link import link_of
 from fedsb.federation.server import admit, rules
 from fedsb.interrupts import Interrupts
 from fedsb.methods import build_method
@@ -98,6 +99,7 @@ def resume(folder: Path, display: Display | None = None, changed: Loaded | None 
 def _carry_out(loaded: Loaded, engine: EmbeddedEngine, record: Record, display: Display) -> Result:
     config, method = loaded.config, engine.method
     server = ServerOptimizer(**config.server.optimizer_settings)
+    link = link_of(config, method, record.run)
     with record, Interrupts().installed() as interrupts:
         record.check_same(engine.data.tables, engine.base.fingerprint)
         choices = [*loaded.choices(), *engine.choices]
@@ -117,14 +119,17 @@ def _carry_out(loaded: Loaded, engine: EmbeddedEngine, record: Record, display: 
         for round in range(state.round, config.rounds):
             started = time.monotonic()
             cohort = sample(engine, round, config)
-            replies = engine.train(method, state, cohort, kept)
-            updates, dropped = admit(replies.envelopes, rules(method, state, config.server, record.run))
-            state = method.aggregate(state, updates, server)
+            late = set(cohort) - set(sample(engine, round - 1, config)) if round else set()
+            heard = link.heard(method, state)  # what the sites start from
+            replies = engine.train(method, state, cohort, kept, late)
+            updates, dropped = admit(replies.envelopes, rules(method, heard, config.server, record.run, engine.ranks))
+            state = link.settled(method, state, heard, method.aggregate(heard, updates, server))
             keeps = {update.client: replies.kept[update.client] for update in updates}  # not of those dropped
             kept |= keeps
-            due = state.round % config.eval.every == 0 or state.round == config.rounds
+            due = config.eval.due(state.round, config.rounds)
             score = engine.score(method, state, kept) if due else None
-            row = round_row(state, cohort, replies, dropped, score, time.monotonic() - started)
+            sites = engine.score_sites(method, state, kept) if due and config.eval.gap else {}
+            row = round_row(state, cohort, replies, dropped, score, sites, time.monotonic() - started)
             with interrupts.hold():
                 record.round(state, row, replies.sent, keeps, keep=config.keep_checkpoints)
             display.round(row, config.rounds)
@@ -141,9 +146,4 @@ def method_of(config: Config) -> Method:
 
 def sample(engine: Engine, round: int, config: Config) -> list[str]:
     """The clients of a round: all, or a draw keyed by (seed, round)."""
-    names = [site.name for site in engine.sites]
-    wanted = config.server.clients_per_round
-    if wanted is None or wanted >= len(names):
-        return names
-    chosen = generator(config.seed, "cohort", round).permutation(len(names))[:wanted]
-    return [names[i] for i in sorted(chosen)]
+    return schedule.sample([site.name for site in engine.sites], round, config)

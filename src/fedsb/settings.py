@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from fedsb.federation.codec import Codec
+
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -61,6 +63,7 @@ class DataConfig(Section):
     test_split: str = "test"
     train_rows: Positive | None = Field(None, description="only the first so many rows")
     test_rows: Positive | None = Field(None, description="only the first so many rows")
+    tune_share: Share = Field(0.0, description="share of each client's training rows scored instead of the test rows")
 
 
 class ClientsConfig(Section):
@@ -75,6 +78,12 @@ class ClientsConfig(Section):
     min_characters: Count = Field(0, description="of the split by column: clients with less text are left out")
     held_out: Share = Field(0.0, description="share of each client's rows kept for its own score")
     unseen: Count = Field(0, description="so many clients never take part and are only scored")
+    ranks: list[Positive] | dict[str, Positive] | None = Field(
+        None, description="of clients whose rank is not the method's: by name, or in turn"
+    )
+    memory_mib: list[Rate] | dict[str, Rate] | None = Field(
+        None, description="for what a client trains, by name or in turn: its rank is the largest that fits"
+    )
 
 
 class MethodConfig(BaseModel):
@@ -147,6 +156,7 @@ class ServerConfig(Section):
     clients_per_round: Positive | None = Field(None, description="drawn afresh each round; default: all")
     min_clients: Positive = Field(1, description="fewer good updates than this end the run")
     weighting: Literal["samples", "uniform"] = "samples"
+    codec: Codec = Field("float32", description="of what travels in a round: 4, 2, 1 or half a byte a value")
     norm_factor: Annotated[float, Field(gt=1, allow_inf_nan=False)] = Field(
         30.0, description="an update whose change is so many times the cohort's median is dropped"
     )
@@ -178,6 +188,33 @@ class EngineConfig(Section):
 class EvalConfig(Section):
     every: Positive = Field(1, description="score the test rows every so many rounds, and after the last")
     batch_size: Positive = 64
+    gap: bool = Field(False, description="score each client's own model and the global one on its held-out rows too")
+
+    def due(self, round: int, rounds: int) -> bool:
+        """Whether scores are wanted after so many `round`s of `rounds`."""
+        return round % self.every == 0 or round == rounds
+
+
+class ContenderConfig(Section):
+    """Something to compare: a name, and what is set for it (`set = { "method.rank" = 8 }`)."""
+
+    name: Annotated[str, Field(min_length=1)]
+    set: dict[str, Any] = {}
+
+
+class CompareConfig(Section):
+    """What `fedsb compare` runs; no other verb reads it. See comparison/."""
+
+    methods: list[str] = Field([], description="names, or name@rank")
+    ranks: list[Positive] = Field([], description="of the methods given without one; default: the method's own rank")
+    grid: dict[str, Any] = Field({}, description="a setting and its values: every contender at each of them")
+    contenders: list[ContenderConfig] = Field([], description="anything else to compare")
+    seeds: Positive = Field(3, description="runs of each contender, with the seeds 0, 1, ...")
+    trials: Count = Field(4, description="learning rates tried for each contender; 0: train.lr as it stands")
+    tune_share: Annotated[float, Field(gt=0, lt=1)] = Field(0.1, description="data.tune_share of the trials")
+    target: Annotated[float, Field(allow_inf_nan=False)] | None = Field(None, description="a score to reach")
+    reference: str | None = Field(None, description="a contender that the others are compared with; default: the first")
+    workers: Positive | Auto = Field("auto", description="runs at a time; default: one a core, or one on a GPU")
 
 
 class Config(Section):
@@ -198,3 +235,10 @@ class Config(Section):
     server: ServerConfig = ServerConfig()
     engine: EngineConfig = EngineConfig()
     eval: EvalConfig = EvalConfig()
+    compare: CompareConfig = Field(CompareConfig(), exclude=True)  # no part of a run's own settings
+
+    @model_validator(mode="after")
+    def _rows_for_the_gap(self) -> Self:
+        if self.eval.gap and not self.clients.held_out:
+            raise ValueError("eval.gap scores clients on rows of their own: set clients.held_out, say to 0.1")
+        return self

@@ -144,6 +144,21 @@ def print_summary(folder: Path, found: Mapping[str, Any]) -> None:
         console.print("\nLoad it:\n\n" + "\n".join("    " + line for line in result["load"].splitlines()) + "\n")
 
 
+def print_comparison(folder: Path, found: Mapping[str, Any]) -> None:
+    """What `fedsb compare` prints at its end: scores, bytes, and where the page is."""
+    from fedsb.comparison.table import byte_table, notes, score_table
+
+    console = _console(soft_wrap=True)
+    console.print(f"\n{found['name']}:\n")
+    for table in (score_table(dict(found)), byte_table(dict(found))):
+        print_table(table)
+        console.print()
+    for line in notes(dict(found)):
+        console.print(f"  {line}")
+    console.print(f"\n  page            {folder / 'comparison.html'}")
+    console.print(f"  as data         {folder / 'comparison.json'}, {folder / 'cells.json'}")
+
+
 def print_estimate(found: Mapping[str, Any]) -> None:
     """What `fedsb check` prints."""
     console = _console()

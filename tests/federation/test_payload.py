@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
+from fedsb.draws import generator
+from fedsb.federation.codec import CODECS, Codec, payload_bytes
 from fedsb.federation.payload import LAYOUT_LIMIT, VERSION, Payload, PayloadError, pack, unpack
 
 HEADER: dict[str, Any] = {
@@ -24,6 +26,7 @@ HEADER: dict[str, Any] = {
     "client": "a",
     "samples": 3,
     "basis": "",
+    "codec": "float32",
 }
 
 
@@ -82,7 +85,7 @@ def test_the_same_message_is_the_same_bytes() -> None:
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float16, np.int32])
 def test_only_float32_goes_in(dtype: Any) -> None:
-    with pytest.raises(PayloadError, match=rf"'a' is {np.dtype(dtype)}; version 1 carries float32"):
+    with pytest.raises(PayloadError, match=rf"'a' is {np.dtype(dtype)}; an envelope takes float32"):
         pack(Payload(kind="update", run="r", round=0, tensors={"a": np.zeros(2, dtype)}))
 
 
@@ -118,8 +121,8 @@ def test_random_bytes_are_refused() -> None:
 
 
 def test_another_version_is_named_before_anything_else_is_read() -> None:
-    future = save({"other": np.zeros(1, np.int8)}, metadata={"fedsb": json.dumps({"version": 2})})
-    with pytest.raises(PayloadError, match="an envelope of version 2; this fedsb reads version 1"):
+    future = save({"other": np.zeros(1, np.int8)}, metadata={"fedsb": json.dumps({"version": 3})})
+    with pytest.raises(PayloadError, match="an envelope of version 3; this fedsb reads version 2"):
         unpack(future)
     with pytest.raises(PayloadError, match="version None"):
         unpack(save({"values": np.zeros(1, np.float32)}, metadata={"fedsb": "{}"}))
@@ -128,9 +131,9 @@ def test_another_version_is_named_before_anything_else_is_read() -> None:
 @pytest.mark.parametrize(
     ("layout", "said"),
     [
-        pytest.param([["a", [7]]], "the layout holds 7 values, the envelope 6", id="too many"),
-        pytest.param([["a", [5]]], "the layout holds 5 values, the envelope 6", id="too few"),
-        pytest.param([], "the layout holds 0 values, the envelope 6", id="none"),
+        pytest.param([["a", [7]]], "holds 7 values, 28 bytes in float32; the envelope has 24", id="too many"),
+        pytest.param([["a", [5]]], "the layout holds 5 values, 20 bytes", id="too few"),
+        pytest.param([], "the layout holds 0 values, 0 bytes", id="none"),
         pytest.param([["a", [-1]], ["b", [7]]], r"the shape \[-1\]", id="negative"),
         pytest.param([["a", [-2, -3]]], r"the shape \[-2, -3\]", id="negative twice"),
         pytest.param([["a", [2**62, 4]]], "the shape", id="huge"),
@@ -203,3 +206,102 @@ def test_a_broken_header(header: dict[str, Any]) -> None:
 def test_values_of_another_kind(tensors: dict[str, Any], said: str) -> None:
     with pytest.raises(PayloadError, match=said):
         unpack(forge([["a", [6]]], tensors=tensors))
+
+
+# --- codecs ---
+
+LOSSY: tuple[Codec, ...] = ("bfloat16", "int8", "int4")
+
+
+def coded(codec: Codec) -> bytes:
+    draw = generator(0, "values")
+    tensors = {
+        "a.R": draw.standard_normal((2, 5, 7)).astype(np.float32),
+        "b.rank": np.array([3], np.float32),
+        "c.weight": draw.standard_normal((9, 9)).astype(np.float32),
+        "d.empty": np.zeros((0, 4), np.float32),
+        "e.scalar": np.array(-0.1, np.float32),
+    }
+    return pack(Payload(kind="update", run="r", round=0, codec=codec, tensors=tensors), generator(0, "codec"))
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_what_a_codec_carries(codec: Codec) -> None:
+    """151 values by the codec; the two tensors of one value as they were."""
+    plain, back = unpack(coded("float32")), unpack(coded(codec))
+    assert back.codec == codec
+    assert list(back.tensors) == list(plain.tensors)
+    for name, array in plain.tensors.items():
+        got = back.tensors[name]
+        assert got.shape == array.shape and got.dtype == np.float32
+        bound = {"float32": 0, "bfloat16": 2**-8 * 4, "int8": 4 / 127, "int4": 4 / 7}[codec]
+        assert np.all(np.abs(got - array) <= (0 if array.size == 1 else bound))
+    assert back.values_bytes == payload_bytes(codec, 151, exact=2)
+    assert back.values_bytes == {"float32": 612, "bfloat16": 310, "int8": 151 + 3 * 2 + 8, "int4": 76 + 6 + 8}[codec]
+    assert len(coded("float32")) - len(coded(codec)) == pytest.approx(612 - back.values_bytes, abs=40)  # the header
+
+
+@pytest.mark.parametrize("codec", LOSSY)
+def test_every_torn_coded_envelope_is_refused(codec: Codec) -> None:
+    whole = coded(codec)
+    for length in range(len(whole)):
+        with pytest.raises(PayloadError):
+            unpack(whole[:length])
+
+
+@pytest.mark.parametrize("codec", LOSSY)
+def test_a_flipped_byte_of_a_coded_envelope_is_refused_or_harmless(codec: Codec) -> None:
+    whole = coded(codec)
+    for position in range(len(whole)):
+        for mask in (0x01, 0x80, 0xFF):
+            torn = bytearray(whole)
+            torn[position] ^= mask
+            try:
+                unpack(bytes(torn))
+            except PayloadError:
+                continue
+
+
+@pytest.mark.parametrize("codec", LOSSY)
+@pytest.mark.parametrize(
+    ("layout", "said"),
+    [
+        ([["a", [100]]], None),
+        ([["a", [10, 10]], ["b", [0, 5]]], None),
+        ([["a", [101]]], "the layout holds 101 values"),
+        ([["a", [36]]], "the layout holds 36 values"),
+        ([], "the layout holds 0 values, 0 bytes"),
+        ([["a", [1]], ["b", [99]]], "the layout holds 100 values"),  # one of them in float32
+        ([["a", [2**39] * 8]], "the layout holds"),
+        ([["a", [2**62]]], "the shape"),
+    ],
+)
+def test_a_layout_that_lies_of_coded_values(codec: Codec, layout: Any, said: str | None) -> None:
+    tensors = {"values": np.zeros(payload_bytes(codec, 100), np.uint8)}
+    started = time.perf_counter()
+    if said is None:
+        assert unpack(forge(layout, tensors=tensors, codec=codec)).values == 100
+    else:
+        with pytest.raises(PayloadError, match=said):
+            unpack(forge(layout, tensors=tensors, codec=codec))
+    assert time.perf_counter() - started < 5
+
+
+@pytest.mark.parametrize("codec", ["int2", "", None, 8, ["int8"], {"int8": 1}, "int8" * 100])
+def test_an_unknown_codec_is_named(codec: Any) -> None:
+    with pytest.raises(PayloadError, match="; this fedsb reads float32, bfloat16, int8, int4"):
+        unpack(forge([["a", [6]]], codec=codec))
+
+
+def test_values_of_another_codec_than_the_header_says() -> None:
+    with pytest.raises(PayloadError, match="values are float32 with 1 axes; int8 is flat uint8"):
+        unpack(forge([["a", [6]]], codec="int8"))
+    with pytest.raises(PayloadError, match="values are uint8 with 1 axes; float32 is flat float32"):
+        unpack(forge([["a", [6]]], tensors={"values": np.zeros(24, np.uint8)}))
+    with pytest.raises(PayloadError, match="6 values, 8 bytes in int8; the envelope has 5"):
+        unpack(forge([["a", [6]]], tensors={"values": np.zeros(5, np.uint8)}, codec="int8"))
+
+
+def test_a_codec_that_rounds_by_chance_needs_a_draw() -> None:
+    with pytest.raises(ValueError, match="int8 rounds by chance"):
+        pack(Payload(kind="update", run="r", round=0, codec="int8", tensors={"a": np.ones(2, np.float32)}))

@@ -13,9 +13,11 @@ from fedsb.federation.prices import price, price_list
 from fedsb.methods.central import Central
 from fedsb.methods.contract import Method
 from fedsb.methods.fed_sb import FedSB
+from fedsb.methods.fedex_lora import FedExLoRA
 from fedsb.methods.fedit import FedIT
+from fedsb.methods.ffa_lora import FFALoRA
+from fedsb.methods.flora import FLoRA
 from fedsb.methods.local import Local
-from fedsb.methods.priced import FedExLoRA, FFALoRA, FLoRA
 from fedsb.settings import BasisConfig
 
 TOY = {"up": (20, 10), "down": (10, 20)}  # m + n = 30 in both, m n = 200
@@ -41,7 +43,8 @@ def minilm() -> AdaptedModel:
         (FedSB(rank=3, blocks=2), 36, 36),
         (FedIT(rank=2), 120, 120),  # 2 layers x 2 x 30
         (FFALoRA(rank=2), 60, 60),  # 2 x 20 + 2 x 10
-        (FLoRA(rank=2), 120, 480),  # every one of 4 clients' factors comes down
+        (FLoRA(rank=1), 60, 240),  # every one of 4 clients' factors comes down
+        (FLoRA(rank=2), 120, 400),  # which is dearer than the matrix
         (FedExLoRA(rank=1), 60, 60 + 2 * 3 * 30),  # the residual's rank is 3
         (FedExLoRA(rank=4), 240, 240 + 2 * 200),  # its factors, 360, would be dearer than the matrix
         (Local(rank=3), 0, 0),

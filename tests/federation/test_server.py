@@ -10,19 +10,21 @@ import pytest
 
 from fedsb.errors import RunError
 from fedsb.federation.payload import Payload, pack
-from fedsb.federation.server import Rules, admit
+from fedsb.federation.server import Rules, Wanted, admit
 
 RULES = Rules(
     run="run",
     round=4,
     basis="basis",
-    shapes={"x.R": (2, 3), "head.bias": (2,)},
-    reference={"x.R": np.full((2, 3), 5, np.float32), "head.bias": np.zeros(2, np.float32)},
+    wanted=Wanted(
+        shapes={"x.R": (2, 3), "head.bias": (2,)},
+        reference={"x.R": np.full((2, 3), 5, np.float32), "head.bias": np.zeros(2, np.float32)},
+    ),
 )
 
 
 def update(client: str, change: float = 1.0, tensors: dict[str, Any] | None = None, **claims: Any) -> tuple[str, bytes]:
-    good = {"x.R": RULES.reference["x.R"] + np.float32(change), "head.bias": np.zeros(2, np.float32)}
+    good = {"x.R": RULES.wanted.reference["x.R"] + np.float32(change), "head.bias": np.zeros(2, np.float32)}
     facts = {"kind": "update", "run": "run", "round": 4, "client": client, "samples": 10, "basis": "basis", **claims}
     return client, pack(Payload(tensors=good if tensors is None else tensors, **facts))
 
@@ -129,3 +131,34 @@ def test_clients_that_did_not_move_do_not_make_the_others_outliers() -> None:
 
 def test_one_client_alone_is_never_an_outlier() -> None:
     assert len(admit([update("a", 1e6)], RULES)[0]) == 1
+
+
+def test_a_claim_is_no_part_of_the_norm() -> None:
+    """A client whose rank falls by 15 has not changed its model by 15; and others' falling ranks hide no outlier."""
+    wanted = dataclasses.replace(
+        RULES.wanted,
+        shapes={**RULES.wanted.shapes, "rank": (1,)},
+        reference={**RULES.wanted.reference, "rank": np.full(1, 30, np.float32)},
+        claims=frozenset({"rank"}),
+    )
+    good = {"x.R": RULES.wanted.reference["x.R"] + np.float32(0.1), "head.bias": np.zeros(2, np.float32)}
+    bad = {**good, "x.R": good["x.R"] + np.float32(90), "rank": np.full(1, 15, np.float32)}
+    sent = [
+        update(name, tensors={**good, "rank": np.full(1, rank, np.float32)})
+        for name, rank in zip("abc", (15, 30, 15), strict=True)
+    ]
+    updates, dropped = admit([*sent, update("d", tensors=bad)], dataclasses.replace(RULES, wanted=wanted))
+    assert [u.client for u in updates] == ["a", "b", "c"]
+    assert "over 30 times" in dropped[0].reason
+
+
+def test_a_client_of_another_rank_is_measured_by_its_own_shapes() -> None:
+    smaller = Wanted(
+        shapes={"x.R": (1, 1), "head.bias": (2,)},
+        reference={"x.R": np.full((1, 1), 5, np.float32), "head.bias": np.zeros(2, np.float32)},
+    )
+    mixed = dataclasses.replace(RULES, at_rank={"b": smaller})
+    tensors = {"x.R": np.full((1, 1), 6, np.float32), "head.bias": np.zeros(2, np.float32)}
+    updates, dropped = admit([update("a"), update("b", tensors=tensors), update("c", tensors=tensors)], mixed)
+    assert [u.client for u in updates] == ["a", "b"]
+    assert "'x.R' has shape (1, 1), wanted (2, 3)" in dropped[0].reason

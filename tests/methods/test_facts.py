@@ -14,41 +14,72 @@ import fedsb.methods
 from conftest import set_all
 from fedsb.config import load_config
 from fedsb.errors import ConfigError, UserError
+from fedsb.federation.facts import fitting_rank
 from fedsb.federation.prices import price_list
-from fedsb.methods import GROUP, build_method, method_type, method_types, priced_types
+from fedsb.methods import GROUP, build_method, method_type, method_types
 from fedsb.methods.contract import Facts, Method
 from fedsb.methods.fed_sb import FedSB
+from fedsb.pricing import estimate
+from fedsb.record import read_rows
 from fedsb.run import federate
 
 OURS = {point.name: point.load() for point in entry_points(group=GROUP) if point.value.startswith("fedsb.")}
-KNOWN = {**priced_types(), **OURS}
 SHAPES = {"up": (20, 10), "down": (10, 20)}
 
 
-def test_ours_are_announced_and_priced() -> None:
-    assert set(OURS) == {"fed-sb", "fedit", "local", "central"}
-    assert set(priced_types()) - set(OURS) == {"ffa-lora", "fedex-lora", "flora"}
+SPEC = {  # adapter, exact, sum_only, changes_base, mixed_ranks, dp_noise, global_model, as the specification has them
+    "fed-sb": ("core", True, True, False, True, "linear", True),
+    "ravan": ("core", True, True, False, True, "linear", True),
+    "fedit": ("factors", False, True, False, False, "quadratic", True),
+    "ffa-lora": ("factors", True, True, False, False, "linear", True),
+    "rolora": ("factors", True, True, False, False, "linear", True),
+    "fedsa-lora": ("factors", False, True, False, False, "linear", False),
+    "fedex-lora": ("factors", True, False, True, False, "quadratic", True),
+    "flora": ("factors", True, False, True, True, "quadratic", True),
+    "flexlora": ("factors", False, False, False, True, "quadratic", True),
+    "hetlora": ("factors", False, False, False, True, "quadratic", True),
+    "flora-na": ("factors", False, False, False, False, "quadratic", True),
+    "fedsvd": ("factors", True, True, False, False, "linear", True),
+    "fedrot-lora": ("factors", False, True, False, False, "quadratic", True),
+    "local": (None, False, True, False, False, "linear", False),
+    "central": (None, True, True, False, False, "linear", True),
+}
 
 
-@pytest.mark.parametrize("name", sorted(KNOWN))
+@pytest.mark.parametrize("name", sorted({*OURS, *SPEC}))
+def test_facts_say_what_the_spec_says(name: str) -> None:
+    f = OURS[name].facts
+    facts = (f.adapter, f.exact, f.sum_only, f.changes_base, f.mixed_ranks, f.dp_noise, f.global_model)
+    assert facts == SPEC[name]
+
+
+@pytest.mark.parametrize("name", sorted(OURS))
 def test_facts_are_complete(name: str) -> None:
-    cls = KNOWN[name]
+    cls = OURS[name]
     facts = cls.facts
     assert facts.id == name
     assert facts.adapter in ("core", "factors", None)
     assert facts.dp_noise in ("linear", "quadratic")
-    for field in ("exact", "sum_only", "changes_base", "mixed_ranks", "global_model", "pools_data", "trainable_here"):
+    for field in (
+        "exact",
+        "sum_only",
+        "changes_base",
+        "mixed_ranks",
+        "global_model",
+        "pools_data",
+        "turns",
+        "plain_mean",
+    ):
         assert isinstance(getattr(facts, field), bool), field
     assert facts.travels and facts.client_state
     assert re.search(r"arXiv \d{4}\.\d{5}|^a control", facts.paper)
-    assert facts.trainable_here == (name in method_types())
     assert dataclasses.is_dataclass(cls) and cls.__dataclass_params__.frozen  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("name", sorted(KNOWN))
+@pytest.mark.parametrize("name", sorted(OURS))
 def test_facts_agree_with_each_other(name: str) -> None:
     """A method with a residual needs every client's factors; one whose clients keep a model has none in common."""
-    facts = KNOWN[name].facts
+    facts = OURS[name].facts
     if facts.changes_base:
         assert not facts.sum_only
     if not facts.global_model:
@@ -56,22 +87,10 @@ def test_facts_agree_with_each_other(name: str) -> None:
         assert not facts.exact
     if facts.adapter == "core":
         assert facts.dp_noise == "linear"
-    up = KNOWN[name]().traffic(SHAPES, head=3, clients=1)
-    more = KNOWN[name]().traffic(SHAPES, head=3, clients=9)
+    up = OURS[name]().traffic(SHAPES, head=3, clients=1)
+    more = OURS[name]().traffic(SHAPES, head=3, clients=9)
     assert more.up == up.up  # what a client sends does not depend on the others
-    assert (more.down > up.down) == (not facts.sum_only)  # but what comes down does, where each one's factors do
-
-
-@pytest.mark.parametrize("name", sorted(set(OURS)))
-def test_facts_say_what_the_spec_says(name: str) -> None:
-    wanted = {
-        "fed-sb": ("core", True, True, "linear"),
-        "fedit": ("factors", False, True, "quadratic"),
-        "local": (None, False, True, "linear"),
-        "central": (None, True, True, "linear"),
-    }
-    facts = OURS[name].facts
-    assert (facts.adapter, facts.exact, facts.sum_only, facts.dp_noise) == wanted[name]
+    assert (more.down > up.down) == facts.changes_base  # but what comes down does, where it is a residual of all
 
 
 def test_scales_and_ranks() -> None:
@@ -93,12 +112,56 @@ def test_an_unknown_method_gets_the_nearest_name_and_the_list(wrong: str, right:
     assert all(name in str(caught.value) for name in OURS)
 
 
-@pytest.mark.parametrize("name", ["flora", "fedex-lora", "ffa-lora"])
-def test_a_priced_method_is_not_trained(name: str, tiny_config: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=f"'{name}' can be priced but not trained in this version.*fed-sb"):
-        build_method(name, {})
-    with pytest.raises(ConfigError, match="can be priced but not trained"):
-        load_config(set_all(tiny_config, method={"name": name}))
+# --- what facts forbid ---
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "message"),
+    [
+        ("fedex-lora", {"server": {"optimizer": "adam"}}, "fedex-lora does not take a plain mean .its fact plain_mean"),
+        ("fedsvd", {"train": {"steps": 2, "keep_optimizer": True}}, "the coordinates of fedsvd turn"),
+        ("fedit", {"clients": {"ranks": [1, 2]}}, "all clients of fedit have one rank .its fact mixed_ranks is false"),
+        ("flora", {"clients": {"ranks": [1], "memory_mib": [1]}}, "both set the ranks"),
+        ("flora", {"clients": {"count": 3, "ranks": [1, 9]}}, "a client's rank of 9: the federation's is 4"),
+        ("flora", {"clients": {"count": 3, "ranks": {"client-9": 1}}}, "names the client 'client-9'; did you mean"),
+        ("flora", {"clients": {"count": 3, "memory_mib": [1e-6]}}, "hold not even the smallest rank"),
+        ("ravan", {"clients": {"count": 3, "ranks": [3]}}, "it must be some of the 4 blocks of 2"),
+    ],
+)
+def test_what_the_facts_forbid_is_refused(
+    tiny_config: dict[str, Any], method: str, settings: dict[str, Any], message: str
+) -> None:
+    config = load_config(
+        set_all(tiny_config, **{"method": {"name": method, "rank": 2 if method == "ravan" else 4}, **settings})
+    )
+    for refuses in (lambda: federate(config), lambda: estimate(config)):
+        with pytest.raises(UserError, match=message):
+            refuses()
+
+
+def test_ranks_by_memory() -> None:
+    """flora at (20 x 10) and (10 x 20): 60 values a rank, 16 bytes each: 960 bytes a rank."""
+    assert fitting_rank(build_method("flora", {"rank": 8}), SHAPES, 4 * 960 + 959, "c") == 4
+    assert fitting_rank(build_method("ravan", {"rank": 2, "blocks": 4}), SHAPES, 16 * 2 * 4 * 3, "c") == 6
+
+
+@pytest.mark.parametrize(
+    ("method", "ranks"),
+    [
+        ({"name": "fed-sb", "rank": 4}, {"site 0": 2, "site 2": 3}),
+        ({"name": "ravan", "rank": 2, "blocks": 3}, {"site 0": 4}),
+        ({"name": "hetlora", "rank": 4, "gamma": 0.5}, {"site 1": 2}),
+        ({"name": "flora", "rank": 4}, {"site 1": 1}),
+    ],
+)
+def test_a_run_of_mixed_ranks(tiny_config: dict[str, Any], method: dict[str, Any], ranks: dict[str, int]) -> None:
+    """Smaller clients send less, and the run ends with an adapter that PEFT loads."""
+    config = set_all(tiny_config, method=method, clients={**tiny_config["clients"], "ranks": ranks})
+    finished = federate(load_config(config))
+    rows = read_rows(finished.folder / "traffic.jsonl")
+    up = {row["client"]: row["values"] for row in rows if row["direction"] == "up" and row["round"] == 1}
+    assert max(up[name] for name in ranks) < min(value for name, value in up.items() if name not in ranks)
+    assert finished.score is not None
 
 
 # --- third parties ---
@@ -115,6 +178,20 @@ class HalfSB(FedSB):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Silent(Method):
     rank: int = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NoStart(Method):
+    facts: ClassVar[Facts] = dataclasses.replace(FedSB.facts, id="theirs")
+    rank: int = 1
+    traffic = FedSB.traffic
+    trainable = FedSB.trainable
+
+
+class Thawed(NoStart):
+    """Its options would be lost: a subclass that is no dataclass of its own still reads as one."""
+
+    start = FedSB.start
 
 
 def no_method() -> None: ...
@@ -151,6 +228,8 @@ def test_a_third_partys_method_is_known_priced_and_runs(announce: Any, tiny_conf
     [
         ("theirs", "{here}:no_method", r"entry point 'theirs' \(.*no_method\) is no fedsb.methods.contract.Method"),
         ("theirs", "{here}:Silent", "is no fedsb.methods.contract.Method with facts"),
+        ("theirs", "{here}:NoStart", "does not define start, which every method must"),
+        ("theirs", "{here}:Thawed", "is no frozen dataclass"),
         ("theirs", "{here}:HalfSB", "names a method whose id is 'half-sb'"),
         ("theirs", "{here}:Nothing", "cannot be loaded"),
         ("theirs", "no_such_package.x:Y", "cannot be loaded: No module named 'no_such_package'"),

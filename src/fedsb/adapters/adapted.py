@@ -122,25 +122,28 @@ class AdaptedModel:
     def load(self, tensors: Mapping[str, Tensor], *, trainable: frozenset[str] = frozenset()) -> None:
         """Put in the adapter's and the head's tensors; those named in `trainable` get gradients, the others none.
 
-        A core's A (h r, n) and B (m, h r) are common to all clients; every other tensor has the axis of clients first.
-        All are replaced, so that nothing of the client before stays: ValueError where one is missing, or unknown.
+        A core's A (h r, n) and B (m, h r) and a carried adapter are common to all clients; every other tensor has the
+        axis of clients first. All are replaced, so that nothing of the client before stays: ValueError where one is
+        missing, or unknown.
         """
-        slots = {key for key, _ in self._slots({**self.layers, **self.heads})}
-        if slots != tensors.keys():
-            odd = [f"{key!r} is missing" for key in sorted(slots - tensors.keys())]
-            odd += [f"{key!r} is unknown" for key in sorted(tensors.keys() - slots)]
+        needed = {key for key, _ in self._slots({**self.layers, **self.heads})}
+        optional = {f"{name}.{attribute}" for name, layer in self.layers.items() for attribute in layer.optional}
+        odd = [f"{key!r} is missing" for key in sorted(needed - tensors.keys())]
+        odd += [f"{key!r} is unknown" for key in sorted(tensors.keys() - needed - optional)]
+        if odd:
             raise ValueError(f"{len(odd)} tensors do not fit the adapted model: {', '.join(odd[:3])}")
-        for key in slots:
+        for key in needed | optional:
             name, attribute = key.rsplit(".", 1)
             layer = self.layers.get(name) or self.heads[name]
-            value = tensors[key].detach().to(self.device)
-            basis = self.is_basis(key)
-            setattr(layer, attribute, value if basis else nn.Parameter(value, requires_grad=key in trainable))
+            value = tensors[key].detach().to(self.device) if key in tensors else None
+            if value is not None and not self.is_common(key):
+                value = nn.Parameter(value, requires_grad=key in trainable)
+            setattr(layer, attribute, value)
 
-    def is_basis(self, key: str) -> bool:
-        """Whether this tensor is a core's A or B, common to all clients."""
+    def is_common(self, key: str) -> bool:
+        """Whether all clients share this tensor: a core's A and B, a carried adapter."""
         name, attribute = key.rsplit(".", 1)
-        return self.kind == "core" and attribute in ("A", "B") and name in self.layers
+        return name in self.layers and attribute in self.layers[name].common
 
     @property
     def head_keys(self) -> frozenset[str]:
@@ -154,7 +157,8 @@ class AdaptedModel:
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The tensors that train, by key, each with the axis of clients first."""
-        slots = self._slots({**self.layers, **self.heads})
+        slots = [*self._slots({**self.layers, **self.heads})]
+        slots += [(f"{name}.{o}", getattr(layer, o)) for name, layer in self.layers.items() for o in layer.optional]
         return {key: p for key, p in slots if isinstance(p, nn.Parameter) and p.requires_grad}
 
     @staticmethod

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedsb.adapters.carry import is_carried
 from fedsb.draws import generator
 from fedsb.errors import UserError
 
@@ -93,9 +94,12 @@ class Basis:
 
 
 def basis_hash(tensors: Mapping[str, Tensor]) -> str:
-    """Names the exact bytes of what is common to all sites; an averaged R over different bases is meaningless."""
+    """Names the exact bytes of what is common to all sites; an averaged R over different bases is meaningless.
+
+    A carried adapter is left out: every site adds it up for itself, and their last bits may differ.
+    """
     digest = hashlib.sha256()
-    for key in sorted(tensors):
+    for key in sorted(key for key in tensors if not is_carried(key)):
         digest.update(key.encode())
         digest.update(tensors[key].contiguous().cpu().numpy().tobytes())
     return digest.hexdigest()[:32]

@@ -54,13 +54,17 @@ class CoreLinear(AdaptedLinear):
     """A frozen linear layer with a core adapter: y = x W0' + s * sum_i x A_i' R_i' B_i'."""
 
     names = ("A", "B", "R")
+    optional = (*AdaptedLinear.optional, "s")  # RAVAN's scalars (K, h), trained beside R
+    common = (*AdaptedLinear.common, "A", "B")
 
     def __init__(self, base: nn.Module, *, scale: float, routing: Routing, key: str) -> None:
         super().__init__(base, scale=scale, routing=routing, key=key)
         self.A: Tensor | None = None
         self.B: Tensor | None = None
         self.R: nn.Parameter | None = None
+        self.s: nn.Parameter | None = None
 
     def adapter(self, x: Tensor) -> Tensor:
         assert self.A is not None and self.B is not None and self.R is not None
-        return core_forward(x, self.A.to(x.dtype), self.B.to(x.dtype), self.R, self.scale)
+        R = self.R if self.s is None else self.R * self.s[..., None, None]
+        return core_forward(x, self.A.to(x.dtype), self.B.to(x.dtype), R, self.scale)

@@ -39,6 +39,17 @@ class Factors:
     B: Tensor
     scale: float
 
+    def plus(self, other: tuple[Tensor, Tensor] | None) -> Factors:
+        """The same with B' A' of `other` added: ranks add up."""
+        if other is None:
+            return self
+        B, A = other
+        return Factors(
+            A=torch.cat([self.A, A.to(self.A)]),
+            B=torch.cat([self.B, B.to(self.B) / self.scale], dim=1),
+            scale=self.scale,
+        )
+
 
 class FactorLinear(AdaptedLinear):
     """A frozen linear layer with a two-factor adapter: y = x W0' + s x A' B'."""
@@ -55,15 +66,15 @@ class FactorLinear(AdaptedLinear):
         return factor_forward(x, self.A, self.B, self.scale)
 
 
-def factor_start(shapes: Mapping[str, tuple[int, int]], rank: int, seed: int) -> dict[str, Tensor]:
+def factor_start(shapes: Mapping[str, tuple[int, int]], rank: int, seed: int, round: int = 0) -> dict[str, Tensor]:
     """LoRA's start, by layer: "<layer>.A" (r, n) uniform with variance 1 / (3 n), "<layer>.B" (m, r) zero; float32.
 
-    A is keyed by (seed, layer), so that two layers of one shape differ and every client has the same.
+    A is keyed by (seed, layer, round), so that two layers of one shape differ and every client has the same.
     """
     tensors: dict[str, Tensor] = {}
     for layer, (m, n) in shapes.items():
         bound = n**-0.5
-        draw = generator(seed, "lora A", layer).uniform(-bound, bound, size=(rank, n))
+        draw = generator(seed, "lora A", layer, *([round] if round else [])).uniform(-bound, bound, size=(rank, n))
         tensors[f"{layer}.A"] = torch.from_numpy(draw).float()
         tensors[f"{layer}.B"] = torch.zeros(m, rank)
     return tensors

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from fedsb.adapters.carry import CARRY
+
 
 class RoutingError(RuntimeError):
     """A layer's input does not carry one row an example, so its rows cannot be given to their clients."""
@@ -26,9 +28,14 @@ class Routing:
 
 
 class AdaptedLinear(nn.Module):
-    """A frozen linear layer (nn.Linear, GPT-2's Conv1D, a quantised one) plus an adapter. Subclasses give `adapter`."""
+    """A frozen linear layer (nn.Linear, GPT-2's Conv1D, a quantised one) plus an adapter. Subclasses give `adapter`.
+
+    Beside the adapter there may be a carried one, common to all clients: see adapters/carry.py.
+    """
 
     names: tuple[str, ...] = ()  # the adapter's tensors
+    optional: tuple[str, ...] = CARRY  # tensors that may be None
+    common: tuple[str, ...] = CARRY  # tensors that all clients share: without their axis
 
     def __init__(self, base: nn.Module, *, scale: float, routing: Routing, key: str) -> None:
         super().__init__()
@@ -36,6 +43,9 @@ class AdaptedLinear(nn.Module):
         self.scale = scale
         self.key = key
         self.routing = routing
+        self.carry_A: Tensor | None = None
+        self.carry_B: Tensor | None = None
+        self.carry_D: Tensor | None = None
 
     def adapter(self, x: Tensor) -> Tensor:  # (b, ..., n) -> (b, ..., m)
         raise NotImplementedError
@@ -43,6 +53,11 @@ class AdaptedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         check_rows(x, self.routing, self.key)
         y: Tensor = self.base(x)
+        if self.carry_D is not None:
+            y = y + nn.functional.linear(x, self.carry_D.to(x.dtype)).to(y.dtype)
+        elif self.carry_A is not None and self.carry_B is not None:
+            z = nn.functional.linear(x, self.carry_A.to(x.dtype))
+            y = y + nn.functional.linear(z, self.carry_B.to(x.dtype)).to(y.dtype)
         if self.routing.dropout is not None:
             x = self.routing.dropout(self.key, x)
         return y + self.adapter(x).to(y.dtype)

@@ -55,6 +55,7 @@ def open_data(config: Config, tokenizer: Tokenizer) -> Data:
     task = open_task_of(config, tokenizer)
     columns = task.options
     train, test = _tables(config)
+    share = config.data.tune_share
     for table in (train, test):
         if table is not None:
             require_columns(table, task.needs)
@@ -85,9 +86,14 @@ def open_data(config: Config, tokenizer: Tokenizer) -> Data:
     unseen = set(generator(config.seed, "unseen").permutation(names)[: clients.unseen].tolist())
     cut = 0
     sites: list[Site] = []
+    tune: list[Example] = []
     for shard in partition.shards:
         rows = [train.rows[i] for i in shard.rows]
         kept, held = task.hold_out(rows, clients.held_out, generator(config.seed, "held out", shard.name))
+        if shard.name not in unseen:
+            kept, scored = task.hold_out(kept, share, generator(config.seed, "tune", shard.name))
+            scored_examples, cut_scored = task.encode(scored)
+            tune, cut = tune + scored_examples, cut + cut_scored
         (examples, cut_kept), (held_examples, cut_held) = task.encode(kept), task.encode(held)
         if not examples:
             raise UserError(f"client {shard.name!r} has no usable row of its {len(rows)}; raise clients.min_rows")
@@ -103,14 +109,18 @@ def open_data(config: Config, tokenizer: Tokenizer) -> Data:
         sites.append(site)
         cut += cut_kept + cut_held
     test_examples, cut_test = task.encode(test.rows) if test else ([], 0)
-    if not test:
+    if share and not tune:
+        raise UserError(f"data.tune_share = {share} leaves no row of {len(train.rows):,} to score: raise it")
+    if share:
+        test_examples = tune
+    elif not test:
         test_examples = [example for site in sites if not site.unseen for example in site.held_out]
     pool = [example for site in sites for example in site.train]
     return Data(
         task=task,
         sites=sites,
         test=test_examples,
-        test_is=f"{test.origin}, {len(test.rows):,} rows" if test else "the held-out rows of all who take part",
+        test_is=_scored(test, share),
         baseline=task.baseline(pool, test_examples) if test_examples else None,
         tables={name: _facts(table) for name, table in (("train", train), ("test", test)) if table is not None},
         choices=_choices(config, cut + cut_test, partition.dropped, unseen),
@@ -141,7 +151,9 @@ def _tables(config: Config) -> tuple[Table, Table | None]:
         train, test = python_docs.tables()
     else:
         train = _load(data.train, data.revision, data.train_split)
-    if data.test is not None:
+    if data.tune_share:
+        test = None  # not even read: what is tuned must not see it
+    elif data.test is not None:
         test = _load(data.test, data.revision, data.test_split)
     return _first(train, data.train_rows), None if test is None else _first(test, data.test_rows)
 
@@ -174,6 +186,13 @@ def _enough_text(partition: Partition, train: Table, task: Task, clients: Client
         )
     out = {shard.name: len(shard.rows) for shard in partition.shards if shard not in kept}
     return Partition(shards=kept, dropped={**partition.dropped, **out})
+
+
+def _scored(test: Table | None, tune_share: float) -> str:
+    """The rows that are scored every round, in words."""
+    if tune_share:
+        return f"{tune_share:g} of the training rows of all who take part, which are not trained on"
+    return f"{test.origin}, {len(test.rows):,} rows" if test else "the held-out rows of all who take part"
 
 
 def _count(task: Task, rows: Sequence[Row], column: str) -> dict[str, int] | None:

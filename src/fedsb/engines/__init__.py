@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -23,7 +23,7 @@ class Sent:
     kind: Literal["round", "basis"]
     values: int
     head_values: int
-    bytes: int  # of the values
+    bytes: int  # of the values, as their codec makes them
     wire_bytes: int  # with the envelope
 
 
@@ -34,6 +34,7 @@ class Replies:
     envelopes: Sequence[tuple[str, bytes]]  # (client, update)
     kept: Mapping[str, Tensors]  # client -> its own state, which stays with it
     losses: Mapping[str, float]  # client -> mean training loss
+    own: Mapping[str, float] = field(default_factory=dict)  # client -> its trained model's score on its held-out rows
     sent: Sequence[Sent]
 
 
@@ -59,11 +60,16 @@ class Engine(Protocol):
     def head(self) -> Tensors: ...
 
     @property
+    def ranks(self) -> Mapping[str, int]: ...
+
+    @property
     def choices(self) -> Sequence[Choice]: ...
 
     def build_basis(self, method: Method) -> tuple[Basis | None, Sequence[Sent]]: ...
 
-    def train(self, method: Method, state: State, cohort: Sequence[str], kept: Mapping[str, Tensors]) -> Replies: ...
+    def train(
+        self, method: Method, state: State, cohort: Sequence[str], kept: Mapping[str, Tensors], late: Set[str]
+    ) -> Replies: ...
 
     def score(self, method: Method, state: State, kept: Mapping[str, Tensors]) -> Score | None: ...
 

@@ -5,7 +5,7 @@ Nothing to set up. Messages still go through the envelope, byte for byte as they
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Literal
 
 import torch
@@ -21,7 +21,9 @@ from fedsb.errors import UserError
 from fedsb.federation.basis_round import build_basis
 from fedsb.federation.client import LocalTraining
 from fedsb.federation.cohort import Member, join_tensors, train_together
+from fedsb.federation.facts import client_ranks, refuse_what_facts_forbid
 from fedsb.federation.gradients import load_nothing
+from fedsb.federation.link import link_of, unmoved
 from fedsb.federation.payload import Payload, pack, unpack
 from fedsb.federation.scoring import forward, mean_score
 from fedsb.federation.tensors import to_arrays, to_tensors, under, within
@@ -42,6 +44,7 @@ class EmbeddedEngine:
         self.config = config
         self.method = method
         self.run = run
+        refuse_what_facts_forbid(config, method)
         self.tokenizer = load_tokenizer(config.model)
         self.data = open_data(config, self.tokenizer)
         self.task = self.data.task
@@ -59,11 +62,13 @@ class EmbeddedEngine:
         self.head = head_start(self.adapted.head_tensors(), config.seed)
         self.sites: list[Site] = [self.data.pooled()] if method.facts.pools_data else self.data.taking_part
         self.local = local_training(config, clients=len(self.data.taking_part) if method.facts.pools_data else 1)
+        self.ranks, rank_choices = client_ranks(config, method, self.shapes, [site.name for site in self.sites])
         self.cohort_size, reason = self._choose_cohort_size()
         self.choices = (
             *self.base.choices,
             targets_choice(config, targets),
             *self.data.choices,
+            *rank_choices,
             Choice(key="engine.cohort_size", value=self.cohort_size, reason=reason),
         )
 
@@ -100,51 +105,85 @@ class EmbeddedEngine:
         )
         return basis, sent
 
-    def train(self, method: Method, state: State, cohort: Sequence[str], kept: Mapping[str, Tensors]) -> Replies:
+    def train(
+        self,
+        method: Method,
+        state: State,
+        cohort: Sequence[str],
+        kept: Mapping[str, Tensors],
+        late: Set[str] = frozenset(),
+    ) -> Replies:
         """One round: broadcast, local training, upload. `kept` is the clients' own state, theirs alone."""
         sites = {site.name: site for site in self.sites}
-        common = basis_hash(state.common)
-        message = Payload(
-            kind="broadcast", run=self.run, round=state.round, basis=common, tensors=to_arrays(method.broadcast(state))
-        )
-        envelope = pack(message)
+        ranks = {**self.ranks, **state.ranks}
+        link = link_of(self.config, method, self.run)
+        heard = link.heard(method, state)
+        common = basis_hash(heard.common)
+        messages: dict[tuple[bool, int | None], tuple[bytes, Tensors]] = {}  # clients that are told the same share them
         members: list[Member] = []
         for name in cohort:
-            own = kept.get(name, {})
-            tensors = method.receive(state.common, to_tensors(unpack(envelope).tensors), within("method", own))
+            told = (name in late, ranks.get(name))
+            if told not in messages:
+                messages[told] = link.down(method, state, heard, basis=common, late=told[0], rank=told[1])
+            message, own = messages[told][1], kept.get(name, {})
+            received = at_rank(method, told[1]).receive(heard.common, message, within("method", own), state.round)
             members.append(
-                Member(name=name, examples=sites[name].train, tensors=tensors, moments=within("optimizer", own))
+                Member(name=name, examples=sites[name].train, tensors=received, moments=within("optimizer", own))
             )
-        trainable = method.trainable(members[0].tensors, state.round)
-        trained: list[Member] = []
-        for start in range(0, len(members), self.cohort_size):
-            group = members[start : start + self.cohort_size]
-            trained += train_together(
-                self.adapted, self.task, group, trainable, self.local, seed=self.config.seed, round=state.round
-            )
+        trained = self._train(method, state, members, ranks)
         sent, envelopes, keep = [], [], {}
-        for before, after in zip(members, trained, strict=True):
-            up, own = method.upload(before.tensors, after.tensors)
+        for before in members:
+            after, told = trained[before.name], (before.name in late, ranks.get(before.name))
+            mine, (told_bytes, message) = at_rank(method, told[1]), messages[told]
+            up, own = mine.upload(before.tensors, after.tensors, state.round)
             keep[after.name] = under("method", own)
             if self.local.keep_optimizer:
                 keep[after.name] |= under("optimizer", after.moments)
-            update = pack(
-                Payload(
-                    kind="update",
-                    run=self.run,
-                    round=state.round,
-                    client=after.name,
-                    samples=sites[after.name].rows,
-                    basis=common,
-                    tensors=to_arrays(up),
-                )
+            payload = Payload(
+                kind="update",
+                run=self.run,
+                round=state.round,
+                client=after.name,
+                samples=sites[after.name].rows,
+                basis=common,
+                tensors=to_arrays(up),
             )
+            base = {} if link.codec == "float32" else unmoved(mine, heard.common, message, state.round)
+            update, lost = link.up(method, payload, base, kept.get(after.name, {}))
+            keep[after.name] |= lost
             envelopes.append((after.name, update))
             if method.facts.pools_data:
                 continue
-            for data, direction in ((envelope, "down"), (update, "up")):
+            for data, direction in ((told_bytes, "down"), (update, "up")):
                 sent.append(self._count(data, state.round + 1, after.name, direction))
-        return Replies(envelopes=envelopes, kept=keep, losses={m.name: m.loss for m in trained}, sent=sent)
+        losses = {name: member.loss for name, member in trained.items()}
+        own_scores: dict[str, float] = {}
+        if self.config.eval.gap and self.config.eval.due(state.round + 1, self.config.rounds):
+            held = {name: sites[name].held_out for name in trained if sites[name].held_out}
+            own_scores = {name: self.evaluate(trained[name].tensors, rows).value for name, rows in held.items()}
+        return Replies(envelopes=envelopes, kept=keep, losses=losses, sent=sent, own=own_scores)
+
+    def _train(
+        self, method: Method, state: State, members: Sequence[Member], ranks: Mapping[str, int]
+    ) -> dict[str, Member]:
+        """Trains the members, those of one rank together, `cohort_size` in one forward."""
+        trained: dict[str, Member] = {}
+        for rank in dict.fromkeys(ranks.get(member.name) for member in members):
+            alike, own = [m for m in members if ranks.get(m.name) == rank], at_rank(method, rank)
+            for start in range(0, len(alike), self.cohort_size):
+                group = alike[start : start + self.cohort_size]
+                done = train_together(
+                    self.adapted,
+                    self.task,
+                    group,
+                    own.trainable(group[0].tensors, state.round),
+                    self.local,
+                    seed=self.config.seed,
+                    round=state.round,
+                    penalty=own.penalty,
+                )
+                trained |= {member.name: member for member in done}
+        return trained
 
     def score(self, method: Method, state: State, kept: Mapping[str, Tensors]) -> Score | None:
         """The metric on the test rows, of the global model or the mean over the clients' own; None without rows."""
@@ -170,7 +209,8 @@ class EmbeddedEngine:
         """The model that a client ends with: the global one, or its own."""
         if method.facts.global_model:
             return method.model(state)
-        return method.receive(state.common, method.broadcast(state), within("method", kept.get(client, {})))
+        own = within("method", kept.get(client, {}))
+        return method.receive(state.common, method.broadcast(state), own, state.round)
 
     # --- the inside ---
 
@@ -191,16 +231,15 @@ class EmbeddedEngine:
         self.adapted.load(join_tensors(self.adapted, [tensors]))
 
     def _count(self, envelope: bytes, round: int, client: str, direction: str) -> Sent:
-        tensors = unpack(envelope).tensors
-        values = sum(array.size for array in tensors.values())
+        payload = unpack(envelope)
         return Sent(
             round=round,
             client=client,
             direction="up" if direction == "up" else "down",
             kind="round" if round else "basis",
-            values=values,
-            head_values=sum(array.size for key, array in tensors.items() if key in self.head),
-            bytes=4 * values,
+            values=payload.values,
+            head_values=sum(array.size for key, array in payload.tensors.items() if key in self.head),
+            bytes=payload.values_bytes,
             wire_bytes=len(envelope),
         )
 
@@ -234,6 +273,11 @@ class EmbeddedEngine:
         finally:
             self.adapted.routing.rows = None
         return None
+
+
+def at_rank(method: Method, rank: int | None) -> Method:
+    """A client's own method; None: its rank is the method's."""
+    return method if rank is None else method.at(rank)
 
 
 def public_rows(config: Config, task: Task) -> list[Example]:

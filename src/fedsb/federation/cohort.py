@@ -8,7 +8,7 @@ one after another end, to float tolerance; with K = 1 it is plain training.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -23,6 +23,7 @@ from fedsb.federation.client import LocalTraining, draw_batches
 from fedsb.federation.optimizer import clip_by_client, step_by_client
 from fedsb.federation.scoring import forward
 
+Penalty = Callable[[Mapping[str, Tensor]], Tensor | None]
 Keys = Sequence[tuple[int | str, ...]]  # for each client, what its draws of this step are keyed by
 
 
@@ -51,9 +52,11 @@ def train_together(
     *,
     seed: int,
     round: int,
+    penalty: Penalty | None = None,
 ) -> list[Member]:
     """Trains the members for one round, jointly; gives them back in their order, with new tensors, moments and losses.
 
+    `penalty` is the method's local regulariser: of the trained tensors (K, ...), one value a client (K,), or none.
     Raises RunError naming client and round at a loss that is NaN or infinite.
     """
     steps = {m.name: local.steps_for(len(m.examples)) for m in members}
@@ -71,6 +74,8 @@ def train_together(
             rows = [[m.examples[i] for i in batches[m.name][step]] for m in running]
             keys = [(seed, "dropout", m.name, round, step) for m in running]
             losses.append(_backward(adapted, task, rows, local, keys))
+            if penalty is not None and (extra_K := penalty(adapted.parameters())) is not None:
+                extra_K.sum().backward()  # type: ignore[no-untyped-call]
             _check_finite(running, losses[-1], round, step)
             factors = [local.lr_factor(round, step, steps[m.name]) for m in running]
             _step(adapted, local, moments, torch.tensor(factors, device=adapted.device))
@@ -89,7 +94,7 @@ def train_together(
 def join_tensors(adapted: AdaptedModel, clients: Sequence[Tensors]) -> Tensors:
     """Stacks the clients' tensors along a first axis; the basis, common to all, is taken once."""
     return {
-        key: first if adapted.is_basis(key) else torch.stack([tensors[key] for tensors in clients])
+        key: first if adapted.is_common(key) else torch.stack([tensors[key] for tensors in clients])
         for key, first in clients[0].items()
     }
 

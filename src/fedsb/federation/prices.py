@@ -1,19 +1,20 @@
 """What a run costs in bytes, before it starts, by this method and by the others: one-off, up, down and total.
 
-All figures are for the whole federation and all rounds, 4 bytes a value, the envelopes' headers aside.
+All figures are for the whole federation and all rounds, in the run's codec, the envelopes' headers aside. What travels
+for the basis is float32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from fedsb.adapters.adapted import Shapes
-from fedsb.methods import priced_types
+from fedsb.federation.codec import Codec, payload_bytes
+from fedsb.methods import method_types
 from fedsb.methods.contract import Method
 
-BYTES_A_VALUE = 4  # float32
 LORA_RANKS, CORE_RANKS = (4, 1), (32, 8)  # that other methods are priced at
 
 
@@ -42,35 +43,72 @@ def price(
     rounds: int,
     basis: Mapping[str, int] | None = None,  # values "up" and "down" of the basis, a client's
     sites: int = 0,  # that receive the basis
+    codec: Codec = "float32",
+    whole: Sequence[int] = (),  # of each round's broadcasts, those that the codec leaves in float32; none said: none
     label: str | None = None,
     this_run: bool = False,
 ) -> Price:
-    """The price of one method."""
-    traffic = method.traffic(shapes, head=head, clients=clients)
-    times = clients * rounds
-    one_off = traffic.one_off * sites + (sum(basis.values()) * sites if basis else 0)
-    up, down = (traffic.up + traffic.head) * times, (traffic.down + traffic.head) * times
+    """The price of one method. A value of the head costs as much as its message's mean value, as in report.py."""
+    each = [method.traffic(shapes, head=head, clients=clients, round=round) for round in range(rounds)]
+    once = each[0].one_off + (sum(basis.values()) if basis else 0)
+    one_off, up, down, heads = payload_bytes("float32", once * sites), 0, 0, 0
+    for round, traffic in enumerate(each):
+        plain = clients if method.facts.changes_base else whole[round] if whole else 0
+        up_bytes, up_head = _message(codec, traffic.up, traffic.head)
+        down_bytes, down_head = _message(codec, traffic.down, traffic.head)
+        plain_bytes, plain_head = _message("float32", traffic.down, traffic.head)
+        up += clients * up_bytes
+        down += (clients - plain) * down_bytes + plain * plain_bytes
+        heads += clients * up_head + (clients - plain) * down_head + plain * plain_head
     return Price(
         label=label or f"{method.facts.id} (rank {method.rank})",
         this_run=this_run,
-        one_off_bytes=one_off * BYTES_A_VALUE,
-        up_bytes=up * BYTES_A_VALUE,
-        down_bytes=down * BYTES_A_VALUE,
-        total_bytes=(one_off + up + down) * BYTES_A_VALUE,
-        total_bytes_without_head=(one_off + up + down - 2 * traffic.head * times) * BYTES_A_VALUE,
+        one_off_bytes=one_off,
+        up_bytes=up,
+        down_bytes=down,
+        total_bytes=one_off + up + down,
+        total_bytes_without_head=one_off + up + down - heads,
     )
 
 
+def _message(codec: Codec, values: int, head: int) -> tuple[int, int]:
+    """(bytes of one message, those of the head in it)."""
+    size = payload_bytes(codec, values + head)
+    return size, round(size * head / max(values + head, 1))
+
+
 def price_list(
-    method: Method, shapes: Shapes, *, head: int, clients: int, rounds: int, basis: Mapping[str, int] | None, sites: int
+    method: Method,
+    shapes: Shapes,
+    *,
+    head: int,
+    clients: int,
+    rounds: int,
+    basis: Mapping[str, int] | None,
+    sites: int,
+    codec: Codec = "float32",
+    whole: Sequence[int] = (),
 ) -> list[Price]:
-    """This run's method first, then the others, cheapest first: each at LORA_RANKS or CORE_RANKS."""
-    mine = price(method, shapes, head=head, clients=clients, rounds=rounds, basis=basis, sites=sites, this_run=True)
+    """This run's method first, then the others, cheapest first: each at LORA_RANKS or CORE_RANKS, in the same codec."""
+    mine = price(
+        method,
+        shapes,
+        head=head,
+        clients=clients,
+        rounds=rounds,
+        basis=basis,
+        sites=sites,
+        codec=codec,
+        whole=whole,
+        this_run=True,
+    )
     others = [
         cls(rank=rank)
-        for name, cls in priced_types().items()
+        for name, cls in method_types().items()
         for rank in (LORA_RANKS if cls.facts.adapter == "factors" else CORE_RANKS)
         if cls.facts.adapter is not None and (name, rank) != (method.facts.id, method.rank)
     ]
-    prices = [price(other, shapes, head=head, clients=clients, rounds=rounds) for other in others]
+    prices = [
+        price(other, shapes, head=head, clients=clients, rounds=rounds, codec=codec, whole=whole) for other in others
+    ]
     return [mine, *sorted(prices, key=lambda p: p.total_bytes)]

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
 
 from fedsb.adapters.basis import basis_hash
 from fedsb.errors import RunError
+from fedsb.federation.codec import Codec
+from fedsb.federation.link import codec_of, unmoved
 from fedsb.federation.payload import Arrays, Payload, PayloadError, unpack
 from fedsb.federation.tensors import to_arrays, to_tensors
 from fedsb.methods.contract import Method, State, Update
@@ -23,17 +25,30 @@ MAX_SAMPLES = 10**9  # rows that one client may claim
 
 
 @dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """The tensors of a good update."""
+
+    shapes: Mapping[str, tuple[int, ...]]  # name -> shape of each tensor that goes up
+    reference: Arrays  # what a client would send that had not trained: an update's norm is that of its change
+    claims: frozenset[str] = frozenset()  # those of them that are no part of the model
+
+
+@dataclass(frozen=True, kw_only=True)
 class Rules:
     """What a good update must be."""
 
     run: str
     round: int
     basis: str
-    shapes: Mapping[str, tuple[int, ...]]  # name -> shape of each tensor that goes up
-    reference: Arrays  # what the server sent: an update's norm is that of its change against it
+    wanted: Wanted
+    at_rank: Mapping[str, Wanted] = field(default_factory=dict)  # of clients whose rank is not the method's
+    codec: Codec = "float32"
     weighting: Literal["samples", "uniform"] = "samples"
     norm_factor: float = 30.0  # an update whose change is so many times the cohort's median is dropped
     min_clients: int = 1
+
+    def of(self, client: str) -> Wanted:
+        return self.at_rank.get(client, self.wanted)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,21 +57,28 @@ class Dropped:
     reason: str
 
 
-def rules(method: Method, state: State, server: ServerConfig, run: str) -> Rules:
-    """The rules of the round that starts at `state`."""
-    message = method.broadcast(state)
-    tensors = method.receive(state.common, message, {})
-    sent, _ = method.upload(tensors, tensors)
+def rules(method: Method, state: State, server: ServerConfig, run: str, ranks: Mapping[str, int]) -> Rules:
+    """The rules of the round that starts at `state`; `ranks` are those of clients that differ from the method's."""
+    ranks = {**ranks, **state.ranks}
+    by_rank = {rank: _wanted(method, state, rank) for rank in set(ranks.values())}
     return Rules(
         run=run,
         round=state.round,
         basis=basis_hash(state.common),
-        shapes={name: tuple(tensor.shape) for name, tensor in sent.items()},
-        reference=to_arrays(message),
+        wanted=_wanted(method, state, None),
+        at_rank={client: by_rank[rank] for client, rank in ranks.items()},
+        codec=codec_of(server, method),
         weighting=server.weighting,
         norm_factor=server.norm_factor,
         min_clients=1 if method.facts.pools_data else server.min_clients,
     )
+
+
+def _wanted(method: Method, state: State, rank: int | None) -> Wanted:
+    own = method if rank is None else method.at(rank)
+    sent = unmoved(own, state.common, method.broadcast(state, rank=rank), state.round)
+    shapes = {name: tuple(tensor.shape) for name, tensor in sent.items()}
+    return Wanted(shapes=shapes, reference=to_arrays(sent), claims=method.claims)
 
 
 def admit(replies: Sequence[tuple[str, bytes]], rules: Rules) -> tuple[list[Update], list[Dropped]]:
@@ -68,7 +90,7 @@ def admit(replies: Sequence[tuple[str, bytes]], rules: Rules) -> tuple[list[Upda
     dropped: list[Dropped] = []
     for client, data in replies:
         try:
-            payload = unpack(data)
+            payload = _whole(unpack(data), rules.of(client).reference)
         except PayloadError as error:
             dropped.append(Dropped(client=client, reason=str(error)))
             continue
@@ -90,6 +112,18 @@ def admit(replies: Sequence[tuple[str, bytes]], rules: Rules) -> tuple[list[Upda
     return [_update(payload, rules) for payload in good], dropped
 
 
+def _whole(payload: Payload, reference: Arrays) -> Payload:
+    """With a lossy codec a change travels: added to what it changes, where it fits; the rest is left to `fault`."""
+    if payload.codec == "float32":
+        return payload
+    with np.errstate(over="ignore", invalid="ignore"):  # a stranger's numbers; `fault` sees what comes of them
+        tensors = {
+            key: x + reference[key] if key in reference and reference[key].shape == x.shape else x
+            for key, x in payload.tensors.items()
+        }
+    return replace(payload, tensors=tensors)
+
+
 def fault(client: str, payload: Payload, rules: Rules) -> str | None:
     """Why this update must not be averaged; None for a good one."""
     claims = (
@@ -98,28 +132,31 @@ def fault(client: str, payload: Payload, rules: Rules) -> str | None:
         ("run", payload.run, rules.run),
         ("round", payload.round, rules.round),
         ("basis", payload.basis, rules.basis),
+        ("codec", payload.codec, rules.codec),
     )
     for what, value, wanted in claims:
         if value != wanted:
             return f"its {what} is {value!r:.80}, this round's is {wanted!r}"
     if not 0 < payload.samples <= MAX_SAMPLES:
         return f"claims {payload.samples!s:.12} samples, allowed are 1 to {MAX_SAMPLES:,}"
-    missing, extra = rules.shapes.keys() - payload.tensors.keys(), payload.tensors.keys() - rules.shapes.keys()
+    shapes = rules.of(client).shapes
+    missing, extra = shapes.keys() - payload.tensors.keys(), payload.tensors.keys() - shapes.keys()
     if missing or extra:
         return "wrong keys: " + "; ".join([*_some("missing", missing), *_some("unknown", extra)])
     for name, array in payload.tensors.items():
-        if array.shape != rules.shapes[name]:
-            return f"{name!r} has shape {array.shape}, wanted {rules.shapes[name]}"
+        if array.shape != shapes[name]:
+            return f"{name!r} has shape {array.shape}, wanted {shapes[name]}"
         if not np.isfinite(array).all():
             return f"{name!r} holds {int((~np.isfinite(array)).sum())} values that are NaN or infinite"
     return None
 
 
-def change_norm_l2(payload: Payload, reference: Arrays) -> float:
-    """L2 norm, over all tensors, of what the client changed; of the tensor itself where the server sent none."""
+def change_norm_l2(payload: Payload, wanted: Wanted) -> float:
+    """L2 norm, over all tensors of the model, of what the client changed."""
     squares = (
-        np.square(array.astype(np.float64) - reference.get(name, np.float32(0))).sum()
+        np.square(array.astype(np.float64) - wanted.reference[name]).sum()
         for name, array in payload.tensors.items()
+        if name not in wanted.claims
     )
     return float(np.sqrt(sum(squares)))
 
@@ -132,7 +169,7 @@ def _update(payload: Payload, rules: Rules) -> Update:
 def _within_norm(good: list[Payload], rules: Rules) -> tuple[list[Payload], list[Dropped]]:
     if len(good) < 2:
         return good, []
-    norms = [change_norm_l2(payload, rules.reference) for payload in good]
+    norms = [change_norm_l2(payload, rules.of(payload.client)) for payload in good]
     limit = rules.norm_factor * statistics.median_low(norms)
     outliers = [
         Dropped(

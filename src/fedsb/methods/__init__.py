@@ -9,14 +9,14 @@ from typing import Any
 
 from fedsb.errors import UserError, did_you_mean
 from fedsb.methods.contract import Method
-from fedsb.methods.priced import FedExLoRA, FFALoRA, FLoRA
 
 GROUP = "fedsb.methods"
+NEEDED = ("traffic", "start", "trainable")  # of the contract, without a default
 
 
 @cache
 def method_types() -> dict[str, type[Method]]:
-    """Every method that can be trained, ours and third parties', from the entry-point group `fedsb.methods`."""
+    """Every method, ours and third parties', from the entry-point group `fedsb.methods`."""
     found: dict[str, type[Method]] = {}
     for point in entry_points(group=GROUP):
         what = f"entry point {point.name!r} ({point.value})"
@@ -26,6 +26,12 @@ def method_types() -> dict[str, type[Method]]:
             raise UserError(f"{what} cannot be loaded: {error}") from error
         if not (isinstance(loaded, type) and issubclass(loaded, Method) and hasattr(loaded, "facts")):
             raise UserError(f"{what} is no fedsb.methods.contract.Method with facts")
+        if missing := [part for part in NEEDED if getattr(loaded, part) is getattr(Method, part)]:
+            raise UserError(
+                f"{what} does not define {', '.join(missing)}, which every method must (methods/contract.py)"
+            )
+        if "__dataclass_params__" not in vars(loaded) or not vars(loaded)["__dataclass_params__"].frozen:
+            raise UserError(f"{what} is no frozen dataclass; write @dataclass(frozen=True, kw_only=True) above it")
         if loaded.facts.id != point.name:
             raise UserError(f"{what} names a method whose id is {loaded.facts.id!r}: the two must be the same")
         if found.setdefault(point.name, loaded) is not loaded:
@@ -33,19 +39,11 @@ def method_types() -> dict[str, type[Method]]:
     return found
 
 
-def priced_types() -> dict[str, type[Method]]:
-    """Every method whose traffic is known, those that cannot be trained here included."""
-    known: dict[str, type[Method]] = {cls.facts.id: cls for cls in (FFALoRA, FedExLoRA, FLoRA)}
-    return {**known, **method_types()}
-
-
 def method_type(name: str) -> type[Method]:
     """Raises UserError, with the nearest name, for a method that there is not."""
     methods = method_types()
     if name in methods:
         return methods[name]
-    if name in priced_types():
-        raise UserError(f"method {name!r} can be priced but not trained in this version; {did_you_mean('', methods)}")
     raise UserError(f"unknown method {name!r}; {did_you_mean(name, methods)}")
 
 

@@ -31,31 +31,38 @@ class ServerOptimizer:
     tau: float = 1e-3  # Adam's floor, in units of the pseudo-gradient
 
 
-def average(updates: Sequence[Update]) -> dict[str, Tensor]:
-    """sum_k p_k x_k of the updates' tensors. The order of the updates does not matter: they are summed by name."""
+def average(updates: Sequence[Update], old: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """sum_k p_k x_k of the updates' tensors. The order of the updates does not matter: they are summed by name.
+
+    Clients of a lower rank send the leading corner of a tensor: each entry is averaged over those that hold it, and
+    stays as it is in `old` where none does.
+    """
     if not updates:
         raise ValueError("no updates to average")
     ordered = sorted(updates, key=lambda update: update.client)
-    total = sum(update.weight for update in ordered)
-    return {
-        key: sum(
-            (update.tensors[key].double() * (update.weight / total) for update in ordered),
-            torch.zeros((), dtype=torch.float64),
-        ).to(first.dtype)
-        for key, first in ordered[0].tensors.items()
-    }
+    return {key: _mean([(u.weight, u.tensors[key]) for u in ordered], old[key]) for key in ordered[0].tensors}
+
+
+def _mean(weighted: Sequence[tuple[float, Tensor]], old: Tensor) -> Tensor:
+    total, weight = torch.zeros(old.shape, dtype=torch.float64), torch.zeros(old.shape, dtype=torch.float64)
+    for w, x in weighted:
+        corner = tuple(slice(size) for size in x.shape)
+        total[corner] += w * x.double()
+        weight[corner] += w
+    return torch.where(weight > 0, total / weight, old.double()).to(old.dtype)
 
 
 def server_step(
     server: ServerOptimizer, old: Mapping[str, Tensor], mean: Mapping[str, Tensor], moments: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(the new tensors, the new moments). A key's moments are kept as "m.<key>" and "v.<key>"."""
+    """(the new tensors, the new moments), of what is in `mean`. A key's moments are kept as "m.<key>" and "v.<key>"."""
     if server.kind == "none":
         return dict(mean), {}
     new: dict[str, Tensor] = {}
     kept: dict[str, Tensor] = {}
-    for key, x in old.items():
-        d = mean[key] - x
+    for key, target in mean.items():
+        x = old[key]
+        d = target - x
         m = moments.get(f"m.{key}", torch.zeros_like(d))
         if server.kind == "momentum":
             m = kept[f"m.{key}"] = server.beta1 * m + d

@@ -2,11 +2,15 @@
 
 A round, as every engine runs it (types below; tensors are named "<layer>.<tensor>"):
 
-    message = method.broadcast(state)                            the server, to every client
-    own     = method.receive(state.common, message, kept)        a client: all the tensors of its adapter
+    message = method.broadcast(state, late=..., rank=...)        the server, to a client
+    common  = method.follow(common, message)                     a client: what it holds from now on; now = state.common
+    own     = method.receive(common, message, kept, round)       a client: all the tensors of its adapter
     trained = the same tensors after local training; only method.trainable(own, round) have moved
-    sent, kept = method.upload(own, trained)                     a client: what goes up, what it keeps for itself
+    sent, kept = method.upload(own, trained, round)              a client: what goes up, what it keeps for itself
     state   = method.aggregate(state, updates, server)           the server
+
+A client calls these on `method.at(rank)`, the method at its own rank, which is the server's unless `mixed_ranks`.
+`late` is a client that did not get the last round's broadcast: it lacks what changed in `common` since it last did.
 
 A third party's method is a frozen keyword-only dataclass that derives from `Method`, announced in the entry-point
 group `fedsb.methods`. Its fields are what `[method]` in a TOML may set.
@@ -14,12 +18,15 @@ group `fedsb.methods`. Its fields are what `[method]` in a TOML may set.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
+
+from torch import Tensor
 
 from fedsb.adapters.adapted import Shapes, Tensors
 from fedsb.adapters.basis import Basis
+from fedsb.adapters.carry import carried, carry_factors, catch_up, is_news
 from fedsb.adapters.core import core_left
 from fedsb.adapters.factors import Factors
 from fedsb.methods.averaging import ServerOptimizer, average, server_step
@@ -41,9 +48,10 @@ class Facts:
     changes_base: bool = False  # rounds leave a residual outside the adapter
     mixed_ranks: bool = False  # clients may differ in rank
     dp_noise: Literal["linear", "quadratic"]
+    plain_mean: bool = True  # the server takes a mean of what it holds, so that a server optimiser can step to it
+    turns: bool = False  # the adapter's coordinates turn between rounds: a client's moments cannot be kept
     global_model: bool = True  # False: every client ends with a model of its own
     pools_data: bool = False  # True: all data in one place, a control for simulation
-    trainable_here: bool = True  # False: only its traffic is known
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,12 +66,25 @@ class Traffic:
 
 @dataclass(frozen=True, kw_only=True)
 class State:
-    """All the server knows between rounds. Immutable: a round makes a new one."""
+    """All the server knows between rounds. Immutable: a round makes a new one.
+
+    Tensors lie row by row in memory, as they do when a checkpoint is read: products of the same numbers in another
+    order differ in their last bits.
+    """
 
     round: int = 0  # rounds finished
     tensors: Tensors  # what is trained and averaged, the head included
-    common: Tensors = field(default_factory=dict)  # fixed at the start, known to every site: A and B, say
+    common: Tensors = field(default_factory=dict)  # what a site holds that is up to date: A and B, say
+    news: Tensors = field(default_factory=dict)  # what the last round changed in it, for those who have the rest
     server: Tensors = field(default_factory=dict)  # the server optimiser's moments
+    ranks: Mapping[str, int] = field(default_factory=dict)  # client -> its rank, where it changed on the way
+    metrics: Mapping[str, float] = field(default_factory=dict)  # what the last aggregation says of itself
+    held: Tensors = field(default_factory=dict)  # of `tensors`, what sites hold after a lossy codec: federation/link.py
+
+    def __post_init__(self) -> None:
+        for name in ("tensors", "common", "news", "server"):
+            own = {key: tensor.contiguous() for key, tensor in getattr(self, name).items()}
+            object.__setattr__(self, name, own)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +101,7 @@ class Method:
     """The contract. The defaults are those of a method whose tensors all travel and are averaged as they are."""
 
     facts: ClassVar[Facts]
+    claims: ClassVar[frozenset[str]] = frozenset()  # what goes up beside the model, such as a client's next rank
     rank: int
 
     @property
@@ -97,46 +119,65 @@ class Method:
         """The rank of the exported LoRA; a basis must have as many directions."""
         return self.rank
 
-    def traffic(self, shapes: Shapes, *, head: int, clients: int) -> Traffic:
-        """Values a client sends and receives; `clients` take part in a round, `head` values in the task head."""
+    def at(self, rank: int) -> Self:
+        """The method of a client of this total rank. Raises UserError where it cannot be."""
+        return replace(self, rank=rank)
+
+    def traffic(self, shapes: Shapes, *, head: int, clients: int, round: int = 1) -> Traffic:
+        """Values that a client, up to date, sends and receives in a round; `clients` take part in it.
+
+        `head` counts the task head's values. Round 0 is the first. At most, where a rank depends on the data.
+        """
         raise NotImplementedError
 
     def start(self, shapes: Shapes, basis: Basis | None, head: Tensors, seed: int) -> State:
         """The state before round 0. A core method needs `basis`; `head` holds the task head's first tensors."""
         raise NotImplementedError
 
-    def broadcast(self, state: State) -> Tensors:
-        return state.tensors
+    def broadcast(self, state: State, *, late: bool = False, rank: int | None = None) -> Tensors:
+        """What goes down to a client; `rank` is its total rank, None the method's own."""
+        return {**state.tensors, **(carried(state.common) if late else state.news)}
 
-    def receive(self, common: Tensors, message: Tensors, kept: Tensors) -> Tensors:
-        return {**common, **message}
+    def follow(self, common: Tensors, message: Tensors) -> Tensors:
+        """What a site holds after the message, if it held `common` before."""
+        return catch_up(common, message)
+
+    def receive(self, common: Tensors, message: Tensors, kept: Tensors, round: int) -> Tensors:
+        return {**common, **{key: tensor for key, tensor in message.items() if not is_news(key)}}
 
     def trainable(self, tensors: Tensors, round: int) -> frozenset[str]:
         """Which of a client's tensors move in this round."""
         raise NotImplementedError
 
-    def upload(self, received: Tensors, trained: Tensors) -> tuple[Tensors, Tensors]:
+    def penalty(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
+        """A local regulariser, one value a client (K,), of the trained tensors (K, ...); None: none."""
+        return None
+
+    def upload(self, received: Tensors, trained: Tensors, round: int) -> tuple[Tensors, Tensors]:
         """(what goes up, what the client keeps), from the client's tensors before and after its training."""
-        return trained, {}
+        moved = self.trainable(received, round)
+        return {key: tensor for key, tensor in trained.items() if key in moved}, {}
 
     def aggregate(self, state: State, updates: Sequence[Update], server: ServerOptimizer) -> State:
-        tensors, moments = server_step(server, state.tensors, average(updates), state.server)
+        mean = average(updates, state.tensors)
+        stepped, moments = server_step(server, state.tensors, mean, state.server)
+        tensors, moments = {**state.tensors, **stepped}, {**state.server, **moments}
         return replace(state, round=state.round + 1, tensors=tensors, server=moments)
 
     def model(self, state: State) -> Tensors:
         """The global model's tensors, for evaluation and export."""
-        return self.receive(state.common, self.broadcast(state), {})
+        return self.receive(state.common, self.broadcast(state), {}, state.round)
 
     def export(self, tensors: Tensors) -> dict[str, Factors]:
-        """A client's or the global tensors as plain LoRA, by layer. Exact, in float32."""
+        """A client's or the global tensors as plain LoRA, by layer, the carried adapter included. Exact, in float32."""
         layers = [key.removesuffix(".A") for key in tensors if key.endswith(".A")]
+        return {layer: self._factors(tensors, layer).plus(carry_factors(tensors, layer)) for layer in layers}
+
+    def _factors(self, tensors: Tensors, layer: str) -> Factors:
+        A, B = tensors[f"{layer}.A"], tensors[f"{layer}.B"]
         if self.adapter == "core":
-            return {
-                layer: Factors(
-                    A=tensors[f"{layer}.A"],
-                    B=core_left(tensors[f"{layer}.B"], tensors[f"{layer}.R"]),
-                    scale=self.scale,
-                )
-                for layer in layers
-            }
-        return {layer: Factors(A=tensors[f"{layer}.A"], B=tensors[f"{layer}.B"], scale=self.scale) for layer in layers}
+            R = tensors[f"{layer}.R"]
+            if (s := tensors.get(f"{layer}.s")) is not None:
+                R = R * s[:, None, None]
+            B = core_left(B, R)
+        return Factors(A=A, B=B, scale=self.scale)

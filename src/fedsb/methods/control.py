@@ -24,7 +24,7 @@ class Control(Method):
     def scale(self) -> float:
         return self.twin.scale
 
-    def traffic(self, shapes: Shapes, *, head: int, clients: int) -> Traffic:
+    def traffic(self, shapes: Shapes, *, head: int, clients: int, round: int = 1) -> Traffic:
         return Traffic(up=0, down=0)
 
     def start(self, shapes: Shapes, basis: Basis | None, head: Tensors, seed: int) -> State:
@@ -33,5 +33,5 @@ class Control(Method):
     def trainable(self, tensors: Tensors, round: int) -> frozenset[str]:
         return self.twin.trainable(tensors, round)
 
-    def upload(self, received: Tensors, trained: Tensors) -> tuple[Tensors, Tensors]:
-        return self.twin.upload(received, trained)
+    def upload(self, received: Tensors, trained: Tensors, round: int) -> tuple[Tensors, Tensors]:
+        return self.twin.upload(received, trained, round)

@@ -9,16 +9,20 @@ another of fedsb/adapters/basis.py.
 Shapes, a layer: B (m, h r) and A (h r, n) frozen and common; R (h, r, r), h = `blocks`, 1 in the paper.
 What travels: R, up and down: h r^2 values, whatever m, n and the number of clients. B and A once, if a site cannot
 derive them for itself. Exact, since B and A are common: sum p_k B R_k A = B (sum p_k R_k) A.
+Mixed ranks: a client of rank r_k trains the leading r_k x r_k corner, and each entry is averaged over the clients that
+hold it; exact only where all ranks are equal.
 Limits: the update stays in the span of the basis; with it badly chosen, a low rank learns little.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 from fedsb.adapters.adapted import Shapes, Tensors
 from fedsb.adapters.basis import Basis
+from fedsb.adapters.carry import is_carried
+from fedsb.errors import UserError
 from fedsb.methods.contract import Facts, Method, State, Traffic
 
 
@@ -31,6 +35,7 @@ class FedSB(Method):
         adapter="core",
         exact=True,
         sum_only=True,
+        mixed_ranks=True,
         dp_noise="linear",
     )
     rank: int = 32
@@ -40,7 +45,12 @@ class FedSB(Method):
     def total_rank(self) -> int:
         return self.rank * self.blocks
 
-    def traffic(self, shapes: Shapes, *, head: int, clients: int) -> Traffic:
+    def at(self, rank: int) -> Self:
+        if rank % self.blocks or not 0 < rank <= self.total_rank:
+            raise UserError(f"a client's rank of {rank}: with {self.blocks} blocks of {self.rank}, it must be a part")
+        return replace(self, rank=rank // self.blocks)
+
+    def traffic(self, shapes: Shapes, *, head: int, clients: int, round: int = 1) -> Traffic:
         core = len(shapes) * self.blocks * self.rank**2
         return Traffic(up=core, down=core, head=head)
 
@@ -48,8 +58,22 @@ class FedSB(Method):
         assert basis is not None
         return State(tensors={**basis.start(self.blocks, self.rank), **head}, common=basis.tensors)
 
-    def trainable(self, tensors: Tensors, round: int) -> frozenset[str]:
-        return frozenset(key for key in tensors if not key.endswith((".A", ".B")))
+    def broadcast(self, state: State, *, late: bool = False, rank: int | None = None) -> Tensors:
+        """A client of a lower rank gets the leading corner of every block."""
+        message = super().broadcast(state, late=late)
+        r = self.rank if rank is None else self.at(rank).rank
+        return {key: tensor[..., :r, :r] if key.endswith(".R") else tensor for key, tensor in message.items()}
 
-    def upload(self, received: Tensors, trained: Tensors) -> tuple[Tensors, Tensors]:
-        return {key: trained[key] for key in self.trainable(trained, 0)}, {}
+    def receive(self, common: Tensors, message: Tensors, kept: Tensors, round: int) -> Tensors:
+        """The basis is ordered, the most important directions first: a lower rank takes the leading ones."""
+        own = super().receive(common, message, kept, round)
+        for layer in [key.removesuffix(".R") for key in own if key.endswith(".R")]:
+            h, r, _ = own[f"{layer}.R"].shape
+            A, B = own[f"{layer}.A"], own[f"{layer}.B"]
+            if len(A) != h * r:
+                own[f"{layer}.A"] = A.reshape(h, -1, A.shape[1])[:, :r].reshape(h * r, -1)
+                own[f"{layer}.B"] = B.reshape(len(B), h, -1)[..., :r].reshape(-1, h * r)
+        return own
+
+    def trainable(self, tensors: Tensors, round: int) -> frozenset[str]:
+        return frozenset(key for key in tensors if not key.endswith((".A", ".B")) and not is_carried(key))

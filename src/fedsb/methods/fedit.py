@@ -11,12 +11,17 @@ Limits: not exact. (sum p_k B_k)(sum p_k A_k) differs from sum p_k B_k A_k by su
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
+
+from torch import Tensor
 
 from fedsb.adapters.adapted import Shapes, Tensors
 from fedsb.adapters.basis import Basis
+from fedsb.adapters.carry import is_carried
 from fedsb.adapters.factors import factor_start
+from fedsb.errors import UserError
 from fedsb.methods.contract import Facts, Method, State, Traffic
 
 
@@ -38,7 +43,13 @@ class FedIT(Method):
     def scale(self) -> float:
         return 2.0 if self.alpha is None else self.alpha / self.rank
 
-    def traffic(self, shapes: Shapes, *, head: int, clients: int) -> Traffic:
+    def at(self, rank: int) -> Self:
+        """The scale is that of the whole federation, whatever a client's rank."""
+        if not 0 < rank <= self.rank:
+            raise UserError(f"a client's rank of {rank}: the federation's is {self.rank}")
+        return replace(self, rank=rank, alpha=self.scale * rank)
+
+    def traffic(self, shapes: Shapes, *, head: int, clients: int, round: int = 1) -> Traffic:
         factors = sum(self.rank * (m + n) for m, n in shapes.values())
         return Traffic(up=factors, down=factors, head=head)
 
@@ -46,4 +57,9 @@ class FedIT(Method):
         return State(tensors={**factor_start(shapes, self.rank, seed), **head})
 
     def trainable(self, tensors: Tensors, round: int) -> frozenset[str]:
-        return frozenset(tensors)
+        return frozenset(key for key in tensors if not is_carried(key))
+
+
+def layers_of(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The adapted layers that have an A among `tensors`, in an order that a checkpoint does not change."""
+    return sorted(key.removesuffix(".A") for key in tensors if key.endswith(".A"))

@@ -37,11 +37,11 @@ class Local(Control):
         first = self.twin.start(shapes, basis, head, seed)
         return State(tensors={}, common={**first.common, **first.tensors})
 
-    def receive(self, common: Tensors, message: Tensors, kept: Tensors) -> Tensors:
+    def receive(self, common: Tensors, message: Tensors, kept: Tensors, round: int) -> Tensors:
         return {**common, **kept}
 
-    def upload(self, received: Tensors, trained: Tensors) -> tuple[Tensors, Tensors]:
-        return {}, self.twin.upload(received, trained)[0]
+    def upload(self, received: Tensors, trained: Tensors, round: int) -> tuple[Tensors, Tensors]:
+        return {}, self.twin.upload(received, trained, round)[0]
 
     def aggregate(self, state: State, updates: Sequence[Update], server: ServerOptimizer) -> State:
         return replace(state, round=state.round + 1)

@@ -1,0 +1,239 @@
+"""One cell of a comparison: a `fedsb run` in a process of its own, and the file that keeps what came of it.
+
+A cell is known by a hash of its whole resolved settings, with data files by their content and models by name and size,
+not by the machine's folders. So a changed recipe makes new cells, and a comparison that was cut off finds its own. A
+setting that fedsb did not have when a cell was kept counts as its default.
+
+    cells.json    {"cells": {"<key>": {"name": "fed-sb@8 seed 0", "score": 0.93, ...}, ...}}, a line a cell
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import functools
+import hashlib
+import json
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from fedsb.comparison.contenders import dotted
+from fedsb.config import load_config, set_key
+from fedsb.disk import disk_errors, write_atomic
+from fedsb.errors import ConfigError, RunError, UserError
+from fedsb.record import read_manifest, read_result, read_rows
+from fedsb.report import summary
+
+PATHS = ("data.train", "data.test", "basis.data", "model.name")  # settings that may name a file or a folder
+DIVERGED = re.compile(r"became (nan|-?inf)\b|NaN or infinite")  # how a client, or the server, says it of a run's end
+
+Outcome = dict[str, Any]
+
+
+class CellError(RunError):
+    """A run that ended badly, with what it said."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """A run to be made: its name for people, and all its settings by dotted key, but for `name` and `out`."""
+
+    name: str
+    settings: Mapping[str, Any]
+
+    @property
+    def portable(self) -> dict[str, Any]:
+        """The settings with names instead of paths, as they are written."""
+        return portable(self.settings)
+
+    @functools.cached_property
+    def content(self) -> dict[str, str]:
+        """The fingerprint of what each of those paths holds."""
+        return {key: fingerprint(value) for key, value in self.settings.items() if _on_disk(key, value)}
+
+    @functools.cached_property
+    def key(self) -> str:
+        """The hash that this cell is known by."""
+        return key_of(self.portable, self.content)
+
+
+def portable(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by dotted key with the names of files and folders, not where this machine has them."""
+    return {key: Path(value).name if _on_disk(key, value) else value for key, value in settings.items()}
+
+
+def key_of(settings: Mapping[str, Any], content: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps([settings, content], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def make_cell(name: str, settings: Mapping[str, Any]) -> Cell:
+    """A cell of a configuration's nested settings."""
+    return Cell(name=name, settings={k: v for k, v in dotted(settings).items() if k not in ("name", "out")})
+
+
+async def run_cell(cell: Cell) -> Outcome:
+    """Runs a cell and gives back what is kept of it; a loss that is not finite gives a score of None.
+
+    Raises CellError where the run fails otherwise. Cancelled, it ends the run's process first.
+    """
+    started = time.monotonic()
+    with TemporaryDirectory(prefix="fedsb-cell-") as draft:
+        folder = Path(draft)
+        toml = folder / "cell.toml"
+        toml.write_text(to_toml({**cell.settings, "name": "cell", "out": str(folder)}), "utf-8")
+        code, said = await _call(sys.executable, "-m", "fedsb", "run", str(toml), "--json")
+        if code and not (code == 2 and DIVERGED.search(said)):
+            raise CellError(_reason(code, said))
+        facts: Outcome = {"score": None, "diverged": _reason(code, said)} if code else read_run(folder / "cell")
+    seconds = round(time.monotonic() - started, 1)
+    return {"name": cell.name, **facts, "seconds": seconds, "settings": cell.portable, "content": cell.content}
+
+
+def read_run(folder: Path) -> Outcome:
+    """What is kept of a finished run. Bytes by round are all clients', both ways; "bytes" is report.summary's."""
+    found, manifest, rounds = summary(folder), read_manifest(folder), read_rows(folder / "rounds.jsonl")
+    result = read_result(folder) or {}
+    diverged = any(row["loss"] is not None and not math.isfinite(row["loss"]) for row in rounds)
+    return {
+        "score": None if diverged else found["score"],
+        "scores_by_round": [row["score"] for row in rounds],
+        "losses_by_round": [row["loss"] if row["loss"] and math.isfinite(row["loss"]) else None for row in rounds],
+        "bytes_by_round": [row["up_bytes"] + row["down_bytes"] for row in rounds],
+        "metric": found["metric"],
+        "before": found["before"],
+        "majority": found["majority"],
+        "bytes": found["bytes"],
+        "captured_share": (manifest["basis"] or {}).get("captured_share"),
+        "clients": result["clients"],
+        "peak_memory_bytes": result["peak_memory_bytes"],
+        "fedsb": manifest["fedsb"],
+        "git": manifest["git"],
+    }
+
+
+class Results:
+    """cells.json in a folder, held by this process alone while it is open."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "cells.json"
+        self.cells: dict[str, Outcome] = _read(self.path)
+
+    @classmethod
+    @contextmanager
+    def open(cls, folder: Path) -> Iterator[Results]:
+        """Raises UserError where another process holds the folder, or cells.json cannot be read."""
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            held = os.open(folder, os.O_RDONLY)  # the folder is its own lock, which the system lets go with us
+        try:
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(f"{folder} is in use by another fedsb process; wait for it, or end it") from error
+            yield cls(folder)
+        finally:
+            os.close(held)
+
+    def get(self, cell: Cell) -> Outcome | None:
+        return self.cells.get(cell.key)
+
+    def add(self, cell: Cell, outcome: Outcome) -> None:
+        """On disk when this returns."""
+        self.cells[cell.key] = outcome
+        lines = [f"{json.dumps(key)}: {json.dumps(self.cells[key])}" for key in sorted(self.cells, key=self._place)]
+        write_atomic(self.path, ('{"cells": {\n' + ",\n".join(lines) + "\n}}\n").encode())
+
+    def stale(self, cell: Cell) -> Outcome | None:
+        """A kept cell of the same name with other settings: it is not used."""
+        same = (known for key, known in self.cells.items() if known["name"] == cell.name and key != cell.key)
+        return next(same, None)
+
+    def _place(self, key: str) -> tuple[str, str]:
+        return str(self.cells[key]["name"]), key
+
+
+def to_toml(settings: Mapping[str, Any]) -> str:
+    """A line a dotted key; what is None is left out, since None is the default wherever it is allowed."""
+
+    def text(value: Any) -> str:
+        if isinstance(value, Mapping):
+            return "{" + ", ".join(f"{json.dumps(key)} = {text(each)}" for key, each in value.items()) + "}"
+        return f"[{', '.join(map(text, value))}]" if isinstance(value, list) else json.dumps(value, ensure_ascii=False)
+
+    return "".join(f"{key} = {text(value)}\n" for key, value in settings.items() if value is not None)
+
+
+def fingerprint(path: str) -> str:
+    """Of a file, the hash of its content; of a folder, that of its files' names and sizes."""
+    place = Path(path).expanduser()
+    return _fingerprint(place, place.stat().st_mtime_ns)
+
+
+@functools.cache
+def _fingerprint(place: Path, changed: int) -> str:
+    if place.is_dir():
+        listed = sorted((str(file.relative_to(place)), file.stat().st_size) for file in place.rglob("*"))
+        return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+    with place.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _on_disk(key: str, value: object) -> bool:
+    return key in PATHS and isinstance(value, str) and Path(value).expanduser().exists()
+
+
+def _read(path: Path) -> dict[str, Outcome]:
+    try:
+        cells = list(json.loads(path.read_text("utf-8"))["cells"].values())
+        return {key_of(_as_of_today(cell["settings"]), cell["content"]): cell for cell in cells}
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not what fedsb compare writes ({error}): put it back, or move it away") from error
+
+
+def _as_of_today(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Kept settings with those that are new since at their default; as they are, where one is gone since."""
+    raw: dict[str, Any] = {}
+    for key, value in settings.items():
+        raw = set_key(raw, key, value)
+    try:
+        return make_cell("kept", load_config(raw).config.model_dump(mode="json")).settings
+    except ConfigError:
+        return settings
+
+
+async def _call(*command: str) -> tuple[int, str]:
+    """(exit code, stderr) of a process on one thread, in a session of its own: Ctrl-C reaches it through us alone."""
+    process = await asyncio.create_subprocess_exec(
+        *command,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.PIPE,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    try:
+        _, said = await process.communicate()
+    finally:
+        if process.returncode is None:  # cancelled
+            process.kill()
+            await process.wait()
+    return process.returncode or 0, said.decode(errors="replace")
+
+
+def _reason(code: int, said: str) -> str:
+    """What a failed run said, less how to go on with it: its folder is gone."""
+    text = said.rpartition("fedsb: ")[2].strip() or f"it ended with exit code {code} and said nothing"
+    for advice in ("\n  what was finished is in", "\n  nothing was written:"):
+        text = text.partition(advice)[0]
+    return text[-2000:] if code > 0 else f"it was ended by signal {-code} (out of memory?)"

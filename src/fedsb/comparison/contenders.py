@@ -1,0 +1,151 @@
+"""What is compared: methods at ranks, a grid over any settings, and whatever else a TOML's [compare] names.
+
+    methods = ["fed-sb", "fedit@4"], ranks = [8, 32]         fed-sb@8, fed-sb@32, fedit@4
+    grid = { "basis.kind" = ["random", "weights"] }          fed-sb@8 basis.kind=random, ..., fedit@4
+
+Every contender is a whole checked configuration before anything runs, and all faults come at once.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fedsb.config import Loaded, idle, load_config, set_key
+from fedsb.errors import ConfigError, UserError, did_you_mean
+from fedsb.methods import build_method
+from fedsb.methods.contract import Method
+from fedsb.settings import CompareConfig, Config
+
+OURS = ("seed", "name", "out")  # what the comparison sets for each run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """Something that is compared."""
+
+    name: str
+    set: Mapping[str, Any]  # what makes it what it is, by dotted key
+    config: Config
+
+    @property
+    def method(self) -> Method:
+        return build_method(self.config.method.name, self.config.method.options)
+
+    @property
+    def is_control(self) -> bool:
+        """With all data in one place it is no federation, and nothing travels: no rival in bytes."""
+        return self.method.facts.pools_data
+
+
+def contenders_of(loaded: Loaded) -> list[Contender]:
+    """The contenders of a configuration, in the order of its [compare].
+
+    A contender that names a method starts from that method's defaults: the other keys of [method] are not its own.
+    A grid's key that does nothing for a contender (a basis, for a method without one) is left out of it.
+
+    Raises ConfigError with everything that is wrong with any of them.
+    """
+    asked = loaded.config.compare
+    faults: list[str] = []
+    found: list[Contender] = []
+    for name, what in _named(asked, faults):
+        own: list[Contender] = []
+        for values in _grid(asked, faults):
+            try:
+                contender = _contender(name, what, values, loaded.given)
+                own += [contender] if contender not in own else []  # the grid may do nothing to it
+            except ConfigError as error:
+                faults += [f"contender {name!r}: {fault}" for fault in error.faults]
+            except UserError as error:
+                faults.append(f"contender {name!r}: {error}")
+        found += own
+    if not faults:
+        faults += _together(found, asked)
+    if faults:
+        raise ConfigError(list(dict.fromkeys(faults)))
+    return found
+
+
+def _named(asked: CompareConfig, faults: list[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Names and what is set for them: first the methods, at every rank, then the contenders."""
+    for text in asked.methods:
+        name, at, rank = text.partition("@")
+        if at and not re.fullmatch("[1-9][0-9]*", rank):
+            faults.append(f"compare.methods: {text!r}: write name or name@rank, as in fed-sb@32")
+        elif at or not asked.ranks:
+            yield text, {"method.name": name, **({"method.rank": int(rank)} if at else {})}
+        else:
+            yield from ((f"{name}@{r}", {"method.name": name, "method.rank": r}) for r in asked.ranks)
+    for contender in asked.contenders:
+        yield contender.name, dotted(contender.set)
+
+
+def _grid(asked: CompareConfig, faults: list[str]) -> Iterator[dict[str, Any]]:
+    """Every combination of the grid's values; one empty one where there is no grid."""
+    grid = dotted(asked.grid)
+    for key, values in grid.items():
+        if not isinstance(values, list) or not values:
+            faults.append(f"compare.grid: {key} needs a list of values (it is {values!r})")
+            return
+    yield from (dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values()))
+
+
+def _contender(name: str, what: Mapping[str, Any], values: Mapping[str, Any], given: Mapping[str, Any]) -> Contender:
+    """Raises UserError for what cannot be set, ConfigError for settings that are wrong."""
+    for key in (*what, *values):
+        if key in OURS or key.split(".")[0] == "compare":
+            raise UserError(f"{key} cannot be set here: the comparison sets it for each run")
+    if "method.name" in what:
+        given = {**given, "method": {}}
+    config = _load(given, {**what, **values})
+    effective = {key: value for key, value in values.items() if key not in idle(config)}
+    shown = [f"{key}={value}" for key, value in effective.items()]
+    settings = {**what, **effective}
+    return Contender(name=" ".join([name, *shown]), set=settings, config=_load(given, settings))
+
+
+def dotted(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """{"method": {"rank": 8}} and {"method.rank": 8} alike: a section's keys, whose values stay what they are."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and "." not in key:
+            found |= {f"{key}.{inner}": each for inner, each in value.items()}
+        else:
+            found[key] = value
+    return found
+
+
+def _load(given: Mapping[str, Any], settings: Mapping[str, Any]) -> Config:
+    raw = {key: value for key, value in given.items() if key != "compare"}
+    for key, value in settings.items():
+        raw = set_key(raw, key, value)
+    return load_config(raw).config
+
+
+def _together(contenders: list[Contender], asked: CompareConfig) -> list[str]:
+    """What is wrong with the contenders as a whole."""
+    if not contenders:
+        return ["compare: name what to compare, as in --methods fed-sb@8,fedit@1 or [compare] methods = [...]"]
+    faults = []
+    names = Counter(contender.name for contender in contenders)
+    faults += [f"compare: two contenders are called {name!r}" for name, count in names.items() if count > 1]
+    for one, other in itertools.combinations(contenders, 2):
+        if one.config == other.config and one.name != other.name:
+            faults.append(f"compare: {one.name!r} and {other.name!r} are the same settings; leave one out")
+    if asked.reference is not None and asked.reference not in names:
+        faults.append(
+            f"compare.reference: no contender is called {asked.reference!r}; {did_you_mean(asked.reference, names)}"
+        )
+    kinds = {contender.config.task.kind for contender in contenders}
+    if len(kinds) > 1:
+        faults.append(f"compare: scores of different tasks cannot be compared: {', '.join(sorted(kinds))}")
+    for contender in contenders:
+        data = contender.config.data
+        if data.test is None and data.train != "python-docs" and not contender.config.clients.held_out:
+            faults.append("compare: there are no rows to score: name data.test, or set clients.held_out")
+    return faults

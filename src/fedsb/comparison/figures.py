@@ -1,0 +1,171 @@
+"""What a comparison says: means and spreads over seeds, differences seed by seed, bytes, and who is on the front.
+
+Everything here is arithmetic on kept cells. Bytes are those of the whole federation in a whole run; sd is that of a
+sample (n - 1), None for a single seed. A contender's bytes, seconds and memory are means over its seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from statistics import fmean, stdev
+from typing import Any
+
+from fedsb.comparison.cells import Outcome, portable
+from fedsb.comparison.search import Tried, at_an_end
+from fedsb.config import Loaded
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """What came of a contender: its search, and a cell for each seed (None: failed)."""
+
+    name: str
+    set: Mapping[str, Any]
+    is_control: bool  # left out of the front
+    lr: float | None  # the best rate; None where the search failed
+    tried: Tried
+    seeds: Sequence[Outcome | None]
+
+    @property
+    def cells(self) -> list[Outcome]:
+        return [cell for cell in self.seeds if cell is not None]
+
+
+def comparison_of(
+    entries: Sequence[Entry], loaded: Loaded, failed: Mapping[str, str], *, higher_is_better: bool
+) -> Json:
+    """comparison.json: the table as data, with what the page draws."""
+    asked = loaded.config.compare
+    reference = next((entry for entry in entries if entry.name == asked.reference), entries[0])
+    rows = [row_of(entry, reference, asked.target, higher_is_better) for entry in entries]
+    rivals = {row["contender"]: row for row in rows if row["score"] is not None and not row["is_control"]}
+    points = {name: (row["bytes"]["total"], row["score"]["mean"]) for name, row in rivals.items()}
+    front = pareto_front(points, higher_is_better)
+    cells = [cell for entry in entries for cell in entry.cells]
+    return {
+        "name": loaded.config.name,
+        "metric": cells[0]["metric"] if cells else None,
+        "higher_is_better": higher_is_better,
+        "before": spread([cell["before"] for cell in cells if cell["before"] is not None]),
+        "majority": spread([cell["majority"] for cell in cells if cell["majority"] is not None]),
+        "reference": reference.name,
+        "target": asked.target,
+        "seeds": asked.seeds,
+        "trials": asked.trials,
+        "tune_share": asked.tune_share if asked.trials else None,
+        "rounds": loaded.config.rounds,
+        "settings": common_settings(loaded),
+        "contenders": [{**row, "on_front": row["contender"] in front} for row in rows],
+        "failed": dict(failed),
+        "versions": sorted({f"{cell['fedsb']}, git {cell['git']}" if cell["git"] else cell["fedsb"] for cell in cells}),
+    }
+
+
+def row_of(entry: Entry, reference: Entry, target: float | None, higher_is_better: bool) -> Json:
+    """A contender's row; numbers are None where nothing came of it."""
+    cells = entry.cells
+    totals = [cell["bytes"]["federation"] for cell in cells]
+    reached = [bytes_to_target(cell, target, higher_is_better) for cell in cells] if target is not None else []
+    done = [bytes_ for bytes_ in reached if bytes_ is not None]
+    return {
+        "contender": entry.name,
+        "set": dict(entry.set),
+        "is_control": entry.is_control,
+        "lr": entry.lr,
+        "lr_at_an_end": entry.lr in entry.tried and at_an_end(entry.tried, entry.lr) if entry.lr else False,
+        "tried": [{"lr": lr, "score": entry.tried[lr]} for lr in sorted(entry.tried)],
+        "scores": [None if cell is None else cell["score"] for cell in entry.seeds],
+        "score": spread([cell["score"] for cell in cells]),
+        "difference": paired(scores_of(entry), scores_of(reference), higher_is_better) if entry != reference else None,
+        "bytes": {
+            key: mean([total["with_head"][key] for total in totals]) for key in ("one_off", "up", "down", "total")
+        }
+        | {"total_less_head": mean([total["without_head"]["total"] for total in totals])},
+        "bytes_to_target": {"mean": mean(done), "reached": len(done), "of": len(cells)} if target is not None else None,
+        "captured_share": mean([cell["captured_share"] for cell in cells if cell["captured_share"] is not None]),
+        "seconds": mean([cell["seconds"] for cell in cells]),
+        "peak_memory_bytes": mean([cell["peak_memory_bytes"] for cell in cells]),
+        "curve": curve(cells),
+    }
+
+
+def common_settings(loaded: Loaded) -> Json:
+    """What the configuration sets for all contenders, with names for paths; its [method] is not theirs."""
+    given = {choice.key: choice.value for choice in loaded.choices() if choice.key in loaded.origin}
+    ours = ("name", "out", "seed")
+    return {key: value for key, value in portable(given).items() if key not in ours and not key.startswith("method.")}
+
+
+def scores_of(entry: Entry) -> dict[int, float]:
+    """Seed -> score, of the seeds that finished."""
+    return {seed: cell["score"] for seed, cell in enumerate(entry.seeds) if cell is not None}
+
+
+def mean(values: Sequence[float]) -> float | None:
+    return fmean(values) if values else None
+
+
+def spread(values: Sequence[float]) -> Json | None:
+    """Mean and sd of a sample, None for nothing."""
+    if not values:
+        return None
+    return {"mean": fmean(values), "sd": stdev(values) if len(values) > 1 else None}
+
+
+def paired(mine: Mapping[int, float], theirs: Mapping[int, float], higher_is_better: bool) -> Json | None:
+    """Mine less theirs on the seeds that both have, and on how many of them mine is the better one."""
+    gaps = {seed: mine[seed] - theirs[seed] for seed in sorted(mine.keys() & theirs.keys())}
+    if not gaps:
+        return None
+    wins = sum(gap > 0 if higher_is_better else gap < 0 for gap in gaps.values())
+    return {**(spread(list(gaps.values())) or {}), "wins": wins, "of": len(gaps), "by_seed": gaps}
+
+
+def running_bytes(cell: Outcome) -> list[int]:
+    """All that has travelled after each round, the one-off bytes included."""
+    one_off = cell["bytes"]["federation"]["with_head"]["one_off"]
+    return list(accumulate(cell["bytes_by_round"], initial=one_off))[1:]
+
+
+def bytes_to_target(cell: Outcome, target: float, higher_is_better: bool) -> int | None:
+    """Bytes until the score first reaches the target, at the rounds that are scored; None where it never does."""
+    for sent, score in zip(running_bytes(cell), cell["scores_by_round"], strict=True):
+        if score is not None and (score >= target if higher_is_better else score <= target):
+            return sent
+    return None
+
+
+def curve(cells: Sequence[Outcome]) -> list[list[float]]:
+    """(bytes so far, score) at every round that is scored, both means over the seeds."""
+    if not cells:
+        return []
+    rounds = zip(
+        zip(*(running_bytes(cell) for cell in cells), strict=True),
+        zip(*(cell["scores_by_round"] for cell in cells), strict=True),
+        strict=True,
+    )
+    return [[fmean(sent), fmean(scores)] for sent, scores in rounds if None not in scores]
+
+
+def pareto_front(points: Mapping[str, tuple[float, float]], higher_is_better: bool) -> list[str]:
+    """Of name -> (bytes, score), those that no other beats in one and equals in the other; fewest bytes first.
+
+    Means are taken as they are: whether two scores differ by more than chance, the differences by seed must say.
+    """
+
+    def worth(name: str) -> float:
+        return points[name][1] if higher_is_better else -points[name][1]
+
+    def beaten(name: str) -> bool:
+        return any(
+            points[other][0] <= points[name][0]
+            and worth(other) >= worth(name)
+            and (points[other][0], worth(other)) != (points[name][0], worth(name))
+            for other in points
+        )
+
+    return sorted((name for name in points if not beaten(name)), key=lambda name: points[name])

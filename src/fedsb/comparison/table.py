@@ -1,0 +1,118 @@
+"""A comparison as rows of text: the same table for the terminal, table.md and the page."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fedsb.charts import GLUE, PERCENT, bytes_text, score_text, seconds_text
+
+Json = dict[str, Any]
+COSTS = {"one-off": "one_off", "up": "up", "down": "down", "total": "total", "less the head": "total_less_head"}
+
+
+def score_table(found: Json) -> list[dict[str, str]]:
+    """A row a contender: its rate, its score, how it stands to the reference, time and memory."""
+    name = (found["metric"] or "score").replace("_", " ")
+    rows = []
+    for row in found["contenders"]:
+        cells = {"contender": row["contender"], "lr": _rate(row), name: _score(row, found)}
+        if len(found["contenders"]) > 1:
+            cells[f"against {found['reference']}"] = _difference(row, found)
+        cells |= {"time": seconds_text(row["seconds"]), "memory": bytes_text(row["peak_memory_bytes"])}
+        rows.append(cells)
+    return rows
+
+
+def byte_table(found: Json) -> list[dict[str, str]]:
+    """A row a contender: bytes of the whole federation in a whole run, and who is on the front."""
+    show = score_text(found["metric"] or "")
+    rows = []
+    for row in found["contenders"]:
+        cells = {"contender": row["contender"]}
+        cells |= {title: bytes_text(row["bytes"][key]) for title, key in COSTS.items()}
+        if found["target"] is not None:
+            cells[f"to reach {show(found['target'])}"] = _to_target(row)
+        cells["front"] = "control" if row["is_control"] else "yes" if row["on_front"] else "no"
+        rows.append(cells)
+    return rows
+
+
+def notes(found: Json) -> list[str]:
+    """What must be known to read the tables."""
+    metric = (found["metric"] or "score").replace("_", " ")
+    many = f"mean ± standard deviation over {found['seeds']} seeds" if found["seeds"] > 1 else "one seed"
+    lower = "" if found["higher_is_better"] else " (lower is better)"
+    lines = [f"{metric.capitalize()}{lower} of the last round, {many}{_context(found)}."]
+    if found["trials"]:
+        lines.append(
+            f"lr: the best of {found['trials']} tried for each contender on seed 0, scored on {found['tune_share']:g} "
+            "of every client's training rows, which those trials did not train on."
+        )
+    if any(row["lr_at_an_end"] for row in found["contenders"]):
+        lines.append("* the best rate is the highest or the lowest tried: more trials may find a better one.")
+    lines.append(
+        "Bytes: of the tensors, all clients, all rounds; less the head: without the task head that every method "
+        "sends. Front: no other contender scores as well for as few bytes."
+    )
+    if len(found["versions"]) > 1:
+        lines.append(f"The runs are of more than one version of fedsb: {'; '.join(found['versions'])}.")
+    lines += [f"Failed: {name}: {' '.join(why.split())}" for name, why in found["failed"].items()]
+    return lines
+
+
+def markdown(found: Json) -> str:
+    """table.md: one table with both halves, and the notes."""
+    rows = [a | b for a, b in zip(score_table(found), byte_table(found), strict=True)]
+    lines = [f"| {' | '.join(cells)} |" for cells in (rows[0], *(row.values() for row in rows))]
+    text = "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:], "", "  \n".join(notes(found))]) + "\n"
+    return text.replace(GLUE, " ").replace("\n* ", "\n\\* ")  # a note, not a list
+
+
+def spread_text(metric: str, of: Json | None) -> str:
+    """92.9 ± 0.8 % of {"mean": 0.929, "sd": 0.008}; a dash for None."""
+    show = score_text(metric, unit=False)
+    if of is None or of["sd"] is None:
+        return show(of["mean"] if of else None)
+    if metric in PERCENT:
+        return f"{100 * of['mean']:.1f} ± {100 * of['sd']:.1f} %".replace(" ", GLUE)
+    return f"{show(of['mean'])} ± {show(of['sd'])}".replace(" ", GLUE)
+
+
+def difference_text(metric: str, of: Json | None) -> str:
+    """+0.5 ± 0.3 points, +0.047 ± 0.012 nats, as the metric asks."""
+    if of is None:
+        return "–"
+    times, digits, unit = (100, 1, " points") if metric in PERCENT else (1, 3, "")
+    sd = "" if of["sd"] is None else f" ± {times * of['sd']:.{digits}f}"
+    return f"{times * of['mean']:+.{digits}f}{sd}{unit}".replace(" ", GLUE).replace("-", "−")
+
+
+def _rate(row: Json) -> str:
+    return "–" if row["lr"] is None else f"{row['lr']:g}{'*' if row['lr_at_an_end'] else ''}"
+
+
+def _score(row: Json, found: Json) -> str:
+    done = [score for score in row["scores"] if score is not None]
+    missing = f", {len(done)} of {found['seeds']} seeds" if 0 < len(done) < found["seeds"] else ""
+    return spread_text(found["metric"] or "", row["score"]) + missing
+
+
+def _difference(row: Json, found: Json) -> str:
+    if row["contender"] == found["reference"]:
+        return "reference"
+    gap = row["difference"]
+    text = difference_text(found["metric"] or "", gap)
+    return text if gap is None else f"{text}, better in {gap['wins']} of {gap['of']}"
+
+
+def _to_target(row: Json) -> str:
+    reach = row["bytes_to_target"]
+    if not reach["reached"]:
+        return "not reached" if reach["of"] else "–"
+    return f"{bytes_text(reach['mean'])} ({reach['reached']} of {reach['of']})"
+
+
+def _context(found: Json) -> str:
+    show = score_text(found["metric"] or "")
+    parts = [("before federation", found["before"]), ("the majority class", found["majority"])]
+    return "".join(f"; {name} {show(of['mean'])}" for name, of in parts if of is not None)

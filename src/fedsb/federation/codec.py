@@ -1,0 +1,141 @@
+"""How values become bytes: float32, bfloat16, or int8 and int4 with a scale a block; and integers that can be summed.
+
+    int8, int4:   scale_j = max |x| over block j / q_max, rounded up to bfloat16       q_max = 127, 7
+                  code_i  = floor(x_i / scale_j + u_i),  u_i ~ U[0, 1)                 E[scale_j code_i] = x_i
+
+Stochastic rounding as in QSGD (Alistarh et al., NeurIPS 2017, arXiv 1610.02132). bfloat16 rounds to nearest, ties to
+even.
+
+Shapes: n values, flat, of a whole message: the tensors that are coded lie end to end, and blocks run over their ends,
+so that bytes are a function of n alone. Of one value |decoded - x| < scale_j, that is, at most max |block| / q_max
+(1 + 2^-7); a block of zeros is zeros, and one that holds a NaN or an infinity is NaN throughout, for the server to see.
+Limits: values below 2^-133 may become 0. Rounding hides nothing: whoever knows the seed knows the draws.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+Codec = Literal["float32", "bfloat16", "int8", "int4"]
+CODECS: tuple[str, ...] = get_args(Codec)
+BLOCK = 64  # values that share a scale; see docs/decisions.md
+SCALE_BYTES = 2  # bfloat16
+Q_MAX = {"int8": 127, "int4": 7}
+INTEGER_LIMIT = 2.0**52  # |x / step| up to here: float64 holds it exactly, and int64 the sum of 2,000 of them
+
+Floats = NDArray[np.float32]
+Bytes = NDArray[np.uint8]
+
+
+def payload_bytes(codec: Codec, values: int, exact: int = 0) -> int:
+    """Bytes of a message: `values` that are coded, scales included, and `exact` ones that stay float32."""
+    if codec == "float32":
+        return 4 * (values + exact)
+    if codec == "bfloat16":
+        return 2 * values + 4 * exact
+    codes = values if codec == "int8" else -(-values // 2)
+    return codes + SCALE_BYTES * -(-values // BLOCK) + 4 * exact
+
+
+def encode(
+    x: Floats,  # (n,)
+    codec: Codec,
+    draw: np.random.Generator | None = None,  # int8 and int4 round by it
+) -> Bytes:  # (payload_bytes(codec, n),): the codes, then the scales
+    """Raises ValueError where int8 or int4 is given no draw."""
+    if codec == "float32":
+        return _bytes(x.astype("<f4"))
+    if codec == "bfloat16":
+        return _bytes(_to_bfloat16(x))
+    if draw is None:
+        raise ValueError(f"{codec} rounds by chance: give a generator, such as draws.generator(seed, 'codec', ...)")
+    blocks = np.pad(x, (0, -len(x) % BLOCK)).reshape(-1, BLOCK).astype(np.float64)
+    with np.errstate(invalid="ignore", over="ignore"):
+        scales = _scales(np.abs(blocks).max(axis=1, initial=0.0) / Q_MAX[codec])
+        steps = _from_bfloat16(scales).astype(np.float64)
+        steps = np.where(steps > 0, steps, 1.0)[:, None]  # a NaN's block: any codes, its scale says NaN
+        rounded = np.floor(np.where(np.isfinite(blocks), blocks, 0.0) / steps + draw.random(blocks.shape))
+    codes = np.clip(rounded, -Q_MAX[codec], Q_MAX[codec]).astype(np.int8).reshape(-1)[: len(x)]
+    return np.concatenate([_bytes(codes) if codec == "int8" else _pack_nibbles(codes), _bytes(scales)])
+
+
+def decode(data: Bytes, codec: Codec, count: int) -> Floats:  # (count,)
+    """What `encode` made of `count` values. Raises ValueError where `data` has not the length of that."""
+    if len(data) != payload_bytes(codec, count):
+        raise ValueError(f"{len(data)} bytes; {count} values in {codec} are {payload_bytes(codec, count)}")
+    if codec == "float32":
+        return data.view("<f4").astype(np.float32)
+    if codec == "bfloat16":
+        return _from_bfloat16(data.view("<u2"))
+    cut = len(data) - SCALE_BYTES * -(-count // BLOCK)
+    codes = data[:cut].view(np.int8) if codec == "int8" else _unpack_nibbles(data[:cut], count)
+    scales = _from_bfloat16(data[cut:].copy().view("<u2"))
+    steps = np.where(np.isfinite(scales), scales, np.float32(np.nan)).astype(np.float64)
+    limit = float(np.finfo(np.float32).max)  # scales are rounded up: the largest of all values must not overflow
+    x: Floats = np.clip(codes * np.repeat(steps, BLOCK)[:count], -limit, limit).astype(np.float32)
+    return x
+
+
+def to_integers(
+    x: Floats,  # any shape
+    step: float,  # the same at every client
+    draw: np.random.Generator,
+) -> NDArray[np.int64]:  # the shape of x
+    """floor(x / step + u): numbers whose sum is the same in any order and modulo any 2^b, as secure aggregation needs.
+
+    With K clients, |from_integers(sum_k to_integers(x_k), step) - sum_k x_k| < K step for each value, float32's own
+    rounding of the result aside; without bias, and with a standard deviation of at most sqrt(K) step / 2 where the
+    clients' draws are independent.
+    Raises ValueError for a step that is not positive, and where a value is not finite or above 2^52 steps.
+    """
+    if not (step > 0 and np.isfinite(step)):
+        raise ValueError(f"a step of {step}; it must be positive and finite")
+    with np.errstate(over="ignore"):
+        scaled = x.astype(np.float64) / step
+    if not (np.abs(scaled) <= INTEGER_LIMIT).all():
+        raise ValueError(f"a value is not finite, or more than 2^52 steps of {step:g}: take a larger step")
+    return np.floor(scaled + draw.random(x.shape)).astype(np.int64)
+
+
+def from_integers(total: NDArray[np.int64], step: float) -> Floats:
+    """The sum of the clients' values, from the sum of their integers."""
+    return (total * np.float64(step)).astype(np.float32)
+
+
+# --- bits ---
+
+
+def _to_bfloat16(x: Floats) -> NDArray[np.uint16]:
+    """To nearest, ties to even: half of the last place is added, less one where that place is even."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    rounded = (bits + (np.uint32(0x7FFF) + ((bits >> 16) & 1))) >> 16
+    return np.where(np.isnan(x), (bits >> 16) | 0x40, rounded).astype("<u2")  # a NaN's carry would make it a number
+
+
+def _from_bfloat16(bits: NDArray[np.uint16]) -> Floats:
+    floats: Floats = (bits.astype(np.uint32) << 16).view(np.float32)
+    return floats
+
+
+def _scales(x: NDArray[np.float64]) -> NDArray[np.uint16]:
+    """Non-negative numbers as bfloat16, rounded up; NaN for what is not finite."""
+    bits = x.astype(np.float32).view(np.uint32)
+    return np.where(np.isfinite(x), (bits + np.uint32(0xFFFF)) >> 16, 0x7FC0).astype("<u2")
+
+
+def _pack_nibbles(codes: NDArray[np.int8]) -> Bytes:
+    """Codes -8..7, two a byte, the first in the lower half; an odd one out is followed by a zero."""
+    nibbles = np.pad(codes, (0, len(codes) % 2)).view(np.uint8) & np.uint8(0x0F)
+    return nibbles[::2] | (nibbles[1::2] << np.uint8(4))
+
+
+def _unpack_nibbles(data: Bytes, count: int) -> NDArray[np.int8]:
+    nibbles = np.stack([data & 0x0F, data >> 4], axis=1).reshape(-1)[:count]
+    return (nibbles ^ 8).astype(np.int8) - np.int8(8)
+
+
+def _bytes(x: NDArray[np.generic]) -> Bytes:
+    return np.frombuffer(np.ascontiguousarray(x).tobytes(), np.uint8)

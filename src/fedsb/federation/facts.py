@@ -1,0 +1,85 @@
+"""What a configuration asks of a method, against the method's facts: refused with the fact named, never changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from fedsb.adapters.adapted import Shapes
+from fedsb.errors import UserError, did_you_mean
+from fedsb.methods.contract import Method
+from fedsb.settings import Choice, Config
+
+BYTES_A_TRAINED_VALUE = 16  # float32: the value, its gradient and Adam's two moments
+
+
+def refuse_what_facts_forbid(config: Config, method: Method) -> None:
+    """Raises UserError with every combination that the method's facts rule out."""
+    facts, faults = method.facts, []
+    if config.server.optimizer != "none" and not facts.plain_mean:
+        faults.append(
+            f"server.optimizer = {config.server.optimizer!r}: {facts.id} does not take a plain mean (its fact "
+            "plain_mean is false), so there is nothing for it to step to; set it to 'none'"
+        )
+    if config.train.keep_optimizer and facts.turns:
+        faults.append(
+            f"train.keep_optimizer: the coordinates of {facts.id} turn between rounds (its fact turns is true), old "
+            "moments would point elsewhere; set it to false"
+        )
+    asked = [key for key in ("ranks", "memory_mib") if getattr(config.clients, key) is not None]
+    if asked and not facts.mixed_ranks:
+        faults.append(f"clients.{asked[0]}: all clients of {facts.id} have one rank (its fact mixed_ranks is false)")
+    if len(asked) == 2:
+        faults.append("clients.ranks and clients.memory_mib both set the ranks; give one of them")
+    if faults:
+        raise UserError("\n".join(faults))
+
+
+def client_ranks(
+    config: Config, method: Method, shapes: Shapes, clients: Sequence[str]
+) -> tuple[dict[str, int], list[Choice]]:
+    """(client -> total rank, of those whose rank is not the method's; what to say of it).
+
+    Raises UserError for an unknown client, or a rank that cannot be.
+    """
+    by_rank = _by_client("clients.ranks", config.clients.ranks, clients)
+    by_memory = _by_client("clients.memory_mib", config.clients.memory_mib, clients)
+    ranks = {client: int(rank) for client, rank in by_rank.items()}
+    ranks |= {client: fitting_rank(method, shapes, mib * 2**20, client) for client, mib in by_memory.items()}
+    for rank in set(ranks.values()):
+        method.at(rank)
+    if not ranks:
+        return {}, []
+    reason = "as asked" if by_rank else "the largest that clients.memory_mib holds, 16 bytes a trained value"
+    shown = ", ".join(f"{client}: {rank}" for client, rank in sorted(ranks.items()))
+    different = {client: rank for client, rank in ranks.items() if rank != method.total_rank}
+    return different, [Choice(key="clients.ranks", value=shown, reason=reason)]
+
+
+def fitting_rank(method: Method, shapes: Shapes, budget_bytes: float, client: str) -> int:
+    """The largest total rank whose trained values fit; what is trained is what goes up.
+
+    Raises UserError where none does.
+    """
+    for rank in range(method.total_rank, 0, -1):
+        try:
+            own = method.at(rank)
+        except UserError:  # between two numbers of blocks
+            continue
+        if own.traffic(shapes, head=0, clients=1).up * BYTES_A_TRAINED_VALUE <= budget_bytes:
+            return rank
+    raise UserError(f"clients.memory_mib: {budget_bytes / 2**20:g} MiB of {client!r} hold not even the smallest rank")
+
+
+def _by_client(
+    key: str, given: Sequence[float] | Mapping[str, float] | None, clients: Sequence[str]
+) -> dict[str, float]:
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        if not given:
+            raise UserError(f"{key} is an empty list")
+        return {client: given[i % len(given)] for i, client in enumerate(clients)}
+    for name in given:
+        if name not in clients:
+            raise UserError(f"{key} names the client {name!r}; {did_you_mean(name, clients)}")
+    return dict(given)

@@ -1,0 +1,25 @@
+"""Who takes part in which round, known before the first: a function of (seed, round)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from fedsb.draws import generator
+from fedsb.settings import Config
+
+
+def sample(names: Sequence[str], round: int, config: Config) -> list[str]:
+    """The clients of a round, in the order of `names`: all, or a draw keyed by (seed, round)."""
+    wanted = config.server.clients_per_round
+    if wanted is None or wanted >= len(names):
+        return list(names)
+    chosen = generator(config.seed, "cohort", round).permutation(len(names))[:wanted]
+    return [names[i] for i in sorted(chosen)]
+
+
+def whole_broadcasts(names: Sequence[str], config: Config, odd: Collection[str]) -> list[int]:
+    """For each round, how many broadcasts a lossy codec leaves whole (link.py): all but those to clients that were in
+    the round before; `odd` are the clients whose rank is not the method's."""
+    cohorts = [set(sample(names, round, config)) for round in range(config.rounds)]
+    up_to_date = [set[str](), *(cohort - set(odd) for cohort in cohorts)]
+    return [len(cohort - before) for cohort, before in zip(cohorts, up_to_date, strict=False)]

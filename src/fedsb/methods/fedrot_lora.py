@@ -1,0 +1,51 @@
+"""FedRot-LoRA: every client turns its factors onto the last global ones before they are averaged.
+
+    O_k = argmin over orthogonal O of ||B_k O - B||^2 + ||O' A_k - A||^2
+    A <- sum_k p_k O_k' A_k,   B <- sum_k p_k B_k O_k        (O_k' turns A_k and O_k turns B_k: their product stays)
+
+Paper: "FedRot-LoRA: Mitigating Rotational Misalignment in Federated LoRA", Zhang et al. 2026, arXiv 2602.23638.
+O_k = P Q' from the SVD P D Q' of B_k' B + A_k A' (r x r): the orthogonal Procrustes problem, over both factors at
+once and at full strength. The authors' code fits A and B in alternate rounds from the second on, without reflections,
+and has a partial rotation too.
+
+Shapes, a layer: A (r, n) from a seed, B (m, r), zero at the start. s = alpha / r.
+What travels: A and B, up and down: r (m + n) values, as in FedIT.
+Limits: not exact, but nearer than FedIT where clients differ by a rotation only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from fedsb.adapters.adapted import Tensors
+from fedsb.methods.contract import Facts
+from fedsb.methods.fedit import FedIT, layers_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class FedRotLoRA(FedIT):
+    facts: ClassVar[Facts] = Facts(
+        id="fedrot-lora",
+        paper="FedRot-LoRA, Zhang et al., arXiv 2602.23638",
+        travels="A and B, turned onto the last global ones, up; their means down",
+        adapter="factors",
+        exact=False,
+        sum_only=True,
+        dp_noise="quadratic",
+        turns=True,
+    )
+
+    def upload(self, received: Tensors, trained: Tensors, round: int) -> tuple[Tensors, Tensors]:
+        sent = dict(trained)
+        for layer in layers_of(trained):
+            A, B = trained[f"{layer}.A"].double(), trained[f"{layer}.B"].double()
+            P, _, Qh = torch.linalg.svd(B.mT @ received[f"{layer}.B"].double() + A @ received[f"{layer}.A"].double().mT)
+            O = P @ Qh  # noqa: E741
+            sent |= {
+                f"{layer}.A": (O.mT @ A).to(trained[f"{layer}.A"]),
+                f"{layer}.B": (B @ O).to(trained[f"{layer}.B"]),
+            }
+        return sent, {}

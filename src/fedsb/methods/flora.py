@@ -1,0 +1,77 @@
+"""FLoRA: the clients' factors are stacked, added to the base, and everyone starts afresh.
+
+    W0 <- W0 + [p_1 s B_1, ..., p_c s B_c] [A_1; ...; A_c]        then A random, B = 0
+
+Paper: "FLoRA: Federated Fine-Tuning Large Language Models with Heterogeneous Low-Rank Adaptations", Wang et al.,
+NeurIPS 2024, arXiv 2409.05976. The weights stand on one side only.
+
+Shapes, a layer: A_k (r_k, n), random from (seed, round); B_k (m, r_k), zero at every start. s = alpha / r, the same for
+all.
+What travels: A_k and B_k up, r_k (m + n) values; the stack down, sum_k r_k (m + n), or m n where that is less. It stays
+in the carried adapter (adapters/carry.py); a site that missed a round gets all of that.
+Limits: the server, and with the stack every client, sees everyone's factors. An ordinary LoRA of the result has a high
+rank. An optimiser's moments mean nothing after a fresh start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+
+from fedsb.adapters.adapted import Shapes, Tensors
+from fedsb.adapters.basis import Basis
+from fedsb.adapters.carry import news_of, news_values
+from fedsb.adapters.factors import factor_start
+from fedsb.adapters.low_rank import weighted_stack
+from fedsb.methods.averaging import ServerOptimizer, average
+from fedsb.methods.contract import Facts, State, Traffic, Update
+from fedsb.methods.fedit import FedIT, layers_of
+
+SEED = "seed"  # in common: every round's A is drawn from it
+
+
+@dataclass(frozen=True, kw_only=True)
+class FLoRA(FedIT):
+    facts: ClassVar[Facts] = Facts(
+        id="flora",
+        paper="FLoRA, Wang et al., arXiv 2409.05976",
+        travels="A and B up; every client's A and B down",
+        adapter="factors",
+        exact=True,
+        sum_only=False,
+        changes_base=True,
+        mixed_ranks=True,
+        plain_mean=False,
+        turns=True,
+        dp_noise="quadratic",
+    )
+
+    def traffic(self, shapes: Shapes, *, head: int, clients: int, round: int = 1) -> Traffic:
+        up = sum(self.rank * (m + n) for m, n in shapes.values())
+        stack = sum(news_values(m, n, clients * self.rank) for m, n in shapes.values()) if round else 0
+        return Traffic(up=up, down=stack, head=head)
+
+    def start(self, shapes: Shapes, basis: Basis | None, head: Tensors, seed: int) -> State:
+        first = factor_start(shapes, self.rank, seed)
+        return State(tensors=dict(head), common={**first, SEED: torch.tensor(seed)})
+
+    def receive(self, common: Tensors, message: Tensors, kept: Tensors, round: int) -> Tensors:
+        """A and B of this round's start are drawn from the seed; a client of a lower rank has the leading rows of A."""
+        own = super().receive(common, message, kept, round)
+        seed = int(own.pop(SEED))
+        shapes = {layer: (len(own[f"{layer}.B"]), own[f"{layer}.A"].shape[1]) for layer in layers_of(own)}
+        fresh = factor_start(shapes, self.rank, seed, round)
+        return own | {key: tensor.to(own[key].dtype) for key, tensor in fresh.items()}
+
+    def aggregate(self, state: State, updates: Sequence[Update], server: ServerOptimizer) -> State:
+        news: Tensors = {}
+        for layer in layers_of(state.common):
+            B, A = weighted_stack(updates, layer, self.scale)
+            news |= news_of(layer, B.to(state.common[f"{layer}.B"]), A.to(state.common[f"{layer}.A"]))
+        head = [replace(u, tensors={key: u.tensors[key] for key in state.tensors}) for u in updates]
+        common = self.follow(state.common, news)
+        tensors = average(head, state.tensors)
+        return replace(state, round=state.round + 1, tensors=tensors, common=common, news=news)

@@ -1,0 +1,273 @@
+"""Codecs: numbers by hand, errors within their bounds, no bias, the stated bytes, and nothing that crashes."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from fedsb.draws import generator
+from fedsb.federation.codec import (
+    BLOCK,
+    CODECS,
+    Q_MAX,
+    Codec,
+    decode,
+    encode,
+    from_integers,
+    payload_bytes,
+    to_integers,
+)
+
+ROUNDED: tuple[Codec, ...] = ("int8", "int4")
+LARGEST = float(np.finfo(np.float32).max)
+
+
+def through(x: np.ndarray, codec: Codec, key: int = 0) -> np.ndarray:
+    return decode(encode(x.astype(np.float32), codec, generator(key, "codec")), codec, x.size)
+
+
+def steps(x: np.ndarray, codec: Codec) -> np.ndarray:
+    """An upper bound of each value's step: max |block| / q_max, rounded up by at most 2^-7."""
+    blocks = np.pad(x.astype(np.float64), (0, -x.size % BLOCK)).reshape(-1, BLOCK)
+    step = np.abs(blocks).max(axis=1, initial=0) / Q_MAX[codec] * (1 + 2**-7) + 2.0**-133
+    return np.repeat(step, BLOCK)[: x.size]
+
+
+# --- by hand ---
+
+
+@pytest.mark.parametrize(
+    ("codec", "count", "size"),
+    [
+        ("float32", 100, 400),
+        ("bfloat16", 100, 200),
+        ("int8", 100, 100 + 2 * 2),  # two blocks of 64
+        ("int4", 100, 50 + 2 * 2),
+        ("int4", 101, 51 + 2 * 2),
+        ("int8", 64, 64 + 2),
+        ("int8", 65, 65 + 4),
+        ("int4", 1, 1 + 2),
+        *((codec, 0, 0) for codec in CODECS),
+    ],
+)
+def test_bytes_by_hand(codec: Codec, count: int, size: int) -> None:
+    assert payload_bytes(codec, count) == size
+    assert payload_bytes(codec, count, exact=3) == size + 12
+    assert len(encode(np.ones(count, np.float32), codec, generator(0))) == size
+
+
+def test_int8_by_hand() -> None:
+    """The largest value, 127, makes the step 1: whole numbers are themselves, whatever the draw. 1.0 is 0x3F80."""
+    x = np.array([127, -127, 5, 0], np.float32)
+    data = encode(x, "int8", generator(0))
+    assert data.tolist() == [127, 256 - 127, 5, 0, 0x80, 0x3F]
+    assert decode(data, "int8", 4).tolist() == x.tolist()
+
+
+def test_int4_by_hand() -> None:
+    """Two a byte, the first in the lower half, in two's complement; the odd one out is followed by a zero."""
+    x = np.array([7, -7, 1, -1, 3], np.float32)
+    data = encode(x, "int4", generator(0))
+    assert data.tolist() == [0x97, 0xF1, 0x03, 0x80, 0x3F]
+    assert decode(data, "int4", 5).tolist() == x.tolist()
+
+
+def test_a_block_of_its_own_scale() -> None:
+    """64 values of 7 and one of 0.07: the small one is not drowned, it has a block of its own."""
+    x = np.array([7.0] * 64 + [0.07], np.float32)
+    got = through(x, "int4")
+    assert got[:64].tolist() == [7.0] * 64
+    assert got[64] == pytest.approx(0.07, rel=2**-7 + 1 / 7)
+
+
+@pytest.mark.parametrize(
+    ("x", "bits"),
+    [
+        (1.0, 0x3F80),
+        (-2.5, 0xC020),
+        (1 + 2**-8, 0x3F80),  # halfway between 1 and 1 + 2^-7: to the even 1
+        (1 + 3 * 2**-8, 0x3F82),  # halfway between 1 + 2^-7 and 1 + 2^-6: to the even 1 + 2^-6
+        (1 + 2**-8 + 2**-20, 0x3F81),  # above the half
+        (0.0, 0x0000),
+        (-0.0, 0x8000),
+        (2.0**-133, 0x0001),  # the smallest
+        (math.inf, 0x7F80),
+        (-math.inf, 0xFF80),
+        (LARGEST, 0x7F80),  # nearer to infinity than to the largest bfloat16
+    ],
+)
+def test_bfloat16_by_hand(x: float, bits: int) -> None:
+    assert encode(np.array([x], np.float32), "bfloat16").view("<u2").tolist() == [bits]
+
+
+def test_bfloat16_agrees_with_torch_on_random_bits() -> None:
+    import torch
+
+    bits = generator(0, "bits").integers(0, 2**32, 200_000, dtype=np.uint32)
+    x = bits.view(np.float32)
+    got = decode(encode(x, "bfloat16"), "bfloat16", x.size)
+    wanted = torch.from_numpy(x.copy()).to(torch.bfloat16).float().numpy()
+    assert np.array_equal(got, wanted, equal_nan=True)
+
+
+# --- errors and bias ---
+
+
+@pytest.mark.parametrize("codec", ROUNDED)
+@pytest.mark.parametrize("seed", range(30))
+def test_the_error_stays_below_a_step(codec: Codec, seed: int) -> None:
+    """Random lengths, spreads over 60 powers of ten, zeros among them."""
+    draw = generator(seed, "errors")
+    x = draw.standard_normal(int(draw.integers(0, 400))) * 10.0 ** draw.uniform(-40, 20)
+    x = np.where(draw.random(x.size) < 0.2, 0, x * 10.0 ** draw.uniform(-3, 3, x.size)).astype(np.float32)
+    got = through(x, codec, seed)
+    assert got.dtype == np.float32 and got.shape == x.shape
+    assert np.all(np.abs(got.astype(np.float64) - x) <= steps(x, codec) * (1 + 1e-6))
+    assert np.all(got[x == 0] == 0)
+    assert np.all((np.sign(got) == np.sign(x)) | (got == 0))
+
+
+@pytest.mark.parametrize("codec", ROUNDED)
+def test_no_bias(codec: Codec) -> None:
+    """The mean of 4,000 codings of 64 values: 6 standard errors of the mean, each at most step / 2 / sqrt(4000).
+
+    The keys are fixed, so the outcome is: it cannot fail by chance.
+    """
+    x = generator(0, "values").standard_normal(BLOCK).astype(np.float32)
+    mean = np.mean([through(x, codec, key) for key in range(4000)], axis=0, dtype=np.float64)
+    assert np.all(np.abs(mean - x) < 6 * steps(x, codec) / 2 / math.sqrt(4000))
+    nearest = np.round(x / steps(x, codec)) * steps(x, codec)  # which has a bias that this test would see
+    assert np.any(np.abs(nearest - x) > 6 * steps(x, codec) / 2 / math.sqrt(4000))
+
+
+def test_bfloat16_error() -> None:
+    x = generator(0).standard_normal(1000).astype(np.float32)
+    assert np.all(np.abs(through(x, "bfloat16") - x) <= np.abs(x) * 2**-8)
+
+
+@pytest.mark.parametrize("codec", ROUNDED)
+def test_the_same_key_gives_the_same_bytes(codec: Codec) -> None:
+    x = generator(0).standard_normal(200).astype(np.float32)
+    one, same, other = (encode(x, codec, generator(*key)).tobytes() for key in ((1, "a"), (1, "a"), (1, "b")))
+    assert one == same != other
+
+
+# --- the edges ---
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize(
+    "x",
+    [
+        pytest.param([], id="empty"),
+        pytest.param([3.0], id="one"),
+        pytest.param([0.0] * 130, id="zeros"),
+        pytest.param([-0.0, 0.0], id="minus zero"),
+        pytest.param([2.0**-140, -(2.0**-149), 0.0], id="denormal"),
+        pytest.param([1e38, -1e38, 1e-38], id="huge and small"),
+    ],
+)
+def test_edges(codec: Codec, x: list[float]) -> None:
+    values = np.array(x, np.float32)
+    got = through(values, codec)
+    assert got.shape == values.shape and np.all(np.isfinite(got))
+    bound = {"float32": 0 * values, "bfloat16": np.abs(values) * 2.0**-8 + 2.0**-134}
+    bound |= {codec: steps(values, codec) for codec in ROUNDED}
+    assert np.all(np.abs(got.astype(np.float64) - values) <= bound[codec])
+
+
+@pytest.mark.parametrize("codec", ROUNDED)
+def test_the_largest_float_stays_finite(codec: Codec) -> None:
+    """Its scale is rounded up, so q_max times the scale is above the largest float32."""
+    got = through(np.array([LARGEST, -LARGEST], np.float32), codec)
+    assert np.all(np.isfinite(got)) and got[0] > 0.98 * LARGEST * (1 - 1 / Q_MAX[codec])
+
+
+@pytest.mark.parametrize("codec", ROUNDED)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_bad_value_spoils_its_block_and_no_other(codec: Codec, bad: float) -> None:
+    """So that the server sees it and drops the update, as it would in float32."""
+    x = np.ones(3 * BLOCK, np.float32)
+    x[BLOCK + 5] = bad
+    got = through(x, codec).reshape(3, BLOCK)
+    assert np.isnan(got[1]).all()
+    assert np.isfinite(got[[0, 2]]).all()
+
+
+def test_a_scale_that_lies_is_seen() -> None:
+    for scale in (0x7F80, 0xFF80, 0x7FC0, 0xFFFF):  # both infinities and two NaNs
+        data = np.array([1, 0, scale & 0xFF, scale >> 8], np.uint8)
+        assert np.isnan(decode(data, "int8", 2)).all()
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_any_bytes_of_the_right_length_decode_and_others_are_refused(codec: Codec) -> None:
+    draw = generator(0, codec)
+    for count in (0, 1, 2, 63, 64, 65, 200):
+        size = payload_bytes(codec, count)
+        for _ in range(20):
+            data = np.frombuffer(draw.bytes(size), np.uint8)
+            assert decode(data, codec, count).shape == (count,)
+        for wrong in (size + 1, size - 1, 0, size + 4):
+            if 0 <= wrong != size:
+                with pytest.raises(ValueError, match=f"{wrong} bytes; {count} values in {codec} are {size}"):
+                    decode(np.zeros(wrong, np.uint8), codec, count)
+
+
+def test_rounding_by_chance_needs_a_draw() -> None:
+    with pytest.raises(ValueError, match="int8 rounds by chance"):
+        encode(np.ones(2, np.float32), "int8")
+
+
+# --- integers for secure sums ---
+
+
+@pytest.mark.parametrize("clients", [1, 2, 5, 50])
+def test_the_sum_of_integers_is_the_sum(clients: int) -> None:
+    """Within K steps always; within 6 of the stated standard deviations with these keys."""
+    step, draw = 1e-3, generator(clients, "integers")
+    x = [draw.standard_normal((7, 30)).astype(np.float32) for _ in range(clients)]
+    total = np.sum([to_integers(each, step, generator(0, "codec", k)) for k, each in enumerate(x)], axis=0)
+    assert total.dtype == np.int64
+    error = np.abs(from_integers(total, step).astype(np.float64) - np.sum(x, axis=0, dtype=np.float64))
+    assert np.all(error < clients * step + 1e-5)  # float32's rounding of the result
+    assert np.all(error < 6 * math.sqrt(clients) * step / 2 + 1e-5)
+
+
+def test_a_sum_modulo_a_power_of_two_is_the_sum() -> None:
+    """What masks do: each client adds a mask modulo 2^32, the masks cancel, and the small sum is still there."""
+    step, draw = 1e-4, generator(0, "masks")
+    x = [draw.standard_normal(50).astype(np.float32) for _ in range(2)]
+    plain = [to_integers(each, step, generator(k)) for k, each in enumerate(x)]
+    mask = draw.integers(0, 2**32, 50)
+    masked = ((plain[0] + mask) % 2**32 + (plain[1] - mask) % 2**32) % 2**32
+    centred = (masked + 2**31) % 2**32 - 2**31
+    assert np.array_equal(centred, plain[0] + plain[1])
+
+
+def test_integers_by_hand() -> None:
+    whole = np.array([[3.0, -2.0], [0.0, 2.0**40]], np.float32)
+    assert to_integers(whole, 1.0, generator(0)).tolist() == whole.tolist()  # nothing to round
+    assert to_integers(np.float32(0.5) * whole, 0.5, generator(0)).tolist() == whole.tolist()
+    halves = to_integers(np.full(10_000, 0.5, np.float32), 1.0, generator(0))
+    assert set(halves.tolist()) == {0, 1} and abs(halves.mean() - 0.5) < 6 * 0.5 / 100
+    assert to_integers(np.zeros(0, np.float32), 1.0, generator(0)).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("value", "step", "said"),
+    [
+        (1.0, 0.0, "a step of 0"),
+        (1.0, -1.0, "a step of -1"),
+        (1.0, math.nan, "a step of nan"),
+        (math.nan, 1.0, "not finite, or more than 2\\^52 steps"),
+        (math.inf, 1.0, "not finite"),
+        (1e20, 1e-3, "take a larger step"),
+        (1.0, 1e-320, "take a larger step"),
+    ],
+)
+def test_integers_refuse(value: float, step: float, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        to_integers(np.array([value], np.float32), step, generator(0))

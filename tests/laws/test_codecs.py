@@ -1,0 +1,210 @@
+"""Laws 3, 4, 5 and 7 with a lossy codec: whole runs on a tiny model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import adapter_bytes, set_all
+from fedsb.config import load_config
+from fedsb.engines import Engine, Replies
+from fedsb.engines.embedded import EmbeddedEngine
+from fedsb.federation.codec import CODECS, Q_MAX
+from fedsb.federation.payload import unpack
+from fedsb.methods import method_type
+from fedsb.methods.contract import Method, State
+from fedsb.pricing import estimate
+from fedsb.record import Record, read_manifest
+from fedsb.run import federate, method_of, resume, sample
+from fedsb.settings import Config
+
+LOSSY = ("bfloat16", "int8", "int4")
+
+
+def run(config: dict[str, Any], out: Path, **changes: Any) -> Path:
+    return federate(load_config(set_all(config, out=str(out), **changes))).folder
+
+
+def sent_bytes(folder: Path) -> dict[str, int]:
+    rows = Record(folder, {}).rows("traffic.jsonl")
+    return {way: sum(row["bytes"] for row in rows if row["direction"] == way) for way in ("up", "down")}
+
+
+@pytest.mark.parametrize(
+    ("method", "clients_per_round"),
+    [
+        pytest.param({"name": "fed-sb", "rank": 4}, 2, id="fed-sb"),
+        pytest.param({"name": "fed-sb", "rank": 3, "blocks": 2}, 3, id="fed-sb, everyone"),
+        pytest.param({"name": "ravan", "rank": 2, "blocks": 3}, 2, id="ravan"),
+        pytest.param({"name": "fedit", "rank": 2}, 2, id="fedit"),
+        pytest.param({"name": "fedsvd", "rank": 2}, 2, id="fedsvd"),
+        pytest.param({"name": "rolora", "rank": 2}, 3, id="rolora"),  # who is late gets both factors
+        pytest.param({"name": "flora", "rank": 2}, 3, id="flora"),  # and here all of the carried adapter
+        pytest.param({"name": "local", "rank": 2}, 2, id="local"),
+        pytest.param({"name": "central", "rank": 2}, 3, id="central"),
+    ],
+)
+@pytest.mark.parametrize("codec", CODECS)
+def test_law_4_bytes_of_every_codec(
+    tiny_config: dict[str, Any], tmp_path: Path, codec: str, method: dict[str, Any], clients_per_round: int
+) -> None:
+    """Bytes measured on all envelopes of a run equal the price in its manifest, and that of `fedsb check`."""
+    server = {"codec": codec, "clients_per_round": clients_per_round}
+    config = set_all(tiny_config, method=method, server=server, rounds=4, train={"steps": 1})
+    folder = run(config, tmp_path)
+    (mine, *_), (checked, *_) = read_manifest(folder)["prices"], estimate(load_config(config))["prices"]
+    assert checked == mine
+    assert sent_bytes(folder) == {"up": mine["up_bytes"], "down": mine["down_bytes"]}
+    if codec != "float32" and mine["total_bytes"]:
+        plain = run(config, tmp_path / "plain", server={"clients_per_round": clients_per_round})
+        share = sent_bytes(folder)["up"] / sent_bytes(plain)["up"]
+        assert share < {"bfloat16": 0.51, "int8": 0.27, "int4": 0.15}[codec]
+
+
+def test_law_4_the_ledgers_head_is_as_it_was_priced(tiny_config: dict[str, Any], tmp_path: Path) -> None:
+    from fedsb.report import summary
+
+    folder = run(set_all(tiny_config, server={"codec": "int4"}), tmp_path)
+    measured, mine = summary(folder)["bytes"]["federation"], read_manifest(folder)["prices"][0]
+    assert measured["with_head"]["total"] == mine["total_bytes"]
+    assert measured["without_head"]["total"] == mine["total_bytes_without_head"]
+
+
+class StopAfterOne:
+    """Ctrl-C behind the first round."""
+
+    def settings(self, choices: Any) -> None: ...
+    def note(self, text: str) -> None: ...
+    def round(self, row: Any, rounds: int) -> None:
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("method", "codec"),
+    [
+        *(
+            pytest.param({"name": name, "rank": 2}, "int4", id=f"{name}, int4")
+            for name in ("fed-sb", "fedit", "rolora", "fedsa-lora", "fedsvd", "flora", "fedex-lora")
+        ),
+        pytest.param({"name": "hetlora", "rank": 4, "gamma": 0.5, "penalty_weight": 0.1}, "int4", id="hetlora, int4"),
+        pytest.param({"name": "fed-sb", "rank": 4}, "int8", id="fed-sb, int8"),
+        pytest.param({"name": "fed-sb", "rank": 4}, "bfloat16", id="fed-sb, bfloat16"),
+    ],
+)
+def test_law_5_resume_is_bit_exact(
+    tiny_config: dict[str, Any], tmp_path: Path, method: dict[str, Any], codec: str
+) -> None:
+    """With what sites hold in the checkpoint and what they are owed beside their optimisers; 2 of 3 clients a round."""
+    facts = method_type(method["name"]).facts
+    train = {**tiny_config["train"], "keep_optimizer": not (facts.turns or facts.mixed_ranks)}
+    config = set_all(tiny_config, method=method, train=train, rounds=4)
+    config |= {"server": {"clients_per_round": 2, "codec": codec}}
+    whole = run(config, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        federate(load_config(set_all(config, out=str(tmp_path / "broken"))), StopAfterOne())
+    broken = tmp_path / "broken" / "tiny"
+    with pytest.raises(KeyboardInterrupt):
+        resume(broken, StopAfterOne())
+    resume(broken)
+    assert adapter_bytes(whole) == adapter_bytes(broken)
+    for ledger in ("rounds.jsonl", "traffic.jsonl"):
+        rows = [Record(path, {}).rows(ledger) for path in (whole, broken)]
+        assert [{**row, "seconds": 0} for row in rows[0]] == [{**row, "seconds": 0} for row in rows[1]]
+    states = [Record(path, Record.open(path).manifest).latest() for path in (whole, broken)]
+    assert states[0] is not None and states[1] is not None
+    for part in ("tensors", "held", "common"):
+        one, other = getattr(states[0], part), getattr(states[1], part)
+        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    assert bool(states[0].held) != facts.changes_base
+    kept = Record.open(whole).take_up(4)
+    owed = {key for own in kept.values() for key in own if key.startswith("codec/")}
+    assert bool(owed) != facts.turns
+
+
+@pytest.mark.parametrize("codec", LOSSY)
+@pytest.mark.parametrize("method", [{"name": "fed-sb", "rank": 4}, {"name": "fedit", "rank": 2}])
+def test_law_3_a_dropped_client_is_one_that_was_not_there(
+    tiny_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: dict[str, Any], codec: str
+) -> None:
+    """Bit for bit: what it was owed before that round it is owed after it."""
+    config = set_all(tiny_config, method=method, engine={"cohort_size": 1}, rounds=4, server={"codec": codec})
+    bad, bad_round = "site 1", 1
+
+    def without(engine: Engine, round: int, settings: Config) -> Sequence[str]:
+        return [name for name in sample(engine, round, settings) if (name, round) != (bad, bad_round)]
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fedsb.run.sample", without)
+        wanted = run(config, tmp_path / "without")
+
+    train = EmbeddedEngine.train
+
+    def harmed(
+        self: EmbeddedEngine,
+        method: Method,
+        state: State,
+        cohort: Sequence[str],
+        kept: Mapping[str, Any],
+        late: Set[str],
+    ) -> Replies:
+        replies = train(self, method, state, cohort, kept, late)
+        if state.round != bad_round:
+            return replies
+        envelopes = [(name, b"torn" if name == bad else data) for name, data in replies.envelopes]
+        return replace(replies, envelopes=envelopes)
+
+    monkeypatch.setattr(EmbeddedEngine, "train", harmed)
+    got = run(config, tmp_path / "with")
+    assert adapter_bytes(got) == adapter_bytes(wanted)
+
+
+def open_engine(config: dict[str, Any]) -> tuple[EmbeddedEngine, State]:
+    settings = load_config(config).config
+    engine = EmbeddedEngine(settings, method_of(settings), "test")
+    basis, _ = engine.build_basis(engine.method)
+    return engine, engine.method.start(engine.shapes, basis, engine.head, settings.seed)
+
+
+@pytest.mark.parametrize("codec", LOSSY)
+@pytest.mark.parametrize("method", [{"name": "fed-sb", "rank": 4}, {"name": "fedit", "rank": 2}])
+def test_law_7_together_equals_one_after_another(
+    tiny_config: dict[str, Any], method: dict[str, Any], codec: str
+) -> None:
+    """The draws do not depend on the company. A change that differs in its last bits may still be rounded the other
+    way, which costs one step: a few values do, none differs by more."""
+    ends = []
+    for cohort_size in (1, 3):
+        config = set_all(tiny_config, method=method, engine={"cohort_size": cohort_size}, server={"codec": codec})
+        engine, state = open_engine(config)
+        replies = engine.train(engine.method, state, [site.name for site in engine.sites], {})
+        ends.append({name: unpack(envelope).tensors for name, envelope in replies.envelopes})
+    for client, tensors in ends[0].items():
+        one, other = (np.concatenate([end[client][key].reshape(-1) for key in sorted(tensors)]) for end in ends)
+        step = np.abs(one).max() / Q_MAX.get(codec, 128)
+        assert np.abs(one - other).max() <= 1.1 * step
+        assert np.mean(np.abs(one - other) > 2e-4) < 0.01
+
+
+@pytest.mark.parametrize("method", [{"name": "fed-sb", "rank": 4}, {"name": "fedit", "rank": 2}, {"name": "rolora"}])
+def test_a_coded_run_ends_near_the_plain_one(
+    tiny_config: dict[str, Any], tmp_path: Path, method: dict[str, Any]
+) -> None:
+    """Distance of the final state from float32's, in units of the way it has come."""
+    states = {}
+    for codec in CODECS:
+        folder = run(set_all(tiny_config, method=method, server={"codec": codec}, rounds=5), tmp_path / codec)
+        state = Record(folder, Record.open(folder).manifest).latest()
+        assert state is not None
+        states[codec] = state.tensors
+    _, start = open_engine(set_all(tiny_config, method=method))
+    keys = sorted(start.tensors)
+    flat = {codec: torch.cat([tensors[key].flatten() for key in keys]) for codec, tensors in states.items()}
+    way = (flat["float32"] - torch.cat([start.tensors[key].flatten() for key in keys])).norm()
+    gaps = {codec: float((flat[codec] - flat["float32"]).norm() / way) for codec in LOSSY}
+    assert gaps["bfloat16"] < 0.05 and gaps["int8"] < 0.1 and gaps["int4"] < 0.5
