@@ -142,6 +142,23 @@ def test_losses_on_the_way_down_do_not_add_up(name: str) -> None:
     assert 0 < max(gaps[-5:]) < 3 * max(gaps[:5])
 
 
+@pytest.mark.parametrize("name", ["fed-sb", "ravan", "fedit", "rolora", "flora-na", "hetlora", "fedsvd", "fedrot-lora"])
+def test_a_mean_is_a_step_from_what_the_server_has_and_all_else_replaces_it(name: str) -> None:
+    """s + (aggregate(h) - h) for a plain mean that does not turn; aggregate(h) for the others."""
+    wire, (method, state) = link("int4"), start(name)
+    state = one_round(wire, method, state, {})
+    heard = wire.heard(method, state)
+    trained = shaken(heard.tensors, frozenset(heard.tensors), "aggregate")
+    after = replace(heard, round=2, tensors=trained)
+    settled = wire.settled(method, state, heard, after)
+    assert same(settled.held, heard.tensors)
+    assert any(not torch.equal(x, heard.tensors[key]) for key, x in state.tensors.items())
+    steps = name in ("fed-sb", "ravan", "fedit", "rolora")
+    for key, x in settled.tensors.items():
+        wanted = state.tensors[key] + (trained[key] - heard.tensors[key]) if steps else trained[key]
+        assert torch.allclose(x, wanted, atol=1e-6), key
+
+
 def test_in_float32_nothing_is_held_owed_or_changed() -> None:
     wire, (method, state) = link("float32"), start("fed-sb")
     kept: dict[str, Any] = {}

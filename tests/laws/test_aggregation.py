@@ -246,6 +246,10 @@ def test_clients_of_mixed_ranks(method: Method, ranks: tuple[int, ...]) -> None:
             mine = method.at(rank)
             assert mine.total_rank == rank and mine.scale == method.scale
             tensors = mine.receive(state.common, method.broadcast(state, rank=rank), {}, state.round)
+            whole = received(method, state)
+            for layer in SHAPES:
+                for key, leading in corners(method, whole, layer, rank).items():
+                    assert torch.equal(tensors[f"{layer}.{key}"], leading), key
             draw = torch.Generator().manual_seed(10 * round + k)
             for key in sorted(mine.trainable(tensors, round)):
                 tensors[key] = torch.randn(tensors[key].shape, generator=draw, dtype=torch.float64)
@@ -279,6 +283,20 @@ def test_clients_of_mixed_ranks(method: Method, ranks: tuple[int, ...]) -> None:
                 assert torch.allclose(mean[3], R[0][3]) and torch.allclose(mean[:3, 3], R[0][:3, 3])
                 assert torch.allclose(mean[2, :3], (R[0][2, :3] + 3 * R[2][2]) / 4)
                 assert torch.allclose(mean[:2, :2], (R[0][:2, :2] + 2 * R[1] + 3 * R[2][:2, :2]) / 6)
+
+
+def corners(method: Method, whole: dict[str, torch.Tensor], layer: str, rank: int) -> dict[str, torch.Tensor]:
+    """A smaller client's part of a layer, cut from what the largest gets: always the leading one."""
+    A, B = whole[f"{layer}.A"], whole[f"{layer}.B"]
+    if method.adapter == "factors":  # flora's is fresh: the same rows of A, drawn shorter
+        return {"A": A[:rank], "B": B[:, :rank]}
+    R = whole[f"{layer}.R"]
+    if method.facts.id == "ravan":  # the first blocks
+        return {"A": A[:rank], "B": B[:, :rank], "R": R[: rank // method.rank]}
+    h, full = len(R), len(R[0])
+    r = rank // h  # of every block the leading rows, columns and corner
+    rows = [i * full + j for i in range(h) for j in range(r)]
+    return {"A": A[rows], "B": B[:, rows], "R": R[:, :r, :r]}
 
 
 def test_hetlora_prunes_a_tail_that_shrank() -> None:

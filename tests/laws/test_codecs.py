@@ -18,7 +18,9 @@ from fedsb.engines.embedded import EmbeddedEngine
 from fedsb.federation.codec import CODECS, Q_MAX
 from fedsb.federation.payload import unpack
 from fedsb.methods import method_type
-from fedsb.methods.contract import Method, State
+from fedsb.methods.averaging import ServerOptimizer
+from fedsb.methods.contract import Method, State, Update
+from fedsb.methods.fed_sb import FedSB
 from fedsb.pricing import estimate
 from fedsb.record import Record, read_manifest
 from fedsb.run import federate, method_of, resume, sample
@@ -162,6 +164,23 @@ def test_law_3_a_dropped_client_is_one_that_was_not_there(
     monkeypatch.setattr(EmbeddedEngine, "train", harmed)
     got = run(config, tmp_path / "with")
     assert adapter_bytes(got) == adapter_bytes(wanted)
+
+
+def test_a_round_is_aggregated_from_what_the_sites_held(
+    tiny_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server optimiser measures its step from there; what is held at the end is what the last round started from."""
+    aggregate, seen = FedSB.aggregate, []
+
+    def watched(self: FedSB, state: State, updates: Sequence[Update], server: ServerOptimizer) -> State:
+        seen.append(state.tensors)
+        return aggregate(self, state, updates, server)
+
+    monkeypatch.setattr(FedSB, "aggregate", watched)
+    folder = run(tiny_config, tmp_path, server={"codec": "int4", "optimizer": "momentum"})
+    last = Record(folder, Record.open(folder).manifest).latest()
+    assert last is not None and len(seen) == 3
+    assert all(torch.equal(last.held[key], x) for key, x in seen[-1].items())
 
 
 def open_engine(config: dict[str, Any]) -> tuple[EmbeddedEngine, State]:
