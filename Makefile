@@ -25,7 +25,7 @@ install: .venv/installed
 quickstart:
 	@echo "fedsb quickstart: eight organisations train one text classifier, and no text leaves its owner."
 	@echo "  1. install into .venv, about a minute (skipped when it is there already)"
-	@echo "  2. MiniLM (22.7M parameters) on the docstrings of this Python's library: 12 rounds, about 4 minutes on 2 cores"
+	@echo "  2. MiniLM (22.7M parameters) on the docstrings of this Python's library: 12 rounds, about 5 minutes on 2 cores"
 	@echo "  3. an ordinary LoRA adapter and a report, in runs/make-quickstart (made anew each time)"
 	@echo
 	@$(MAKE) -s install

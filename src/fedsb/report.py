@@ -209,7 +209,7 @@ def _prices(prices: Sequence[Json]) -> Json:
         for row in prices
     ]
     others = [row for row in rows if not row.get("this_run")]
-    named = {name: [row for row in others if row["label"].startswith(name.lower())] for name in ("FedIT", "FLoRA")}
+    named = {name: [row for row in others if row["label"].startswith(f"{name.lower()} ")] for name in ("FedIT", "FLoRA")}
     return {"rows": rows, "rivals": {name: found[0] for name, found in named.items() if found}}
 
 

@@ -132,7 +132,7 @@ def print_summary(folder: Path, found: Mapping[str, Any]) -> None:
         f"up {bytes_text(totals['up'])}, down {bytes_text(totals['down'])}"
     )
     for price in manifest.get("prices", []):
-        if not price["this_run"] and price["label"].startswith(("fedit", "flora")) and totals["total"]:
+        if not price["this_run"] and price["label"].startswith(("fedit ", "flora ")) and totals["total"]:
             console.print(
                 f"    {price['label']:<16} would have sent {bytes_text(price['total_bytes'])} for the planned rounds"
             )
