@@ -50,7 +50,11 @@ def manifest(**changes: Any) -> dict[str, Any]:
             "seconds": 0.4,
             "peak_memory_bytes": 2048,
         },
-        "prices": [price("fed-sb (rank 32)", 100, this_run=True), price("fedit (rank 4)", 900), price("flora (rank 4)", 2000)],
+        "prices": [
+            price("fed-sb (rank 32)", 100, this_run=True),
+            price("fedit (rank 4)", 900),
+            price("flora (rank 4)", 2000),
+        ],
         "before": {"score": 0.1, "majority": 0.25},
         "rounds": 2,
         "not_private": "no privacy plan in this run",

@@ -209,7 +209,8 @@ def _prices(prices: Sequence[Json]) -> Json:
         for row in prices
     ]
     others = [row for row in rows if not row.get("this_run")]
-    named = {name: [row for row in others if row["label"].startswith(f"{name.lower()} ")] for name in ("FedIT", "FLoRA")}
+    names = ("FedIT", "FLoRA")
+    named = {name: [row for row in others if row["label"].startswith(f"{name.lower()} ")] for name in names}
     return {"rows": rows, "rivals": {name: found[0] for name, found in named.items() if found}}
 
 
