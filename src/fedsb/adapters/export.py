@@ -25,7 +25,8 @@ from fedsb.adapters.factors import Factors
 from fedsb.adapters.layer import is_conv1d
 from fedsb.errors import RunError
 
-TOLERANCE = 1e-5  # of logits, relative to the largest, in float32
+TOLERANCE = 1e-5  # of a layer's change, relative to its largest entry, in float32
+LOGITS_TOLERANCE = 1e-3  # of logits: B R first and R z first round differently, and deep layers make more of it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,12 +88,12 @@ def check_adapter(
     factors: Mapping[str, Factors],
     base: BaseFacts,
 ) -> float:
-    """Loads the adapter with PEFT onto the bare base and compares logits; returns the largest difference, relative.
+    """Loads the adapter with PEFT onto the bare base and compares it with what was trained.
 
+    Compared are the change of every layer's weight, in float32, and the logits, where the base is float32: on another
+    the logits of two right adapters differ by rounding. Returns the largest relative difference of a layer's change.
     The model is given back without the adapter, but with its head, as PEFT leaves it.
-    On a base that is not float32 the logits of two right adapters differ by rounding, so there the change of every
-    layer's weight is compared instead, in float32.
-    Raises RunError where PEFT cannot load it, or the difference is above TOLERANCE.
+    Raises RunError where PEFT cannot load it, or a difference is above TOLERANCE or LOGITS_TOLERANCE.
     """
     from peft import PeftModel
 
@@ -103,26 +104,27 @@ def check_adapter(
     except (KeyError, RuntimeError, ValueError, SafetensorError) as error:
         raise RunError(f"PEFT cannot load the adapter in {folder}: {type(error).__name__}: {error}") from error
     loaded.eval()
+    modules = dict(loaded.get_base_model().named_modules())
+    difference = max(
+        _relative(modules[layer].get_delta_weight("default"), _stored(factor.scale * factor.B @ factor.A, base))
+        for layer, factor in factors.items()
+    )
+    faults = [] if difference <= TOLERANCE else [f"the change of a layer differs by {difference:.2g}"]  # NaN too
     if all(p.dtype == torch.float32 for p in model.parameters()):
-        difference = _relative(loaded(**inputs).logits, wanted)
-    else:
-        modules = dict(loaded.get_base_model().named_modules())
-        difference = max(
-            _relative(modules[layer].get_delta_weight("default"), _stored(factor.scale * factor.B @ factor.A, base))
-            for layer, factor in factors.items()
-        )
+        logits = _relative(loaded(**inputs).logits, wanted)
+        faults += [] if logits <= LOGITS_TOLERANCE else [f"logits differ by {logits:.2g}"]
     loaded.unload()
-    if not difference <= TOLERANCE:  # NaN too
+    if faults:
         raise RunError(
-            f"the adapter in {folder}, loaded by PEFT, differs from the trained model by {difference:.2g} of the "
-            f"largest value, allowed {TOLERANCE:.0e}; this is a defect of fedsb, please report it with `fedsb env`"
+            f"the adapter in {folder}, loaded by PEFT, is not the trained model: {' and '.join(faults)} of the largest "
+            "value; this is a defect of fedsb, please report it with `fedsb env`"
         )
     return difference
 
 
 def _relative(got: Tensor, wanted: Tensor) -> float:
     wanted = wanted.float().cpu()
-    return float((got.float().cpu() - wanted).abs().max() / wanted.abs().max().clamp(min=1.0))
+    return float((got.float().cpu() - wanted).abs().max() / wanted.abs().max().clamp(min=1e-12))
 
 
 def _stored(delta: Tensor, base: BaseFacts) -> Tensor:
