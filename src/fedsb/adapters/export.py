@@ -105,11 +105,12 @@ def check_adapter(
         raise RunError(f"PEFT cannot load the adapter in {folder}: {type(error).__name__}: {error}") from error
     loaded.eval()
     modules = dict(loaded.get_base_model().named_modules())
-    difference = max(
+    by_layer = [
         _relative(modules[layer].get_delta_weight("default"), _stored(factor.scale * factor.B @ factor.A, base))
         for layer, factor in factors.items()
-    )
-    faults = [] if difference <= TOLERANCE else [f"the change of a layer differs by {difference:.2g}"]  # NaN too
+    ]
+    difference = float(torch.tensor(by_layer).max())  # NaN where one is
+    faults = [] if difference <= TOLERANCE else [f"the change of a layer differs by {difference:.2g}"]
     if all(p.dtype == torch.float32 for p in model.parameters()):
         logits = _relative(loaded(**inputs).logits, wanted)
         faults += [] if logits <= LOGITS_TOLERANCE else [f"logits differ by {logits:.2g}"]
