@@ -91,6 +91,7 @@ def load_base(
     dtype, dtype_reason = choose_dtype(config.dtype, device)
     auto = getattr(transformers, auto_class)
     labels: dict[str, Any] = {"num_labels": num_labels} if num_labels else {}
+    attention = {} if config.attention == "auto" else {"attn_implementation": config.attention}
     with _hub_errors(name), quiet():
         settings = transformers.AutoConfig.from_pretrained(name, revision=config.revision, **labels)
         named = getattr(settings.get_text_config(), "pad_token_id", None)
@@ -104,11 +105,11 @@ def load_base(
             settings.get_text_config().pad_token_id = told
         if shapes_only:
             with torch.device("meta"):
-                model = auto.from_config(settings, dtype=dtype)
+                model = auto.from_config(settings, dtype=dtype, **attention)
             missing: set[str] = set()
         else:
             model, info = auto.from_pretrained(
-                name, revision=config.revision, config=settings, dtype=dtype, output_loading_info=True
+                name, revision=config.revision, config=settings, dtype=dtype, output_loading_info=True, **attention
             )
             missing = set(info["missing_keys"])
             model.to(device)
@@ -252,6 +253,21 @@ def _in_evaluation(block: nn.Module, checkpoint: Callable[..., Any]) -> Callable
         return checkpoint(in_evaluation, *args)
 
     return run
+
+
+@contextmanager
+def matmul_precision(precision: str) -> Iterator[None]:
+    """Float32 products in torch's `precision` ("highest", "high", "medium") meanwhile, in the whole process.
+
+    On GPUs "high" is TF32. On CPUs "medium" hands them to oneDNN: bfloat16 where the CPU multiplies matrices in it (AMX),
+    else float32, which on AMD's is twice as fast as the default but slows fused attention down: take "eager" with it.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @contextmanager

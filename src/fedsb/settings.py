@@ -39,6 +39,10 @@ class ModelConfig(Section):
     targets: str | list[str] = Field("blocks", description="'blocks', a regular expression, or name endings")
     max_tokens: Annotated[int, Field(ge=2)] = 128
     activation_checkpointing: bool = False
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = Field("auto", description="who computes it")
+    matmul: Literal["highest", "high", "medium"] = Field(
+        "highest", description="torch's precision of float32 products while training and scoring"
+    )
 
 
 class TaskConfig(Section):

@@ -28,7 +28,7 @@ from fedsb.federation.payload import Payload, pack, unpack
 from fedsb.federation.scoring import forward, mean_score
 from fedsb.federation.tensors import to_arrays, to_tensors, under, within
 from fedsb.methods.contract import Method, State
-from fedsb.model import head_start, load_base, load_tokenizer
+from fedsb.model import head_start, load_base, load_tokenizer, matmul_precision
 from fedsb.settings import Choice, Config
 
 CPU_TOKENS, GPU_TOKENS = 4096, 16384  # that a joint forward may hold; see docs/decisions.md
@@ -172,16 +172,17 @@ class EmbeddedEngine:
             alike, own = [m for m in members if ranks.get(m.name) == rank], at_rank(method, rank)
             for start in range(0, len(alike), self.cohort_size):
                 group = alike[start : start + self.cohort_size]
-                done = train_together(
-                    self.adapted,
-                    self.task,
-                    group,
-                    own.trainable(group[0].tensors, state.round),
-                    self.local,
-                    seed=self.config.seed,
-                    round=state.round,
-                    penalty=own.penalty,
-                )
+                with matmul_precision(self.config.model.matmul):
+                    done = train_together(
+                        self.adapted,
+                        self.task,
+                        group,
+                        own.trainable(group[0].tensors, state.round),
+                        self.local,
+                        seed=self.config.seed,
+                        round=state.round,
+                        penalty=own.penalty,
+                    )
                 trained |= {member.name: member for member in done}
         return trained
 
@@ -224,7 +225,8 @@ class EmbeddedEngine:
     def evaluate(self, tensors: Tensors, examples: Sequence[Example]) -> Score:
         """The task's metric over the examples, with one client's tensors in the adapter."""
         self._load_one(tensors)
-        value = mean_score(self.adapted.model, self.task, examples, self.config.eval.batch_size)
+        with matmul_precision(self.config.model.matmul):
+            value = mean_score(self.adapted.model, self.task, examples, self.config.eval.batch_size)
         return Score(value=value, count=len(examples))
 
     def _load_one(self, tensors: Tensors) -> None:
