@@ -18,7 +18,7 @@ from fedsb.engines.embedded import EmbeddedEngine
 from fedsb.environment import git_hash, versions
 from fedsb.federation.basis_round import peak_memory_bytes
 from fedsb.federation.prices import price_list
-from fedsb.federation.schedule import whole_broadcasts
+from fedsb.federation.schedule import refreshes, whole_broadcasts
 from fedsb.federation.server import Dropped
 from fedsb.methods.contract import Method, State
 from fedsb.record import Record, read_result
@@ -89,8 +89,9 @@ def describe_start(
                 rounds=config.rounds,
                 basis={"up": basis.up, "down": basis.down} if basis else None,
                 sites=len(engine.sites),
+                refreshes=len(refreshes(config, method)),
                 codec=config.server.codec,
-                whole=whole_broadcasts([site.name for site in engine.sites], config, engine.ranks),
+                whole=whole_broadcasts([site.name for site in engine.sites], config, method, engine.ranks),
             )
         ],
         "before": {"score": before.value if before else None, "majority": data.baseline},

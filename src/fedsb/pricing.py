@@ -23,7 +23,7 @@ from fedsb.engines.embedded import auto_cohort_size, local_training, public_rows
 from fedsb.federation.basis_round import basis_values
 from fedsb.federation.facts import client_ranks, refuse_what_facts_forbid
 from fedsb.federation.prices import price_list
-from fedsb.federation.schedule import whole_broadcasts
+from fedsb.federation.schedule import refreshes, whole_broadcasts
 from fedsb.methods import build_method
 from fedsb.methods.contract import Method
 from fedsb.model import choose_device, load_base, load_tokenizer
@@ -67,8 +67,9 @@ def estimate(loaded: Loaded) -> dict[str, Any]:
         rounds=config.rounds,
         basis=bill,
         sites=len(sites),
+        refreshes=len(refreshes(config, method)),
         codec=config.server.codec,
-        whole=whole_broadcasts(names, config, ranks),
+        whole=whole_broadcasts(names, config, method, ranks),
     )
     traffic = method.traffic(adapted.shapes, head=head, clients=cohort)
     seconds, seconds_reason = _seconds(config, method, data, linear, cohort)

@@ -89,10 +89,13 @@ class Record:
         self._common = state.common
         self.checkpoint(state, keep=1)
 
-    def take_up(self, round: int) -> dict[str, Tensors]:
-        """Drops what a run that was cut off left behind `round`; gives back the clients' own states as of then."""
+    def take_up(self, round: int, since: int = 0) -> dict[str, Tensors]:
+        """Drops what a run that was cut off left behind `round`; gives back the clients' own states as of then.
+
+        States of round `since` or before are of an older basis, and nobody's.
+        """
         self._roll_back(round)
-        return self._clients(round)
+        return self._clients(round, since)
 
     def round(
         self, state: State, row: Mapping[str, Any], sent: Sequence[Sent], kept: Mapping[str, Tensors], *, keep: int
@@ -199,11 +202,11 @@ class Record:
             raise RunError(f"no checkpoint in {self.folder} can be used:\n  " + "\n  ".join(self.skipped))
         return None
 
-    def _clients(self, round: int) -> dict[str, Tensors]:
-        """Every client's own state as it was after `round` rounds."""
+    def _clients(self, round: int, since: int) -> dict[str, Tensors]:
+        """Every client's own state as it was after `round` rounds, if it is younger than `since`."""
         states: dict[str, Tensors] = {}
         for folder in sorted((self.folder / "clients").glob("*")):
-            usable = [path for path in folder.glob(f"{PREFIX}*.safetensors") if _round_of(path) <= round]
+            usable = [path for path in folder.glob(f"{PREFIX}*.safetensors") if since < _round_of(path) <= round]
             if not usable:
                 continue
             newest = max(usable, key=_round_of)

@@ -114,10 +114,16 @@ def _carry_out(loaded: Loaded, engine: EmbeddedEngine, record: Record, display: 
             record.start(state, sent)
         for torn in record.skipped:
             display.note(torn)
-        kept = record.take_up(state.round)  # what clients keep to themselves
+        renewals = schedule.refreshes(config, method)  # rounds that start with a new basis
+        since = max((round for round in renewals if round < state.round), default=0)
+        kept = record.take_up(state.round, since)  # what clients keep to themselves
 
         for round in range(state.round, config.rounds):
-            started = time.monotonic()
+            started, sent = time.monotonic(), []
+            if round in renewals:
+                basis, sent = engine.build_basis(method, state)
+                assert basis is not None
+                state, kept = method.refresh(state, engine.shapes, basis, config.seed), {}
             cohort = sample(engine, round, config)
             late = set(cohort) - set(sample(engine, round - 1, config)) if round else set()
             heard = link.heard(method, state)  # what the sites start from
@@ -131,7 +137,7 @@ def _carry_out(loaded: Loaded, engine: EmbeddedEngine, record: Record, display: 
             sites = engine.score_sites(method, state, kept) if due and config.eval.gap else {}
             row = round_row(state, cohort, replies, dropped, score, sites, time.monotonic() - started)
             with interrupts.hold():
-                record.round(state, row, replies.sent, keeps, keep=config.keep_checkpoints)
+                record.round(state, row, [*sent, *replies.sent], keeps, keep=config.keep_checkpoints)
             display.round(row, config.rounds)
 
         sites = engine.score_sites(method, state, kept)

@@ -112,6 +112,7 @@ class BasisConfig(Section):
     data: str | None = Field(None, description="of update: a file of rows that are declared public")
     R0: Literal["auto", "zero", "step"] = Field("auto", description="start at 0, or one approximate full step ahead")
     eta: Rate | Auto = Field("auto", description="of that step; default: the first local step's learning rate")
+    refresh: Positive | None = Field(None, description="a new one every so many rounds, from where the run has come")
     share_samples: Count = Field(16, description="rows to report the captured share of the gradient on; 0: do not")
     budget_mib: Positive = Field(1024, description="memory for gradients of whole weights, a group of layers at a time")
 
@@ -119,6 +120,8 @@ class BasisConfig(Section):
     def _step_needs_a_gradient(self) -> Self:
         if self.R0 == "step" and self.kind in ("random", "weights"):
             raise ValueError(f"R0 = 'step' is a step along a gradient, kind = {self.kind!r} looks at none")
+        if self.refresh is not None and self.kind == "weights":
+            raise ValueError("refresh would make the same basis again: kind = 'weights' looks at W0, which is frozen")
         return self
 
 

@@ -31,14 +31,14 @@ def test_a_sample_is_a_function_of_seed_and_round() -> None:
 
 
 def test_everyone_is_told_everything_once_where_everyone_takes_part() -> None:
-    assert whole_broadcasts(NAMES, config(5), []) == [5, 0, 0, 0, 0, 0]
-    assert whole_broadcasts(NAMES, config(5), ["b", "d"]) == [5, 2, 2, 2, 2, 2]  # another rank: always
+    assert whole_broadcasts(NAMES, config(5), FedSB(rank=2), []) == [5, 0, 0, 0, 0, 0]
+    assert whole_broadcasts(NAMES, config(5), FedSB(rank=2), ["b", "d"]) == [5, 2, 2, 2, 2, 2]  # another rank: always
 
 
 def test_whoever_missed_a_round_is_told_everything() -> None:
     cohorts = [set(sample(NAMES, round, config(3))) for round in range(6)]
     wanted = [3] + [len(now - before) for before, now in pairwise(cohorts)]
-    assert whole_broadcasts(NAMES, config(3), []) == wanted
+    assert whole_broadcasts(NAMES, config(3), FedSB(rank=2), []) == wanted
     assert 0 < sum(wanted[1:]) < 15
 
 

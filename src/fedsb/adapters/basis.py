@@ -122,9 +122,9 @@ def check_rank(
 # --- one function a kind, layer by layer ---
 
 
-def random_pair(m: int, n: int, rank: int, seed: int, layer: str) -> Pair:
-    """`random`: orthonormal A and B from a Gaussian keyed by (seed, layer), in float64 on the CPU."""
-    draw = generator(seed, "random basis", layer)
+def random_pair(m: int, n: int, rank: int, seed: int, layer: str, round: int = 0) -> Pair:
+    """`random`: orthonormal A and B from a Gaussian keyed by (seed, layer, round), in float64 on the CPU."""
+    draw = generator(seed, "random basis", layer, *([round] if round else []))
     B = np.linalg.qr(draw.standard_normal((m, rank)))[0]
     A = np.linalg.qr(draw.standard_normal((n, rank)))[0].T
     B *= _signs(B, axis=0)

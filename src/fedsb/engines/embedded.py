@@ -74,32 +74,44 @@ class EmbeddedEngine:
 
     # --- the verbs of an engine ---
 
-    def build_basis(self, method: Method) -> tuple[Basis | None, list[Sent]]:
-        """Makes B and A as the configuration asks, with what travelled for it; None for a method without a basis."""
+    def build_basis(self, method: Method, state: State | None = None) -> tuple[Basis | None, list[Sent]]:
+        """Makes B and A as the configuration asks, with what travelled for it; None for a method without a basis.
+
+        With a `state`, they are made at the point that it has reached, which every site is told first.
+        """
         sent: list[Sent] = []
         if method.adapter != "core":
             return None, sent
+        round = 0 if state is None else state.round
 
         def send(direction: Literal["up", "down"], client: str, tensors: Tensors) -> Tensors:
             kind: Literal["basis-up", "basis-down"] = "basis-up" if direction == "up" else "basis-down"
-            envelope = pack(Payload(kind=kind, run=self.run, round=0, client=client, tensors=to_arrays(tensors)))
+            envelope = pack(Payload(kind=kind, run=self.run, round=round, client=client, tensors=to_arrays(tensors)))
             if not method.facts.pools_data:  # the data are where the server is: nothing travels
-                sent.append(self._count(envelope, 0, client, direction))
+                sent.append(
+                    self._count(envelope, round + 1 if state is not None else 0, client, direction, kind="basis")
+                )
             return to_tensors(unpack(envelope).tensors)
 
+        start = self.head
+        if state is not None:
+            for site in self.sites:
+                send("down", site.name, state.tensors)
+            start = {**method.fold(state), **{key: state.tensors[key] for key in self.head}}
         basis = build_basis(
             self.config.basis,
             method,
             self.adapted,
             self.task,
             self.sites,
-            self.head,
+            start,
             public=public_rows(self.config, self.task),
-            eta=self.local.lr * self.local.lr_factor(0, 0, self.local.steps_for(self.sites[0].rows))
+            eta=self.local.lr * self.local.lr_factor(round, 0, self.local.steps_for(self.sites[0].rows))
             if self.config.basis.eta == "auto"
             else self.config.basis.eta,
             sign=self.local.optimizer == "adamw",
             seed=self.config.seed,
+            round=round,
             batch_size=self.config.train.batch_size,
             send=send,
         )
@@ -232,13 +244,15 @@ class EmbeddedEngine:
     def _load_one(self, tensors: Tensors) -> None:
         self.adapted.load(join_tensors(self.adapted, [tensors]))
 
-    def _count(self, envelope: bytes, round: int, client: str, direction: str) -> Sent:
+    def _count(
+        self, envelope: bytes, round: int, client: str, direction: str, kind: Literal["round", "basis"] = "round"
+    ) -> Sent:
         payload = unpack(envelope)
         return Sent(
             round=round,
             client=client,
             direction="up" if direction == "up" else "down",
-            kind="round" if round else "basis",
+            kind=kind,
             values=payload.values,
             head_values=sum(array.size for key, array in payload.tensors.items() if key in self.head),
             bytes=payload.values_bytes,

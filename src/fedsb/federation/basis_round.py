@@ -47,12 +47,13 @@ def build_basis(
     adapted: AdaptedModel,
     task: Task,
     sites: Sequence[Site],
-    head: Tensors,
+    start: Tensors,  # where gradients are taken: the head, and what is carried
     *,
     public: Sequence[Example],  # of `update`
     eta: float,  # of the first step, for R at the start
     sign: bool,  # whether that step is Adam-like
     seed: int,
+    round: int = 0,  # that it is made for; `random` is another in each
     batch_size: int,
     send: Send,
 ) -> Basis:
@@ -63,12 +64,12 @@ def build_basis(
     step_ahead = config.R0 == "step" or (config.R0 == "auto" and config.kind.startswith("update"))
     samples = {site.name: draw_samples(site, sites, config.samples, seed) for site in sites}
     if config.kind in ("random", "weights"):
-        basis = make_basis(config.kind, _data_free(config, adapted, config.kind, rank, seed).items())
+        basis = make_basis(config.kind, _data_free(config, adapted, config.kind, rank, seed, round).items())
     elif config.kind == "core":
-        outer = _data_free(config, adapted, config.outer, rank, seed, outer=True)
+        outer = _data_free(config, adapted, config.outer, rank, seed, round, outer=True)
         sums: Tensors = {}
         for site in sites:
-            own = core_gradients(adapted, task, head, outer, samples[site.name], batch_size)
+            own = core_gradients(adapted, task, start, outer, samples[site.name], batch_size)
             for key, S in send("up", site.name, own).items():
                 sums[key] = sums[key] + S if key in sums else S
         counted = sum(len(examples) for examples in samples.values())
@@ -79,7 +80,7 @@ def build_basis(
             send("down", site.name, inner)
     else:
         rows = public if config.kind == "update" else [example for name in samples for example in samples[name]]
-        basis = _update_basis(config, adapted, task, head, rows, rank, eta, sign, step_ahead, method.scale, batch_size)
+        basis = _update_basis(config, adapted, task, start, rows, rank, eta, sign, step_ahead, method.scale, batch_size)
         for site in sites:
             send("down", site.name, basis.tensors)
     seconds = time.monotonic() - started
@@ -87,7 +88,7 @@ def build_basis(
     if config.share_samples:
         probe = {site.name: draw_samples(site, sites, config.share_samples, seed, from_the_end=True) for site in sites}
         captured = captured_share(
-            adapted, task, head, basis, probe, batch_size, config.budget_mib << 20, rank // method.rank
+            adapted, task, start, basis, probe, batch_size, config.budget_mib << 20, rank // method.rank
         )
     values = basis_values(config, method, adapted.shapes)
     return replace(
@@ -140,11 +141,11 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def _data_free(
-    config: BasisConfig, adapted: AdaptedModel, kind: str, rank: int, seed: int, *, outer: bool = False
+    config: BasisConfig, adapted: AdaptedModel, kind: str, rank: int, seed: int, round: int, *, outer: bool = False
 ) -> dict[str, Pair]:
     ranks = {layer: outer_rank(config, shape, rank) if outer else rank for layer, shape in adapted.shapes.items()}
     if kind == "random":
-        return {layer: random_pair(m, n, ranks[layer], seed, layer) for layer, (m, n) in adapted.shapes.items()}
+        return {layer: random_pair(m, n, ranks[layer], seed, layer, round) for layer, (m, n) in adapted.shapes.items()}
     return {layer: weight_pair(W0.cpu(), ranks[layer], config.side) for layer, W0 in adapted.base_weights()}
 
 
@@ -163,7 +164,7 @@ def _update_basis(
     config: BasisConfig,
     adapted: AdaptedModel,
     task: Task,
-    head: Tensors,
+    start: Tensors,
     rows: Sequence[Example],
     rank: int,
     eta: float,
@@ -172,7 +173,7 @@ def _update_basis(
     scale: float,
     batch_size: int,
 ) -> Basis:
-    load_nothing(adapted, head)
+    load_nothing(adapted, start)
     layers = {name: layer.base for name, layer in adapted.layers.items()}
     mean = 1 if sign else 1 / len(rows)  # an SGD-like step is along the mean loss's gradient
     built = {

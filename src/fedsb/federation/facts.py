@@ -25,6 +25,11 @@ def refuse_what_facts_forbid(config: Config, method: Method) -> None:
             f"train.keep_optimizer: the coordinates of {facts.id} turn between rounds (its fact turns is true), old "
             "moments would point elsewhere; set it to false"
         )
+    if config.basis.refresh and method.adapter == "core" and not facts.global_model:
+        faults.append(
+            f"basis.refresh: a new basis starts from the global model, and {facts.id} has none (its fact global_model is "
+            "false); leave it out"
+        )
     asked = [key for key in ("ranks", "memory_mib") if getattr(config.clients, key) is not None]
     if asked and not facts.mixed_ranks:
         faults.append(f"clients.{asked[0]}: all clients of {facts.id} have one rank (its fact mixed_ranks is false)")

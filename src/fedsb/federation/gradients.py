@@ -1,5 +1,6 @@
-"""Gradients at the starting point, for bases that look at data: of a core (k x k), and what a basis captures of them.
+"""Gradients at a starting point, for bases that look at data: of a core (k x k), and what a basis captures of them.
 
+The point is the base with `start` beside it: the head and, where a basis is refreshed, the carried adapter.
 Everywhere the loss is summed over the samples, each counting once, whatever its number of tokens.
 """
 
@@ -27,7 +28,7 @@ def backward_sum(adapted: AdaptedModel, task: Task, examples: Sequence[Example],
 def core_gradients(
     adapted: AdaptedModel,
     task: Task,
-    head: Tensors,
+    start: Tensors,
     outer: Mapping[str, Pair],
     examples: Sequence[Example],
     batch_size: int,
@@ -37,7 +38,7 @@ def core_gradients(
     for layer, (A, B) in outer.items():
         tensors |= {f"{layer}.A": A, f"{layer}.B": B, f"{layer}.R": torch.zeros(1, 1, len(A), len(A))}
     cores = frozenset(f"{layer}.R" for layer in outer)
-    adapted.load({**tensors, **{key: t.unsqueeze(0) for key, t in head.items()}}, trainable=cores)
+    adapted.load({**tensors, **one_client(adapted, start)}, trainable=cores)
     backward_sum(adapted, task, examples, batch_size)
     sums: Tensors = {}
     for key, p in adapted.parameters().items():
@@ -47,8 +48,13 @@ def core_gradients(
     return sums
 
 
-def load_nothing(adapted: AdaptedModel, head: Tensors) -> None:
-    """The base as it is: every adapter zero, of rank 1, the head at its start; nothing trains."""
+def one_client(adapted: AdaptedModel, tensors: Tensors) -> Tensors:
+    """With the axis of clients, of length 1, where a tensor has one."""
+    return {key: t if adapted.is_common(key) else t.unsqueeze(0) for key, t in tensors.items()}
+
+
+def load_nothing(adapted: AdaptedModel, start: Tensors) -> None:
+    """The base as it is: every adapter zero, of rank 1, with `start` beside it (the head, what is carried)."""
     tensors: Tensors = {}
     for layer, (m, n) in adapted.shapes.items():
         A, B = torch.zeros(1, n), torch.zeros(m, 1)
@@ -56,13 +62,13 @@ def load_nothing(adapted: AdaptedModel, head: Tensors) -> None:
             tensors |= {f"{layer}.A": A, f"{layer}.B": B, f"{layer}.R": torch.zeros(1, 1, 1, 1)}
         else:
             tensors |= {f"{layer}.A": A.unsqueeze(0), f"{layer}.B": B.unsqueeze(0)}
-    adapted.load({**tensors, **{key: t.unsqueeze(0) for key, t in head.items()}})
+    adapted.load({**tensors, **one_client(adapted, start)})
 
 
 def captured_share(
     adapted: AdaptedModel,
     task: Task,
-    head: Tensors,
+    start: Tensors,
     basis: Basis,
     samples: Mapping[str, Sequence[Example]],  # client -> its examples
     batch_size: int,
@@ -73,7 +79,7 @@ def captured_share(
 
     Each client looks at its own gradient alone, a group of layers at a time within `budget_bytes`.
     """
-    load_nothing(adapted, head)
+    load_nothing(adapted, start)
     layers = {name: layer.base for name, layer in adapted.layers.items()}
     inside = dict.fromkeys(layers, 0.0)
     total = dict.fromkeys(layers, 0.0)

@@ -43,6 +43,7 @@ def price(
     rounds: int,
     basis: Mapping[str, int] | None = None,  # values "up" and "down" of the basis, a client's
     sites: int = 0,  # that receive the basis
+    refreshes: int = 0,  # how often it is made anew: every site is told the adapter as it stands, then the new basis
     codec: Codec = "float32",
     whole: Sequence[int] = (),  # of each round's broadcasts, those that the codec leaves in float32; none said: none
     label: str | None = None,
@@ -50,8 +51,10 @@ def price(
 ) -> Price:
     """The price of one method. A value of the head costs as much as its message's mean value, as in report.py."""
     each = [method.traffic(shapes, head=head, clients=clients, round=round) for round in range(rounds)]
-    once = each[0].one_off + (sum(basis.values()) if basis else 0)
-    one_off, up, down, heads = payload_bytes("float32", once * sites), 0, 0, 0
+    bill = sum(basis.values()) if basis else 0
+    once = each[0].one_off + bill + refreshes * (bill + each[0].down + each[0].head)
+    one_off, up, down = payload_bytes("float32", once * sites), 0, 0
+    heads = payload_bytes("float32", refreshes * each[0].head * sites)
     for round, traffic in enumerate(each):
         plain = clients if method.facts.changes_base else whole[round] if whole else 0
         up_bytes, up_head = _message(codec, traffic.up, traffic.head)
@@ -86,6 +89,7 @@ def price_list(
     rounds: int,
     basis: Mapping[str, int] | None,
     sites: int,
+    refreshes: int = 0,
     codec: Codec = "float32",
     whole: Sequence[int] = (),
 ) -> list[Price]:
@@ -98,6 +102,7 @@ def price_list(
         rounds=rounds,
         basis=basis,
         sites=sites,
+        refreshes=refreshes,
         codec=codec,
         whole=whole,
         this_run=True,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from fedsb.draws import generator
+from fedsb.methods.contract import Method
 from fedsb.settings import Config
 
 
@@ -17,9 +18,17 @@ def sample(names: Sequence[str], round: int, config: Config) -> list[str]:
     return [names[i] for i in sorted(chosen)]
 
 
-def whole_broadcasts(names: Sequence[str], config: Config, odd: Collection[str]) -> list[int]:
+def refreshes(config: Config, method: Method) -> list[int]:
+    """The rounds, counted from 0, before which the basis is made anew."""
+    every = config.basis.refresh if method.adapter == "core" else None
+    return list(range(every, config.rounds, every)) if every else []
+
+
+def whole_broadcasts(names: Sequence[str], config: Config, method: Method, odd: Collection[str]) -> list[int]:
     """For each round, how many broadcasts a lossy codec leaves whole (link.py): all but those to clients that were in
-    the round before; `odd` are the clients whose rank is not the method's."""
+    the round before, under the same basis; `odd` are the clients whose rank is not the method's."""
     cohorts = [set(sample(names, round, config)) for round in range(config.rounds)]
     up_to_date = [set[str](), *(cohort - set(odd) for cohort in cohorts)]
+    for round in refreshes(config, method):
+        up_to_date[round] = set()
     return [len(cohort - before) for cohort, before in zip(cohorts, up_to_date, strict=False)]

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fedsb.adapters.adapted import Shapes, Tensors
 from fedsb.adapters.basis import Basis
-from fedsb.adapters.carry import carried, carry_factors, catch_up, is_news
+from fedsb.adapters.carry import carried, carry_factors, catch_up, is_news, news_of
 from fedsb.adapters.core import core_left
 from fedsb.adapters.factors import Factors
 from fedsb.methods.averaging import ServerOptimizer, average, server_step
@@ -134,9 +134,31 @@ class Method:
         """The state before round 0. A core method needs `basis`; `head` holds the task head's first tensors."""
         raise NotImplementedError
 
+    def fold(self, state: State) -> Tensors:
+        """The carried adapter with the state's own added to it, as a site adds it that holds `common` and is told R."""
+        tensors, common = self.model(state), carried(state.common)
+        for layer in [key.removesuffix(".A") for key in tensors if key.endswith(".A")]:
+            own = self._factors(tensors, layer)
+            common = catch_up(common, news_of(layer, own.B * own.scale, own.A))
+        return common
+
+    def refresh(self, state: State, shapes: Shapes, basis: Basis, seed: int) -> State:
+        """The state with a new basis under it: the old one's adapter is carried, the new one's starts where it starts.
+
+        The head goes on, and so do its moments; those of the old core pointed elsewhere.
+        """
+        adapter = tuple(f"{layer}." for layer in shapes)
+        head = {key: tensor for key, tensor in state.tensors.items() if not key.startswith(adapter)}
+        fresh = self.start(shapes, basis, head, seed)
+        server = {key: tensor for key, tensor in state.server.items() if key.partition(".")[2] in head}
+        return replace(fresh, round=state.round, common={**fresh.common, **self.fold(state)}, server=server)
+
     def broadcast(self, state: State, *, late: bool = False, rank: int | None = None) -> Tensors:
-        """What goes down to a client; `rank` is its total rank, None the method's own."""
-        return {**state.tensors, **(carried(state.common) if late else state.news)}
+        """What goes down to a client; `rank` is its total rank, None the method's own.
+
+        What a refresh carries is never sent: every site is there and folds for itself.
+        """
+        return {**state.tensors, **(carried(state.common) if late and self.facts.changes_base else state.news)}
 
     def follow(self, common: Tensors, message: Tensors) -> Tensors:
         """What a site holds after the message, if it held `common` before."""
