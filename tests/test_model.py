@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from conftest import WORDS, _save, set_all
+from federation.opened import started
 from fedsb import model as models
 from fedsb.adapters.adapted import AdaptedModel, find_targets
 from fedsb.config import load_config
@@ -279,3 +280,27 @@ def test_a_pad_token_is_told_only_to_a_model_that_names_none(tiny_bert: Path, ti
     assert load(tiny_bert).pad_token is None  # its config has one
     told = load(tiny_gpt2)
     assert told.pad_token == 0 == told.model.config.pad_token_id
+
+
+def test_attention_and_matrix_precision_are_as_asked(
+    tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The precision holds while training and scoring, and no longer."""
+    from fedsb.federation import cohort, scoring
+
+    seen: set[str] = set()
+
+    def watched(*args: Any) -> Any:
+        seen.add(torch.get_float32_matmul_precision())
+        return forward(*args)
+
+    forward = scoring.forward
+    monkeypatch.setattr(cohort, "forward", watched)
+    monkeypatch.setattr(scoring, "forward", watched)
+    model = {**tiny_config["model"], "attention": "eager", "matmul": "medium"}
+    engine, state = started(set_all(tiny_config, model=model))
+    assert engine.base.model.config._attn_implementation == "eager"
+    list(engine.train(engine.method, state, [engine.sites[0].name], {}).envelopes)
+    assert engine.score(engine.method, state, {}) is not None
+    assert seen == {"medium"}
+    assert torch.get_float32_matmul_precision() == "highest"

@@ -44,8 +44,8 @@ def spoil(monkeypatch: pytest.MonkeyPatch, harm: Callable[[bytes], bytes]) -> No
         replies = train(self, method, state, cohort, kept, late)
         if state.round != BAD_ROUND:
             return replies
-        envelopes = [(name, harm(data) if name == BAD_CLIENT else data) for name, data in replies.envelopes]
-        return dataclasses.replace(replies, envelopes=envelopes)
+        bad = lambda r: dataclasses.replace(r, envelope=harm(r.envelope)) if r.client == BAD_CLIENT else r  # noqa: E731
+        return Replies(map(bad, replies.each))
 
     monkeypatch.setattr(EmbeddedEngine, "train", harmed)
 

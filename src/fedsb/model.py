@@ -259,8 +259,8 @@ def _in_evaluation(block: nn.Module, checkpoint: Callable[..., Any]) -> Callable
 def matmul_precision(precision: str) -> Iterator[None]:
     """Float32 products in torch's `precision` ("highest", "high", "medium") meanwhile, in the whole process.
 
-    On GPUs "high" is TF32. On CPUs "medium" hands them to oneDNN: bfloat16 where the CPU multiplies matrices in it (AMX),
-    else float32, which on AMD's is twice as fast as the default but slows fused attention down: take "eager" with it.
+    On GPUs "high" is TF32. On CPUs "medium" hands them to oneDNN: bfloat16 where the CPU multiplies matrices in it
+    (AMX), else float32, which on AMD's is twice as fast as the default but slows fused attention: take "eager" with it.
     """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)

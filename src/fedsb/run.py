@@ -21,6 +21,7 @@ from fedsb.errors import UserError
 from fedsb.federation import schedule
 from fedsb.federation.link import link_of
 from fedsb.federation.server import admit, rules
+from fedsb.federation.spool import Spool
 from fedsb.interrupts import Interrupts
 from fedsb.methods import build_method
 from fedsb.methods.averaging import ServerOptimizer
@@ -128,7 +129,9 @@ def _carry_out(loaded: Loaded, engine: EmbeddedEngine, record: Record, display: 
             late = set(cohort) - set(sample(engine, round - 1, config)) if round else set()
             heard = link.heard(method, state)  # what the sites start from
             replies = engine.train(method, state, cohort, kept, late)
-            updates, dropped = admit(replies.envelopes, rules(method, heard, config.server, record.run, engine.ranks))
+            updates, dropped = admit(
+                replies.envelopes, rules(method, heard, config.server, record.run, engine.ranks), Spool(record.folder)
+            )
             state = link.settled(method, state, heard, method.aggregate(heard, updates, server))
             keeps = {update.client: replies.kept[update.client] for update in updates}  # not of those dropped
             kept |= keeps

@@ -238,7 +238,8 @@ def test_a_model_whose_rows_cannot_be_routed_trains_one_client_at_a_time(
     value, reason = choice(engine)
     assert value == engine.cohort_size == 1
     assert reason.startswith("auto: layer 'bert.encoder.layer.0.intermediate.dense' sees")
-    assert not engine.train(engine.method, state, [engine.sites[0].name], {}).kept[engine.sites[0].name]
+    (reply,) = engine.train(engine.method, state, [engine.sites[0].name], {}).each
+    assert not reply.kept
     with pytest.raises(UserError, match=r"engine.cohort_size = 2: layer 'bert.*engine.cohort_size = 1"):
         open_engine(set_all(tiny_config, engine={"cohort_size": 2}))
     assert choice(open_engine(set_all(tiny_config, engine={"cohort_size": 1}))) == (1, "as asked")
@@ -271,7 +272,7 @@ def test_moments_are_kept_only_where_asked(tiny_config: dict[str, Any]) -> None:
     """Kept, they hold the steps taken; a second round goes on from them."""
     engine, state = started(set_all(tiny_config, train={**tiny_config["train"], "keep_optimizer": True}))
     name = engine.sites[0].name
-    kept = engine.train(engine.method, state, [name], {}).kept
-    assert float(kept[name]["optimizer/steps"]) == 3
-    again = engine.train(engine.method, state, [name], kept).kept
-    assert float(again[name]["optimizer/steps"]) == 6
+    (first,) = engine.train(engine.method, state, [name], {}).each
+    assert float(first.kept["optimizer/steps"]) == 3
+    (again,) = engine.train(engine.method, state, [name], {name: first.kept}).each
+    assert float(again.kept["optimizer/steps"]) == 6

@@ -158,8 +158,7 @@ def test_law_3_a_dropped_client_is_one_that_was_not_there(
         replies = train(self, method, state, cohort, kept, late)
         if state.round != bad_round:
             return replies
-        envelopes = [(name, b"torn" if name == bad else data) for name, data in replies.envelopes]
-        return replace(replies, envelopes=envelopes)
+        return Replies(replace(r, envelope=b"torn") if r.client == bad else r for r in replies.each)
 
     monkeypatch.setattr(EmbeddedEngine, "train", harmed)
     got = run(config, tmp_path / "with")

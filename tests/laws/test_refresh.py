@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from conftest import adapter_bytes, set_all
+from federation.opened import started
 from fedsb.adapters.basis import basis_hash, make_basis, random_pair
 from fedsb.adapters.carry import is_carried
 from fedsb.config import load_config
@@ -23,7 +24,6 @@ from fedsb.report import summary
 from fedsb.run import federate, resume
 from laws.test_aggregation import SHAPES, deltas, received, round_of, start, worst
 from laws.test_codecs import StopAfterOne
-from federation.opened import started
 
 METHODS = [
     pytest.param(FedSB(rank=3), id="fed-sb"),

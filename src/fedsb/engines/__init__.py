@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -28,14 +28,37 @@ class Sent:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Replies:
-    """What came back from a cohort: envelopes not yet checked, and what each client keeps and reports."""
+class Reply:
+    """What comes back from a client."""
 
-    envelopes: Sequence[tuple[str, bytes]]  # (client, update)
-    kept: Mapping[str, Tensors]  # client -> its own state, which stays with it
-    losses: Mapping[str, float]  # client -> mean training loss
-    own: Mapping[str, float] = field(default_factory=dict)  # client -> its trained model's score on its held-out rows
+    client: str
+    envelope: bytes  # its update, not yet checked
+    kept: Tensors  # its own state, which stays with it
+    loss: float  # mean training loss
+    own: float | None = None  # its trained model's score on its held-out rows
     sent: Sequence[Sent]
+
+
+class Replies:
+    """What comes back from a cohort, client by client: the envelopes, once; all else adds up as they are taken."""
+
+    def __init__(self, replies: Iterable[Reply]) -> None:
+        self.each = iter(replies)
+        self.kept: dict[str, Tensors] = {}
+        self.losses: dict[str, float] = {}
+        self.own: dict[str, float] = {}
+        self.sent: list[Sent] = []
+
+    @property
+    def envelopes(self) -> Iterator[tuple[str, bytes]]:
+        """(client, update), as they come in: none is held here."""
+        for reply in self.each:
+            self.kept[reply.client] = reply.kept
+            self.losses[reply.client] = reply.loss
+            self.sent += reply.sent
+            if reply.own is not None:
+                self.own[reply.client] = reply.own
+            yield reply.client, reply.envelope
 
 
 @dataclass(frozen=True, kw_only=True)

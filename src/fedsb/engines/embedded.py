@@ -5,7 +5,7 @@ Nothing to set up. Messages still go through the envelope, byte for byte as they
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Literal
 
 import torch
@@ -16,7 +16,7 @@ from fedsb.adapters.layer import RoutingError
 from fedsb.data.sites import Site, open_data
 from fedsb.data.sources import load_table, require_columns
 from fedsb.data.tasks.base import Example, Task, pad_token
-from fedsb.engines import Replies, Score, Sent
+from fedsb.engines import Replies, Reply, Score, Sent
 from fedsb.errors import UserError
 from fedsb.federation.basis_round import build_basis
 from fedsb.federation.client import LocalTraining
@@ -142,44 +142,42 @@ class EmbeddedEngine:
             members.append(
                 Member(name=name, examples=sites[name].train, tensors=received, moments=within("optimizer", own))
             )
-        trained = self._train(method, state, members, ranks)
-        sent, envelopes, keep = [], [], {}
-        for before in members:
-            after, told = trained[before.name], (before.name in late, ranks.get(before.name))
-            mine, (told_bytes, message) = at_rank(method, told[1]), messages[told]
-            up, own = mine.upload(before.tensors, after.tensors, state.round)
-            keep[after.name] = under("method", own)
-            if self.local.keep_optimizer:
-                keep[after.name] |= under("optimizer", after.moments)
-            payload = Payload(
-                kind="update",
-                run=self.run,
-                round=state.round,
-                client=after.name,
-                samples=sites[after.name].rows,
-                basis=common,
-                tensors=to_arrays(up),
-            )
-            base = {} if link.codec == "float32" else unmoved(mine, heard.common, message, state.round)
-            update, lost = link.up(method, payload, base, kept.get(after.name, {}))
-            keep[after.name] |= lost
-            envelopes.append((after.name, update))
-            if method.facts.pools_data:
-                continue
-            for data, direction in ((told_bytes, "down"), (update, "up")):
-                sent.append(self._count(data, state.round + 1, after.name, direction))
-        losses = {name: member.loss for name, member in trained.items()}
-        own_scores: dict[str, float] = {}
-        if self.config.eval.gap and self.config.eval.due(state.round + 1, self.config.rounds):
-            held = {name: sites[name].held_out for name in trained if sites[name].held_out}
-            own_scores = {name: self.evaluate(trained[name].tensors, rows).value for name, rows in held.items()}
-        return Replies(envelopes=envelopes, kept=keep, losses=losses, sent=sent, own=own_scores)
+
+        def replies() -> Iterator[Reply]:
+            due = self.config.eval.gap and self.config.eval.due(state.round + 1, self.config.rounds)
+            before = {member.name: member for member in members}
+            for after in self._train(method, state, members, ranks):
+                site, told = sites[after.name], (after.name in late, ranks.get(after.name))
+                mine, (told_bytes, message) = at_rank(method, told[1]), messages[told]
+                up, own = mine.upload(before[after.name].tensors, after.tensors, state.round)
+                payload = Payload(
+                    kind="update",
+                    run=self.run,
+                    round=state.round,
+                    client=after.name,
+                    samples=site.rows,
+                    basis=common,
+                    tensors=to_arrays(up),
+                )
+                base = {} if link.codec == "float32" else unmoved(mine, heard.common, message, state.round)
+                update, lost = link.up(method, payload, base, kept.get(after.name, {}))
+                moments = under("optimizer", after.moments) if self.local.keep_optimizer else {}
+                travelled = {"down": told_bytes, "up": update} if not method.facts.pools_data else {}
+                yield Reply(
+                    client=after.name,
+                    envelope=update,
+                    kept=under("method", own) | moments | lost,
+                    loss=after.loss,
+                    own=self.evaluate(after.tensors, site.held_out).value if due and site.held_out else None,
+                    sent=[self._count(data, state.round + 1, after.name, way) for way, data in travelled.items()],
+                )
+
+        return Replies(replies())
 
     def _train(
         self, method: Method, state: State, members: Sequence[Member], ranks: Mapping[str, int]
-    ) -> dict[str, Member]:
+    ) -> Iterator[Member]:
         """Trains the members, those of one rank together, `cohort_size` in one forward."""
-        trained: dict[str, Member] = {}
         for rank in dict.fromkeys(ranks.get(member.name) for member in members):
             alike, own = [m for m in members if ranks.get(m.name) == rank], at_rank(method, rank)
             for start in range(0, len(alike), self.cohort_size):
@@ -195,8 +193,7 @@ class EmbeddedEngine:
                         round=state.round,
                         penalty=own.penalty,
                     )
-                trained |= {member.name: member for member in done}
-        return trained
+                yield from done
 
     def score(self, method: Method, state: State, kept: Mapping[str, Tensors]) -> Score | None:
         """The metric on the test rows, of the global model or the mean over the clients' own; None without rows."""

@@ -27,8 +27,8 @@ def refuse_what_facts_forbid(config: Config, method: Method) -> None:
         )
     if config.basis.refresh and method.adapter == "core" and not facts.global_model:
         faults.append(
-            f"basis.refresh: a new basis starts from the global model, and {facts.id} has none (its fact global_model is "
-            "false); leave it out"
+            f"basis.refresh: a new basis starts from the global model, and {facts.id} has none (its fact global_model "
+            "is false); leave it out"
         )
     asked = [key for key in ("ranks", "memory_mib") if getattr(config.clients, key) is not None]
     if asked and not facts.mixed_ranks:

@@ -6,7 +6,7 @@ The round goes on with the others while `min_clients` good updates are there.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -17,7 +17,8 @@ from fedsb.errors import RunError
 from fedsb.federation.codec import Codec
 from fedsb.federation.link import codec_of, unmoved
 from fedsb.federation.payload import Arrays, Payload, PayloadError, unpack
-from fedsb.federation.tensors import to_arrays, to_tensors
+from fedsb.federation.spool import Spool
+from fedsb.federation.tensors import to_arrays
 from fedsb.methods.contract import Method, State, Update
 from fedsb.settings import ServerConfig
 
@@ -81,12 +82,17 @@ def _wanted(method: Method, state: State, rank: int | None) -> Wanted:
     return Wanted(shapes=shapes, reference=to_arrays(sent), claims=method.claims)
 
 
-def admit(replies: Sequence[tuple[str, bytes]], rules: Rules) -> tuple[list[Update], list[Dropped]]:
+def admit(
+    replies: Iterable[tuple[str, bytes]], rules: Rules, spool: Spool | None = None
+) -> tuple[list[Update], list[Dropped]]:
     """The good updates, and the bad ones with their reasons, from (client, envelope) pairs of one round.
 
+    Envelopes are read one by one and let go; the updates' tensors are views of the spool.
     Raises RunError when fewer than `min_clients` are good.
     """
-    good: list[Payload] = []
+    spool = spool or Spool()
+    norms: dict[str, float] = {}  # of the good ones, in the spool's order
+    samples: dict[str, int] = {}
     dropped: list[Dropped] = []
     for client, data in replies:
         try:
@@ -95,21 +101,29 @@ def admit(replies: Sequence[tuple[str, bytes]], rules: Rules) -> tuple[list[Upda
             dropped.append(Dropped(client=client, reason=str(error)))
             continue
         reason = fault(client, payload, rules)
-        if reason is None and any(payload.client == other.client for other in good):
+        if reason is None and client in norms:
             reason = "sent a second update in this round"
         if reason is None:
-            good.append(payload)
+            norms[client], samples[client] = change_norm_l2(payload, rules.of(client)), payload.samples
+            spool.add(payload.tensors)
         else:
             dropped.append(Dropped(client=client, reason=reason))
-    good, outliers = _within_norm(good, rules)
+    outliers = _outliers(norms, rules)
     dropped += outliers
+    good = norms.keys() - {drop.client for drop in outliers}
     if len(good) < rules.min_clients:
         reasons = "; ".join(f"{drop.client}: {drop.reason}" for drop in dropped) or "no client replied"
         raise RunError(
             f"round {rules.round + 1}: {len(good)} good updates, server.min_clients asks for {rules.min_clients} "
             f"({reasons}). The checkpoint of the last finished round is kept"
         )
-    return [_update(payload, rules) for payload in good], dropped
+    weights = {client: float(n) if rules.weighting == "samples" else 1.0 for client, n in samples.items()}
+    updates = [
+        Update(client=client, weight=weights[client], tensors=tensors)
+        for client, tensors in zip(norms, spool.read(), strict=True)
+        if client in good
+    ]
+    return updates, dropped
 
 
 def _whole(payload: Payload, reference: Arrays) -> Payload:
@@ -161,27 +175,21 @@ def change_norm_l2(payload: Payload, wanted: Wanted) -> float:
     return float(np.sqrt(sum(squares)))
 
 
-def _update(payload: Payload, rules: Rules) -> Update:
-    weight = float(payload.samples) if rules.weighting == "samples" else 1.0
-    return Update(client=payload.client, weight=weight, tensors=to_tensors(payload.tensors))
-
-
-def _within_norm(good: list[Payload], rules: Rules) -> tuple[list[Payload], list[Dropped]]:
-    if len(good) < 2:
-        return good, []
-    norms = [change_norm_l2(payload, rules.of(payload.client)) for payload in good]
-    limit = rules.norm_factor * statistics.median_low(norms)
-    outliers = [
+def _outliers(norms: Mapping[str, float], rules: Rules) -> list[Dropped]:
+    """Those whose change is far above the cohort's median."""
+    if len(norms) < 2:
+        return []
+    median = statistics.median_low(norms.values())
+    limit = rules.norm_factor * median
+    return [
         Dropped(
-            client=payload.client,
+            client=client,
             reason=f"its change has norm {norm:.3g}, over {rules.norm_factor:g} times the cohort's median "
-            f"{statistics.median_low(norms):.3g} (server.norm_factor)",
+            f"{median:.3g} (server.norm_factor)",
         )
-        for payload, norm in zip(good, norms, strict=True)
+        for client, norm in norms.items()
         if norm > limit > 0
     ]
-    names = {drop.client for drop in outliers}
-    return [payload for payload in good if payload.client not in names], outliers
 
 
 def _some(what: str, names: set[str]) -> list[str]:
