@@ -107,7 +107,7 @@ class BasisConfig(Section):
     kind: Literal["random", "weights", "update", "update-pooled", "core"] = "random"
     side: Literal["leading", "trailing"] = Field("leading", description="of weights, and of core's outer basis")
     outer: Literal["weights", "random"] = Field("weights", description="of core: the data-free basis around it")
-    outer_rank: Positive | None = Field(None, description="of core: k; default 8 h r, at most half of min(m, n)")
+    outer_rank: Positive | None = Field(None, description="of core: k; default 4 h r, at most half of min(m, n)")
     samples: Positive = Field(256, description="rows that the gradient is summed over, of all clients together")
     data: str | None = Field(None, description="of update: a file of rows that are declared public")
     R0: Literal["auto", "zero", "step"] = Field("auto", description="start at 0, or one approximate full step ahead")

@@ -234,3 +234,25 @@ def test_samples_are_drawn_by_site_in_proportion(tiny_config: dict[str, Any]) ->
         assert len(draw_samples(site, sites, 1, 0)) == 1
         assert len(draw_samples(site, sites, EVERYTHING, 0)) == len(site.train)
     assert any(draw_samples(site, sites, 12, 1) != drawn[site.name] for site in sites)
+
+
+@pytest.mark.parametrize("kind", ["core", "update-pooled"])
+def test_a_basis_in_a_codec_is_orthonormal_and_near_the_exact_one(tiny_config: dict[str, Any], kind: str) -> None:
+    """Everyone holds the same: what was told, made orthonormal again. int8 turns the span by little."""
+    made = {}
+    for codec in ("float32", "bfloat16", "int8", "int4"):
+        engine = open_engine(set_all(tiny_config, basis={"kind": kind, "share_samples": 0}, server={"codec": codec}))
+        made[codec], sent = engine.build_basis(engine.method)
+        factor = {"float32": 1.0, "bfloat16": 0.5, "int8": 0.27, "int4": 0.15}[codec]
+        assert all(each.bytes <= 4 * each.values * factor for each in sent)
+    for codec, basis in made.items():
+        assert basis is not None and made["float32"] is not None
+        for layer in basis.B:
+            for M, exact in (
+                (basis.B[layer], made["float32"].B[layer]),
+                (basis.A[layer].T, made["float32"].A[layer].T),
+            ):
+                assert torch.allclose(M.T @ M, torch.eye(M.shape[1]), atol=1e-5)
+                cosines = torch.linalg.svdvals(M.T @ exact)
+                least = {"float32": 0.9999, "bfloat16": 0.999, "int8": 0.9, "int4": 0.0}[codec]
+                assert float(cosines.min()) > least, (codec, layer, cosines)

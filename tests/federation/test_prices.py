@@ -112,5 +112,5 @@ def test_values_of_a_basis(basis: dict[str, Any], up: int, down: int) -> None:
     assert basis_values(settings, FedIT(rank=2), TOY) == {"up": 0, "down": 0}
 
 
-def test_core_takes_8_r_where_the_layer_is_large() -> None:
-    assert basis_values(BasisConfig(kind="core"), FedSB(rank=2), {"x": (100, 90)}) == {"up": 256, "down": 2 * 16 * 2}
+def test_core_takes_4_r_where_the_layer_is_large() -> None:
+    assert basis_values(BasisConfig(kind="core"), FedSB(rank=2), {"x": (100, 90)}) == {"up": 64, "down": 2 * 8 * 2}

@@ -160,6 +160,13 @@ def core_pair(S: Tensor, outer: Pair, rank: int) -> tuple[Tensor, Tensor, Tensor
     return (Q.T @ A).contiguous(), (B @ P).contiguous(), D[:rank].float()
 
 
+def orthonormal(M: Tensor) -> Tensor:
+    """Orthonormal columns with the span of M's, (m, q), and near them: what a codec makes of a basis, put right."""
+    Q, T = torch.linalg.qr(M.double())
+    turned: Tensor = Q * torch.where(T.diagonal() < 0, -1.0, 1.0)
+    return turned.float()
+
+
 def captured_energy(G: Tensor, A: Tensor, B: Tensor, blocks: int = 1) -> tuple[float, float]:
     """(sum_i ||B_i' G A_i'||^2, ||G||^2) of a gradient G (m, n): the basis captures the first of the second."""
     inside = sum(

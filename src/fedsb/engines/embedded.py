@@ -20,11 +20,12 @@ from fedsb.engines import Replies, Reply, Score, Sent
 from fedsb.errors import UserError
 from fedsb.federation.basis_round import build_basis
 from fedsb.federation.client import LocalTraining
+from fedsb.federation.codec import Codec
 from fedsb.federation.cohort import Member, join_tensors, train_together
 from fedsb.federation.facts import client_ranks, refuse_what_facts_forbid
 from fedsb.federation.gradients import load_nothing
 from fedsb.federation.link import link_of, unmoved
-from fedsb.federation.payload import Payload, pack, unpack
+from fedsb.federation.payload import Payload, unpack
 from fedsb.federation.scoring import forward, mean_score
 from fedsb.federation.tensors import to_arrays, to_tensors, under, within
 from fedsb.methods.contract import Method, State
@@ -84,9 +85,10 @@ class EmbeddedEngine:
             return None, sent
         round = 0 if state is None else state.round
 
-        def send(direction: Literal["up", "down"], client: str, tensors: Tensors) -> Tensors:
-            kind: Literal["basis-up", "basis-down"] = "basis-up" if direction == "up" else "basis-down"
-            envelope = pack(Payload(kind=kind, run=self.run, round=round, client=client, tensors=to_arrays(tensors)))
+        link = link_of(self.config, method, self.run)
+
+        def send(direction: Literal["up", "down"], client: str, tensors: Tensors, codec: Codec = link.codec) -> Tensors:
+            envelope = link.basis(direction, client, round, tensors, codec)
             if not method.facts.pools_data:  # the data are where the server is: nothing travels
                 sent.append(
                     self._count(envelope, round + 1 if state is not None else 0, client, direction, kind="basis")
@@ -96,7 +98,7 @@ class EmbeddedEngine:
         start = self.head
         if state is not None:
             for site in self.sites:
-                send("down", site.name, state.tensors)
+                send("down", site.name, state.tensors, codec="float32")  # all must fold the same
             start = {**method.fold(state), **{key: state.tensors[key] for key in self.head}}
         basis = build_basis(
             self.config.basis,

@@ -22,6 +22,7 @@ from fedsb.adapters.basis import (
     check_rank,
     core_pair,
     make_basis,
+    orthonormal,
     random_pair,
     update_pair,
     weight_pair,
@@ -36,7 +37,10 @@ from fedsb.settings import BasisConfig
 
 
 class Send(Protocol):
-    """Carries tensors to or from a client through the envelope, and counts them."""
+    """Carries tensors to or from a client through the envelope, in the run's codec, and counts them.
+
+    A message to a client is the same for all.
+    """
 
     def __call__(self, direction: Literal["up", "down"], client: str, tensors: Tensors) -> Tensors: ...
 
@@ -76,13 +80,17 @@ def build_basis(
         basis = _core_basis(sums, outer, rank, eta / counted / method.scale if step_ahead else None)
         inner = {f"{layer}.P": outer[layer][1].T @ basis.B[layer] for layer in outer}
         inner |= {f"{layer}.Q": basis.A[layer] @ outer[layer][0].T for layer in outer}
-        for site in sites:
-            send("down", site.name, inner)
+        told = _tell(inner, sites, send)
+        A = {layer: orthonormal(told[f"{layer}.Q"].T).T @ A for layer, (A, _) in outer.items()}
+        B = {layer: B @ orthonormal(told[f"{layer}.P"]) for layer, (_, B) in outer.items()}
+        basis = replace(basis, A=A, B=B)
     else:
         rows = public if config.kind == "update" else [example for name in samples for example in samples[name]]
         basis = _update_basis(config, adapted, task, start, rows, rank, eta, sign, step_ahead, method.scale, batch_size)
-        for site in sites:
-            send("down", site.name, basis.tensors)
+        told = _tell(basis.tensors, sites, send)
+        A = {layer: orthonormal(told[f"{layer}.A"].T).T.contiguous() for layer in basis.A}
+        B = {layer: orthonormal(told[f"{layer}.B"]) for layer in basis.B}
+        basis = replace(basis, A=A, B=B)
     seconds = time.monotonic() - started
     captured: Mapping[str, float] = {}
     if config.share_samples:
@@ -99,6 +107,14 @@ def build_basis(
         seconds=seconds,
         peak_memory_bytes=peak_memory_bytes(adapted.device),
     )
+
+
+def _tell(tensors: Tensors, sites: Sequence[Site], send: Send) -> Tensors:
+    """What every site makes of the same message, and the server with them."""
+    told = tensors
+    for site in sites:
+        told = send("down", site.name, tensors)
+    return told
 
 
 def basis_values(config: BasisConfig, method: Method, shapes: Mapping[str, tuple[int, int]]) -> dict[str, int]:
@@ -127,9 +143,9 @@ def draw_samples(
 
 
 def outer_rank(config: BasisConfig, shape: tuple[int, int], rank: int) -> int:
-    """k of `core` in a layer: as asked, or 8 h r but at most half of min(m, n); never under h r."""
-    wanted = config.outer_rank or min(8 * rank, min(shape) // 2)
-    return max(rank, min(wanted, min(shape)))
+    """k of `core` in a layer: as asked, or 4 h r but at most half of min(m, n); never under h r, or 2."""
+    wanted = config.outer_rank or min(4 * rank, min(shape) // 2)
+    return max(rank, min(max(wanted, 2), min(shape)))
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -9,6 +9,8 @@ and e_k the client's error feedback. All start from h, none from s. Feedback up 
 arXiv 1901.09847), in both directions as in DoubleSqueeze (Tang et al., ICML 2019, arXiv 1905.05957). In float32 nothing
 is lost: tensors travel as they are, h = s, and no one keeps anything.
 
+What is made of it, a basis, travels in the codec too, without feedback: whoever receives it makes it orthonormal again.
+
 Down goes whole, in float32: the first broadcast; the one to a site that missed the last (it holds an older h); the one
 to a client whose rank is not the method's (its corner of h has other blocks); all of a method that changes the base
 (what is added there is never sent again, so nothing would make an error good).
@@ -28,6 +30,7 @@ whose tensors change their shape between rounds cannot be told as a change.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
@@ -49,6 +52,14 @@ class Link:
     run: str
     codec: Codec
     seed: int
+
+    # --- both ---
+
+    def basis(self, direction: Literal["up", "down"], client: str, round: int, tensors: Tensors, codec: Codec) -> bytes:
+        """The envelope of what travels for a basis. Once is once: no one is owed what is lost."""
+        kind: Literal["basis-up", "basis-down"] = "basis-up" if direction == "up" else "basis-down"
+        payload = Payload(kind=kind, run=self.run, round=round, client=client, codec=codec, tensors=to_arrays(tensors))
+        return pack(payload, self._draw(client if direction == "up" else "", round, kind))
 
     # --- the server ---
 

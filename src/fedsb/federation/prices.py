@@ -1,7 +1,6 @@
 """What a run costs in bytes, before it starts, by this method and by the others: one-off, up, down and total.
 
-All figures are for the whole federation and all rounds, in the run's codec, the envelopes' headers aside. What travels
-for the basis is float32.
+All figures are for the whole federation and all rounds, in the run's codec, the envelopes' headers aside.
 """
 
 from __future__ import annotations
@@ -51,10 +50,10 @@ def price(
 ) -> Price:
     """The price of one method. A value of the head costs as much as its message's mean value, as in report.py."""
     each = [method.traffic(shapes, head=head, clients=clients, round=round) for round in range(rounds)]
-    bill = sum(basis.values()) if basis else 0
-    once = each[0].one_off + bill + refreshes * (bill + each[0].down + each[0].head)
-    one_off, up, down = payload_bytes("float32", once * sites), 0, 0
-    heads = payload_bytes("float32", refreshes * each[0].head * sites)
+    bill = sum(payload_bytes(codec, values) for values in (basis or {}).values())
+    told = payload_bytes("float32", each[0].down + each[0].head)
+    one_off = sites * (payload_bytes("float32", each[0].one_off) + bill + refreshes * (bill + told))
+    up, down, heads = 0, 0, sites * refreshes * payload_bytes("float32", each[0].head)
     for round, traffic in enumerate(each):
         plain = clients if method.facts.changes_base else whole[round] if whole else 0
         up_bytes, up_head = _message(codec, traffic.up, traffic.head)
