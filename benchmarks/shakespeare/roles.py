@@ -11,7 +11,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 HERE = Path(__file__).parent
-CONTENDER = "fed-sb@32"
+CONTENDER = "fed-sb r32"
 
 
 def main() -> None:

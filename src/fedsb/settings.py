@@ -104,7 +104,7 @@ class MethodConfig(BaseModel):
 class BasisConfig(Section):
     """Where a core's B and A come from. See adapters/basis.py."""
 
-    kind: Literal["random", "weights", "update", "update-pooled", "core"] = "random"
+    kind: Literal["random", "weights", "update", "update-pooled", "core"] = "weights"
     side: Literal["leading", "trailing"] = Field("leading", description="of weights, and of core's outer basis")
     outer: Literal["weights", "random"] = Field("weights", description="of core: the data-free basis around it")
     outer_rank: Positive | None = Field(None, description="of core: k; default 4 h r, at most half of min(m, n)")

@@ -128,6 +128,25 @@ def test_weights_spans_the_true_singular_subspaces() -> None:
         torch.testing.assert_close(inner, expected, rtol=0, atol=1e-5)
 
 
+def test_weights_of_a_large_layer_are_near_the_leading_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a sketch: orthonormal, the same again, and with nearly all of the energy that the best subspaces have."""
+    from fedsb.adapters import basis
+
+    W0, _, _ = spectrum(300, 400, 0.97 ** torch.arange(300))
+    best_A, best_B = weight_pair(W0.float(), 16)
+    monkeypatch.setattr(basis, "EXACT_SIZE", 256)
+    A, B = weight_pair(W0.float(), 16)
+    again = weight_pair(W0.float(), 16)
+    assert torch.equal(A, again[0]) and torch.equal(B, again[1])
+    assert not torch.equal(A, best_A)  # it is the other way
+    torch.testing.assert_close(B.T @ B, torch.eye(16), rtol=0, atol=1e-5)
+    torch.testing.assert_close(A @ A.T, torch.eye(16), rtol=0, atol=1e-5)
+    energy = [float((b.T.double() @ W0 @ a.T.double()).square().sum()) for a, b in ((A, B), (best_A, best_B))]
+    assert energy[0] > 0.999 * energy[1]
+    trailing = weight_pair(W0.float(), 16, "trailing")  # the small end has no sketch
+    assert float((trailing[1].T.double() @ W0 @ trailing[0].T.double()).norm()) < 0.01
+
+
 @pytest.mark.parametrize("sign", [True, False])
 def test_update_is_the_truncated_svd_of_the_first_step(sign: bool) -> None:
     G = matrix()

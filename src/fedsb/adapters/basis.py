@@ -30,6 +30,7 @@ from fedsb.draws import generator
 from fedsb.errors import UserError
 
 Pair = tuple[Tensor, Tensor]  # A (k, n), B (m, k)
+EXACT_SIZE = 1024  # min(m, n) up to which W0 is decomposed whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +134,14 @@ def random_pair(m: int, n: int, rank: int, seed: int, layer: str, round: int = 0
 
 
 def weight_pair(W0: Tensor, rank: int, side: Literal["leading", "trailing"] = "leading") -> Pair:
-    """`weights`: `rank` singular vectors of W0 (m, n), from the large or the small end, in float64."""
+    """`weights`: `rank` singular vectors of W0 (m, n), from the large or the small end, in float64.
+
+    The leading ones of a layer above EXACT_SIZE by subspace iteration from a fixed sketch: a full SVD of 4096 x 14336
+    takes minutes, and any subspace near the leading one serves, if all sites have the same.
+    """
+    if side == "leading" and min(W0.shape) > EXACT_SIZE:
+        U, _, V = truncated_svd(W0.double(), rank)
+        return V.T.float().contiguous(), U.float().contiguous()
     U, _, V = svd(W0.double())
     columns = slice(0, rank) if side == "leading" else slice(-rank, None)
     return V[:, columns].T.float().contiguous(), U[:, columns].float().contiguous()
