@@ -156,6 +156,29 @@ def compare(
         raise RunError("not everything ran:\n" + "\n".join(f"  {name}: {why}" for name, why in found["failed"].items()))
 
 
+@app.command()
+def audit(
+    config: ConfigArgument,
+    client: Annotated[str | None, typer.Option("--client", help="Default: the one with the largest epsilon.")] = None,
+    rounds: Annotated[int | None, typer.Option("--rounds", help="Default: all of the client's.")] = None,
+    canaries: Annotated[int, typer.Option("--canaries", help="How many canaries there are.")] = 1000,
+    overrides: Set = [],  # noqa: B006
+    as_json: Json = False,
+) -> None:
+    """Audit a private run. A throw-away run with canaries; exit code 2 where its epsilon cannot be true."""
+    from fedsb.audit import audit as carry_out
+    from fedsb.terminal import Terminal, print_audit
+
+    loaded = _load(config, overrides)
+    found = carry_out(loaded, client=client, rounds=rounds, canaries=canaries, note=Terminal(quiet=as_json).note)
+    if as_json:
+        _print_json(found)
+    else:
+        print_audit(found)
+    if found["broken"]:
+        raise RunError(f"the audit failed: {found['says']}")
+
+
 @app.command("eval")
 def evaluate(
     folder: RunArgument,

@@ -21,6 +21,8 @@ from fedsb.federation.prices import price_list
 from fedsb.federation.schedule import refreshes, whole_broadcasts
 from fedsb.federation.server import Dropped
 from fedsb.methods.contract import Method, State
+from fedsb.privacy.guard import Guard
+from fedsb.privacy.statement import promised, spent, why_not_private
 from fedsb.record import Record, read_result
 from fedsb.report import summary, write_report
 from fedsb.settings import Choice, Config
@@ -71,7 +73,7 @@ def describe_start(
                 "name": site.name,
                 "rows": site.rows,
                 "held_out_rows": len(site.held_out),
-                "labels": site.labels,
+                "labels": site.labels if engine.promise is None else None,
                 "unseen": site.unseen,
             }
             for site in data.sites
@@ -95,7 +97,10 @@ def describe_start(
             )
         ],
         "before": {"score": before.value if before else None, "majority": data.baseline},
-        "not_private": "this version has no privacy plan: nothing bounds what an update tells of the rows behind it",
+        "privacy": promised(engine.promise, config, sum(tensors[key].numel() for key in trained))
+        if engine.promise
+        else None,
+        "not_private": why_not_private(engine.guards),
     }
 
 
@@ -107,6 +112,7 @@ def round_row(
     score: Score | None,
     sites: Mapping[str, Score],
     seconds: float,
+    guards: Mapping[str, Guard] | None = None,
 ) -> dict[str, Any]:
     """A row of rounds.jsonl. The loss is the plain mean over the clients whose updates were good.
 
@@ -134,6 +140,7 @@ def round_row(
         "down_bytes": sum(sent.bytes for sent in replies.sent if sent.direction == "down"),
         **state.metrics,
         **gap,
+        **({"epsilon": spent(guards)} if guards else {}),
         "seconds": round(seconds, 3),
     }
 
@@ -187,6 +194,7 @@ def finish(record: Record, engine: EmbeddedEngine, sites: Mapping[str, Score], a
             }
             for site in engine.data.sites
         ],
+        "epsilon": spent(engine.guards) if engine.guards else None,
         "peak_memory_bytes": (before or {}).get("peak_memory_bytes") or peak_memory_bytes(engine.adapted.device),
         "adapter": str(adapter),
         "load": load_lines(base_facts(engine.config, engine), one),
@@ -237,5 +245,7 @@ def _card_facts(config: Config, method: Method, record: Record) -> dict[str, str
         "Rounds": str(config.rounds),
         "Bytes sent": f"{facts['bytes']['federation']['with_head']['total']:,} by the whole federation",
         "Score": "not scored" if score is None else f"{record.manifest['task']['metric']} {score:.4f}",
-        "Privacy": f"not private: {record.manifest['not_private']}",
+        "Privacy": record.manifest["privacy"]["says"]
+        if record.manifest["not_private"] is None
+        else f"not private: {record.manifest['not_private']}",
     }

@@ -27,6 +27,8 @@ from fedsb.federation.schedule import refreshes, whole_broadcasts
 from fedsb.methods import build_method
 from fedsb.methods.contract import Method
 from fedsb.model import choose_device, load_base, load_tokenizer
+from fedsb.privacy.setup import promise_of, refuse_what_would_leak
+from fedsb.privacy.statement import promised
 from fedsb.settings import Config
 
 OVERHEAD = 1.5  # of a real step over its matrix products, as seen with MiniLM on two cores
@@ -37,6 +39,7 @@ def estimate(loaded: Loaded) -> dict[str, Any]:
     config = loaded.config
     method = build_method(config.method.name, config.method.options)
     refuse_what_facts_forbid(config, method)
+    refuse_what_would_leak(config, method)
     tokenizer = load_tokenizer(config.model)
     data = open_data(config, tokenizer)
     base = load_base(
@@ -72,6 +75,8 @@ def estimate(loaded: Loaded) -> dict[str, Any]:
         whole=whole_broadcasts(names, config, method, ranks),
     )
     traffic = method.traffic(adapted.shapes, head=head, clients=cohort)
+    local = local_training(config, clients=len(data.taking_part) if method.facts.pools_data else 1)
+    promise = promise_of(config, method, sites, local)
     seconds, seconds_reason = _seconds(config, method, data, linear, cohort)
     memory, memory_reason = _memory(config, adapted, weights, cohort)
     choices = [
@@ -80,6 +85,7 @@ def estimate(loaded: Loaded) -> dict[str, Any]:
         targets_choice(config, targets),
         *data.choices,
         *rank_choices,
+        *(promise.choices if promise else ()),
     ]
     return {
         "settings": [asdict(choice) for choice in choices],
@@ -91,6 +97,7 @@ def estimate(loaded: Loaded) -> dict[str, Any]:
             "one_off": sum(bill.values()),
         },
         "prices": [price.as_dict() for price in prices],
+        "privacy": promised(promise, config, traffic.up + traffic.head) if promise else None,
         "memory_bytes": memory,
         "memory_reason": memory_reason,
         "seconds": seconds,

@@ -106,7 +106,18 @@ def _headline(run: RunFiles) -> Json:
         "before": number(before.get("score")),
         "majority": number(before.get("majority")),
         "bytes": byte_totals(run.traffic),
+        "epsilon": number(run.rounds[-1].get("epsilon")) if run.rounds else None,
+        "privacy": _privacy(run),
     }
+
+
+def _privacy(run: RunFiles) -> str | None:
+    """What has been spent of the promise, in words; None for a run without one."""
+    promised, spent = run.manifest.get("privacy"), run.rounds[-1].get("epsilon") if run.rounds else None
+    if not promised or spent is None:
+        return None
+    text = f"epsilon {spent:.3g} at delta {promised['delta']:.2g}, for {promised['unit']}s, by the ledgers"
+    return text if run.manifest.get("not_private") is None else f"none: {run.manifest['not_private']} ({text})"
 
 
 def byte_totals(traffic: Iterable[Json]) -> dict[str, dict[str, dict[str, int]]]:

@@ -107,6 +107,7 @@ def _carry_out(loaded: Loaded, engine: EmbeddedEngine, record: Record, display: 
         display.settings(choices)
 
         state = record.latest()
+        engine.open_ledgers(record.folder, new=state is None)
         if state is None:
             basis, sent = engine.build_basis(method)
             state = method.start(engine.shapes, basis, engine.head, config.seed)
@@ -129,16 +130,18 @@ def _carry_out(loaded: Loaded, engine: EmbeddedEngine, record: Record, display: 
             late = set(cohort) - set(sample(engine, round - 1, config)) if round else set()
             heard = link.heard(method, state)  # what the sites start from
             replies = engine.train(method, state, cohort, kept, late)
-            updates, dropped = admit(
-                replies.envelopes, rules(method, heard, config.server, record.run, engine.ranks), Spool(record.folder)
+            wanted = rules(
+                method, heard, config.server, record.run, engine.ranks, judge_norms=config.privacy.unit != "client"
             )
-            state = link.settled(method, state, heard, method.aggregate(heard, updates, server))
+            updates, dropped = admit(replies.envelopes, wanted, Spool(record.folder))
+            after = method.aggregate(heard, engine.noised(updates, round), server)
+            state = link.settled(method, state, heard, after)
             keeps = {update.client: replies.kept[update.client] for update in updates}  # not of those dropped
             kept |= keeps
             due = config.eval.due(state.round, config.rounds)
             score = engine.score(method, state, kept) if due else None
             sites = engine.score_sites(method, state, kept) if due and config.eval.gap else {}
-            row = round_row(state, cohort, replies, dropped, score, sites, time.monotonic() - started)
+            row = round_row(state, cohort, replies, dropped, score, sites, time.monotonic() - started, engine.guards)
             with interrupts.hold():
                 record.round(state, row, [*sent, *replies.sent], keeps, keep=config.keep_checkpoints)
             display.round(row, config.rounds)

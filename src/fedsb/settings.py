@@ -185,6 +185,37 @@ class ServerConfig(Section):
         return {"kind": self.optimizer, **self.model_dump(include={"lr", "beta1", "beta2", "tau"})}
 
 
+class PrivacyConfig(Section):
+    """A differential-privacy promise, kept by noise. See docs/privacy.md."""
+
+    unit: Literal["none", "example", "client"] = Field(
+        "none", description="what is protected: a row, or all of a client's"
+    )
+    epsilon: Rate | None = Field(None, description="the target; the noise is calibrated to it before any work")
+    noise_multiplier: Rate | None = Field(None, description="instead of a target: the noise over the clip")
+    delta: Annotated[float, Field(gt=0, lt=1)] | Auto = Field(
+        "auto", description="default: 1e-5, or a tenth of 1 / rows"
+    )
+    clip: Rate = Field(1.0, description="L2 over all trained tensors: of a row's gradient, or of a client's update")
+    basis_share: Annotated[float, Field(gt=0, lt=1)] | Auto = Field("auto", description="of epsilon, for a core basis")
+    release: list[Literal["loss", "scores"]] = Field([], description="computed on private rows, shown, and not covered")
+
+    @property
+    def on(self) -> bool:
+        return self.unit != "none"
+
+    @model_validator(mode="after")
+    def _one_amount(self) -> Self:
+        given = [key for key in ("epsilon", "noise_multiplier") if getattr(self, key) is not None]
+        if self.on and len(given) != 1:
+            raise ValueError("a private run needs epsilon, or noise_multiplier, and not both")
+        if not self.on and given:
+            raise ValueError(
+                f"{given[0]} says how private, unit = 'none' says not at all: set unit to example or client"
+            )
+        return self
+
+
 class EngineConfig(Section):
     """What runs the clients."""
 
@@ -240,6 +271,7 @@ class Config(Section):
     basis: BasisConfig = BasisConfig()
     train: TrainConfig = TrainConfig()
     server: ServerConfig = ServerConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
     engine: EngineConfig = EngineConfig()
     eval: EvalConfig = EvalConfig()
     compare: CompareConfig = Field(CompareConfig(), exclude=True)  # no part of a run's own settings

@@ -131,6 +131,8 @@ def print_summary(folder: Path, found: Mapping[str, Any]) -> None:
         f"  bytes sent      {bytes_text(totals['total'])} in all: one-off {bytes_text(totals['one_off'])}, "
         f"up {bytes_text(totals['up'])}, down {bytes_text(totals['down'])}"
     )
+    if found["epsilon"] is not None:
+        console.print(f"  privacy         {found['privacy']}")
     for price in manifest.get("prices", []):
         if not price["this_run"] and price["label"].startswith(("fedit ", "flora ")) and totals["total"]:
             console.print(
@@ -183,8 +185,42 @@ def print_estimate(found: Mapping[str, Any]) -> None:
         f"\nA client, a round: {one['up']:,} values up, {one['down']:,} down, and the head's {one['head']:,} each way; "
         f"once: {one['one_off']:,}"
     )
+    if found["privacy"]:
+        print_promise(console, found["privacy"])
     console.print(f"Memory: about {bytes_text(found['memory_bytes'])} ({found['memory_reason']})")
     console.print(f"Time: about {seconds_text(found['seconds'])} ({found['seconds_reason']})")
+
+
+def print_promise(console: Console, promised: Mapping[str, Any]) -> None:
+    """What `fedsb check` says of privacy: epsilon at the end and on the way, everyone's noise, what is not covered."""
+    console.print(f"\nPrivacy: {promised['says']}")
+    course = ", ".join(f"{epsilon:.3g} after {round}" for round, epsilon in promised["epsilon_after"].items())
+    console.print(f"  epsilon by round: {course}; by RDP, a looser bound, {promised['epsilon_rdp']:.3g}")
+    table = Table("who adds noise", "of", "sampled", "noise multiplier", "sums", "epsilon", "signal / noise", **PLAIN)
+    for name, plan in promised["plans"].items():
+        sums = plan["steps"] * plan["rounds"]
+        cells = (f"{plan['q']:.2%}", f"{plan['sigma']:.4g}", str(sums), f"{plan['epsilon']:.3g}")
+        table.add_row(name, str(plan["rows"]), *cells, f"{plan['signal_to_noise']:.3g}")
+    console.print(table)
+    console.print("  not covered: " + "; ".join(promised["not_covered"]) + "\n")
+
+
+def print_audit(found: Mapping[str, Any]) -> None:
+    """What `fedsb audit` prints: the stated epsilon, what the canaries showed, and what that means."""
+    console = _console(soft_wrap=True)
+    console.print(
+        f"\n{found['name']}, {found['client']}: {found['steps']} noised sums of {found['rounds']} rounds, "
+        f"{found['q']:.2%} sampled, noise multiplier {found['sigma']:.4g}, delta {found['delta']:.2g}"
+    )
+    console.print(
+        f"  epsilon         at most {found['epsilon']:.3g} by the plan, {found['epsilon_ledger']:.3g} by the ledger"
+    )
+    console.print(
+        f"  audited         at least {found['epsilon_audited']:.3g}, with {found['confidence']:.0%} confidence "
+        f"({found['correct']} of {found['guesses']} guesses right, {found['canaries']} canaries)"
+    )
+    console.print(f"  {found['says']}")
+    console.print(f"  as data         {found['folder']}/audit.json")
 
 
 def _console(**options: Any) -> Console:

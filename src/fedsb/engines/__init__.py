@@ -34,7 +34,7 @@ class Reply:
     client: str
     envelope: bytes  # its update, not yet checked
     kept: Tensors  # its own state, which stays with it
-    loss: float  # mean training loss
+    loss: float | None  # mean training loss; None where the client keeps it to itself
     own: float | None = None  # its trained model's score on its held-out rows
     sent: Sequence[Sent]
 
@@ -54,7 +54,8 @@ class Replies:
         """(client, update), as they come in: none is held here."""
         for reply in self.each:
             self.kept[reply.client] = reply.kept
-            self.losses[reply.client] = reply.loss
+            if reply.loss is not None:
+                self.losses[reply.client] = reply.loss
             self.sent += reply.sent
             if reply.own is not None:
                 self.own[reply.client] = reply.own

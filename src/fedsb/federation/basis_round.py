@@ -31,8 +31,15 @@ from fedsb.adapters.gradients import weight_gradients
 from fedsb.data.sites import Site
 from fedsb.data.tasks.base import Example, Task
 from fedsb.draws import generator
-from fedsb.federation.gradients import backward_sum, captured_share, core_gradients, load_nothing
+from fedsb.federation.gradients import (
+    backward_sum,
+    captured_share,
+    core_gradients,
+    load_nothing,
+    private_core_gradients,
+)
 from fedsb.methods.contract import Method
+from fedsb.privacy.guard import Guard
 from fedsb.settings import BasisConfig
 
 
@@ -60,8 +67,12 @@ def build_basis(
     round: int = 0,  # that it is made for; `random` is another in each
     batch_size: int,
     send: Send,
+    guards: Mapping[str, Guard] | None = None,
 ) -> Basis:
-    """The basis that the configuration asks for, with its bill. Raises UserError where a layer is too small for it."""
+    """The basis that the configuration asks for, with its bill. Raises UserError where a layer is too small for it.
+
+    With `guards`, by client, `core` is noised and no captured share is measured: it would tell of the rows.
+    """
     started = time.monotonic()
     rank = method.total_rank
     check_rank(adapted.shapes, rank)
@@ -73,7 +84,10 @@ def build_basis(
         outer = _data_free(config, adapted, config.outer, rank, seed, round, outer=True)
         sums: Tensors = {}
         for site in sites:
-            own = core_gradients(adapted, task, start, outer, samples[site.name], batch_size)
+            if guards is None:
+                own = core_gradients(adapted, task, start, outer, samples[site.name], batch_size)
+            else:
+                own = private_core_gradients(adapted, task, start, outer, site, batch_size, guards[site.name], round)
             for key, S in send("up", site.name, own).items():
                 sums[key] = sums[key] + S if key in sums else S
         counted = sum(len(examples) for examples in samples.values())
@@ -93,7 +107,7 @@ def build_basis(
         basis = replace(basis, A=A, B=B)
     seconds = time.monotonic() - started
     captured: Mapping[str, float] = {}
-    if config.share_samples:
+    if config.share_samples and guards is None:
         probe = {site.name: draw_samples(site, sites, config.share_samples, seed, from_the_end=True) for site in sites}
         captured = captured_share(
             adapted, task, start, basis, probe, batch_size, config.budget_mib << 20, rank // method.rank

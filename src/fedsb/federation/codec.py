@@ -80,7 +80,7 @@ def decode(data: Bytes, codec: Codec, count: int) -> Floats:  # (count,)
 
 
 def to_integers(
-    x: Floats,  # any shape
+    x: NDArray[np.floating],  # any shape
     step: float,  # the same at every client
     draw: np.random.Generator,
 ) -> NDArray[np.int64]:  # the shape of x

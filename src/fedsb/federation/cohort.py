@@ -22,6 +22,8 @@ from fedsb.errors import RunError
 from fedsb.federation.client import LocalTraining, draw_batches
 from fedsb.federation.optimizer import clip_by_client, step_by_client
 from fedsb.federation.scoring import forward
+from fedsb.privacy.guard import Guard
+from fedsb.privacy.per_example import clipped_sums
 
 Penalty = Callable[[Mapping[str, Tensor]], Tensor | None]
 Keys = Sequence[tuple[int | str, ...]]  # for each client, what its draws of this step are keyed by
@@ -53,34 +55,55 @@ def train_together(
     seed: int,
     round: int,
     penalty: Penalty | None = None,
+    guards: Mapping[str, Guard] | None = None,
 ) -> list[Member]:
     """Trains the members for one round, jointly; gives them back in their order, with new tensors, moments and losses.
 
     `penalty` is the method's local regulariser: of the trained tensors (K, ...), one value a client (K,), or none.
+    With `guards`, by client, every step is one of DP-SGD: rows from the guard's own draw, each row's gradient clipped,
+    noise on their sum.
     Raises RunError naming client and round at a loss that is NaN or infinite.
     """
     steps = {m.name: local.steps_for(len(m.examples)) for m in members}
     batches = {
-        m.name: list(draw_batches(local, rows=len(m.examples), seed=seed, client=m.name, round=round)) for m in members
+        m.name: list(draw_batches(local, rows=len(m.examples), seed=seed, client=m.name, round=round))
+        for m in members
+        if guards is None
     }
+    if guards is not None:
+        for m in members:
+            guards[m.name].charge(round + 1)
     now = {m.name: m for m in members}
     start = 0
     for end in sorted(set(steps.values())):  # a stage: the steps that the same clients take together
         running = [m for m in now.values() if steps[m.name] > start]
         moments = {key: value.to(adapted.device) for key, value in _join_moments([m.moments for m in running]).items()}
-        adapted.load(join_tensors(adapted, [m.tensors for m in running]), trainable=trainable)
+        tensors = {key: x.to(adapted.device) for key, x in join_tensors(adapted, [m.tensors for m in running]).items()}
+        adapted.load(tensors, trainable=trainable)
+        parameters = {key: tensors[key] for key in sorted(trainable)}  # the model's own, changed in place
         losses: list[list[float]] = []
         for step in range(start, end):
-            rows = [[m.examples[i] for i in batches[m.name][step]] for m in running]
-            keys = [(seed, "dropout", m.name, round, step) for m in running]
-            losses.append(_backward(adapted, task, rows, local, keys))
-            if penalty is not None and (extra_K := penalty(adapted.parameters())) is not None:
-                extra_K.sum().backward()  # type: ignore[no-untyped-call]
+            if guards is None:
+                rows = [[m.examples[i] for i in batches[m.name][step]] for m in running]
+                keys = [(seed, "dropout", m.name, round, step) for m in running]
+                losses.append(_backward(adapted, task, rows, local, keys))
+                if penalty is not None and (extra_K := penalty(adapted.parameters())) is not None:
+                    extra_K.sum().backward()  # type: ignore[no-untyped-call]
+                gradients = _gradients(adapted, local)
+            else:
+                own = [guards[m.name] for m in running]
+                rows = [[m.examples[i] for i in guard.draw()] for m, guard in zip(running, own, strict=True)]
+                sums, each = clipped_sums(
+                    adapted, task, tensors, trainable, rows, own[0].plan.clip, local.batch_size * len(running)
+                )
+                losses.append([sum(one) / len(one) if one else 0.0 for one in each])
+                gradients = _noised(own, sums)
             _check_finite(running, losses[-1], round, step)
             factors = [local.lr_factor(round, step, steps[m.name]) for m in running]
-            _step(adapted, local, moments, torch.tensor(factors, device=adapted.device))
+            factor_K = torch.tensor(factors, device=adapted.device)
+            step_by_client(local, parameters, gradients, moments, factor_K, heads=adapted.head_keys)
         for k, m in enumerate(running):
-            trained = {key: p.detach()[k].to("cpu", copy=True) for key, p in adapted.parameters().items()}
+            trained = {key: x[k].to("cpu", copy=True) for key, x in parameters.items()}
             now[m.name] = replace(
                 m,
                 tensors={**m.tensors, **trained},
@@ -140,12 +163,19 @@ def _backward(
     return loss_K
 
 
-def _step(adapted: AdaptedModel, local: LocalTraining, moments: Tensors, factor_K: Tensor) -> None:
+def _gradients(adapted: AdaptedModel, local: LocalTraining) -> Tensors:
+    """Of the step's backward, clipped client by client."""
     parameters = adapted.parameters()
     gradients = {key: torch.zeros_like(p) if p.grad is None else p.grad for key, p in parameters.items()}
     if local.clip_norm is not None:
         clip_by_client(gradients, local.clip_norm)
-    step_by_client(local, parameters, gradients, moments, factor_K, heads=adapted.head_keys)
+    return gradients
+
+
+def _noised(guards: Sequence[Guard], sums: Tensors) -> Tensors:
+    """Every client's noised mean, stacked."""
+    means = [guard.mean({key: total_K[k] for key, total_K in sums.items()}) for k, guard in enumerate(guards)]
+    return {key: torch.stack([mean[key] for mean in means]) for key in sums}
 
 
 def _check_finite(running: Sequence[Member], loss_K: Sequence[float], round: int, step: int) -> None:

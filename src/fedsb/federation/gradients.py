@@ -13,8 +13,11 @@ import torch
 from fedsb.adapters.adapted import AdaptedModel, Tensors
 from fedsb.adapters.basis import Basis, Pair, captured_energy
 from fedsb.adapters.gradients import weight_gradients
+from fedsb.data.sites import Site
 from fedsb.data.tasks.base import Example, Task
 from fedsb.federation.scoring import forward
+from fedsb.privacy.guard import Guard
+from fedsb.privacy.per_example import clipped_sums
 
 
 def backward_sum(adapted: AdaptedModel, task: Task, examples: Sequence[Example], batch_size: int) -> None:
@@ -34,11 +37,8 @@ def core_gradients(
     batch_size: int,
 ) -> Tensors:
     """S = U' G V of every layer, "<layer>.S" (k, k): the gradient of a rank-k core at R = 0, with B = U and A = V'."""
-    tensors: Tensors = {}
-    for layer, (A, B) in outer.items():
-        tensors |= {f"{layer}.A": A, f"{layer}.B": B, f"{layer}.R": torch.zeros(1, 1, len(A), len(A))}
-    cores = frozenset(f"{layer}.R" for layer in outer)
-    adapted.load({**tensors, **one_client(adapted, start)}, trainable=cores)
+    tensors, cores = _outer_core(adapted, start, outer)
+    adapted.load(tensors, trainable=cores)
     backward_sum(adapted, task, examples, batch_size)
     sums: Tensors = {}
     for key, p in adapted.parameters().items():
@@ -46,6 +46,34 @@ def core_gradients(
         sums[f"{key.removesuffix('.R')}.S"] = gradient[0, 0].float().cpu() / adapted.scale
         p.grad = None
     return sums
+
+
+def private_core_gradients(
+    adapted: AdaptedModel,
+    task: Task,
+    start: Tensors,
+    outer: Mapping[str, Pair],
+    site: Site,
+    batch_size: int,
+    guard: Guard,
+    round: int,
+) -> Tensors:
+    """S as in `core_gradients`, of rows that the site's guard draws: each row's cores clipped over all layers, noise on
+    their sum. Nothing else is looked at."""
+    rows = [site.train[i] for i in guard.charge_basis(round)]
+    tensors, cores = _outer_core(adapted, start, outer)
+    assert guard.plan.basis is not None
+    sums, _ = clipped_sums(adapted, task, tensors, cores, [rows], guard.plan.basis.clip, batch_size)
+    noised = guard.basis_sum(sums)
+    return {f"{key.removesuffix('.R')}.S": total[0, 0].cpu() / adapted.scale for key, total in noised.items()}
+
+
+def _outer_core(adapted: AdaptedModel, start: Tensors, outer: Mapping[str, Pair]) -> tuple[Tensors, frozenset[str]]:
+    """(the tensors of a rank-k core at R = 0 in the outer basis, the names of its cores)."""
+    tensors: Tensors = {}
+    for layer, (A, B) in outer.items():
+        tensors |= {f"{layer}.A": A, f"{layer}.B": B, f"{layer}.R": torch.zeros(1, 1, len(A), len(A))}
+    return {**tensors, **one_client(adapted, start)}, frozenset(f"{layer}.R" for layer in outer)
 
 
 def one_client(adapted: AdaptedModel, tensors: Tensors) -> Tensors:

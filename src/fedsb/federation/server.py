@@ -5,6 +5,7 @@ The round goes on with the others while `min_clients` good updates are there.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -58,8 +59,20 @@ class Dropped:
     reason: str
 
 
-def rules(method: Method, state: State, server: ServerConfig, run: str, ranks: Mapping[str, int]) -> Rules:
-    """The rules of the round that starts at `state`; `ranks` are those of clients that differ from the method's."""
+def rules(
+    method: Method,
+    state: State,
+    server: ServerConfig,
+    run: str,
+    ranks: Mapping[str, int],
+    *,
+    judge_norms: bool = True,
+) -> Rules:
+    """The rules of the round that starts at `state`; `ranks` are those of clients that differ from the method's.
+
+    `judge_norms` is off where clients' changes are clipped and noised in sum: who is left out for its norm would depend
+    on the others' rows.
+    """
     ranks = {**ranks, **state.ranks}
     by_rank = {rank: _wanted(method, state, rank) for rank in set(ranks.values())}
     return Rules(
@@ -70,7 +83,7 @@ def rules(method: Method, state: State, server: ServerConfig, run: str, ranks: M
         at_rank={client: by_rank[rank] for client, rank in ranks.items()},
         codec=codec_of(server, method),
         weighting=server.weighting,
-        norm_factor=server.norm_factor,
+        norm_factor=server.norm_factor if judge_norms else math.inf,
         min_clients=1 if method.facts.pools_data else server.min_clients,
     )
 

@@ -1,0 +1,160 @@
+"""An audit of a private configuration: its real data, model, plan and noise, in a run that is thrown away.
+
+One client is trained, with canaries among its rows (privacy/audit.py), and what it releases is held against its
+epsilon. The others are left out: to one client's promise it does not matter what others send.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from fedsb.adapters.adapted import Tensors
+from fedsb.config import Loaded
+from fedsb.disk import write_atomic
+from fedsb.engines.embedded import EmbeddedEngine
+from fedsb.environment import versions
+from fedsb.errors import UserError, did_you_mean
+from fedsb.federation import schedule
+from fedsb.federation.link import link_of
+from fedsb.federation.server import admit, rules
+from fedsb.methods.averaging import ServerOptimizer
+from fedsb.privacy.audit import ERROR, SHARES, Canaries, audited, best_bound, ceiling
+from fedsb.privacy.guard import ROUNDING
+from fedsb.privacy.plan import PrivacyPlan, worst_client
+from fedsb.run import method_of
+from fedsb.settings import Config
+
+
+def audit(
+    loaded: Loaded,
+    *,
+    client: str | None = None,  # default: the one with the largest epsilon
+    rounds: int | None = None,  # default: all that it takes part in
+    canaries: int = 1000,
+    note: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """What audit.json of the folder "<name>-audit" holds; `broken` where the stated epsilon cannot be true.
+
+    Raises UserError: no rows to protect, an unknown client, too many rounds, too few canaries, an older audit.
+    """
+    config = loaded.config
+    folder = Path(config.out) / f"{config.name}-audit"
+    _refuse(config, canaries, folder)
+    started, run = time.monotonic(), uuid.uuid4().hex[:12]
+    engine = EmbeddedEngine(config, method_of(config), run)
+    assert engine.promise is not None
+    name, plan = _of(engine.promise.plans, client)
+    rounds = plan.rounds if rounds is None else rounds
+    if not 1 <= rounds <= plan.rounds:
+        raise UserError(f"--rounds {rounds}: {name!r} takes part in {plan.rounds}, so from 1 to {plan.rounds}")
+
+    engine.open_ledgers(folder, new=True)
+    assert engine.guards is not None
+    guard = engine.guards[name]
+    planted = Canaries(canaries, guard.noise, config.seed)
+    engine.guards[name] = audited(guard, planted)
+    _train(engine, run, name, rounds, note)
+
+    bound = best_bound(planted.scores(), planted.taking_part, plan.delta)
+    stated, booked = plan.epsilon(rounds), guard.ledger.epsilon(plan.delta)
+    most = ceiling(canaries, plan.delta)
+    broken, says = _verdict(bound.epsilon, stated, booked, most)
+    found = {
+        "name": config.name,
+        "folder": str(folder),
+        "fedsb": versions()["fedsb"],
+        "run": run,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "client": name,
+        "rounds": rounds,
+        "steps": rounds * plan.steps,
+        "q": plan.q,
+        "sigma": plan.sigma,
+        "clip": plan.clip,
+        "delta": plan.delta,
+        "epsilon": stated,
+        "epsilon_ledger": booked,
+        "epsilon_audited": bound.epsilon,
+        "epsilon_most": most,
+        "confidence": 1 - ERROR,
+        "canaries": canaries,
+        "planted": len(planted.inside),
+        "guesses": bound.guesses,
+        "guessed_in": bound.guessed_in,
+        "correct": bound.correct,
+        "broken": broken,
+        "says": says,
+        "seconds": time.monotonic() - started,
+        "config": config.model_dump(mode="json"),
+    }
+    write_atomic(folder / "audit.json", json.dumps(found, indent=1).encode())
+    return found
+
+
+def _refuse(config: Config, canaries: int, folder: Path) -> None:
+    faults = []
+    if config.privacy.unit != "example":
+        faults.append(
+            f"privacy.unit = {config.privacy.unit!r}: canaries are planted among rows, so an audit needs 'example'"
+        )
+    if canaries < max(SHARES):
+        faults.append(f"--canaries {canaries}: at least {max(SHARES)}; a thousand can show an epsilon of up to 5")
+    if folder.exists():
+        faults.append(f"{folder} is there already: delete it, or give another name (--set name=other)")
+    if faults:
+        raise UserError("\n".join(faults))
+
+
+def _of(plans: Mapping[str, PrivacyPlan], client: str | None) -> tuple[str, PrivacyPlan]:
+    if client is None:
+        client, _ = worst_client(plans)
+    if client not in plans:
+        raise UserError(f"there is no client {client!r}; {did_you_mean(client, plans)}")
+    return client, plans[client]
+
+
+def _train(engine: EmbeddedEngine, run: str, client: str, rounds: int, note: Callable[[str], None]) -> None:
+    """The rounds of a run in which this client is alone; what comes of them is not kept."""
+    config, method = engine.config, engine.method
+    server, link = ServerOptimizer(**config.server.optimizer_settings), link_of(config, method, run)
+    alone = config.server.model_copy(update={"min_clients": 1})
+    basis, _ = engine.build_basis(method)
+    state, kept = method.start(engine.shapes, basis, engine.head, config.seed), dict[str, Tensors]()
+    for round in range(rounds):
+        started = time.monotonic()
+        if round in schedule.refreshes(config, method):
+            basis, _ = engine.build_basis(method, state)
+            assert basis is not None
+            state, kept = method.refresh(state, engine.shapes, basis, config.seed), {}
+        heard = link.heard(method, state)
+        replies = engine.train(method, state, [client], kept)
+        updates, _ = admit(replies.envelopes, rules(method, heard, alone, run, engine.ranks))
+        state = link.settled(method, state, heard, method.aggregate(heard, updates, server))
+        kept = replies.kept
+        note(f"round {round + 1}/{rounds}  seconds {time.monotonic() - started:.1f}")
+
+
+def _verdict(audited: float, stated: float, booked: float, most: float) -> tuple[bool, str]:
+    """(whether the stated epsilon cannot be true, what that means)."""
+    if booked < stated * (1 - ROUNDING):
+        return True, f"the ledger lacks releases: by it epsilon is {booked:.3g}, by the plan {stated:.3g}"
+    if audited > min(stated, booked):
+        return True, (
+            f"rows can be told apart better than epsilon {min(stated, booked):.3g} allows: noise, clipping or sampling "
+            "is not what is stated. Publish nothing that such a run made, and report it"
+        )
+    if most <= stated:
+        return False, (
+            f"it could not have failed: an audit with so many canaries shows an epsilon of {most:.3g} at most. Audit "
+            "fewer rounds (--rounds), or with more canaries (--canaries; some 10 000 are the most that helps)"
+        )
+    return False, (
+        "nothing is seen to be broken. It is normal that an audit shows far less than the stated epsilon, which is a "
+        "bound for the worst case; it is no proof"
+    )

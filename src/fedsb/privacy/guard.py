@@ -1,0 +1,84 @@
+"""What stands between a client's rows and all that leaves it: its plan, its ledger and its noise.
+
+    mean = (sum of clipped gradients + N(0, (sigma C)^2)) / expected batch          a step of DP-SGD
+
+A round is charged to the ledger, on disk, before any of its noise is drawn.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from fedsb.adapters.adapted import Tensors
+from fedsb.errors import RunError
+from fedsb.privacy.accounting import Release, epsilon
+from fedsb.privacy.ledger import Ledger
+from fedsb.privacy.noise import Noise
+from fedsb.privacy.plan import PrivacyPlan
+
+ROUNDING = 1e-6  # the same releases in another order compose alike but for this
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guard:
+    """One client's."""
+
+    plan: PrivacyPlan
+    ledger: Ledger
+    noise: Noise
+
+    @property
+    def rows(self) -> int:
+        """That a step draws from."""
+        return self.plan.rows
+
+    def charge(self, round: int) -> None:
+        """All steps of a round, before any is taken. Raises RunError where they would break the promise."""
+        self._charge(Release(q=self.plan.q, sigma=self.plan.sigma, count=self.plan.steps), self.plan.clip, round)
+
+    def draw(self) -> list[int]:
+        """The rows of a step, each for itself with probability q; there may be none."""
+        return self.noise.poisson_sample(self.rows, self.plan.q)
+
+    def charge_basis(self, round: int) -> list[int]:
+        """Charges a basis, and draws the rows that it looks at."""
+        basis = self.plan.basis
+        assert basis is not None
+        self._charge(Release(q=basis.q, sigma=basis.sigma, what="basis"), basis.clip, round)
+        return self.noise.poisson_sample(self.plan.rows, basis.q)
+
+    def basis_sum(self, sums: Tensors) -> Tensors:
+        """The clipped sums of a basis, noised."""
+        assert self.plan.basis is not None
+        std = self.plan.basis.sigma * self.plan.basis.clip
+        return {key: self.noised(sums[key], std) for key in sorted(sums)}
+
+    def mean(self, sums: Tensors) -> Tensors:
+        """Clipped sums of one step as a noised mean, float32. The divisor is public: it is the expected batch."""
+        return {key: self.noised(sums[key], self.plan.noise_std) / self.plan.batch for key in sorted(sums)}
+
+    def noised(self, total: torch.Tensor, std: float) -> torch.Tensor:
+        """total + N(0, std^2), added in float64 and rounded to float32, on the tensor's device."""
+        noise = torch.from_numpy(self.noise.normal(tuple(total.shape))) * std
+        return (total.detach().cpu().double() + noise).float().to(total.device)
+
+    def _charge(self, release: Release, clip: float, round: int) -> None:
+        planned = self.plan.epsilon()
+        after = epsilon([*self.ledger.releases(), release], self.plan.delta)
+        if after > planned * (1 + ROUNDING):
+            raise RunError(
+                f"{self.ledger.client}: round {round} would take epsilon to {after:.4g}, the plan allows {planned:.4g} "
+                f"(delta {self.plan.delta:g}). Rounds that a crash made this run repeat were charged again. What was "
+                "finished is kept: its adapter is within the promise"
+            )
+        self.ledger.charge(release, round=round, clip=clip)
+
+
+def clipped_change(sent: Tensors, unmoved: Tensors, clip: float) -> Tensors:
+    """A client's bounded update: unmoved + d min(1, clip / ||d||), d = sent - unmoved over all tensors together."""
+    change = {key: x.double() - unmoved[key].double() for key, x in sent.items()}
+    norm = torch.stack([d.square().sum() for d in change.values()]).sum().sqrt()
+    factor = min(1.0, clip / float(norm)) if norm > 0 else 1.0
+    return {key: (unmoved[key].double() + factor * d).float() for key, d in change.items()}

@@ -1,0 +1,205 @@
+"""The ledger: what a client has released, one line each, on disk before the noise is drawn.
+
+    {"ledger": 1, "run": ..., "client": ..., "unit": ..., "relation": ...}
+    {"run": ..., "client": ..., "round": 3, "what": "training", "q": ..., "sigma": ..., "clip": ..., "count": ..., ...}
+
+Epsilon is computed from this file alone. A line that is there may stand for noise that was never drawn (a crash came
+between); noise without its line cannot be. A round that is done again after a crash is charged again, and nothing takes
+a line back: neither a resume nor a rollback of the state.
+
+A crash while a line is written leaves a part of it at the end. `charge` had not returned then, so nothing was released
+and the part is dropped. Anything else that cannot be read is an error. An older copy put in the place of a ledger is
+not noticed: the file is as trustworthy as the client that keeps it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Self
+
+from fedsb.disk import disk_errors, write_atomic
+from fedsb.errors import RunError, UserError
+from fedsb.privacy.accounting import RELATION, Accountant, Release, epsilon
+from fedsb.privacy.plan import Unit
+
+VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One line: `count` noised sums in a round."""
+
+    run: str
+    client: str
+    round: int
+    what: str
+    q: float
+    sigma: float
+    clip: float  # L2; says how long the noise was, and is not needed for epsilon
+    count: int
+    time: str  # UTC, ISO 8601
+
+    @property
+    def release(self) -> Release:
+        return Release(q=self.q, sigma=self.sigma, count=self.count, what=self.what)
+
+
+class Ledger:
+    """A client's ledger, held by this process alone until it is closed."""
+
+    def __init__(self, path: Path, *, run: str, client: str) -> None:
+        """Takes up the ledger that `create` made.
+
+        Raises:
+            UserError: there is none, another process holds it, or it is of another run or client.
+            RunError: it cannot be read; it is left as it is.
+        """
+        self.path, self.run, self.client = path, run, client
+        try:
+            self._file = path.open("r+b", buffering=0)
+        except FileNotFoundError as error:
+            raise UserError(f"{path} is gone, and with it what {client!r} has released: bring it back") from error
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            content = self._file.read()
+            owner, self._entries, whole = _parse(content, path)
+            if owner != (run, client):
+                raise UserError(f"{path} is the ledger of {owner[1]!r} in run {owner[0]}, not of {client!r} in {run}")
+            with disk_errors(path.parent):
+                self._end_at(whole, content)
+        except BlockingIOError as error:
+            self.close()
+            raise UserError(f"{path} is held by another process: wait for it, or end it") from error
+        except BaseException:
+            self.close()
+            raise
+
+    @classmethod
+    def create(cls, path: Path, *, run: str, client: str, unit: Unit) -> Self:
+        """An empty one. Raises UserError where there is a ledger already: it is never replaced."""
+        if path.exists():
+            raise UserError(f"{path} is there already, with what {client!r} has released: take it up instead")
+        header = {"ledger": VERSION, "run": run, "client": client, "unit": unit, "relation": RELATION}
+        write_atomic(path, _line(header))
+        return cls(path, run=run, client=client)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def charge(self, release: Release, *, round: int, clip: float) -> None:
+        """Returns when the release's line is on the disk: only then draw its noise.
+
+        Raises RunError where it cannot be written: then draw none.
+        """
+        if self._file.closed or not os.fstat(self._file.fileno()).st_nlink:
+            why = "is closed" if self._file.closed else "was deleted or replaced while the run went on"
+            raise RunError(f"{self.path} {why}: nothing can be charged, so nothing may be released")
+        entry = Entry(
+            run=self.run,
+            client=self.client,
+            round=round,
+            what=release.what,
+            q=release.q,
+            sigma=release.sigma,
+            clip=clip,
+            count=release.count,
+            time=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        try:
+            with disk_errors(self.path.parent):
+                self._append(_line(asdict(entry)))
+        except BaseException:
+            self.close()  # what is on the disk now is known only after reading it again
+            raise
+        self._entries.append(entry)
+
+    def releases(self) -> tuple[Release, ...]:
+        """All that was charged, alike ones in one."""
+        return merged(self._entries)
+
+    def epsilon(self, delta: float, accountant: Accountant = "pld") -> float:
+        """Of all that was charged, at delta."""
+        return epsilon(self.releases(), delta, accountant)
+
+    def _end_at(self, whole: int, content: bytes) -> None:
+        """Cuts off a torn line, or ends a whole one that lacks its newline."""
+        if whole < len(content):
+            self._file.truncate(whole)
+            os.fsync(self._file.fileno())
+        self._file.seek(0, os.SEEK_END)
+        if whole and content[whole - 1 : whole] != b"\n":
+            self._append(b"\n")
+
+    def _append(self, line: bytes) -> None:
+        left = memoryview(line)
+        while left:
+            left = left[self._file.write(left) :]
+        os.fsync(self._file.fileno())
+
+
+def read_ledger(path: Path) -> tuple[Entry, ...]:
+    """The lines of a ledger, which is not changed. Raises RunError where it cannot be read."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise RunError(f"cannot read the ledger {path}: {error}") from error
+    return tuple(_parse(content, path)[1])
+
+
+def merged(entries: Iterable[Entry]) -> tuple[Release, ...]:
+    """Releases with the same what, q and sigma become one with their counts together, in order of first appearance."""
+    counts: Counter[tuple[str, float, float]] = Counter()
+    for entry in entries:
+        counts[entry.what, entry.q, entry.sigma] += entry.count
+    return tuple(Release(what=what, q=q, sigma=sigma, count=n) for (what, q, sigma), n in counts.items())
+
+
+def _parse(content: bytes, path: Path) -> tuple[tuple[str, str], list[Entry], int]:
+    """((run, client), the entries, where the last whole line ends)."""
+    *lines, last = content.split(b"\n")
+    with suppress(ValueError):  # what lacks only its newline is whole, and counts
+        json.loads(last)
+        lines, last = [*lines, last], b""
+    entries: list[Entry] = []
+    number = 1
+    try:
+        header = json.loads(lines[0] if lines else b"")
+        owner = header["run"], header["client"]
+        if header["ledger"] != VERSION:
+            raise ValueError(f"it is of version {header['ledger']}, and this fedsb reads {VERSION}")
+        for number, line in enumerate(lines[1:], start=2):  # noqa: B007
+            entries.append(_entry(json.loads(line), owner))
+    except (ValueError, TypeError, KeyError) as error:
+        raise RunError(
+            f"cannot read line {number} of {path} ({error}), so what was released is not known. "
+            "Bring the file back from a copy; it is never started anew"
+        ) from error
+    return owner, entries, len(content) - len(last)
+
+
+def _entry(values: dict[str, Any], owner: tuple[str, str]) -> Entry:
+    entry = Entry(**values)
+    if not (isinstance(entry.count, int) and isinstance(entry.round, int) and entry.clip > 0):
+        raise ValueError(f"count = {entry.count}, round = {entry.round}, clip = {entry.clip}")
+    if (entry.run, entry.client) != owner:
+        raise ValueError(f"it is of {entry.client!r} in run {entry.run}")
+    _ = entry.release  # raises for a q, sigma or count that cannot be
+    return entry
+
+
+def _line(values: dict[str, Any]) -> bytes:
+    return json.dumps(values).encode() + b"\n"

@@ -1,0 +1,176 @@
+"""A configuration's promise: what it forbids, a plan for every client, and the guards that keep it.
+
+Known before any work is done. Whatever would make the printed epsilon untrue is refused here, with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from fedsb.data.sites import Site
+from fedsb.disk import safe_name
+from fedsb.errors import UserError
+from fedsb.federation.client import LocalTraining
+from fedsb.federation.schedule import sample
+from fedsb.methods.contract import Method
+from fedsb.privacy.guard import Guard
+from fedsb.privacy.ledger import Ledger
+from fedsb.privacy.noise import Noise, SecretNoise
+from fedsb.privacy.plan import BasisNoise, PrivacyPlan, default_delta
+from fedsb.settings import Choice, Config
+
+SERVER = "the server"  # who adds the noise where clients are the unit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Promise:
+    """The plans of a private run, by who adds the noise: the clients, or the server."""
+
+    plans: Mapping[str, PrivacyPlan]
+    choices: tuple[Choice, ...]
+
+
+def refuse_what_would_leak(config: Config, method: Method) -> None:
+    """Raises UserError with every setting under which the printed epsilon would not be true."""
+    privacy, facts, faults = config.privacy, method.facts, []
+    if not privacy.on:
+        return
+    if config.basis.kind == "update-pooled" and method.adapter == "core":
+        faults.append(
+            "basis.kind = 'update-pooled' looks at raw private rows without noise: take weights, random or core"
+        )
+    if (
+        config.basis.kind == "core"
+        and method.adapter == "core"
+        and (privacy.unit == "client" or privacy.epsilon is None)
+    ):
+        faults.append(
+            "basis.kind = 'core' looks at private rows: its noise is planned for unit = 'example' with a target "
+            "epsilon; take weights or random"
+        )
+    if config.train.dropout:
+        faults.append("train.dropout: not in a private run, where every row is a client of its own; set it to 0")
+    if type(method).penalty is not Method.penalty:
+        faults.append(f"{facts.id} adds a local regulariser to the loss, which is not clipped with a row's gradient")
+    if config.eval.gap and "scores" not in privacy.release:
+        faults.append("eval.gap scores private rows, which epsilon does not cover: say privacy.release = ['scores']")
+    if config.data.tune_share and "scores" not in privacy.release:
+        faults.append(
+            "data.tune_share scores private rows, which epsilon does not cover: say privacy.release = ['scores']"
+        )
+    if privacy.unit == "client":
+        faults += _client_faults(config, method)
+    if faults:
+        raise UserError("\n".join(faults))
+
+
+def _client_faults(config: Config, method: Method) -> list[str]:
+    facts, faults = method.facts, []
+    if not (facts.sum_only and facts.plain_mean) or facts.client_state != "nothing" or facts.pools_data:
+        faults.append(
+            f"privacy.unit = 'client' puts noise on a plain mean of clients' changes, and {facts.id} is no such"
+        )
+    if config.server.weighting != "uniform":
+        faults.append("privacy.unit = 'client' needs server.weighting = 'uniform': a weight would be a client's own")
+    if config.server.codec != "float32":
+        faults.append(
+            "privacy.unit = 'client' clips a client's change, and a codec owes it more: server.codec = 'float32'"
+        )
+    if config.train.keep_optimizer:
+        faults.append("privacy.unit = 'client' covers what goes up: train.keep_optimizer must be false")
+    return faults
+
+
+def promise_of(config: Config, method: Method, sites: Sequence[Site], local: LocalTraining) -> Promise | None:
+    """The plans of all who add noise; None for a run without privacy.
+
+    Raises UserError or ConfigError where a plan cannot be, or the target cannot be reached.
+    """
+    privacy = config.privacy
+    if privacy.unit == "none":
+        return None
+    rows = {site.name: site.rows for site in sites}
+    cohorts = [sample(list(rows), round, config) for round in range(config.rounds)]
+    rounds = {name: sum(name in cohort for cohort in cohorts) for name in rows}
+    delta, reason = (
+        default_delta(privacy.unit, rows.values()) if privacy.delta == "auto" else (privacy.delta, "as asked")
+    )
+    if privacy.unit == "client":
+        plan = PrivacyPlan(
+            unit="client",
+            clip=privacy.clip,
+            delta=delta,
+            batch=len(cohorts[0]),
+            rows=len(rows),
+            steps=1,
+            rounds=max(rounds.values()),
+        )
+        plans = {SERVER: _with_noise(plan, config)[0]}
+        why: dict[str, str] = {}
+    else:
+        plans, why = {}, {}
+        for name, count in rows.items():
+            first = PrivacyPlan(
+                unit="example",
+                clip=privacy.clip,
+                delta=delta,
+                batch=local.rows_a_step,
+                rows=count,
+                steps=local.steps_for(count),
+                rounds=rounds[name],
+                basis=_basis_noise(config, method, count, sum(rows.values())),
+            )
+            plans[name], why[name] = _with_noise(first, config)
+    choices = [Choice(key="privacy.delta", value=delta, reason=reason)]
+    choices += [
+        Choice(key=f"privacy.basis of {name}", value="noised", reason=text) for name, text in why.items() if text
+    ]
+    choices.append(
+        Choice(
+            key="privacy.sigma",
+            value=", ".join(f"{name}: {plan.sigma:.4g}" for name, plan in plans.items()),
+            reason="the noise multiplier, " + ("calibrated to privacy.epsilon" if privacy.epsilon else "as asked"),
+        )
+    )
+    return Promise(plans=plans, choices=tuple(choices))
+
+
+def open_guards(promise: Promise, folder: Path, run: str, *, new: bool) -> dict[str, Guard]:
+    """Everyone's guard, with the ledger below the run directory: made for a new run, else taken up, never reset."""
+    guards = {}
+    for name, plan in promise.plans.items():
+        path = folder / "privacy" / f"{safe_name(name)}.jsonl"
+        if new and not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            ledger = Ledger.create(path, run=run, client=name, unit=plan.unit)
+        else:
+            ledger = Ledger(path, run=run, client=name)
+        guards[name] = Guard(plan=plan, ledger=ledger, noise=noise_for(name))
+    return guards
+
+
+def noise_for(client: str) -> Noise:
+    """Of a real run. A test may put SeededNoise in its place; the manifest then says that the run is not private."""
+    return SecretNoise()
+
+
+def _with_noise(plan: PrivacyPlan, config: Config) -> tuple[PrivacyPlan, str]:
+    privacy = config.privacy
+    if privacy.noise_multiplier is not None:
+        return replace(plan, sigma=privacy.noise_multiplier), ""
+    assert privacy.epsilon is not None
+    if plan.basis is not None:
+        return plan.share(privacy.epsilon, privacy.basis_share)
+    return plan.calibrate(privacy.epsilon), ""
+
+
+def _basis_noise(config: Config, method: Method, rows: int, all_rows: int) -> BasisNoise | None:
+    """A core basis looks at `basis.samples` rows of all clients together, each site's own share by Poisson sampling."""
+    if method.adapter != "core" or config.basis.kind != "core":
+        return None
+    if config.basis.refresh and config.server.clients_per_round:
+        raise UserError("basis.refresh in a private run: every client must take part in every round")
+    q = min(1.0, config.basis.samples / all_rows)
+    return BasisNoise(clip=config.privacy.clip, q=q, every=config.basis.refresh)

@@ -1,0 +1,80 @@
+"""What a private run says of itself: the promise, what the ledgers say is spent of it, and what it does not cover."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from fedsb.privacy.guard import Guard
+from fedsb.privacy.plan import PrivacyPlan, signal_to_noise
+from fedsb.privacy.setup import Promise
+from fedsb.settings import Config
+
+NOT_COVERED = (
+    "how many rows each client has, and the names of the classes",
+    "how long anything takes",
+    "the choice of settings, where it was made by looking at scores of private rows (tuning, `fedsb compare`)",
+    "a person with rows at several clients, or several rows at one",
+    "manifest.json, which names data files and their fingerprints: do not publish it",
+)
+RELEASED = {"loss": "the training loss of every round", "scores": "scores on private rows"}
+
+
+def promised(promise: Promise, config: Config, values: int) -> dict[str, Any]:
+    """The manifest's part: JSON. `values` are those that a client trains."""
+    plans = promise.plans
+    one = next(iter(plans.values()))
+    epsilon = max(plan.epsilon() for plan in plans.values())
+    unit = "one row of one client" if one.unit == "example" else "all rows of one client"
+    return {
+        "unit": one.unit,
+        "relation": one.relation,
+        "delta": one.delta,
+        "clip": one.clip,
+        "target": config.privacy.epsilon,
+        "epsilon": epsilon,
+        "accountant": "PLD (dp-accounting)",
+        "epsilon_rdp": max(plan.epsilon(accountant="rdp") for plan in plans.values()),
+        "epsilon_after": {round: _after(plans.values(), round) for round in _shown(config.rounds)},
+        "plans": {
+            name: {
+                "rows": plan.rows,
+                "q": plan.q,
+                "sigma": plan.sigma,
+                "steps": plan.steps,
+                "rounds": plan.rounds,
+                "epsilon": plan.epsilon(),
+                "signal_to_noise": signal_to_noise(plan, values),
+                "basis_sigma": plan.basis.sigma if plan.basis else None,
+            }
+            for name, plan in plans.items()
+        },
+        "says": f"({epsilon:.3g}, {one.delta:.2g})-differentially private for {unit} ({one.relation}): the adapter and "
+        "every message that made it",
+        "not_covered": [*(RELEASED[what] for what in config.privacy.release), *NOT_COVERED],
+    }
+
+
+def spent(guards: Mapping[str, Guard]) -> float:
+    """Epsilon so far, of the worst client, by the ledgers alone."""
+    return max(guard.ledger.epsilon(guard.plan.delta) for guard in guards.values())
+
+
+def why_not_private(guards: Mapping[str, Guard] | None) -> str | None:
+    """None for a run whose promise holds."""
+    if guards is None:
+        return "no privacy plan: nothing bounds what an update tells of the rows behind it (set privacy.unit)"
+    if not all(guard.noise.secret for guard in guards.values()):
+        return "its noise came from a seed, for a test"
+    return None
+
+
+def _after(plans: Iterable[PrivacyPlan], rounds: int) -> float:
+    """After so many rounds, as if a client that sits some out took part in the first ones: an upper bound."""
+    return max(plan.epsilon(min(rounds, plan.rounds)) for plan in set(plans))
+
+
+def _shown(rounds: int) -> list[int]:
+    """1, 2, 5, 10, 20, ... and the last: each costs a tenth of a second a client."""
+    steps = [scale * step for scale in (1, 10, 100, 1000) for step in (1, 2, 5)]
+    return sorted({*(step for step in steps if step < rounds), rounds})

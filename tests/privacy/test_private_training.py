@@ -1,0 +1,448 @@
+"""DP-SGD inside the engine: per-example gradients, the noised mean, the sampling, and whole private runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import set_all
+from federation.opened import open_engine, started
+from fedsb.config import load_config
+from fedsb.errors import ConfigError, RunError, UserError
+from fedsb.federation.cohort import join_tensors
+from fedsb.federation.payload import unpack
+from fedsb.federation.scoring import forward
+from fedsb.privacy import setup
+from fedsb.privacy.guard import clipped_change
+from fedsb.privacy.ledger import merged, read_ledger
+from fedsb.privacy.noise import SeededNoise
+from fedsb.privacy.per_example import clipped_sums
+from fedsb.record import read_manifest, read_result, read_rows
+from fedsb.run import federate, resume
+from laws.test_codecs import StopAfterOne
+
+METHODS = [
+    pytest.param({"name": "fed-sb", "rank": 4}, id="fed-sb"),
+    pytest.param({"name": "ravan", "rank": 2, "blocks": 2}, id="ravan"),
+    pytest.param({"name": "fedit", "rank": 2}, id="fedit"),
+    pytest.param({"name": "ffa-lora", "rank": 2}, id="ffa-lora"),
+    pytest.param({"name": "fedsvd", "rank": 2}, id="fedsvd"),
+]
+MODELS = ["tiny_bert", "tiny_llama", "tiny_gpt2"]
+
+
+class NoNoise:
+    """Noise that is none, and draws that take all rows: what is left is the arithmetic."""
+
+    secret = False
+
+    def normal(self, shape: Any) -> Any:
+        return np.zeros(shape)
+
+    def poisson_sample(self, rows: int, q: float) -> list[int]:
+        return list(range(rows))
+
+
+@pytest.fixture
+def seeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(setup, "noise_for", lambda client: SeededNoise(0, client))
+
+
+def private(config: dict[str, Any], **privacy: Any) -> dict[str, Any]:
+    return set_all(config, privacy={"unit": "example", "epsilon": 8.0, "delta": 1e-3, "clip": 0.5, **privacy})
+
+
+def moved(engine: Any, state: Any) -> tuple[dict[str, torch.Tensor], frozenset[str]]:
+    """A client's tensors with nothing at zero, so that every gradient is there."""
+    tensors = engine.method.model(state)
+    draw = torch.Generator().manual_seed(0)
+    trainable = engine.method.trainable(tensors, 0)
+    return {
+        key: x + 0.1 * torch.randn(x.shape, generator=draw) if key in trainable else x for key, x in tensors.items()
+    }, trainable
+
+
+def one_by_one(engine: Any, tensors: Any, trainable: Any, rows: Any) -> list[dict[str, torch.Tensor]]:
+    """Every row's gradient by a backward of its own."""
+    each = []
+    for row in rows:
+        engine.adapted.load(join_tensors(engine.adapted, [tensors]), trainable=trainable)
+        logits, batch = forward(engine.adapted.model, engine.task, [row])
+        loss, weight = engine.task.losses(logits, batch)
+        (loss / weight.clamp(min=1)).sum().backward()
+        each.append({key: p.grad[0].clone() for key, p in engine.adapted.parameters().items()})
+    return each
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("method", METHODS)
+def test_clipped_sums_are_those_of_single_backwards(
+    request: pytest.FixtureRequest, tiny_config: dict[str, Any], model: str, method: dict[str, Any]
+) -> None:
+    """Several clients, unequal batches, one empty, however the rows are cut; half the rows are clipped."""
+    task = {"kind": "classification"} if model == "tiny_bert" else {"kind": "text"}
+    folder = str(request.getfixturevalue(model))
+    checkpointed = model == "tiny_llama"
+    engine, state = started(
+        set_all(
+            tiny_config,
+            model={"name": folder, "max_tokens": 16, "activation_checkpointing": checkpointed},
+            task=task,
+            method=method,
+        )
+    )
+    tensors, trainable = moved(engine, state)
+    rows = [engine.sites[0].train[:5], [], engine.sites[1].train[:3]]
+    each = [one_by_one(engine, tensors, trainable, own) for own in rows]
+    lengths = [float(torch.cat([g.flatten() for g in one.values()]).norm()) for own in each for one in own]
+    clip = sorted(lengths)[len(lengths) // 2] * 0.999
+    assert min(lengths) < clip < max(lengths)
+    joined = join_tensors(engine.adapted, [tensors] * 3)
+    for micro in (1, 3, 64):
+        sums, losses = clipped_sums(engine.adapted, engine.task, joined, trainable, rows, clip, micro)
+        assert [len(own) for own in losses] == [5, 0, 3]
+        for k, own in enumerate(each):
+            for key in trainable:
+                wanted = torch.zeros_like(sums[key][k])
+                for one in own:
+                    norm = float(torch.cat([g.flatten() for g in one.values()]).norm())
+                    wanted += one[key] * min(1.0, clip / norm)
+                assert torch.allclose(sums[key][k], wanted, atol=1e-5 * max(1.0, clip)), (key, k, micro)
+
+
+def test_one_row_moves_the_sum_by_at_most_the_clip(tiny_config: dict[str, Any]) -> None:
+    engine, state = started(tiny_config)
+    tensors, trainable = moved(engine, state)
+    rows, clip = engine.sites[0].train[:6], 0.01
+    joined = join_tensors(engine.adapted, [tensors])
+    whole, _ = clipped_sums(engine.adapted, engine.task, joined, trainable, [rows], clip, 64)
+    for left_out in range(len(rows)):
+        others = [row for i, row in enumerate(rows) if i != left_out]
+        without, _ = clipped_sums(engine.adapted, engine.task, joined, trainable, [others], clip, 64)
+        distance = float(torch.cat([(whole[key] - without[key]).flatten() for key in trainable]).norm())
+        assert 0.99 * clip < distance <= clip * (1 + 1e-4)
+
+
+def test_without_noise_and_clip_it_is_training_on_all_rows(
+    tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The noised mean is the sum over the drawn rows by the expected batch; SGD then takes that step."""
+    monkeypatch.setattr(setup, "noise_for", lambda client: NoNoise())
+    train = {"steps": 1, "batch_size": 4, "lr": 0.5, "head_lr": 0.5, "optimizer": "sgd", "clip_norm": 0}
+    config = set_all(private(tiny_config, clip=1e6, epsilon=None, noise_multiplier=1.0), train=train)
+    engine, state = started(set_all(config, privacy={}))
+    tensors, trainable = engine.method.model(state), engine.method.trainable(engine.method.model(state), 0)
+    guarded = open_engine(config)
+    guarded.open_ledgers(tmp_path, new=True)
+    name = guarded.sites[0].name
+    (reply,) = guarded.train(guarded.method, state, [name], {}).each
+    each = one_by_one(engine, tensors, trainable, engine.sites[0].train)
+    sent = unpack(reply.envelope).tensors
+    for key in trainable:
+        step = torch.stack([one[key] for one in each]).sum(0) / 4  # the expected batch, not the rows drawn
+        assert torch.allclose(torch.tensor(sent[key]), tensors[key] - 0.5 * step, atol=1e-4), key
+
+
+class Quiet(SeededNoise):
+    """The same draws, and no noise."""
+
+    def normal(self, shape: Any) -> Any:
+        return np.zeros(shape)
+
+
+def test_the_noise_on_a_step_is_as_planned(
+    tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What a step of SGD does with noise, less what it does without, is sigma clip / batch wide."""
+    train = {"steps": 1, "batch_size": 4, "lr": 1.0, "head_lr": 1.0, "optimizer": "sgd"}
+    config = set_all(private(tiny_config, clip=0.05), train=train, method={"name": "fed-sb", "rank": 16})
+    ends = []
+    for noise in (Quiet, SeededNoise):
+        monkeypatch.setattr(setup, "noise_for", lambda client, noise=noise: noise(0, client))
+        engine, state = started_private(config, tmp_path / noise.__name__)
+        name = engine.sites[0].name
+        (reply,) = engine.train(engine.method, state, [name], {}).each
+        ends.append(torch.cat([torch.tensor(x).flatten() for _, x in sorted(unpack(reply.envelope).tensors.items())]))
+    assert engine.promise is not None
+    plan = engine.promise.plans[name]
+    assert float((ends[1] - ends[0]).std()) == pytest.approx(plan.sigma * 0.05 / 4, rel=0.05)
+
+
+def test_an_empty_draw_still_steps_and_is_charged(
+    tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    class Nobody(SeededNoise):
+        def poisson_sample(self, rows: int, q: float) -> list[int]:
+            return []
+
+    monkeypatch.setattr(setup, "noise_for", lambda client: Nobody(0, client))
+    engine, state = started_private(private(tiny_config), tmp_path)
+    name = engine.sites[0].name
+    (reply,) = engine.train(engine.method, state, [name], {}).each
+    before = engine.method.model(state)
+    after = unpack(reply.envelope).tensors
+    assert all((torch.tensor(x) != before[key]).any() for key, x in after.items())  # noise alone has moved it
+    assert engine.guards is not None
+    (release,) = engine.guards[name].ledger.releases()
+    assert release.count == 3
+
+
+def started_private(config: dict[str, Any], folder: Path) -> tuple[Any, Any]:
+    engine = open_engine(config)
+    engine.open_ledgers(folder, new=True)
+    basis, _ = engine.build_basis(engine.method)
+    return engine, engine.method.start(engine.shapes, basis, engine.head, engine.config.seed)
+
+
+def test_a_private_run(tiny_config: dict[str, Any]) -> None:
+    """Its promise, its ledgers, and what it keeps to itself."""
+    config = private(set_all(tiny_config, server={"clients_per_round": 2}))
+    done = federate(load_config(config))
+    manifest, result = read_manifest(done.folder), read_result(done.folder)
+    assert result is not None and manifest["not_private"] is None
+    says = manifest["privacy"]
+    assert says["epsilon"] <= 8.0 < says["epsilon"] * 1.02
+    assert result["epsilon"] == pytest.approx(says["epsilon"], rel=1e-6)
+    rows = read_rows(done.folder / "rounds.jsonl")
+    assert all(row["loss"] is None for row in rows)
+    assert [row["epsilon"] for row in rows] == sorted(row["epsilon"] for row in rows)
+    assert all(client["labels"] is None for client in manifest["clients"])
+    assert all(client["score"] is None for client in result["clients"])
+    for client in manifest["clients"]:
+        entries = read_ledger(done.folder / "privacy" / f"{client['name']}.jsonl")
+        took_part = [row["round"] for row in rows if client["name"] in row["cohort"]]
+        assert [entry.round for entry in entries] == took_part
+        assert [release.count for release in merged(entries)] == [3 * len(took_part)]
+    card = (done.folder / "adapter" / "README.md").read_text()
+    assert "differentially private for one row of one client" in card
+    assert "Privacy: not" not in (done.folder / "report.html").read_text()
+
+
+def test_the_noise_is_not_the_runs_seed(tiny_config: dict[str, Any], tmp_path: Path) -> None:
+    ends = [federate(load_config(set_all(private(tiny_config), out=str(tmp_path / str(k))))) for k in range(2)]
+    files = [(end.folder / "adapter" / "adapter_model.safetensors").read_bytes() for end in ends]
+    assert files[0] != files[1]
+
+
+def test_seeded_noise_is_called_not_private(tiny_config: dict[str, Any], seeded: None) -> None:
+    done = federate(load_config(private(tiny_config)))
+    assert read_manifest(done.folder)["not_private"] == "its noise came from a seed, for a test"
+    assert "not private" in (done.folder / "adapter" / "README.md").read_text()
+
+
+def test_a_round_done_again_is_charged_again_and_the_promise_is_kept(
+    tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A crash behind the charge and before the checkpoint: the run goes on until its budget is spent, then stops."""
+    from fedsb.record import Record
+
+    checkpoint = Record.round
+
+    def dies(self: Record, state: Any, *args: Any, **kwargs: Any) -> None:
+        if state.round == 2:
+            raise KeyboardInterrupt
+        checkpoint(self, state, *args, **kwargs)
+
+    monkeypatch.setattr(Record, "round", dies)
+    with pytest.raises(KeyboardInterrupt):
+        federate(load_config(private(tiny_config)))
+    monkeypatch.setattr(Record, "round", checkpoint)
+    folder = Path(tiny_config["out"]) / "tiny"
+    with pytest.raises(RunError, match=r"round 3 would take epsilon to .* the plan allows"):
+        resume(folder)
+    rows = read_rows(folder / "rounds.jsonl")
+    assert [row["round"] for row in rows] == [1, 2]
+    assert rows[-1]["epsilon"] <= 8.0
+    for ledger in (folder / "privacy").glob("*.jsonl"):
+        assert [entry.round for entry in read_ledger(ledger)] == [1, 2, 2]
+
+
+def test_a_ledger_that_is_gone_stops_the_run(tiny_config: dict[str, Any]) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        federate(load_config(private(tiny_config)), StopAfterOne())
+    folder = Path(tiny_config["out"]) / "tiny"
+    next((folder / "privacy").glob("*.jsonl")).unlink()
+    with pytest.raises(UserError, match="is gone, and with it what"):
+        resume(folder)
+
+
+@pytest.mark.parametrize("method", [{"name": "central", "rank": 3}, {"name": "local", "rank": 3}], ids=str)
+def test_the_controls_are_private_too(tiny_config: dict[str, Any], method: dict[str, Any]) -> None:
+    done = federate(load_config(set_all(private(tiny_config), method=method)))
+    assert read_manifest(done.folder)["not_private"] is None
+    assert len(list((done.folder / "privacy").glob("*.jsonl"))) == (1 if method["name"] == "central" else 3)
+
+
+# --- the private basis ---
+
+
+def test_a_core_basis_is_noised_and_charged(tiny_config: dict[str, Any]) -> None:
+    config = set_all(private(tiny_config), basis={"kind": "core", "samples": 30, "refresh": 2})
+    done = federate(load_config(config))
+    manifest, result = read_manifest(done.folder), read_result(done.folder)
+    assert result is not None
+    assert result["epsilon"] == pytest.approx(manifest["privacy"]["epsilon"], rel=1e-6)
+    assert manifest["privacy"]["epsilon"] <= 8.0
+    assert manifest["basis"]["captured_share"] is None
+    for ledger in (done.folder / "privacy").glob("*.jsonl"):
+        basis, training = merged(read_ledger(ledger))
+        assert (basis.what, basis.count) == ("basis", 2)  # at the start, and before the third round
+        assert (training.what, training.count) == ("training", 9)
+
+
+def test_the_noise_on_a_core_basis_is_as_planned(
+    tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What a client sends, less what it sends without noise, has the planned standard deviation."""
+    from fedsb.engines.embedded import EmbeddedEngine
+
+    sent: list[torch.Tensor] = []
+    count = EmbeddedEngine._count
+
+    def watched(self: Any, envelope: bytes, *args: Any, **kwargs: Any) -> Any:
+        payload = unpack(envelope)
+        if payload.kind == "basis-up":
+            sent.append(torch.cat([torch.tensor(x).flatten() for _, x in sorted(payload.tensors.items())]))
+        return count(self, envelope, *args, **kwargs)
+
+    monkeypatch.setattr(EmbeddedEngine, "_count", watched)
+    config = set_all(private(tiny_config), basis={"kind": "core", "samples": 30})
+
+    for number, noise in enumerate((Quiet, SeededNoise)):
+        monkeypatch.setattr(setup, "noise_for", lambda client, noise=noise: noise(0, client))
+        engine, _ = started_private(config, tmp_path / str(number))
+    assert engine.promise is not None
+    half = len(sent) // 2
+    for plan, quiet, noisy in zip(engine.promise.plans.values(), sent[:half], sent[half:], strict=True):
+        assert plan.basis is not None
+        std = float((noisy - quiet).std())
+        assert std == pytest.approx(plan.basis.sigma * plan.basis.clip, rel=0.05)
+
+
+# --- clients as the unit ---
+
+
+def of_clients(config: dict[str, Any], **privacy: Any) -> dict[str, Any]:
+    settings = {"unit": "client", "epsilon": 20.0, "delta": 1e-3, "clip": 0.5, **privacy}
+    server = {**config.get("server", {}), "weighting": "uniform"}
+    return set_all(config, privacy=settings, server=server)
+
+
+@pytest.mark.parametrize("name", ["fed-sb", "ffa-lora", "fedit", "rolora"])
+def test_a_run_that_protects_clients(tiny_config: dict[str, Any], name: str) -> None:
+    done = federate(load_config(of_clients(set_all(tiny_config, method={"name": name, "rank": 2}))))
+    manifest, result = read_manifest(done.folder), read_result(done.folder)
+    assert result is not None and manifest["not_private"] is None
+    assert result["epsilon"] == pytest.approx(manifest["privacy"]["epsilon"], rel=1e-6)
+    assert "all rows of one client" in manifest["privacy"]["says"]
+    (ledger,) = (done.folder / "privacy").glob("*.jsonl")
+    assert [(r.q, r.count) for r in merged(read_ledger(ledger))] == [(1.0, 3)]
+
+
+def test_the_servers_noise_and_the_clients_clip(
+    tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A client's change is at most the clip long; the mean's noise is sigma clip / n."""
+    from fedsb.federation.server import admit, rules
+
+    monkeypatch.setattr(setup, "noise_for", lambda client: SeededNoise(0, client))
+    engine, state = started_private(of_clients(set_all(tiny_config, method={"name": "fed-sb", "rank": 16})), tmp_path)
+    everyone = [site.name for site in engine.sites]
+    replies = engine.train(engine.method, state, everyone, {})
+    updates, _ = admit(replies.envelopes, rules(engine.method, state, engine.config.server, "test", {}))
+    for update in updates:
+        change = torch.cat([(x - state.tensors[key]).flatten() for key, x in update.tensors.items()])
+        assert float(change.norm()) == pytest.approx(0.5, rel=1e-4)  # it was longer
+    noised = engine.noised(updates, 0)
+    assert engine.guards is not None
+    plan = engine.guards[setup.SERVER].plan
+    total = [
+        torch.cat([sum(u.tensors[k] for u in each).flatten() for k in updates[0].tensors]) for each in (updates, noised)
+    ]
+    assert float((total[1] - total[0]).std()) == pytest.approx(plan.sigma * 0.5, rel=0.05)
+
+
+def test_no_client_is_left_out_for_its_norm(tiny_config: dict[str, Any]) -> None:
+    """Whether one is would depend on the others' rows, which the noise on the sum does not cover."""
+    strict = set_all(tiny_config, server={"norm_factor": 1.0001, "weighting": "uniform"}, rounds=1)
+    plain = federate(load_config(set_all(strict, name="plain")))
+    assert read_rows(plain.folder / "rounds.jsonl")[0]["dropped"]
+    done = federate(load_config(of_clients(strict, clip=100.0)))
+    assert not read_rows(done.folder / "rounds.jsonl")[0]["dropped"]
+
+
+def test_a_short_change_is_left_as_it_is() -> None:
+    unmoved = {"a": torch.zeros(2), "b": torch.ones(1)}
+    sent = {"a": torch.tensor([3.0, 0.0]), "b": torch.tensor([5.0])}
+    assert clipped_change(sent, unmoved, 5.0)["a"].tolist() == [3.0, 0.0]
+    half = clipped_change(sent, unmoved, 2.5)
+    assert half["a"].tolist() == [1.5, 0.0] and half["b"].tolist() == [3.0]
+    assert clipped_change(unmoved, unmoved, 1.0)["b"].tolist() == [1.0]
+
+
+# --- what is refused ---
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"basis": {"kind": "update-pooled"}}, "looks at raw private rows without noise"),
+        ({"train": {"steps": 1, "batch_size": 4, "dropout": 0.1}}, "train.dropout"),
+        ({"eval": {"gap": True}}, "eval.gap scores private rows"),
+        ({"method": {"name": "hetlora", "rank": 2}}, "hetlora adds a local regulariser"),
+        ({"train": {"steps": 1, "batch_size": 64}}, "an expected batch of 64 from"),
+        ({"data_tune": 0.2}, "data.tune_share scores private rows"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_would_make_epsilon_untrue_is_refused(tiny_config: dict[str, Any], changes: Any, said: str) -> None:
+    config = private(tiny_config)
+    if share := changes.pop("data_tune", None):
+        changes = {"data": {**tiny_config["data"], "tune_share": share}}
+    with pytest.raises(UserError, match=said):
+        open_engine(set_all(config, **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"method": {"name": "flora", "rank": 2}}, "flora is no such"),
+        ({"server": {"weighting": "samples"}}, "needs server.weighting = 'uniform'"),
+        ({"server": {"weighting": "uniform", "codec": "int8"}}, "server.codec = 'float32'"),
+        ({"basis": {"kind": "core"}}, "its noise is planned for unit = 'example'"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_clients_as_the_unit_rule_out(tiny_config: dict[str, Any], changes: Any, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        open_engine({**of_clients(tiny_config), **changes})
+
+
+def test_settings_that_do_not_go_together() -> None:
+    for privacy, said in (
+        ({"unit": "example"}, "needs epsilon, or noise_multiplier"),
+        ({"unit": "example", "epsilon": 1, "noise_multiplier": 1}, "and not both"),
+        ({"epsilon": 1}, "unit = 'none' says not at all"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            load_config({"privacy": privacy})
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    yield
+
+
+def test_the_manifest_is_json_of_finite_numbers(tiny_config: dict[str, Any]) -> None:
+    done = federate(load_config(private(tiny_config)))
+    text = (done.folder / "manifest.json").read_text()
+    assert "NaN" not in text and "Infinity" not in text
+    course = json.loads(text)["privacy"]["epsilon_after"]
+    assert list(course) == ["1", "2", "3"] and list(course.values()) == sorted(course.values())
