@@ -19,7 +19,7 @@ from fedsb.charts import bytes_text
 from fedsb.config import Loaded
 from fedsb.data.sites import Data, open_data
 from fedsb.data.tasks.base import ids, pad_token
-from fedsb.engines.embedded import auto_cohort_size, local_training, public_rows, targets_choice
+from fedsb.engines.resolved import auto_cohort_size, local_training, public_rows, targets_choice
 from fedsb.federation.basis_round import basis_values
 from fedsb.federation.facts import client_ranks, refuse_what_facts_forbid
 from fedsb.federation.prices import price_list

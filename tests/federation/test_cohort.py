@@ -14,7 +14,8 @@ from transformers.models.bert.modeling_bert import BertIntermediate
 
 from conftest import WORDS, _save, set_all
 from fedsb.config import load_config
-from fedsb.engines.embedded import EmbeddedEngine, local_training
+from fedsb.engines.embedded import EmbeddedEngine
+from fedsb.engines.resolved import local_training
 from fedsb.errors import RunError, UserError
 from fedsb.federation.cohort import Dropout, Member, train_together
 

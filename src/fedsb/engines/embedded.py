@@ -16,12 +16,11 @@ from fedsb.adapters.adapted import AdaptedModel, Tensors, find_targets
 from fedsb.adapters.basis import Basis, basis_hash
 from fedsb.adapters.layer import RoutingError
 from fedsb.data.sites import Site, open_data
-from fedsb.data.sources import load_table, require_columns
-from fedsb.data.tasks.base import Example, Task, pad_token
+from fedsb.data.tasks.base import Example, pad_token
 from fedsb.engines import Replies, Reply, Score, Sent
+from fedsb.engines.resolved import auto_cohort_size, local_training, public_rows, targets_choice
 from fedsb.errors import RunError, UserError
 from fedsb.federation.basis_round import build_basis
-from fedsb.federation.client import LocalTraining
 from fedsb.federation.codec import Codec
 from fedsb.federation.cohort import Member, join_tensors, train_together
 from fedsb.federation.facts import client_ranks, refuse_what_facts_forbid
@@ -35,8 +34,6 @@ from fedsb.model import head_start, load_base, load_tokenizer, matmul_precision
 from fedsb.privacy.guard import Guard, clipped_change
 from fedsb.privacy.setup import SERVER, open_guards, promise_of, refuse_what_would_leak
 from fedsb.settings import Choice, Config
-
-CPU_TOKENS, GPU_TOKENS = 4096, 16384  # that a joint forward may hold; see docs/decisions.md
 
 
 class EmbeddedEngine:
@@ -341,54 +338,3 @@ class EmbeddedEngine:
 def at_rank(method: Method, rank: int | None) -> Method:
     """A client's own method; None: its rank is the method's."""
     return method if rank is None else method.at(rank)
-
-
-def public_rows(config: Config, task: Task) -> list[Example]:
-    """Of `update`: the first basis.samples rows of the file that the user declared public."""
-    basis = config.basis
-    if basis.kind != "update":
-        return []
-    if basis.data is None:
-        raise UserError(
-            "basis.kind = 'update' looks at data: name a file of public rows with basis.data = PATH. "
-            "To look at the clients' own rows in a simulation, say basis.kind = 'update-pooled'"
-        )
-    table = load_table(basis.data)
-    require_columns(table, task.needs)
-    return task.encode(table.rows[: basis.samples])[0]
-
-
-def auto_cohort_size(config: Config, device: torch.device) -> tuple[int, str]:
-    """(clients in one forward, reason): as many as fit a budget of tokens, at least one."""
-    tokens = CPU_TOKENS if device.type == "cpu" else GPU_TOKENS
-    size = max(1, tokens // (config.train.batch_size * config.model.max_tokens))
-    return size, f"auto: up to {tokens:,} tokens in one forward on {device.type}"
-
-
-def targets_choice(config: Config, targets: Sequence[str]) -> Choice:
-    reason = f"model.targets = {config.model.targets!r}"
-    return Choice(key="model.targets", value=f"{len(targets)} layers", reason=reason)
-
-
-def local_training(config: Config, *, clients: int = 1) -> LocalTraining:
-    """The settings of [train], resolved. A pooled client takes the steps of all clients of a round, of `clients`."""
-    train = config.train
-    together = min(config.server.clients_per_round or clients, clients)
-    steps = None if train.steps is None else train.steps * together
-    return LocalTraining(
-        steps=steps,
-        epochs=train.epochs,
-        batch_size=train.batch_size,
-        accumulate=train.accumulate,
-        optimizer=train.optimizer,
-        lr=train.lr,
-        head_lr=train.head_lr,
-        weight_decay=train.weight_decay,
-        momentum=train.momentum,
-        clip_norm=train.clip_norm or None,
-        schedule=train.schedule,
-        warmup=train.warmup,
-        dropout=train.dropout,
-        keep_optimizer=train.keep_optimizer,
-        rounds=config.rounds,
-    )
