@@ -18,11 +18,10 @@ from fedsb.adapters.adapted import Tensors
 from fedsb.config import Loaded
 from fedsb.disk import write_atomic
 from fedsb.engines.embedded import EmbeddedEngine
+from fedsb.engines.round import play, renew
 from fedsb.environment import versions
 from fedsb.errors import UserError, did_you_mean
 from fedsb.federation import schedule
-from fedsb.federation.link import link_of
-from fedsb.federation.server import admit, rules
 from fedsb.methods.averaging import ServerOptimizer
 from fedsb.privacy.audit import ERROR, SHARES, Canaries, audited, best_bound, ceiling
 from fedsb.privacy.guard import ROUNDING
@@ -48,18 +47,16 @@ def audit(
     _refuse(config, canaries, folder)
     started, run = time.monotonic(), uuid.uuid4().hex[:12]
     engine = EmbeddedEngine(config, method_of(config), run)
-    assert engine.promise is not None
     name, plan = _of(engine.promise.plans, client)
     rounds = plan.rounds if rounds is None else rounds
     if not 1 <= rounds <= plan.rounds:
         raise UserError(f"--rounds {rounds}: {name!r} takes part in {plan.rounds}, so from 1 to {plan.rounds}")
 
-    engine.open_ledgers(folder, new=True)
-    assert engine.guards is not None
-    guard = engine.guards[name]
+    engine.promise.open_ledgers(folder, run, new=True)
+    guard = engine.promise.guards[name]
     planted = Canaries(canaries, guard.noise, config.seed)
-    engine.guards[name] = audited(guard, planted)
-    _train(engine, run, name, rounds, note)
+    engine.promise.guards[name] = audited(guard, planted)
+    _train(engine, name, rounds, note)
 
     bound = best_bound(planted.scores(), planted.taking_part, plan.delta)
     stated, booked = plan.epsilon(rounds), guard.ledger.epsilon(plan.delta)
@@ -119,24 +116,18 @@ def _of(plans: Mapping[str, PrivacyPlan], client: str | None) -> tuple[str, Priv
     return client, plans[client]
 
 
-def _train(engine: EmbeddedEngine, run: str, client: str, rounds: int, note: Callable[[str], None]) -> None:
+def _train(engine: EmbeddedEngine, client: str, rounds: int, note: Callable[[str], None]) -> None:
     """The rounds of a run in which this client is alone; what comes of them is not kept."""
     config, method = engine.config, engine.method
-    server, link = ServerOptimizer(**config.server.optimizer_settings), link_of(config, method, run)
-    alone = config.server.model_copy(update={"min_clients": 1})
+    server, renewals = ServerOptimizer(**config.server.optimizer_settings), schedule.refreshes(config, method)
     basis, _ = engine.build_basis(method)
     state, kept = method.start(engine.shapes, basis, engine.head, config.seed), dict[str, Tensors]()
     for round in range(rounds):
         started = time.monotonic()
-        if round in schedule.refreshes(config, method):
-            basis, _ = engine.build_basis(method, state)
-            assert basis is not None
-            state, kept = method.refresh(state, engine.shapes, basis, config.seed), {}
-        heard = link.heard(method, state)
-        replies = engine.train(method, state, [client], kept)
-        updates, _ = admit(replies.envelopes, rules(method, heard, alone, run, engine.ranks))
-        state = link.settled(method, state, heard, method.aggregate(heard, updates, server))
-        kept = replies.kept
+        if round in renewals:
+            (state, _), kept = renew(engine, state), {}
+        played = play(engine, state, [client], set(), kept, server, min_clients=1)
+        state, kept = played.state, played.kept
         note(f"round {round + 1}/{rounds}  seconds {time.monotonic() - started:.1f}")
 
 

@@ -13,15 +13,15 @@ from fedsb.adapters.adapted import Tensors
 from fedsb.adapters.basis import BASES, Basis, basis_hash
 from fedsb.adapters.export import BaseFacts, check_adapter, has_conv1d, load_lines, lora_files, model_card
 from fedsb.disk import safe_name, write_atomic
-from fedsb.engines import Replies, Score
+from fedsb.engines import Score
 from fedsb.engines.embedded import EmbeddedEngine
+from fedsb.engines.round import Played
 from fedsb.environment import git_hash, versions
 from fedsb.federation.basis_round import peak_memory_bytes
 from fedsb.federation.prices import price_list
 from fedsb.federation.schedule import refreshes, whole_broadcasts
-from fedsb.federation.server import Dropped
 from fedsb.methods.contract import Method, State
-from fedsb.privacy.guard import Guard
+from fedsb.privacy.setup import Promise
 from fedsb.privacy.statement import promised, spent, why_not_private
 from fedsb.record import Record, read_result
 from fedsb.report import summary, write_report
@@ -73,7 +73,7 @@ def describe_start(
                 "name": site.name,
                 "rows": site.rows,
                 "held_out_rows": len(site.held_out),
-                "labels": site.labels if engine.promise is None else None,
+                "labels": None if engine.promise else site.labels,
                 "unseen": site.unseen,
             }
             for site in data.sites
@@ -97,28 +97,25 @@ def describe_start(
             )
         ],
         "before": {"score": before.value if before else None, "majority": data.baseline},
-        "privacy": promised(engine.promise, config, sum(tensors[key].numel() for key in trained))
-        if engine.promise
-        else None,
-        "not_private": why_not_private(engine.guards),
+        "privacy": promised(engine.promise, config, sum(tensors[key].numel() for key in trained)),
+        "not_private": why_not_private(engine.promise),
     }
 
 
 def round_row(
-    state: State,
+    played: Played,
     cohort: Sequence[str],
-    replies: Replies,
-    dropped: Sequence[Dropped],
     score: Score | None,
     sites: Mapping[str, Score],
     seconds: float,
-    guards: Mapping[str, Guard] | None = None,
+    promise: Promise,
 ) -> dict[str, Any]:
     """A row of rounds.jsonl. The loss is the plain mean over the clients whose updates were good.
 
     With `sites`, also the plain means over the cohort of the clients' own scores and of the global model's on the same
     rows: "local_score" and "global_score", whose difference is the local-to-global gap.
     """
+    state, replies = played.state, played.replies
     both = [name for name in replies.own if name in sites]
     gap = (
         {
@@ -128,19 +125,19 @@ def round_row(
         if both
         else {}
     )
-    out = {drop.client for drop in dropped}
+    out = {drop.client for drop in played.dropped}
     losses = [loss for client, loss in replies.losses.items() if client not in out]
     return {
         "round": state.round,
         "loss": sum(losses) / len(losses) if losses else None,
         "score": score.value if score else None,
         "cohort": list(cohort),
-        "dropped": [asdict(drop) for drop in dropped],
+        "dropped": [asdict(drop) for drop in played.dropped],
         "up_bytes": sum(sent.bytes for sent in replies.sent if sent.direction == "up"),
         "down_bytes": sum(sent.bytes for sent in replies.sent if sent.direction == "down"),
         **state.metrics,
         **gap,
-        **({"epsilon": spent(guards)} if guards else {}),
+        **({"epsilon": spent(promise)} if promise else {}),
         "seconds": round(seconds, 3),
     }
 
@@ -194,7 +191,7 @@ def finish(record: Record, engine: EmbeddedEngine, sites: Mapping[str, Score], a
             }
             for site in engine.data.sites
         ],
-        "epsilon": spent(engine.guards) if engine.guards else None,
+        "epsilon": spent(engine.promise) if engine.promise else None,
         "peak_memory_bytes": (before or {}).get("peak_memory_bytes") or peak_memory_bytes(engine.adapted.device),
         "adapter": str(adapter),
         "load": load_lines(base_facts(engine.config, engine), one),

@@ -85,7 +85,7 @@ def estimate(loaded: Loaded) -> dict[str, Any]:
         targets_choice(config, targets),
         *data.choices,
         *rank_choices,
-        *(promise.choices if promise else ()),
+        *promise.choices,
     ]
     return {
         "settings": [asdict(choice) for choice in choices],
@@ -97,7 +97,7 @@ def estimate(loaded: Loaded) -> dict[str, Any]:
             "one_off": sum(bill.values()),
         },
         "prices": [price.as_dict() for price in prices],
-        "privacy": promised(promise, config, traffic.up + traffic.head) if promise else None,
+        "privacy": promised(promise, config, traffic.up + traffic.head),
         "memory_bytes": memory,
         "memory_reason": memory_reason,
         "seconds": seconds,

@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fedsb.config import Loaded, difference, load_config
-from fedsb.engines import Engine
+from fedsb.engines import Engine, Sent
 from fedsb.engines.embedded import EmbeddedEngine
+from fedsb.engines.round import play, renew
 from fedsb.environment import versions
 from fedsb.errors import UserError
 from fedsb.federation import schedule
-from fedsb.federation.link import link_of
-from fedsb.federation.server import admit, rules
 from fedsb.federation.spool import Spool
 from fedsb.interrupts import Interrupts
 from fedsb.methods import build_method
@@ -100,14 +99,13 @@ def resume(folder: Path, display: Display | None = None, changed: Loaded | None 
 def _carry_out(loaded: Loaded, engine: EmbeddedEngine, record: Record, display: Display) -> Result:
     config, method = loaded.config, engine.method
     server = ServerOptimizer(**config.server.optimizer_settings)
-    link = link_of(config, method, record.run)
     with record, Interrupts().installed() as interrupts:
         record.check_same(engine.data.tables, engine.base.fingerprint)
         choices = [*loaded.choices(), *engine.choices]
         display.settings(choices)
 
         state = record.latest()
-        engine.open_ledgers(record.folder, new=state is None)
+        engine.promise.open_ledgers(record.folder, record.run, new=state is None)
         if state is None:
             basis, sent = engine.build_basis(method)
             state = method.start(engine.shapes, basis, engine.head, config.seed)
@@ -121,29 +119,19 @@ def _carry_out(loaded: Loaded, engine: EmbeddedEngine, record: Record, display: 
         kept = record.take_up(state.round, since)  # what clients keep to themselves
 
         for round in range(state.round, config.rounds):
-            started, sent = time.monotonic(), []
+            started, sent = time.monotonic(), list[Sent]()
             if round in renewals:
-                basis, sent = engine.build_basis(method, state)
-                assert basis is not None
-                state, kept = method.refresh(state, engine.shapes, basis, config.seed), {}
+                (state, sent), kept = renew(engine, state), {}
             cohort = sample(engine, round, config)
             late = set(cohort) - set(sample(engine, round - 1, config)) if round else set()
-            heard = link.heard(method, state)  # what the sites start from
-            replies = engine.train(method, state, cohort, kept, late)
-            wanted = rules(
-                method, heard, config.server, record.run, engine.ranks, judge_norms=config.privacy.unit != "client"
-            )
-            updates, dropped = admit(replies.envelopes, wanted, Spool(record.folder))
-            after = method.aggregate(heard, engine.noised(updates, round), server)
-            state = link.settled(method, state, heard, after)
-            keeps = {update.client: replies.kept[update.client] for update in updates}  # not of those dropped
-            kept |= keeps
+            played = play(engine, state, cohort, late, kept, server, spool=Spool(record.folder))
+            state, kept = played.state, kept | played.kept
             due = config.eval.due(state.round, config.rounds)
             score = engine.score(method, state, kept) if due else None
             sites = engine.score_sites(method, state, kept) if due and config.eval.gap else {}
-            row = round_row(state, cohort, replies, dropped, score, sites, time.monotonic() - started, engine.guards)
+            row = round_row(played, cohort, score, sites, time.monotonic() - started, engine.promise)
             with interrupts.hold():
-                record.round(state, row, [*sent, *replies.sent], keeps, keep=config.keep_checkpoints)
+                record.round(state, row, [*sent, *played.replies.sent], played.kept, keep=config.keep_checkpoints)
             display.round(row, config.rounds)
 
         sites = engine.score_sites(method, state, kept)

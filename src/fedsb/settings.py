@@ -164,6 +164,8 @@ class ServerConfig(Section):
     min_clients: Positive = Field(1, description="fewer good updates than this end the run")
     weighting: Literal["samples", "uniform"] = "samples"
     codec: Codec = Field("float32", description="of what travels in a round: 4, 2, 1 or half a byte a value")
+    secure_sum: bool = Field(False, description="the server learns the sum of the clients' changes only")
+    sum_limit: Rate = Field(4.0, description="of a secure sum: the largest change of a single value")
     norm_factor: Annotated[float, Field(gt=1, allow_inf_nan=False)] = Field(
         30.0, description="an update whose change is so many times the cohort's median is dropped"
     )

@@ -15,9 +15,7 @@ from fedsb.federation.codec import (
     Codec,
     decode,
     encode,
-    from_integers,
     payload_bytes,
-    to_integers,
 )
 
 ROUNDED: tuple[Codec, ...] = ("int8", "int4")
@@ -219,55 +217,3 @@ def test_any_bytes_of_the_right_length_decode_and_others_are_refused(codec: Code
 def test_rounding_by_chance_needs_a_draw() -> None:
     with pytest.raises(ValueError, match="int8 rounds by chance"):
         encode(np.ones(2, np.float32), "int8")
-
-
-# --- integers for secure sums ---
-
-
-@pytest.mark.parametrize("clients", [1, 2, 5, 50])
-def test_the_sum_of_integers_is_the_sum(clients: int) -> None:
-    """Within K steps always; within 6 of the stated standard deviations with these keys."""
-    step, draw = 1e-3, generator(clients, "integers")
-    x = [draw.standard_normal((7, 30)).astype(np.float32) for _ in range(clients)]
-    total = np.sum([to_integers(each, step, generator(0, "codec", k)) for k, each in enumerate(x)], axis=0)
-    assert total.dtype == np.int64
-    error = np.abs(from_integers(total, step).astype(np.float64) - np.sum(x, axis=0, dtype=np.float64))
-    assert np.all(error < clients * step + 1e-5)  # float32's rounding of the result
-    assert np.all(error < 6 * math.sqrt(clients) * step / 2 + 1e-5)
-
-
-def test_a_sum_modulo_a_power_of_two_is_the_sum() -> None:
-    """What masks do: each client adds a mask modulo 2^32, the masks cancel, and the small sum is still there."""
-    step, draw = 1e-4, generator(0, "masks")
-    x = [draw.standard_normal(50).astype(np.float32) for _ in range(2)]
-    plain = [to_integers(each, step, generator(k)) for k, each in enumerate(x)]
-    mask = draw.integers(0, 2**32, 50)
-    masked = ((plain[0] + mask) % 2**32 + (plain[1] - mask) % 2**32) % 2**32
-    centred = (masked + 2**31) % 2**32 - 2**31
-    assert np.array_equal(centred, plain[0] + plain[1])
-
-
-def test_integers_by_hand() -> None:
-    whole = np.array([[3.0, -2.0], [0.0, 2.0**40]], np.float32)
-    assert to_integers(whole, 1.0, generator(0)).tolist() == whole.tolist()  # nothing to round
-    assert to_integers(np.float32(0.5) * whole, 0.5, generator(0)).tolist() == whole.tolist()
-    halves = to_integers(np.full(10_000, 0.5, np.float32), 1.0, generator(0))
-    assert set(halves.tolist()) == {0, 1} and abs(halves.mean() - 0.5) < 6 * 0.5 / 100
-    assert to_integers(np.zeros(0, np.float32), 1.0, generator(0)).shape == (0,)
-
-
-@pytest.mark.parametrize(
-    ("value", "step", "said"),
-    [
-        (1.0, 0.0, "a step of 0"),
-        (1.0, -1.0, "a step of -1"),
-        (1.0, math.nan, "a step of nan"),
-        (math.nan, 1.0, "not finite, or more than 2\\^52 steps"),
-        (math.inf, 1.0, "not finite"),
-        (1e20, 1e-3, "take a larger step"),
-        (1.0, 1e-320, "take a larger step"),
-    ],
-)
-def test_integers_refuse(value: float, step: float, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        to_integers(np.array([value], np.float32), step, generator(0))

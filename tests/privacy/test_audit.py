@@ -248,6 +248,13 @@ def test_a_ledger_that_lacks_a_round_is_caught(config: dict[str, Any], monkeypat
     assert found["broken"] and "the ledger lacks releases" in found["says"]
 
 
+def test_a_basis_that_is_not_in_the_ledger_is_caught(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Guard, "charge_basis", lambda self, round: self.noise.poisson_sample(self.plan.rows, 0.5))
+    found = audit(load_config(set_all(config, basis={"kind": "core", "samples": 30})), canaries=64)
+    assert 0 < found["epsilon_ledger"] < found["epsilon"]
+    assert found["broken"] and "the ledger lacks releases" in found["says"]
+
+
 @pytest.mark.parametrize(
     "changes",
     [

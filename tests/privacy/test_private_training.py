@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -139,7 +141,7 @@ def test_without_noise_and_clip_it_is_training_on_all_rows(
     engine, state = started(set_all(config, privacy={}))
     tensors, trainable = engine.method.model(state), engine.method.trainable(engine.method.model(state), 0)
     guarded = open_engine(config)
-    guarded.open_ledgers(tmp_path, new=True)
+    guarded.promise.open_ledgers(tmp_path, "test", new=True)
     name = guarded.sites[0].name
     (reply,) = guarded.train(guarded.method, state, [name], {}).each
     each = one_by_one(engine, tensors, trainable, engine.sites[0].train)
@@ -169,7 +171,6 @@ def test_the_noise_on_a_step_is_as_planned(
         name = engine.sites[0].name
         (reply,) = engine.train(engine.method, state, [name], {}).each
         ends.append(torch.cat([torch.tensor(x).flatten() for _, x in sorted(unpack(reply.envelope).tensors.items())]))
-    assert engine.promise is not None
     plan = engine.promise.plans[name]
     assert float((ends[1] - ends[0]).std()) == pytest.approx(plan.sigma * 0.05 / 4, rel=0.05)
 
@@ -188,14 +189,13 @@ def test_an_empty_draw_still_steps_and_is_charged(
     before = engine.method.model(state)
     after = unpack(reply.envelope).tensors
     assert all((torch.tensor(x) != before[key]).any() for key, x in after.items())  # noise alone has moved it
-    assert engine.guards is not None
-    (release,) = engine.guards[name].ledger.releases()
+    (release,) = engine.promise.guards[name].ledger.releases()
     assert release.count == 3
 
 
 def started_private(config: dict[str, Any], folder: Path) -> tuple[Any, Any]:
     engine = open_engine(config)
-    engine.open_ledgers(folder, new=True)
+    engine.promise.open_ledgers(folder, "test", new=True)
     basis, _ = engine.build_basis(engine.method)
     return engine, engine.method.start(engine.shapes, basis, engine.head, engine.config.seed)
 
@@ -263,6 +263,23 @@ def test_a_round_done_again_is_charged_again_and_the_promise_is_kept(
         assert [entry.round for entry in read_ledger(ledger)] == [1, 2, 2]
 
 
+def test_a_script_without_fedsb_finds_the_same_epsilon(tiny_config: dict[str, Any]) -> None:
+    """Of three clients, two in each round, a noised basis, cut off after a round and resumed."""
+    config = private(tiny_config, basis_share=0.2)
+    config = set_all(config, server={"clients_per_round": 2}, basis={"kind": "core", "samples": 30, "R0": "zero"})
+    with pytest.raises(KeyboardInterrupt):
+        federate(load_config(config), StopAfterOne())
+    folder = resume(Path(tiny_config["out"]) / "tiny").folder
+    script = Path(__file__).parents[2] / "docs" / "recompute_epsilon.py"
+    assert "fedsb" not in script.read_text().split('"""', 2)[2]
+    said = subprocess.run([sys.executable, str(script), str(folder)], capture_output=True, text=True, check=True)
+    found, result = json.loads(said.stdout), read_result(folder)
+    assert result is not None and len(found["clients"]) == 3
+    assert found["epsilon"] == pytest.approx(result["epsilon"], abs=5e-3)
+    assert found["epsilon"] <= 8.0 < 1.02 * found["epsilon"]
+    assert len(set(found["clients"].values())) > 1  # they have not all taken part alike
+
+
 def test_a_ledger_that_is_gone_stops_the_run(tiny_config: dict[str, Any]) -> None:
     with pytest.raises(KeyboardInterrupt):
         federate(load_config(private(tiny_config)), StopAfterOne())
@@ -317,7 +334,6 @@ def test_the_noise_on_a_core_basis_is_as_planned(
     for number, noise in enumerate((Quiet, SeededNoise)):
         monkeypatch.setattr(setup, "noise_for", lambda client, noise=noise: noise(0, client))
         engine, _ = started_private(config, tmp_path / str(number))
-    assert engine.promise is not None
     half = len(sent) // 2
     for plan, quiet, noisy in zip(engine.promise.plans.values(), sent[:half], sent[half:], strict=True):
         assert plan.basis is not None
@@ -359,9 +375,8 @@ def test_the_servers_noise_and_the_clients_clip(
     for update in updates:
         change = torch.cat([(x - state.tensors[key]).flatten() for key, x in update.tensors.items()])
         assert float(change.norm()) == pytest.approx(0.5, rel=1e-4)  # it was longer
-    noised = engine.noised(updates, 0)
-    assert engine.guards is not None
-    plan = engine.guards[setup.SERVER].plan
+    noised = engine.promise.noised(updates, 0)
+    plan = engine.promise.guards[setup.SERVER].plan
     total = [
         torch.cat([sum(u.tensors[k] for u in each).flatten() for k in updates[0].tensors]) for each in (updates, noised)
     ]

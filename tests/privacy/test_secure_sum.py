@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import combinations
 
 import numpy as np
@@ -11,12 +12,30 @@ from sums import ANSWERS, Sum, body, is_uniform, make_plan
 
 from fedsb.draws import generator
 from fedsb.errors import RunError, UserError
-from fedsb.privacy.fixed_point import FixedPoint, flatten, unflatten
+from fedsb.privacy.fixed_point import FixedPoint, Floats, flatten, unflatten
 from fedsb.privacy.primitives import SEED_BYTES, combine, fresh_seed, mask
 from fedsb.privacy.secure_sum import Phase, Simulated, SumClient, SumError, SumPlan, simulate
 from fedsb.privacy.sum_keys import mask_private, public_key, self_check, self_mask
 
 LARGE = 50_000  # values where a test looks at the bytes' distribution
+
+
+def simulated(
+    vectors: Mapping[str, Floats],
+    weights: Mapping[str, float],
+    *,
+    threshold: int,
+    clip: float,
+    draws: Mapping[str, np.random.Generator],
+    vanish: Mapping[str, Phase] | None = None,
+) -> Simulated:
+    """A sum of plain vectors among sites with fresh keys."""
+    identities = {name: Ed25519PrivateKey.generate() for name in vectors}
+    sites = {name: key.public_key().public_bytes_raw() for name, key in identities.items()}
+    size = next(iter(vectors.values())).size if vectors else 0
+    plan = SumPlan(run="simulation", round=0, sites=sites, threshold=threshold, size=size, clip=clip)
+    ring = {name: plan.grid.encode(x, weights[name], draws[name]) for name, x in vectors.items()}
+    return simulate(plan, identities, ring, vanish)
 
 
 def summed(n: int, size: int, threshold: int, vanish: dict[str, Phase] | None = None) -> Simulated:
@@ -25,7 +44,7 @@ def summed(n: int, size: int, threshold: int, vanish: dict[str, Phase] | None = 
     vectors = {k: generator("x", k).normal(0, 0.4, size).astype(np.float32) for k in names}
     weights = {k: float(generator("p", k).uniform(0.01, 1)) for k in names}
     draws = {k: generator("round", k) for k in names}
-    result = simulate(vectors, weights, threshold=threshold, clip=0.8, draws=draws, vanish=vanish)
+    result = simulated(vectors, weights, threshold=threshold, clip=0.8, draws=draws, vanish=vanish)
     stay = [k for k in names if (vanish or {}).get(k) not in ("advert", "sealed", "masked")]
     assert result.clients == tuple(stay)
     plain = sum(weights[k] * np.clip(vectors[k].astype(np.float64), -0.8, 0.8) for k in stay)
@@ -57,13 +76,13 @@ def test_the_ring_is_summed_exactly() -> None:
 def test_all_clients_at_the_clip_bound_with_weight_one_do_not_overflow() -> None:
     vectors = {k: np.array([3, -3, 1e38, -1e38], np.float32) for k in "abcdefgh"}
     ones, draws = dict.fromkeys(vectors, 1.0), {k: generator(k) for k in vectors}
-    result = simulate(vectors, ones, threshold=5, clip=3.0, draws=draws)
+    result = simulated(vectors, ones, threshold=5, clip=3.0, draws=draws)
     assert result.values == pytest.approx([24, -24, 24, -24], abs=FixedPoint(clients=8, clip=3.0).bound(8))
 
 
 def test_a_dict_of_arrays_comes_back_as_its_mean() -> None:
     sites = {k: {"w": np.full((2, 2), i, np.float32), "b": np.full(3, -i, np.float32)} for i, k in enumerate("abc")}
-    result = simulate(
+    result = simulated(
         {k: flatten(arrays) for k, arrays in sites.items()},
         {"a": 0.5, "b": 0.25, "c": 0.25},
         threshold=2,

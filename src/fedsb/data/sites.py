@@ -35,6 +35,7 @@ class Data:
     sites: list[Site]
     test: list[Example]
     test_is: str  # in words
+    test_is_public: bool  # a table of its own, which is taken as public; else rows of the clients
     baseline: float | None  # the score of a guess that reads no text
     tables: dict[str, dict[str, Any]]  # origin, rows and fingerprint, for the manifest
     choices: tuple[Choice, ...]
@@ -121,6 +122,7 @@ def open_data(config: Config, tokenizer: Tokenizer) -> Data:
         sites=sites,
         test=test_examples,
         test_is=_scored(test, share),
+        test_is_public=test is not None,
         baseline=task.baseline(pool, test_examples) if test_examples else None,
         tables={name: _facts(table) for name, table in (("train", train), ("test", test)) if table is not None},
         choices=_choices(config, cut + cut_test, partition.dropped, unseen),

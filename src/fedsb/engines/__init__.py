@@ -9,8 +9,12 @@ from typing import Literal, Protocol
 from fedsb.adapters.adapted import Shapes, Tensors
 from fedsb.adapters.basis import Basis
 from fedsb.data.sites import Site
+from fedsb.federation.server import Dropped
 from fedsb.methods.contract import Method, State
-from fedsb.settings import Choice
+from fedsb.privacy.setup import Promise
+from fedsb.settings import Choice, Config
+
+SUM = "the sum"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,34 +36,55 @@ class Reply:
     """What comes back from a client."""
 
     client: str
-    envelope: bytes  # its update, not yet checked
+    envelope: bytes | None  # its update, not yet checked; None where it is known in a sum only
     kept: Tensors  # its own state, which stays with it
     loss: float | None  # mean training loss; None where the client keeps it to itself
     own: float | None = None  # its trained model's score on its held-out rows
     sent: Sequence[Sent]
 
 
-class Replies:
-    """What comes back from a cohort, client by client: the envelopes, once; all else adds up as they are taken."""
+@dataclass(frozen=True, kw_only=True)
+class Summed:
+    """What a secure sum comes to: one update in place of those of all who stayed."""
 
-    def __init__(self, replies: Iterable[Reply]) -> None:
+    envelope: bytes
+
+
+Answer = Reply | Summed | Dropped
+
+
+class Replies:
+    """What comes back from a cohort, client by client: the envelopes, once; all else adds up as they are taken.
+
+    In a secure sum clients reply without an envelope, and behind them comes their sum, as of a client SUM.
+    """
+
+    def __init__(self, replies: Iterable[Answer]) -> None:
         self.each = iter(replies)
         self.kept: dict[str, Tensors] = {}
         self.losses: dict[str, float] = {}
         self.own: dict[str, float] = {}
         self.sent: list[Sent] = []
+        self.dropped: list[Dropped] = []  # who left by itself
 
     @property
     def envelopes(self) -> Iterator[tuple[str, bytes]]:
         """(client, update), as they come in: none is held here."""
         for reply in self.each:
+            if isinstance(reply, Dropped):
+                self.dropped.append(reply)
+                continue
+            if isinstance(reply, Summed):
+                yield SUM, reply.envelope
+                continue
             self.kept[reply.client] = reply.kept
             if reply.loss is not None:
                 self.losses[reply.client] = reply.loss
             self.sent += reply.sent
             if reply.own is not None:
                 self.own[reply.client] = reply.own
-            yield reply.client, reply.envelope
+            if reply.envelope is not None:
+                yield reply.client, reply.envelope
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +98,18 @@ class Score:
 
 class Engine(Protocol):
     """The clients, their data and the base model, wherever they are."""
+
+    @property
+    def config(self) -> Config: ...
+
+    @property
+    def method(self) -> Method: ...
+
+    @property
+    def run(self) -> str: ...
+
+    @property
+    def promise(self) -> Promise: ...
 
     @property
     def sites(self) -> Sequence[Site]: ...

@@ -6,8 +6,6 @@ Nothing to set up. Messages still go through the envelope, byte for byte as they
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence, Set
-from dataclasses import replace
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -17,9 +15,10 @@ from fedsb.adapters.basis import Basis, basis_hash
 from fedsb.adapters.layer import RoutingError
 from fedsb.data.sites import Site, open_data
 from fedsb.data.tasks.base import Example, pad_token
-from fedsb.engines import Replies, Reply, Score, Sent
+from fedsb.engines import Answer, Replies, Reply, Score, Sent
 from fedsb.engines.resolved import auto_cohort_size, local_training, public_rows, targets_choice
-from fedsb.errors import RunError, UserError
+from fedsb.engines.secure import SecureSums
+from fedsb.errors import UserError
 from fedsb.federation.basis_round import build_basis
 from fedsb.federation.codec import Codec
 from fedsb.federation.cohort import Member, join_tensors, train_together
@@ -29,10 +28,9 @@ from fedsb.federation.link import link_of, unmoved
 from fedsb.federation.payload import Payload, unpack
 from fedsb.federation.scoring import forward, mean_score
 from fedsb.federation.tensors import to_arrays, to_tensors, under, within
-from fedsb.methods.contract import Method, State, Update
+from fedsb.methods.contract import Method, State
 from fedsb.model import head_start, load_base, load_tokenizer, matmul_precision
-from fedsb.privacy.guard import Guard, clipped_change
-from fedsb.privacy.setup import SERVER, open_guards, promise_of, refuse_what_would_leak
+from fedsb.privacy.setup import promise_of, refuse_what_would_leak
 from fedsb.settings import Choice, Config
 
 
@@ -66,29 +64,18 @@ class EmbeddedEngine:
         self.sites: list[Site] = [self.data.pooled()] if method.facts.pools_data else self.data.taking_part
         self.local = local_training(config, clients=len(self.data.taking_part) if method.facts.pools_data else 1)
         self.promise = promise_of(config, method, self.sites, self.local)
-        self.guards: dict[str, Guard] | None = None  # from `open_ledgers`, in a private run
         self.ranks, rank_choices = client_ranks(config, method, self.shapes, [site.name for site in self.sites])
         self.cohort_size, reason = self._choose_cohort_size()
+        self.sums = SecureSums(config, self.promise, run, self.sites) if config.server.secure_sum else None
         self.choices = (
             *self.base.choices,
             targets_choice(config, targets),
             *self.data.choices,
             *rank_choices,
             Choice(key="engine.cohort_size", value=self.cohort_size, reason=reason),
-            *(self.promise.choices if self.promise else ()),
+            *self.promise.choices,
+            *(self.sums.choices if self.sums else ()),
         )
-
-    @property
-    def scores_are_public(self) -> bool:
-        """Whether the test rows are a file of their own, which is taken as public, or private rows may be scored."""
-        has_file = self.config.data.test is not None or self.config.data.train == "python-docs"
-        own_file = has_file and not self.config.data.tune_share
-        return self.promise is None or own_file or "scores" in self.config.privacy.release
-
-    def open_ledgers(self, folder: Path, *, new: bool) -> None:
-        """Opens the ledgers below a run directory; before this, a private run releases nothing."""
-        if self.promise is not None:
-            self.guards = open_guards(self.promise, folder, self.run, new=new)
 
     # --- the verbs of an engine ---
 
@@ -133,7 +120,7 @@ class EmbeddedEngine:
             round=round,
             batch_size=self.config.train.batch_size,
             send=send,
-            guards=self._example_guards(),
+            guards=self.promise.of_rows(),
         )
         return basis, sent
 
@@ -163,17 +150,16 @@ class EmbeddedEngine:
                 Member(name=name, examples=sites[name].train, tensors=received, moments=within("optimizer", own))
             )
 
-        def replies() -> Iterator[Reply]:
+        def replies() -> Iterator[Answer]:
             due = self.config.eval.gap and self.config.eval.due(state.round + 1, self.config.rounds)
             before = {member.name: member for member in members}
+            secure = self.sums.round(state.round, cohort, common) if self.sums else None
             for after in self._train(method, state, members, ranks):
                 site, told = sites[after.name], (after.name in late, ranks.get(after.name))
                 mine, (told_bytes, message) = at_rank(method, told[1]), messages[told]
                 up, own = mine.upload(before[after.name].tensors, after.tensors, state.round)
-                of_client = self.promise is not None and self.config.privacy.unit == "client"
-                base = unmoved(mine, heard.common, message, state.round) if link.codec != "float32" or of_client else {}
-                if of_client:
-                    up = clipped_change(up, base, self.config.privacy.clip)
+                base = unmoved(mine, heard.common, message, state.round)
+                up = self.promise.bounded(up, base)
                 payload = Payload(
                     kind="update",
                     run=self.run,
@@ -186,14 +172,20 @@ class EmbeddedEngine:
                 update, lost = link.up(method, payload, base, kept.get(after.name, {}))
                 moments = under("optimizer", after.moments) if self.local.keep_optimizer else {}
                 travelled = {"down": told_bytes, "up": update} if not method.facts.pools_data else {}
-                yield Reply(
+                reply = Reply(
                     client=after.name,
                     envelope=update,
                     kept=under("method", own) | moments | lost,
-                    loss=after.loss if self.promise is None or "loss" in self.config.privacy.release else None,
+                    loss=after.loss if self.promise.shows("loss") else None,
                     own=self.evaluate(after.tensors, site.held_out).value if due and site.held_out else None,
                     sent=[self._count(data, state.round + 1, after.name, way) for way, data in travelled.items()],
                 )
+                if secure is None:
+                    yield reply
+                else:
+                    secure.put(reply, up, base)
+            if secure is not None:
+                yield from secure.add_up()
 
         return Replies(replies())
 
@@ -215,13 +207,13 @@ class EmbeddedEngine:
                         seed=self.config.seed,
                         round=state.round,
                         penalty=own.penalty,
-                        guards=self._example_guards(),
+                        guards=self.promise.of_rows(),
                     )
                 yield from done
 
     def score(self, method: Method, state: State, kept: Mapping[str, Tensors]) -> Score | None:
         """The metric on the test rows, of the global model or the mean over the clients' own; None without rows."""
-        if not self.data.test or not self.scores_are_public:
+        if not self.data.test or not (self.data.test_is_public or self.promise.shows("scores")):
             return None
         if method.facts.global_model:
             return self.evaluate(method.model(state), self.data.test)
@@ -234,7 +226,7 @@ class EmbeddedEngine:
     def score_sites(self, method: Method, state: State, kept: Mapping[str, Tensors]) -> dict[str, Score]:
         """The metric on each client's held-out rows, by its own model or the global one; unseen clients included."""
         scores: dict[str, Score] = {}
-        if self.promise is not None and "scores" not in self.config.privacy.release:
+        if not self.promise.shows("scores"):
             return scores
         for site in self.data.sites:
             if site.held_out and (method.facts.global_model or not site.unseen):
@@ -263,27 +255,6 @@ class EmbeddedEngine:
         with matmul_precision(self.config.model.matmul):
             value = mean_score(self.adapted.model, self.task, examples, self.config.eval.batch_size)
         return Score(value=value, count=len(examples))
-
-    def noised(self, updates: Sequence[Update], round: int) -> Sequence[Update]:
-        """The updates with the server's noise on their sum, where a client is the unit; else as they are.
-
-        The noise stands in the first update: only their sum is used.
-        """
-        if self.guards is None or self.config.privacy.unit != "client":
-            return updates
-        guard = self.guards[SERVER]
-        guard.charge(round + 1)
-        first, *others = updates
-        tensors = {key: guard.noised(x, guard.plan.noise_std) for key, x in sorted(first.tensors.items())}
-        return [replace(first, tensors=tensors), *others]
-
-    def _example_guards(self) -> dict[str, Guard] | None:
-        """The clients' guards, where a row is the unit. Raises RunError where their ledgers are not open."""
-        if self.promise is None or self.config.privacy.unit != "example":
-            return None
-        if self.guards is None:
-            raise RunError("a private run releases nothing before its ledgers are open")
-        return self.guards
 
     def _load_one(self, tensors: Tensors) -> None:
         self.adapted.load(join_tensors(self.adapted, [tensors]))

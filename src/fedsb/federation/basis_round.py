@@ -77,20 +77,25 @@ def build_basis(
     rank = method.total_rank
     check_rank(adapted.shapes, rank)
     step_ahead = config.R0 == "step" or (config.R0 == "auto" and config.kind.startswith("update"))
-    samples = {site.name: draw_samples(site, sites, config.samples, seed) for site in sites}
     if config.kind in ("random", "weights"):
         basis = make_basis(config.kind, _data_free(config, adapted, config.kind, rank, seed, round).items())
     elif config.kind == "core":
         outer = _data_free(config, adapted, config.outer, rank, seed, round, outer=True)
         sums: Tensors = {}
+        counted = 0.0  # rows behind the sums; in a private run, those expected
         for site in sites:
             if guards is None:
-                own = core_gradients(adapted, task, start, outer, samples[site.name], batch_size)
+                drawn = draw_samples(site, sites, config.samples, seed)
+                own = core_gradients(adapted, task, start, outer, drawn, batch_size)
+                counted += len(drawn)
             else:
-                own = private_core_gradients(adapted, task, start, outer, site, batch_size, guards[site.name], round)
+                guard = guards[site.name]
+                own = private_core_gradients(
+                    adapted, task, start, outer, site, batch_size, guard, round + 1 if round else 0
+                )
+                counted += guard.basis_rows
             for key, S in send("up", site.name, own).items():
                 sums[key] = sums[key] + S if key in sums else S
-        counted = sum(len(examples) for examples in samples.values())
         basis = _core_basis(sums, outer, rank, eta / counted / method.scale if step_ahead else None)
         inner = {f"{layer}.P": outer[layer][1].T @ basis.B[layer] for layer in outer}
         inner |= {f"{layer}.Q": basis.A[layer] @ outer[layer][0].T for layer in outer}
@@ -99,7 +104,8 @@ def build_basis(
         B = {layer: B @ orthonormal(told[f"{layer}.P"]) for layer, (_, B) in outer.items()}
         basis = replace(basis, A=A, B=B)
     else:
-        rows = public if config.kind == "update" else [example for name in samples for example in samples[name]]
+        pooled = [draw_samples(site, sites, config.samples, seed) for site in sites if config.kind == "update-pooled"]
+        rows = [*public, *(example for drawn in pooled for example in drawn)]
         basis = _update_basis(config, adapted, task, start, rows, rank, eta, sign, step_ahead, method.scale, batch_size)
         told = _tell(basis.tensors, sites, send)
         A = {layer: orthonormal(told[f"{layer}.A"].T).T.contiguous() for layer in basis.A}

@@ -1,4 +1,4 @@
-"""How values become bytes: float32, bfloat16, or int8 and int4 with a scale a block; and integers that can be summed.
+"""How values become bytes: float32, bfloat16, or int8 and int4 with a scale a block.
 
     int8, int4:   scale_j = max |x| over block j / q_max, rounded up to bfloat16       q_max = 127, 7
                   code_i  = floor(x_i / scale_j + u_i),  u_i ~ U[0, 1)                 E[scale_j code_i] = x_i
@@ -24,7 +24,6 @@ CODECS: tuple[str, ...] = get_args(Codec)
 BLOCK = 64  # values that share a scale; see docs/decisions.md
 SCALE_BYTES = 2  # bfloat16
 Q_MAX = {"int8": 127, "int4": 7}
-INTEGER_LIMIT = 2.0**52  # |x / step| up to here: float64 holds it exactly, and int64 the sum of 2,000 of them
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
@@ -77,32 +76,6 @@ def decode(data: Bytes, codec: Codec, count: int) -> Floats:  # (count,)
     limit = float(np.finfo(np.float32).max)  # scales are rounded up: the largest of all values must not overflow
     x: Floats = np.clip(codes * np.repeat(steps, BLOCK)[:count], -limit, limit).astype(np.float32)
     return x
-
-
-def to_integers(
-    x: NDArray[np.floating],  # any shape
-    step: float,  # the same at every client
-    draw: np.random.Generator,
-) -> NDArray[np.int64]:  # the shape of x
-    """floor(x / step + u): numbers whose sum is the same in any order and modulo any 2^b, as secure aggregation needs.
-
-    With K clients, |from_integers(sum_k to_integers(x_k), step) - sum_k x_k| < K step for each value, float32's own
-    rounding of the result aside; without bias, and with a standard deviation of at most sqrt(K) step / 2 where the
-    clients' draws are independent.
-    Raises ValueError for a step that is not positive, and where a value is not finite or above 2^52 steps.
-    """
-    if not (step > 0 and np.isfinite(step)):
-        raise ValueError(f"a step of {step}; it must be positive and finite")
-    with np.errstate(over="ignore"):
-        scaled = x.astype(np.float64) / step
-    if not (np.abs(scaled) <= INTEGER_LIMIT).all():
-        raise ValueError(f"a value is not finite, or more than 2^52 steps of {step:g}: take a larger step")
-    return np.floor(scaled + draw.random(x.shape)).astype(np.int64)
-
-
-def from_integers(total: NDArray[np.int64], step: float) -> Floats:
-    """The sum of the clients' values, from the sum of their integers."""
-    return (total * np.float64(step)).astype(np.float32)
 
 
 # --- bits ---

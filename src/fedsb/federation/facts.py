@@ -30,6 +30,8 @@ def refuse_what_facts_forbid(config: Config, method: Method) -> None:
             f"basis.refresh: a new basis starts from the global model, and {facts.id} has none (its fact global_model "
             "is false); leave it out"
         )
+    if config.server.secure_sum:
+        faults += _no_secure_sum(config, method)
     asked = [key for key in ("ranks", "memory_mib") if getattr(config.clients, key) is not None]
     if asked and not facts.mixed_ranks:
         faults.append(f"clients.{asked[0]}: all clients of {facts.id} have one rank (its fact mixed_ranks is false)")
@@ -37,6 +39,21 @@ def refuse_what_facts_forbid(config: Config, method: Method) -> None:
         faults.append("clients.ranks and clients.memory_mib both set the ranks; give one of them")
     if faults:
         raise UserError("\n".join(faults))
+
+
+def _no_secure_sum(config: Config, method: Method) -> list[str]:
+    facts, faults = method.facts, []
+    if not facts.sum_only:
+        faults.append(
+            f"server.secure_sum: {facts.id} needs each client's own tensors at the server (its fact sum_only is false)"
+        )
+    if facts.adapter is None:
+        faults.append(f"server.secure_sum: there is nothing to add up with {facts.id}, a control")
+    if config.server.codec != "float32":
+        faults.append("server.secure_sum has a fixed point of its own, 4 bytes a value: server.codec = 'float32'")
+    if config.clients.ranks is not None or config.clients.memory_mib is not None:
+        faults.append("server.secure_sum adds up changes of one shape: leave out clients.ranks and clients.memory_mib")
+    return faults
 
 
 def client_ranks(

@@ -9,9 +9,9 @@ with a W that all know, or 1 / n, or 1. Each client checks its own weight, and n
 The ring vector has one value more than x: C, weighted like the others. So the server learns sum_k p_k over the clients
 that stayed, and divides by it, without learning any n_k.
 
-Rounding is stochastic, as in codec.py, so without bias. Of a sum over K clients each value is off by less than K step,
-with a standard deviation of at most sqrt(K) step / 2: with n = K = 8 and C = 1, 3.0e-8 and 5.3e-9, where float32 itself
-is off by up to 3.0e-8 below 1. Limits: what a value exceeds C by is lost; `beyond` counts such values.
+Rounding is stochastic, so without bias. Of a sum over K clients each value is off by less than K step, with a standard
+deviation of at most sqrt(K) step / 2: with n = K = 8 and C = 1, 3.0e-8 and 5.3e-9, where float32 itself is off by up to
+3.0e-8 below 1. Limits: what a value exceeds C by is lost; `beyond` counts such values.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsb.errors import UserError
-from fedsb.federation.codec import to_integers
 
 Ring = NDArray[np.uint32]
 Floats = NDArray[np.float32]
@@ -65,9 +64,10 @@ class FixedPoint:
 
     def encode(
         self,
-        values: Floats,  # (size,)
+        values: NDArray[np.floating],  # (size,)
         weight: float,  # p_k
         draw: np.random.Generator,  # rounds; it hides nothing and need not be secret
+        noise: NDArray[np.int64] | None = None,  # (size,), in steps: what a client adds after all clipping
     ) -> Ring:  # (size + 1,)
         """Raises ValueError where a value is not finite, an array is not flat, or a weight is not in (0, 1]."""
         if not 0 < weight <= 1:
@@ -75,7 +75,10 @@ class FixedPoint:
         if values.ndim != 1 or not np.isfinite(values).all():
             raise ValueError(f"values of shape {values.shape}; they must be flat, and every one finite")
         weighted = np.append(np.clip(values.astype(np.float64), -self.clip, self.clip), self.clip) * weight
-        whole = np.clip(to_integers(weighted, self.step, draw), -self.largest, self.largest)
+        rounded = np.floor(weighted / self.step + draw.random(weighted.shape)).astype(np.int64)
+        whole = np.clip(rounded, -self.largest, self.largest)
+        if noise is not None:
+            whole[:-1] += noise  # past M now and then: what wraps is wrong, and no less private
         return whole.astype(np.uint32)  # a negative one wraps: modulo 2^32
 
     def decode(self, total: Ring) -> tuple[Doubles, float]:

@@ -34,6 +34,12 @@ class Guard:
         """That a step draws from."""
         return self.plan.rows
 
+    @property
+    def basis_rows(self) -> float:
+        """That a basis looks at, as expected: public, as the draw is not."""
+        assert self.plan.basis is not None
+        return self.plan.basis.q * self.plan.rows
+
     def charge(self, round: int) -> None:
         """All steps of a round, before any is taken. Raises RunError where they would break the promise."""
         self._charge(Release(q=self.plan.q, sigma=self.plan.sigma, count=self.plan.steps), self.plan.clip, round)

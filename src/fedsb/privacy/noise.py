@@ -41,6 +41,9 @@ class Noise(Protocol):
     def normal(self, shape: int | tuple[int, ...]) -> NDArray[np.float64]:
         """Independent standard normals of this shape."""
 
+    def uniform(self, count: int) -> NDArray[np.float64]:
+        """Multiples of 2^-53 in [0, 1), shape [count]."""
+
     def poisson_sample(self, rows: int, q: float) -> list[int]:
         """The rows of 0..rows-1 that are drawn, each for itself with probability q (to 2^-53), in order."""
 
@@ -58,7 +61,7 @@ class _Stream(ABC):
         for start in range(0, size, 2 * PAIRS):
             part = normals[start : start + 2 * PAIRS]
             pairs = len(part) // 2
-            uniform = self._uniform(2 * pairs)
+            uniform = self.uniform(2 * pairs)
             radius = np.sqrt(-2.0 * np.log(1.0 - uniform[:pairs]))  # 1 - u is in (0, 1]: the logarithm is finite
             angle = (2.0 * math.pi) * uniform[pairs:]
             np.multiply(radius, np.cos(angle), out=part[:pairs])
@@ -66,10 +69,9 @@ class _Stream(ABC):
         return normals[:size].reshape(shape)
 
     def poisson_sample(self, rows: int, q: float) -> list[int]:
-        return [int(row) for row in np.flatnonzero(self._uniform(rows) < q)]
+        return [int(row) for row in np.flatnonzero(self.uniform(rows) < q)]
 
-    def _uniform(self, count: int) -> NDArray[np.float64]:
-        """Multiples of 2^-53 in [0, 1), shape [count]."""
+    def uniform(self, count: int) -> NDArray[np.float64]:
         return (self._bits(count) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 

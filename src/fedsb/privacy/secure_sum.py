@@ -47,10 +47,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedsb.privacy.fixed_point import Doubles, Floats
+from fedsb.privacy.fixed_point import Doubles, Ring
 from fedsb.privacy.sum_client import SumClient
 from fedsb.privacy.sum_messages import MessageError, Phase, SumError, SumPlan
 from fedsb.privacy.sum_server import SumServer
@@ -65,38 +64,25 @@ class Simulated:
     values: Doubles  # (size,): sum_k p_k clip(x_k)
     weight: float  # sum_k p_k
     clients: tuple[str, ...]  # U3
+    up_bytes: Mapping[str, int]  # of all that each client sent, and was sent
+    down_bytes: Mapping[str, int]
 
 
 def simulate(
-    vectors: Mapping[str, Floats],  # (size,) each
-    weights: Mapping[str, float],  # p_k in (0, 1]
-    *,
-    threshold: int,
-    clip: float,
-    draws: Mapping[str, np.random.Generator],  # for each client's rounding
+    plan: SumPlan,
+    identities: Mapping[str, Ed25519PrivateKey],  # of all in the plan
+    vectors: Mapping[str, Ring],  # (size + 1,) as plan.grid.encode gives them; who has none leaves before it is due
     vanish: Mapping[str, Phase] | None = None,  # name -> the first of a client's messages that it does not send
 ) -> Simulated:
     """All parties in one process: what an engine does, without the wire. Raises SumError below the threshold."""
-    leaves = dict(vanish or {})
-    identities = {name: Ed25519PrivateKey.generate() for name in vectors}
-    plan = SumPlan(
-        run="simulation",
-        round=0,
-        sites={name: key.public_key().public_bytes_raw() for name, key in identities.items()},
-        threshold=threshold,
-        size=next(iter(vectors.values())).size if vectors else 0,
-        clip=clip,
-    )
-    server, clients = SumServer(plan), {name: SumClient(plan, name, key) for name, key in identities.items()}
-
-    def masked(client: SumClient, inbox: bytes) -> bytes:
-        name = client.name
-        return client.masked(inbox, plan.grid.encode(vectors[name], weights[name], draws[name]))
-
+    leaves: dict[str, Phase] = {name: "masked" for name in plan.names if name not in vectors}
+    leaves |= vanish or {}
+    server, clients = SumServer(plan), {name: SumClient(plan, name, identities[name]) for name in plan.names}
+    up, down = dict.fromkeys(plan.names, 0), dict.fromkeys(plan.names, 0)
     steps: list[tuple[Phase, Callable[[], dict[str, bytes]], Callable[[SumClient, bytes], bytes]]] = [
         ("advert", lambda: dict.fromkeys(plan.names, b""), lambda client, _: client.advertise()),
         ("sealed", server.roster, SumClient.share_keys),
-        ("masked", server.inboxes, masked),
+        ("masked", server.inboxes, lambda client, inbox: client.masked(inbox, vectors[client.name])),
         ("confirm", server.survivors_lists, SumClient.confirm),
         ("shares", server.confirmations, SumClient.unmask),
     ]
@@ -104,6 +90,8 @@ def simulate(
         for name, message in send().items():
             if leaves.get(name) == phase:
                 continue
-            server.receive(name, answer(clients[name], message))
+            reply = answer(clients[name], message)
+            server.receive(name, reply)
+            up[name], down[name] = up[name] + len(reply), down[name] + len(message)
     values, weight = plan.grid.decode(server.total())
-    return Simulated(values=values, weight=weight, clients=server.survivors)
+    return Simulated(values=values, weight=weight, clients=server.survivors, up_bytes=up, down_bytes=down)

@@ -5,17 +5,19 @@ Known before any work is done. Whatever would make the printed epsilon untrue is
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
+from fedsb.adapters.adapted import Tensors
 from fedsb.data.sites import Site
 from fedsb.disk import safe_name
-from fedsb.errors import UserError
+from fedsb.errors import RunError, UserError
 from fedsb.federation.client import LocalTraining
 from fedsb.federation.schedule import sample
-from fedsb.methods.contract import Method
-from fedsb.privacy.guard import Guard
+from fedsb.methods.contract import Method, Update
+from fedsb.privacy.guard import Guard, clipped_change
 from fedsb.privacy.ledger import Ledger
 from fedsb.privacy.noise import Noise, SecretNoise
 from fedsb.privacy.plan import BasisNoise, PrivacyPlan, default_delta
@@ -24,12 +26,64 @@ from fedsb.settings import Choice, Config
 SERVER = "the server"  # who adds the noise where clients are the unit
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Promise:
-    """The plans of a private run, by who adds the noise: the clients, or the server."""
+    """What a run promises of its rows, and what keeps it. Without plans it promises nothing and lets all pass."""
 
-    plans: Mapping[str, PrivacyPlan]
-    choices: tuple[Choice, ...]
+    unit: Literal["none", "example", "client"]
+    plans: Mapping[str, PrivacyPlan] = field(default_factory=dict)  # by who adds the noise: the clients, or the server
+    choices: tuple[Choice, ...] = ()
+    release: Collection[str] = ()  # computed on private rows, and shown all the same
+    in_shares: bool = False  # clients add the server's noise, each a share of it, in a secure sum
+    guards: dict[str, Guard] = field(default_factory=dict)  # as `plans`, once the ledgers are open
+
+    def __bool__(self) -> bool:
+        return self.unit != "none"
+
+    def open_ledgers(self, folder: Path, run: str, *, new: bool) -> None:
+        """Below a run directory, made for a new run, else taken up and never reset. Before this nothing is released."""
+        for name, plan in self.plans.items():
+            path = folder / "privacy" / f"{safe_name(name)}.jsonl"
+            if new and not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                ledger = Ledger.create(path, run=run, client=name, unit=plan.unit)
+            else:
+                ledger = Ledger(path, run=run, client=name)
+            self.guards[name] = Guard(plan=plan, ledger=ledger, noise=noise_for(name))
+
+    def shows(self, what: Literal["loss", "scores"]) -> bool:
+        """Whether this may be told, that was computed on private rows."""
+        return not self or what in self.release
+
+    def of_rows(self) -> Mapping[str, Guard] | None:
+        """The clients' guards, where a row is the unit. Raises RunError where their ledgers are not open."""
+        return self._opened() if self.unit == "example" else None
+
+    def of_sum(self) -> Guard | None:
+        """The guard of the clients' sum, where a client is the unit. Raises RunError where its ledger is not open."""
+        return self._opened()[SERVER] if self.unit == "client" else None
+
+    def bounded(self, sent: Tensors, unmoved: Tensors) -> Tensors:
+        """A client's update, its change clipped where a client is the unit."""
+        return clipped_change(sent, unmoved, self.plans[SERVER].clip) if self.unit == "client" else sent
+
+    def noised(self, updates: Sequence[Update], round: int) -> Sequence[Update]:
+        """The updates with the server's noise on their sum, where a client is the unit.
+
+        The noise stands in the first update: only their sum is used.
+        """
+        guard = self.of_sum()
+        if guard is None or self.in_shares:
+            return updates
+        guard.charge(round + 1)
+        first, *others = updates
+        tensors = {key: guard.noised(x, guard.plan.noise_std) for key, x in sorted(first.tensors.items())}
+        return [replace(first, tensors=tensors), *others]
+
+    def _opened(self) -> Mapping[str, Guard]:
+        if not self.guards:
+            raise RunError("a private run releases nothing before its ledgers are open")
+        return self.guards
 
 
 def refuse_what_would_leak(config: Config, method: Method) -> None:
@@ -83,14 +137,14 @@ def _client_faults(config: Config, method: Method) -> list[str]:
     return faults
 
 
-def promise_of(config: Config, method: Method, sites: Sequence[Site], local: LocalTraining) -> Promise | None:
-    """The plans of all who add noise; None for a run without privacy.
+def promise_of(config: Config, method: Method, sites: Sequence[Site], local: LocalTraining) -> Promise:
+    """The plans of all who add noise.
 
     Raises UserError or ConfigError where a plan cannot be, or the target cannot be reached.
     """
     privacy = config.privacy
     if privacy.unit == "none":
-        return None
+        return Promise(unit="none")
     rows = {site.name: site.rows for site in sites}
     cohorts = [sample(list(rows), round, config) for round in range(config.rounds)]
     rounds = {name: sum(name in cohort for cohort in cohorts) for name in rows}
@@ -134,21 +188,13 @@ def promise_of(config: Config, method: Method, sites: Sequence[Site], local: Loc
             reason="the noise multiplier, " + ("calibrated to privacy.epsilon" if privacy.epsilon else "as asked"),
         )
     )
-    return Promise(plans=plans, choices=tuple(choices))
-
-
-def open_guards(promise: Promise, folder: Path, run: str, *, new: bool) -> dict[str, Guard]:
-    """Everyone's guard, with the ledger below the run directory: made for a new run, else taken up, never reset."""
-    guards = {}
-    for name, plan in promise.plans.items():
-        path = folder / "privacy" / f"{safe_name(name)}.jsonl"
-        if new and not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            ledger = Ledger.create(path, run=run, client=name, unit=plan.unit)
-        else:
-            ledger = Ledger(path, run=run, client=name)
-        guards[name] = Guard(plan=plan, ledger=ledger, noise=noise_for(name))
-    return guards
+    return Promise(
+        unit=privacy.unit,
+        plans=plans,
+        choices=tuple(choices),
+        release=privacy.release,
+        in_shares=config.server.secure_sum,
+    )
 
 
 def noise_for(client: str) -> Noise:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
-from fedsb.privacy.guard import Guard
 from fedsb.privacy.plan import PrivacyPlan, signal_to_noise
 from fedsb.privacy.setup import Promise
 from fedsb.settings import Config
@@ -20,8 +19,10 @@ NOT_COVERED = (
 RELEASED = {"loss": "the training loss of every round", "scores": "scores on private rows"}
 
 
-def promised(promise: Promise, config: Config, values: int) -> dict[str, Any]:
-    """The manifest's part: JSON. `values` are those that a client trains."""
+def promised(promise: Promise, config: Config, values: int) -> dict[str, Any] | None:
+    """The manifest's part: JSON; None where nothing is promised. `values` are those that a client trains."""
+    if not promise:
+        return None
     plans = promise.plans
     one = next(iter(plans.values()))
     epsilon = max(plan.epsilon() for plan in plans.values())
@@ -55,16 +56,16 @@ def promised(promise: Promise, config: Config, values: int) -> dict[str, Any]:
     }
 
 
-def spent(guards: Mapping[str, Guard]) -> float:
+def spent(promise: Promise) -> float:
     """Epsilon so far, of the worst client, by the ledgers alone."""
-    return max(guard.ledger.epsilon(guard.plan.delta) for guard in guards.values())
+    return max(guard.ledger.epsilon(guard.plan.delta) for guard in promise.guards.values())
 
 
-def why_not_private(guards: Mapping[str, Guard] | None) -> str | None:
+def why_not_private(promise: Promise) -> str | None:
     """None for a run whose promise holds."""
-    if guards is None:
+    if not promise:
         return "no privacy plan: nothing bounds what an update tells of the rows behind it (set privacy.unit)"
-    if not all(guard.noise.secret for guard in guards.values()):
+    if not all(guard.noise.secret for guard in promise.guards.values()):
         return "its noise came from a seed, for a test"
     return None
 

@@ -1,0 +1,179 @@
+"""Rounds in which the server learns the sum of the clients' changes and not one of them, all parties in this process.
+
+    x_k = sent - unmoved,   flat                     what a client puts in, after it has checked it for itself
+    update = unmoved + sum_k p_k x_k / sum_k p_k     what the server gets, one in place of all; p_k = n_k / max n, or 1
+
+The protocol is privacy/secure_sum.py; `unmoved` is what a client sends that has not trained, which the server knows.
+
+Where a client is the unit of privacy, the noise goes in with the changes, in shares: discrete Gaussians whose variances
+add up to (sigma C')^2 when no more than the threshold of clients stay. C' = C + step sqrt(size): rounding to the grid
+makes a clipped change longer by at most that.
+
+Limits: the keys are made for, and known to, this process: it shows that the sums are right and what they cost, and
+hides nothing from whoever runs it. A server that sees no single update cannot judge one: server.norm_factor does
+nothing here. Sites that tell each other their shares of the noise can take them off the sum.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedsb.adapters.adapted import Tensors
+from fedsb.data.sites import Site
+from fedsb.draws import generator
+from fedsb.engines import SUM, Answer, Reply, Summed
+from fedsb.errors import UserError
+from fedsb.federation.payload import Payload, pack
+from fedsb.federation.server import Dropped
+from fedsb.federation.tensors import to_arrays
+from fedsb.privacy.discrete import discrete_gaussian
+from fedsb.privacy.extra import needs_extra
+from fedsb.privacy.fixed_point import Floats, Ring, flatten, unflatten
+from fedsb.privacy.guard import Guard
+from fedsb.privacy.setup import Promise
+from fedsb.settings import Choice, Config
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    from fedsb.privacy.sum_messages import SumPlan
+
+HEADROOM = 15.0  # of a value in the ring, in standard deviations of all clients' noise together
+
+
+class SecureSums:
+    """The sums of a run. Raises UserError where a round has too few clients, or the extra `privacy` is not there."""
+
+    def __init__(self, config: Config, promise: Promise, run: str, sites: Sequence[Site]) -> None:
+        try:
+            from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+        except ImportError as error:
+            raise needs_extra("cryptography") from error
+        self.server, self.seed, self.run, self.promise = config.server, config.seed, run, promise
+        self.rows = {site.name: site.rows for site in sites}
+        self.clients = min(config.server.clients_per_round or len(sites), len(sites))
+        self.threshold = max(config.server.min_clients, self.clients // 2 + 1)
+        if self.clients < 2:
+            raise UserError("server.secure_sum with one client a round: the sum is its own; take more clients")
+        self._identities = {name: Ed25519PrivateKey.generate() for name in self.rows}
+
+    @property
+    def choices(self) -> tuple[Choice, ...]:
+        reason = f"more than half of {self.clients} clients, and at least server.min_clients; with fewer a round ends"
+        return (Choice(key="server.threshold", value=self.threshold, reason=reason),)
+
+    def round(self, round: int, cohort: Sequence[str], basis: str) -> SecureRound:
+        return SecureRound(
+            run=self.run,
+            round=round,
+            basis=basis,
+            seed=self.seed,
+            identities={name: self._identities[name] for name in cohort},
+            rows={name: self.rows[name] for name in cohort} if self.server.weighting == "samples" else None,
+            threshold=self.threshold,
+            limit=self.server.sum_limit,
+            guard=self.promise.of_sum(),
+        )
+
+
+@dataclass(kw_only=True)
+class SecureRound:
+    """What the clients of one round put in, and then their sum."""
+
+    run: str
+    round: int
+    basis: str  # hash of what the sites hold in common
+    seed: int  # of the rounding
+    identities: Mapping[str, Ed25519PrivateKey]  # of the cohort
+    rows: Mapping[str, int] | None  # n_k; None: all weigh alike
+    threshold: int
+    limit: float  # of each value of a change
+    guard: Guard | None  # of the sum, where a client is the unit
+    _changes: dict[str, Floats] = field(default_factory=dict)
+    _replies: list[Reply] = field(default_factory=list)
+    _unmoved: Tensors = field(default_factory=dict)
+    _faults: list[Dropped] = field(default_factory=list)
+
+    def put(self, reply: Reply, sent: Tensors, unmoved: Tensors) -> None:
+        """A client's change. One that finds a fault in its own leaves the round, with the reason."""
+        change = flatten(to_arrays({key: x - unmoved[key] for key, x in sent.items()}))
+        largest = float(np.abs(change).max(initial=0.0))
+        self._unmoved = unmoved
+        self._replies.append(reply)
+        if not math.isfinite(largest):
+            self._leave(reply.client, "its change holds values that are NaN or infinite")
+        elif self.guard is None and largest > self.limit:
+            self._leave(
+                reply.client,
+                f"a value of its change is {largest:.3g}, server.sum_limit allows {self.limit:g}: raise it",
+            )
+        else:
+            self._changes[reply.client] = change
+
+    def add_up(self) -> Iterator[Answer]:
+        """The clients' replies without updates, who left, and the sum's reply. Raises SumError where too many left."""
+        shapes = {key: tuple(x.shape) for key, x in self._unmoved.items()}
+        plan = self._plan(sum(math.prod(shape) for shape in shapes.values()))
+        if self.guard is not None:
+            self.guard.charge(self.round + 1)
+        from fedsb.privacy.secure_sum import simulate
+
+        found = simulate(plan, self.identities, {name: self._encode(plan, name) for name in self._changes})
+        for reply in self._replies:
+            wire = {"up": found.up_bytes[reply.client], "down": found.down_bytes[reply.client]}
+            counted = [
+                replace(sent, wire_bytes=wire[sent.direction] + (sent.wire_bytes if sent.direction == "down" else 0))
+                for sent in reply.sent
+                if sent.direction == "down" or reply.client in self._changes
+            ]
+            yield replace(reply, envelope=None, sent=counted)
+        yield from self._faults
+        mean = unflatten(found.values / found.weight, shapes)
+        payload = Payload(
+            kind="update",
+            run=self.run,
+            round=self.round,
+            client=SUM,
+            samples=max(1, round(found.weight * self._largest)),
+            basis=self.basis,
+            tensors={key: x + mean[key] for key, x in to_arrays(self._unmoved).items()},
+        )
+        yield Summed(envelope=pack(payload))
+
+    @property
+    def _largest(self) -> int:
+        return max(self.rows.values()) if self.rows else 1
+
+    def _leave(self, client: str, why: str) -> None:
+        self._faults.append(Dropped(client=client, reason=f"left the sum by itself: {why}"))
+
+    def _plan(self, size: int) -> SumPlan:
+        from fedsb.privacy.sum_messages import SumPlan
+
+        limit, clients = self.limit, len(self.identities)
+        if self.guard is not None:
+            limit = self.guard.plan.clip * (1 + HEADROOM * self.guard.plan.sigma / clients)
+        sites = {name: key.public_key().public_bytes_raw() for name, key in self.identities.items()}
+        return SumPlan(run=self.run, round=self.round, sites=sites, threshold=self.threshold, size=size, clip=limit)
+
+    def _encode(self, plan: SumPlan, client: str) -> Ring:
+        change, weight = self._changes[client].astype(np.float64), 1.0
+        draw, noise = generator(self.seed, "secure sum", client, self.round), None
+        if self.guard is not None:
+            change *= min(1.0, self.guard.plan.clip / max(float(np.linalg.norm(change)), 1e-300))  # of the very values
+            noise = noise_share(plan, self.guard)
+        elif self.rows:
+            weight = self.rows[client] / self._largest
+        return plan.grid.encode(change, weight, draw, noise)
+
+
+def noise_share(plan: SumPlan, guard: Guard) -> NDArray[np.int64]:  # (plan.size,), in steps of the grid
+    """One client's: with `plan.threshold` such shares the sum has the noise that `guard` books, else more."""
+    longest = guard.plan.clip / plan.grid.step + math.sqrt(plan.size)
+    return discrete_gaussian(guard.noise, guard.plan.sigma * longest / math.sqrt(plan.threshold), plan.size)

@@ -1,0 +1,229 @@
+"""Rounds by secure sums in the embedded engine: the plain round's outcome, clients that leave, noise in shares."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import set_all
+from federation.opened import open_engine, started
+from fedsb.config import load_config
+from fedsb.engines import SUM
+from fedsb.engines.round import play
+from fedsb.engines.secure import noise_share
+from fedsb.errors import RunError, UserError
+from fedsb.methods import method_types
+from fedsb.methods.averaging import ServerOptimizer
+from fedsb.methods.contract import Method
+from fedsb.privacy import setup
+from fedsb.privacy.noise import SeededNoise
+from fedsb.privacy.secure_sum import SumPlan
+from fedsb.record import read_manifest, read_rows
+from fedsb.run import federate, resume
+
+SUMMED = [name for name, cls in method_types().items() if cls.facts.sum_only and cls.facts.adapter]
+OTHERS = [name for name, cls in method_types().items() if not cls.facts.sum_only or not cls.facts.adapter]
+
+
+def secure(config: dict[str, Any], **server: Any) -> dict[str, Any]:
+    return set_all(config, server={"secure_sum": True, **server})
+
+
+def round_of(config: dict[str, Any], folder: Path | None = None) -> tuple[Any, Any, Any]:
+    """(engine, the state it started from, what came of a round)."""
+    engine, state = started(config) if folder is None else _started_private(config, folder)
+    cohort = [site.name for site in engine.sites]
+    return engine, state, play(engine, state, cohort, set(), {}, ServerOptimizer())
+
+
+def _started_private(config: dict[str, Any], folder: Path) -> tuple[Any, Any]:
+    engine = open_engine(config)
+    engine.promise.open_ledgers(folder, "test", new=True)
+    basis, _ = engine.build_basis(engine.method)
+    return engine, engine.method.start(engine.shapes, basis, engine.head, engine.config.seed)
+
+
+@pytest.mark.parametrize("weighting", ["samples", "uniform"])
+@pytest.mark.parametrize("name", SUMMED)
+def test_a_secure_round_is_the_plain_round_within_the_bound(
+    name: str, weighting: str, tiny_config: dict[str, Any]
+) -> None:
+    config = set_all(tiny_config, method={"name": name, "rank": 2}, server={"weighting": weighting})
+    _, _, plain = round_of(config)
+    engine, _, summed = round_of(secure(config, weighting=weighting))
+    clients = len(engine.sites)
+    bound = 3 * clients * 4.0 * clients / 2**31  # of the sum, over the smallest sum of weights here, a third
+    for key, x in plain.state.tensors.items():
+        assert torch.allclose(x, summed.state.tensors[key], rtol=1e-6, atol=bound + 1e-6), key
+    assert summed.replies.losses == plain.replies.losses
+    assert summed.kept.keys() == plain.kept.keys()
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_method_that_needs_more_than_a_sum_is_refused(name: str, tiny_config: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"sum_only is false|nothing to add up"):
+        open_engine(secure(set_all(tiny_config, method={"name": name, "rank": 2})))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"server": {"codec": "int8", "secure_sum": True}}, "a fixed point of its own"),
+        ({"clients": {"ranks": [2, 4]}, "server": {"secure_sum": True}}, "changes of one shape"),
+        ({"server": {"secure_sum": True, "clients_per_round": 1}}, "one client a round"),
+    ],
+)
+def test_what_does_not_go_with_a_secure_sum_is_refused(
+    change: dict[str, Any], said: str, tiny_config: dict[str, Any]
+) -> None:
+    with pytest.raises(UserError, match=said):
+        open_engine(set_all(tiny_config, **change))
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, spoiled: int, by: float) -> None:
+    """The first so many uploads of a round are off by `by` in one value."""
+    from fedsb.methods.fed_sb import FedSB
+
+    plain, left = FedSB.upload, [spoiled]
+
+    def upload(self: Method, received: Any, trained: Any, round: int) -> Any:
+        sent, kept = plain(self, received, trained, round)
+        if received is trained or left[0] == 0:  # of a client that has not trained
+            return sent, kept
+        left[0] -= 1
+        key = sorted(sent)[0]
+        return {**sent, key: sent[key] + by}, kept
+
+    monkeypatch.setattr(FedSB, "upload", upload)
+
+
+@pytest.mark.parametrize(("by", "said"), [(np.nan, "NaN or infinite"), (5.0, r"server.sum_limit allows 4")])
+def test_a_client_that_finds_a_fault_in_its_own_leaves_and_the_sum_is_of_the_others(
+    by: float, said: str, tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has sealed its shares by then, so that the others' answers are needed to take its masks off."""
+    config = set_all(tiny_config, server={"weighting": "uniform"})
+    spoil(monkeypatch, 1, by)
+    engine, _, summed = round_of(secure(config, weighting="uniform"))
+    (drop,) = summed.dropped
+    names = [site.name for site in engine.sites]
+    assert drop.client == names[0] and said in drop.reason
+    assert set(summed.kept) == set(names[1:])
+    monkeypatch.undo()
+    other, first = started(config)
+    without = play(other, first, names[1:], set(), {}, ServerOptimizer())
+    for key, x in without.state.tensors.items():
+        assert torch.allclose(x, summed.state.tensors[key], atol=1e-6), key
+
+
+def test_below_the_threshold_there_is_no_round(tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil(monkeypatch, 2, np.nan)
+    with pytest.raises(RunError, match="the threshold is 2"):
+        round_of(secure(set_all(tiny_config, clients={"count": 3})))
+
+
+def test_min_clients_raises_the_threshold(tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil(monkeypatch, 1, np.nan)
+    with pytest.raises(RunError, match="the threshold is 3"):
+        round_of(secure(set_all(tiny_config, clients={"count": 3}), min_clients=3))
+
+
+def test_a_run_says_what_it_did_counts_the_wire_and_resumes(tiny_config: dict[str, Any]) -> None:
+    """The sum is exact, so an unbroken run and one that was cut off and resumed end with the same bits."""
+    from laws.test_codecs import StopAfterOne
+
+    config = secure(set_all(tiny_config, rounds=3))
+    whole = federate(load_config(set_all(config, name="whole")))
+    with pytest.raises(KeyboardInterrupt):
+        federate(load_config(set_all(config, name="cut")), StopAfterOne())
+    resumed = resume(Path(config["out"]) / "cut")
+    for name in ("adapter_model.safetensors",):
+        assert (whole.adapter / name).read_bytes() == (resumed.adapter / name).read_bytes()
+    manifest = read_manifest(whole.folder)
+    assert any(choice["key"] == "server.threshold" for choice in manifest["settings"])
+    rows = [row for row in read_rows(whole.folder / "traffic.jsonl") if row["kind"] == "round"]
+    assert {row["client"] for row in rows} == {client["name"] for client in manifest["clients"]}  # not "the sum"
+    assert SUM not in json.dumps(read_rows(whole.folder / "rounds.jsonl"))
+    n = len(manifest["clients"])
+    up = [row for row in rows if row["direction"] == "up"]
+    for row in up:
+        assert row["bytes"] == 4 * row["values"]
+        assert row["wire_bytes"] > 4 * (row["values"] + 1) + 224 + 60 * (n - 1) + 16 * n
+
+
+# --- noise in shares ---
+
+
+def of_clients(config: dict[str, Any], **privacy: Any) -> dict[str, Any]:
+    chosen = {"unit": "client", "noise_multiplier": 1.5, "delta": 1e-3, "clip": 0.5, **privacy}
+    return secure(set_all(config, privacy=chosen, server={"weighting": "uniform"}), weighting="uniform")
+
+
+def test_the_noise_of_the_sum_is_as_planned_when_only_the_threshold_stays(
+    tiny_config: dict[str, Any], tmp_path: Path
+) -> None:
+    engine, _ = _started_private(of_clients(tiny_config), tmp_path)
+    guard = engine.promise.guards[setup.SERVER]
+    sites = {name: bytes([i]) * 32 for i, name in enumerate("abcde")}
+    plan = SumPlan(run="r", round=0, sites=sites, threshold=3, size=60_000, clip=0.5)
+    shares = [noise_share(plan, guard) * plan.grid.step for _ in range(5)]
+    wanted = 1.5 * (0.5 + plan.grid.step * np.sqrt(60_000))
+    assert np.std(sum(shares[:3])) == pytest.approx(wanted, rel=0.02)  # the threshold
+    assert np.std(sum(shares)) == pytest.approx(wanted * np.sqrt(5 / 3), rel=0.02)
+    assert np.std(shares[0]) == pytest.approx(wanted / np.sqrt(3), rel=0.02)
+
+
+def test_the_server_gets_a_clipped_noised_sum_and_the_ledger_has_it(
+    tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config = of_clients(set_all(tiny_config, method={"name": "fed-sb", "rank": 16}))
+    monkeypatch.setattr(setup, "noise_for", lambda client: SeededNoise(0, client))
+    engine, state, noised = round_of(config, tmp_path / "noised")
+    (release,) = engine.promise.guards[setup.SERVER].ledger.releases()
+    assert (release.q, release.sigma, release.count) == (1.0, 1.5, 1)
+
+    from fedsb.engines import secure as module
+
+    monkeypatch.setattr(module, "noise_share", lambda plan, guard: np.zeros(plan.size, np.int64))
+    _, _, plain = round_of(config, tmp_path / "plain")
+    clients, threshold = len(engine.sites), len(engine.sites) // 2 + 1
+    noise = torch.cat([(noised.state.tensors[k] - plain.state.tensors[k]).flatten() for k in state.tensors])
+    assert float(noise.std()) == pytest.approx(1.5 * 0.5 * np.sqrt(clients / threshold) / clients, rel=0.05)
+    change = torch.cat([(plain.state.tensors[k] - state.tensors[k]).flatten() for k in state.tensors])
+    assert float(change.norm()) <= 0.5 * (1 + 1e-5)  # a mean of changes of at most the clip
+
+
+def test_a_clients_change_is_no_longer_than_the_clip_in_the_ring(
+    tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from fedsb.engines import secure as module
+    from fedsb.privacy.fixed_point import FixedPoint
+
+    seen: list[np.ndarray] = []
+    plain = FixedPoint.encode
+
+    def encode(self: FixedPoint, values: Any, weight: float, draw: Any, noise: Any = None) -> Any:
+        ring = plain(self, values, weight, draw)
+        seen.append(ring[:-1].view(np.int32) * self.step)
+        return ring
+
+    monkeypatch.setattr(FixedPoint, "encode", encode)
+    engine, _, _ = round_of(of_clients(tiny_config), tmp_path)
+    assert len(seen) == len(engine.sites)
+    for change in seen:
+        step = 0.5 * (1 + module.HEADROOM * 1.5 / len(seen)) * len(seen) / 2**31
+        assert np.linalg.norm(change) == pytest.approx(0.5, rel=1e-3)
+        assert np.linalg.norm(change) <= 0.5 + step * np.sqrt(change.size)
+
+
+def test_a_private_run_in_shares_says_so_and_stays_within_its_promise(tiny_config: dict[str, Any]) -> None:
+    done = federate(load_config(of_clients(tiny_config, noise_multiplier=None, epsilon=20.0)))
+    manifest, rows = read_manifest(done.folder), read_rows(done.folder / "rounds.jsonl")
+    assert manifest["not_private"] is None
+    assert rows[-1]["epsilon"] == pytest.approx(manifest["privacy"]["epsilon"], rel=1e-6)
+    assert rows[-1]["epsilon"] <= 20.0
