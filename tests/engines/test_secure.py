@@ -21,6 +21,7 @@ from fedsb.methods import method_types
 from fedsb.methods.averaging import ServerOptimizer
 from fedsb.methods.contract import Method
 from fedsb.privacy import setup
+from fedsb.privacy.ledger import read_ledger
 from fedsb.privacy.noise import SeededNoise
 from fedsb.privacy.secure_sum import SumPlan
 from fedsb.record import read_manifest, read_rows
@@ -74,6 +75,7 @@ def test_a_method_that_needs_more_than_a_sum_is_refused(name: str, tiny_config: 
     ("change", "said"),
     [
         ({"server": {"codec": "int8", "secure_sum": True}}, "a fixed point of its own"),
+        ({"basis": {"kind": "core"}, "server": {"secure_sum": True}}, "something of its own"),
         ({"clients": {"ranks": [2, 4]}, "server": {"secure_sum": True}}, "changes of one shape"),
         ({"server": {"secure_sum": True, "clients_per_round": 1}}, "one client a round"),
     ],
@@ -184,8 +186,9 @@ def test_the_server_gets_a_clipped_noised_sum_and_the_ledger_has_it(
     config = of_clients(set_all(tiny_config, method={"name": "fed-sb", "rank": 16}))
     monkeypatch.setattr(setup, "noise_for", lambda client: SeededNoise(0, client))
     engine, state, noised = round_of(config, tmp_path / "noised")
-    (release,) = engine.promise.guards[setup.SERVER].ledger.releases()
-    assert (release.q, release.sigma, release.count) == (1.0, 1.5, 1)
+    (path,) = (tmp_path / "noised" / "privacy").glob("*.jsonl")
+    (entry,) = read_ledger(path)
+    assert (entry.round, entry.q, entry.sigma, entry.clip, entry.count) == (1, 1.0, 1.5, 0.5, 1)
 
     from fedsb.engines import secure as module
 

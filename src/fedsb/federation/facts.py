@@ -49,6 +49,11 @@ def _no_secure_sum(config: Config, method: Method) -> list[str]:
         )
     if facts.adapter is None:
         faults.append(f"server.secure_sum: there is nothing to add up with {facts.id}, a control")
+    if method.adapter == "core" and config.basis.kind in ("core", "update-pooled"):
+        faults.append(
+            f"server.secure_sum: for basis.kind = {config.basis.kind!r} every client sends the server something of its "
+            "own; take weights, random or update"
+        )
     if config.server.codec != "float32":
         faults.append("server.secure_sum has a fixed point of its own, 4 bytes a value: server.codec = 'float32'")
     if config.clients.ranks is not None or config.clients.memory_mib is not None:
