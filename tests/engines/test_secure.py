@@ -180,6 +180,20 @@ def test_the_noise_of_the_sum_is_as_planned_when_only_the_threshold_stays(
     assert np.std(shares[0]) == pytest.approx(wanted / np.sqrt(3), rel=0.02)
 
 
+def test_a_share_is_sized_for_the_threshold_and_for_the_rounding(
+    tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from fedsb.engines import secure as module
+
+    asked: list[float] = []
+    monkeypatch.setattr(module, "discrete_gaussian", lambda noise, sigma, count: asked.append(sigma))
+    engine, _ = _started_private(of_clients(tiny_config), tmp_path)
+    sites = {name: bytes([i]) * 32 for i, name in enumerate("abcde")}
+    plan = SumPlan(run="r", round=0, sites=sites, threshold=4, size=90_000, clip=2.0)
+    module.noise_share(plan, engine.promise.guards[setup.SERVER])
+    assert asked == [pytest.approx(1.5 * (0.5 / plan.grid.step + 300) / 2, rel=1e-12)]
+
+
 def test_the_server_gets_a_clipped_noised_sum_and_the_ledger_has_it(
     tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
