@@ -29,13 +29,12 @@ from fedsb.adapters.adapted import AdaptedModel, find_targets
 from fedsb.config import load_config
 from fedsb.engines.embedded import EmbeddedEngine
 from fedsb.errors import UserError
+from fedsb.heads import find_head, head_start
 from fedsb.model import (
     MINILM_HUB,
     BaseModel,
     choose_device,
     choose_dtype,
-    find_head,
-    head_start,
     load_base,
     resolve_name,
 )
