@@ -187,7 +187,7 @@ def print_estimate(found: Mapping[str, Any]) -> None:
     )
     if found["compared"]:
         named = {price["label"]: price for price in found["prices"]}
-        rivals = Table("a client, a round", "values up", "values down", **PLAIN)
+        rivals = Table("a client, a round after the first", "values up", "values down", **PLAIN)
         for label in dict.fromkeys([found["prices"][0]["label"], *found["compared"]]):
             if label in named:
                 rivals.add_row(label, f"{named[label]['up_values']:,}", f"{named[label]['down_values']:,}")
