@@ -45,9 +45,9 @@ class Memory:
 
 
 def trained_values(method: Method, shapes: Shapes, head: int) -> int:
-    """Values that one client trains, at most: what goes up, or, of a method that sends nothing, all of its adapter."""
+    """Values that one client trains: what goes up, or all of its adapter where it keeps a part to itself."""
     traffic = method.traffic(shapes, head=head, clients=1)
-    if traffic.up:
+    if traffic.up and method.facts.client_state == "nothing":
         return traffic.up + head
     if method.adapter == "core":
         return len(shapes) * method.total_rank * method.rank + head

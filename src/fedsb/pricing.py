@@ -28,7 +28,7 @@ from fedsb.federation.basis_round import basis_values
 from fedsb.federation.facts import client_ranks, refuse_what_facts_forbid
 from fedsb.federation.prices import price_list
 from fedsb.federation.schedule import refreshes, whole_broadcasts
-from fedsb.memory import Memory, training_memory
+from fedsb.memory import Memory, trained_values, training_memory
 from fedsb.methods import build_method
 from fedsb.methods.contract import Method
 from fedsb.model import BaseModel, choose_device, choose_dtype, load_base, load_tokenizer, resolve_name
@@ -107,7 +107,7 @@ def estimate(loaded: Loaded) -> dict[str, Any]:
         sites = [data.pooled()] if method.facts.pools_data else data.taking_part
         local = local_training(config, clients=len(data.taking_part) if method.facts.pools_data else 1)
         promise = promise_of(config, method, sites, local)
-        privacy = promised(promise, config, traffic.up + traffic.head) if promise else None
+        privacy = promised(promise, config, trained_values(method, adapted.shapes, head)) if promise else None
         seconds, seconds_reason = _seconds(config, method, data, linear, cohort)
         choices += [*data.choices, *rank_choices, *(promise.choices if promise else ())]
     memory = _memory(config, method, base, adapted, blocks, weights, head, cohort)
