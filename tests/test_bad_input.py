@@ -164,10 +164,15 @@ def test_no_network_for_a_hub_model(tiny_config: dict[str, Any], refused: Callab
     assert "--set model.name=FOLDER" in said and "HF_HOME" in said and "HF_HUB_OFFLINE=1" in said
 
 
-def test_no_network_for_a_hub_data_set(tiny_config: dict[str, Any], refused: Callable[..., str]) -> None:
-    said = refused(tiny_config, "--set", "data.train=hub:nobody/nothing")
-    assert "'hub:nobody/nothing' cannot be fetched from the Hub" in said
-    assert "HF_HOME" in said and "HF_HUB_OFFLINE=1" in said and "--set data.train=PATH" in said
+def test_no_network_for_a_hub_data_set(tiny_config: dict[str, Any], cli: Cli, tmp_path: Path) -> None:
+    """`check` prices it without rows, and says in the run's words what is not here."""
+    toml = write_toml(tmp_path / "far.toml", set_all(tiny_config, data={"train": "hub:nobody/nothing"}))
+    ran, checked = cli("run", toml), cli("check", toml)
+    assert (ran.code, checked.code) == (1, 0)
+    for said in (ran.err, " ".join(checked.out.split())):
+        assert "'hub:nobody/nothing' cannot be fetched from the Hub" in said
+        assert "HF_HOME" in said and "HF_HUB_OFFLINE=1" in said and "--set data.train=PATH" in said
+    assert not (tmp_path / "runs" / "tiny").exists()
 
 
 def test_a_model_folder_that_is_none(tiny_config: dict[str, Any], refused: Callable[..., str], tmp_path: Path) -> None:

@@ -29,13 +29,12 @@ from fedsb.adapters.adapted import AdaptedModel, find_targets
 from fedsb.config import load_config
 from fedsb.engines.embedded import EmbeddedEngine
 from fedsb.errors import UserError
+from fedsb.heads import find_head, head_start
 from fedsb.model import (
     MINILM_HUB,
     BaseModel,
     choose_device,
     choose_dtype,
-    find_head,
-    head_start,
     load_base,
     resolve_name,
 )
@@ -304,3 +303,71 @@ def test_attention_and_matrix_precision_are_as_asked(
     assert engine.score(engine.method, state, {}) is not None
     assert seen == {"medium"}
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+# --- models that are none for the task, or not to be had ---
+
+
+def test_an_encoder_decoder_is_no_language_model_here(tmp_path: Path) -> None:
+    """T5, and BART, whose decoder alone transformers would load."""
+    from transformers import BartConfig, T5Config
+
+    for config in (T5Config(), BartConfig()):
+        config.save_pretrained(tmp_path)
+        for shapes_only in (True, False):
+            with pytest.raises(UserError, match=r"is an encoder-decoder model.*Take a decoder-only model"):
+                load(tmp_path, LM, shapes_only=shapes_only)
+
+
+def test_weights_that_do_not_fit_the_config(tiny_llama: Path, tmp_path: Path) -> None:
+    import json
+
+    for path in tiny_llama.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "intermediate_size": 56}))
+    with pytest.raises(
+        UserError, match=r"do not fit its config.json: model\.layers\.\S+ is \(.*48.*\) in the checkpoint"
+    ):
+        load(tmp_path, LM)
+
+
+def test_a_head_of_other_classes_is_drawn_anew(tmp_path: Path) -> None:
+    from transformers import BertForSequenceClassification
+
+    config = BertConfig(vocab_size=len(WORDS) + 3, num_labels=5, **TINY)
+    base = load(_save(tmp_path, BertForSequenceClassification(config)))
+    assert base.head == ("classifier",)
+    assert base.model.classifier.weight.shape == (3, 32)
+    assert base.model.classifier.weight.isfinite().all()
+
+
+def test_a_gated_model_says_where_its_licence_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' words, as its `cached_file` raises them."""
+    from transformers import AutoConfig
+
+    from fedsb.errors import NotAtHandError
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("You are trying to access a gated repo.\nMake sure to have access to it at https://hub/x.")
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", refuse)
+    with pytest.raises(
+        NotAtHandError, match=r"accepted: do so at https://huggingface.co/meta-llama/Llama-3.2-3B.*HF_TOKEN"
+    ):
+        load(Path("meta-llama/Llama-3.2-3B"), LM)
+    priced = load(Path("meta-llama/Llama-3.2-3B"), LM, shapes_only=True)  # without any token
+    assert priced.parameters == 3_212_749_824
+
+
+def test_a_package_that_a_tokenizer_needs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoTokenizer
+
+    from fedsb.model import load_tokenizer
+
+    def refuse(*_: object, **__: object) -> None:
+        raise ImportError("this tokenizer needs sentencepiece")
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", refuse)
+    with pytest.raises(UserError, match=r"needs sentencepiece\n    A package is missing here: install what it names"):
+        load_tokenizer(ModelConfig(name="owner/name"))

@@ -10,6 +10,10 @@ class UserError(ValueError):
     """The input is at fault: the message says what happened, with which value, and what to do."""
 
 
+class NotAtHandError(UserError):
+    """Something that is elsewhere, as weights and rows that were not downloaded; `fedsb check` does without it."""
+
+
 class ConfigError(UserError):
     """Every fault of a configuration, shown together."""
 

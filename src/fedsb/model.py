@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedsb.adapters.adapted import Tensors, is_inside
-from fedsb.draws import generator
+from fedsb.activations import checkpoint_activations
+from fedsb.adapters.adapted import is_inside
 from fedsb.errors import UserError
+from fedsb.heads import find_fresh, find_head
+from fedsb.hub import config_for_shapes, hub_errors, read_config
+from fedsb.quantise import choice as quantize_choice
+from fedsb.quantise import count_values, loading_options, quantization_keys, settle
 from fedsb.settings import Choice, ModelConfig
 
 MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"
@@ -33,6 +36,7 @@ class BaseModel:
     head: tuple[str, ...]  # modules to train in full
     pad_token: int | None  # as it was told to the model; None where its own config names one, or it needs none
     parameters: int
+    quantization: Mapping[str, Any]  # keys of BitsAndBytesConfig; empty: not quantised
     fingerprint: str  # of the weights; empty on the meta device
     choices: tuple[Choice, ...]
 
@@ -66,7 +70,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
     from transformers import AutoTokenizer
 
     name, _ = resolve_name(config.name)
-    with _hub_errors(name):
+    with hub_errors(name):
         return AutoTokenizer.from_pretrained(name, revision=config.revision)
 
 
@@ -92,8 +96,13 @@ def load_base(
     auto = getattr(transformers, auto_class)
     labels: dict[str, Any] = {"num_labels": num_labels} if num_labels else {}
     attention = {} if config.attention == "auto" else {"attn_implementation": config.attention}
-    with _hub_errors(name), quiet():
-        settings = transformers.AutoConfig.from_pretrained(name, revision=config.revision, **labels)
+    shipped: str | None = None
+    with quiet():
+        if shapes_only:
+            settings, shipped = config_for_shapes(name, config.revision, labels)
+        else:
+            settings = read_config(name, config.revision, labels)
+        _refuse_encoder_decoder(settings, name, auto_class)
         named = getattr(settings.get_text_config(), "pad_token_id", None)
         if num_labels and pad_token is not None and named is not None and 0 <= named != pad_token:
             raise UserError(
@@ -103,35 +112,53 @@ def load_base(
         told = pad_token if named is None or named < 0 else None
         if told is not None:
             settings.get_text_config().pad_token_id = told
-        if shapes_only:
-            with torch.device("meta"):
-                model = auto.from_config(settings, dtype=dtype, **attention)
-            missing: set[str] = set()
-        else:
-            model, info = auto.from_pretrained(
-                name, revision=config.revision, config=settings, dtype=dtype, output_loading_info=True, **attention
-            )
-            missing = set(info["missing_keys"])
-            model.to(device)
+        keys: dict[str, Any] = {}
+        missing: set[str] = set()
+        with hub_errors(name):
+            if shapes_only or config.quantize != "none":
+                with torch.device("meta"):
+                    model = auto.from_config(settings, dtype=dtype, **attention)
+                keys = quantization_keys(config.quantize, model, find_head(model)[0] if num_labels else (), dtype)
+            if not shapes_only:
+                model, info = auto.from_pretrained(
+                    name,
+                    revision=config.revision,
+                    config=settings,
+                    dtype=dtype,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,  # refused below, in words
+                    **attention,
+                    **loading_options(keys, device),
+                )
+                missing = set(info["missing_keys"])
+                if keys:
+                    settle(model)
+                else:
+                    model.to(device)
     model.requires_grad_(False)
     model.eval()
-    parameters = sum(p.numel() for p in model.parameters())
     head, frozen = find_head(model) if num_labels else ((), ())
+    if not shapes_only:
+        _refuse_mismatch(info["mismatched_keys"], head, name)
     fresh = find_fresh(model, missing, head)
     if fresh and not num_labels:
         raise UserError(f"the checkpoint of {name!r} holds no {fresh[0]!r}: it is none for {auto_class}")
     if config.activation_checkpointing and not shapes_only:
-        _checkpoint_activations(model)
+        checkpoint_activations(model)
+    quantised = quantize_choice(config.quantize, dtype)
     choices = [
         Choice(key="model.name", value=name, reason=reason),
         Choice(key="model.device", value=str(device), reason=device_reason),
         Choice(key="model.dtype", value=str(dtype).removeprefix("torch."), reason=dtype_reason),
+        *([] if quantised is None else [quantised]),
         Choice(
             key="model.head",
             value=", ".join([*head, *fresh]) or "none",
             reason="auto: what stands outside the base model" + (", or is not in its checkpoint" if fresh else ""),
         ),
     ]
+    if shipped is not None:
+        choices.append(Choice(key="model.shapes", value=settings.model_type, reason=shipped))
     if frozen:
         choices.append(Choice(key="model.frozen", value=", ".join(frozen), reason="auto: not linear layers"))
     return BaseModel(
@@ -140,10 +167,32 @@ def load_base(
         shared_name=MINILM_HUB if config.name == "minilm" else name,
         head=(*head, *fresh),
         pad_token=told,
-        parameters=parameters,
+        parameters=count_values(model),
+        quantization=keys,
         fingerprint="" if shapes_only else fingerprint(model, (*head, *fresh)),
         choices=tuple(choices),
     )
+
+
+def _refuse_encoder_decoder(settings: Any, name: str, auto_class: str) -> None:
+    if auto_class == "AutoModelForCausalLM" and getattr(settings, "is_encoder_decoder", False):
+        raise UserError(
+            f"{name!r} ({settings.model_type}) is an encoder-decoder model: it reads a text in one part and writes the "
+            "answer in another, while this task's loss is on the next token of one text. Take a decoder-only model "
+            "(Llama, Qwen, Gemma, GPT-2); classification takes those encoder-decoders that transformers has a "
+            "classifier for"
+        )
+
+
+def _refuse_mismatch(mismatched: Sequence[Any], head: Sequence[str], name: str) -> None:
+    """A head of other classes is drawn anew, as every head is; anything else of another size is refused."""
+    odd = [entry for entry in mismatched if not any(is_inside(entry[0], part) for part in head)]
+    if odd:
+        key, there, wanted = odd[0]
+        raise UserError(
+            f"the weights of {name!r} do not fit its config.json: {key} is {tuple(there)} in the checkpoint and "
+            f"{tuple(wanted)} by the config ({len(odd)} such tensors). Take config.json and weights of one model"
+        )
 
 
 def fingerprint(model: nn.Module, head: tuple[str, ...]) -> str:
@@ -155,49 +204,6 @@ def fingerprint(model: nn.Module, head: tuple[str, ...]) -> str:
         values = p.detach().flatten()[:: max(1, p.numel() // 1024)].float().cpu()
         digest.update(f"{name} {tuple(p.shape)} {p.dtype}".encode() + values.numpy().tobytes())
     return digest.hexdigest()[:32]
-
-
-def find_head(model: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(modules outside the base model made of linear layers, the others there): the first train, the others do not."""
-    prefix = getattr(model, "base_model_prefix", "")
-    outside = [
-        (name, part) for name, part in model.named_children() if name != prefix and any(True for _ in part.parameters())
-    ]
-    linear = [
-        name
-        for name, part in outside
-        if all(isinstance(sub, nn.Linear) for sub in part.modules() if list(sub.parameters(recurse=False)))
-    ]
-    return tuple(linear), tuple(name for name, _ in outside if name not in linear)
-
-
-def find_fresh(model: nn.Module, missing: set[str], head: tuple[str, ...]) -> tuple[str, ...]:
-    """Linear layers outside the head that the checkpoint does not hold. They train, travel and are saved with the head.
-
-    Frozen, they would be drawn anew by everyone who loads the model, and the adapter would fit no one's.
-    Raises UserError for such a part of another kind, unless it starts as a constant, as a norm does.
-    """
-    fresh: list[str] = []
-    for key in sorted(missing):
-        part = key.rpartition(".")[0]
-        if part in fresh or any(is_inside(part, module) for module in head):
-            continue
-        value = model.get_parameter(key) if key in dict(model.named_parameters()) else model.get_buffer(key)
-        if isinstance(model.get_submodule(part), nn.Linear):
-            fresh.append(part)
-        elif bool((value != value.flatten()[0]).any()):
-            raise UserError(f"the checkpoint holds no {key!r}, so every load draws it anew; take a whole checkpoint")
-    return tuple(fresh)
-
-
-def head_start(shapes: Tensors, seed: int) -> Tensors:
-    """The head's first tensors, the same for every site: weights N(0, 0.02^2) keyed by (seed, name), biases 0."""
-    return {
-        key: torch.from_numpy(generator(seed, "head", key).normal(0, 0.02, size=tuple(t.shape))).float()
-        if t.dim() == 2
-        else torch.zeros(t.shape)
-        for key, t in shapes.items()
-    }
 
 
 def choose_device(wanted: str) -> tuple[torch.device, str]:
@@ -223,38 +229,6 @@ def choose_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
     return torch.float32, f"auto: {device.type} computes fastest and exactest in it"
 
 
-def _checkpoint_activations(model: Any) -> None:
-    """Recomputes activations in the backward. Blocks are put in training mode, which switches it on, but do not compute
-    in it: some (OPT, BART) have dropout of their own, which stays off as everywhere in the base."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if not blocks or not getattr(model, "supports_gradient_checkpointing", False):
-        raise UserError(f"model.activation_checkpointing: {type(model).__name__} does not support it; set it to false")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*deprecated", category=FutureWarning)  # 5.0 has no other name
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    for block in blocks:
-        block.training = True
-        block._gradient_checkpointing_func = _in_evaluation(block, block._gradient_checkpointing_func)
-
-
-def _in_evaluation(block: nn.Module, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
-    """`checkpoint`, with the block in evaluation mode while its forward runs, the first time and again."""
-
-    def run(forward: Callable[..., Any], *args: Any) -> Any:
-        def in_evaluation(*args: Any) -> Any:
-            block.training = False
-            try:
-                return forward(*args)
-            finally:
-                block.training = True
-
-        return checkpoint(in_evaluation, *args)
-
-    return run
-
-
 @contextmanager
 def matmul_precision(precision: str) -> Iterator[None]:
     """Float32 products in torch's `precision` ("highest", "high", "medium") meanwhile, in the whole process.
@@ -268,19 +242,6 @@ def matmul_precision(precision: str) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-@contextmanager
-def _hub_errors(name: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"cannot load the model {name!r}: {first}\n"
-            "    Without a network: give a local folder (--set model.name=FOLDER), or fill the Hub's cache elsewhere "
-            "and point HF_HOME at it (with HF_HUB_OFFLINE=1). A gated model needs HF_TOKEN."
-        ) from error
 
 
 @contextmanager

@@ -54,6 +54,7 @@ def describe_start(
             "parameters": engine.base.parameters,
             "pad_token": engine.base.pad_token,
             "fingerprint": engine.base.fingerprint,
+            "quantization": dict(engine.base.quantization),
             "revision": config.model.revision,
             "adapted_layers": len(engine.shapes),
             "trained_values": sum(tensors[key].numel() for key in trained),
@@ -212,6 +213,7 @@ def base_facts(config: Config, engine: EmbeddedEngine) -> BaseFacts:
         label_names=engine.task.label_names,
         conv1d=has_conv1d(engine.adapted.layers),
         pad_token=engine.base.pad_token,
+        quantization=engine.base.quantization,
     )
 
 

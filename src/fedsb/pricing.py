@@ -1,37 +1,56 @@
 """What a run will cost, before it starts: bytes for this method and the others, memory, time.
 
-Nothing is trained and no weights are loaded: layer shapes come from the model's config, on the meta device.
+Nothing is trained and no weights are loaded: layer shapes come from the model's config, on the meta device. Rows
+that are not at hand are no fault: bytes and memory are priced without them, and what cannot be known is said.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
-from fedsb.adapters.adapted import AdaptedModel, find_targets
+from fedsb.adapters.adapted import AdaptedModel, Shapes, find_targets
 from fedsb.adapters.basis import check_rank
 from fedsb.adapters.layer import is_linear, linear_shape
 from fedsb.charts import bytes_text
+from fedsb.comparison.contenders import Contender, contenders_of
 from fedsb.config import Loaded
-from fedsb.data.sites import Data, open_data
-from fedsb.data.tasks.base import ids, pad_token
+from fedsb.data.sites import Data, open_data, open_task_of
+from fedsb.data.tasks.base import Task, ids, pad_token
 from fedsb.engines.resolved import auto_cohort_size, local_training, public_rows, targets_choice
+from fedsb.errors import NotAtHandError, UserError
 from fedsb.federation.basis_round import basis_values
 from fedsb.federation.facts import client_ranks, refuse_what_facts_forbid
 from fedsb.federation.prices import price_list
 from fedsb.federation.schedule import refreshes, whole_broadcasts
+from fedsb.memory import Memory, trained_values, training_memory
 from fedsb.methods import build_method
 from fedsb.methods.contract import Method
-from fedsb.model import choose_device, load_base, load_tokenizer
+from fedsb.model import BaseModel, choose_device, choose_dtype, load_base, load_tokenizer, resolve_name
 from fedsb.privacy.setup import promise_of, refuse_what_would_leak
 from fedsb.privacy.statement import promised
-from fedsb.settings import Config
+from fedsb.quantise import missing_package, weight_bytes
+from fedsb.settings import Choice, Config
 
 OVERHEAD = 1.5  # of a real step over its matrix products, as seen with MiniLM on two cores
+UNKNOWN_CLASSES = 2  # that a head is priced for, where nothing says how many there are
+
+
+@dataclass(frozen=True, kw_only=True)
+class AtHand:
+    """What this machine has of what a run reads."""
+
+    task: Task
+    tokenizer: Any | None
+    data: Data | None
+    clients: list[str]  # who take part: of the data, or as the settings name them
+    classes: int
+    unknown: tuple[str, ...]  # what is not here and what cannot be said for it, in words
 
 
 def estimate(loaded: Loaded) -> dict[str, Any]:
@@ -40,28 +59,34 @@ def estimate(loaded: Loaded) -> dict[str, Any]:
     method = build_method(config.method.name, config.method.options)
     refuse_what_facts_forbid(config, method)
     refuse_what_would_leak(config, method)
-    tokenizer = load_tokenizer(config.model)
-    data = open_data(config, tokenizer)
+    here = at_hand(config)
+    data, unknown = here.data, [*here.unknown]
     base = load_base(
         config.model,
-        auto_class=data.task.auto_class,
-        num_labels=len(data.task.label_names),
-        pad_token=pad_token(tokenizer),
+        auto_class=here.task.auto_class,
+        num_labels=here.classes,
+        pad_token=None if here.tokenizer is None else pad_token(here.tokenizer),
         shapes_only=True,
     )
-    weights = sum(p.numel() * p.element_size() for p in base.model.parameters())
+    if said := missing_package(config.model.quantize):
+        unknown.append(said)
+    weights = weight_bytes(base.model, config.model.quantize, base.head)
     linear = sum(math.prod(linear_shape(module)) for module in base.model.modules() if is_linear(module))
+    blocks = {
+        name: linear_shape(base.model.get_submodule(name)) for name in find_targets(base.model, "blocks", base.head)
+    }
     targets = find_targets(base.model, config.model.targets, base.head)
     adapted = AdaptedModel(base.model, kind=method.adapter, targets=targets, head=base.head, scale=method.scale)
     if method.adapter == "core":
         check_rank(adapted.shapes, method.total_rank)
-        public_rows(config, data.task)
+        if data is not None:
+            unknown += _public_rows(config, here.task)
     head = sum(t.numel() for t in adapted.head_tensors().values())
-    sites = [data.pooled()] if method.facts.pools_data else data.taking_part
-    names = [site.name for site in sites]
-    ranks, rank_choices = client_ranks(config, method, adapted.shapes, names)
-    cohort = min(config.server.clients_per_round or len(sites), len(sites))
+    names = ["central"] if method.facts.pools_data else here.clients
+    ranks, rank_choices = _ranks(config, method, adapted.shapes, names, data)
+    cohort = min(config.server.clients_per_round or len(names), len(names))
     bill = basis_values(config.basis, method, adapted.shapes)
+    contenders = _rivals(loaded)
     prices = price_list(
         method,
         adapted.shapes,
@@ -69,27 +94,26 @@ def estimate(loaded: Loaded) -> dict[str, Any]:
         clients=cohort,
         rounds=config.rounds,
         basis=bill,
-        sites=len(sites),
+        sites=len(names),
         refreshes=len(refreshes(config, method)),
         codec=config.server.codec,
         whole=whole_broadcasts(names, config, method, ranks),
+        also=[contender.method for contender in contenders if not contender.is_control],
     )
     traffic = method.traffic(adapted.shapes, head=head, clients=cohort)
-    local = local_training(config, clients=len(data.taking_part) if method.facts.pools_data else 1)
-    promise = promise_of(config, method, sites, local)
-    seconds, seconds_reason = _seconds(config, method, data, linear, cohort)
-    memory, memory_reason = _memory(config, adapted, weights, cohort)
-    choices = [
-        *loaded.choices(),
-        *base.choices,
-        targets_choice(config, targets),
-        *data.choices,
-        *rank_choices,
-        *promise.choices,
-    ]
+    privacy, seconds, seconds_reason = None, None, "not known: it depends on the rows"
+    choices = [*loaded.choices(), *base.choices, targets_choice(config, targets)]
+    if data is not None:
+        sites = [data.pooled()] if method.facts.pools_data else data.taking_part
+        local = local_training(config, clients=len(data.taking_part) if method.facts.pools_data else 1)
+        promise = promise_of(config, method, sites, local)
+        privacy = promised(promise, config, trained_values(method, adapted.shapes, head))
+        seconds, seconds_reason = _seconds(config, method, data, linear, cohort)
+        choices += [*data.choices, *rank_choices, *promise.choices]
+    memory = _memory(config, method, base, adapted, blocks, weights, head, cohort)
     return {
         "settings": [asdict(choice) for choice in choices],
-        "clients": {site.name: site.rows for site in data.sites},
+        "clients": {site.name: site.rows for site in data.sites} if data else None,
         "values_a_client_a_round": {
             "up": traffic.up,
             "down": traffic.down,
@@ -97,12 +121,74 @@ def estimate(loaded: Loaded) -> dict[str, Any]:
             "one_off": sum(bill.values()),
         },
         "prices": [price.as_dict() for price in prices],
-        "privacy": promised(promise, config, traffic.up + traffic.head),
-        "memory_bytes": memory,
-        "memory_reason": memory_reason,
+        "compared": [f"{contender.method.facts.id} (rank {contender.method.rank})" for contender in contenders],
+        "privacy": privacy,
+        **memory,
         "seconds": seconds,
         "seconds_reason": seconds_reason,
+        "unknown": unknown,
     }
+
+
+def at_hand(config: Config) -> AtHand:
+    """Tokenizer and rows where they can be had. Raises UserError for what is there and at fault."""
+    unknown: list[str] = []
+    tokenizer: Any | None = None
+    data: Data | None = None
+    try:
+        tokenizer = load_tokenizer(config.model)
+    except NotAtHandError:
+        name = resolve_name(config.model.name)[0]
+        unknown.append(f"the tokenizer of {name} is not here, so no row can be read: rows, tokens, time and epsilon")
+    if tokenizer is not None:
+        try:
+            data = open_data(config, tokenizer)
+        except NotAtHandError as error:
+            unknown.append(f"rows, tokens, time and epsilon: {error}")
+    if data is not None:
+        names = [site.name for site in data.taking_part]
+        classes = len(data.task.label_names)
+        return AtHand(
+            task=data.task, tokenizer=tokenizer, data=data, clients=names, classes=classes, unknown=tuple(unknown)
+        )
+    task, clients = open_task_of(config, tokenizer), config.clients
+    count = clients.count - clients.unseen
+    if clients.split == "column":
+        count = max(clients.count, config.server.clients_per_round or 1)
+        unknown.append(f"how many clients the column {clients.column!r} makes: priced for {count} (clients.count)")
+    classes = 0
+    if task.auto_class != "AutoModelForCausalLM":
+        classes = config.data.classes or UNKNOWN_CLASSES
+        if config.data.classes is None:
+            unknown.append(f"how many classes there are: the head is priced for {classes}; say data.classes")
+    width = len(str(max(count - 1, 0)))
+    names = [f"client-{i:0{max(width, 2)}}" for i in range(max(count, 1))]
+    return AtHand(task=task, tokenizer=tokenizer, data=None, clients=names, classes=classes, unknown=tuple(unknown))
+
+
+def _rivals(loaded: Loaded) -> list[Contender]:
+    """What [compare] names, to be priced too; what is wrong with it, `fedsb compare` says."""
+    try:
+        return contenders_of(loaded) if loaded.config.compare.methods or loaded.config.compare.contenders else []
+    except UserError:
+        return []
+
+
+def _public_rows(config: Config, task: Task) -> list[str]:
+    try:
+        public_rows(config, task)
+    except NotAtHandError as error:
+        return [f"the public rows of the basis: {error}"]
+    return []
+
+
+def _ranks(
+    config: Config, method: Method, shapes: Shapes, names: Sequence[str], data: Data | None
+) -> tuple[Mapping[str, int], Sequence[Choice]]:
+    """As `client_ranks`; clients whose names are in rows that are not here all have the method's own rank."""
+    if data is None and config.clients.split == "column":
+        return {}, ()
+    return client_ranks(config, method, shapes, names)
 
 
 def _seconds(config: Config, method: Method, data: Data, linear: int, cohort: int) -> tuple[float, str]:
@@ -120,21 +206,49 @@ def _seconds(config: Config, method: Method, data: Data, linear: int, cohort: in
     return seconds, f"{trained:,.0f} tokens trained, {scored:,} scored, at {speed / 1e9:,.0f} GFLOP/s measured just now"
 
 
-def _memory(config: Config, adapted: AdaptedModel, weights: int, cohort: int) -> tuple[int, str]:
-    """(bytes, reason): the base once, the adapters, and the activations of one joint forward."""
-    size = 2 if any(p.dtype != torch.float32 for p in adapted.model.parameters() if p.dim() > 1) else 4
-    size_asked = config.engine.cohort_size
-    if size_asked == "auto":
-        size_asked, _ = auto_cohort_size(config, choose_device(config.model.device)[0])
-    together = min(cohort, size_asked)
+def _memory(
+    config: Config,
+    method: Method,
+    base: BaseModel,
+    adapted: AdaptedModel,
+    blocks: Shapes,
+    weights: int,
+    head: int,
+    cohort: int,
+) -> dict[str, Any]:
+    """Bytes of training, their parts and their reason, where as many clients train together as would; and of one."""
+    device = choose_device(config.model.device)[0]
+    wanted = config.engine.cohort_size
+    together = min(cohort, auto_cohort_size(config, device)[0] if wanted == "auto" else wanted)
+    model: Any = base.model
+    vocabulary = 0 if config.task.kind == "classification" else int(model.config.get_text_config().vocab_size)
+
+    def of(clients: int) -> Memory:
+        return training_memory(
+            method,
+            adapted.shapes,
+            blocks,
+            base=weights,
+            head=head,
+            together=clients,
+            cohort=cohort,
+            tokens=clients * config.train.batch_size * config.model.max_tokens,
+            vocabulary=vocabulary,
+            private_rows=clients * config.train.batch_size if config.privacy.unit == "example" else 0,
+            dtype=choose_dtype(config.model.dtype, device)[0],
+            activation_checkpointing=config.model.activation_checkpointing,
+        )
+
+    found = of(together)
+    parts = {key: value for key, value in asdict(found).items() if value}
+    said = ", ".join(f"{key} {bytes_text(value)}" for key, value in parts.items())
     tokens = together * config.train.batch_size * config.model.max_tokens
-    per_token = sum(m + n for m, n in adapted.shapes.values())
-    if config.model.activation_checkpointing:
-        per_token //= max(len(adapted.shapes) // 7, 1)
-    activations = tokens * per_token * size
-    return weights + activations, (
-        f"the base once, {bytes_text(weights)}, and the activations of {tokens:,} tokens in one forward"
-    )
+    return {
+        "memory_bytes": found.total,
+        "memory_parts": parts,
+        "memory_reason": f"an estimate: {said}; {together} client(s), {tokens:,} tokens in one forward",
+        "client_memory_bytes": of(1).total,
+    }
 
 
 def _operations_a_second(device: torch.device) -> float:

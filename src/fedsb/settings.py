@@ -35,6 +35,7 @@ class ModelConfig(Section):
     name: str = Field("minilm", description="a folder, a Hub name, or 'minilm'")
     revision: str | None = Field(None, description="branch, tag or commit on the Hub")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantize: Literal["none", "4bit", "8bit"] = Field("none", description="the blocks' layers, by bitsandbytes")
     device: str = Field("auto", description="'auto', 'cpu', 'cuda', 'cuda:1', 'mps'")
     targets: str | list[str] = Field("blocks", description="'blocks', a regular expression, or name endings")
     max_tokens: Annotated[int, Field(ge=2)] = 128
@@ -67,6 +68,10 @@ class DataConfig(Section):
     test_split: str = "test"
     train_rows: Positive | None = Field(None, description="only the first so many rows")
     test_rows: Positive | None = Field(None, description="only the first so many rows")
+    drop: dict[str, Any] = Field({}, description="rows left out: those that have this value in this column")
+    classes: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="how many classes the rows must have; also prices a head without them"
+    )
     tune_share: Share = Field(0.0, description="share of each client's training rows scored instead of the test rows")
 
 
@@ -277,6 +282,16 @@ class Config(Section):
     engine: EngineConfig = EngineConfig()
     eval: EvalConfig = EvalConfig()
     compare: CompareConfig = Field(CompareConfig(), exclude=True)  # no part of a run's own settings
+
+    @model_validator(mode="after")
+    def _eight_bits_mix_rows(self) -> Self:
+        """LLM.int8() looks for outliers in the whole batch: one row's gradient depends on the others'."""
+        if self.model.quantize == "8bit":
+            if self.engine.cohort_size not in ("auto", 1):
+                raise ValueError("model.quantize = '8bit' mixes a batch's rows: engine.cohort_size must be 1, or 4bit")
+            if self.privacy.unit == "example":
+                raise ValueError("model.quantize = '8bit' mixes a batch's rows, so none is protected: take 4bit")
+        return self
 
     @model_validator(mode="after")
     def _rows_for_the_gap(self) -> Self:

@@ -185,10 +185,25 @@ def print_estimate(found: Mapping[str, Any]) -> None:
         f"\nA client, a round: {one['up']:,} values up, {one['down']:,} down, and the head's {one['head']:,} each way; "
         f"once: {one['one_off']:,}"
     )
+    if found["compared"]:
+        named = {price["label"]: price for price in found["prices"]}
+        rivals = Table("a client, a round after the first", "values up", "values down", **PLAIN)
+        for label in dict.fromkeys([found["prices"][0]["label"], *found["compared"]]):
+            if label in named:
+                rivals.add_row(label, f"{named[label]['up_values']:,}", f"{named[label]['down_values']:,}")
+        console.print(rivals)
     if found["privacy"]:
         print_promise(console, found["privacy"])
-    console.print(f"Memory: about {bytes_text(found['memory_bytes'])} ({found['memory_reason']})")
-    console.print(f"Time: about {seconds_text(found['seconds'])} ({found['seconds_reason']})")
+    alone = f"; a site that trains alone {bytes_text(found['client_memory_bytes'])}"
+    console.print(f"Memory: about {bytes_text(found['memory_bytes'])} ({found['memory_reason']}{alone})")
+    if found["seconds"] is None:
+        console.print(f"Time: {found['seconds_reason']}")
+    else:
+        console.print(f"Time: about {seconds_text(found['seconds'])} ({found['seconds_reason']})")
+    if found["unknown"]:
+        console.print("\nNot known here:")
+        for line in found["unknown"]:
+            console.print(f"  - {line}")
 
 
 def print_promise(console: Console, promised: Mapping[str, Any]) -> None:

@@ -27,9 +27,10 @@ LAYERS: dict[str, type[AdaptedLinear]] = {"core": CoreLinear, "factors": FactorL
 def find_targets(model: nn.Module, targets: str | Sequence[str] = "blocks", head: Sequence[str] = ()) -> list[str]:
     """The names of the layers to adapt, in the model's order.
 
-    `targets` is "blocks" (every linear layer of the transformer blocks, the default), a regular expression that a
-    layer's whole name must match, or a list of name endings such as ["query", "value"]. Embeddings, the output
-    embedding and the head are never adapted. Raises UserError with the list of what there is.
+    `targets` is "blocks" (every linear layer of the language model's blocks, the default; a tower for pictures or
+    sound beside it is left alone), a regular expression that a layer's whole name must match, or a list of name endings
+    such as ["query", "value"]. Embeddings, the output embedding and the head are never adapted. Raises UserError with
+    the list of what there is.
     """
     output = getattr(model, "get_output_embeddings", lambda: None)()
     linear = [
@@ -37,7 +38,10 @@ def find_targets(model: nn.Module, targets: str | Sequence[str] = "blocks", head
         for name, module in model.named_modules()
         if is_linear(module) and module is not output and not any(is_inside(name, part) for part in head)
     ]
-    in_blocks = [name for name in linear if re.search(r"\.\d+\.", name)]
+    towers = other_towers(model)
+    in_blocks = [
+        name for name in linear if re.search(r"\.\d+\.", name) and not any(is_inside(name, tower) for tower in towers)
+    ]
     if targets == "blocks":
         chosen = in_blocks
     elif isinstance(targets, str):
@@ -57,6 +61,19 @@ def find_targets(model: nn.Module, targets: str | Sequence[str] = "blocks", head
     if not chosen:
         raise UserError(f"model.targets = {targets!r} matches no linear layer. There are: {', '.join(kinds(linear))}")
     return chosen
+
+
+def other_towers(model: nn.Module) -> list[str]:
+    """The modules that see or hear in a model of several senses, as Gemma 3's vision tower: text never reaches them."""
+    config = getattr(model, "config", None)
+    senses = [getattr(config, f"{sense}_config", None) for sense in ("vision", "audio")]
+    there = [sense for sense in senses if sense is not None]
+    found: list[str] = []
+    for name, module in model.named_modules():
+        seen = any(getattr(module, "config", None) is sense for sense in there)
+        if name and seen and not any(is_inside(name, tower) for tower in found):
+            found.append(name)
+    return found
 
 
 def kinds(names: Sequence[str]) -> list[str]:

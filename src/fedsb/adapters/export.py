@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ class BaseFacts:
     label_names: Sequence[str]
     conv1d: bool  # GPT-2's layers, stored transposed
     pad_token: int | None = None  # where the base's own config names none and a classifier needs one
+    quantization: Mapping[str, Any] = field(default_factory=dict)  # keys of BitsAndBytesConfig, of a quantised base
 
 
 def lora_tensors(factors: Mapping[str, Factors], head: Tensors) -> Tensors:
@@ -146,9 +147,12 @@ def load_lines(base: BaseFacts, adapter: Path | str) -> str:
         labels += f", pad_token_id={base.pad_token}"
     revision = f", revision={base.revision!r}" if base.revision else ""
     pooling = '\n# of a text: model(**tokenizer(text, return_tensors="pt")).logits.mean(1), the mean over its tokens'
+    quantised = ", ".join(f"{key}={value!r}" for key, value in base.quantization.items())
+    how = f", quantization_config=BitsAndBytesConfig({quantised})" if quantised else ""
     return (
-        f"from transformers import {base.auto_class}; from peft import PeftModel\n"
-        f"base = {base.auto_class}.from_pretrained({str(base.name)!r}{labels}{revision})\n"
+        f"from transformers import {base.auto_class}{', BitsAndBytesConfig' if quantised else ''}; "
+        "from peft import PeftModel\n"
+        f"base = {base.auto_class}.from_pretrained({str(base.name)!r}{labels}{revision}{how})\n"
         f"model = PeftModel.from_pretrained(base, {str(adapter)!r})"
         + (pooling if base.task_type == "TOKEN_CLS" else "")
     )
@@ -179,10 +183,17 @@ def model_card(base: BaseFacts, facts: Mapping[str, str], adapter: Path | str) -
     """A model card in Markdown: what it is, how it was made, what it scored, how to load it."""
     rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
     labels = "".join(f"\n- {i}: {name}" for i, name in enumerate(base.label_names))
+    quantised = (
+        "\nIt was trained on the base quantised as above. On the unquantised base it works too, but is not what was "
+        "scored.\n"
+        if base.quantization
+        else ""
+    )
     return (
         f"---\nbase_model: {json.dumps(base.shared_name)}\nlibrary_name: peft\n"
         f"tags: [lora, federated-learning, fedsb]\n---\n\n"
         f"# A LoRA adapter, trained by federation with fedsb\n\n| | |\n|---|---|\n{rows}\n\n"
         f"## Load it\n\n```python\n{load_lines(replace(base, name=base.shared_name), adapter)}\n```\n"
+        + quantised
         + (f"\n## Classes\n{labels}\n\nvLLM does not take adapters with a trained head; PEFT does.\n" if labels else "")
     )

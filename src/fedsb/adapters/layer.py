@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -98,10 +99,29 @@ def check_rows(x: Tensor, routing: Routing, key: str) -> None:
 
 
 def base_weight(base: nn.Module) -> Tensor:
-    """W0 as (out, in), detached, whatever the layer stores. GPT-2's Conv1D stores the transpose."""
+    """W0 as (out, in), detached, whatever the layer stores: GPT-2's Conv1D the transpose, a quantised one packed bits.
+
+    Of a quantised layer it is a new float32 matrix, what its bits stand for.
+    """
     weight = base.weight
     assert isinstance(weight, Tensor)
+    kind = type(weight).__name__
+    if kind in ("Params4bit", "Int8Params"):
+        return _dequantised(base, kind)
     return weight.detach().T if is_conv1d(base) else weight.detach()
+
+
+def _dequantised(base: nn.Module, kind: str) -> Tensor:
+    """W0 (m, n) of a layer of bitsandbytes, float32."""
+    from bitsandbytes import functional
+
+    weight: Any = base.weight
+    if kind == "Params4bit":
+        W0: Tensor = functional.dequantize_4bit(weight.data, weight.quant_state)
+    else:
+        state: Any = base.state
+        W0 = functional.int8_vectorwise_dequant(weight.data, weight.SCB if state.SCB is None else state.SCB)
+    return W0.detach().float()
 
 
 def linear_shape(base: nn.Module) -> tuple[int, int]:

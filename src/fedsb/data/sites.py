@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from fedsb.data.partition import Partition, split_rows
-from fedsb.data.sources import Row, Table, load_table, require_columns
+from fedsb.data.sources import Row, Table, load_table, make_table, require_columns
 from fedsb.data.tasks import Example, Task, TaskOptions, Tokenizer, open_task
 from fedsb.draws import generator
 from fedsb.errors import UserError
@@ -61,6 +61,12 @@ def open_data(config: Config, tokenizer: Tokenizer) -> Data:
         if table is not None:
             require_columns(table, task.needs)
     task.fit_labels(train.rows, test.rows if test else [])
+    wanted, found = config.data.classes, len(task.label_names)
+    if wanted is not None and task.label_names and wanted != found:
+        raise UserError(
+            f"data.classes = {wanted}, but the rows have {found}: {', '.join(task.label_names[:12])}. Set it to "
+            f"{found}, or leave out rows that have no class with data.drop"
+        )
     labels = [row[columns.label] for row in train.rows] if task.label_names else None
     clients = config.clients
     if clients.split == "column":
@@ -157,7 +163,18 @@ def _tables(config: Config) -> tuple[Table, Table | None]:
         test = None  # not even read: what is tuned must not see it
     elif data.test is not None:
         test = _load(data.test, data.revision, data.test_split)
+    train, test = _dropped(train, data.drop), None if test is None else _dropped(test, data.drop)
     return _first(train, data.train_rows), None if test is None else _first(test, data.test_rows)
+
+
+def _dropped(table: Table, drop: Mapping[str, Any]) -> Table:
+    """The table without the rows that hold one of these values. Raises UserError where nothing is left."""
+    if not drop:
+        return table
+    require_columns(table, list(drop))
+    return make_table(
+        [row for row in table.rows if all(row[key] != value for key, value in drop.items())], table.origin
+    )
 
 
 def _load(source: str, revision: str | None, split: str) -> Table:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedsb.errors import UserError, did_you_mean
+from fedsb.errors import NotAtHandError, UserError, did_you_mean
 
 Row = dict[str, Any]
 Place = str  # where a row stands in its file, in words: "line 3" or "item 3"
@@ -77,7 +77,7 @@ def _load_file(path: Path) -> Table:
         near = did_you_mean(extension, _READERS) + ", each also with .gz"
         raise UserError(f"{path}: the extension {extension!r} is not known: {near}; a Hub data set is hub:owner/name")
     if not path.is_file():
-        raise UserError(_missing(path))
+        raise _missing(path)
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError) as fault:  # BadGzipFile is an OSError; EOFError is a torn gz
@@ -87,14 +87,16 @@ def _load_file(path: Path) -> Table:
     return make_table(_same_columns(_READERS[extension](content, path), path), str(path))
 
 
-def _missing(path: Path) -> str:
+def _missing(path: Path) -> UserError:
+    """A file of nearly the same name beside it: a misspelling. Else the file may be elsewhere."""
     if path.is_dir():
-        return f"{path} is a folder: name one file in it"
+        return UserError(f"{path} is a folder: name one file in it")
     if not path.parent.is_dir():
-        return f"there is no file {path}: its folder {path.parent} does not exist either"
+        return NotAtHandError(f"there is no file {path}: its folder {path.parent} does not exist either")
     known = [file.name for file in path.parent.iterdir() if file.is_file()]
-    near = difflib.get_close_matches(path.name, known, n=3)
-    return f"there is no file {path}: " + (f"near it there is {', '.join(near)}" if near else "check the path")
+    if near := difflib.get_close_matches(path.name, known, n=3):
+        return UserError(f"there is no file {path}: near it there is {', '.join(near)}")
+    return NotAtHandError(f"there is no file {path}: check the path")
 
 
 def _same_columns(placed: Iterable[tuple[Place, Row]], path: Path) -> list[Row]:
@@ -215,7 +217,7 @@ def _load_hub(source: str, revision: str | None, split: str) -> Table:
     except datasets.exceptions.DatasetNotFoundError as fault:
         raise UserError(f"{source!r} is not on the Hub or is private ({fault}): check the name, or log in") from fault
     except (ConnectionError, TimeoutError) as fault:
-        raise UserError(
+        raise NotAtHandError(
             f"{source!r} cannot be fetched from the Hub ({fault}). Without a network: fill the cache elsewhere, point "
             "HF_HOME at it and set HF_HUB_OFFLINE=1 (unset it to go online); or give a local file: "
             "--set data.train=PATH"

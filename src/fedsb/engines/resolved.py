@@ -32,6 +32,8 @@ def public_rows(config: Config, task: Task) -> list[Example]:
 
 def auto_cohort_size(config: Config, device: torch.device) -> tuple[int, str]:
     """(clients in one forward, reason): as many as fit a budget of tokens, at least one."""
+    if config.model.quantize == "8bit":
+        return 1, "auto: 8-bit products look at the whole batch, which must be one client's"
     tokens = CPU_TOKENS if device.type == "cpu" else GPU_TOKENS
     size = max(1, tokens // (config.train.batch_size * config.model.max_tokens))
     return size, f"auto: up to {tokens:,} tokens in one forward on {device.type}"

@@ -28,6 +28,9 @@ class Price:
     down_bytes: int
     total_bytes: int
     total_bytes_without_head: int
+    up_values: int  # of one client in one round, the head's aside; in a round that follows another
+    down_values: int
+    head_values: int
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -49,6 +52,7 @@ def price(
     this_run: bool = False,
 ) -> Price:
     """The price of one method. A value of the head costs as much as its message's mean value, as in report.py."""
+    typical = method.traffic(shapes, head=head, clients=clients)
     each = [method.traffic(shapes, head=head, clients=clients, round=round) for round in range(rounds)]
     bill = sum(payload_bytes(codec, values) for values in (basis or {}).values())
     told = payload_bytes("float32", each[0].down + each[0].head)
@@ -70,6 +74,9 @@ def price(
         down_bytes=down,
         total_bytes=one_off + up + down,
         total_bytes_without_head=one_off + up + down - heads,
+        up_values=typical.up,
+        down_values=typical.down,
+        head_values=typical.head,
     )
 
 
@@ -91,8 +98,12 @@ def price_list(
     refreshes: int = 0,
     codec: Codec = "float32",
     whole: Sequence[int] = (),
+    also: Sequence[Method] = (),
 ) -> list[Price]:
-    """This run's method first, then the others, cheapest first: each at LORA_RANKS or CORE_RANKS, in the same codec."""
+    """This run's method first, then the others, cheapest first, in the same codec.
+
+    They are those of `also`, and every method at LORA_RANKS or CORE_RANKS.
+    """
     mine = price(
         method,
         shapes,
@@ -106,13 +117,16 @@ def price_list(
         whole=whole,
         this_run=True,
     )
-    others = [
+    usual = [
         cls(rank=rank)
-        for name, cls in method_types().items()
+        for cls in method_types().values()
+        if cls.facts.adapter is not None
         for rank in (LORA_RANKS if cls.facts.adapter == "factors" else CORE_RANKS)
-        if cls.facts.adapter is not None and (name, rank) != (method.facts.id, method.rank)
     ]
+    others = {(other.facts.id, other.rank): other for other in (*usual, *also)}
+    others.pop((method.facts.id, method.rank), None)
     prices = [
-        price(other, shapes, head=head, clients=clients, rounds=rounds, codec=codec, whole=whole) for other in others
+        price(other, shapes, head=head, clients=clients, rounds=rounds, codec=codec, whole=whole)
+        for other in others.values()
     ]
     return [mine, *sorted(prices, key=lambda p: p.total_bytes)]

@@ -1,0 +1,88 @@
+"""Models by their Hub names: their configs, those that ship with fedsb, and what to do where one cannot be had.
+
+`shapes.json` holds the few published numbers that an architecture is built from on the meta device, so that a run is
+priced offline, without weights and without an account. Training always reads the model's own config.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from fedsb.errors import NotAtHandError, UserError
+
+SHIPPED = "auto: its own config is not here; the published shapes, which ship with fedsb"
+
+
+def read_config(name: str, revision: str | None, labels: dict[str, Any]) -> Any:
+    """The model's own config. Raises UserError as `hub_errors`."""
+    from transformers import AutoConfig
+
+    with hub_errors(name):
+        return AutoConfig.from_pretrained(name, revision=revision, **labels)
+
+
+def config_for_shapes(name: str, revision: str | None, labels: dict[str, Any]) -> tuple[Any, str | None]:
+    """(a config to build the architecture from, the reason where it is not the model's own).
+
+    A known model's own config is taken where it is in the Hub's cache, and the network is not asked: the shapes are
+    the same. Raises UserError as `hub_errors`.
+    """
+    from transformers import AutoConfig
+
+    known = None if revision is not None or Path(name).is_dir() else shipped_config(name, labels)
+    if known is None:
+        return read_config(name, revision, labels), None
+    try:
+        return AutoConfig.from_pretrained(name, local_files_only=True, **labels), None
+    except (OSError, ValueError):
+        return known, SHIPPED
+
+
+def shipped_config(name: str, labels: dict[str, Any]) -> Any | None:
+    """The config of a model whose shapes ship with fedsb, None for another."""
+    from transformers import AutoConfig
+
+    for first, entry in shipped_shapes().items():
+        if name in (first, *entry["also"]):
+            facts = dict(entry["config"])
+            return AutoConfig.for_model(facts.pop("model_type"), **facts, **labels)
+    return None
+
+
+def shipped_shapes() -> dict[str, Any]:
+    """By Hub name: "config", the numbers that make the architecture, and "also", names of the same shapes."""
+    shapes: dict[str, Any] = json.loads((files("fedsb") / "shapes.json").read_text())
+    return shapes
+
+
+@contextmanager
+def hub_errors(name: str) -> Iterator[None]:
+    """Says what to do where a model cannot be loaded.
+
+    Raises NotAtHandError for a Hub name that cannot be fetched, UserError for a folder or a model that is at fault.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+        said = str(error).strip()
+        first = said.splitlines()[0] if said else type(error).__name__
+        start = f"cannot load the model {name!r}: {first}\n    "
+        if isinstance(error, ImportError):
+            raise UserError(f"{start}A package is missing here: install what it names.") from error
+        if "gated repo" in said.lower():
+            raise NotAtHandError(
+                f"{start}Its owner wants a licence accepted: do so at https://huggingface.co/{name}, signed in, then "
+                "set HF_TOKEN to a token of that account (or: hf auth login)."
+            ) from error
+        elsewhere = isinstance(error, OSError) and not Path(name).is_dir()
+        raise (NotAtHandError if elsewhere else UserError)(
+            f"{start}Without a network: give a local folder (--set model.name=FOLDER), or fill the Hub's cache "
+            "elsewhere and point HF_HOME at it (with HF_HUB_OFFLINE=1). A gated model needs HF_TOKEN."
+        ) from error

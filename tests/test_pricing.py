@@ -1,0 +1,364 @@
+"""`fedsb check` without weights and without rows: published figures, known sizes, and what it cannot know."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import Said, labelled_rows, set_all, write_rows, write_toml
+from fedsb.adapters.adapted import find_targets
+from fedsb.config import load_config
+from fedsb.hub import SHIPPED, shipped_shapes
+from fedsb.memory import training_memory
+from fedsb.methods.fed_sb import FedSB
+from fedsb.methods.fedit import FedIT
+from fedsb.methods.flora import FLoRA
+from fedsb.model import load_base
+from fedsb.pricing import estimate
+from fedsb.settings import ModelConfig
+
+MISTRAL, GEMMA, LLAMA = "mistralai/Mistral-7B-v0.1", "google/gemma-2-9b", "meta-llama/Llama-3.2-3B"
+BERT = "google-bert/bert-base-cased"
+SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+# Parameters as the models' own pages print them; encoders without a head.
+PARAMETERS = {
+    MISTRAL: 7_241_732_096,
+    GEMMA: 9_241_705_984,
+    LLAMA: 3_212_749_824,
+    "meta-llama/Llama-3.2-1B": 1_235_814_400,
+    "meta-llama/Llama-2-7b-hf": 6_738_415_616,
+    BERT: 108_310_272,
+    "FacebookAI/roberta-base": 124_645_632,
+    "FacebookAI/roberta-large": 355_359_744,
+    "Qwen/Qwen3-0.6B": 596_049_920,
+    "Qwen/Qwen3-4B": 4_022_468_096,
+    "Qwen/Qwen3-8B": 8_190_735_360,
+    "google/gemma-3-1b-pt": 999_885_952,
+    "google/gemma-3-4b-pt": 4_300_079_472,
+    "HuggingFaceTB/SmolLM2-135M": 134_515_008,
+    "HuggingFaceTB/SmolLM2-360M": 361_821_120,
+    "HuggingFaceTB/SmolLM2-1.7B": 1_711_376_384,
+}
+
+
+def priced(name: str, method: str, rank: int, clients: int, **more: Any) -> dict[str, Any]:
+    config = {
+        "rounds": 1,
+        "model": {"name": name, "dtype": "bfloat16", **more.get("model", {})},
+        "task": more.get("task", {"kind": "instruction"}),
+        "data": {"train": "hub:nobody/nothing", **more.get("data", {})},
+        "clients": {"count": clients},
+        "method": {"name": method, "rank": rank},
+        "train": {"batch_size": 1},
+    }
+    return estimate(load_config(config))
+
+
+# --- shapes ---
+
+
+def test_every_shipped_shape_has_its_known_size() -> None:
+    assert shipped_shapes().keys() == PARAMETERS.keys()
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_shipped_shapes_have_the_published_numbers_of_parameters(name: str) -> None:
+    encoder = shipped_shapes()[name]["config"]["model_type"] in ("bert", "roberta")
+    auto_class = "AutoModel" if encoder else "AutoModelForCausalLM"
+    base = load_base(ModelConfig(name=name), auto_class=auto_class, num_labels=0, pad_token=0, shapes_only=True)
+    assert base.parameters == PARAMETERS[name]
+    assert all(p.is_meta for p in base.model.parameters())
+    assert [choice.reason for choice in base.choices if choice.key == "model.shapes"] == [SHIPPED]
+
+
+def test_other_names_of_the_same_shapes() -> None:
+    names = [name for first, entry in shipped_shapes().items() for name in (first, *entry["also"])]
+    assert len(names) == len(set(names))
+    assert "bert-base-cased" in names and "google/gemma-3-1b-it" in names
+
+
+# --- the published figures: values a client sends ("up") or receives ("down") in a round ---
+
+
+@pytest.mark.parametrize(
+    ("model", "method", "rank", "clients", "direction", "millions"),
+    [
+        (MISTRAL, "fedit", 32, 25, "up", 83.89),
+        (MISTRAL, "fed-sb", 120, 25, "up", 3.23),
+        (MISTRAL, "fed-sb", 160, 25, "up", 5.73),
+        (MISTRAL, "fed-sb", 200, 25, "up", 8.96),
+        (MISTRAL, "flora", 32, 25, "down", 2097),  # all 25 clients' factors
+        (MISTRAL, "fedex-lora", 32, 25, "down", 2097),
+        (MISTRAL, "ffa-lora", 32, 25, "up", 44.04),  # r m; printed as half of FedIT's, 41.9
+        (GEMMA, "fedit", 32, 25, "up", 108.0),
+        (GEMMA, "fed-sb", 120, 25, "up", 4.23),
+        (GEMMA, "fed-sb", 160, 25, "up", 7.53),
+        (GEMMA, "fed-sb", 200, 25, "up", 11.76),
+        (GEMMA, "flora", 32, 25, "down", 2701),
+        (GEMMA, "ffa-lora", 32, 25, "up", 59.18),  # r m; printed 54.0
+        (LLAMA, "fedit", 32, 5, "up", 48.63),
+        (LLAMA, "fed-sb", 120, 5, "up", 2.82),
+        (LLAMA, "fed-sb", 160, 5, "up", 5.02),
+        (LLAMA, "fed-sb", 200, 5, "up", 7.84),
+        (LLAMA, "flora", 32, 5, "down", 243.1),
+    ],
+)
+def test_published_values_of_language_models(
+    model: str, method: str, rank: int, clients: int, direction: str, millions: float
+) -> None:
+    found = priced(model, method, rank, clients)
+    digits = max(len(str(millions).partition(".")[2]), 0)
+    assert round(found["values_a_client_a_round"][direction] / 1e6, digits) == millions
+    assert found["prices"][0][f"{direction}_values"] == found["values_a_client_a_round"][direction]
+
+
+def test_blocks_are_the_papers_seven_modules() -> None:
+    for model in (MISTRAL, GEMMA, LLAMA):
+        named = priced(model, "fed-sb", 32, 2, model={"targets": SEVEN})["values_a_client_a_round"]
+        assert named == priced(model, "fed-sb", 32, 2)["values_a_client_a_round"]
+
+
+@pytest.mark.parametrize(
+    ("method", "rank", "direction", "thousands"),
+    [
+        ("fed-sb", 32, "up", 26.9),
+        ("fed-sb", 48, "up", 57.6),
+        ("fed-sb", 64, "up", 100.6),
+        ("ffa-lora", 32, "up", 592.1),
+        ("flora", 32, "down", 3541.3),
+        ("fedex-lora", 32, "down", 3541.3),
+    ],
+)
+def test_published_values_of_bert_with_its_head(method: str, rank: int, direction: str, thousands: float) -> None:
+    found = priced(
+        BERT,
+        method,
+        rank,
+        3,
+        task={"kind": "classification"},
+        data={"classes": 3},
+        model={"targets": ["query", "value"]},
+    )
+    values = found["values_a_client_a_round"]
+    assert values["head"] == 768 * 3 + 3
+    assert round((values[direction] + values["head"]) / 1e3, 1) == thousands
+
+
+def test_the_one_off_basis_of_mistral() -> None:
+    """524M values at r = 200, which the published figures leave out."""
+    config = {
+        "rounds": 1,
+        "model": {"name": MISTRAL},
+        "task": {"kind": "instruction"},
+        "data": {"train": "hub:nobody/nothing"},
+        "method": {"name": "fed-sb", "rank": 200},
+        "basis": {"kind": "update-pooled"},
+    }
+    assert round(estimate(load_config(config))["values_a_client_a_round"]["one_off"] / 1e6) == 524
+
+
+# --- memory ---
+
+
+def test_memory_of_mistral_part_by_part() -> None:
+    """By hand: 7.24G weights of 2 bytes; r (m + n) = 2.62M x 200 of 4 and 8.96M of 16; 512 tokens of 2.62M of 2."""
+    parts = priced(MISTRAL, "fed-sb", 200, 25, model={"max_tokens": 512, "device": "cpu"})["memory_parts"]
+    clients = 4096 // 512
+    assert parts["base"] == 2 * PARAMETERS[MISTRAL]
+    assert parts["adapter"] == 4 * 200 * 2_621_440 + clients * 16 * 8_960_000
+    assert parts["activations"] == clients * 512 * 2_621_440 * 2
+    assert parts["logits"] == clients * 512 * 32_000 * 12
+    assert parts.keys() == {"base", "adapter", "activations", "logits"}
+
+
+@pytest.mark.parametrize(("quantize", "bytes_a_value"), [("4bit", 0.515869140625), ("8bit", 1.0)])
+def test_memory_of_a_quantised_base(quantize: str, bytes_a_value: float) -> None:
+    """32 layers of 218.1M values are quantised; embeddings, output and norms stay in bfloat16."""
+    inside = 32 * (4096 * 4096 * 2 + 1024 * 4096 * 2 + 14336 * 4096 * 3)
+    scales = 4 * 32 * (4096 * 3 + 1024 * 2 + 14336 * 2) if quantize == "8bit" else 0
+    parts = priced(MISTRAL, "fed-sb", 200, 25, model={"quantize": quantize})["memory_parts"]
+    assert parts["base"] == pytest.approx(inside * bytes_a_value + scales + 2 * (PARAMETERS[MISTRAL] - inside), abs=1)
+
+
+@pytest.mark.parametrize(("kind", "wanted"), [("core", FedSB(rank=4)), ("factors", FedIT(rank=4))])
+def test_estimated_activations_are_near_what_autograd_keeps(kind: str, wanted: Any) -> None:
+    """Counted with hooks on a small Llama: not below nine tenths, not above by two fifths."""
+    from torch.autograd.graph import saved_tensors_hooks
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from fedsb.adapters.adapted import AdaptedModel
+
+    torch.manual_seed(0)
+    settings = LlamaConfig(
+        vocab_size=50,
+        hidden_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=704,
+    )
+    model = LlamaForCausalLM(settings)
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    adapted = AdaptedModel(model, kind=kind, targets=find_targets(model))
+    tensors = {}
+    for name, (m, n) in adapted.shapes.items():
+        if kind == "core":
+            tensors |= {
+                f"{name}.A": torch.rand(4, n),
+                f"{name}.B": torch.rand(m, 4),
+                f"{name}.R": torch.rand(1, 1, 4, 4),
+            }
+        else:
+            tensors |= {f"{name}.A": torch.rand(1, 4, n), f"{name}.B": torch.rand(1, m, 4)}
+    adapted.load(tensors, trainable=frozenset(k for k in tensors if kind == "factors" or k.endswith(".R")))
+    own |= {t.untyped_storage().data_ptr() for t in tensors.values()}
+    kept: dict[int, tuple[int, torch.Tensor]] = {}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        if x.untyped_storage().data_ptr() not in own:
+            kept[x.untyped_storage().data_ptr()] = (x.untyped_storage().nbytes(), x)
+        return x
+
+    with saved_tensors_hooks(pack, lambda x: x):
+        model(input_ids=torch.randint(0, 50, (2, 96)))
+    counted = sum(size for size, _ in kept.values())
+    found = training_memory(
+        wanted,
+        adapted.shapes,
+        adapted.shapes,
+        base=0,
+        head=0,
+        together=1,
+        cohort=1,
+        tokens=192,
+        vocabulary=0,
+        private_rows=0,
+        dtype=torch.float32,
+        activation_checkpointing=False,
+    )
+    assert 0.9 < found.activations / counted < 1.4, (found.activations, counted)
+
+
+def test_what_else_takes_memory() -> None:
+    def of(method: Any = FedSB(rank=2), **more: Any) -> Any:  # noqa: B008
+        shapes = {f"h.{i}.{part}": (20, 10) for i in range(12) for part in ("up", "out")}
+        given = {
+            "base": 5,
+            "head": 7,
+            "together": 3,
+            "cohort": 4,
+            "tokens": 6,
+            "vocabulary": 11,
+            "private_rows": 0,
+            "dtype": torch.bfloat16,
+            "activation_checkpointing": False,
+        }
+        return training_memory(method, shapes, shapes, **{**given, **more})
+
+    plain = of()
+    assert plain.adapter == 4 * 24 * 2 * 30 + 3 * 16 * (24 * 4 + 7)
+    assert plain.activations == 6 * 24 * 30 * 2
+    assert plain.logits == 6 * 11 * 12
+    assert (plain.carried, plain.row_gradients) == (0, 0)
+    assert plain.total == 5 + plain.adapter + plain.activations + plain.logits
+    assert of(activation_checkpointing=True).activations == 6 * (2 * 30 + 12 * 10) * 2  # a block, 12 inputs
+    assert of(private_rows=9).row_gradients == 9 * 4 * (24 * 4 + 7)
+    assert of(FLoRA(rank=1)).carried == 4 * 24 * 4 * 30
+    assert of(FedIT(rank=2)).adapter == 3 * 16 * (24 * 2 * 30 + 7)
+    assert of(FedIT(rank=2)).activations == plain.activations * 1.25
+
+
+# --- towers ---
+
+
+def test_blocks_leave_the_vision_tower_alone() -> None:
+    """Gemma 3 4B: 34 x 7 layers of its language model, none of the 27 blocks that see."""
+    found = priced("google/gemma-3-4b-pt", "fed-sb", 10, 2)
+    assert found["values_a_client_a_round"]["up"] == 34 * 7 * 100
+
+
+def test_a_saved_model_of_two_senses_leaves_its_tower_alone(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
+
+    text = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {**text, "image_size": 28, "patch_size": 14}
+    config = Gemma3Config(
+        text_config={**text, "num_key_value_heads": 1, "head_dim": 8, "vocab_size": 50}, vision_config=vision
+    )
+    Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    names = find_targets(model)
+    assert len(names) == 7 and all("language_model.layers.0." in name for name in names)
+    assert any("vision_tower" in name for name in find_targets(model, ["q_proj"]))  # by name, it can be had
+
+
+# --- rows that are not here ---
+
+
+def test_what_is_not_known_is_said(cli: Callable[..., Said], tiny_config: dict[str, Any], tmp_path: Path) -> None:
+    toml = write_toml(tmp_path / "far.toml", set_all(tiny_config, data={"train": "hub:nobody/nothing"}))
+    said = cli("check", toml)
+    assert said.code == 0 and said.err == ""
+    flat = " ".join(said.out.split())
+    assert "Time: not known: it depends on the rows" in flat
+    assert "Not known here: - rows, tokens, time and epsilon: 'hub:nobody/nothing' cannot be fetched" in flat
+    assert "the head is priced for 2; say data.classes" in flat
+    assert "how many clients the column 'client' makes: priced for 8 (clients.count)" in flat
+    found = json.loads(cli("check", toml, "--set", "data.classes=3", "--json").out)
+    assert (found["seconds"], found["clients"], found["privacy"]) == (None, None, None)
+    assert found["values_a_client_a_round"]["head"] == 99
+    assert found["values_a_client_a_round"]["up"] == 192
+    assert len(found["unknown"]) == 2
+
+
+def test_prices_without_rows_are_those_with_them(tiny_config: dict[str, Any]) -> None:
+    config = set_all(tiny_config, clients={"count": 3}, server={"clients_per_round": 2})
+    far = set_all(config, data={"train": "hub:nobody/nothing", "classes": 3})
+    here, there = estimate(load_config(config)), estimate(load_config(far))
+    for key in ("prices", "values_a_client_a_round", "memory_bytes", "memory_parts", "client_memory_bytes"):
+        assert here[key] == there[key], key
+    assert here["unknown"] == [] and here["seconds"] > 0
+
+
+def test_real_faults_are_faults_without_rows_too(
+    cli: Callable[..., Said], tiny_config: dict[str, Any], tmp_path: Path
+) -> None:
+    toml = write_toml(tmp_path / "far.toml", set_all(tiny_config, data={"train": "hub:nobody/nothing"}))
+    for override, part in (
+        ("method.rank=33", "is above min(m, n)"),
+        ('model.targets=["querry"]', "no linear layer is called"),
+        ("model.name=nobody/nothing", "cannot load the model 'nobody/nothing'"),
+        ("data.train=hub:nobody", "is not a Hub name"),
+        ("train.lrr=1", "there is no such key"),
+    ):
+        said = cli("check", toml, "--set", override)
+        assert (said.code, said.out) == (1, "") and part in said.err, override
+
+
+def test_a_missing_local_file_is_not_known_and_a_misspelt_one_is_a_fault(
+    cli: Callable[..., Said], tiny_config: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "data").mkdir()
+    toml = write_toml(
+        tmp_path / "far.toml", set_all(tiny_config, data={"train": str(tmp_path / "data" / "train.jsonl")})
+    )
+    assert cli("check", toml).code == 0
+    assert cli("run", toml).code == 1
+    write_rows(tmp_path / "data" / "trian.jsonl", labelled_rows(9, 0))
+    said = cli("check", toml)
+    assert said.code == 1 and "near it there is trian.jsonl" in said.err
+
+
+def test_check_prices_what_compare_names(tiny_config: dict[str, Any]) -> None:
+    found = estimate(load_config(set_all(tiny_config, compare={"methods": ["fed-sb@4", "fedit@7"]})))
+    assert found["compared"] == ["fed-sb (rank 4)", "fedit (rank 7)"]
+    labels = [price["label"] for price in found["prices"]]
+    assert labels[0] == "fed-sb (rank 4)" and "fedit (rank 7)" in labels[1:] and len(set(labels)) == len(labels)
+    broken = estimate(load_config(set_all(tiny_config, compare={"methods": ["fed-sb@4", "nothing@7"]})))
+    assert broken["compared"] == []  # `fedsb compare` says it

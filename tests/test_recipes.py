@@ -1,0 +1,135 @@
+"""The recipes: each loads, opens with its command, states what `fedsb check` finds, and carries its traps."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import labelled_rows, set_all, write_rows
+from fedsb.catalogue import recipe_path, recipes
+from fedsb.config import Loaded, load_config
+from fedsb.data.tasks import TASKS
+from fedsb.pricing import estimate
+
+NAMES = [row["recipe"] for row in recipes()]
+PUBLISHED = {
+    "arithmetic-mistral-7b",
+    "arithmetic-gemma-2-9b",
+    "commonsense-llama-3.2-3b",
+    "snli-private-bert",
+    "glue-roberta-base",
+    "code-llama-2-7b",
+}
+
+
+def load(name: str, *overrides: str) -> Loaded:
+    """A recipe; one of a task family that is not there yet is priced as instructions, which it resembles."""
+    raw = tomllib.loads(recipe_path(name).read_text())
+    if raw["task"]["kind"] not in TASKS:
+        raw = set_all(raw, task={"kind": "instruction"})
+    return load_config(raw, overrides)
+
+
+def opening(name: str) -> str:
+    return " ".join(
+        line.removeprefix("#").strip() for line in recipe_path(name).read_text().splitlines() if line.startswith("#")
+    )
+
+
+def test_every_published_setting_has_its_recipe() -> None:
+    assert set(NAMES) >= PUBLISHED
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_opens_with_its_command_and_what_to_expect(name: str) -> None:
+    text = recipe_path(name).read_text()
+    assert text.startswith(f"# fedsb run {name}")
+    assert load(name).config.name == name
+    assert re.search(r"\d+(\.\d+)? (GB|MB)", opening(name)), "what it takes in memory"
+    assert re.search(r"minutes|hour", opening(name)), "how long it takes"
+    assert max(map(len, text.splitlines())) <= 120
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_a_published_setting_says_that_it_was_not_run_and_where_it_differs(name: str) -> None:
+    said = opening(name)
+    assert re.search(r"[Nn]one (of it was )?run by us|None of it was run by us", said)
+    assert "stimates:" in said and re.search(r"Where we differ|are ours", said)
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_every_command_in_an_opening_is_one_that_loads(name: str) -> None:
+    """Settings in the comments are real ones: no command fails on a misspelt key."""
+    for line in recipe_path(name).read_text().splitlines():
+        found = re.match(rf"#\s+fedsb (?:run|check) {re.escape(name)}((?: --set \S+)+)", line)
+        if found:
+            load(name, *found[1].split(" --set ")[1:])
+    for key in re.findall(r"--set ([a-z_.]+)=", opening(name)):
+        section, _, field = key.rpartition(".")
+        assert not section or field in type(getattr(load(name).config, section)).model_fields or section == "method"
+
+
+@pytest.mark.parametrize(
+    ("name", "gigabytes"),
+    [
+        ("arithmetic-mistral-7b", 29),
+        ("arithmetic-gemma-2-9b", 32),
+        ("commonsense-llama-3.2-3b", 15),
+        ("snli-private-bert", 3),
+        ("glue-roberta-base", 4),
+        ("code-llama-2-7b", 28),
+    ],
+)
+def test_the_memory_in_an_opening_is_what_check_says(name: str, gigabytes: int) -> None:
+    found = estimate(load(name, "model.device=cpu"))
+    assert round(found["memory_bytes"] / 1e9) == gigabytes
+    assert f"Estimates: {gigabytes} GB of" in opening(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "label", "direction", "said"),
+    [
+        ("arithmetic-mistral-7b", "fed-sb (rank 200)", "up", "8.96M"),
+        ("arithmetic-mistral-7b", "fed-sb (rank 160)", "up", "5.73M"),
+        ("arithmetic-mistral-7b", "fed-sb (rank 120)", "up", "3.23M"),
+        ("arithmetic-mistral-7b", "fedit (rank 32)", "up", "83.89M"),
+        ("arithmetic-mistral-7b", "flora (rank 32)", "down", "2,097M"),
+        ("arithmetic-gemma-2-9b", "flora (rank 32)", "down", "2,701M"),
+        ("arithmetic-gemma-2-9b", "fed-sb (rank 200)", "up", "11.76M"),
+        ("commonsense-llama-3.2-3b", "fed-sb (rank 160)", "up", "5.02M"),
+        ("commonsense-llama-3.2-3b", "flora (rank 32)", "down", "243.1M"),
+        ("code-llama-2-7b", "fedit (rank 16)", "up", "40.0M"),
+        ("code-llama-2-7b", "flora-na (rank 16)", "up", "40.0M"),
+        ("code-llama-2-7b", "fed-sb (rank 128)", "up", "3.7M"),
+        ("code-llama-2-7b", "flora (rank 16)", "down", "400M"),
+        ("glue-roberta-base", "fed-sb (rank 16)", "up", "6.1K"),
+        ("glue-roberta-base", "fedex-lora (rank 4)", "down", "442K"),
+    ],
+)
+def test_the_values_in_an_opening_are_what_check_says(name: str, label: str, direction: str, said: str) -> None:
+    prices = {price["label"]: price for price in estimate(load(name))["prices"]}
+    values = prices[label][f"{direction}_values"]
+    number, unit = said.replace(",", "")[:-1], {"M": 1e6, "K": 1e3}[said[-1]]
+    assert f"{values / unit:.{len(number.partition('.')[2])}f}" == number
+    assert said in opening(name)
+
+
+def test_the_private_recipe_promises_what_it_says(tiny_bert: Path, tmp_path: Path) -> None:
+    """On small rows with SNLI's columns: three classes, -1 left out, epsilon 3 by the plan; the central run too."""
+    rows: list[dict[str, Any]] = [
+        {"premise": row["text"], "hypothesis": row["text"], "label": i % 4 - 1}
+        for i, row in enumerate(labelled_rows(240, 0))
+    ]
+    data = write_rows(tmp_path / "snli.jsonl", rows)
+    here = [f"model.name={tiny_bert}", f"data.train={data}", f"data.test={data}", "method.rank=8", "train.batch_size=4"]
+    for more in ([], ["method.name=central", "train.epochs=3"]):
+        found = estimate(load("snli-private-bert", *here, *more))
+        assert found["unknown"] == []
+        assert sum(found["clients"].values()) == 180
+        assert found["privacy"] is not None and "3" in found["privacy"]["says"]
+        assert max(plan["epsilon"] for plan in found["privacy"]["plans"].values()) <= 3.0
+    assert load("snli-private-bert").config.basis.kind == "weights", "B and A must not tell of the rows"
