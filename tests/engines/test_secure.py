@@ -116,6 +116,7 @@ def test_a_client_that_finds_a_fault_in_its_own_leaves_and_the_sum_is_of_the_oth
     names = [site.name for site in engine.sites]
     assert drop.client == names[0] and said in drop.reason
     assert set(summed.kept) == set(names[1:])
+    assert [sent.direction for sent in summed.replies.sent if sent.client == drop.client] == ["down"]
     monkeypatch.undo()
     other, first = started(config)
     without = play(other, first, names[1:], set(), {}, ServerOptimizer())
@@ -130,9 +131,11 @@ def test_below_the_threshold_there_is_no_round(tiny_config: dict[str, Any], monk
 
 
 def test_min_clients_raises_the_threshold(tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    config = secure(set_all(tiny_config, clients={"count": 3}), min_clients=3)
+    round_of(config)  # all three stay
     spoil(monkeypatch, 1, np.nan)
     with pytest.raises(RunError, match="the threshold is 3"):
-        round_of(secure(set_all(tiny_config, clients={"count": 3}), min_clients=3))
+        round_of(config)
 
 
 def test_a_run_says_what_it_did_counts_the_wire_and_resumes(tiny_config: dict[str, Any]) -> None:
