@@ -59,7 +59,8 @@ def grade_number(gold: str, text: str) -> Verdict:
     wanted, answer = as_number(gold), last_answer(text)
     if wanted is None:
         raise ValueError(f"the gold answer {gold!r} is not one number")
-    return Verdict(right=answer is not None and as_number(answer) == wanted, extracted=answer)
+    line = None if answer is None else answer.split("\n")[0].strip()
+    return Verdict(right=line is not None and as_number(line) == wanted, extracted=line)
 
 
 def grade_choice(gold: str, text: str, names: Sequence[str]) -> Verdict:

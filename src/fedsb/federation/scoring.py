@@ -5,7 +5,7 @@ Batched, sorted by length, summed in float64. Shapes: b examples, t tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,11 +64,24 @@ def answers(model: nn.Module, task: Answers, examples: Sequence[Example], batch_
     if task.scoring == "options":
         yield from likeliest(model, task, questions, batch_size)
         return
-    prompts = [Prompt(tokens=question.prompt_ids, new_tokens=question.new_tokens) for question in questions]
-    ends, stops = task.end_tokens(model), task.stops()
-    for position, written in write_answers(
-        model, task.tokenizer, prompts, ends=ends, stops=stops, batch_size=batch_size
-    ):
+    written = write_answers(
+        model,
+        task.tokenizer,
+        prompts_of(questions),
+        ends=task.end_tokens(model),
+        stops=task.stops(),
+        batch_size=batch_size,
+    )
+    yield from graded(task, questions, written)
+
+
+def prompts_of(questions: Sequence[Question]) -> list[Prompt]:
+    return [Prompt(tokens=question.prompt_ids, new_tokens=question.new_tokens) for question in questions]
+
+
+def graded(task: Answers, questions: Sequence[Question], answers: Iterable[tuple[int, Written]]) -> Iterator[Answered]:
+    """The answers to the questions, by position, each with its verdict."""
+    for position, written in answers:
         question = questions[position]
         verdict = task.grade(question, written.text)
         yield Answered(position=position, question=question, written=written, verdict=verdict)
