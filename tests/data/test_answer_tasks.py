@@ -42,6 +42,8 @@ def seen(task, row):
         ("arithmetic", METAMATH, "What is 1 + 1?", METAMATH["response"], "2", "number", 256),
         ("arithmetic", METAMATH | {"type": "MATH_FOBAR", "response": "The answer is: 2"}, "What is 1 + 1?",
          "The answer is: 2", "2", "math", 512),
+        ("arithmetic", METAMATH | {"response": "The answer is: 3:30"}, "What is 1 + 1?",
+         "The answer is: 3:30", "3:30", "math", 512),
         ("arithmetic", GSM8K, "How many?",
          "48/2 = 24 clips.\n#### 1,024\nThe answer is: 1,024", "1,024", "number", 256),
         ("arithmetic", MATH, "Half of $1$?",

@@ -73,6 +73,27 @@ def test_what_hangs_is_wrong_and_the_next_is_graded_again():
     assert child.poll() is not None  # nothing stays behind
 
 
+def test_an_interrupt_leaves_no_reply_behind():
+    """Else every verdict after it would be the one before's."""
+    pytest.importorskip("math_verify")
+    checker = MathChecker(seconds=20)
+    assert checker.same("5", "\\frac{10}{2}").right
+    reader = checker.child.stdout
+
+    class Interrupted:
+        def readline(self):
+            raise KeyboardInterrupt
+
+        def close(self):
+            reader.close()
+
+    checker.child.stdout = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        checker.same("5", "\\frac{15}{3}")
+    assert not checker.same("5", "\\frac{12}{3}").right
+    checker.close()
+
+
 def test_what_raises_is_wrong_and_says_so(monkeypatch):
     math_verify = pytest.importorskip("math_verify")
 

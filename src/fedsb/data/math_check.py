@@ -62,6 +62,9 @@ class MathChecker:
             line = child.stdout.readline()
         except BrokenPipeError:
             line = ""
+        except BaseException:  # Ctrl-C: the reply that is still to come must not be taken for the next one's
+            self.close()
+            raise
         if not line:
             code = child.wait()
             self.close()

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 from fedsb.data.grading import Verdict
 from fedsb.data.sources import Row, Table
 from fedsb.data.tasks.base import NO_LOSS, Example, Question, TaskOptions, Tokenizer
+from fedsb.data.tasks.causal import CausalTask
 from fedsb.data.tasks.instruction import Instruction, answer_text
 from fedsb.errors import UserError
 
@@ -35,13 +36,15 @@ class Layout:
 class Answers(Instruction):
     """A family of questions with graded answers."""
 
+    metric = "accuracy"
+    higher_is_better = True
     scorings: ClassVar[tuple[str, ...]] = ("answers", "loss")
     layouts: tuple[Layout, ...]
 
     def __init__(self, *, tokenizer: Tokenizer, options: TaskOptions, max_tokens: int) -> None:
         super().__init__(tokenizer=tokenizer, options=options, max_tokens=max_tokens)
-        if self.scoring != "loss":
-            self.metric, self.higher_is_better = "accuracy", True
+        if self.scoring == "loss":
+            self.metric, self.higher_is_better = CausalTask.metric, CausalTask.higher_is_better
 
     @classmethod
     def higher_is_better_by(cls, score: str) -> bool:

@@ -6,7 +6,7 @@
 
 Whatever the table, the model learns to end with "The answer is: X": as MetaMathQA did, we add it to the others. GSM8K's
 calculator marks, <<48/2=24>>, are left out. A row of GSM8K (and of MetaMathQA with a type that begins with "GSM") is
-graded as a number, every other as mathematics.
+graded as a number where its gold is one, every other as mathematics.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class Arithmetic(Answers):
                 f"the column {layout.answer!r} holds {text[-60:]!r}: a gold answer stands behind {ANSWER!r} or '####', "
                 "or in \\boxed{}"
             )
-        by_value = layout is GSM8K or "####" in text or str(row.get("type", "")).startswith("GSM")
+        of_gsm8k = "####" in text or str(row.get("type", "")).startswith("GSM")
+        by_value = layout is GSM8K or (of_gsm8k and as_number(gold) is not None)
         if by_value and as_number(gold) is None:
             raise UserError(f"the gold answer {gold!r} in the column {layout.answer!r} is not one number")
         if not by_value:
