@@ -15,6 +15,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from fedsb.errors import RunError, UserError
 
 SECONDS = 10  # for one answer
 MEMORY_BYTES = 4 << 30
+DECIMALS = 12  # that floats are compared to; math-verify's own 6 take .000067 for .0000672
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +56,12 @@ class MathChecker:
         """Whether the answer is the gold. Both are LaTeX, with or without dollars around it."""
         if bare(gold) == bare(answer):
             return Checked(right=True)
+        if other_base(gold, answer):
+            return Checked(right=False)
+        return self.ask(gold, answer)
+
+    def ask(self, gold: str, answer: str) -> Checked:
+        """What math-verify says, in the child."""
         child = self.child or self._start()
         assert child.stdin is not None and child.stdout is not None
         try:
@@ -118,17 +126,36 @@ def bare(latex: str) -> str:
     return text[1:-1].strip() if len(text) > 2 and text[0] == text[-1] == "$" and "$" not in text[1:-1] else text
 
 
+def tidy(latex: str) -> str:
+    """LaTeX that math-verify reads as it is meant: "\\frac \\pi4" with braces, "11,\\!111" and "11{,}111" together."""
+    text = re.sub(r"(?<=[0-9])(?:,\\!|\{,\})\s*(?=[0-9])", "", bare(latex))
+    return re.sub(r"\\([dt]?)frac\s*(\\[A-Za-z]+|[0-9])\s*([0-9])", r"\\\1frac{\2}{\3}", text)
+
+
+def together(gold: str, answer: str) -> str:
+    """The answer without thousands separators, where the gold has no comma, and so is no list."""
+    return answer if "," in gold else re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "", answer)
+
+
+def other_base(gold: str, answer: str) -> bool:
+    """Whether both name the base of their digits, as in 1200_7, and another one: math-verify reads past it."""
+    named = [re.search(r"[0-9A-Z]_\{?([0-9]+)\}?$", bare(text)) for text in (gold, answer)]
+    return all(named) and len({found.group(1) for found in named if found}) > 1
+
+
 def compare(gold: str, answer: str) -> Checked:
     """By math-verify, in this process, without a limit of time."""
     from math_verify import parse, verify
 
     try:
         golds, answers = (
-            parse(f"\\boxed{{{bare(text)}}}", parsing_timeout=None, raise_on_error=True) for text in (gold, answer)
+            parse(f"\\boxed{{{text}}}", parsing_timeout=None, raise_on_error=True)
+            for text in (tidy(gold), together(gold, tidy(answer)))
         )
         if not golds:
             return Checked(right=False, fault=f"math-verify cannot read the gold {gold!r}")
-        return Checked(right=bool(verify(golds, answers, timeout_seconds=None, raise_on_error=True)))
+        same = verify(golds, answers, float_rounding=DECIMALS, timeout_seconds=None, raise_on_error=True)
+        return Checked(right=bool(same))
     except Exception as error:  # sympy and its parsers raise whatever they like
         return Checked(right=False, fault=f"{type(error).__name__}: {error}"[:200])
 
