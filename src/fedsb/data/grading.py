@@ -72,7 +72,7 @@ def grade_choice(gold: str, text: str, names: Sequence[str]) -> Verdict:
 
 # --- numbers ---
 
-_DECIMAL = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
+_DECIMAL = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
 _ONE_NUMBER = re.compile(
     rf"(?P<before>(?:[^0-9<>≤≥±√^*/+]*[\s=:(])?)(?P<sign>[-+]?)"
     rf"(?P<whole>[0-9]+\s+(?=[0-9]+\s*/))?(?P<top>{_DECIMAL})(?:\s*/\s*(?P<bottom>{_DECIMAL}))?"
