@@ -79,6 +79,8 @@ def test_columns_and_how_to_map_them(stories):
     own = task_of("arithmetic", stories, prompt="q", answer="a")
     assert own.columns_of(make_table([{"q": "1 + 1?", "a": "The answer is: 2"}], "my.jsonl")) == ["q", "a"]
     assert own.columns_of(make_table([GSM8K], "gsm")) == ["question", "answer"]  # a test of another shape
+    both = {**MATH, "q": "1 + 1?", "a": "The answer is: 2"}
+    assert own.columns_of(make_table([both], "both")) == ["q", "a"]  # what was set comes first
     with pytest.raises(UserError, match=r"has the columns text\. Known are LLM-Adapters: instruction, answer"):
         task_of("commonsense", stories).columns_of(make_table([{"text": "a"}], "t"))
 
