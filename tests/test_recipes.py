@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from conftest import labelled_rows, set_all, write_rows
+from conftest import labelled_rows, write_rows
 from fedsb.catalogue import recipe_path, recipes
 from fedsb.config import Loaded, load_config
-from fedsb.data.tasks import TASKS
 from fedsb.pricing import estimate
 
 NAMES = [row["recipe"] for row in recipes()]
@@ -27,11 +25,7 @@ PUBLISHED = {
 
 
 def load(name: str, *overrides: str) -> Loaded:
-    """A recipe; one of a task family that is not there yet is priced as instructions, which it resembles."""
-    raw = tomllib.loads(recipe_path(name).read_text())
-    if raw["task"]["kind"] not in TASKS:
-        raw = set_all(raw, task={"kind": "instruction"})
-    return load_config(raw, overrides)
+    return load_config(recipe_path(name), overrides)
 
 
 def opening(name: str) -> str:

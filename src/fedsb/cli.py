@@ -41,6 +41,11 @@ class Listed(StrEnum):
     bases = "bases"
 
 
+class Backend(StrEnum):
+    transformers = "transformers"
+    vllm = "vllm"
+
+
 @app.command("ls")
 def list_things(what: Annotated[Listed, typer.Argument(help="What to list.")], as_json: Json = False) -> None:
     """List what there is. Methods, recipes, tasks or bases, with their facts."""
@@ -183,13 +188,22 @@ def audit(
 def evaluate(
     folder: RunArgument,
     data: Annotated[str | None, typer.Option("--data", help="Other rows to score: a file or hub:owner/name.")] = None,
+    backend: Annotated[Backend, typer.Option("--backend", help="What writes answers.")] = Backend.transformers,
+    lm_eval: Annotated[
+        str | None,
+        typer.Option("--lm-eval", metavar="TASKS", help="Run lm-eval's own tasks instead: gsm8k,piqa."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Score a run's adapter, loaded by PEFT. On the run's test rows or on others."""
-    from fedsb.evaluate import evaluate_adapter
-    from fedsb.terminal import print_table
+    """Score a run's adapter, loaded by PEFT. On its test rows or on others; written answers are kept in evals/."""
+    from fedsb.evaluate import evaluate_adapter, evaluate_by_lm_eval
+    from fedsb.terminal import Terminal, print_table
 
-    found = evaluate_adapter(folder, data)
+    if lm_eval is not None:
+        found = evaluate_by_lm_eval(folder, lm_eval)
+        _print_json(found)
+        return
+    found = evaluate_adapter(folder, data, backend=backend.value, note=Terminal(quiet=as_json).note)
     if as_json:
         _print_json(found)
     else:

@@ -93,6 +93,9 @@ def idle(config: Config) -> dict[str, str]:
     note("clients", ["column"], clients.split == "column", f"clients.split is {clients.split}")
     note("clients", ["count"], clients.split != "column", "the column says how many clients there are")
     note("data", ["test", "test_split", "test_rows"], not config.data.tune_share, "data.tune_share takes training rows")
+    task = config.task
+    graded = task.kind in ("arithmetic", "commonsense")
+    note("task", ["new_tokens"], graded and task.score in ("auto", "answers"), "no answers are written")
     note("basis", ["outer", "outer_rank"], basis.kind == "core", f"basis.kind is {basis.kind}")
     note("basis", ["side"], basis.kind in ("weights", "core"), f"basis.kind is {basis.kind}")
     note("basis", ["data"], basis.kind == "update", f"basis.kind is {basis.kind}")

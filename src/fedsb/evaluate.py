@@ -2,48 +2,121 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 from fedsb.adapters.export import BaseFacts, merge
+from fedsb.answers import answer_all
+from fedsb.backends import run_lm_eval, write_with_vllm
 from fedsb.config import load_config
 from fedsb.data.sites import load_rows, open_task_of
-from fedsb.data.tasks.base import pad_token
-from fedsb.disk import disk_errors
+from fedsb.data.sources import Table
+from fedsb.data.tasks.answers import Answers
+from fedsb.data.tasks.base import Example, Task, pad_token, question_of
+from fedsb.disk import disk_errors, safe_name, write_atomic
 from fedsb.errors import UserError
-from fedsb.federation.scoring import mean_score
+from fedsb.federation.scoring import Answered, answers, graded, mean_score, prompts_of
 from fedsb.methods import method_type
-from fedsb.model import load_base, load_tokenizer, quiet
+from fedsb.model import load_base, load_tokenizer, matmul_precision, quiet, resolve_name
 from fedsb.record import read_manifest, read_result
 from fedsb.settings import Config
 
 
-def evaluate_adapter(folder: Path, data: str | None) -> dict[str, Any]:
+def evaluate_adapter(
+    folder: Path,
+    data: str | None,
+    *,
+    backend: Literal["transformers", "vllm"] = "transformers",
+    note: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
     """Loads the base and the plain LoRA adapter with PEFT and scores them on `data`, or on the run's own test rows.
 
+    Answers that the model writes are kept below the run directory, in evals/; stopped, it goes on from there.
     Raises UserError for a run that is not finished, or one whose clients each have an adapter of their own.
     """
-    from peft import PeftModel
-
     manifest, config, adapter = _finished(folder)
     tokenizer = load_tokenizer(config.model)
     task = open_task_of(config, tokenizer)
     task.label_names = list(manifest["task"]["label_names"] or [])
     table = load_rows(config, task, data)
-    examples, cut = task.encode(table.rows)
+    examples, cut = task.encode_test(table.rows)
+    found = {"run": str(folder), "data": table.origin, "rows": len(table.rows)}
+    if not isinstance(task, Answers) or task.scoring == "loss":
+        if backend != "transformers":
+            raise UserError(f"--backend {backend} writes answers; this run is scored by {task.scoring}: leave it out")
+        model = _adapted(config, task, adapter)
+        with matmul_precision(config.model.matmul):
+            score = mean_score(model, task, examples, config.eval.batch_size)
+        return {**found, "cut": cut, task.metric: score}
+
+    def answering(left: Sequence[Example]) -> Iterator[Answered]:
+        if not left:
+            return
+        if backend == "vllm":
+            yield from _by_vllm(config, task, adapter, left)
+            return
+        model = _adapted(config, task, adapter)
+        with matmul_precision(config.model.matmul):
+            yield from answers(model, task, left, config.eval.batch_size)
+
+    where = folder / "evals" / _name(config, table, adapter, backend)
+    found |= answer_all(task, examples, answering, where / "answers.jsonl", note)
+    write_atomic(where / "result.json", json.dumps(found, indent=1).encode())
+    return found
+
+
+def evaluate_by_lm_eval(folder: Path, tasks: str) -> dict[str, Any]:
+    """lm-eval's own `tasks` ("gsm8k,piqa") on the base with the adapter. Raises UserError as the other does."""
+    _, config, adapter = _finished(folder)
+    tokenizer = load_tokenizer(config.model)
+    task = open_task_of(config, tokenizer)
+    if task.auto_class != "AutoModelForCausalLM":
+        raise UserError(f"--lm-eval asks models that write; this run's task is {config.task.kind!r}")
+    found = run_lm_eval(_adapted(config, task, adapter), tokenizer, tasks, config.eval.batch_size)
+    return {"run": str(folder), "lm_eval": found}
+
+
+def _adapted(config: Config, task: Task, adapter: Path) -> Any:
+    """The base with the plain adapter, by PEFT, in evaluation mode."""
+    from peft import PeftModel
+
     base = load_base(
-        config.model, auto_class=task.auto_class, num_labels=len(task.label_names), pad_token=pad_token(tokenizer)
+        config.model, auto_class=task.auto_class, num_labels=len(task.label_names), pad_token=pad_token(task.tokenizer)
     )
     with _silently():
-        model = PeftModel.from_pretrained(base.model, adapter)
-    score = mean_score(model.eval(), task, examples, config.eval.batch_size)
-    return {"run": str(folder), "data": table.origin, "rows": len(table.rows), "cut": cut, task.metric: score}
+        return PeftModel.from_pretrained(base.model, adapter).eval()
+
+
+def _by_vllm(config: Config, task: Answers, adapter: Path, examples: Sequence[Example]) -> Iterator[Answered]:
+    if task.scoring != "answers":
+        raise UserError(f"--backend vllm writes answers; this run is scored by {task.scoring}: leave it out")
+    questions = [question_of(example) for example in examples]
+    written = write_with_vllm(
+        resolve_name(config.model.name)[0],
+        config.model.revision,
+        config.model.dtype,
+        adapter,
+        prompts_of(questions),
+        ends=task.end_tokens(),
+        stops=task.stops(),
+    )
+    return graded(task, questions, written)
+
+
+def _name(config: Config, table: Table, adapter: Path, backend: str) -> str:
+    """A folder for an evaluation: another table, adapter, way of scoring or backend is another evaluation."""
+    weights = hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest()
+    model = config.model.model_dump_json(include={"name", "revision", "dtype", "matmul", "attention"})
+    facts = (table.fingerprint, weights, model, config.task.model_dump_json(), backend)
+    return f"{safe_name(Path(table.origin).name.split('.')[0])}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:8]}"
 
 
 def export_to(folder: Path, to: str, *, merged: bool) -> str:

@@ -49,13 +49,17 @@ class ModelConfig(Section):
 class TaskConfig(Section):
     """What a row means."""
 
-    kind: Literal["classification", "text", "instruction"] = "classification"
+    kind: Literal["classification", "text", "instruction", "arithmetic", "commonsense"] = "classification"
     text: str = "text"
     text_pair: str | None = None
     label: str = "label"
     prompt: str = "prompt"
     answer: str = "answer"
     pooling: Literal["model", "mean"] = Field("model", description="of classification: the model's own, or the tokens'")
+    score: Literal["auto", "answers", "options", "loss"] = Field(
+        "auto", description="of graded answers: those written, the likeliest option, or the loss; default: written"
+    )
+    new_tokens: Positive | None = Field(None, description="of a written answer; default: the family's own")
 
 
 class DataConfig(Section):

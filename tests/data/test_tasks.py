@@ -36,6 +36,8 @@ def test_opening_a_task():
         "classification": ("accuracy", "AutoModelForSequenceClassification", "SEQ_CLS"),
         "text": ("nats_per_token", "AutoModelForCausalLM", "CAUSAL_LM"),
         "instruction": ("nats_per_token", "AutoModelForCausalLM", "CAUSAL_LM"),
+        "arithmetic": ("accuracy", "AutoModelForCausalLM", "CAUSAL_LM"),
+        "commonsense": ("accuracy", "AutoModelForCausalLM", "CAUSAL_LM"),
     }
 
 

@@ -92,8 +92,13 @@ def plan_of(loaded: Loaded) -> Plan:
         on_cpu = all(choose_device(device)[0].type == "cpu" for device in {c.config.model.device for c in contenders})
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         workers = workers if on_cpu else 1  # two runs on one GPU would share its memory and its time
-    task = TASKS[contenders[0].config.task.kind]
-    return Plan(asked=asked, contenders=contenders, workers=workers, higher_is_better=task.higher_is_better)
+    task = contenders[0].config.task
+    return Plan(
+        asked=asked,
+        contenders=contenders,
+        workers=workers,
+        higher_is_better=TASKS[task.kind].higher_is_better_by(task.score),
+    )
 
 
 class Work:

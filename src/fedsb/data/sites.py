@@ -59,7 +59,7 @@ def open_data(config: Config, tokenizer: Tokenizer) -> Data:
     share = config.data.tune_share
     for table in (train, test):
         if table is not None:
-            require_columns(table, task.needs)
+            task.columns_of(table)
     task.fit_labels(train.rows, test.rows if test else [])
     wanted, found = config.data.classes, len(task.label_names)
     if wanted is not None and task.label_names and wanted != found:
@@ -99,9 +99,9 @@ def open_data(config: Config, tokenizer: Tokenizer) -> Data:
         kept, held = task.hold_out(rows, clients.held_out, generator(config.seed, "held out", shard.name))
         if shard.name not in unseen:
             kept, scored = task.hold_out(kept, share, generator(config.seed, "tune", shard.name))
-            scored_examples, cut_scored = task.encode(scored)
+            scored_examples, cut_scored = task.encode_test(scored)
             tune, cut = tune + scored_examples, cut + cut_scored
-        (examples, cut_kept), (held_examples, cut_held) = task.encode(kept), task.encode(held)
+        (examples, cut_kept), (held_examples, cut_held) = task.encode(kept), task.encode_test(held)
         if not examples:
             raise UserError(f"client {shard.name!r} has no usable row of its {len(rows)}; raise clients.min_rows")
         site = Site(
@@ -112,10 +112,10 @@ def open_data(config: Config, tokenizer: Tokenizer) -> Data:
             labels=_count(task, kept, columns.label),
         )
         if shard.name in unseen:
-            site = replace(site, unseen=True, held_out=site.held_out or site.train, train=[], rows=0)
+            site = replace(site, unseen=True, held_out=held_examples or task.encode_test(kept)[0], train=[], rows=0)
         sites.append(site)
         cut += cut_kept + cut_held
-    test_examples, cut_test = task.encode(test.rows) if test else ([], 0)
+    test_examples, cut_test = task.encode_test(test.rows) if test else ([], 0)
     if share and not tune:
         raise UserError(f"data.tune_share = {share} leaves no row of {len(train.rows):,} to score: raise it")
     if share:
@@ -146,7 +146,7 @@ def load_rows(config: Config, task: Task, source: str | None) -> Table:
     table = _load(source, None, config.data.test_split) if source is not None else _tables(config)[1]
     if table is None:
         raise UserError("this run has no test file of its own: name one with --data PATH")
-    require_columns(table, task.needs)
+    task.columns_of(table)
     return table
 
 
@@ -192,7 +192,7 @@ def _enough_text(partition: Partition, train: Table, task: Task, clients: Client
     """Leaves out natural clients whose texts together are shorter than clients.min_characters."""
     if clients.split != "column":
         raise UserError(f"clients.min_characters is of the split by column; this one is {clients.split!r}")
-    texts = [name for name in task.needs if name != task.options.label]
+    texts = [name for name in task.columns_of(train) if name != task.options.label]
     length = {
         shard.name: sum(len(str(train.rows[i][name])) for i in shard.rows for name in texts)
         for shard in partition.shards

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fedsb.data.sources import load_table, require_columns
+from fedsb.data.sources import load_table
 from fedsb.data.tasks.base import Example, Task
 from fedsb.errors import UserError
 from fedsb.federation.client import LocalTraining
@@ -26,7 +26,7 @@ def public_rows(config: Config, task: Task) -> list[Example]:
             "To look at the clients' own rows in a simulation, say basis.kind = 'update-pooled'"
         )
     table = load_table(basis.data)
-    require_columns(table, task.needs)
+    task.columns_of(table)
     return task.encode(table.rows[: basis.samples])[0]
 
 

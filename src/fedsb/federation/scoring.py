@@ -1,13 +1,30 @@
-"""Scoring a model on tokenised rows: batched, sorted by length, summed in float64."""
+"""Scoring a model on tokenised rows, as the task asks: by logits, by the likeliest option, or by written answers.
+
+Batched, sorted by length, summed in float64. Shapes: b examples, t tokens.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from fedsb.data.tasks.base import Batch, Example, Task, ids
+from fedsb.data.grading import Verdict
+from fedsb.data.tasks.answers import Answers
+from fedsb.data.tasks.base import NO_LOSS, Batch, Example, Question, Task, ids, question_of
+from fedsb.federation.generation import Prompt, Written, write_answers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answered:
+    """A graded answer to the example at `position`."""
+
+    position: int
+    question: Question
+    written: Written
+    verdict: Verdict
 
 
 def forward(model: nn.Module, task: Task, examples: Sequence[Example]) -> tuple[torch.Tensor, Batch]:
@@ -18,13 +35,83 @@ def forward(model: nn.Module, task: Task, examples: Sequence[Example]) -> tuple[
     return logits, batch
 
 
-@torch.no_grad()
 def mean_score(model: nn.Module, task: Task, examples: Sequence[Example], batch_size: int) -> float:
-    """The task's metric over the examples: total sum over total count."""
-    by_length = sorted(range(len(examples)), key=lambda i: len(ids(examples[i], "input_ids")))
+    """The task's metric over the examples."""
+    if isinstance(task, Answers) and task.scoring != "loss":
+        right = [answered.verdict.right for answered in answers(model, task, examples, batch_size)]
+        return sum(right) / len(right)
     total = count = 0.0
-    for start in range(0, len(examples), batch_size):
-        chosen = [examples[i] for i in by_length[start : start + batch_size]]
-        sums, counts = task.scores(*forward(model, task, chosen))
-        total, count = total + float(sums.cpu().double().sum()), count + float(counts.cpu().double().sum())
+    for _, sums, counts in batch_scores(model, task, examples, batch_size):
+        total, count = total + float(sums.sum()), count + float(counts.sum())
     return total / count
+
+
+@torch.no_grad()
+def batch_scores(
+    model: nn.Module, task: Task, examples: Sequence[Example], batch_size: int
+) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
+    """(positions, what the task scores from their logits, what it counts): float64, batch by batch, short first."""
+    by_length = sorted(range(len(examples)), key=lambda i: len(ids(examples[i], "input_ids")))
+    for start in range(0, len(examples), batch_size):
+        chosen = by_length[start : start + batch_size]
+        sums, counts = task.scores(*forward(model, task, [examples[i] for i in chosen]))
+        yield chosen, sums.cpu().double(), counts.cpu().double()
+
+
+def answers(model: nn.Module, task: Answers, examples: Sequence[Example], batch_size: int) -> Iterator[Answered]:
+    """Every example's graded answer, as they come: written by the model, or the option that it finds likeliest."""
+    questions = [question_of(example) for example in examples]
+    if task.scoring == "options":
+        yield from likeliest(model, task, questions, batch_size)
+        return
+    written = write_answers(
+        model,
+        task.tokenizer,
+        prompts_of(questions),
+        ends=task.end_tokens(model),
+        stops=task.stops(),
+        batch_size=batch_size,
+    )
+    yield from graded(task, questions, written)
+
+
+def prompts_of(questions: Sequence[Question]) -> list[Prompt]:
+    return [Prompt(tokens=question.prompt_ids, new_tokens=question.new_tokens) for question in questions]
+
+
+def graded(task: Answers, questions: Sequence[Question], answers: Iterable[tuple[int, Written]]) -> Iterator[Answered]:
+    """The answers to the questions, by position, each with its verdict."""
+    for position, written in answers:
+        question = questions[position]
+        verdict = task.grade(question, written.text)
+        yield Answered(position=position, question=question, written=written, verdict=verdict)
+
+
+def likeliest(model: nn.Module, task: Answers, questions: Sequence[Question], batch_size: int) -> Iterator[Answered]:
+    """The option with the largest log p(what the model would write, its end token included | prompt).
+
+    Not divided by length: the strings are those that training showed, and each is a whole answer.
+    """
+    for start in range(0, len(questions), batch_size):
+        some = questions[start : start + batch_size]
+        told = [task.option_tokens(question) for question in some]
+        examples: list[Example] = [
+            {
+                "input_ids": [*question.prompt_ids, *option],
+                "labels": [NO_LOSS] * len(question.prompt_ids) + option,
+            }
+            for question, options in zip(some, told, strict=True)
+            for option in options
+        ]
+        nats = [0.0] * len(examples)
+        for chosen, sums, _ in batch_scores(model, task, examples, batch_size):
+            for i, value in zip(chosen, sums.tolist(), strict=True):
+                nats[i] = value
+        following = iter(nats)
+        for position, (question, options) in enumerate(zip(some, told, strict=True), start=start):
+            costs = [next(following) for _ in options]
+            best = min(range(len(costs)), key=costs.__getitem__)
+            name = question.options[best]
+            written = Written(text=question.written[best], tokens=len(options[best]), ended=True)
+            verdict = Verdict(right=name == question.gold, extracted=name)
+            yield Answered(position=position, question=question, written=written, verdict=verdict)

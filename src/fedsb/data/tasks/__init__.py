@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from fedsb.data.tasks.arithmetic import Arithmetic
 from fedsb.data.tasks.base import NO_LOSS, Batch, Example, Task, TaskOptions, Tokenizer
 from fedsb.data.tasks.classification import Classification
+from fedsb.data.tasks.commonsense import Commonsense
 from fedsb.data.tasks.instruction import Instruction
 from fedsb.data.tasks.text import Text
 from fedsb.errors import UserError, did_you_mean
 
 __all__ = ["NO_LOSS", "TASKS", "Batch", "Example", "Task", "TaskOptions", "Tokenizer", "open_task"]
 
-TASKS: dict[str, type[Task]] = {"classification": Classification, "text": Text, "instruction": Instruction}
+TASKS: dict[str, type[Task]] = {
+    "classification": Classification,
+    "text": Text,
+    "instruction": Instruction,
+    "arithmetic": Arithmetic,
+    "commonsense": Commonsense,
+}
 
 
 def open_task(kind: str, *, tokenizer: Tokenizer, options: TaskOptions, max_tokens: int) -> Task:

@@ -12,17 +12,33 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import numpy as np
 
-from fedsb.data.sources import Row
+from fedsb.data.sources import Row, Table, require_columns
 from fedsb.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Example = dict[str, list[int] | int]
 Batch = dict[str, "Tensor"]
 Tokenizer = Any  # a transformers tokenizer, which ships no types
 
 NO_LOSS = -100  # the label that cross entropy leaves out
+Score = Literal["auto", "answers", "options", "loss"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What a graded row asks, beside its tokens."""
+
+    asked: str  # before the prompt's template
+    gold: str  # the right answer
+    kind: str  # how it is graded, a word of the family's
+    new_tokens: int  # an answer that is longer is cut
+    options: tuple[str, ...] = ()  # the answers to choose from, where there are such
+    written: tuple[str, ...] = ()  # what the model would write for each of them
+    prompt_ids: tuple[int, ...] = ()  # what the model reads, uncut
+
+
+Example = dict[str, "list[int] | int | Question"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,13 +51,16 @@ class TaskOptions:
     prompt: str = "prompt"
     answer: str = "answer"
     pooling: Literal["model", "mean"] = "model"
+    score: Score = "auto"
+    new_tokens: int | None = None
 
 
 class Task(ABC):
     """A task family: which columns it reads, how it encodes and collates them, and how it scores."""
 
-    metric: ClassVar[str]
-    higher_is_better: ClassVar[bool]
+    metric: str
+    higher_is_better: bool
+    scorings: ClassVar[tuple[str, ...]]  # what task.score may be; the first is the default
     auto_class: str  # the name of the transformers class that fits
     peft_task_type: str
 
@@ -52,11 +71,24 @@ class Task(ABC):
         self.options = options
         self.max_tokens = max_tokens
         self.label_names: list[str] = []  # set by fit_labels
+        self.scoring = self.scorings[0] if options.score == "auto" else options.score
+        if self.scoring not in self.scorings:
+            raise UserError(f"task.score = {options.score!r}: this task has {', '.join(self.scorings)}")
+
+    @classmethod
+    def higher_is_better_by(cls, score: str) -> bool:
+        """Whether a higher score is better, with that task.score."""
+        return cls.higher_is_better
 
     @property
     @abstractmethod
     def needs(self) -> list[str]:
         """The columns that a table must have."""
+
+    def columns_of(self, table: Table) -> list[str]:
+        """The columns of this table that are read. Raises UserError where one is missing."""
+        require_columns(table, self.needs)
+        return self.needs
 
     @abstractmethod
     def encode(self, rows: list[Row]) -> tuple[list[Example], int]:
@@ -64,6 +96,10 @@ class Task(ABC):
 
         Raises UserError at a row whose text is not text.
         """
+
+    def encode_test(self, rows: list[Row]) -> tuple[list[Example], int]:
+        """The same for rows that are scored."""
+        return self.encode(rows)
 
     @abstractmethod
     def weight(self, example: Example) -> int:
@@ -111,7 +147,7 @@ class Task(ABC):
             lists = cast(list[list[int]], values)
             return torch.tensor([value + [fill.get(name, 0)] * (width - len(value)) for value in lists])
 
-        return {name: stack(name) for name in (*examples[0], "attention_mask")}
+        return {name: stack(name) for name in (*examples[0], "attention_mask") if name != "question"}
 
     def _texts(self, rows: Sequence[Row], column: str) -> list[str]:
         for number, row in enumerate(rows, start=1):
@@ -130,6 +166,14 @@ class Task(ABC):
 def ids(example: Example, name: str) -> list[int]:
     """A token list of an example."""
     return cast(list[int], example[name])
+
+
+def question_of(example: Example) -> Question:
+    """What a graded example asks. Raises ValueError for one that was encoded for training."""
+    found = example.get("question")
+    if not isinstance(found, Question):
+        raise ValueError("an example without its question: rows that are graded are encoded by `encode_test`")
+    return found
 
 
 def pad_token(tokenizer: Tokenizer) -> int:

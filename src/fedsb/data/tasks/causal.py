@@ -5,7 +5,7 @@ Shapes: b examples, t tokens, v vocabulary, n targets in the batch.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from fedsb.data.tasks.base import NO_LOSS, Batch, Example, Task, ids
 
@@ -18,6 +18,7 @@ class CausalTask(Task):
 
     metric = "nats_per_token"
     higher_is_better = False
+    scorings: ClassVar[tuple[str, ...]] = ("loss",)
     auto_class = "AutoModelForCausalLM"
     peft_task_type = "CAUSAL_LM"
 

@@ -27,6 +27,7 @@ class Classification(Task):
 
     metric = "accuracy"
     higher_is_better = True
+    scorings = ("logits",)
     auto_class = "AutoModelForSequenceClassification"
     peft_task_type = "SEQ_CLS"
 

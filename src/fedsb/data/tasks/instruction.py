@@ -30,16 +30,9 @@ class Instruction(CausalTask):
 
         The second number counts the dropped rows and those whose answer was cut.
         """
-        asked = self._texts(rows, self.options.prompt)
-        told = self._texts(rows, self.options.answer)
-        prompts = self._tokenize([prompt_text(self.tokenizer, prompt) for prompt in asked])
-        answers = self._tokenize([answer_text(self.tokenizer, p, a) for p, a in zip(asked, told, strict=True)])
-        # A chat template writes the begin token itself.
-        start = [] if self.tokenizer.chat_template else start_tokens(self.tokenizer)
         examples: list[Example] = []
         n_cut = 0
-        for prompt, answer in zip(prompts, answers, strict=True):
-            read = start + prompt
+        for read, answer in self.tokens(rows):
             whole = read + answer
             n_cut += len(whole) > self.max_tokens
             if len(read) < self.max_tokens:
@@ -48,6 +41,19 @@ class Instruction(CausalTask):
         if rows and not examples:
             raise UserError(f"every prompt fills the window of {self.max_tokens} tokens: raise max_tokens")
         return examples, n_cut
+
+    def pairs(self, rows: list[Row]) -> tuple[list[str], list[str]]:
+        """(prompts, answers), as text. Raises UserError where a column holds none."""
+        return self._texts(rows, self.options.prompt), self._texts(rows, self.options.answer)
+
+    def tokens(self, rows: list[Row]) -> list[tuple[list[int], list[int]]]:
+        """For each row, what the model reads and what it should write, uncut."""
+        asked, told = self.pairs(rows)
+        prompts = self._tokenize([prompt_text(self.tokenizer, prompt) for prompt in asked])
+        answers = self._tokenize([answer_text(self.tokenizer, p, a) for p, a in zip(asked, told, strict=True)])
+        # A chat template writes the begin token itself.
+        start = [] if self.tokenizer.chat_template else start_tokens(self.tokenizer)
+        return [(start + prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
 
 
 def prompt_text(tokenizer: Tokenizer, prompt: str) -> str:

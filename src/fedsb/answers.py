@@ -1,0 +1,107 @@
+"""The answers of an evaluation, kept in answers.jsonl: one that was stopped goes on, and any can be read.
+
+{"row", "prompt", "generated", "extracted", "gold", "right", "fault", "tokens", "ended"}        row counts from 1
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedsb.data.tasks.answers import Answers
+from fedsb.data.tasks.base import Example, Question, question_of
+from fedsb.data.tasks.instruction import prompt_text
+from fedsb.disk import disk_errors, write_atomic
+from fedsb.federation.generation import Written
+from fedsb.federation.scoring import Answered
+
+EVERY_SECONDS = 10.0  # between two lines of progress
+
+Answering = Callable[[Sequence[Example]], Iterator[Answered]]  # positions are those in what it is given
+Line = dict[str, Any]
+
+
+def answer_all(
+    task: Answers, examples: Sequence[Example], answering: Answering, path: Path, note: Callable[[str], None]
+) -> Line:
+    """Answers what `path` does not hold yet, grades all, and gives back the figures.
+
+    What is there is taken where its prompt and gold are the row's, and graded anew.
+    """
+    questions = [question_of(example) for example in examples]
+    done = _kept(task, questions, path)
+    if done:
+        note(f"  {len(done):,} of {len(examples):,} answers are in {path}")
+    left = [i for i in range(len(examples)) if i not in done]
+    started = shown = time.monotonic()
+    with disk_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, _lines(done))
+        with path.open("a") as file:
+            for count, answered in enumerate(answering([examples[i] for i in left]), start=1):
+                position = left[answered.position]
+                done[position] = line_of(task, position, answered)
+                file.write(json.dumps(done[position]) + "\n")
+                file.flush()
+                if (now := time.monotonic()) - shown >= EVERY_SECONDS or count == len(left):
+                    shown, seconds = now, (now - started) / count * (len(left) - count)
+                    note(f"  {_progress(done, len(examples))}, about {seconds:.0f} s left")
+        write_atomic(path, _lines(done))
+    return figures(list(done.values())) | {"answers": str(path)}
+
+
+def figures(lines: Sequence[Line]) -> Line:
+    """The accuracy, and how many answers were cut, held no answer, or could not be graded: all of those are wrong."""
+    return {
+        "accuracy": sum(line["right"] for line in lines) / len(lines),
+        "cut": sum(not line["ended"] for line in lines),
+        "without_answer": sum(line["extracted"] is None for line in lines),
+        "grading_faults": sum(line["fault"] is not None for line in lines),
+    }
+
+
+def line_of(task: Answers, position: int, answered: Answered) -> Line:
+    return {
+        "row": position + 1,
+        "prompt": prompt_text(task.tokenizer, answered.question.asked),
+        "generated": answered.written.text,
+        "extracted": answered.verdict.extracted,
+        "gold": answered.question.gold,
+        "right": answered.verdict.right,
+        "fault": answered.verdict.fault,
+        "tokens": answered.written.tokens,
+        "ended": answered.written.ended,
+    }
+
+
+def _kept(task: Answers, questions: Sequence[Question], path: Path) -> dict[int, Line]:
+    """The lines of an evaluation that was stopped, by position; a torn last line is left out."""
+    kept: dict[int, Line] = {}
+    for text in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue
+        position = line["row"] - 1
+        if not 0 <= position < len(questions):
+            continue
+        question = questions[position]
+        if (line["prompt"], line["gold"]) != (prompt_text(task.tokenizer, question.asked), question.gold):
+            continue
+        written = Written(text=line["generated"], tokens=line["tokens"], ended=line["ended"])
+        verdict = task.grade(question, written.text)
+        answered = Answered(position=position, question=question, written=written, verdict=verdict)
+        kept[position] = line_of(task, position, answered)
+    return kept
+
+
+def _lines(done: dict[int, Line]) -> bytes:
+    return "".join(json.dumps(done[position]) + "\n" for position in sorted(done)).encode()
+
+
+def _progress(done: dict[int, Line], rows: int) -> str:
+    found = figures(list(done.values()))
+    return f"{len(done):,} of {rows:,} answered, accuracy {found['accuracy']:.4f}, {found['cut']:,} cut"
