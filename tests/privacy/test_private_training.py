@@ -263,6 +263,21 @@ def test_a_round_done_again_is_charged_again_and_the_promise_is_kept(
         assert [entry.round for entry in read_ledger(ledger)] == [1, 2, 2]
 
 
+def test_a_step_ahead_is_along_the_mean_of_the_rows_expected(
+    tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Not of those drawn: here all are, whatever is expected, so half the expectation is twice the step."""
+    monkeypatch.setattr(setup, "noise_for", lambda client: NoNoise())
+    starts = []
+    for samples in (10, 20):
+        basis = {"kind": "core", "samples": samples, "R0": "step", "outer_rank": 16}
+        engine = open_engine(private(set_all(tiny_config, basis=basis), clip=1e6))
+        engine.promise.open_ledgers(tmp_path / str(samples), "test", new=True)
+        starts.append(engine.build_basis(engine.method)[0].R0)
+    for layer, R in starts[1].items():
+        assert torch.allclose(starts[0][layer], 2 * R, rtol=1e-4, atol=1e-8) and (R != 0).any()
+
+
 def test_a_script_without_fedsb_finds_the_same_epsilon(tiny_config: dict[str, Any]) -> None:
     """Of three clients, two in each round, a noised basis, cut off after a round and resumed."""
     config = private(tiny_config, basis_share=0.2)
