@@ -18,7 +18,7 @@ from fedsb.data.tasks import TaskOptions, open_task
 from fedsb.federation import scoring
 from fedsb.federation.generation import Prompt, Written
 from fedsb.federation.scoring import mean_score
-from fedsb.model import load_base, load_tokenizer
+from fedsb.models.load import load_base, load_tokenizer
 from fedsb.record import read_rows
 from fedsb.run import federate
 from fedsb.settings import ModelConfig

@@ -13,12 +13,12 @@ import torch
 from conftest import Said, labelled_rows, set_all, write_rows, write_toml
 from fedsb.adapters.adapted import find_targets
 from fedsb.config import load_config
-from fedsb.hub import SHIPPED, shipped_shapes
 from fedsb.memory import training_memory
 from fedsb.methods.fed_sb import FedSB
 from fedsb.methods.fedit import FedIT
 from fedsb.methods.flora import FLoRA
-from fedsb.model import load_base
+from fedsb.models.hub import SHIPPED, shipped_shapes
+from fedsb.models.load import load_base
 from fedsb.pricing import estimate
 from fedsb.settings import ModelConfig
 

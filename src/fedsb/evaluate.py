@@ -25,7 +25,7 @@ from fedsb.disk import disk_errors, safe_name, write_atomic
 from fedsb.errors import UserError
 from fedsb.federation.scoring import Answered, answers, graded, mean_score, prompts_of
 from fedsb.methods import method_type
-from fedsb.model import load_base, load_tokenizer, matmul_precision, quiet, resolve_name
+from fedsb.models.load import load_base, load_tokenizer, matmul_precision, quiet, resolve_name
 from fedsb.record import read_manifest, read_result
 from fedsb.settings import Config
 

@@ -31,10 +31,10 @@ from fedsb.federation.schedule import refreshes, whole_broadcasts
 from fedsb.memory import Memory, trained_values, training_memory
 from fedsb.methods import build_method
 from fedsb.methods.contract import Method
-from fedsb.model import BaseModel, choose_device, choose_dtype, load_base, load_tokenizer, resolve_name
+from fedsb.models.load import BaseModel, choose_device, choose_dtype, load_base, load_tokenizer, resolve_name
+from fedsb.models.quantise import missing_package, weight_bytes
 from fedsb.privacy.setup import promise_of, refuse_what_would_leak
 from fedsb.privacy.statement import promised
-from fedsb.quantise import missing_package, weight_bytes
 from fedsb.settings import Choice, Config
 
 OVERHEAD = 1.5  # of a real step over its matrix products, as seen with MiniLM on two cores

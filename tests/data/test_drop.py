@@ -11,7 +11,7 @@ from conftest import labelled_rows, set_all, write_rows
 from fedsb.config import load_config
 from fedsb.data.sites import open_data
 from fedsb.errors import UserError
-from fedsb.model import load_tokenizer
+from fedsb.models.load import load_tokenizer
 
 
 def opened(config: dict[str, Any]) -> Any:

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from fedsb.adapters.adapted import AdaptedModel, find_targets
 from fedsb.federation.generation import Prompt, Written, write_answers
-from fedsb.model import load_base
+from fedsb.models.load import load_base
 from fedsb.settings import ModelConfig
 
 STORIES = Path(__file__).resolve().parents[3] / "shared" / "models" / "stories260K"

@@ -27,7 +27,7 @@ from fedsb.comparison.table import markdown
 from fedsb.config import Loaded, difference
 from fedsb.data.tasks import TASKS
 from fedsb.disk import write_atomic
-from fedsb.model import choose_device
+from fedsb.models.load import choose_device
 from fedsb.settings import CompareConfig, Config
 
 Note = Callable[[str], None]

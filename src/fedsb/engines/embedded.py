@@ -28,9 +28,9 @@ from fedsb.federation.link import link_of, unmoved
 from fedsb.federation.payload import Payload, unpack
 from fedsb.federation.scoring import forward, mean_score
 from fedsb.federation.tensors import to_arrays, to_tensors, under, within
-from fedsb.heads import head_start
 from fedsb.methods.contract import Method, State
-from fedsb.model import load_base, load_tokenizer, matmul_precision
+from fedsb.models.heads import head_start
+from fedsb.models.load import load_base, load_tokenizer, matmul_precision
 from fedsb.privacy.setup import promise_of, refuse_what_would_leak
 from fedsb.settings import Choice, Config
 

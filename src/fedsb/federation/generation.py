@@ -129,7 +129,7 @@ def _ready(model: Any, plain: Any) -> Iterator[None]:
     """In evaluation mode and with a plain generation config, meanwhile.
 
     A checkpoint may bring one that samples, punishes repetition or bans tokens. And blocks that recompute activations
-    stand in training mode (see model.py), in which transformers drops their cache.
+    stand in training mode (see models/activations.py), in which transformers drops their cache.
     """
     before, modes = model.generation_config, [(module, module.training) for module in model.modules()]
     model.eval()

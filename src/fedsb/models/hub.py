@@ -56,7 +56,7 @@ def shipped_config(name: str, labels: dict[str, Any]) -> Any | None:
 
 def shipped_shapes() -> dict[str, Any]:
     """By Hub name: "config", the numbers that make the architecture, and "also", names of the same shapes."""
-    shapes: dict[str, Any] = json.loads((files("fedsb") / "shapes.json").read_text())
+    shapes: dict[str, Any] = json.loads((files("fedsb.models") / "shapes.json").read_text())
     return shapes
 
 

@@ -18,8 +18,8 @@ from fedsb.adapters.basis import weight_pair
 from fedsb.adapters.layer import base_weight
 from fedsb.config import load_config
 from fedsb.errors import ConfigError, UserError
-from fedsb.model import load_base
-from fedsb.quantise import count_values, weight_bytes
+from fedsb.models.load import load_base
+from fedsb.models.quantise import count_values, weight_bytes
 from fedsb.run import federate
 from fedsb.settings import ModelConfig
 

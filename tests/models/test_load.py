@@ -24,13 +24,13 @@ from transformers import (
 
 from conftest import WORDS, _save, set_all
 from federation.opened import started
-from fedsb import model as models
 from fedsb.adapters.adapted import AdaptedModel, find_targets
 from fedsb.config import load_config
 from fedsb.engines.embedded import EmbeddedEngine
 from fedsb.errors import UserError
-from fedsb.heads import find_head, head_start
-from fedsb.model import (
+from fedsb.models import load as models
+from fedsb.models.heads import find_head, head_start
+from fedsb.models.load import (
     MINILM_HUB,
     BaseModel,
     choose_device,
@@ -363,7 +363,7 @@ def test_a_gated_model_says_where_its_licence_is(monkeypatch: pytest.MonkeyPatch
 def test_a_package_that_a_tokenizer_needs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import AutoTokenizer
 
-    from fedsb.model import load_tokenizer
+    from fedsb.models.load import load_tokenizer
 
     def refuse(*_: object, **__: object) -> None:
         raise ImportError("this tokenizer needs sentencepiece")

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedsb.activations import checkpoint_activations
 from fedsb.adapters.adapted import is_inside
 from fedsb.errors import UserError
-from fedsb.heads import find_fresh, find_head
-from fedsb.hub import config_for_shapes, hub_errors, read_config
-from fedsb.quantise import choice as quantize_choice
-from fedsb.quantise import count_values, loading_options, quantization_keys, settle
+from fedsb.models.activations import checkpoint_activations
+from fedsb.models.heads import find_fresh, find_head
+from fedsb.models.hub import config_for_shapes, hub_errors, read_config
+from fedsb.models.quantise import choice as quantize_choice
+from fedsb.models.quantise import count_values, loading_options, quantization_keys, settle
 from fedsb.settings import Choice, ModelConfig
 
 MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"
