@@ -241,7 +241,7 @@ def _card_facts(config: Config, method: Method, record: Record) -> dict[str, str
         "Method": f"{method.facts.id} ({method.facts.paper}), rank {method.rank}",
         "Data": ", ".join(f"{Path(table['origin']).name} ({table['rows']:,} rows)" for table in tables),
         "Clients": f"{sum(not client['unseen'] for client in record.manifest['clients'])}, {config.clients.split}",
-        "Rounds": str(config.rounds),
+        "Rounds": str(facts["rounds"]) + (f" of {config.rounds} planned" if facts["rounds"] < config.rounds else ""),
         "Bytes sent": f"{facts['bytes']['federation']['with_head']['total']:,} by the whole federation",
         "Score": "not scored" if score is None else f"{record.manifest['task']['metric']} {score:.4f}",
         "Privacy": record.manifest["privacy"]["says"]

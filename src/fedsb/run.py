@@ -26,6 +26,7 @@ from fedsb.methods import build_method
 from fedsb.methods.averaging import ServerOptimizer
 from fedsb.methods.contract import Method
 from fedsb.outcome import describe_start, export, finish, round_row
+from fedsb.privacy.guard import PromiseSpentError
 from fedsb.record import Record, read_manifest, refuse_existing
 from fedsb.settings import Choice, Config
 
@@ -118,21 +119,26 @@ def _carry_out(loaded: Loaded, engine: EmbeddedEngine, record: Record, display: 
         since = max((round for round in renewals if round < state.round), default=0)
         kept = record.take_up(state.round, since)  # what clients keep to themselves
 
-        for round in range(state.round, config.rounds):
-            started, sent = time.monotonic(), list[Sent]()
-            if round in renewals:
-                (state, sent), kept = renew(engine, state), {}
-            cohort = sample(engine, round, config)
-            late = set(cohort) - set(sample(engine, round - 1, config)) if round else set()
-            played = play(engine, state, cohort, late, kept, server, spool=Spool(record.folder))
-            state, kept = played.state, kept | played.kept
-            due = config.eval.due(state.round, config.rounds)
-            score = engine.score(method, state, kept) if due else None
-            sites = engine.score_sites(method, state, kept) if due and config.eval.gap else {}
-            row = round_row(played, cohort, score, sites, time.monotonic() - started, engine.promise)
-            with interrupts.hold():
-                record.round(state, row, [*sent, *played.replies.sent], played.kept, keep=config.keep_checkpoints)
-            display.round(row, config.rounds)
+        try:
+            for round in range(state.round, config.rounds):
+                started, sent = time.monotonic(), list[Sent]()
+                if round in renewals:
+                    (state, sent), kept = renew(engine, state), {}
+                cohort = sample(engine, round, config)
+                late = set(cohort) - set(sample(engine, round - 1, config)) if round else set()
+                played = play(engine, state, cohort, late, kept, server, spool=Spool(record.folder))
+                state, kept = played.state, kept | played.kept
+                due = config.eval.due(state.round, config.rounds)
+                score = engine.score(method, state, kept) if due else None
+                sites = engine.score_sites(method, state, kept) if due and config.eval.gap else {}
+                row = round_row(played, cohort, score, sites, time.monotonic() - started, engine.promise)
+                with interrupts.hold():
+                    record.round(state, row, [*sent, *played.replies.sent], played.kept, keep=config.keep_checkpoints)
+                display.round(row, config.rounds)
+        except PromiseSpentError as spent:
+            if state.round == 0:
+                raise
+            display.note(f"The run ends after round {state.round}: {spent}.")
 
         sites = engine.score_sites(method, state, kept)
         adapter = export(config, method, engine, state, kept, record)

@@ -21,6 +21,10 @@ from fedsb.privacy.plan import PrivacyPlan
 ROUNDING = 1e-6  # the same releases in another order compose alike but for this
 
 
+class PromiseSpentError(RunError):
+    """The next round would break the promise: what is finished is all that there will be."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Guard:
     """One client's."""
@@ -41,7 +45,7 @@ class Guard:
         return self.plan.basis.q * self.plan.rows
 
     def charge(self, round: int) -> None:
-        """All steps of a round, before any is taken. Raises RunError where they would break the promise."""
+        """All steps of a round, before any is taken. Raises PromiseSpentError where they would break the promise."""
         self._charge(Release(q=self.plan.q, sigma=self.plan.sigma, count=self.plan.steps), self.plan.clip, round)
 
     def draw(self) -> list[int]:
@@ -74,10 +78,9 @@ class Guard:
         planned = self.plan.epsilon()
         after = epsilon([*self.ledger.releases(), release], self.plan.delta)
         if after > planned * (1 + ROUNDING):
-            raise RunError(
+            raise PromiseSpentError(
                 f"{self.ledger.client}: round {round} would take epsilon to {after:.4g}, the plan allows {planned:.4g} "
-                f"(delta {self.plan.delta:g}). Rounds that a crash made this run repeat were charged again. What was "
-                "finished is kept: its adapter is within the promise"
+                f"(delta {self.plan.delta:g}). Rounds that a crash made this run repeat were charged again"
             )
         self.ledger.charge(release, round=round, clip=clip)
 
