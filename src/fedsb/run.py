@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -100,7 +101,7 @@ def resume(folder: Path, display: Display | None = None, changed: Loaded | None 
 def _carry_out(loaded: Loaded, engine: EmbeddedEngine, record: Record, display: Display) -> Result:
     config, method = loaded.config, engine.method
     server = ServerOptimizer(**config.server.optimizer_settings)
-    with record, Interrupts().installed() as interrupts:
+    with record, closing(engine.promise), Interrupts().installed() as interrupts:
         record.check_same(engine.data.tables, engine.base.fingerprint)
         choices = [*loaded.choices(), *engine.choices]
         display.settings(choices)

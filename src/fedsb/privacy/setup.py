@@ -51,6 +51,11 @@ class Promise:
                 ledger = Ledger(path, run=run, client=name)
             self.guards[name] = Guard(plan=plan, ledger=ledger, noise=noise_for(name))
 
+    def close(self) -> None:
+        """Lets go of the ledgers."""
+        for guard in self.guards.values():
+            guard.ledger.close()
+
     def shows(self, what: Literal["loss", "scores"]) -> bool:
         """Whether this may be told, that was computed on private rows."""
         return not self or what in self.release
