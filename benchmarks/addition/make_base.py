@@ -2,10 +2,10 @@
 
     python benchmarks/addition/make_base.py
 
-A row is {"question": "07+45", "answer": "The answer is: 052", "client": "0-24"}. All 10,000 sums of two numbers of 0..99
-are cut at random into test and train; a client holds the train rows whose first operand is in its own quarter. The base
-model has only seen sums of two numbers below 50, and of any number with one below 10 (no test row is among them), so that
-it reads digits and carries, and has never added to a ten above four.
+A row is {"question": "07+45", "answer": "The answer is: 052", "client": "0-24"}. All 10,000 sums of two numbers of
+0..99 are cut at random into test and train; a client holds 2,000 rows whose first operand is in its own quarter. The
+base has only seen sums of two numbers below 50, and of any number with one below 10 (no test row is among them): it
+reads digits and carries, but has never added to a ten above four. Some 45 seconds of one core's work.
 """
 
 from __future__ import annotations
