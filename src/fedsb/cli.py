@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shlex
 import sys
 import tomllib
@@ -296,6 +297,7 @@ def _print_json(found: Any) -> None:
 
 def main() -> None:
     """Runs the command line. Exit codes: 0 done, 1 the user's input, 2 a run that failed, 130 interrupted."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it, and it would speak of faster kernels
     try:
         code = app(prog_name="fedsb", standalone_mode=False)
     except UserError as error:

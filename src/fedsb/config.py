@@ -39,12 +39,13 @@ class Loaded:
         return [Choice(key=key, value=value, reason=reason(key)) for key, value in flatten(self.config.model_dump())]
 
 
-def load_config(source: Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Loaded:
+def load_config(source: Path | str | Mapping[str, Any], overrides: Sequence[str] = ()) -> Loaded:
     """Reads a TOML file (or a dict) and `--set key=value` overrides.
 
     Raises ConfigError with every fault at once: unknown keys and methods with the nearest name, wrong types, values
     out of range.
     """
+    source = Path(source) if isinstance(source, str) else source
     raw, label = (_read_toml(source), source.name) if isinstance(source, Path) else (dict(source), "dict")
     origin = {key: label for key, _ in flatten(raw)}
     faults: list[str] = []

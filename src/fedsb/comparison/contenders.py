@@ -38,8 +38,8 @@ class Contender:
 
     @property
     def is_control(self) -> bool:
-        """With all data in one place it is no federation, and nothing travels: no rival in bytes."""
-        return self.method.facts.pools_data
+        """`central` and `local`: nothing travels, so they are no rivals in bytes."""
+        return self.method.facts.adapter is None
 
 
 def contenders_of(loaded: Loaded) -> list[Contender]:
