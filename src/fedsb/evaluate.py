@@ -23,7 +23,7 @@ from fedsb.data.tasks.answers import Answers
 from fedsb.data.tasks.base import Example, Task, pad_token, question_of
 from fedsb.disk import disk_errors, safe_name, write_atomic
 from fedsb.errors import UserError
-from fedsb.federation.scoring import Answered, answers, graded, mean_score, prompts_of
+from fedsb.federation.scoring import Answered, answers, graded, measured, prompts_of
 from fedsb.methods import method_type
 from fedsb.model import load_base, load_tokenizer, matmul_precision, quiet, resolve_name
 from fedsb.record import read_manifest, read_result
@@ -54,8 +54,8 @@ def evaluate_adapter(
             raise UserError(f"--backend {backend} writes answers; this run is scored by {task.scoring}: leave it out")
         model = _adapted(config, task, adapter)
         with matmul_precision(config.model.matmul):
-            score = mean_score(model, task, examples, config.eval.batch_size)
-        return {**found, "cut": cut, task.metric: score}
+            scores = measured(model, task, examples, config.eval.batch_size)
+        return {**found, "cut": cut, **scores}
 
     def answering(left: Sequence[Example]) -> Iterator[Answered]:
         if not left:
@@ -157,6 +157,7 @@ def _make(manifest: Mapping[str, Any], config: Config, adapter: Path, folder: Pa
         label_names=task["label_names"] or [],
         conv1d=False,
         pad_token=manifest["model"]["pad_token"],
+        problem_type=task["problem_type"],
     )
     with _silently():
         merge(base, adapter, folder)
