@@ -54,7 +54,10 @@ def answer_all(
 
 
 def figures(lines: Sequence[Line], metric: str) -> Line:
-    """The share of right answers by its name, and how many answers were cut, held no answer, or could not be graded: all of those are wrong."""
+    """The share of right answers, called `metric`, and how many were cut, held no answer, or could not be graded.
+
+    All of those are wrong.
+    """
     return {
         metric: sum(line["right"] for line in lines) / len(lines),
         "cut": sum(not line["ended"] for line in lines),

@@ -55,8 +55,8 @@ def check_sandbox() -> str:
         walls = ran.walls
         if ran.passed != passes:
             raise RunError(
-                f"the sandbox for programs does not hold here ({program.splitlines()[-1]!r}: {ran.why or 'passed'}): run as "
-                "a plain user who may read this Python, or take task.score = 'loss'"
+                f"the sandbox for programs does not hold here ({program.splitlines()[-1]!r}: {ran.why or 'passed'}): "
+                "run as a plain user who may read this Python, or take task.score = 'loss'"
             )
     return walls
 
@@ -71,11 +71,11 @@ PROBES = {
 }
 
 
-def _run(program: str, tests: str, seconds: float) -> Ran:
+def _run(program: str, tests: str, seconds: float, *, namespaces: bool = True) -> Ran:
     with TemporaryDirectory(prefix="fedsb-code-", ignore_cleanup_errors=True) as folder:
         Path(folder).chmod(0o777)  # a superuser's program runs as nobody
         asked = {"program": program, "tests": tests, "folder": folder, "seconds": seconds,
-                 "memory_bytes": MEMORY_BYTES, "files_bytes": FILES_BYTES}  # fmt: skip
+                 "memory_bytes": MEMORY_BYTES, "files_bytes": FILES_BYTES, "namespaces": namespaces}  # fmt: skip
         child = subprocess.Popen(
             [sys.executable, "-I", str(CHILD)],
             stdin=subprocess.PIPE,

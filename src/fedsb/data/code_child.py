@@ -1,19 +1,20 @@
 """Runs one program that a model wrote, and its tests, shut in. A script of its own: it imports nothing of fedsb.
 
-    python -I code_child.py      reads {"program", "tests", "folder", "seconds", "memory_bytes", "files_bytes"} on stdin,
-                                 writes {"passed", "why", "ended", "walls"} on stdout
+    python -I code_child.py      reads {"program", "tests", "folder", "seconds", "memory_bytes", "files_bytes",
+                                 "namespaces"} on stdin, writes {"passed", "why", "ended", "walls"} on stdout
 
 This process is the warden. It makes the walls, forks the prisoner, waits no longer than `seconds`, and says what became
 of it. The prisoner alone runs the program; it passes by reaching the end of the tests and saying so, with a word that
 was drawn for this run, through a pipe. An exit code says nothing, so that neither exit() nor os._exit(0) passes.
 
 Walls, where the system makes them ("namespaces", Linux): its own network without any interface, its own process ids,
-so that all of it ends with its first process; every file system read-only but for a small one in memory. Else ("hooks"):
-Python refuses sockets, processes and files outside the folder, which native code can get around.
-Always: limits of the system on memory, processor time, file sizes, open files and processes (none may be started; nor
-threads); no environment, no input, no output. A superuser becomes nobody first.
+so that all of it ends with its first process; every file system read-only but for a small one in memory. Else ("hooks")
+Python refuses to write files outside the folder, which native code could get around.
+Always: Python refuses sockets, processes and calls into C libraries; the system limits memory, processor time, file
+sizes, open files and processes (none may be started, nor threads); no environment, no input, no output. A superuser
+becomes nobody first.
 
-Not kept out: reading files that everyone may read, and a program that is written to fool the tests beside it.
+Not kept out: reading what everyone may read, and a program that is written to fool the tests that run beside it.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def show_python(libc: ctypes.CDLL, folder: str) -> None:
     moved = {}
     for number, path in enumerate(filter(os.path.isdir, sys.path)):
         moved[path] = f"{folder}/.python/{number}"
-        os.makedirs(moved[path])
+        os.makedirs(moved[path])  # noqa: PTH103
         _done(libc.mount(os.fsencode(path), os.fsencode(moved[path]), None, BIND, None), "showing Python's library")
 
     def place(path: str) -> str:
@@ -114,28 +115,22 @@ def limit(seconds: float, memory_bytes: int, files_bytes: int) -> None:
 
 
 def refuse_in_python(folder: str, walls: str) -> None:
-    """Processes always; sockets and files elsewhere where there are no other walls. A hook cannot be taken off."""
-    never = (
-        "os.fork",
-        "os.exec",
-        "os.posix_spawn",
-        "os.spawn",
-        "os.system",
-        "os.kill",
-        "subprocess.",
-        "pty.",
-        "signal.p",
-    )
-    bare = ("socket.", "ctypes.", "os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.chmod",
-            "os.chown", "os.truncate", "os.utime", "shutil.", "ftplib.", "urllib.", "http.", "smtplib.")  # fmt: skip
-    refused = never if walls == "namespaces" else (*never, *bare)
+    """Processes, sockets and native calls always, files elsewhere where no mount keeps them; a hook stays for good.
+
+    A network of its own does not keep out the sockets that lie in the file system.
+    """
+    never = ("os.fork", "os.exec", "os.posix_spawn", "os.spawn", "os.system", "os.kill", "subprocess.", "pty.",
+             "socket.", "ctypes.dlsym", "ctypes.call_function", "ctypes.cdata")  # fmt: skip
+    files = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.chmod", "os.chown",
+             "os.truncate", "os.utime", "shutil.")  # fmt: skip
+    refused = never if walls == "namespaces" else (*never, *files)
     written = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
     def hook(event: str, arguments: tuple[object, ...]) -> None:
         if event.startswith(refused):
             raise PermissionError(f"{event} is not allowed here")
         if event == "open" and walls != "namespaces" and int(str(arguments[2])) & written:
-            path = os.path.realpath(os.fsdecode(arguments[0]) if isinstance(arguments[0], (str, bytes)) else "/")  # type: ignore[arg-type]
+            path = os.path.realpath(os.fsdecode(arguments[0]) if isinstance(arguments[0], (str, bytes)) else "/")
             if not path.startswith(os.path.realpath(folder) + os.sep):
                 raise PermissionError(f"writing {path} is not allowed here")
 
@@ -195,7 +190,7 @@ def _done(code: int, what: str) -> None:
 
 def main() -> None:
     asked, word = json.loads(sys.stdin.buffer.read()), secrets.token_hex(16)
-    walls = raise_walls(asked["folder"], asked["files_bytes"])
+    walls = raise_walls(asked["folder"], asked["files_bytes"]) if asked["namespaces"] else "hooks"
     read, write = os.pipe()
     prisoner = os.fork()
     if prisoner == 0:

@@ -1,10 +1,11 @@
 """Conversations of several turns: next-token loss on what the assistant says, each turn with its end token.
 
-Reads the column messages, a list of {"role", "content"} a row. The text is the tokenizer's own chat template's. A turn of
-the assistant is what the template writes after the turns before it and its generation prompt, as in use:
+Reads the column messages, a list of {"role", "content"} a row. The text is made by the tokenizer's own chat template. A
+turn of the assistant is what the template writes after the turns before it and its generation prompt, as in use:
 
     before = template(messages[:i], add_generation_prompt)     read
-    after  = template(messages[:i + 1])                        what follows `before` is a target, white space at its end not
+    after  = template(messages[:i + 1])                        what follows `before` is a target, but for
+                                                               white space at its end
 
 The parts are tokenised apart and joined, so that what a model reads before a turn is what it was trained behind.
 """

@@ -2,9 +2,9 @@
 
     loss  (f(text) - y)^2
 
-Reads the columns text, text_pair (where it is named) and label, which is a number or a text that is one. The model has one
-output, as transformers' classifiers have it with num_labels = 1 and problem_type = "regression"; numbers are learned as
-they stand, not scaled. Pooling is as for classes. Shapes: b examples, t tokens.
+Reads the columns text, text_pair (where it is named) and label, which is a number or a text that is one. The model has
+one output, as classifiers of transformers have it with num_labels = 1 and problem_type = "regression"; numbers are
+learned as they stand, not scaled. Pooling is as for classes. Shapes: b examples, t tokens.
 """
 
 from __future__ import annotations
