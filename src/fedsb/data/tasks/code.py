@@ -28,6 +28,7 @@ MBPP = Layout(name="MBPP", prompt="text", answer="code")
 SANITIZED = Layout(name="MBPP, sanitized", prompt="prompt", answer="code")
 CODEFEEDBACK = Layout(name="CodeFeedback", prompt="query", answer="answer")
 NEW_TOKENS = 512
+PYTHON = ("", "python", "python3", "py")
 FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[ \t]*\r?\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 
 
@@ -106,8 +107,9 @@ def fenced(code: str) -> str:
 
 
 def code_of(written: str, tests: str) -> str:
-    """The program in an answer: of its fenced blocks the first that defines what the tests call, else the first."""
-    blocks = [block.group(2) for block in FENCE.finditer(written)]
+    """The program in an answer: of its blocks in Python the first that defines what the tests call, else the first."""
+    found = [block.groups() for block in FENCE.finditer(written)]
+    blocks = [text for language, text in found if language.lower() in PYTHON] or [text for _, text in found]
     called = set(re.findall(r"\b([A-Za-z_]\w*)\s*\(", tests)) | set(re.findall(r"check\((\w+)\)", tests))
     for block in blocks:
         if called & set(re.findall(r"^(?:async\s+)?def\s+(\w+)", block, re.MULTILINE)):
