@@ -48,15 +48,18 @@ def answer_all(
                 file.flush()
                 if (now := time.monotonic()) - shown >= EVERY_SECONDS or count == len(left):
                     shown, seconds = now, (now - started) / count * (len(left) - count)
-                    note(f"  {_progress(done, len(examples))}, about {seconds:.0f} s left")
+                    note(f"  {_progress(done, len(examples), task.metric)}, about {seconds:.0f} s left")
         write_atomic(path, _lines(done))
-    return figures(list(done.values())) | {"answers": str(path)}
+    return figures(list(done.values()), task.metric) | {"answers": str(path)}
 
 
-def figures(lines: Sequence[Line]) -> Line:
-    """The accuracy, and how many answers were cut, held no answer, or could not be graded: all of those are wrong."""
+def figures(lines: Sequence[Line], metric: str) -> Line:
+    """The share of right answers, called `metric`, and how many were cut, held no answer, or could not be graded.
+
+    All of those are wrong.
+    """
     return {
-        "accuracy": sum(line["right"] for line in lines) / len(lines),
+        metric: sum(line["right"] for line in lines) / len(lines),
         "cut": sum(not line["ended"] for line in lines),
         "without_answer": sum(line["extracted"] is None for line in lines),
         "grading_faults": sum(line["fault"] is not None for line in lines),
@@ -102,6 +105,6 @@ def _lines(done: dict[int, Line]) -> bytes:
     return "".join(json.dumps(done[position]) + "\n" for position in sorted(done)).encode()
 
 
-def _progress(done: dict[int, Line], rows: int) -> str:
-    found = figures(list(done.values()))
-    return f"{len(done):,} of {rows:,} answered, accuracy {found['accuracy']:.4f}, {found['cut']:,} cut"
+def _progress(done: dict[int, Line], rows: int, metric: str) -> str:
+    found = figures(list(done.values()), metric)
+    return f"{len(done):,} of {rows:,} answered, {metric} {found[metric]:.4f}, {found['cut']:,} cut"

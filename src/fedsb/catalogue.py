@@ -52,7 +52,12 @@ def tasks() -> list[dict[str, Any]]:
     from fedsb.data.tasks import TASKS
 
     return [
-        {"task": name, "metric": cls.metric, "model": cls.auto_class, "what": (cls.__doc__ or "").splitlines()[0]}
+        {
+            "task": name,
+            "metric": ", ".join(cls.metrics) or cls.metric,
+            "model": cls.auto_class,
+            "what": (cls.__doc__ or "").splitlines()[0],
+        }
         for name, cls in TASKS.items()
     ]
 

@@ -15,7 +15,7 @@ from typing import Any
 Json = dict[str, Any]
 Show = Callable[[object], str]
 GLUE = "\N{NO-BREAK SPACE}"
-PERCENT = {"accuracy", "exact_match", "f1"}
+PERCENT = {"accuracy", "exact_match", "f1", "pass@1"}
 LEFT, RIGHT, TOP, BOTTOM = 52, 352, 10, 184  # the plotting area inside 360 x 210
 
 

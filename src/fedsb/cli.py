@@ -188,7 +188,10 @@ def audit(
 @app.command("eval")
 def evaluate(
     folder: RunArgument,
-    data: Annotated[str | None, typer.Option("--data", help="Other rows to score: a file or hub:owner/name.")] = None,
+    data: Annotated[
+        list[str],
+        typer.Option("--data", help="Other rows to score: a file or hub:owner/name; several for each and their mean."),
+    ] = [],  # noqa: B006
     backend: Annotated[Backend, typer.Option("--backend", help="What writes answers.")] = Backend.transformers,
     lm_eval: Annotated[
         str | None,
@@ -197,18 +200,21 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Score a run's adapter, loaded by PEFT. On its test rows or on others; written answers are kept in evals/."""
-    from fedsb.evaluate import evaluate_adapter, evaluate_by_lm_eval
-    from fedsb.terminal import Terminal, print_table
+    from fedsb.evaluate import evaluate_by_lm_eval, evaluate_tables
+    from fedsb.terminal import Terminal, print_scores, print_table
 
     if lm_eval is not None:
         found = evaluate_by_lm_eval(folder, lm_eval)
         _print_json(found)
         return
-    found = evaluate_adapter(folder, data, backend=backend.value, note=Terminal(quiet=as_json).note)
+    found = evaluate_tables(folder, data or [None], backend=backend.value, note=Terminal(quiet=as_json).note)
+    one = found["tables"][0] if len(data) < 2 else None
     if as_json:
-        _print_json(found)
+        _print_json(one or found)
+    elif one:
+        print_table([one])
     else:
-        print_table([found])
+        print_scores(found)
 
 
 @app.command()

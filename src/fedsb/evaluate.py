@@ -9,6 +9,8 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -23,39 +25,87 @@ from fedsb.data.tasks.answers import Answers
 from fedsb.data.tasks.base import Example, Task, pad_token, question_of
 from fedsb.disk import disk_errors, safe_name, write_atomic
 from fedsb.errors import UserError
-from fedsb.federation.scoring import Answered, answers, graded, mean_score, prompts_of
+from fedsb.federation.scoring import Answered, answers, graded, measured, prompts_of
 from fedsb.methods import method_type
 from fedsb.models.load import load_base, load_tokenizer, matmul_precision, quiet, resolve_name
 from fedsb.record import read_manifest, read_result
 from fedsb.settings import Config
 
+Backend = Literal["transformers", "vllm"]
+Note = Callable[[str], None]
+
 
 def evaluate_adapter(
-    folder: Path,
-    data: str | None,
-    *,
-    backend: Literal["transformers", "vllm"] = "transformers",
-    note: Callable[[str], None] = lambda text: None,
+    folder: Path, data: str | None, *, backend: Backend = "transformers", note: Note = lambda text: None
 ) -> dict[str, Any]:
     """Loads the base and the plain LoRA adapter with PEFT and scores them on `data`, or on the run's own test rows.
 
     Answers that the model writes are kept below the run directory, in evals/; stopped, it goes on from there.
     Raises UserError for a run that is not finished, or one whose clients each have an adapter of their own.
     """
+    found: dict[str, Any] = evaluate_tables(folder, [data], backend=backend, note=note)["tables"][0]
+    return found
+
+
+def evaluate_tables(
+    folder: Path, sources: Sequence[str | None], *, backend: Backend = "transformers", note: Note = lambda text: None
+) -> dict[str, Any]:
+    """The same for several tables, by one model: {"run", "metric", "tables", "mean"}, the plain mean over the tables.
+
+    Every table is read before the first is scored. Raises UserError also for a table that is named twice.
+    """
     manifest, config, adapter = _finished(folder)
-    tokenizer = load_tokenizer(config.model)
-    task = open_task_of(config, tokenizer)
+    task = open_task_of(config, load_tokenizer(config.model))
     task.label_names = list(manifest["task"]["label_names"] or [])
-    table = load_rows(config, task, data)
-    examples, cut = task.encode_test(table.rows)
-    found = {"run": str(folder), "data": table.origin, "rows": len(table.rows)}
+    if backend == "vllm" and len(sources) > 1:
+        raise UserError("--backend vllm takes the whole device for one table: give one --data a command")
+    tables = [load_rows(config, task, source) for source in sources]
+    origins = [table.origin for table in tables]
+    if len(set(origins)) < len(origins):
+        raise UserError(f"--data names a table twice, which would count twice in the mean: {', '.join(origins)}")
+    encoded = [task.encode_test(table.rows) for table in tables]
+    opened = Opened(
+        folder=folder,
+        config=config,
+        task=task,
+        adapter=adapter,
+        model=cache(lambda: _adapted(config, task, adapter)),  # loaded once, and only where something is left to do
+    )
+    found = []
+    for table, (examples, cut) in zip(tables, encoded, strict=True):
+        if len(tables) > 1:
+            note(f"{table.origin}, {len(table.rows):,} rows")
+        found.append(_evaluate(opened, table, examples, cut, backend, note))
+    return {
+        "run": str(folder),
+        "metric": task.metric,
+        "tables": found,
+        "mean": sum(of[task.metric] for of in found) / len(found),
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """A finished run, to be scored."""
+
+    folder: Path
+    config: Config
+    task: Task
+    adapter: Path
+    model: Callable[[], Any]
+
+
+def _evaluate(
+    opened: Opened, table: Table, examples: Sequence[Example], cut: int, backend: Backend, note: Note
+) -> dict[str, Any]:
+    """The figures of one table."""
+    config, task, adapter = opened.config, opened.task, opened.adapter
+    found = {"run": str(opened.folder), "data": table.origin, "rows": len(table.rows)}
     if not isinstance(task, Answers) or task.scoring == "loss":
         if backend != "transformers":
             raise UserError(f"--backend {backend} writes answers; this run is scored by {task.scoring}: leave it out")
-        model = _adapted(config, task, adapter)
         with matmul_precision(config.model.matmul):
-            score = mean_score(model, task, examples, config.eval.batch_size)
-        return {**found, "cut": cut, task.metric: score}
+            return {**found, "cut": cut, **measured(opened.model(), task, examples, config.eval.batch_size)}
 
     def answering(left: Sequence[Example]) -> Iterator[Answered]:
         if not left:
@@ -63,11 +113,10 @@ def evaluate_adapter(
         if backend == "vllm":
             yield from _by_vllm(config, task, adapter, left)
             return
-        model = _adapted(config, task, adapter)
         with matmul_precision(config.model.matmul):
-            yield from answers(model, task, left, config.eval.batch_size)
+            yield from answers(opened.model(), task, left, config.eval.batch_size)
 
-    where = folder / "evals" / _name(config, table, adapter, backend)
+    where = opened.folder / "evals" / _name(config, table, adapter, backend)
     found |= answer_all(task, examples, answering, where / "answers.jsonl", note)
     write_atomic(where / "result.json", json.dumps(found, indent=1).encode())
     return found
@@ -157,6 +206,7 @@ def _make(manifest: Mapping[str, Any], config: Config, adapter: Path, folder: Pa
         label_names=task["label_names"] or [],
         conv1d=False,
         pad_token=manifest["model"]["pad_token"],
+        problem_type=task["problem_type"],
     )
     with _silently():
         merge(base, adapter, folder)

@@ -68,6 +68,7 @@ def describe_start(
             "label_names": task.label_names or None,
             "auto_class": task.auto_class,
             "peft_task_type": task.peft_task_type,
+            "problem_type": task.problem_type,
         },
         "clients": [
             {
@@ -211,6 +212,7 @@ def base_facts(config: Config, engine: EmbeddedEngine) -> BaseFacts:
         task_type=engine.task.peft_task_type,
         head=engine.base.head,
         label_names=engine.task.label_names,
+        problem_type=engine.task.problem_type,
         conv1d=has_conv1d(engine.adapted.layers),
         pad_token=engine.base.pad_token,
         quantization=engine.base.quantization,

@@ -21,6 +21,7 @@ from fedsb.charts import bytes_text
 from fedsb.comparison.contenders import Contender, contenders_of
 from fedsb.config import Loaded
 from fedsb.data.sites import Data, open_data, open_task_of
+from fedsb.data.tasks import TASKS
 from fedsb.data.tasks.base import Task, ids, pad_token
 from fedsb.engines.resolved import auto_cohort_size, local_training, public_rows, targets_choice
 from fedsb.errors import NotAtHandError, UserError
@@ -158,8 +159,9 @@ def at_hand(config: Config) -> AtHand:
         unknown.append(f"how many clients the column {clients.column!r} makes: priced for {count} (clients.count)")
     classes = 0
     if task.auto_class != "AutoModelForCausalLM":
-        classes = config.data.classes or UNKNOWN_CLASSES
-        if config.data.classes is None:
+        single = task.problem_type == "regression"
+        classes = 1 if single else config.data.classes or UNKNOWN_CLASSES
+        if config.data.classes is None and not single:
             unknown.append(f"how many classes there are: the head is priced for {classes}; say data.classes")
     width = len(str(max(count - 1, 0)))
     names = [f"client-{i:0{max(width, 2)}}" for i in range(max(count, 1))]
@@ -221,7 +223,11 @@ def _memory(
     wanted = config.engine.cohort_size
     together = min(cohort, auto_cohort_size(config, device)[0] if wanted == "auto" else wanted)
     model: Any = base.model
-    vocabulary = 0 if config.task.kind == "classification" else int(model.config.get_text_config().vocab_size)
+    vocabulary = (
+        0
+        if TASKS[config.task.kind].auto_class != "AutoModelForCausalLM"
+        else int(model.config.get_text_config().vocab_size)
+    )
 
     def of(clients: int) -> Memory:
         return training_memory(

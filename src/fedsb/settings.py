@@ -49,7 +49,9 @@ class ModelConfig(Section):
 class TaskConfig(Section):
     """What a row means."""
 
-    kind: Literal["classification", "text", "instruction", "arithmetic", "commonsense"] = "classification"
+    kind: Literal[
+        "classification", "regression", "text", "instruction", "chat", "arithmetic", "commonsense", "code"
+    ] = "classification"
     text: str = "text"
     text_pair: str | None = None
     label: str = "label"
@@ -59,7 +61,12 @@ class TaskConfig(Section):
     score: Literal["auto", "answers", "options", "loss"] = Field(
         "auto", description="of graded answers: those written, the likeliest option, or the loss; default: written"
     )
+    metric: Literal["auto", "accuracy", "f1", "matthews", "pearson", "spearman"] = Field(
+        "auto", description="of classification and regression; default: accuracy, pearson"
+    )
     new_tokens: Positive | None = Field(None, description="of a written answer; default: the family's own")
+    messages: str = "messages"
+    run_code: bool = Field(False, description="of code: run what the model writes, in a sandbox, to score it")
 
 
 class DataConfig(Section):

@@ -111,6 +111,13 @@ def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
         console.print(table)
 
 
+def print_scores(found: Mapping[str, Any]) -> None:
+    """Several tables that one adapter was scored on, and the plain mean over them."""
+    rows = [{key: value for key, value in of.items() if key not in ("run", "answers")} for of in found["tables"]]
+    last = dict.fromkeys(rows[0], "") | {"data": "mean", found["metric"]: found["mean"]}
+    print_table([*({**row, "data": Path(row["data"]).name} for row in rows), last])
+
+
 def print_summary(folder: Path, found: Mapping[str, Any]) -> None:
     """The headline of a run: score, bytes, adapter."""
     from fedsb.record import read_manifest, read_result

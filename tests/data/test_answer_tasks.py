@@ -121,7 +121,10 @@ def test_no_test_row_is_dropped_and_no_prompt_cut(stories):
 def test_a_task_knows_how_it_is_scored(stories):
     assert {kind: task.scorings for kind, task in TASKS.items()} == {
         "classification": ("logits",),
+        "regression": ("logits",),
         "text": ("loss",),
+        "chat": ("loss",),
+        "code": ("answers", "loss"),
         "instruction": ("loss",),
         "arithmetic": ("answers", "loss"),
         "commonsense": ("answers", "options", "loss"),

@@ -85,8 +85,9 @@ def test_losses_and_scores_by_hand(minilm):
     assert loss_b.dtype == torch.float32
     torch.testing.assert_close(loss_b, torch.tensor([math.log(4 / 3), math.log(4)]), atol=5e-3, rtol=0)  # bfloat16 in
     assert weight_b.tolist() == [1, 1]
-    correct_b, count_b = task.scores(logits, batch)
-    assert (correct_b.tolist(), count_b.tolist()) == ([1, 0], [1, 1])
+    predicted_b, true_b = task.scores(logits, batch)
+    assert (predicted_b.tolist(), true_b.tolist()) == ([1, 0], [1, 1])
+    assert task.measure([(predicted_b.double(), true_b.double())]) == {"accuracy": 0.5}
 
 
 def test_the_baseline_is_trains_majority_on_test(minilm):
@@ -124,4 +125,4 @@ def test_mean_pooling_averages_the_logits_of_the_tokens_that_are_there(minilm):
     loss_b, weight_b = task.losses(logits, batch)
     assert loss_b.tolist() == pytest.approx([math.log(1 + math.exp(-2)), math.log(1 + math.exp(3))])
     assert weight_b.tolist() == [1, 1]
-    assert task.scores(logits, batch)[0].tolist() == [1, 0]
+    assert task.scores(logits, batch)[0].tolist() == [0, 1]

@@ -34,7 +34,10 @@ def test_opening_a_task():
     assert plain("text", text="line").needs == ["line"]
     assert {kind: (task.metric, task.auto_class, task.peft_task_type) for kind, task in TASKS.items()} == {
         "classification": ("accuracy", "AutoModelForSequenceClassification", "SEQ_CLS"),
+        "regression": ("pearson", "AutoModelForSequenceClassification", "SEQ_CLS"),
         "text": ("nats_per_token", "AutoModelForCausalLM", "CAUSAL_LM"),
+        "chat": ("nats_per_token", "AutoModelForCausalLM", "CAUSAL_LM"),
+        "code": ("pass@1", "AutoModelForCausalLM", "CAUSAL_LM"),
         "instruction": ("nats_per_token", "AutoModelForCausalLM", "CAUSAL_LM"),
         "arithmetic": ("accuracy", "AutoModelForCausalLM", "CAUSAL_LM"),
         "commonsense": ("accuracy", "AutoModelForCausalLM", "CAUSAL_LM"),

@@ -40,9 +40,10 @@ class BaseFacts:
     auto_class: str
     task_type: str  # PEFT's: SEQ_CLS, TOKEN_CLS, CAUSAL_LM
     head: Sequence[str]  # modules trained in full
-    label_names: Sequence[str]
+    label_names: Sequence[str]  # of the head's outputs
     conv1d: bool  # GPT-2's layers, stored transposed
     pad_token: int | None = None  # where the base's own config names none and a classifier needs one
+    problem_type: str | None = None  # "regression", where the head gives a number
     quantization: Mapping[str, Any] = field(default_factory=dict)  # keys of BitsAndBytesConfig, of a quantised base
 
 
@@ -145,6 +146,8 @@ def load_lines(base: BaseFacts, adapter: Path | str) -> str:
     labels = f", num_labels={len(base.label_names)}" if base.label_names else ""
     if base.label_names and base.pad_token is not None:
         labels += f", pad_token_id={base.pad_token}"
+    if base.problem_type is not None:
+        labels += f", problem_type={base.problem_type!r}"
     revision = f", revision={base.revision!r}" if base.revision else ""
     pooling = '\n# of a text: model(**tokenizer(text, return_tensors="pt")).logits.mean(1), the mean over its tokens'
     quantised = ", ".join(f"{key}={value!r}" for key, value in base.quantization.items())
@@ -167,6 +170,7 @@ def merge(base: BaseFacts, adapter: Path, folder: Path) -> None:
     model = getattr(transformers, base.auto_class).from_pretrained(base.name, revision=base.revision, **labels)
     merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     if base.label_names:
+        merged.config.problem_type = base.problem_type
         merged.config.id2label = dict(enumerate(base.label_names))
         merged.config.label2id = {name: i for i, name in enumerate(base.label_names)}
         if merged.config.get_text_config().pad_token_id is None:
@@ -183,6 +187,7 @@ def model_card(base: BaseFacts, facts: Mapping[str, str], adapter: Path | str) -
     """A model card in Markdown: what it is, how it was made, what it scored, how to load it."""
     rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
     labels = "".join(f"\n- {i}: {name}" for i, name in enumerate(base.label_names))
+    heading = "Output, a number" if base.problem_type == "regression" else "Classes"
     quantised = (
         "\nIt was trained on the base quantised as above. On the unquantised base it works too, but is not what was "
         "scored.\n"
@@ -195,5 +200,9 @@ def model_card(base: BaseFacts, facts: Mapping[str, str], adapter: Path | str) -
         f"# A LoRA adapter, trained by federation with fedsb\n\n| | |\n|---|---|\n{rows}\n\n"
         f"## Load it\n\n```python\n{load_lines(replace(base, name=base.shared_name), adapter)}\n```\n"
         + quantised
-        + (f"\n## Classes\n{labels}\n\nvLLM does not take adapters with a trained head; PEFT does.\n" if labels else "")
+        + (
+            f"\n## {heading}\n{labels}\n\nvLLM does not take adapters with a trained head; PEFT does.\n"
+            if labels
+            else ""
+        )
     )

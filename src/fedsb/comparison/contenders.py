@@ -19,7 +19,7 @@ from fedsb.config import Loaded, idle, load_config, set_key
 from fedsb.errors import ConfigError, UserError, did_you_mean
 from fedsb.methods import build_method
 from fedsb.methods.contract import Method
-from fedsb.settings import CompareConfig, Config
+from fedsb.settings import CompareConfig, Config, TaskConfig
 
 OURS = ("seed", "name", "out")  # what the comparison sets for each run
 
@@ -141,7 +141,7 @@ def _together(contenders: list[Contender], asked: CompareConfig) -> list[str]:
         faults.append(
             f"compare.reference: no contender is called {asked.reference!r}; {did_you_mean(asked.reference, names)}"
         )
-    kinds = {contender.config.task.kind for contender in contenders}
+    kinds = {_scored_by(contender.config.task) for contender in contenders}
     if len(kinds) > 1:
         faults.append(f"compare: scores of different tasks cannot be compared: {', '.join(sorted(kinds))}")
     for contender in contenders:
@@ -149,3 +149,9 @@ def _together(contenders: list[Contender], asked: CompareConfig) -> list[str]:
         if data.test is None and data.train != "python-docs" and not contender.config.clients.held_out:
             faults.append("compare: there are no rows to score: name data.test, or set clients.held_out")
     return faults
+
+
+def _scored_by(task: TaskConfig) -> str:
+    """What the scores are of, in words: only one and the same is compared."""
+    chosen = [value for value in (task.score, task.metric) if value != "auto"]
+    return " ".join([task.kind, *chosen])

@@ -61,13 +61,13 @@ def open_data(config: Config, tokenizer: Tokenizer) -> Data:
         if table is not None:
             task.columns_of(table)
     task.fit_labels(train.rows, test.rows if test else [])
-    wanted, found = config.data.classes, len(task.label_names)
-    if wanted is not None and task.label_names and wanted != found:
+    wanted, found = config.data.classes, len(task.classes)
+    if wanted is not None and task.classes and wanted != found:
         raise UserError(
-            f"data.classes = {wanted}, but the rows have {found}: {', '.join(task.label_names[:12])}. Set it to "
+            f"data.classes = {wanted}, but the rows have {found}: {', '.join(task.classes[:12])}. Set it to "
             f"{found}, or leave out rows that have no class with data.drop"
         )
-    labels = [row[columns.label] for row in train.rows] if task.label_names else None
+    labels = [row[columns.label] for row in train.rows] if task.classes else None
     clients = config.clients
     if clients.split == "column":
         require_columns(train, [clients.column])
@@ -216,10 +216,10 @@ def _scored(test: Table | None, tune_share: float) -> str:
 
 def _count(task: Task, rows: Sequence[Row], column: str) -> dict[str, int] | None:
     """Rows of each class, in the classes' order."""
-    if not task.label_names:
+    if not task.classes:
         return None
     counted = Counter(str(row[column]) for row in rows)
-    return {name: counted[name] for name in task.label_names}
+    return {name: counted[name] for name in task.classes}
 
 
 def _facts(table: Table) -> dict[str, Any]:

@@ -40,17 +40,19 @@ def mean_score(model: nn.Module, task: Task, examples: Sequence[Example], batch_
     if isinstance(task, Answers) and task.scoring != "loss":
         right = [answered.verdict.right for answered in answers(model, task, examples, batch_size)]
         return sum(right) / len(right)
-    total = count = 0.0
-    for _, sums, counts in batch_scores(model, task, examples, batch_size):
-        total, count = total + float(sums.sum()), count + float(counts.sum())
-    return total / count
+    return measured(model, task, examples, batch_size)[task.metric]
+
+
+def measured(model: nn.Module, task: Task, examples: Sequence[Example], batch_size: int) -> dict[str, float]:
+    """The task's metric over the examples, from their logits, and what is shown beside it."""
+    return task.measure((first, second) for _, first, second in batch_scores(model, task, examples, batch_size))
 
 
 @torch.no_grad()
 def batch_scores(
     model: nn.Module, task: Task, examples: Sequence[Example], batch_size: int
 ) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
-    """(positions, what the task scores from their logits, what it counts): float64, batch by batch, short first."""
+    """(positions, the two numbers that the task scores of each), from logits: float64, batch by batch, short first."""
     by_length = sorted(range(len(examples)), key=lambda i: len(ids(examples[i], "input_ids")))
     for start in range(0, len(examples), batch_size):
         chosen = by_length[start : start + batch_size]

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from fedsb.data.tasks.arithmetic import Arithmetic
 from fedsb.data.tasks.base import NO_LOSS, Batch, Example, Task, TaskOptions, Tokenizer
+from fedsb.data.tasks.chat import Chat
 from fedsb.data.tasks.classification import Classification
+from fedsb.data.tasks.code import Code
 from fedsb.data.tasks.commonsense import Commonsense
 from fedsb.data.tasks.instruction import Instruction
+from fedsb.data.tasks.regression import Regression
 from fedsb.data.tasks.text import Text
 from fedsb.errors import UserError, did_you_mean
 
@@ -14,10 +17,13 @@ __all__ = ["NO_LOSS", "TASKS", "Batch", "Example", "Task", "TaskOptions", "Token
 
 TASKS: dict[str, type[Task]] = {
     "classification": Classification,
+    "regression": Regression,
     "text": Text,
     "instruction": Instruction,
+    "chat": Chat,
     "arithmetic": Arithmetic,
     "commonsense": Commonsense,
+    "code": Code,
 }
 
 

@@ -6,12 +6,13 @@ Shapes: b examples, t tokens, v vocabulary, c classes.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import numpy as np
 
+from fedsb.data.metrics import Values
 from fedsb.data.sources import Row, Table, require_columns
 from fedsb.errors import UserError
 
@@ -23,6 +24,8 @@ Tokenizer = Any  # a transformers tokenizer, which ships no types
 
 NO_LOSS = -100  # the label that cross entropy leaves out
 Score = Literal["auto", "answers", "options", "loss"]
+MetricName = Literal["auto", "accuracy", "f1", "matthews", "pearson", "spearman"]
+Scored = Iterable[tuple["Tensor", "Tensor"]]  # what `Task.scores` gave, batch by batch, float64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,9 +39,10 @@ class Question:
     options: tuple[str, ...] = ()  # the answers to choose from, where there are such
     written: tuple[str, ...] = ()  # what the model would write for each of them
     prompt_ids: tuple[int, ...] = ()  # what the model reads, uncut
+    given: str = ""  # of code: what stands before the answer in the program that is run
 
 
-Example = dict[str, "list[int] | int | Question"]
+Example = dict[str, "list[int] | int | float | Question"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +56,10 @@ class TaskOptions:
     answer: str = "answer"
     pooling: Literal["model", "mean"] = "model"
     score: Score = "auto"
+    metric: MetricName = "auto"
     new_tokens: int | None = None
+    messages: str = "messages"
+    run_code: bool = False
 
 
 class Task(ABC):
@@ -61,8 +68,12 @@ class Task(ABC):
     metric: str
     higher_is_better: bool
     scorings: ClassVar[tuple[str, ...]]  # what task.score may be; the first is the default
+    metrics: ClassVar[
+        tuple[str, ...]
+    ] = ()  # what task.metric may be, where there is a choice; the first is the default
     auto_class: str  # the name of the transformers class that fits
     peft_task_type: str
+    problem_type: str | None = None  # what transformers must be told of the head, where that is not plain
 
     def __init__(self, *, tokenizer: Tokenizer, options: TaskOptions, max_tokens: int) -> None:
         if max_tokens < 2:
@@ -70,10 +81,20 @@ class Task(ABC):
         self.tokenizer = tokenizer
         self.options = options
         self.max_tokens = max_tokens
-        self.label_names: list[str] = []  # set by fit_labels
+        self.label_names: list[str] = []  # of the head's outputs, none without a head; set by fit_labels
         self.scoring = self.scorings[0] if options.score == "auto" else options.score
         if self.scoring not in self.scorings:
             raise UserError(f"task.score = {options.score!r}: this task has {', '.join(self.scorings)}")
+        if options.metric != "auto":
+            if options.metric not in self.metrics:
+                known = ", ".join(self.metrics) or f"{self.metric} only"
+                raise UserError(f"task.metric = {options.metric!r}: this task has {known}")
+            self.metric = options.metric
+
+    @property
+    def classes(self) -> list[str]:
+        """The classes that a row has one of, where rows have classes."""
+        return self.label_names
 
     @classmethod
     def higher_is_better_by(cls, score: str) -> bool:
@@ -111,7 +132,17 @@ class Task(ABC):
 
     @abstractmethod
     def scores(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """For each example, float32: sum (b,) and count (b,); the metric is total sum over total count."""
+        """For each example, float32, the two numbers (b,), (b,) that `measure` makes the metric of.
+
+        For a mean they are what is summed and what is counted.
+        """
+
+    def measure(self, scored: Scored) -> dict[str, float]:
+        """The metric by its name, and what is shown beside it, of all the examples' scores."""
+        total = count = 0.0
+        for sums, counts in scored:
+            total, count = total + float(sums.sum()), count + float(counts.sum())
+        return {self.metric: total / count}
 
     def fit_labels(self, train_rows: list[Row], test_rows: list[Row]) -> None:
         """Fixes `label_names`; a task without classes has none."""
@@ -131,7 +162,8 @@ class Task(ABC):
     def collate(self, examples: list[Example], *, multiple_of: int = 8) -> Batch:
         """A right-padded batch: input_ids, attention_mask, labels, and token_type_ids where the tokenizer makes them.
 
-        All are (b, t) int64, t rounded up to `multiple_of` but not above max_tokens; labels of classes are (b,).
+        All are (b, t) int64, t rounded up to `multiple_of` but not above max_tokens; labels of classes are (b,), and
+        those that are numbers float32.
         """
         import torch
 
@@ -142,7 +174,7 @@ class Task(ABC):
 
         def stack(name: str) -> Tensor:
             values = [(example | one)[name] for example, one in zip(examples, ones, strict=True)]
-            if isinstance(values[0], int):
+            if isinstance(values[0], (int, float)):
                 return torch.tensor(values)
             lists = cast(list[list[int]], values)
             return torch.tensor([value + [fill.get(name, 0)] * (width - len(value)) for value in lists])
@@ -174,6 +206,12 @@ def question_of(example: Example) -> Question:
     if not isinstance(found, Question):
         raise ValueError("an example without its question: rows that are graded are encoded by `encode_test`")
     return found
+
+
+def together(scored: Scored) -> tuple[Values, Values]:
+    """The two numbers of every example, (N,) and (N,), float64."""
+    first, second = zip(*scored, strict=True)
+    return np.concatenate([part.numpy() for part in first]), np.concatenate([part.numpy() for part in second])
 
 
 def pad_token(tokenizer: Tokenizer) -> int:

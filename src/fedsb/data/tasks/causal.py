@@ -5,12 +5,15 @@ Shapes: b examples, t tokens, v vocabulary, n targets in the batch.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, ClassVar
 
-from fedsb.data.tasks.base import NO_LOSS, Batch, Example, Task, ids
+from fedsb.data.tasks.base import NO_LOSS, Batch, Example, Scored, Task, ids
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+LARGEST_EXPONENT = 700.0  # exp of more is no float
 
 
 class CausalTask(Task):
@@ -38,3 +41,8 @@ class CausalTask(Task):
 
     def scores(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         return self.losses(logits, batch)
+
+    def measure(self, scored: Scored) -> dict[str, float]:
+        """Nats a token, and the perplexity, exp of it."""
+        (nats,) = super().measure(scored).values()
+        return {CausalTask.metric: nats, "perplexity": math.inf if nats > LARGEST_EXPONENT else math.exp(nats)}

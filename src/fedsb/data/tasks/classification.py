@@ -1,4 +1,4 @@
-"""Classes of one text or of a pair of texts: cross entropy, accuracy.
+"""Classes of one text or of a pair of texts: cross entropy; accuracy, F1 or Matthews.
 
 Reads the columns text, text_pair (where it is named) and label; a label is an integer, a string, or true/false.
 A pair that is too long loses tokens from its longer text first.
@@ -6,16 +6,21 @@ A pair that is too long loses tokens from its longer text first.
 `pooling` is how the tokens' last states become one: "model" as the model's own classifier does (BERT: a dense layer
 over the first token), "mean" over all tokens. The mean of the states through a linear head is the mean of the tokens'
 logits, so the latter is a token classifier as transformers and PEFT know it, whose logits are averaged.
+What is scored is the predicted class and the true one, for F1 and Matthews are no means over rows; see metrics.py.
 Shapes: b examples, t tokens, c classes.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
+
+from fedsb.data import metrics
+from fedsb.data.metrics import Values
 from fedsb.data.sources import Row
-from fedsb.data.tasks.base import Batch, Example, Task, TaskOptions, Tokenizer
+from fedsb.data.tasks.base import Batch, Example, Scored, Task, TaskOptions, Tokenizer, together
 from fedsb.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,6 +33,7 @@ class Classification(Task):
     metric = "accuracy"
     higher_is_better = True
     scorings = ("logits",)
+    metrics: ClassVar[tuple[str, ...]] = ("accuracy", "f1", "matthews")
     auto_class = "AutoModelForSequenceClassification"
     peft_task_type = "SEQ_CLS"
 
@@ -72,14 +78,20 @@ class Classification(Task):
             for name, values in cut.items():
                 for position, value in zip(too_long, values, strict=True):
                     fields[name][position] = value
-        classes = {name: position for position, name in enumerate(self.label_names)}
         examples: list[Example] = []
-        for position, label in enumerate(self._labels(rows)):
+        for position, target in enumerate(self._targets(rows)):
+            example: Example = {name: values[position] for name, values in fields.items()}
+            examples.append(example | {"labels": target})
+        return examples, len(too_long)
+
+    def _targets(self, rows: list[Row]) -> list[int] | list[float]:
+        """The position of each row's class."""
+        classes = {name: position for position, name in enumerate(self.label_names)}
+        labels = self._labels(rows)
+        for label in labels:
             if str(label) not in classes:
                 raise UserError(f"the label {label!r} is none of this model's classes: {', '.join(self.label_names)}")
-            example: Example = {name: values[position] for name, values in fields.items()}
-            examples.append(example | {"labels": classes[str(label)]})
-        return examples, len(too_long)
+        return [classes[str(label)] for label in labels]
 
     def weight(self, example: Example) -> int:
         return 1
@@ -92,17 +104,28 @@ class Classification(Task):
         return loss_b, loss_b.new_ones(loss_b.shape)
 
     def scores(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """1 where the largest logit is the label's, else 0 (b,), and ones (b,)."""
-        correct_b = (pooled(logits, batch).argmax(dim=-1) == batch["labels"]).float()
-        return correct_b, correct_b.new_ones(correct_b.shape)
+        """The class of the largest logit (b,), and the label's (b,)."""
+        return pooled(logits, batch).argmax(dim=-1).float(), batch["labels"].float()
+
+    def measure(self, scored: Scored) -> dict[str, float]:
+        """The metric first, and the accuracy with it."""
+        predicted, true = together(scored)
+        return {self.metric: self.of(self.metric, predicted, true), "accuracy": metrics.accuracy(predicted, true)}
+
+    def of(self, metric: str, predicted: Values, true: Values) -> float:
+        """One metric of the classes that were predicted (N,) and the true ones (N,)."""
+        if metric == "f1":
+            return metrics.f1(predicted, true, len(self.label_names))
+        return metrics.matthews(predicted, true) if metric == "matthews" else metrics.accuracy(predicted, true)
 
     def baseline(self, examples_train: list[Example], examples_test: list[Example]) -> float | None:
-        """The accuracy on test of always saying the class that is most frequent in train (a tie: the first class)."""
+        """The metric on test of always saying the class that is most frequent in train (a tie: the first class)."""
         if not examples_train or not examples_test:
             return None
         counts = Counter(example["labels"] for example in examples_train)
         majority = max(range(len(self.label_names)), key=lambda label: counts[label])
-        return sum(example["labels"] == majority for example in examples_test) / len(examples_test)
+        true = np.array([example["labels"] for example in examples_test], dtype=np.float64)
+        return self.of(self.metric, np.full_like(true, majority), true)
 
     def _fields(self, texts: list[list[str]], *, truncation: bool = False) -> dict[str, list[list[int]]]:
         """The tokenizer's lists for texts or pairs, without the attention mask, which collate makes."""
