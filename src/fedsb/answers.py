@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from fedsb.data.tasks.instruction import prompt_text
 from fedsb.disk import disk_errors, write_atomic
 from fedsb.federation.generation import Written
 from fedsb.federation.scoring import Answered
+from fedsb.record import json_lines, read_rows
 
 EVERY_SECONDS = 10.0  # between two lines of progress
 
@@ -39,17 +39,17 @@ def answer_all(
     started = shown = time.monotonic()
     with disk_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, _lines(done))
-        with path.open("a") as file:
+        write_atomic(path, json_lines(_in_order(done)))
+        with path.open("ab") as file:
             for count, answered in enumerate(answering([examples[i] for i in left]), start=1):
                 position = left[answered.position]
                 done[position] = line_of(task, position, answered)
-                file.write(json.dumps(done[position]) + "\n")
+                file.write(json_lines([done[position]]))
                 file.flush()
                 if (now := time.monotonic()) - shown >= EVERY_SECONDS or count == len(left):
                     shown, seconds = now, (now - started) / count * (len(left) - count)
                     note(f"  {_progress(done, len(examples), task.metric)}, about {seconds:.0f} s left")
-        write_atomic(path, _lines(done))
+        write_atomic(path, json_lines(_in_order(done)))
     return figures(list(done.values()), task.metric) | {"answers": str(path)}
 
 
@@ -83,11 +83,7 @@ def line_of(task: Answers, position: int, answered: Answered) -> Line:
 def _kept(task: Answers, questions: Sequence[Question], path: Path) -> dict[int, Line]:
     """The lines of an evaluation that was stopped, by position; a torn last line is left out."""
     kept: dict[int, Line] = {}
-    for text in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            continue
+    for line in read_rows(path):
         position = line["row"] - 1
         if not 0 <= position < len(questions):
             continue
@@ -101,8 +97,8 @@ def _kept(task: Answers, questions: Sequence[Question], path: Path) -> dict[int,
     return kept
 
 
-def _lines(done: dict[int, Line]) -> bytes:
-    return "".join(json.dumps(done[position]) + "\n" for position in sorted(done)).encode()
+def _in_order(done: dict[int, Line]) -> list[Line]:
+    return [done[position] for position in sorted(done)]
 
 
 def _progress(done: dict[int, Line], rows: int, metric: str) -> str:

@@ -20,12 +20,14 @@ from fedsb.adapters.layer import is_linear, linear_shape
 from fedsb.charts import bytes_text
 from fedsb.comparison.contenders import Contender, contenders_of
 from fedsb.config import Loaded
+from fedsb.data.partition import client_names
 from fedsb.data.sites import Data, open_data, open_task_of
 from fedsb.data.tasks import TASKS
 from fedsb.data.tasks.base import Task, ids, pad_token
 from fedsb.engines.resolved import auto_cohort_size, local_training, public_rows, targets_choice
 from fedsb.errors import NotAtHandError, UserError
 from fedsb.federation.basis_round import basis_values
+from fedsb.federation.client import LocalTraining
 from fedsb.federation.facts import client_ranks, refuse_what_facts_forbid
 from fedsb.federation.prices import price_list
 from fedsb.federation.schedule import refreshes, whole_broadcasts
@@ -109,7 +111,7 @@ def estimate(loaded: Loaded) -> dict[str, Any]:
         local = local_training(config, clients=len(data.taking_part) if method.facts.pools_data else 1)
         promise = promise_of(config, method, sites, local)
         privacy = promised(promise, config, trained_values(method, adapted.shapes, head))
-        seconds, seconds_reason = _seconds(config, method, data, linear, cohort)
+        seconds, seconds_reason = _seconds(config, local, data, linear, cohort)
         choices += [*data.choices, *rank_choices, *promise.choices]
     memory = _memory(config, method, base, adapted, blocks, weights, head, cohort)
     return {
@@ -163,8 +165,7 @@ def at_hand(config: Config) -> AtHand:
         classes = 1 if single else config.data.classes or UNKNOWN_CLASSES
         if config.data.classes is None and not single:
             unknown.append(f"how many classes there are: the head is priced for {classes}; say data.classes")
-    width = len(str(max(count - 1, 0)))
-    names = [f"client-{i:0{max(width, 2)}}" for i in range(max(count, 1))]
+    names = client_names(max(count, 1))
     return AtHand(task=task, tokenizer=tokenizer, data=None, clients=names, classes=classes, unknown=tuple(unknown))
 
 
@@ -193,9 +194,8 @@ def _ranks(
     return client_ranks(config, method, shapes, names)
 
 
-def _seconds(config: Config, method: Method, data: Data, linear: int, cohort: int) -> tuple[float, str]:
+def _seconds(config: Config, local: LocalTraining, data: Data, linear: int, cohort: int) -> tuple[float, str]:
     """(seconds, reason): 2 operations a weight and token forward, the same again backward to the activations."""
-    local = local_training(config, clients=len(data.taking_part) if method.facts.pools_data else 1)
     pool = [len(ids(example, "input_ids")) for site in data.taking_part for example in site.train]
     rows = sum(local.steps_for(site.rows) * local.rows_a_step for site in data.taking_part) / len(data.taking_part)
     padded = 1.5 * sum(pool) / len(pool)  # batches are as wide as their longest row

@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -84,7 +84,7 @@ class Record:
 
     def start(self, state: State, sent: Sequence[Sent]) -> None:
         """Writes what is there before the first round."""
-        write_atomic(self.folder / "traffic.jsonl", _lines([asdict(each) for each in sent]))
+        write_atomic(self.folder / "traffic.jsonl", json_lines([asdict(each) for each in sent]))
         write_atomic(self.folder / "common.safetensors", save(_contiguous(state.common)))
         self._common = state.common
         self.checkpoint(state, keep=1)
@@ -132,7 +132,7 @@ class Record:
     def append(self, ledger: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Adds rows to rounds.jsonl or traffic.jsonl, on disk when this returns."""
         with disk_errors(self.folder), (self.folder / ledger).open("ab") as file:
-            file.write(_lines(rows))
+            file.write(json_lines(rows))
             file.flush()
             os.fsync(file.fileno())
 
@@ -228,7 +228,7 @@ class Record:
         """Drops what was written behind the state after `round` rounds, by a run that was cut off."""
         for ledger in ("rounds.jsonl", "traffic.jsonl"):
             rows = [row for row in self.rows(ledger) if row["round"] <= round]
-            write_atomic(self.folder / ledger, _lines(rows))
+            write_atomic(self.folder / ledger, json_lines(rows))
         for path in (self.folder / "clients").glob(f"*/{PREFIX}*.safetensors"):
             if _round_of(path) > round:
                 path.unlink()
@@ -321,7 +321,7 @@ def _is_round(path: Path) -> bool:
     return path.name.removeprefix(PREFIX).isdecimal()
 
 
-def _lines(rows: Sequence[Mapping[str, Any]]) -> bytes:
+def json_lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 

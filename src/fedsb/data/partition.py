@@ -73,8 +73,8 @@ def split_rows(
     else:
         counts = _counts(n_rows, np.ones(clients) if kind == "iid" else _relative_sizes(sizes, clients))
         held = np.split(generator(seed, "partition").permutation(n_rows), np.cumsum(counts)[:-1])
-    width = max(2, len(str(clients - 1)))
-    shards = [Shard(name=f"client-{k:0{width}}", rows=sorted(rows.tolist())) for k, rows in enumerate(held)]
+    named = zip(client_names(clients), held, strict=True)
+    shards = [Shard(name=name, rows=sorted(rows.tolist())) for name, rows in named]
     for shard in shards:
         if len(shard.rows) < floor:
             raise UserError(
@@ -82,6 +82,12 @@ def split_rows(
                 "lower min_rows or give it a larger size"
             )
     return Partition(shards=shards, dropped={})
+
+
+def client_names(clients: int) -> list[str]:
+    """Of clients that no column names: client-00, client-01, ..."""
+    width = max(2, len(str(clients - 1)))
+    return [f"client-{k:0{width}}" for k in range(clients)]
 
 
 def _given(values: Sequence[Any] | None, n_rows: int, kind: str) -> Sequence[Any]:

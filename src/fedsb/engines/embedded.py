@@ -16,8 +16,7 @@ from fedsb.adapters.layer import RoutingError
 from fedsb.data.sites import Site, open_data
 from fedsb.data.tasks.base import Example, pad_token
 from fedsb.engines import Answer, Replies, Reply, Score, Sent
-from fedsb.engines.resolved import auto_cohort_size, local_training, public_rows, targets_choice
-from fedsb.engines.secure import SecureSums
+from fedsb.engines.resolved import auto_cohort_size, local_training, open_sums, public_rows, targets_choice
 from fedsb.errors import UserError
 from fedsb.federation.basis_round import build_basis
 from fedsb.federation.codec import Codec
@@ -67,7 +66,7 @@ class EmbeddedEngine:
         self.promise = promise_of(config, method, self.sites, self.local)
         self.ranks, rank_choices = client_ranks(config, method, self.shapes, [site.name for site in self.sites])
         self.cohort_size, reason = self._choose_cohort_size()
-        self.sums = SecureSums(config, self.promise, run, self.sites) if config.server.secure_sum else None
+        self.sums = open_sums(config, self.promise, run, self.sites)
         self.choices = (
             *self.base.choices,
             targets_choice(config, targets),
@@ -154,13 +153,15 @@ class EmbeddedEngine:
         def replies() -> Iterator[Answer]:
             due = self.config.eval.gap and self.config.eval.due(state.round + 1, self.config.rounds)
             before = {member.name: member for member in members}
+            bases: dict[tuple[bool, int | None], Tensors] = {}  # what they would send that had not trained
             secure = self.sums.round(state.round, cohort, common) if self.sums else None
             for after in self._train(method, state, members, ranks):
                 site, told = sites[after.name], (after.name in late, ranks.get(after.name))
                 mine, (told_bytes, message) = at_rank(method, told[1]), messages[told]
                 up, own = mine.upload(before[after.name].tensors, after.tensors, state.round)
-                base = unmoved(mine, heard.common, message, state.round)
-                up = self.promise.bounded(up, base)
+                if told not in bases:
+                    bases[told] = unmoved(mine, heard.common, message, state.round)
+                up, base = self.promise.bounded(up, bases[told]), bases[told]
                 payload = Payload(
                     kind="update",
                     run=self.run,

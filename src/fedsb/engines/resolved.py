@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
+from fedsb.data.sites import Site
 from fedsb.data.sources import load_table
 from fedsb.data.tasks.base import Example, Task
 from fedsb.errors import UserError
 from fedsb.federation.client import LocalTraining
+from fedsb.privacy.extra import needs_extra
+from fedsb.privacy.setup import Promise
 from fedsb.settings import Choice, Config
+
+if TYPE_CHECKING:
+    from fedsb.engines.secure import SecureSums
 
 CPU_TOKENS, GPU_TOKENS = 4096, 16384  # that a joint forward may hold; see docs/decisions.md
 
@@ -37,6 +44,17 @@ def auto_cohort_size(config: Config, device: torch.device) -> tuple[int, str]:
     tokens = CPU_TOKENS if device.type == "cpu" else GPU_TOKENS
     size = max(1, tokens // (config.train.batch_size * config.model.max_tokens))
     return size, f"auto: up to {tokens:,} tokens in one forward on {device.type}"
+
+
+def open_sums(config: Config, promise: Promise, run: str, sites: Sequence[Site]) -> SecureSums | None:
+    """Where server.secure_sum is asked for. Raises UserError without the extra `privacy`, and as SecureSums does."""
+    if not config.server.secure_sum:
+        return None
+    try:
+        from fedsb.engines.secure import SecureSums
+    except ImportError as error:
+        raise needs_extra(error.name or "cryptography") from error
+    return SecureSums(config, promise, run, sites)
 
 
 def targets_choice(config: Config, targets: Sequence[str]) -> Choice:

@@ -19,9 +19,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
 
 from fedsb.adapters.adapted import Tensors
@@ -33,28 +33,19 @@ from fedsb.federation.payload import Payload, pack
 from fedsb.federation.server import Dropped
 from fedsb.federation.tensors import to_arrays
 from fedsb.privacy.discrete import discrete_gaussian
-from fedsb.privacy.extra import needs_extra
 from fedsb.privacy.fixed_point import Floats, Ring, flatten, unflatten
 from fedsb.privacy.guard import Guard
+from fedsb.privacy.secure_sum import SumPlan, simulate
 from fedsb.privacy.setup import Promise
 from fedsb.settings import Choice, Config
-
-if TYPE_CHECKING:
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
-    from fedsb.privacy.sum_messages import SumPlan
 
 HEADROOM = 15.0  # of a value in the ring, in standard deviations of all clients' noise together
 
 
 class SecureSums:
-    """The sums of a run. Raises UserError where a round has too few clients, or the extra `privacy` is not there."""
+    """The sums of a run. Raises UserError where a round has too few clients."""
 
     def __init__(self, config: Config, promise: Promise, run: str, sites: Sequence[Site]) -> None:
-        try:
-            from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-        except ImportError as error:
-            raise needs_extra("cryptography") from error
         self.server, self.seed, self.run, self.promise = config.server, config.seed, run, promise
         self.rows = {site.name: site.rows for site in sites}
         self.clients = min(config.server.clients_per_round or len(sites), len(sites))
@@ -122,8 +113,6 @@ class SecureRound:
         plan = self._plan(sum(math.prod(shape) for shape in shapes.values()))
         if self.guard is not None:
             self.guard.charge(self.round + 1)
-        from fedsb.privacy.secure_sum import simulate
-
         found = simulate(plan, self.identities, {name: self._encode(plan, name) for name in self._changes})
         for reply in self._replies:
             wire = {"up": found.up_bytes[reply.client], "down": found.down_bytes[reply.client]}
@@ -154,8 +143,6 @@ class SecureRound:
         self._faults.append(Dropped(client=client, reason=f"left the sum by itself: {why}"))
 
     def _plan(self, size: int) -> SumPlan:
-        from fedsb.privacy.sum_messages import SumPlan
-
         limit, clients = self.limit, len(self.identities)
         if self.guard is not None:
             limit = self.guard.plan.clip * (1 + HEADROOM * self.guard.plan.sigma / clients)
