@@ -61,7 +61,7 @@ def load_config(source: Path | str | Mapping[str, Any], overrides: Sequence[str]
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:
-        faults += _explain(error.errors())
+        faults += explain(error.errors())
     section = raw.get("method", {})
     if isinstance(section, dict):
         faults += method_faults(section)
@@ -202,14 +202,14 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is no TOML: {error}") from error
 
 
-def _explain(errors: Sequence[Any]) -> list[str]:
-    """A line for each key that is at fault."""
+def explain(errors: Sequence[Any], top: type[BaseModel] = Config) -> list[str]:
+    """A line for each key that is at fault, in a file whose whole is `top`."""
     placed = []
     for error in errors:
-        where, section = _place(error["loc"])
+        where, section = _place(error["loc"], top)
         if error["type"] == "extra_forbidden":
             key = str(error["loc"][-1])
-            elsewhere = [other for other, _ in flatten(Config().model_dump()) if other.endswith(f".{key}")]
+            elsewhere = [other for other, _ in flatten(top.model_construct().model_dump()) if other.endswith(f".{key}")]
             hint = f"did you mean {' or '.join(elsewhere)}?" if elsewhere else did_you_mean(key, section.model_fields)
             error = {**error, "msg": f"there is no such key; {hint}", "input": {}}
         elif error["type"] == "model_type":
@@ -231,9 +231,8 @@ def _joined(placed: Iterable[tuple[str, Any]]) -> list[str]:
     ]
 
 
-def _place(loc: Sequence[Any]) -> tuple[str, type[BaseModel]]:
+def _place(loc: Sequence[Any], section: type[BaseModel]) -> tuple[str, type[BaseModel]]:
     """The dotted key of a fault and its section. What pydantic adds behind a key, a union's branches, is left out."""
-    section: type[BaseModel] = Config
     keys: list[str] = []
     for part in loc:
         keys.append(str(part))

@@ -12,9 +12,12 @@ from typing import Any
 from fedsb.adapters.adapted import Tensors
 from fedsb.adapters.basis import BASES, Basis, basis_hash
 from fedsb.adapters.export import BaseFacts, check_adapter, has_conv1d, load_lines, lora_files, model_card
+from fedsb.data.tasks.base import Example
 from fedsb.disk import safe_name, write_atomic
 from fedsb.engines import Score
+from fedsb.engines.bench import Bench
 from fedsb.engines.embedded import EmbeddedEngine
+from fedsb.engines.remote import RemoteEngine
 from fedsb.engines.round import Played
 from fedsb.environment import git_hash, versions
 from fedsb.federation.basis_round import peak_memory_bytes
@@ -27,11 +30,13 @@ from fedsb.record import Record, read_result
 from fedsb.report import summary, write_report
 from fedsb.settings import Choice, Config
 
+RunEngine = EmbeddedEngine | RemoteEngine
+
 
 def describe_start(
     config: Config,
     method: Method,
-    engine: EmbeddedEngine,
+    engine: RunEngine,
     basis: Basis | None,
     state: State,
     choices: Sequence[Choice],
@@ -145,7 +150,7 @@ def round_row(
 
 
 def export(
-    config: Config, method: Method, engine: EmbeddedEngine, state: State, kept: Mapping[str, Tensors], record: Record
+    config: Config, method: Method, engine: RunEngine, state: State, kept: Mapping[str, Tensors], record: Record
 ) -> Path:
     """Writes the adapter as plain LoRA below the run directory, loads it again with PEFT, and compares.
 
@@ -158,22 +163,31 @@ def export(
         if method.facts.global_model
         else {folder / safe_name(site.name): engine.tensors_of(method, state, kept, site.name) for site in engine.sites}
     )
-    base = base_facts(config, engine)
-    logits = {path: engine.probe(tensors) for path, tensors in models.items()}
-    model = engine.adapted.unwrap()
-    for path, tensors in models.items():
-        head = {key: tensors[key] for key in engine.head}
-        card = model_card(base, _card_facts(config, method, record), "path/to/this/adapter")
-        factors = method.export(tensors)
-        files = lora_files(factors, head, base, card)
-        for name in sorted(files, key=lambda name: name == "adapter_config.json"):
-            write_atomic(path / name, files[name])
-        inputs, wanted = logits[path]
-        check_adapter(path, model, inputs, wanted, factors, base)
+    write_adapters(engine, models, _card_facts(config, method, record), engine.probes)
     return folder
 
 
-def finish(record: Record, engine: EmbeddedEngine, sites: Mapping[str, Score], adapter: Path) -> float | None:
+def write_adapters(
+    bench: Bench, models: Mapping[Path, Tensors], facts: Mapping[str, str], probes: Sequence[Example]
+) -> None:
+    """Each model as a plain LoRA adapter in its folder, loaded again with PEFT and compared on the probes.
+
+    Without probes (a coordinator without test rows) nothing is compared; sites compare on their own.
+    """
+    base = base_facts(bench)
+    logits = {path: bench.logits(tensors, probes) for path, tensors in models.items() if probes}
+    model = bench.adapted.unwrap()
+    for path, tensors in models.items():
+        head = {key: tensors[key] for key in bench.head}
+        factors = bench.method.export(tensors)
+        files = lora_files(factors, head, base, model_card(base, facts, "path/to/this/adapter"))
+        for name in sorted(files, key=lambda name: name == "adapter_config.json"):
+            write_atomic(path / name, files[name])
+        if path in logits:
+            check_adapter(path, model, *logits[path], factors, base)
+
+
+def finish(record: Record, engine: RunEngine, sites: Mapping[str, Score], adapter: Path) -> float | None:
     """Writes result.json and the report; gives back the last score."""
     rounds = record.rows("rounds.jsonl")
     took_part = [name for row in rounds for name in row["cohort"]]
@@ -196,26 +210,26 @@ def finish(record: Record, engine: EmbeddedEngine, sites: Mapping[str, Score], a
         "epsilon": spent(engine.promise) if engine.promise else None,
         "peak_memory_bytes": (before or {}).get("peak_memory_bytes") or peak_memory_bytes(engine.adapted.device),
         "adapter": str(adapter),
-        "load": load_lines(base_facts(engine.config, engine), one),
+        "load": load_lines(base_facts(engine), one),
     }
     write_atomic(record.folder / "result.json", json.dumps(result, indent=1).encode())
     write_report(record.folder)
     return last["score"] if last["score"] is None else float(last["score"])
 
 
-def base_facts(config: Config, engine: EmbeddedEngine) -> BaseFacts:
+def base_facts(bench: Bench) -> BaseFacts:
     return BaseFacts(
-        name=engine.base.name,
-        shared_name=engine.base.shared_name,
-        revision=config.model.revision,
-        auto_class=engine.task.auto_class,
-        task_type=engine.task.peft_task_type,
-        head=engine.base.head,
-        label_names=engine.task.label_names,
-        problem_type=engine.task.problem_type,
-        conv1d=has_conv1d(engine.adapted.layers),
-        pad_token=engine.base.pad_token,
-        quantization=engine.base.quantization,
+        name=bench.base.name,
+        shared_name=bench.base.shared_name,
+        revision=bench.config.model.revision,
+        auto_class=bench.task.auto_class,
+        task_type=bench.task.peft_task_type,
+        head=bench.base.head,
+        label_names=bench.task.label_names,
+        problem_type=bench.task.problem_type,
+        conv1d=has_conv1d(bench.adapted.layers),
+        pad_token=bench.base.pad_token,
+        quantization=bench.base.quantization,
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -26,7 +26,7 @@ from fedsb.interrupts import Interrupts
 from fedsb.methods import build_method
 from fedsb.methods.averaging import ServerOptimizer
 from fedsb.methods.contract import Method
-from fedsb.outcome import describe_start, export, finish, round_row
+from fedsb.outcome import RunEngine, describe_start, export, finish, round_row
 from fedsb.privacy.guard import PromiseSpentError
 from fedsb.record import Record, read_manifest, refuse_existing
 from fedsb.settings import Choice, Config
@@ -57,7 +57,20 @@ class Result:
     adapter: Path
 
 
-def federate(loaded: Loaded, display: Display | None = None) -> Result:
+OpenEngine = Callable[[Config, Method, str], RunEngine]
+
+
+def open_embedded(config: Config, method: Method, run: str) -> RunEngine:
+    """All clients in this process. Raises UserError for a configuration of a real federation, and as the engine."""
+    if config.engine.name != "embedded":
+        raise UserError(
+            f"engine.name = {config.engine.name!r}: a coordinator starts it, with `fedsb serve`; to simulate it in one "
+            "process, --set engine.name=embedded"
+        )
+    return EmbeddedEngine(config, method, run)
+
+
+def federate(loaded: Loaded, display: Display | None = None, open_engine: OpenEngine = open_embedded) -> Result:
     """Runs a configuration from the start, in a new run directory.
 
     Raises:
@@ -69,7 +82,7 @@ def federate(loaded: Loaded, display: Display | None = None) -> Result:
     folder = Path(config.out) / config.name
     refuse_existing(folder)
     run_id = uuid.uuid4().hex[:12]
-    engine = EmbeddedEngine(config, method_of(config), run_id)
+    engine = open_engine(config, method_of(config), run_id)
     manifest = {
         "fedsb": versions()["fedsb"],
         "run": run_id,
@@ -81,7 +94,12 @@ def federate(loaded: Loaded, display: Display | None = None) -> Result:
     return _carry_out(loaded, engine, Record.create(folder, manifest), display or Silent())
 
 
-def resume(folder: Path, display: Display | None = None, changed: Loaded | None = None) -> Result:
+def resume(
+    folder: Path,
+    display: Display | None = None,
+    changed: Loaded | None = None,
+    open_engine: OpenEngine = open_embedded,
+) -> Result:
     """Takes up a run behind its last finished round; the outcome is that of a run that was never cut off.
 
     Raises UserError where `changed`, a configuration to compare with, or the data differ from the run's own.
@@ -94,11 +112,11 @@ def resume(folder: Path, display: Display | None = None, changed: Loaded | None 
             + "\n  ".join(lines)
         )
     record = Record.open(folder)
-    engine = EmbeddedEngine(loaded.config, method_of(loaded.config), record.run)
+    engine = open_engine(loaded.config, method_of(loaded.config), record.run)
     return _carry_out(loaded, engine, record, display or Silent())
 
 
-def _carry_out(loaded: Loaded, engine: EmbeddedEngine, record: Record, display: Display) -> Result:
+def _carry_out(loaded: Loaded, engine: RunEngine, record: Record, display: Display) -> Result:
     config, method = loaded.config, engine.method
     server = ServerOptimizer(**config.server.optimizer_settings)
     with record, closing(engine.promise), Interrupts().installed() as interrupts:

@@ -237,8 +237,9 @@ class PrivacyConfig(Section):
 class EngineConfig(Section):
     """What runs the clients."""
 
-    name: Literal["embedded"] = "embedded"
-    cohort_size: Positive | Auto = Field("auto", description="clients trained in one forward")
+    name: Literal["embedded", "flower"] = "embedded"
+    cohort_size: Positive | Auto = Field("auto", description="of embedded: clients trained in one forward")
+    deadline_s: Rate = Field(3600.0, description="of flower: a site that has not answered by then misses the round")
 
 
 class EvalConfig(Section):

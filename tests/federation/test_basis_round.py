@@ -225,15 +225,15 @@ def test_a_small_memory_budget_costs_passes_not_accuracy(
 def test_samples_are_drawn_by_site_in_proportion(tiny_config: dict[str, Any]) -> None:
     engine = open_engine(tiny_config)
     sites = engine.sites
-    total = sum(len(site.train) for site in sites)
-    drawn = {site.name: draw_samples(site, sites, 12, 0) for site in sites}
+    rows = sum(len(site.train) for site in sites)
+    drawn = {site.name: draw_samples(site, rows, 12, 0) for site in sites}
     for site in sites:
-        assert len(drawn[site.name]) == -(-12 * len(site.train) // total)
+        assert len(drawn[site.name]) == -(-12 * len(site.train) // rows)
         assert all(example in site.train for example in drawn[site.name])
-        assert draw_samples(site, sites, 12, 0) == drawn[site.name]
-        assert len(draw_samples(site, sites, 1, 0)) == 1
-        assert len(draw_samples(site, sites, EVERYTHING, 0)) == len(site.train)
-    assert any(draw_samples(site, sites, 12, 1) != drawn[site.name] for site in sites)
+        assert draw_samples(site, rows, 12, 0) == drawn[site.name]
+        assert len(draw_samples(site, rows, 1, 0)) == 1
+        assert len(draw_samples(site, rows, EVERYTHING, 0)) == len(site.train)
+    assert any(draw_samples(site, rows, 12, 1) != drawn[site.name] for site in sites)
 
 
 @pytest.mark.parametrize("kind", ["core", "update-pooled"])

@@ -186,7 +186,7 @@ def test_law_6_export_reloads_without_fedsb(
     record = Record(finished.folder, Record.open(finished.folder).manifest)
     state = record.latest()
     assert state is not None
-    inputs, logits = engine.probe(engine.method.model(state))
+    inputs, logits = engine.logits(engine.method.model(state), engine.probes)
     torch.save({"inputs": inputs, "logits": logits}, tmp_path / "probe.pt")
     script = RELOAD.format(
         auto=auto,

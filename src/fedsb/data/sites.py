@@ -14,6 +14,8 @@ from fedsb.draws import generator
 from fedsb.errors import UserError
 from fedsb.settings import Choice, ClientsConfig, Config
 
+CUT = "counted: rows longer than model.max_tokens = {}, their end is not read"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
@@ -25,6 +27,11 @@ class Site:
     held_out: list[Example]  # for this client's own score
     labels: dict[str, int] | None  # rows of each class
     unseen: bool = False  # never takes part, is only scored
+
+
+def elsewhere(name: str, rows: int, labels: dict[str, int] | None = None) -> Site:
+    """A site of which only this is known here."""
+    return Site(name=name, rows=rows, train=[], held_out=[], labels=labels)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,20 +108,11 @@ def open_data(config: Config, tokenizer: Tokenizer) -> Data:
             kept, scored = task.hold_out(kept, share, generator(config.seed, "tune", shard.name))
             scored_examples, cut_scored = task.encode_test(scored)
             tune, cut = tune + scored_examples, cut + cut_scored
-        (examples, cut_kept), (held_examples, cut_held) = task.encode(kept), task.encode_test(held)
-        if not examples:
-            raise UserError(f"client {shard.name!r} has no usable row of its {len(rows)}; raise clients.min_rows")
-        site = Site(
-            name=shard.name,
-            rows=len(examples),
-            train=examples,
-            held_out=held_examples,
-            labels=_count(task, kept, columns.label),
-        )
+        site, cut_here = _encoded(task, shard.name, kept, held)
         if shard.name in unseen:
-            site = replace(site, unseen=True, held_out=held_examples or task.encode_test(kept)[0], train=[], rows=0)
+            site = replace(site, unseen=True, held_out=site.held_out or task.encode_test(kept)[0], train=[], rows=0)
         sites.append(site)
-        cut += cut_kept + cut_held
+        cut += cut_here
     test_examples, cut_test = task.encode_test(test.rows) if test else ([], 0)
     if share and not tune:
         raise UserError(f"data.tune_share = {share} leaves no row of {len(train.rows):,} to score: raise it")
@@ -130,9 +128,45 @@ def open_data(config: Config, tokenizer: Tokenizer) -> Data:
         test_is=_scored(test, share),
         test_is_public=test is not None,
         baseline=task.baseline(pool, test_examples) if test_examples else None,
-        tables={name: _facts(table) for name, table in (("train", train), ("test", test)) if table is not None},
+        tables={name: table_facts(table) for name, table in (("train", train), ("test", test)) if table is not None},
         choices=_choices(config, cut + cut_test, partition.dropped, unseen),
     )
+
+
+def open_own(config: Config, task: Task, name: str, table: Table) -> tuple[Site, int]:
+    """(what a site holds that has a table of its own, its rows that were cut); the task's classes are known."""
+    kept, held = task.hold_out(table.rows, config.clients.held_out, generator(config.seed, "held out", name))
+    return _encoded(task, name, kept, held)
+
+
+def _encoded(task: Task, name: str, kept: list[Row], held: list[Row]) -> tuple[Site, int]:
+    (examples, cut_kept), (held_examples, cut_held) = task.encode(kept), task.encode_test(held)
+    if not examples:
+        raise UserError(f"client {name!r} has no usable row of its {len(kept)}; raise clients.min_rows")
+    labels = _count(task, kept, task.options.label)
+    site = Site(name=name, rows=len(examples), train=examples, held_out=held_examples, labels=labels)
+    return site, cut_kept + cut_held
+
+
+def load_own(config: Config, task: Task, source: str, columns: Mapping[str, str]) -> Table:
+    """A site's own table, with the columns that the task reads. `columns` are the site's names of them."""
+    table = _load(source, config.data.revision, config.data.train_split)
+    require_columns(table, list(columns.values()))
+    ours = {theirs: name for name, theirs in columns.items()}
+    rows = [{ours.get(key, key): value for key, value in row.items()} for row in table.rows]
+    table = _dropped(make_table(rows, table.origin) if columns else table, config.data.drop)
+    task.columns_of(table)
+    return table
+
+
+def load_test(config: Config, task: Task) -> Table | None:
+    """The test table of a run whose training rows are elsewhere."""
+    data = config.data
+    if data.test is None:
+        return None
+    table = _first(_dropped(_load(data.test, data.revision, data.test_split), data.drop), data.test_rows)
+    task.columns_of(table)
+    return table
 
 
 def open_task_of(config: Config, tokenizer: Tokenizer) -> Task:
@@ -222,7 +256,7 @@ def _count(task: Task, rows: Sequence[Row], column: str) -> dict[str, int] | Non
     return {name: counted[name] for name in task.classes}
 
 
-def _facts(table: Table) -> dict[str, Any]:
+def table_facts(table: Table) -> dict[str, Any]:
     return {"origin": table.origin, "rows": len(table.rows), "fingerprint": table.fingerprint}
 
 
@@ -231,7 +265,7 @@ def _choices(config: Config, cut: int, dropped: dict[str, int], unseen: set[str]
         Choice(
             key="data.cut",
             value=cut,
-            reason=f"counted: rows longer than model.max_tokens = {config.model.max_tokens}, their end is not read",
+            reason=CUT.format(config.model.max_tokens),
         )
     ]
     if dropped:

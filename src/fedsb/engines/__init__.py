@@ -15,6 +15,7 @@ from fedsb.privacy.setup import Promise
 from fedsb.settings import Choice, Config
 
 SUM = "the sum"
+Direction = Literal["up", "down"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +24,7 @@ class Sent:
 
     round: int  # as users count: 1 is the first; 0 is before it
     client: str
-    direction: Literal["up", "down"]
+    direction: Direction
     kind: Literal["round", "basis"]
     values: int
     head_values: int
@@ -65,7 +66,7 @@ class Replies:
         self.losses: dict[str, float] = {}
         self.own: dict[str, float] = {}
         self.sent: list[Sent] = []
-        self.dropped: list[Dropped] = []  # who left by itself
+        self.dropped: list[Dropped] = []  # who left by itself, or did not answer
 
     @property
     def envelopes(self) -> Iterator[tuple[str, bytes]]:

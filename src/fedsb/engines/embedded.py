@@ -6,61 +6,48 @@ Nothing to set up. Messages still go through the envelope, byte for byte as they
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence, Set
-from typing import Literal
+from dataclasses import replace
 
 import torch
 
-from fedsb.adapters.adapted import AdaptedModel, Tensors, find_targets
-from fedsb.adapters.basis import Basis, basis_hash
+from fedsb.adapters.adapted import Tensors
+from fedsb.adapters.basis import Basis, Pair, basis_hash
 from fedsb.adapters.layer import RoutingError
 from fedsb.data.sites import Site, open_data
-from fedsb.data.tasks.base import Example, pad_token
-from fedsb.engines import Answer, Replies, Reply, Score, Sent
-from fedsb.engines.resolved import auto_cohort_size, local_training, open_sums, public_rows, targets_choice
+from fedsb.data.tasks.base import Example
+from fedsb.engines import Answer, Direction, Replies, Reply, Score, Sent
+from fedsb.engines.bench import Bench
+from fedsb.engines.resolved import auto_cohort_size, local_training, open_sums, public_rows
 from fedsb.errors import UserError
-from fedsb.federation.basis_round import build_basis
+from fedsb.federation.basis_round import core_sums, draw_samples
 from fedsb.federation.codec import Codec
-from fedsb.federation.cohort import Member, join_tensors, train_together
+from fedsb.federation.cohort import Member
 from fedsb.federation.facts import client_ranks, refuse_what_facts_forbid
-from fedsb.federation.gradients import load_nothing
-from fedsb.federation.link import link_of, unmoved
-from fedsb.federation.payload import Payload, unpack
-from fedsb.federation.scoring import forward, mean_score
-from fedsb.federation.tensors import to_arrays, to_tensors, under, within
+from fedsb.federation.gradients import captured_share, load_nothing
+from fedsb.federation.link import link_of
+from fedsb.federation.payload import unpack
+from fedsb.federation.scoring import forward
+from fedsb.federation.tensors import to_tensors, within
+from fedsb.federation.turn import Turn, at_rank
 from fedsb.methods.contract import Method, State
-from fedsb.models.heads import head_start
-from fedsb.models.load import load_base, load_tokenizer, matmul_precision
+from fedsb.models.load import load_tokenizer
 from fedsb.privacy.setup import promise_of, refuse_what_would_leak
 from fedsb.settings import Choice, Config
 
 
-class EmbeddedEngine:
+class EmbeddedEngine(Bench):
     """Clients, data and base model of a configuration, in this process.
 
     Raises UserError, at the start, for whatever is wrong with the data, the model, or their fit.
     """
 
     def __init__(self, config: Config, method: Method, run: str) -> None:
-        self.config = config
-        self.method = method
-        self.run = run
         refuse_what_facts_forbid(config, method)
         refuse_what_would_leak(config, method)
-        self.tokenizer = load_tokenizer(config.model)
-        self.data = open_data(config, self.tokenizer)
-        self.task = self.data.task
-        self.base = load_base(
-            config.model,
-            auto_class=self.task.auto_class,
-            num_labels=len(self.task.label_names),
-            pad_token=pad_token(self.tokenizer),
-        )
-        targets = find_targets(self.base.model, config.model.targets, self.base.head)
-        self.adapted = AdaptedModel(
-            self.base.model, kind=method.adapter, targets=targets, head=self.base.head, scale=method.scale
-        )
-        self.shapes = self.adapted.shapes
-        self.head = head_start(self.adapted.head_tensors(), config.seed)
+        tokenizer = load_tokenizer(config.model)
+        self.data = open_data(config, tokenizer)
+        super().__init__(config, method, tokenizer, self.data.task)
+        self.run = run
         self.sites: list[Site] = [self.data.pooled()] if method.facts.pools_data else self.data.taking_part
         self.local = local_training(config, clients=len(self.data.taking_part) if method.facts.pools_data else 1)
         self.promise = promise_of(config, method, self.sites, self.local)
@@ -68,8 +55,7 @@ class EmbeddedEngine:
         self.cohort_size, reason = self._choose_cohort_size()
         self.sums = open_sums(config, self.promise, run, self.sites)
         self.choices = (
-            *self.base.choices,
-            targets_choice(config, targets),
+            *self.bench_choices,
             *self.data.choices,
             *rank_choices,
             Choice(key="engine.cohort_size", value=self.cohort_size, reason=reason),
@@ -87,11 +73,11 @@ class EmbeddedEngine:
         sent: list[Sent] = []
         if method.adapter != "core":
             return None, sent
-        round = 0 if state is None else state.round
+        config, round = self.config, 0 if state is None else state.round
+        link, guards = link_of(config, method, self.run), self.promise.of_rows()
+        rows = sum(site.rows for site in self.sites)
 
-        link = link_of(self.config, method, self.run)
-
-        def send(direction: Literal["up", "down"], client: str, tensors: Tensors, codec: Codec = link.codec) -> Tensors:
+        def send(direction: Direction, client: str, tensors: Tensors, codec: Codec = link.codec) -> Tensors:
             envelope = link.basis(direction, client, round, tensors, codec)
             if not method.facts.pools_data:  # the data are where the server is: nothing travels
                 sent.append(
@@ -99,29 +85,52 @@ class EmbeddedEngine:
                 )
             return to_tensors(unpack(envelope).tensors)
 
+        def tell(tensors: Tensors, codec: Codec = link.codec) -> Tensors:
+            return [send("down", site.name, tensors, codec) for site in self.sites][-1]
+
         start = self.head
         if state is not None:
-            for site in self.sites:
-                send("down", site.name, state.tensors, codec="float32")  # all must fold the same
+            tell(state.tensors, codec="float32")  # all must fold the same
             start = {**method.fold(state), **{key: state.tensors[key] for key in self.head}}
-        basis = build_basis(
-            self.config.basis,
-            method,
-            self.adapted,
-            self.task,
-            self.sites,
-            start,
-            public=public_rows(self.config, self.task),
-            eta=self.local.lr * self.local.lr_factor(round, 0, self.local.steps_for(self.sites[0].rows))
-            if self.config.basis.eta == "auto"
-            else self.config.basis.eta,
-            sign=self.local.optimizer == "adamw",
-            seed=self.config.seed,
-            round=round,
-            batch_size=self.config.train.batch_size,
-            send=send,
-            guards=self.promise.of_rows(),
-        )
+
+        def sums(outer: Mapping[str, Pair]) -> Iterator[tuple[Tensors, float]]:
+            for site in self.sites:
+                guard = guards[site.name] if guards else None
+                own, count = core_sums(
+                    config.basis,
+                    self.adapted,
+                    self.task,
+                    site,
+                    rows,
+                    start,
+                    outer,
+                    guard,
+                    seed=config.seed,
+                    round=round,
+                    batch_size=config.train.batch_size,
+                )
+                yield send("up", site.name, own), count
+
+        def samples(count: int, *, from_the_end: bool = False) -> dict[str, list[Example]]:
+            drawn = (draw_samples(site, rows, count, config.seed, from_the_end=from_the_end) for site in self.sites)
+            return {site.name: examples for site, examples in zip(self.sites, drawn, strict=True)}
+
+        seen = public_rows(config, self.task)
+        if config.basis.kind == "update-pooled":
+            seen = [example for own in samples(config.basis.samples).values() for example in own]
+        basis = self.make_basis(start, self.local, self.sites[0].rows, seen=seen, sums=sums, tell=tell, round=round)
+        if config.basis.share_samples and not self.promise.of_rows():
+            captured = captured_share(
+                self.adapted,
+                self.task,
+                start,
+                basis,
+                samples(config.basis.share_samples, from_the_end=True),
+                config.train.batch_size,
+                config.basis.budget_mib << 20,
+                method.total_rank // method.rank,
+            )
+            basis = replace(basis, captured=captured)
         return basis, sent
 
     def train(
@@ -133,59 +142,50 @@ class EmbeddedEngine:
         late: Set[str] = frozenset(),
     ) -> Replies:
         """One round: broadcast, local training, upload. `kept` is the clients' own state, theirs alone."""
-        sites = {site.name: site for site in self.sites}
-        ranks = {**self.ranks, **state.ranks}
+        sites, ranks = {site.name: site for site in self.sites}, {**self.ranks, **state.ranks}
         link = link_of(self.config, method, self.run)
         heard = link.heard(method, state)
         common = basis_hash(heard.common)
-        messages: dict[tuple[bool, int | None], tuple[bytes, Tensors]] = {}  # clients that are told the same share them
-        members: list[Member] = []
+        turns: dict[tuple[bool, int | None], tuple[bytes, Turn]] = {}  # clients that are told the same share one
         for name in cohort:
             told = (name in late, ranks.get(name))
-            if told not in messages:
-                messages[told] = link.down(method, state, heard, basis=common, late=told[0], rank=told[1])
-            message, own = messages[told][1], kept.get(name, {})
-            received = at_rank(method, told[1]).receive(heard.common, message, within("method", own), state.round)
-            members.append(
-                Member(name=name, examples=sites[name].train, tensors=received, moments=within("optimizer", own))
-            )
+            if told not in turns:
+                envelope, message = link.down(method, state, heard, basis=common, late=told[0], rank=told[1])
+                turns[told] = envelope, Turn(at_rank(method, told[1]), heard.common, message, state.round, common)
+        before = {
+            name: turns[name in late, ranks.get(name)][1].member(sites[name], kept.get(name, {})) for name in cohort
+        }
 
         def replies() -> Iterator[Answer]:
             due = self.config.eval.gap and self.config.eval.due(state.round + 1, self.config.rounds)
-            before = {member.name: member for member in members}
-            bases: dict[tuple[bool, int | None], Tensors] = {}  # what they would send that had not trained
-            secure = self.sums.round(state.round, cohort, common) if self.sums else None
-            for after in self._train(method, state, members, ranks):
-                site, told = sites[after.name], (after.name in late, ranks.get(after.name))
-                mine, (told_bytes, message) = at_rank(method, told[1]), messages[told]
-                up, own = mine.upload(before[after.name].tensors, after.tensors, state.round)
-                if told not in bases:
-                    bases[told] = unmoved(mine, heard.common, message, state.round)
-                up, base = self.promise.bounded(up, bases[told]), bases[told]
-                payload = Payload(
-                    kind="update",
-                    run=self.run,
-                    round=state.round,
-                    client=after.name,
-                    samples=site.rows,
-                    basis=common,
-                    tensors=to_arrays(up),
+            secure = self.sums.here(state.round, cohort, common) if self.sums else None
+            for after in self._train(method, state, list(before.values()), ranks):
+                site = sites[after.name]
+                down, turn = turns[after.name in late, ranks.get(after.name)]
+                sending = turn.sending(
+                    before[after.name],
+                    after,
+                    site.rows,
+                    kept.get(after.name, {}),
+                    link=link,
+                    promise=self.promise,
+                    keep_optimizer=self.local.keep_optimizer,
                 )
-                update, lost = link.up(method, payload, base, kept.get(after.name, {}))
-                moments = under("optimizer", after.moments) if self.local.keep_optimizer else {}
-                travelled = {"down": told_bytes, "up": update} if not method.facts.pools_data else {}
+                travelled: dict[Direction, bytes] = {"down": down, "up": sending.envelope}
                 reply = Reply(
                     client=after.name,
-                    envelope=update,
-                    kept=under("method", own) | moments | lost,
+                    envelope=sending.envelope,
+                    kept=sending.kept,
                     loss=after.loss if self.promise.shows("loss") else None,
                     own=self.evaluate(after.tensors, site.held_out).value if due and site.held_out else None,
-                    sent=[self._count(data, state.round + 1, after.name, way) for way, data in travelled.items()],
+                    sent=[]
+                    if method.facts.pools_data
+                    else [self._count(data, state.round + 1, after.name, way) for way, data in travelled.items()],
                 )
                 if secure is None:
                     yield reply
                 else:
-                    secure.put(reply, up, base)
+                    secure.put(reply, sending.tensors, turn.unmoved)
             if secure is not None:
                 yield from secure.add_up()
 
@@ -199,19 +199,7 @@ class EmbeddedEngine:
             alike, own = [m for m in members if ranks.get(m.name) == rank], at_rank(method, rank)
             for start in range(0, len(alike), self.cohort_size):
                 group = alike[start : start + self.cohort_size]
-                with matmul_precision(self.config.model.matmul):
-                    done = train_together(
-                        self.adapted,
-                        self.task,
-                        group,
-                        own.trainable(group[0].tensors, state.round),
-                        self.local,
-                        seed=self.config.seed,
-                        round=state.round,
-                        penalty=own.penalty,
-                        guards=self.promise.of_rows(),
-                    )
-                yield from done
+                yield from self.train_group(own, group, self.local, state.round, self.promise.of_rows())
 
     def score(self, method: Method, state: State, kept: Mapping[str, Tensors]) -> Score | None:
         """The metric on the test rows, of the global model or the mean over the clients' own; None without rows."""
@@ -244,37 +232,10 @@ class EmbeddedEngine:
 
     # --- the inside ---
 
-    @torch.no_grad()
-    def probe(self, tensors: Tensors) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Some inputs and the model's logits for them, to compare an exported adapter with."""
-        self._load_one(tensors)
-        logits, batch = forward(self.adapted.model, self.task, (self.data.test or self.sites[0].train)[:4])
-        return {key: value for key, value in batch.items() if key != "labels"}, logits
-
-    def evaluate(self, tensors: Tensors, examples: Sequence[Example]) -> Score:
-        """The task's metric over the examples, with one client's tensors in the adapter."""
-        self._load_one(tensors)
-        with matmul_precision(self.config.model.matmul):
-            value = mean_score(self.adapted.model, self.task, examples, self.config.eval.batch_size)
-        return Score(value=value, count=len(examples))
-
-    def _load_one(self, tensors: Tensors) -> None:
-        self.adapted.load(join_tensors(self.adapted, [tensors]))
-
-    def _count(
-        self, envelope: bytes, round: int, client: str, direction: str, kind: Literal["round", "basis"] = "round"
-    ) -> Sent:
-        payload = unpack(envelope)
-        return Sent(
-            round=round,
-            client=client,
-            direction="up" if direction == "up" else "down",
-            kind=kind,
-            values=payload.values,
-            head_values=sum(array.size for key, array in payload.tensors.items() if key in self.head),
-            bytes=payload.values_bytes,
-            wire_bytes=len(envelope),
-        )
+    @property
+    def probes(self) -> list[Example]:
+        """Some examples to compare an exported adapter on."""
+        return (self.data.test or self.sites[0].train)[:4]
 
     def _choose_cohort_size(self) -> tuple[int, str]:
         """(clients in one forward, reason). A model whose rows cannot be routed gets 1.
@@ -306,8 +267,3 @@ class EmbeddedEngine:
         finally:
             self.adapted.routing.rows = None
         return None
-
-
-def at_rank(method: Method, rank: int | None) -> Method:
-    """A client's own method; None: its rank is the method's."""
-    return method if rank is None else method.at(rank)

@@ -62,7 +62,7 @@ def play(
         engine.ranks,
         judge_norms=config.privacy.unit != "client",
     )
-    updates, dropped = admit(replies.envelopes, wanted, spool)
+    updates, dropped = admit(replies.envelopes, wanted, spool, replies.dropped)
     after = method.aggregate(heard, engine.promise.noised(updates, state.round), server)
     return Played(
         state=link.settled(method, state, heard, after), replies=replies, dropped=[*replies.dropped, *dropped]

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -31,15 +31,82 @@ from fedsb.engines import SUM, Answer, Reply, Summed
 from fedsb.errors import UserError
 from fedsb.federation.payload import Payload, pack
 from fedsb.federation.server import Dropped
-from fedsb.federation.tensors import to_arrays
+from fedsb.federation.tensors import change_of, to_arrays
 from fedsb.privacy.discrete import discrete_gaussian
-from fedsb.privacy.fixed_point import Floats, Ring, flatten, unflatten
+from fedsb.privacy.fixed_point import Doubles, Floats, Ring, unflatten
 from fedsb.privacy.guard import Guard
 from fedsb.privacy.secure_sum import SumPlan, simulate
 from fedsb.privacy.setup import Promise
 from fedsb.settings import Choice, Config
 
 HEADROOM = 15.0  # of a value in the ring, in standard deviations of all clients' noise together
+
+
+@dataclass(frozen=True, kw_only=True)
+class Terms:
+    """A round's sum, as every site and the server know it beforehand."""
+
+    run: str
+    round: int
+    basis: str  # hash of what the sites hold in common
+    seed: int  # of the rounding
+    sites: Mapping[str, bytes]  # of the cohort: Ed25519 public keys
+    rows: Mapping[str, int] | None  # n_k; None: all weigh alike
+    threshold: int
+    limit: float  # of each value of a change
+    guard: Guard | None  # of the sum, where a client is the unit
+
+    def plan(self, size: int) -> SumPlan:
+        """Of changes of so many values. Raises UserError for a sum that would hide nothing."""
+        limit = self.limit
+        if self.guard is not None:
+            limit = self.guard.plan.clip * (1 + HEADROOM * self.guard.plan.sigma / len(self.sites))
+        return SumPlan(
+            run=self.run, round=self.round, sites=self.sites, threshold=self.threshold, size=size, clip=limit
+        )
+
+    # --- a client ---
+
+    def fault(self, change: Floats) -> str | None:
+        """Why a client must not put this in, found by itself: nobody else will see it."""
+        largest = float(np.abs(change).max(initial=0.0))
+        if not math.isfinite(largest):
+            return "its change holds values that are NaN or infinite"
+        if self.guard is None and largest > self.limit:
+            return f"a value of its change is {largest:.3g}, server.sum_limit allows {self.limit:g}: raise it"
+        return None
+
+    def encode(self, client: str, change: Floats) -> Ring:
+        plan, weight = self.plan(len(change)), 1.0
+        exact = change.astype(np.float64)
+        draw, noise = generator(self.seed, "secure sum", client, self.round), None
+        if self.guard is not None:
+            exact *= min(1.0, self.guard.plan.clip / max(float(np.linalg.norm(exact)), 1e-300))  # of the very values
+            noise = noise_share(plan, self.guard)
+        elif self.rows:
+            weight = self.rows[client] / self._largest
+        return plan.grid.encode(exact, weight, draw, noise)
+
+    # --- the server ---
+
+    def summed(self, values: Doubles, weight: float, unmoved: Tensors) -> Summed:
+        """One update in place of all; `unmoved` is what a client would have sent that had not trained."""
+        base = to_arrays(unmoved)
+        mean = unflatten(values / weight, {key: x.shape for key, x in base.items()})
+        payload = Payload(
+            kind="update",
+            run=self.run,
+            round=self.round,
+            client=SUM,
+            samples=max(1, round(weight * self._largest)),
+            basis=self.basis,
+            tensors={key: x + mean[key] for key, x in base.items()},
+        )
+        return Summed(envelope=pack(payload))
+
+    @property
+    def _largest(self) -> int:
+        return max(self.rows.values()) if self.rows else 1
 
 
 class SecureSums:
@@ -52,68 +119,60 @@ class SecureSums:
         self.threshold = max(config.server.min_clients, self.clients // 2 + 1)
         if self.clients < 2:
             raise UserError("server.secure_sum with one client a round: the sum is its own; take more clients")
-        self._identities = {name: Ed25519PrivateKey.generate() for name in self.rows}
 
     @property
     def choices(self) -> tuple[Choice, ...]:
         reason = f"more than half of {self.clients} clients, and at least server.min_clients; with fewer a round ends"
         return (Choice(key="server.threshold", value=self.threshold, reason=reason),)
 
-    def round(self, round: int, cohort: Sequence[str], basis: str) -> SecureRound:
-        return SecureRound(
+    def here(self, round: int, cohort: Sequence[str], basis: str) -> SecureRound:
+        """A round with all parties in this process, with fresh keys."""
+        return SecureRound(self, round, cohort, basis)
+
+    def terms(self, round: int, basis: str, sites: Mapping[str, bytes]) -> Terms:
+        """Of a round among `sites`, its cohort with their keys."""
+        return Terms(
             run=self.run,
             round=round,
             basis=basis,
             seed=self.seed,
-            identities={name: self._identities[name] for name in cohort},
-            rows={name: self.rows[name] for name in cohort} if self.server.weighting == "samples" else None,
+            sites=sites,
+            rows={name: self.rows[name] for name in sites} if self.server.weighting == "samples" else None,
             threshold=self.threshold,
             limit=self.server.sum_limit,
             guard=self.promise.of_sum(),
         )
 
 
-@dataclass(kw_only=True)
 class SecureRound:
-    """What the clients of one round put in, and then their sum."""
+    """What the clients of one round put in, and then their sum, all parties in this process."""
 
-    run: str
-    round: int
-    basis: str  # hash of what the sites hold in common
-    seed: int  # of the rounding
-    identities: Mapping[str, Ed25519PrivateKey]  # of the cohort
-    rows: Mapping[str, int] | None  # n_k; None: all weigh alike
-    threshold: int
-    limit: float  # of each value of a change
-    guard: Guard | None  # of the sum, where a client is the unit
-    _changes: dict[str, Floats] = field(default_factory=dict)
-    _replies: list[Reply] = field(default_factory=list)
-    _unmoved: Tensors = field(default_factory=dict)
-    _faults: list[Dropped] = field(default_factory=list)
+    def __init__(self, sums: SecureSums, round: int, cohort: Sequence[str], basis: str) -> None:
+        self.identities = {name: Ed25519PrivateKey.generate() for name in cohort}
+        keys = {name: key.public_key().public_bytes_raw() for name, key in self.identities.items()}
+        self.terms = sums.terms(round, basis, keys)
+        self._changes: dict[str, Floats] = {}
+        self._replies: list[Reply] = []
+        self._unmoved: Tensors = {}
+        self._faults: list[Dropped] = []
 
     def put(self, reply: Reply, sent: Tensors, unmoved: Tensors) -> None:
         """A client's change. One that finds a fault in its own leaves the round, with the reason."""
-        change = flatten(to_arrays({key: x - unmoved[key] for key, x in sent.items()}))
-        largest = float(np.abs(change).max(initial=0.0))
+        change = change_of(sent, unmoved)
         self._unmoved = unmoved
         self._replies.append(reply)
-        if not math.isfinite(largest):
-            self._leave(reply.client, "its change holds values that are NaN or infinite")
-        elif self.guard is None and largest > self.limit:
-            self._leave(
-                reply.client,
-                f"a value of its change is {largest:.3g}, server.sum_limit allows {self.limit:g}: raise it",
-            )
+        if why := self.terms.fault(change):
+            self._faults.append(left(reply.client, why))
         else:
             self._changes[reply.client] = change
 
     def add_up(self) -> Iterator[Answer]:
         """The clients' replies without updates, who left, and the sum's reply. Raises SumError where too many left."""
-        shapes = {key: tuple(x.shape) for key, x in self._unmoved.items()}
-        plan = self._plan(sum(math.prod(shape) for shape in shapes.values()))
-        if self.guard is not None:
-            self.guard.charge(self.round + 1)
-        found = simulate(plan, self.identities, {name: self._encode(plan, name) for name in self._changes})
+        plan = self.terms.plan(sum(x.numel() for x in self._unmoved.values()))
+        if self.terms.guard is not None:
+            self.terms.guard.charge(self.terms.round + 1)
+        vectors = {name: self.terms.encode(name, change) for name, change in self._changes.items()}
+        found = simulate(plan, self.identities, vectors)
         for reply in self._replies:
             wire = {"up": found.up_bytes[reply.client], "down": found.down_bytes[reply.client]}
             counted = [
@@ -123,41 +182,11 @@ class SecureRound:
             ]
             yield replace(reply, envelope=None, sent=counted)
         yield from self._faults
-        mean = unflatten(found.values / found.weight, shapes)
-        payload = Payload(
-            kind="update",
-            run=self.run,
-            round=self.round,
-            client=SUM,
-            samples=max(1, round(found.weight * self._largest)),
-            basis=self.basis,
-            tensors={key: x + mean[key] for key, x in to_arrays(self._unmoved).items()},
-        )
-        yield Summed(envelope=pack(payload))
+        yield self.terms.summed(found.values, found.weight, self._unmoved)
 
-    @property
-    def _largest(self) -> int:
-        return max(self.rows.values()) if self.rows else 1
 
-    def _leave(self, client: str, why: str) -> None:
-        self._faults.append(Dropped(client=client, reason=f"left the sum by itself: {why}"))
-
-    def _plan(self, size: int) -> SumPlan:
-        limit, clients = self.limit, len(self.identities)
-        if self.guard is not None:
-            limit = self.guard.plan.clip * (1 + HEADROOM * self.guard.plan.sigma / clients)
-        sites = {name: key.public_key().public_bytes_raw() for name, key in self.identities.items()}
-        return SumPlan(run=self.run, round=self.round, sites=sites, threshold=self.threshold, size=size, clip=limit)
-
-    def _encode(self, plan: SumPlan, client: str) -> Ring:
-        change, weight = self._changes[client].astype(np.float64), 1.0
-        draw, noise = generator(self.seed, "secure sum", client, self.round), None
-        if self.guard is not None:
-            change *= min(1.0, self.guard.plan.clip / max(float(np.linalg.norm(change)), 1e-300))  # of the very values
-            noise = noise_share(plan, self.guard)
-        elif self.rows:
-            weight = self.rows[client] / self._largest
-        return plan.grid.encode(change, weight, draw, noise)
+def left(client: str, why: str) -> Dropped:
+    return Dropped(client=client, reason=f"left the sum by itself: {why}")
 
 
 def noise_share(plan: SumPlan, guard: Guard) -> NDArray[np.int64]:  # (plan.size,), in steps of the grid

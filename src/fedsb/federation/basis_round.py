@@ -9,9 +9,8 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal, Protocol
 
 import torch
 
@@ -33,7 +32,6 @@ from fedsb.data.tasks.base import Example, Task
 from fedsb.draws import generator
 from fedsb.federation.gradients import (
     backward_sum,
-    captured_share,
     core_gradients,
     load_nothing,
     private_core_gradients,
@@ -42,14 +40,13 @@ from fedsb.methods.contract import Method
 from fedsb.privacy.guard import Guard
 from fedsb.settings import BasisConfig
 
+Sums = Callable[[Mapping[str, Pair]], Iterable[tuple[Tensors, float]]]
+Tell = Callable[[Tensors], Tensors]
 
-class Send(Protocol):
-    """Carries tensors to or from a client through the envelope, in the run's codec, and counts them.
 
-    A message to a client is the same for all.
-    """
-
-    def __call__(self, direction: Literal["up", "down"], client: str, tensors: Tensors) -> Tensors: ...
+def no_sums(_: Mapping[str, Pair]) -> Iterable[tuple[Tensors, float]]:
+    """Of a basis that asks no client."""
+    return ()
 
 
 def build_basis(
@@ -57,22 +54,18 @@ def build_basis(
     method: Method,
     adapted: AdaptedModel,
     task: Task,
-    sites: Sequence[Site],
     start: Tensors,  # where gradients are taken: the head, and what is carried
     *,
-    public: Sequence[Example],  # of `update`
+    seen: Sequence[Example],  # of `update` and `update-pooled`
+    sums: Sums,  # of `core`: an outer basis -> each client's S, as it came through the envelope, and the rows behind it
+    tell: Tell,  # a message to all clients -> what each makes of it
     eta: float,  # of the first step, for R at the start
     sign: bool,  # whether that step is Adam-like
     seed: int,
     round: int = 0,  # that it is made for; `random` is another in each
     batch_size: int,
-    send: Send,
-    guards: Mapping[str, Guard] | None = None,
 ) -> Basis:
-    """The basis that the configuration asks for, with its bill. Raises UserError where a layer is too small for it.
-
-    With `guards`, by client, `core` is noised and no captured share is measured: it would tell of the rows.
-    """
+    """The basis that the configuration asks for, with its bill. Raises UserError where a layer is too small for it."""
     started = time.monotonic()
     rank = method.total_rank
     check_rank(adapted.shapes, rank)
@@ -80,61 +73,72 @@ def build_basis(
     if config.kind in ("random", "weights"):
         basis = make_basis(config.kind, _data_free(config, adapted, config.kind, rank, seed, round).items())
     elif config.kind == "core":
-        outer = _data_free(config, adapted, config.outer, rank, seed, round, outer=True)
-        sums: Tensors = {}
-        counted = 0.0  # rows behind the sums; in a private run, those expected
-        for site in sites:
-            if guards is None:
-                drawn = draw_samples(site, sites, config.samples, seed)
-                own = core_gradients(adapted, task, start, outer, drawn, batch_size)
-                counted += len(drawn)
-            else:
-                guard = guards[site.name]
-                own = private_core_gradients(
-                    adapted, task, start, outer, site, batch_size, guard, round + 1 if round else 0
-                )
-                counted += guard.basis_rows
-            for key, S in send("up", site.name, own).items():
-                sums[key] = sums[key] + S if key in sums else S
-        basis = _core_basis(sums, outer, rank, eta / counted / method.scale if step_ahead else None)
+        outer = outer_basis(config, adapted, rank, seed, round)
+        total: Tensors = {}
+        counted = 0.0
+        for own, rows in sums(outer):
+            counted += rows
+            for key, S in own.items():
+                total[key] = total[key] + S if key in total else S
+        basis = _core_basis(total, outer, rank, eta / counted / method.scale if step_ahead else None)
         inner = {f"{layer}.P": outer[layer][1].T @ basis.B[layer] for layer in outer}
         inner |= {f"{layer}.Q": basis.A[layer] @ outer[layer][0].T for layer in outer}
-        told = _tell(inner, sites, send)
-        A = {layer: orthonormal(told[f"{layer}.Q"].T).T @ A for layer, (A, _) in outer.items()}
-        B = {layer: B @ orthonormal(told[f"{layer}.P"]) for layer, (_, B) in outer.items()}
+        A, B = inner_basis(tell(inner), outer)
         basis = replace(basis, A=A, B=B)
     else:
-        pooled = [draw_samples(site, sites, config.samples, seed) for site in sites if config.kind == "update-pooled"]
-        rows = [*public, *(example for drawn in pooled for example in drawn)]
-        basis = _update_basis(config, adapted, task, start, rows, rank, eta, sign, step_ahead, method.scale, batch_size)
-        told = _tell(basis.tensors, sites, send)
-        A = {layer: orthonormal(told[f"{layer}.A"].T).T.contiguous() for layer in basis.A}
-        B = {layer: orthonormal(told[f"{layer}.B"]) for layer in basis.B}
+        basis = _update_basis(config, adapted, task, start, seen, rank, eta, sign, step_ahead, method.scale, batch_size)
+        A, B = whole_basis(tell(basis.tensors), basis.A)
         basis = replace(basis, A=A, B=B)
-    seconds = time.monotonic() - started
-    captured: Mapping[str, float] = {}
-    if config.share_samples and guards is None:
-        probe = {site.name: draw_samples(site, sites, config.share_samples, seed, from_the_end=True) for site in sites}
-        captured = captured_share(
-            adapted, task, start, basis, probe, batch_size, config.budget_mib << 20, rank // method.rank
-        )
     values = basis_values(config, method, adapted.shapes)
     return replace(
         basis,
         up=values["up"],
         down=values["down"],
-        captured=captured,
-        seconds=seconds,
+        seconds=time.monotonic() - started,
         peak_memory_bytes=peak_memory_bytes(adapted.device),
     )
 
 
-def _tell(tensors: Tensors, sites: Sequence[Site], send: Send) -> Tensors:
-    """What every site makes of the same message, and the server with them."""
-    told = tensors
-    for site in sites:
-        told = send("down", site.name, tensors)
-    return told
+# --- a client's part ---
+
+
+def core_sums(
+    config: BasisConfig,
+    adapted: AdaptedModel,
+    task: Task,
+    site: Site,
+    all_rows: int,  # of all who take part
+    start: Tensors,
+    outer: Mapping[str, Pair],
+    guard: Guard | None,
+    *,
+    seed: int,
+    round: int,
+    batch_size: int,
+) -> tuple[Tensors, float]:
+    """(S of a site by layer, the rows behind it); with a guard noised, and the rows are those expected."""
+    if guard is not None:
+        due = round + 1 if round else 0
+        return private_core_gradients(adapted, task, start, outer, site, batch_size, guard, due), guard.basis_rows
+    drawn = draw_samples(site, all_rows, config.samples, seed)
+    return core_gradients(adapted, task, start, outer, drawn, batch_size), float(len(drawn))
+
+
+def outer_basis(config: BasisConfig, adapted: AdaptedModel, rank: int, seed: int, round: int) -> dict[str, Pair]:
+    """(A, B) by layer, data-free, around a `core` of that rank."""
+    return _data_free(config, adapted, config.outer, rank, seed, round, outer=True)
+
+
+def inner_basis(told: Tensors, outer: Mapping[str, Pair]) -> tuple[Tensors, Tensors]:
+    """(A, B) by layer, of `core` as told: from "<layer>.P" and "<layer>.Q", within the outer basis."""
+    A = {layer: orthonormal(told[f"{layer}.Q"].T).T @ A for layer, (A, _) in outer.items()}
+    return A, {layer: B @ orthonormal(told[f"{layer}.P"]) for layer, (_, B) in outer.items()}
+
+
+def whole_basis(told: Tensors, layers: Collection[str]) -> tuple[Tensors, Tensors]:
+    """(A, B) by layer, as told themselves."""
+    A = {layer: orthonormal(told[f"{layer}.A"].T).T.contiguous() for layer in layers}
+    return A, {layer: orthonormal(told[f"{layer}.B"]) for layer in layers}
 
 
 def basis_values(config: BasisConfig, method: Method, shapes: Mapping[str, tuple[int, int]]) -> dict[str, int]:
@@ -148,15 +152,12 @@ def basis_values(config: BasisConfig, method: Method, shapes: Mapping[str, tuple
     return {"up": 0, "down": sum(rank * (m + n) for m, n in shapes.values())}
 
 
-def draw_samples(
-    site: Site, sites: Sequence[Site], samples: int, seed: int, *, from_the_end: bool = False
-) -> list[Example]:
+def draw_samples(site: Site, all_rows: int, samples: int, seed: int, *, from_the_end: bool = False) -> list[Example]:
     """A site's part of `samples` rows, in proportion to its size and at least one, drawn by (seed, its name).
 
     Rows for the basis come from the front of the draw, rows that judge it from the end: others, if there are enough.
     """
-    total = sum(len(other.train) for other in sites)
-    count = min(len(site.train), max(1, math.ceil(samples * len(site.train) / total)))
+    count = min(len(site.train), max(1, math.ceil(samples * len(site.train) / all_rows)))
     order = generator(seed, "basis samples", site.name).permutation(len(site.train))
     order = order[-count:] if from_the_end else order[:count]
     return [site.train[i] for i in order]

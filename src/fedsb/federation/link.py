@@ -67,7 +67,7 @@ class Link:
         """The state of this round as the sites have it: h, and what it changes in what they hold in common."""
         if not state.held:
             return state
-        now = self._read(state, self._change(method, state, basis=""))
+        now = read_change(state.held, self._change(method, state, basis=""))
         return replace(state, tensors={**state.held, **now}, common=method.follow(state.common, now))
 
     def down(
@@ -76,7 +76,7 @@ class Link:
         """(the envelope to a client, what it makes of it); `heard` is that of `state`, `basis` names its common."""
         if not whole(method, state, late=late, rank=rank):
             data = self._change(method, state, basis)
-            return data, self._read(state, data)
+            return data, read_change(state.held, data)
         tensors = to_arrays(method.broadcast(heard, late=late, rank=rank))
         data = pack(Payload(kind="broadcast", run=self.run, round=state.round, basis=basis, tensors=tensors))
         return data, to_tensors(unpack(data).tensors)
@@ -123,12 +123,13 @@ class Link:
         )
         return pack(payload, self._draw("", state.round, "down"))
 
-    def _read(self, state: State, envelope: bytes) -> Tensors:
-        """h + c, of the tensors in the envelope."""
-        return {key: state.held[key] + c for key, c in to_tensors(unpack(envelope).tensors).items()}
-
     def _draw(self, client: str, round: int, direction: str) -> np.random.Generator:
         return generator(self.seed, "codec", client, round, direction)
+
+
+def read_change(held: Tensors, envelope: bytes) -> Tensors:
+    """h + c, of the tensors in the envelope."""
+    return {key: held[key] + c for key, c in to_tensors(unpack(envelope).tensors).items()}
 
 
 def link_of(config: Config, method: Method, run: str) -> Link:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -96,12 +96,12 @@ def _wanted(method: Method, state: State, rank: int | None) -> Wanted:
 
 
 def admit(
-    replies: Iterable[tuple[str, bytes]], rules: Rules, spool: Spool | None = None
+    replies: Iterable[tuple[str, bytes]], rules: Rules, spool: Spool | None = None, left: Sequence[Dropped] = ()
 ) -> tuple[list[Update], list[Dropped]]:
     """The good updates, and the bad ones with their reasons, from (client, envelope) pairs of one round.
 
-    Envelopes are read one by one and let go; the updates' tensors are views of the spool.
-    Raises RunError when fewer than `min_clients` are good.
+    Envelopes are read one by one and let go; the updates' tensors are views of the spool. `left` are those who sent
+    none, once all the others were read. Raises RunError when fewer than `min_clients` are good.
     """
     spool = spool or Spool()
     norms: dict[str, float] = {}  # of the good ones, in the spool's order
@@ -125,18 +125,15 @@ def admit(
     dropped += outliers
     good = norms.keys() - {drop.client for drop in outliers}
     if len(good) < rules.min_clients:
-        reasons = "; ".join(f"{drop.client}: {drop.reason}" for drop in dropped) or "no client replied"
+        reasons = "; ".join(f"{drop.client}: {drop.reason}" for drop in [*left, *dropped]) or "no client replied"
         raise RunError(
             f"round {rules.round + 1}: {len(good)} good updates, server.min_clients asks for {rules.min_clients} "
             f"({reasons}). The checkpoint of the last finished round is kept"
         )
     weights = {client: float(n) if rules.weighting == "samples" else 1.0 for client, n in samples.items()}
-    updates = [
-        Update(client=client, weight=weights[client], tensors=tensors)
-        for client, tensors in zip(norms, spool.read(), strict=True)
-        if client in good
-    ]
-    return updates, dropped
+    read = dict(zip(norms, spool.read(), strict=True))
+    in_order = sorted(good)  # whichever came first: sums of floats depend on their order
+    return [Update(client=name, weight=weights[name], tensors=read[name]) for name in in_order], dropped
 
 
 def _whole(payload: Payload, reference: Arrays) -> Payload:

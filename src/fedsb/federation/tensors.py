@@ -8,6 +8,7 @@ import torch
 
 from fedsb.adapters.adapted import Tensors
 from fedsb.federation.payload import Arrays
+from fedsb.privacy.fixed_point import Floats, flatten
 
 
 def to_arrays(tensors: Mapping[str, torch.Tensor]) -> Arrays:
@@ -17,6 +18,11 @@ def to_arrays(tensors: Mapping[str, torch.Tensor]) -> Arrays:
 
 def to_tensors(arrays: Arrays) -> Tensors:
     return {key: torch.from_numpy(array.copy()) for key, array in arrays.items()}
+
+
+def change_of(sent: Mapping[str, torch.Tensor], unmoved: Mapping[str, torch.Tensor]) -> Floats:
+    """sent - unmoved, end to end in order of the names: what a client puts into a secure sum."""
+    return flatten(to_arrays({key: x - unmoved[key] for key, x in sent.items()}))
 
 
 def under(prefix: str, tensors: Mapping[str, torch.Tensor]) -> Tensors:

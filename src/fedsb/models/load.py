@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -72,6 +73,13 @@ def load_tokenizer(config: ModelConfig) -> Any:
     name, _ = resolve_name(config.name)
     with hub_errors(name):
         return AutoTokenizer.from_pretrained(name, revision=config.revision)
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Names the tokens, their numbers and the special ones among them."""
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    facts = [sorted(tokenizer.get_vocab().items()), sorted(special.items())]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
 
 def load_base(

@@ -127,6 +127,14 @@ class Ledger:
             raise
         self._entries.append(entry)
 
+    def copy(self, entries: Iterable[Entry]) -> None:
+        """Adds what the client's own ledger says and this copy of it, kept elsewhere, does not say yet."""
+        there = set(self._entries)
+        for entry in entries:
+            if entry not in there:
+                self._append(_line(asdict(_entry(asdict(entry), (self.run, self.client)))))
+                self._entries.append(entry)
+
     def releases(self) -> tuple[Release, ...]:
         """All that was charged, alike ones in one."""
         return merged(self._entries)

@@ -97,6 +97,11 @@ class SumClient:
         signature = sign_survivors(self.plan, self.name, self._identity, self._survivors)
         return pack(self.plan, "confirm", self.name, signature)
 
+    @property
+    def survivors(self) -> tuple[str, ...]:
+        """U3, as this client was told and signed."""
+        return self._survivors
+
     def unmask(self, confirmed: bytes) -> bytes:
         """Of each client in U2 one share, never both. Which one, U3 says, and t clients signed that same U3."""
         signatures = self._members(confirmed, "confirmed", SIGNATURE_BYTES, self._survivors)

@@ -152,6 +152,10 @@ class Task(ABC):
         """The metric of a guess that reads no text, where there is one."""
         return None
 
+    def labels_in(self, rows: list[Row]) -> list[Any]:
+
+        return []
+
     def hold_out(self, rows: list[Row], share: float, rng: np.random.Generator) -> tuple[list[Row], list[Row]]:
         """(training rows, held-out rows) of one client: random rows, at least one stays in training."""
         check_share(share)

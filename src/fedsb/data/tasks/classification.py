@@ -53,8 +53,7 @@ class Classification(Task):
 
         Raises UserError: a label of another type, labels of several types, one class only, a label only the test has.
         """
-        train = self._labels(train_rows)
-        names = [str(label) for label in sorted(set(train))]
+        names = [str(label) for label in self.labels_in(train_rows)]
         if len(names) < 2:
             raise UserError(f"every training row has the label {', '.join(names)}: two classes are needed")
         only_test = sorted({str(label) for label in self._labels(test_rows)} - set(names))
@@ -64,6 +63,9 @@ class Classification(Task):
                 f"{', '.join(names)}): add such rows to train or drop them from the test"
             )
         self.label_names = names
+
+    def labels_in(self, rows: list[Row]) -> list[Any]:
+        return sorted(set(self._labels(rows)))
 
     def encode(self, rows: list[Row]) -> tuple[list[Example], int]:
         if not rows:

@@ -1,0 +1,137 @@
+"""What trains and scores, whoever holds it: the task, and the base model with the method's adapter on it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+
+from fedsb.adapters.adapted import AdaptedModel, Tensors, find_targets
+from fedsb.adapters.basis import Basis
+from fedsb.data.tasks.base import Example, Task, Tokenizer, pad_token
+from fedsb.engines import Direction, Score, Sent
+from fedsb.engines.resolved import targets_choice
+from fedsb.federation.basis_round import Sums, Tell, build_basis, no_sums
+from fedsb.federation.client import LocalTraining
+from fedsb.federation.cohort import Member, join_tensors, train_together
+from fedsb.federation.payload import unpack
+from fedsb.federation.scoring import forward, mean_score
+from fedsb.methods.contract import Method
+from fedsb.models.heads import head_start
+from fedsb.models.load import load_base, matmul_precision
+from fedsb.privacy.guard import Guard
+from fedsb.settings import Choice, Config
+
+
+class Bench:
+    """Of a task whose classes are known. Raises UserError for a model that does not load or does not fit."""
+
+    def __init__(self, config: Config, method: Method, tokenizer: Tokenizer, task: Task) -> None:
+        self.config, self.method, self.tokenizer, self.task = config, method, tokenizer, task
+        self.base = load_base(
+            config.model,
+            auto_class=task.auto_class,
+            num_labels=len(task.label_names),
+            pad_token=pad_token(tokenizer),
+        )
+        targets = find_targets(self.base.model, config.model.targets, self.base.head)
+        self.adapted = AdaptedModel(
+            self.base.model, kind=method.adapter, targets=targets, head=self.base.head, scale=method.scale
+        )
+        self.shapes = self.adapted.shapes
+        self.head = head_start(self.adapted.head_tensors(), config.seed)
+        self.bench_choices: tuple[Choice, ...] = (*self.base.choices, targets_choice(config, targets))
+
+    def make_basis(
+        self,
+        start: Tensors,
+        local: LocalTraining,
+        rows: int,
+        *,
+        seen: Sequence[Example] = (),
+        sums: Sums = no_sums,
+        tell: Tell = dict,
+        round: int = 0,
+    ) -> Basis:
+        """The basis of `round`; `rows` are those of a client, for the rate of its first step.
+
+        A basis that looks at no data needs no more; what the others ask for is in federation/basis_round.py.
+        """
+        config = self.config
+        eta = config.basis.eta
+        return build_basis(
+            config.basis,
+            self.method,
+            self.adapted,
+            self.task,
+            start,
+            seen=seen,
+            sums=sums,
+            tell=tell,
+            eta=local.lr * local.lr_factor(round, 0, local.steps_for(rows)) if eta == "auto" else eta,
+            sign=local.optimizer == "adamw",
+            seed=config.seed,
+            round=round,
+            batch_size=config.train.batch_size,
+        )
+
+    def train_group(
+        self,
+        method: Method,
+        group: Sequence[Member],
+        local: LocalTraining,
+        round: int,
+        guards: Mapping[str, Guard] | None,
+    ) -> list[Member]:
+        """Clients of one rank after a round of local training, all in one forward; `method` is at their rank."""
+        with matmul_precision(self.config.model.matmul):
+            return train_together(
+                self.adapted,
+                self.task,
+                group,
+                method.trainable(group[0].tensors, round),
+                local,
+                seed=self.config.seed,
+                round=round,
+                penalty=method.penalty,
+                guards=guards,
+            )
+
+    def evaluate(self, tensors: Tensors, examples: Sequence[Example]) -> Score:
+        """The task's metric over the examples, with one client's tensors in the adapter."""
+        self._load_one(tensors)
+        with matmul_precision(self.config.model.matmul):
+            value = mean_score(self.adapted.model, self.task, examples, self.config.eval.batch_size)
+        return Score(value=value, count=len(examples))
+
+    @torch.no_grad()
+    def logits(self, tensors: Tensors, examples: Sequence[Example]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """The examples as inputs, and the model's logits for them, to compare an exported adapter with."""
+        self._load_one(tensors)
+        logits, batch = forward(self.adapted.model, self.task, list(examples))
+        return {key: value for key, value in batch.items() if key != "labels"}, logits
+
+    def _count(
+        self,
+        envelope: bytes,
+        round: int,
+        client: str,
+        direction: Direction,
+        kind: Literal["round", "basis"] = "round",
+        wire: int | None = None,  # bytes that it travelled in; default: its own
+    ) -> Sent:
+        payload = unpack(envelope)
+        return Sent(
+            round=round,
+            client=client,
+            direction=direction,
+            kind=kind,
+            values=payload.values,
+            head_values=sum(array.size for key, array in payload.tensors.items() if key in self.head),
+            bytes=payload.values_bytes,
+            wire_bytes=wire or len(envelope),
+        )
+
+    def _load_one(self, tensors: Tensors) -> None:
+        self.adapted.load(join_tensors(self.adapted, [tensors]))

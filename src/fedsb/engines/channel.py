@@ -1,0 +1,28 @@
+"""Between a coordinator and its sites: requests go out, answers come in, as bytes; whatever carries them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+
+class Lost(NamedTuple):
+    """A site that did not answer: late, gone, refused, failed."""
+
+    reason: str
+
+
+class Channel(Protocol):
+    """Carries requests to sites and brings back what they answer."""
+
+    @property
+    def sites(self) -> Sequence[str]:
+        """The names of all registered sites, sorted."""
+        ...
+
+    def ask(self, requests: Mapping[str, bytes], timeout_s: float | None = None) -> Iterator[tuple[str, bytes | Lost]]:
+        """As answers come in, each site once; Lost for those that did not answer within the time."""
+        ...
+
+
+Handle = Callable[[bytes], bytes]  # what a site does with a request; a FedsbError goes back as Lost

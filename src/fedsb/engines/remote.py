@@ -1,0 +1,370 @@
+"""The engine of a real federation: the sites are elsewhere, and answer what engines/notes.py lists, over a channel.
+
+The coordinator has the base model, to score the test rows and to write the adapter, and no row of any site.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import replace
+from typing import Any
+
+from fedsb.adapters.adapted import Tensors
+from fedsb.adapters.basis import Basis, Pair, basis_hash
+from fedsb.adapters.carry import is_carried
+from fedsb.data.sites import CUT, Data, elsewhere, load_test, open_task_of, table_facts
+from fedsb.data.sources import Table
+from fedsb.data.tasks.base import Example
+from fedsb.engines import Answer, Replies, Reply, Score, Sent
+from fedsb.engines.bench import Bench
+from fedsb.engines.channel import Channel, Lost
+from fedsb.engines.notes import Note, pack_note, read_note
+from fedsb.engines.resolved import local_training, open_sums, public_rows
+from fedsb.environment import versions
+from fedsb.errors import RunError, UserError
+from fedsb.federation.facts import client_ranks, refuse_what_facts_forbid
+from fedsb.federation.link import link_of
+from fedsb.federation.payload import Payload, PayloadError, pack, unpack
+from fedsb.federation.server import Dropped
+from fedsb.federation.tensors import to_arrays, to_tensors
+from fedsb.federation.turn import Turn
+from fedsb.methods.contract import Method, State
+from fedsb.models.load import load_tokenizer, tokenizer_fingerprint
+from fedsb.privacy.ledger import Entry
+from fedsb.privacy.setup import promise_of, refuse_what_would_leak
+from fedsb.settings import Choice, Config
+
+
+class RemoteEngine(Bench):
+    """The sites of a channel, opened for a run.
+
+    Raises UserError for whatever is wrong with the settings, RunError where a site refuses or does not answer.
+    """
+
+    def __init__(
+        self, config: Config, method: Method, run: str, channel: Channel, directory: Mapping[str, bytes] | None = None
+    ) -> None:
+        refuse_what_facts_forbid(config, method)
+        refuse_what_would_leak(config, method)
+        refuse_what_needs_one_place(config, method)
+        self.config, self.channel, self.run, self.directory = config, channel, run, dict(directory or {})
+        tokenizer = load_tokenizer(config.model)
+        task = open_task_of(config, tokenizer)
+        test = load_test(config, task)
+        shared = config.model_dump(mode="json", exclude={"out": True, "compare": True, "data": {"train", "test"}})
+        looked = self._ask_all("look", config=shared, versions=versions())
+        labels = _in_order({label for note in looked.values() for label in note.facts["labels"]})
+        task.fit_labels([{task.options.label: label} for label in labels], test.rows if test else [])
+        super().__init__(config, method, tokenizer, task)
+        opened = self._ask_all(
+            "open",
+            label_names=task.label_names,
+            model=self.base.fingerprint,
+            tokenizer=tokenizer_fingerprint(tokenizer),
+        )
+        self.sites = [elsewhere(name, note.facts["rows"], note.facts["labels"]) for name, note in opened.items()]
+        self.data = self._data(test, looked, opened)
+        self.local = local_training(config)
+        self.promise = promise_of(config, method, self.sites, self.local)
+        self.ranks, rank_choices = client_ranks(config, method, self.shapes, [site.name for site in self.sites])
+        self.sums = open_sums(config, self.promise, run, self.sites)
+        started = self._ask_all("start", rows={site.name: site.rows for site in self.sites})
+        self.holds = {name: note.facts["holds"] for name, note in started.items()}
+        self.choices = (
+            *self.bench_choices,
+            *self.data.choices,
+            *rank_choices,
+            *self.promise.choices,
+            *(self.sums.choices if self.sums else ()),
+        )
+
+    # --- the verbs of an engine ---
+
+    def build_basis(self, method: Method, state: State | None = None) -> tuple[Basis | None, list[Sent]]:
+        """Makes B and A as the configuration asks, with what travelled for it; None for a method without a basis."""
+        assert state is None, "refused at the start: basis.refresh"
+        sent: list[Sent] = []
+        basis: Basis | None = None
+        if method.adapter == "core":
+            basis = self._make_basis(method, sent)
+        common = method.start(self.shapes, basis, self.head, self.config.seed).common
+        self._agree(common, sent)
+        return basis, sent
+
+    def train(
+        self,
+        method: Method,
+        state: State,
+        cohort: Sequence[str],
+        kept: Mapping[str, Tensors],
+        late: Set[str] = frozenset(),
+    ) -> Replies:
+        """One round. What sites keep to themselves stays with them: `kept` is nobody's."""
+        ranks = {**self.ranks, **state.ranks}
+        link = link_of(self.config, method, self.run)
+        heard = link.heard(method, state)
+        common = basis_hash(heard.common)
+        made: dict[tuple[bool, int | None], bytes] = {}
+
+        def message(client: str, whole: bool) -> bytes:
+            told = (whole, ranks.get(client))
+            if told not in made:
+                made[told] = link.down(method, state, heard, basis=common, late=told[0], rank=told[1])[0]
+            return made[told]
+
+        def ask(clients: Iterable[str], *, behind: bool) -> Iterator[tuple[str, Note | Lost, list[Sent]]]:
+            requests, sent = {}, {}
+            for name in clients:
+                envelope = message(name, behind or name in late)
+                requests[name] = self._request("round", (envelope,), rank=ranks.get(name))
+                wire = len(requests[name])
+                sent[name] = [self._count(envelope, state.round + 1, name, "down", wire=wire)]
+            for name, answer in self._answers(requests):
+                yield name, answer, sent[name]
+
+        def answers() -> Iterator[tuple[str, Note | Lost, list[Sent]]]:
+            missed: dict[str, list[Sent]] = {}
+            for name, answer, sent in ask(cohort, behind=False):
+                if isinstance(answer, Note) and answer.verb == "behind":
+                    missed[name] = [*sent, *self._bring_up(name, answer, heard.common, state.round + 1)]
+                else:
+                    yield name, answer, sent
+            for name, answer, sent in ask(missed, behind=True):
+                if isinstance(answer, Note) and answer.verb == "behind":
+                    answer = Lost("it still lacks what the others hold in common")
+                yield name, answer, [*missed[name], *sent]
+
+        def replies() -> Iterator[Answer]:
+            there: list[Reply] = []
+            for name, answer, sent in answers():
+                if isinstance(answer, Lost):
+                    yield Dropped(client=name, reason=answer.reason)
+                elif answer.facts.get("left"):
+                    yield Dropped(client=name, reason=f"left the sum by itself: {answer.facts['left']}")
+                else:
+                    there.append(self._reply(name, answer, sent, state.round + 1))
+                    if self.sums is None:
+                        yield there.pop()
+            if self.sums is not None:
+                turn = Turn(method, heard.common, to_tensors(unpack(message("", False)).tensors), state.round, common)
+                yield from self._add_up(turn, cohort, there)
+
+        return Replies(replies())
+
+    def score(self, method: Method, state: State, kept: Mapping[str, Tensors]) -> Score | None:
+        """The metric on the coordinator's test rows; None without any."""
+        return self.evaluate(method.model(state), self.data.test) if self.data.test else None
+
+    def score_sites(self, method: Method, state: State, kept: Mapping[str, Tensors]) -> dict[str, Score]:
+        """Ends the run at every site: it is told the final model, scores it on its held-out rows, and keeps it."""
+        tensors = to_arrays(method.broadcast(state, late=True))
+        whole = Payload(kind="broadcast", run=self.run, round=state.round, tensors=tensors)
+        card = {
+            "Method": f"{method.facts.id} ({method.facts.paper}), rank {method.rank}",
+            "Sites": str(len(self.sites)),
+            "Rounds": str(state.round),
+        }
+        request = self._request("finish", (pack(whole),), card=card)
+        scores: dict[str, Score] = {}
+        for name, answer in self._answers({site.name: request for site in self.sites}):
+            if isinstance(answer, Note):
+                self._take_entries(name, answer)
+                if answer.facts["score"] is not None:
+                    scores[name] = Score(value=answer.facts["score"], count=answer.facts["rows"])
+        return scores
+
+    def tensors_of(self, method: Method, state: State, kept: Mapping[str, Tensors], client: str) -> Tensors:
+        """The model that a site ends with."""
+        return method.model(state)
+
+    @property
+    def probes(self) -> list[Example]:
+        """Some examples to compare an exported adapter on."""
+        return self.data.test[:4]
+
+    # --- the inside ---
+
+    def _make_basis(self, method: Method, sent: list[Sent]) -> Basis:
+        link = link_of(self.config, method, self.run)
+
+        def sums(outer: Mapping[str, Pair]) -> Iterator[tuple[Tensors, float]]:
+            for name, note in self._ask_all("sums").items():
+                self._take_entries(name, note)
+                sent.append(self._count(note.parts[0], 0, name, "up", kind="basis"))
+                yield to_tensors(unpack(note.parts[0]).tensors), float(note.facts["rows"])
+
+        def tell(tensors: Tensors) -> Tensors:
+            envelope = link.basis("down", "", 0, tensors, link.codec)
+            for name, note in self._ask_all("basis", (envelope,)).items():
+                self.holds[name] = note.facts["holds"]
+                sent.append(self._count(envelope, 0, name, "down", kind="basis"))
+            return to_tensors(unpack(envelope).tensors)
+
+        rows = self.sites[0].rows
+        return self.make_basis(
+            self.head, self.local, rows, seen=public_rows(self.config, self.task), sums=sums, tell=tell
+        )
+
+    def _agree(self, common: Tensors, sent: list[Sent]) -> None:
+        """All sites hold the same, bit for bit; where a site's own derivation differs, it is told."""
+        wanted = basis_hash(common)
+        odd = [name for name, holds in self.holds.items() if holds != wanted]
+        if odd:
+            envelope = self._common_envelope(common)
+            for name, note in self._ask_all("hold", (envelope,), among=odd).items():
+                self.holds[name] = note.facts["holds"]
+                sent.append(self._count(envelope, 0, name, "down", kind="basis"))
+                if self.holds[name] != wanted:
+                    raise RunError(f"{name} was told what is held in common and holds something else")
+
+    def _bring_up(self, name: str, behind: Note, common: Tensors, round: int) -> list[Sent]:
+        """What a site is told that lost what is held in common, before it is told all of the broadcast."""
+        if behind.facts["holds"] == basis_hash(common):
+            return []
+        envelope = self._common_envelope(common)
+        self._ask_all("hold", (envelope,), among=[name])
+        return [self._count(envelope, round, name, "down", kind="basis")]
+
+    def _common_envelope(self, common: Tensors) -> bytes:
+        tensors = to_arrays({key: x for key, x in common.items() if not is_carried(key)})
+        return pack(Payload(kind="basis-down", run=self.run, round=0, tensors=tensors))
+
+    def _reply(self, name: str, note: Note, sent: list[Sent], round: int) -> Reply:
+        self._take_entries(name, note)
+        update = note.parts[0] if note.parts else None
+        up = [self._count(update, round, name, "up", wire=len(pack_note(note)))] if update is not None else []
+        return Reply(client=name, envelope=update, kept={}, loss=note.facts.get("loss"), sent=[*sent, *up])
+
+    def _add_up(self, turn: Turn, cohort: Sequence[str], replies: Sequence[Reply]) -> Iterator[Answer]:
+        """The phases of a secure sum with those who trained; behind their replies, its own."""
+        from fedsb.privacy.secure_sum import MessageError, SumServer
+
+        assert self.sums is not None
+        terms = self.sums.terms(turn.round, turn.basis, {name: self.directory[name] for name in cohort})
+        plan = terms.plan(sum(x.numel() for x in turn.unmoved.values()))
+        server, trained = SumServer(plan), {reply.client: b"" for reply in replies}
+        up, down = dict.fromkeys(cohort, 0), dict.fromkeys(cohort, 0)
+        failed: dict[str, str] = {}
+        phases: tuple[tuple[str, Callable[[], Mapping[str, bytes]]], ...] = (
+            ("advert", lambda: trained),
+            ("sealed", server.roster),
+            ("masked", server.inboxes),
+            ("confirm", server.survivors_lists),
+            ("shares", server.confirmations),
+        )
+        for phase, messages in phases:
+            if phase == "masked" and terms.guard is not None:
+                terms.guard.charge(terms.round + 1)
+            requests = {
+                name: self._request("sum", (message,), phase=phase, cohort=list(cohort))
+                for name, message in messages().items()
+            }
+            for name, answer in self._answers(requests):
+                down[name] += len(requests[name])
+                try:
+                    if isinstance(answer, Lost):
+                        raise MessageError(answer.reason)
+                    server.receive(name, answer.parts[0])
+                    up[name] += len(answer.parts[0])
+                except MessageError as error:
+                    failed[name] = str(error)
+        values, weight = plan.grid.decode(server.total())
+        for name, reason in failed.items():
+            if name not in server.survivors:
+                yield Dropped(client=name, reason=reason)
+        size = 4 * plan.size
+        head = sum(x.numel() for key, x in turn.unmoved.items() if key in self.head)
+        for reply in replies:
+            if reply.client in server.survivors:
+                told = [replace(sent, wire_bytes=sent.wire_bytes + down[reply.client]) for sent in reply.sent]
+                sent = Sent(
+                    round=turn.round + 1,
+                    client=reply.client,
+                    direction="up",
+                    kind="round",
+                    values=plan.size,
+                    head_values=head,
+                    bytes=size,
+                    wire_bytes=up[reply.client],
+                )
+                yield replace(reply, sent=[*told, sent])
+        yield terms.summed(values, weight, turn.unmoved)
+
+    def _take_entries(self, name: str, note: Note) -> None:
+        """Copies what the site's ledger says of itself, so that epsilon is known here too."""
+        if self.promise.unit == "example":
+            self.promise.guards[name].ledger.copy(Entry(**entry) for entry in note.facts["entries"])
+
+    def _request(self, verb: str, parts: Sequence[bytes] = (), **facts: Any) -> bytes:
+        return pack_note(Note(verb, {"run": self.run, **facts}, parts))
+
+    def _answers(self, requests: Mapping[str, bytes]) -> Iterator[tuple[str, Note | Lost]]:
+        for name, answer in self.channel.ask(requests, self.config.engine.deadline_s):
+            if isinstance(answer, Lost):
+                yield name, answer
+                continue
+            try:
+                yield name, read_note(answer)
+            except PayloadError as error:
+                yield name, Lost(str(error))
+
+    def _ask_all(
+        self, verb: str, parts: Sequence[bytes] = (), *, among: Sequence[str] | None = None, **facts: Any
+    ) -> dict[str, Note]:
+        """All sites' answers, by name in order. Raises RunError with the reason of each that has none."""
+        names = self.channel.sites if among is None else among
+        request = self._request(verb, parts, **facts)
+        found = dict(self._answers(dict.fromkeys(names, request)))
+        lost = [f"{name}: {answer.reason}" for name, answer in found.items() if isinstance(answer, Lost)]
+        lost += [f"{name}: no answer" for name in names if name not in found]
+        if lost or not names:
+            reasons = "\n  ".join(lost) or "there are no sites"
+            raise RunError(f"{verb!r} needs an answer of every site:\n  {reasons}\nMend these sites, or revoke them")
+        return {name: answer for name, answer in sorted(found.items()) if isinstance(answer, Note)}
+
+    def _data(self, test: Table | None, looked: Mapping[str, Note], opened: Mapping[str, Note]) -> Data:
+        examples, cut = self.task.encode_test(test.rows) if test else ([], 0)
+        tables = {
+            name: {"origin": f"the site {name}", "rows": note.facts["rows"], "fingerprint": note.facts["fingerprint"]}
+            for name, note in looked.items()
+        }
+        cut += sum(note.facts["cut"] for note in opened.values())
+        return Data(
+            task=self.task,
+            sites=self.sites,
+            test=examples,
+            test_is=f"{test.origin}, {len(test.rows):,} rows" if test else "none",
+            test_is_public=True,
+            baseline=None,
+            tables=tables | ({"test": table_facts(test)} if test else {}),
+            choices=(Choice(key="data.cut", value=cut, reason=CUT.format(self.config.model.max_tokens)),),
+        )
+
+
+def refuse_what_needs_one_place(config: Config, method: Method) -> None:
+    """Raises UserError with every setting that only a simulation, with all data in one process, can carry out."""
+    facts, faults = method.facts, []
+    if facts.pools_data:
+        faults.append(f"{facts.id} pools all data in one place")
+    if not facts.global_model:
+        faults.append(f"{facts.id} leaves every site a model of its own, which a coordinator cannot score or export")
+    if config.basis.kind == "update-pooled" and method.adapter == "core":
+        faults.append("basis.kind = 'update-pooled' pools raw rows: take weights, random, core or update")
+    if config.basis.refresh and method.adapter == "core":
+        faults.append("basis.refresh is not there yet for sites that are elsewhere: leave it out")
+    if config.data.tune_share:
+        faults.append("data.tune_share scores rows of the sites: tune in a simulation")
+    if config.eval.gap:
+        faults.append("eval.gap scores rows of the sites in every round: leave it out")
+    if config.clients.unseen:
+        faults.append("clients.unseen: every site takes part in a real federation")
+    if faults:
+        raise UserError("engine.name = 'flower': " + "; ".join(faults))
+
+
+def _in_order(labels: set[Any]) -> list[Any]:
+    """Raises UserError where sites have labels of different types."""
+    kinds = sorted({type(label).__name__ for label in labels})
+    if len(kinds) > 1:
+        raise UserError(f"the sites' labels are of different types ({', '.join(kinds)}): write them alike everywhere")
+    return sorted(labels)

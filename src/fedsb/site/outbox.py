@@ -1,0 +1,30 @@
+"""outbox.jsonl: a line for everything that left this site, written before it leaves."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from fedsb.disk import disk_errors
+from fedsb.federation.payload import Payload
+from fedsb.record import json_lines
+
+
+class Outbox:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def note(self, what: str, data: bytes, payload: Payload | None = None, **facts: Any) -> None:
+        """Returns when the line is on the disk. `payload` is what `data` holds, where it is an envelope."""
+        line: dict[str, Any] = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "what": what, **facts}
+        line |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        if payload is not None:
+            shapes = {name: list(array.shape) for name, array in payload.tensors.items()}
+            line |= {"round": payload.round + 1, "values": payload.values, "codec": payload.codec, "tensors": shapes}
+        with disk_errors(self.path.parent), self.path.open("ab") as file:
+            file.write(json_lines([line]))
+            file.flush()
+            os.fsync(file.fileno())

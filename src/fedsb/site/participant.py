@@ -1,0 +1,294 @@
+"""A site in one run: the base model, its rows, its promise, and its part of every round."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from fedsb.adapters.adapted import Tensors
+from fedsb.adapters.basis import Basis, basis_hash
+from fedsb.adapters.carry import is_news
+from fedsb.data.sites import elsewhere, load_own, open_own, open_task_of
+from fedsb.disk import safe_name, write_atomic
+from fedsb.engines.bench import Bench
+from fedsb.engines.resolved import local_training, open_sums
+from fedsb.engines.secure import Terms
+from fedsb.errors import RunError, UserError
+from fedsb.federation.basis_round import core_sums, inner_basis, outer_basis, whole_basis
+from fedsb.federation.cohort import Member
+from fedsb.federation.link import link_of, read_change
+from fedsb.federation.payload import Payload, unpack
+from fedsb.federation.tensors import change_of, to_tensors
+from fedsb.federation.turn import Sending, Turn, at_rank
+from fedsb.methods import build_method
+from fedsb.methods.contract import State
+from fedsb.models.load import load_tokenizer
+from fedsb.outcome import write_adapters
+from fedsb.privacy.fixed_point import Floats
+from fedsb.privacy.ledger import read_ledger
+from fedsb.privacy.setup import promise_of
+from fedsb.privacy.statement import spent
+from fedsb.privacy.sum_client import SumClient
+from fedsb.settings import Config
+from fedsb.site.settings import SiteConfig, refuse_promise, refuse_sum
+from fedsb.site.store import Store
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """Who a site is in its federation, and whom it believes to be the others."""
+
+    name: str
+    key: Ed25519PrivateKey
+    directory: Mapping[str, bytes]  # name -> Ed25519 public key of every site
+
+
+@dataclass(frozen=True)
+class Pending:
+    """What this site has to put into the sum of a round."""
+
+    round: int
+    basis: str
+    change: Floats
+
+
+class Participant:
+    """Of a run that this site takes part in. Raises UserError for data, or a base model, that do not fit."""
+
+    def __init__(self, folder: Path, settings: SiteConfig, identity: Identity, config: Config, run: str) -> None:
+        self.settings, self.identity, self.run = settings, identity, run
+        own = {"name": settings.model or config.model.name, "device": settings.device}
+        self.config = config.model_copy(update={"model": config.model.model_copy(update=own)})
+        self.method = build_method(config.method.name, config.method.options)
+        self.link, self.local = link_of(config, self.method, run), local_training(config)
+        self.store, self.folder = Store(folder), folder
+        self.tokenizer = load_tokenizer(self.config.model)
+        self.task = open_task_of(self.config, self.tokenizer)
+        table = load_own(self.config, self.task, settings.data, settings.columns)
+        self.table = table
+        self.labels = self.task.labels_in(table.rows)
+        self.summing: SumClient | None = None
+        self.pending: Pending | None = None
+
+    # --- before the first round ---
+
+    def open(self, label_names: list[str]) -> None:
+        """Reads rows and base model; the classes are those of all sites."""
+        self.task.label_names = label_names
+        self.site, self.cut = open_own(self.config, self.task, self.identity.name, self.table)
+        self.bench = Bench(self.config, self.method, self.tokenizer, self.task)
+
+    def start(self, rows: Mapping[str, int]) -> str | None:
+        """Makes the promise and the ledger, and what is held in common; its hash, None where a basis has to come."""
+        sites = [elsewhere(name, count) for name, count in rows.items()]
+        self.rows = rows
+        promise = promise_of(self.config, self.method, sites, self.local)
+        if promise.unit == "example":
+            promise.plans = {self.identity.name: promise.plans[self.identity.name]}
+        refuse_promise(self.settings.allow, promise)
+        self.sums = open_sums(self.config, promise, self.run, sites)
+        if self.sums is not None:
+            refuse_sum(self.settings.allow, self.sums.threshold)
+        promise.open_ledgers(self.folder, self.run, new=self.store.common() is None)
+        self.promise = promise
+        if (held := self.store.common()) is not None:
+            return self._hold(held)
+        if self.method.adapter == "core" and self.config.basis.kind not in ("random", "weights"):
+            return None
+        return self.hold(self._state(self._derived() if self.method.adapter == "core" else None).common)
+
+    def basis_sums(self) -> tuple[bytes, float]:
+        """(the envelope of this site's S, the rows behind it), of a `core` basis."""
+        guards = self.promise.of_rows()
+        own, rows = core_sums(
+            self.config.basis,
+            self.bench.adapted,
+            self.task,
+            self.site,
+            sum(self.rows.values()),
+            self.bench.head,
+            self._outer(),
+            guards[self.identity.name] if guards else None,
+            seed=self.config.seed,
+            round=0,
+            batch_size=self.config.train.batch_size,
+        )
+        return self.link.basis("up", self.identity.name, 0, own, self.link.codec), rows
+
+    def basis(self, envelope: bytes) -> str:
+        """Takes the basis as it was told to all sites; the hash of what is held in common from now on."""
+        told = to_tensors(unpack(envelope).tensors)
+        kind = self.config.basis.kind
+        A, B = inner_basis(told, self._outer()) if kind == "core" else whole_basis(told, self.bench.shapes)
+        return self.hold(self._state(Basis(kind=kind, A=A, B=B)).common)
+
+    def hold(self, common: Tensors) -> str:
+        """Takes `common` as what is held in common at the start."""
+        self.store.save_common(common)
+        return self._hold(common)
+
+    @property
+    def holds(self) -> str:
+        """The hash of what is held in common."""
+        return self._hashed[1]
+
+    # --- a round ---
+
+    def round(self, envelope: bytes, rank: int | None) -> tuple[Member, Sending] | None:
+        """The client after its training, and what it sends; None where this site lacks what the broadcast adds to."""
+        payload = unpack(envelope)
+        if (heard := self._hear(payload, envelope)) is None:
+            return None
+        common, message, held_tensors = heard
+        if self._hash(common) != payload.basis:
+            return None
+        turn = Turn(at_rank(self.method, rank), common, message, payload.round, payload.basis)
+        kept = self.store.kept(payload.round)
+        before = turn.member(self.site, kept)
+        (after,) = self.bench.train_group(turn.method, [before], self.local, payload.round, self.promise.of_rows())
+        sending = turn.sending(
+            before,
+            after,
+            self.site.rows,
+            kept,
+            link=self.link,
+            promise=self.promise,
+            keep_optimizer=self.local.keep_optimizer,
+        )
+        self._heard = payload.round + 1, common, held_tensors
+        changed = {key: x for key, x in common.items() if x is not self._start.get(key)}
+        self.store.save_round(payload.round + 1, sending.kept, changed, held_tensors)
+        if self.sums is not None:
+            self.pending = Pending(payload.round, turn.basis, change_of(sending.tensors, turn.unmoved))
+        return after, sending
+
+    def sum_fault(self) -> str | None:
+        """Why what is pending must not go into a sum."""
+        return self._terms([self.identity.name]).fault(self._pending().change)
+
+    def sum(self, phase: str, cohort: list[str], message: bytes) -> bytes:
+        """This site's message of a phase of a secure sum (privacy/secure_sum.py); `cohort` are all in it."""
+        pending = self._pending()
+        terms, change = self._terms(cohort), pending.change
+        if phase == "advert":
+            refuse_sum(self.settings.allow, terms.threshold)
+            self.summing = SumClient(terms.plan(len(change)), self.identity.name, self.identity.key)
+            return self.summing.advertise()
+        if self.summing is None:
+            raise RunError("this site has no part in a sum that is going on: it was started anew since")
+        if phase == "sealed":
+            return self.summing.share_keys(message)
+        if phase == "masked":
+            return self.summing.masked(message, terms.encode(self.identity.name, change))
+        if phase == "confirm":
+            return self.summing.confirm(message)
+        if phase == "shares":
+            self._one_sum(pending.round, self.summing.survivors)
+            return self.summing.unmask(message)
+        raise RunError(f"a secure sum has no phase {phase!r:.40}")
+
+    # --- the end ---
+
+    def finish(self, envelope: bytes, facts: Mapping[str, str]) -> tuple[float | None, Path]:
+        """(the final model's score on this site's held-out rows, the adapter that was written)."""
+        payload = unpack(envelope)
+        message = to_tensors(payload.tensors)
+        common = self.method.follow(self._start, message)
+        tensors = self.method.receive(common, message, {}, payload.round)
+        score = self.bench.evaluate(tensors, self.site.held_out).value if self.site.held_out else None
+        path = self.folder / "adapter"
+        write_adapters(self.bench, {path: tensors}, facts, self.site.train[:4])
+        del self.bench  # its layers are the base's own again
+        return score, path
+
+    def entries(self) -> list[dict[str, Any]]:
+        """What this site's ledger says."""
+        if self.promise.unit != "example":
+            return []
+        path = self.folder / "privacy" / f"{safe_name(self.identity.name)}.jsonl"
+        return [vars(entry) for entry in read_ledger(path)]
+
+    def spent(self) -> float | None:
+        """Epsilon of this site's rows so far, by its ledger; None where it makes no promise of its own."""
+        return spent(self.promise) if self.promise.unit == "example" else None
+
+    # --- the inside ---
+
+    def _hear(self, payload: Payload, envelope: bytes) -> tuple[Tensors, Tensors, Tensors] | None:
+        """(what is held in common from now on, the message, what the next change is added to)."""
+        message, before = to_tensors(payload.tensors), self._after(payload.round)
+        coded = payload.codec != "float32"
+        if before is None:
+            if coded or any(is_news(key) for key in message):
+                return None
+            before = self._start, {}
+        common, last = before
+        if coded:
+            message = read_change(last, envelope)
+        added_to = {**last, **message} if self.link.codec != "float32" else {}
+        return self.method.follow(common, message), message, added_to
+
+    def _after(self, rounds: int) -> tuple[Tensors, Tensors] | None:
+        """(common, what a change is added to) as they were after so many rounds."""
+        if self._heard[0] == rounds:
+            return self._heard[1:]
+        found = self.store.round(rounds)
+        return None if found is None else (self._with(found[1]), found[2])
+
+    def _with(self, changed: Tensors) -> Tensors:
+        return {**self._start, **changed}
+
+    def _hold(self, common: Tensors) -> str:
+        known = (
+            self._state(None).tensors if self.method.adapter == "factors" else {}
+        )  # a core's start comes with a round
+        self._start, self._heard = common, (0, common, known)
+        self._hashed = common, basis_hash(common)
+        return self._hashed[1]
+
+    def _hash(self, common: Tensors) -> str:
+        """Made anew only where a tensor has changed."""
+        known, name = self._hashed
+        if known.keys() != common.keys() or any(known[key] is not x for key, x in common.items()):
+            name = basis_hash(common)
+            self._hashed = (common, name)
+        return name
+
+    def _state(self, basis: Basis | None) -> State:
+        """As the coordinator starts."""
+        return self.method.start(self.bench.shapes, basis, self.bench.head, self.config.seed)
+
+    def _derived(self) -> Basis:
+        return self.bench.make_basis(self.bench.head, self.local, self.site.rows)
+
+    def _outer(self) -> dict[str, Any]:
+        rank = self.method.total_rank
+        return outer_basis(self.config.basis, self.bench.adapted, rank, self.config.seed, 0)
+
+    def _pending(self) -> Pending:
+        if self.pending is None:
+            raise RunError("this site has nothing to put into a sum: it was started anew since it trained")
+        return self.pending
+
+    def _terms(self, cohort: list[str]) -> Terms:
+        assert self.sums is not None
+        pending = self._pending()
+        keys = {name: self.identity.directory[name] for name in cohort if name in self.identity.directory}
+        if unknown := [name for name in cohort if name not in keys]:
+            raise UserError(f"a secure sum with {', '.join(unknown)}, whom this site's directory does not have")
+        return self.sums.terms(pending.round, pending.basis, keys)
+
+    def _one_sum(self, round: int, survivors: tuple[str, ...]) -> None:
+        """The same change in two sums with other survivors would be told by their difference."""
+        path = self.folder / "sums" / f"round-{round:04d}.json"
+        if path.is_file() and json.loads(path.read_text()) != list(survivors):
+            raise RunError(
+                f"this site's change of round {round + 1} is in a sum already, with others than "
+                f"{', '.join(survivors)}: a second sum would tell the difference"
+            )
+        write_atomic(path, json.dumps(list(survivors)).encode())

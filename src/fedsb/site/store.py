@@ -1,0 +1,79 @@
+"""What a site keeps of a run between rounds, on disk: it may be killed at any point and goes on from the last round.
+
+run.json                            the notes that opened the run
+common.safetensors                  what the site holds in common with all others, as of the start
+rounds/round-0003.safetensors       after the third round: its own state, what changed in common, the last broadcast
+privacy/<name>.jsonl                its ledger
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load, save
+
+from fedsb.adapters.adapted import Tensors
+from fedsb.disk import write_atomic
+from fedsb.errors import RunError
+from fedsb.federation.tensors import under, within
+
+KEEP = 2  # rounds: the coordinator may fall back to the one before
+
+
+class Store:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def save_facts(self, facts: Mapping[str, Any]) -> None:
+        write_atomic(self.folder / "run.json", json.dumps(facts, indent=1).encode())
+
+    def facts(self) -> dict[str, Any] | None:
+        path = self.folder / "run.json"
+        return dict(json.loads(path.read_text())) if path.is_file() else None
+
+    def save_common(self, common: Tensors) -> None:
+        write_atomic(self.folder / "common.safetensors", save(_whole(common)))
+
+    def common(self) -> Tensors | None:
+        path = self.folder / "common.safetensors"
+        return load(path.read_bytes()) if path.is_file() else None
+
+    def save_round(self, round: int, kept: Tensors, changed: Tensors, message: Tensors) -> None:
+        """After so many rounds. `changed` is of what is held in common, as against the start."""
+        parts = under("kept", kept) | under("common", changed)
+        parts |= {key: x.clone() for key, x in under("message", message).items()}  # some are in common too
+        write_atomic(self._path(round), save(_whole(parts)))
+        for path in (self.folder / "rounds").glob("round-*.safetensors"):
+            if _round_of(path) <= round - KEEP:
+                path.unlink()
+
+    def round(self, round: int) -> tuple[Tensors, Tensors, Tensors] | None:
+        """(kept, changed, message) after so many rounds; None where it is not here any more."""
+        path = self._path(round)
+        if not path.is_file():
+            return None
+        try:
+            parts = load(path.read_bytes())
+        except Exception as error:
+            raise RunError(f"{path}, what this site keeps between rounds, cannot be read: {error}") from error
+        return within("kept", parts), within("common", parts), within("message", parts)
+
+    def kept(self, before: int) -> Tensors:
+        """The site's own state as of the last of the rounds up to `before` that it took part in."""
+        there = [n for path in (self.folder / "rounds").glob("round-*.safetensors") if (n := _round_of(path)) <= before]
+        found = self.round(max(there)) if there else None
+        return found[0] if found else {}
+
+    def _path(self, round: int) -> Path:
+        return self.folder / "rounds" / f"round-{round:04d}.safetensors"
+
+
+def _round_of(path: Path) -> int:
+    return int(path.stem.removeprefix("round-"))
+
+
+def _whole(tensors: Tensors) -> Tensors:
+    return {key: tensor.contiguous() for key, tensor in tensors.items()}

@@ -1,0 +1,67 @@
+"""A federation in one process: real sites, each with a folder and a file of rows of its own, and a channel of calls."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from fedsb.engines.channel import Handle, Lost
+from fedsb.engines.remote import RemoteEngine
+from fedsb.errors import RunError, UserError
+from fedsb.methods.contract import Method
+from fedsb.settings import Config
+from fedsb.site.handle import SiteHandle
+from fedsb.site.participant import Identity
+from fedsb.site.settings import SiteConfig
+
+
+@dataclass
+class Calls:
+    """Calls each site's handle, the last one first: order must not matter."""
+
+    handles: dict[str, Handle]
+    log: list[tuple[str, bytes, bytes | Lost]] = field(default_factory=list)
+
+    @property
+    def sites(self) -> Sequence[str]:
+        return sorted(self.handles)
+
+    def ask(self, requests: Mapping[str, bytes], timeout_s: float | None = None) -> Iterator[tuple[str, bytes | Lost]]:
+        for name in sorted(requests, reverse=True):
+            try:
+                answer: bytes | Lost = self.handles[name](requests[name])
+            except (UserError, RunError) as error:
+                answer = Lost(str(error))
+            self.log.append((name, requests[name], answer))
+            yield name, answer
+
+
+@dataclass
+class Federation:
+    """Sites below `folder`, by name; `settings` are of site.toml."""
+
+    folder: Path
+    rows: Mapping[str, list[dict[str, Any]]]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.keys = {name: Ed25519PrivateKey.generate() for name in self.rows}
+        self.directory = {name: key.public_key().public_bytes_raw() for name, key in self.keys.items()}
+        for name, rows in self.rows.items():
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
+            (self.folder / name / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        self.channel = Calls({name: self.restarted(name) for name in self.rows})
+
+    def restarted(self, name: str) -> SiteHandle:
+        """A site as it is after a kill: with its folder and nothing else."""
+        settings = SiteConfig.model_validate({"data": str(self.folder / name / "rows.jsonl"), **self.settings})
+        identity = Identity(name=name, key=self.keys[name], directory=self.directory)
+        return SiteHandle(self.folder / name, settings, identity)
+
+    def open_engine(self, config: Config, method: Method, run: str) -> RemoteEngine:
+        return RemoteEngine(config, method, run, self.channel, self.directory)

@@ -1,0 +1,131 @@
+"""Law 8: sites that are elsewhere make the same adapter as clients in one process, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import adapter_bytes, labelled_rows, set_all
+from engines.in_process import Calls, Federation
+from fedsb.config import load_config
+from fedsb.record import Record, read_rows
+from fedsb.run import federate, resume
+
+METHODS: dict[str, dict[str, Any]] = {
+    "fed-sb": {"method": {"name": "fed-sb", "rank": 4}},
+    "weights": {"method": {"name": "fed-sb", "rank": 4}, "basis": {"kind": "weights"}},
+    "core": {"method": {"name": "fed-sb", "rank": 4}, "basis": {"kind": "core", "samples": 20}},
+    "ravan": {"method": {"name": "ravan", "rank": 2, "blocks": 2}},
+    "fedit": {"method": {"name": "fedit", "rank": 2}},
+    "ffa-lora": {"method": {"name": "ffa-lora", "rank": 2}},
+    "fedex-lora": {"method": {"name": "fedex-lora", "rank": 2}},
+    "flora": {"method": {"name": "flora", "rank": 2}},
+    "flora-na": {"method": {"name": "flora-na", "rank": 2}},
+    "flexlora": {"method": {"name": "flexlora", "rank": 2}},
+    "fedsvd": {"method": {"name": "fedsvd", "rank": 2}},
+    "rolora": {"method": {"name": "rolora", "rank": 2}},
+    "partial": {"method": {"name": "flora", "rank": 2}, "server": {"clients_per_round": 2}, "rounds": 4},
+    "int4": {"method": {"name": "fed-sb", "rank": 4}, "server": {"codec": "int4", "clients_per_round": 2}},
+    "rolora int8": {"method": {"name": "rolora", "rank": 2}, "server": {"codec": "int8"}},
+    "moments": {"method": {"name": "fed-sb", "rank": 4}, "train": {"steps": 2, "keep_optimizer": True}},
+    "ranks": {"method": {"name": "fed-sb", "rank": 4}, "clients": {"ranks": {"site 1": 2}}},
+    "secure": {"method": {"name": "fed-sb", "rank": 4}, "server": {"secure_sum": True}},
+}
+
+
+def merged(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    return {
+        **config,
+        **{
+            key: {**config.get(key, {}), **value} if isinstance(value, dict) and key != "method" else value
+            for key, value in changes.items()
+        },
+    }
+
+
+def both(tiny_config: dict[str, Any], changes: dict[str, Any], folder: Path) -> tuple[Path, Path, Federation]:
+    """The folders of the same run, in one process and with real sites."""
+    config = merged({**tiny_config, "engine": {"cohort_size": 1}}, changes)
+    here = federate(load_config(set_all(config, name="here"))).folder
+    sites = federation(folder)
+    remote = load_config(remote_of(tiny_config, changes))
+    return here, federate(remote, open_engine=sites.open_engine).folder, sites
+
+
+def remote_of(tiny_config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    return merged(merged(tiny_config, changes), {"name": "remote", "engine": {"name": "flower"}})
+
+
+def federation(folder: Path) -> Federation:
+    """The rows of `tiny_config`, each client's at a site of its own."""
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for row in labelled_rows(90, 0):
+        rows.setdefault(row["client"], []).append(row)
+    return Federation(folder / "sites", rows)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_sites_elsewhere_make_the_same_adapter(name: str, tiny_config: dict[str, Any], tmp_path: Path) -> None:
+    here, remote, _ = both(tiny_config, METHODS[name], tmp_path)
+    assert adapter_bytes(remote) == adapter_bytes(here)
+    losses = [[row["loss"] for row in read_rows(folder / "rounds.jsonl")] for folder in (here, remote)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    counted = [
+        sorted(
+            (row["round"], row["client"], row["direction"], row["kind"], row["values"], row["bytes"]) for row in rows
+        )
+        for rows in (read_rows(folder / "traffic.jsonl") for folder in (here, remote))
+    ]
+    assert counted[0] == counted[1]
+
+
+def test_every_site_keeps_the_adapter(tiny_config: dict[str, Any], tmp_path: Path) -> None:
+    _, remote, sites = both(tiny_config, METHODS["fed-sb"], tmp_path)
+    (weights,) = adapter_bytes(remote).values()
+    for name in sites.rows:
+        (own,) = (sites.folder / name).glob("runs/*/adapter/adapter_model.safetensors")
+        assert own.read_bytes() == weights
+
+
+def cut_off(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    """The coordinator is killed while it writes the round behind this one: its checkpoint is not there."""
+    checkpoint = Record.checkpoint
+
+    def torn(self: Record, state: Any, keep: int) -> None:
+        if state.round > after:
+            raise KeyboardInterrupt
+        checkpoint(self, state, keep)
+
+    monkeypatch.setattr(Record, "checkpoint", torn)
+
+
+@pytest.mark.parametrize("name", ["fed-sb", "flora", "partial", "int4", "rolora int8", "moments", "core", "secure"])
+def test_a_coordinator_and_sites_that_were_killed_go_on(
+    name: str, tiny_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, whole, _ = both(tiny_config, METHODS[name], tmp_path / "whole")
+    with monkeypatch.context() as patched:
+        cut_off(patched, after=1)
+        config = load_config(merged(remote_of(tiny_config, METHODS[name]), {"name": "cut"}))
+        sites = federation(tmp_path / "cut")
+        with pytest.raises(KeyboardInterrupt):
+            federate(config, open_engine=sites.open_engine)
+    sites.channel = Calls({site: sites.restarted(site) for site in sites.rows})
+    folder = resume(whole.parent / "cut", open_engine=sites.open_engine).folder
+    assert adapter_bytes(folder) == adapter_bytes(here)
+
+
+@pytest.mark.parametrize("name", ["fed-sb", "core", "flora", "rolora int8", "moments"])
+def test_sites_killed_between_requests_are_not_noticed(name: str, tiny_config: dict[str, Any], tmp_path: Path) -> None:
+    here, _, _ = both(tiny_config, METHODS[name], tmp_path / "whole")
+    sites = federation(tmp_path / "killed")
+
+    def fresh(site: str) -> Callable[[bytes], bytes]:
+        return lambda request: sites.restarted(site)(request)
+
+    sites.channel = Calls({site: fresh(site) for site in sites.rows})
+    config = load_config(merged(remote_of(tiny_config, METHODS[name]), {"name": "killed"}))
+    assert adapter_bytes(federate(config, open_engine=sites.open_engine).folder) == adapter_bytes(here)
