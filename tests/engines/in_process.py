@@ -10,7 +10,7 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedsb.engines.channel import Handle, Lost
+from fedsb.channel import Handle, Lost
 from fedsb.engines.remote import RemoteEngine
 from fedsb.errors import RunError, UserError
 from fedsb.methods.contract import Method

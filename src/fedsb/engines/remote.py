@@ -17,7 +17,7 @@ from fedsb.data.sources import Table
 from fedsb.data.tasks.base import Example
 from fedsb.engines import Answer, Replies, Reply, Score, Sent
 from fedsb.engines.bench import Bench
-from fedsb.engines.channel import Channel, Lost
+from fedsb.channel import Channel, Lost
 from fedsb.engines.notes import Note, pack_note, read_note
 from fedsb.engines.resolved import local_training, open_sums, public_rows
 from fedsb.environment import versions

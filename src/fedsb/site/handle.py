@@ -26,7 +26,7 @@ SAME = ("fedsb", "torch", "transformers")  # versions that must be the coordinat
 
 
 class SiteHandle:
-    """A `Handle` (engines/channel.py) of the site whose folder this is."""
+    """A `Handle` (channel.py) of the site whose folder this is."""
 
     def __init__(self, folder: Path, settings: SiteConfig, identity: Identity) -> None:
         self.folder, self.settings, self.identity = folder, settings, identity
