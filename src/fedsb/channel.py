@@ -20,9 +20,7 @@ class Channel(Protocol):
         """Names of all registered sites, sorted."""
         ...
 
-    def ask(
-        self, requests: Mapping[str, bytes], timeout_s: float | None = None
-    ) -> Iterator[tuple[str, bytes | Lost]]:
+    def ask(self, requests: Mapping[str, bytes], timeout_s: float | None = None) -> Iterator[tuple[str, bytes | Lost]]:
         """As answers come in, each site once; Lost for those that did not within the time."""
         ...
 

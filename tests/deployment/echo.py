@@ -30,7 +30,7 @@ def open_echo(folder: Path) -> Handle:
 
 
 def run_script(channel: Channel, folder: Path) -> None:
-    """Does what `todo.json` says, one step after another, and notes in done.jsonl how each went: a resumed run goes on."""
+    """Does what step-N.json says, N = 0, 1, ..., and notes in done.jsonl how each went: resumed, it goes on."""
     done = folder / "done.jsonl"
     while True:
         number = len(done.read_text().splitlines()) if done.exists() else 0

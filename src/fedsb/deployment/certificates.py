@@ -1,9 +1,9 @@
 """Who is who on the wire: a federation's own certificate authority, and the keys of its server and sites.
 
-    CA       P-384, signs the server's certificate and the directory of sites; its private key can be kept off the server
-    server   P-384, TLS, for the host names that sites dial and for localhost
-    node     P-384 of a site: signs each of its requests (Flower's supernode authentication)
-    identity Ed25519 of a site: signs its keys in a secure sum, between sites; Flower never sees it
+CA       P-384, signs the server's certificate and the directory of sites; its private key can be kept off the server
+server   P-384, TLS, for the host names that sites dial and for localhost
+node     P-384 of a site: signs each of its requests (Flower's supernode authentication)
+identity Ed25519 of a site: signs its keys in a secure sum, between sites; Flower never sees it
 """
 
 from __future__ import annotations
@@ -96,7 +96,8 @@ def check_dates(certificate: str, whose: str, remedy: str) -> None:
         raise UserError(f"{whose} expired on {parsed.not_valid_after_utc:%Y-%m-%d}: {remedy}")
     if now < parsed.not_valid_before_utc:
         raise UserError(
-            f"{whose} is valid from {parsed.not_valid_before_utc:%Y-%m-%d}, and here it is {now:%Y-%m-%d}: set the clock"
+            f"{whose} is valid from {parsed.not_valid_before_utc:%Y-%m-%d} on, and here it is {now:%Y-%m-%d}: "
+            "set the clock"
         )
 
 

@@ -1,10 +1,10 @@
 """The coordinator's folder: who takes part in a federation, and the keys that say so.
 
-    federation.json    its id, its address, and every site's public keys
-    ca.pem, ca.key     the authority; ca.key is needed only to add, revoke and renew: keep it elsewhere in between
-    server.pem, .key   what the public door shows
-    joins/NAME.join    to hand to each site in private, and then delete: who has it is the site
-    directory.json     who has which identity, signed; for sites that joined before the last change
+federation.json    its id, its address, and every site's public keys
+ca.pem, ca.key     the authority; ca.key is needed only to add, revoke and renew: keep it elsewhere in between
+server.pem, .key   what the public door shows
+joins/NAME.join    to hand to each site in private, and then delete: who has it is the site
+directory.json     who has which identity, signed; for sites that joined before the last change
 """
 
 from __future__ import annotations
@@ -147,7 +147,9 @@ class Register:
 def _check_names(sites: Sequence[str]) -> None:
     for name in sites:
         if safe_name(name) != name:
-            raise UserError(f"site {name!r}: a name is of letters, digits, spaces, '.', '_' and '-', at most 50 of them")
+            raise UserError(
+                f"site {name!r}: a name is of letters, digits, spaces, '.', '_' and '-', at most 50 of them"
+            )
     twice = sorted({name for name in sites if list(sites).count(name) > 1})
     if twice:
         raise UserError(f"sites named twice: {', '.join(twice)}")
@@ -197,4 +199,6 @@ def _authority_key(folder: Path) -> str:
     try:
         return (folder / CA_KEY).read_text()
     except FileNotFoundError:
-        raise UserError(f"{folder / CA_KEY} is not there, and who takes part is signed with it: bring it back") from None
+        raise UserError(
+            f"{folder / CA_KEY} is not there, and who takes part is signed with it: bring it back"
+        ) from None

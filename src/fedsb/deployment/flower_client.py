@@ -51,6 +51,7 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
+from fedsb.channel import Lost
 from fedsb.deployment import trainer
 from fedsb.deployment.certificates import tls_client
 from fedsb.deployment.child import run_child
@@ -58,7 +59,6 @@ from fedsb.deployment.join_file import KEPT, JoinFile, read_join_file
 from fedsb.deployment.logs import say
 from fedsb.deployment.wire import MAX_ANSWER_BYTES, PIECE_BYTES, pack, unpack
 from fedsb.disk import write_atomic
-from fedsb.channel import Lost
 from fedsb.errors import UserError
 
 BEAT_SECONDS = 7.0  # Flower takes a node for offline after 20 s without one

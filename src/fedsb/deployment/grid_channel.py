@@ -18,15 +18,17 @@ import httpx
 from flwr.app import Message
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
 
+from fedsb.channel import Lost
 from fedsb.deployment.federation import Federation
 from fedsb.deployment.logs import say
 from fedsb.deployment.wire import KIND, pack, unpack
-from fedsb.channel import Lost
-from fedsb.errors import UserError, did_you_mean
+from fedsb.errors import RunError, UserError, did_you_mean
 
 PATIENCE_SECONDS = 300.0  # for a site that is offline to come back, where no time is set
-LIFE_SECONDS = 30 * 86400.0  # of a message in Flower: longer than any round
+LIFE_SECONDS = 30 * 86400.0  # of a message in Flower, where no time is set
+CLOCKS_SECONDS = 600.0  # and beyond the time that is set: a site's clock may differ, and Flower compares the two
 FETCHES = 3  # times that an answer may turn out not to be there
 NODES_SECONDS = 1.0
 
@@ -34,21 +36,18 @@ NODES_SECONDS = 1.0
 class GridChannel:
     """A `Channel` over a grid of Flower."""
 
-    def __init__(
-        self, grid: Grid, register: Callable[[], Federation], patience_s: float = PATIENCE_SECONDS
-    ) -> None:
+    def __init__(self, grid: Grid, register: Callable[[], Federation], patience_s: float = PATIENCE_SECONDS) -> None:
         self._grid, self._register, self._patience_s = grid, register, patience_s
         self._lock = threading.Lock()
         self._nodes: dict[bytes, NodeInfo] = {}
         self._seen = 0.0
+        self._late: set[str] = set()  # messages that nobody waits for any longer
 
     @property
     def sites(self) -> Sequence[str]:
         return list(self._register().members)
 
-    def ask(
-        self, requests: Mapping[str, bytes], timeout_s: float | None = None
-    ) -> Iterator[tuple[str, bytes | Lost]]:
+    def ask(self, requests: Mapping[str, bytes], timeout_s: float | None = None) -> Iterator[tuple[str, bytes | Lost]]:
         """Raises UserError for a name that is no site's."""
         members = self._register().members
         for name in requests:
@@ -62,7 +61,8 @@ class GridChannel:
         end = None if timeout_s is None else time.monotonic() + timeout_s
         waiting = set(requests)
         for name, request in requests.items():
-            threading.Thread(target=self._ask, args=(name, request, stop, answers), daemon=True).start()
+            threading.Thread(target=self._ask, args=(name, request, end, stop, answers), daemon=True).start()
+        threading.Thread(target=self._forget_late, daemon=True).start()
         try:
             while waiting:
                 try:
@@ -77,10 +77,15 @@ class GridChannel:
             stop.set()
 
     def _ask(
-        self, name: str, request: bytes, stop: threading.Event, answers: Queue[tuple[str, bytes | Lost]]
+        self,
+        name: str,
+        request: bytes,
+        end: float | None,
+        stop: threading.Event,
+        answers: Queue[tuple[str, bytes | Lost]],
     ) -> None:
         try:
-            answer = self._until_answered(name, request, stop)
+            answer = self._until_answered(name, request, end, stop)
         except Exception as error:  # whatever it is, the others go on
             say("asking failed", site=name, reason=repr(error))
             answer = Lost(f"failed: {type(error).__name__} while asking")
@@ -88,7 +93,9 @@ class GridChannel:
             say("lost" if isinstance(answer, Lost) else "answered", site=name, answer=_words(answer))
             answers.put((name, answer))
 
-    def _until_answered(self, name: str, request: bytes, stop: threading.Event) -> bytes | Lost | None:
+    def _until_answered(
+        self, name: str, request: bytes, end: float | None, stop: threading.Event
+    ) -> bytes | Lost | None:
         """None where nobody waits any longer."""
         asked = _Asked()
         begun = there = time.monotonic()
@@ -100,7 +107,7 @@ class GridChannel:
             if (node := self._node(site.node_key.encode())) is not None:
                 there = now
                 if asked.since != node.last_activated_at:
-                    asked.ids.append(self._send(node, request))
+                    asked.ids.append(self._send(node, request, LIFE_SECONDS if end is None else end - now))
                     asked.since = node.last_activated_at
                     say("asked", site=name, bytes=len(request), time_number=len(asked.ids))
                 if (answer := self._fetch(asked)) is not None:
@@ -110,25 +117,34 @@ class GridChannel:
             elif now - there > self._patience_s:
                 return Lost(f"gone: offline for {self._patience_s:.0f} s")
             stop.wait(min(3.0, max(0.05, (now - begun) / 20)))  # an answer of a minute is seen at most 3 s late
+        self._late.update(asked.ids)
         return None
 
-    def _send(self, node: NodeInfo, request: bytes) -> str:
-        message = Message(pack(request), node.node_id, KIND, ttl=LIFE_SECONDS)
+    def _send(self, node: NodeInfo, request: bytes, life_s: float) -> str:
+        """Its id; a message that is not fetched within its life is not handed out any more."""
+        message = Message(pack(request), node.node_id, KIND, ttl=max(life_s, 0.0) + CLOCKS_SECONDS)
         (sent,) = self._grid.push_messages([message])
         return sent
 
+    def _forget_late(self) -> None:
+        """Takes answers that came too late out of Flower's memory."""
+        for sent in list(self._late):
+            try:
+                come = bool(list(self._grid.pull_messages([sent])))
+            except Exception:  # there is nothing to take out
+                come = True
+            if come:
+                self._late.discard(sent)
+
     def _fetch(self, asked: _Asked) -> bytes | Lost | None:
         try:
-            replies = list(self._grid.pull_messages([sent for sent in asked.ids if sent]))
-        except (httpx.HTTPStatusError, KeyError):
-            replies, asked.failures, asked.since = [], asked.failures + 1, ""
-            asked.ids.clear()
-        for reply in replies:
-            if reply.has_content():
-                return unpack(reply.content)
-            # Flower's own word for an answer that it cannot give: ask again.
-            say("not delivered", reason=reply.error.reason)
-            asked.failures, asked.since = asked.failures + 1, ""
+            for reply in self._grid.pull_messages([sent for sent in asked.ids if sent]):
+                if reply.has_content():
+                    return unpack(reply.content)
+                raise RunError(reply.error.reason)  # Flower's own word for an answer that it cannot give
+        except (httpx.HTTPStatusError, ObjectPullError, ValueError, RunError) as error:
+            say("answer not there", reason=str(error))
+            asked.failures, asked.since = asked.failures + 1, ""  # asks again
             asked.ids.clear()
         return None
 

@@ -18,7 +18,7 @@ from fedsb.deployment.certificates import check_dates, signed
 from fedsb.disk import disk_errors, write_atomic
 from fedsb.errors import UserError
 
-VERSION = 1
+VERSION = 1  # of both files
 KEPT = "site.join"  # its name in a site's folder
 
 File = TypeVar("File", bound="_Strict")
@@ -31,7 +31,7 @@ class _Strict(BaseModel):
 class Directory(_Strict):
     """Who takes part: site name -> Ed25519 public key, 32 bytes in hexadecimal. The highest serial is the newest."""
 
-    version: Literal[1] = VERSION
+    version: Literal[1] = 1
     federation: str
     serial: int
     sites: Mapping[str, str]
@@ -46,7 +46,7 @@ class Directory(_Strict):
 class JoinFile(_Strict):
     """What a site knows of its federation."""
 
-    version: Literal[1] = VERSION
+    version: Literal[1] = 1
     federation: str
     site: str
     address: str  # host:port
@@ -91,7 +91,7 @@ def keep_join_file(path: Path, folder: Path) -> JoinFile:
 
 
 def update_directory(folder: Path, directory_file: Path) -> Directory:
-    """Takes a newer directory into a site's folder. Raises UserError for one that is older, or not of its federation."""
+    """Takes a newer directory into a site's folder. Raises UserError for an older one, or one of elsewhere."""
     join = read_join_file(folder / KEPT)
     new = _read(Directory, directory_file, "directory")
     _check_signed(join, new, directory_file)

@@ -28,7 +28,12 @@ TOKEN_BYTES = 32
 
 
 def serve(
-    folder: Path, program: str | None = None, run: Path | None = None, *, listen: str = "0.0.0.0", port: int | None = None
+    folder: Path,
+    program: str | None = None,
+    run: Path | None = None,
+    *,
+    listen: str = "0.0.0.0",
+    port: int | None = None,
 ) -> None:
     """Opens the door to the sites and, with a program, runs `program(channel, run)` until it ends.
 
@@ -69,9 +74,7 @@ def join(join_file: Path, folder: Path, handle: str) -> None:
         trainer = Child(
             name="trainer", module="fedsb.deployment.trainer", arguments=[str(folder), path, handle], secrets=token
         )
-        node = Child(
-            name="node", module="fedsb.deployment.flower_client", arguments=[str(folder), path], secrets=token
-        )
+        node = Child(name="node", module="fedsb.deployment.flower_client", arguments=[str(folder), path], secrets=token)
         _keep(folder, [trainer, node])
 
 

@@ -161,7 +161,9 @@ def _bound(host: str, port: int) -> Iterator[socket.socket]:
         try:
             bound.bind((host, port))
         except OSError as error:
-            raise UserError(f"cannot listen on {host}:{port}: {error.strerror}. Is another coordinator there?") from error
+            raise UserError(
+                f"cannot listen on {host}:{port}: {error.strerror}. Is another coordinator there?"
+            ) from error
         yield bound
 
 

@@ -19,10 +19,10 @@ import sys
 import time
 from pathlib import Path
 
+from fedsb.channel import Handle, Lost
 from fedsb.deployment.child import load, run_child
 from fedsb.deployment.logs import LOGGER, say
 from fedsb.disk import write_atomic
-from fedsb.channel import Handle, Lost
 from fedsb.errors import RunError, UserError
 
 TOKEN = "FEDSB_TOKEN"  # environment, hexadecimal: who may ask
