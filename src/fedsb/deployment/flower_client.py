@@ -1,0 +1,206 @@
+"""The process of a site that talks to the coordinator: a node of Flower that runs nobody's code.
+
+Flower's own supernode takes a bundle of Python code from the coordinator and runs it, in a new process per message.
+This one speaks the same protocol, with the same keys, and hands the bytes of each message to the site's resident
+trainer instead: the coordinator can send requests to a site and nothing else. It never imports torch.
+
+Flower hands a message out once. Whenever this node cannot know whether it missed one, it activates anew, and the
+coordinator asks again what it has asked since (grid_channel.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from http import HTTPStatus
+from pathlib import Path
+
+import httpx
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from flwr.app import Message
+from flwr.app.message import remove_content_from_message
+from flwr.common.constant import HEARTBEAT_MIN_INTERVAL
+from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.proto.fleet_pb2 import (
+    ActivateNodeRequest,
+    DeactivateNodeRequest,
+    PullMessagesRequest,
+    PushMessagesRequest,
+)
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree
+from flwr.proto.node_pb2 import Node
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_tree,
+    iterate_object_tree,
+    no_object_id_recompute,
+)
+from flwr.supercore.inflatable.inflatable_protobuf_utils import (
+    make_pull_object_fn_protobuf,
+    make_push_object_fn_protobuf,
+)
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents, pull_objects, push_objects
+from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.supernode.fleet_http_client import FleetHttpClient
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+
+from fedsb.channel import Lost
+from fedsb.deployment import trainer
+from fedsb.deployment.certificates import tls_client
+from fedsb.deployment.child import run_child
+from fedsb.deployment.join_file import KEPT, JoinFile, read_join_file
+from fedsb.deployment.logs import say
+from fedsb.deployment.wire import MAX_ANSWER_BYTES, PIECE_BYTES, pack, unpack
+from fedsb.disk import write_atomic
+from fedsb.errors import UserError
+
+BEAT_SECONDS = 7.0  # Flower takes a node for offline after 20 s without one
+LONGEST_PAUSE_SECONDS = 20.0  # between tries to reach the coordinator
+
+Answer = Callable[[bytes], bytes | Lost]
+
+
+def main() -> None:
+    folder, path = Path(sys.argv[1]), Path(sys.argv[2])
+    token = bytes.fromhex(os.environ[trainer.TOKEN])
+    FlowerNode(read_join_file(folder / KEPT), folder).serve(lambda request: trainer.ask(path, token, request))
+
+
+class FlowerNode:
+    """A site's end of Flower's fleet API."""
+
+    def __init__(self, join: JoinFile, folder: Path) -> None:
+        key = load_pem_private_key(join.node_key.encode(), password=None)
+        assert isinstance(key, ec.EllipticCurvePrivateKey)
+        version, proof = RuntimeVersionHttpInterceptor("SuperNode"), NodeAuthHttpInterceptor(key, key.public_key())
+        self._client = FleetHttpClient(
+            f"https://{join.address}", interceptors=[version, proof], verify=tls_client(join.ca), timeout=60.0
+        )
+        self._address, self._public = join.address, public_key_to_bytes(key.public_key())
+        # Remembered, so that a node that was killed can say that its former self has gone.
+        self._memory = folder / "node.json"
+        self._node = Node(node_id=json.loads(self._memory.read_text())["node"] if self._memory.exists() else 0)
+        self._lock = threading.Lock()
+
+    def serve(self, answer: Answer) -> None:
+        """Answers requests until the coordinator refuses this site: raises UserError then."""
+        active, pause, asked_at = False, 0.5, time.monotonic()
+        threading.Thread(target=self._beat, daemon=True).start()
+        while True:
+            try:
+                if not active:
+                    self._activate()
+                    active, pause, asked_at = True, 0.5, time.monotonic()
+                if self._answer_next(answer):
+                    asked_at = time.monotonic()
+                else:
+                    time.sleep(min(3.0, max(0.05, (time.monotonic() - asked_at) / 20)))
+            except Exception as error:  # whatever it is, a message may be lost: activate anew
+                _raise_if_final(error, self._address)
+                say("trouble", reason=f"{type(error).__name__}: {error}", again_in_s=pause)
+                time.sleep(pause)
+                active, pause = False, min(2 * pause, LONGEST_PAUSE_SECONDS)
+
+    def _activate(self) -> None:
+        """Says that this node is here now, and that what it was sent before may be lost."""
+        with self._lock:
+            if self._node.node_id:
+                try:
+                    self._client.DeactivateNode(DeactivateNodeRequest(node_id=self._node.node_id))
+                except httpx.HTTPStatusError as error:  # Flower does not know it any more: it was restarted
+                    _raise_if_final(error, self._address)
+            request = ActivateNodeRequest(public_key=self._public, heartbeat_interval=HEARTBEAT_MIN_INTERVAL)
+            self._node = Node(node_id=self._client.ActivateNode(request).node_id)
+            write_atomic(self._memory, json.dumps({"node": self._node.node_id}).encode())
+            say("active", address=self._address)
+
+    def _beat(self) -> None:
+        """Keeps this node online, also while its trainer works."""
+        while True:
+            time.sleep(BEAT_SECONDS)
+            try:
+                beat = SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=HEARTBEAT_MIN_INTERVAL)
+                if self._node.node_id and not self._client.SendNodeHeartbeat(beat).success:
+                    self._activate()
+            except httpx.HTTPStatusError:  # a SuperLink that was restarted, if it is not a refusal
+                try:
+                    self._activate()
+                except Exception as error:  # the main thread will meet it too
+                    say("no heartbeat", reason=str(error))
+            except httpx.TransportError as error:
+                say("no heartbeat", reason=str(error))
+
+    def _answer_next(self, answer: Answer) -> bool:
+        """Whether there was a request."""
+        node = self._node
+        pulled = self._client.PullMessages(PullMessagesRequest(node=node))
+        if not pulled.messages_list:
+            return False
+        message, tree = message_from_proto(pulled.messages_list[0]), pulled.message_object_trees[0]
+        reply = self._reply_to(node, message, tree, answer)
+        try:
+            self._push(node, reply)
+        except httpx.HTTPStatusError as error:
+            if error.response.status_code != HTTPStatus.FORBIDDEN:
+                raise
+            say("not wanted", reason="the run that asked has ended")
+        return True
+
+    def _reply_to(self, node: Node, message: Message, tree: ObjectTree, answer: Answer) -> Message:
+        ids, run = [part.object_id for part in iterate_object_tree(tree)], message.metadata.run_id
+        if len(ids) * PIECE_BYTES > 2 * MAX_ANSWER_BYTES:
+            return Message(pack(Lost(f"refused: a request of over {MAX_ANSWER_BYTES} bytes")), reply_to=message)
+        pull = make_pull_object_fn_protobuf(self._client.PullObject, node, run)
+        contents = pull_objects(ids, pull, max_time=600.0, initial_backoff=0.05)
+        name = message.metadata.message_id
+        self._client.ConfirmMessageReceived(
+            ConfirmMessageReceivedRequest(node=node, run_id=run, message_object_id=name)
+        )
+        whole = inflate_object_from_contents(name, contents)
+        assert isinstance(whole, Message)
+        whole.metadata.__dict__["_message_id"] = name  # as Flower does: a message does not hold its own hash
+        request = unpack(whole.content)
+        content = answer(request) if isinstance(request, bytes) else request
+        if isinstance(content, bytes) and len(content) > MAX_ANSWER_BYTES:
+            content = Lost(f"failed: an answer of {len(content)} bytes, and {MAX_ANSWER_BYTES} are allowed")
+        return Message(pack(content), reply_to=whole)
+
+    def _push(self, node: Node, reply: Message) -> None:
+        reply.metadata.__dict__["_message_id"] = reply.object_id
+        head = message_to_proto(remove_content_from_message(reply))
+        with no_object_id_recompute():
+            pushed = self._client.PushMessages(
+                PushMessagesRequest(node=node, messages_list=[head], message_object_trees=[get_object_tree(reply)])
+            )
+            push_objects(
+                get_all_nested_objects(reply),
+                make_push_object_fn_protobuf(self._client.PushObject, node, reply.metadata.run_id, pushed.session_id),
+                object_ids_to_push=set(pushed.objects_to_push),
+            )
+
+
+def _raise_if_final(error: Exception, address: str) -> None:
+    """Raises UserError for what trying again does not mend: the door refuses this site, or is not the one it trusts."""
+    if isinstance(error, httpx.HTTPStatusError) and error.response.status_code == HTTPStatus.UNAUTHORIZED:
+        try:
+            found = error.response.json()
+        except ValueError:
+            return
+        if found.get("refused"):  # said by the door, not by Flower
+            raise UserError(f"the coordinator at {address} refuses this site: {found.get('detail')}") from error
+    if isinstance(error, httpx.ConnectError) and "CERTIFICATE_VERIFY_FAILED" in str(error):
+        raise UserError(
+            f"what answers at {address} is not the coordinator of this join file, or its certificate has expired "
+            f"({error}): ask the coordinator"
+        ) from error
+
+
+if __name__ == "__main__":
+    run_child(main)

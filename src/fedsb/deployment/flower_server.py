@@ -1,0 +1,43 @@
+"""The process that runs the coordinator's program: `run(channel, folder)`, with Flower's grid as its channel."""
+
+from __future__ import annotations
+
+import socket
+import sys
+import time
+from pathlib import Path
+
+from fedsb.deployment.child import load, run_child
+from fedsb.deployment.federation import Register
+from fedsb.deployment.grid_channel import GridChannel
+from fedsb.deployment.local_grid import run_of
+from fedsb.deployment.logs import say
+from fedsb.errors import RunError
+from fedsb.interrupts import Interrupts
+
+START_SECONDS = 60.0
+
+
+def main() -> None:
+    folder, local, program, run = Path(sys.argv[1]), Path(sys.argv[2]), load(sys.argv[3]), Path(sys.argv[4])
+    with Interrupts().installed():
+        _wait_for(local)
+        with run_of(local) as grid:
+            say("run started", run=str(run))
+            program(GridChannel(grid, Register(folder)), run)
+            say("run ended")
+
+
+def _wait_for(local: Path) -> None:
+    end = time.monotonic() + START_SECONDS
+    while True:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            if probe.connect_ex(str(local)) == 0:
+                return
+        if time.monotonic() > end:
+            raise RunError(f"the SuperLink did not open within {START_SECONDS:.0f} s: see its log")
+        time.sleep(0.1)
+
+
+if __name__ == "__main__":
+    run_child(main)

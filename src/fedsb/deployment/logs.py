@@ -1,0 +1,40 @@
+"""What happens in a deployment, one JSON object a line: time, level, event, and facts. Never a key, never a payload."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+from pathlib import Path
+
+LOGGER = logging.getLogger("fedsb.deployment")
+
+
+def open_log(path: Path) -> None:
+    """Sends what this process logs to a file, and what Flower and its web server log beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path)
+    handler.setFormatter(_JsonLines())
+    for name, level in (("fedsb.deployment", logging.INFO), ("flwr", logging.WARNING), ("uvicorn", logging.WARNING)):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(level)
+
+
+def say(event: str, *, level: int = logging.INFO, **facts: object) -> None:
+    """Writes one line, as {"time": ..., "level": "info", "event": "refused", "path": "/v1/control/start-run"}."""
+    LOGGER.log(level, event, extra={"facts": facts})
+
+
+class _JsonLines(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, object] = {
+            "time": datetime.datetime.fromtimestamp(record.created, datetime.UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "from": record.name,
+            "event": record.getMessage(),
+            **getattr(record, "facts", {}),
+        }
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)

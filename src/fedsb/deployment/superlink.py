@@ -1,0 +1,180 @@
+"""The process that holds a federation together: Flower's SuperLink behind two listeners.
+
+    public   TLS, on the address that sites dial: through the door, the fleet API alone
+    local    a Unix socket in a private folder: everything, for the coordinator's own server process
+
+Flower's own command has one port for both, and on it an API by which anyone starts code; here that API has no port.
+State is in memory: it is nothing but what is under way, and what was finished is in the run's checkpoints.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import signal
+import socket
+import ssl
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from fedsb.deployment.child import run_child
+from fedsb.deployment.door import Door, Limits, Wire
+from fedsb.deployment.federation import SERVER, SERVER_KEY, Federation, Register
+from fedsb.deployment.logs import say
+from fedsb.disk import write_atomic
+from fedsb.errors import UserError
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+TRAFFIC = "traffic.json"  # in the coordinator's folder: bytes on the wire by site, since the start
+LOOK_SECONDS = 1.0
+KEEP_ALIVE_SECONDS = 75  # longer than any client keeps a connection that it does not use
+
+
+def main() -> None:
+    folder, local, host, port = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+    asyncio.run(_serve(folder, local, host, port, Limits()))
+
+
+async def _serve(folder: Path, local: Path, host: str, port: int, limits: Limits) -> None:
+    from flwr.superlink.main import create_app
+
+    flower = create_app()
+    flower.state.enable_supernode_auth = True  # who is not registered by us is not registered at all
+    register, wire = Register(folder), Wire()
+    public = _Listener(_public(Door(flower, register, limits, wire), folder, limits))
+    private = _Listener(uvicorn.Config(flower, lifespan="on", log_config=None, access_log=False, ws="none"))
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, _stop, [public, private])
+    with _bound(host, port) as outside, _bound_local(local) as inside:
+        say("open", address=f"{host}:{outside.getsockname()[1]}")
+        watch = asyncio.create_task(_watch(flower, register, wire, folder / TRAFFIC))
+        try:
+            await asyncio.gather(public.serve([outside]), private.serve([inside]))
+        finally:
+            watch.cancel()
+            _write_traffic(wire, folder / TRAFFIC)
+            say("closed")
+
+
+async def _watch(flower: FastAPI, register: Callable[[], Federation], wire: Wire, traffic: Path) -> None:
+    """Registers with Flower the sites that the register names, and writes the traffic down."""
+    from flwr.common.constant import HEARTBEAT_MIN_INTERVAL, NOOP_ACCOUNT_NAME, NOOP_FLWR_AID
+
+    state, known, written = flower.state.linkstate_factory.state(), set(), 0
+    while True:
+        for name, site in register().members.items():
+            if name not in known:
+                key = site.node_key.encode()
+                state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, key, HEARTBEAT_MIN_INTERVAL, name=name)
+                known.add(name)
+        if (total := wire.requests.total()) != written:
+            written = total
+            _write_traffic(wire, traffic)
+        await asyncio.sleep(LOOK_SECONDS)
+
+
+def _write_traffic(wire: Wire, path: Path) -> None:
+    write_atomic(path, (json.dumps(wire.rows(), indent=2) + "\n").encode())
+
+
+def _public(door: Door, folder: Path, limits: Limits) -> uvicorn.Config:
+    config = uvicorn.Config(
+        door,
+        ssl_certfile=folder / SERVER,
+        ssl_keyfile=str(folder / SERVER_KEY),
+        http=_guarded(limits),
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,  # an address that a stranger could write
+        server_header=False,
+        limit_concurrency=limits.connections,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=5,
+        h11_max_incomplete_event_size=limits.header_bytes,
+    )
+    config.load()
+    assert config.ssl is not None
+    config.ssl.minimum_version = ssl.TLSVersion.TLSv1_2
+    return config
+
+
+class _Listener(uvicorn.Server):
+    """One of two in a process: signals are for both."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def _stop(listeners: list[_Listener]) -> None:
+    for listener in listeners:
+        listener.should_exit = True
+
+
+def _guarded(limits: Limits) -> type[H11Protocol]:
+    """HTTP that closes on who opens too many connections, or opens one and does not ask."""
+    by_address: dict[str, int] = {}
+
+    class Guarded(H11Protocol):
+        _address = ""
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self._address = (self.client or ("?", 0))[0]
+            by_address[self._address] = by_address.get(self._address, 0) + 1
+            if by_address[self._address] > limits.connections_per_address:
+                reason = f"more than {limits.connections_per_address} connections"
+                say("refused", level=logging.WARNING, address=self._address, reason=reason)
+                transport.abort()
+            self.loop.call_later(limits.head_seconds, self._asked)
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            by_address[self._address] -= 1
+            if not by_address[self._address]:
+                del by_address[self._address]
+            super().connection_lost(exc)
+
+        def _asked(self) -> None:
+            if self.cycle is None and not self.transport.is_closing():
+                self.transport.abort()
+
+    return Guarded
+
+
+@contextmanager
+def _bound(host: str, port: int) -> Iterator[socket.socket]:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as bound:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            bound.bind((host, port))
+        except OSError as error:
+            raise UserError(
+                f"cannot listen on {host}:{port}: {error.strerror}. Is another coordinator there?"
+            ) from error
+        yield bound
+
+
+@contextmanager
+def _bound_local(path: Path) -> Iterator[socket.socket]:
+    path.unlink(missing_ok=True)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as bound:
+        bound.bind(str(path))
+        path.chmod(0o600)
+        yield bound
+
+
+if __name__ == "__main__":
+    run_child(main)
