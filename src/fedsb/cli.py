@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fedsb import cli_federation
 from fedsb.errors import RunError, UserError
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def check(config: ConfigArgument, overrides: Set = [], as_json: Json = False) ->
     from fedsb.pricing import estimate
     from fedsb.terminal import print_estimate
 
-    found = estimate(_load(config, overrides))
+    found = estimate(load(config, overrides))
     if as_json:
         _print_json(found)
     else:
@@ -92,7 +93,7 @@ def run(config: ConfigArgument, overrides: Set = [], as_json: Json = False) -> N
     """Run a federation, from the start to the adapter."""
     from fedsb.run import federate
 
-    loaded = _load(config, overrides)
+    loaded = load(config, overrides)
     with _watched(Path(loaded.config.out) / loaded.config.name, as_json) as display:
         result = federate(loaded, display)
     _print_result(result.folder, as_json)
@@ -114,7 +115,7 @@ def resume(
 
     changed = None
     if config is not None:
-        changed = _load(config, overrides)
+        changed = load(config, overrides)
     elif overrides:
         changed = load_config(read_manifest(folder)["config"], overrides)
     with _watched(folder, as_json) as display:
@@ -147,7 +148,7 @@ def compare(
     if methods is not None:
         names = [name.strip() for name in methods.split(",")]
         chosen += [f"compare.methods={json.dumps(names)}", "compare.contenders=[]", "compare.reference=none"]
-    loaded = _load(config, [*chosen, *overrides])
+    loaded = load(config, [*chosen, *overrides])
     folder = out or Path("comparisons") / loaded.config.name
     try:
         found = run_all(loaded, folder, Terminal(quiet=as_json).note)
@@ -175,7 +176,7 @@ def audit(
     from fedsb.audit import audit as carry_out
     from fedsb.terminal import Terminal, print_audit
 
-    loaded = _load(config, overrides)
+    loaded = load(config, overrides)
     found = carry_out(loaded, client=client, rounds=rounds, canaries=canaries, note=Terminal(quiet=as_json).note)
     if as_json:
         _print_json(found)
@@ -256,7 +257,11 @@ def env(as_json: Json = False) -> None:
             typer.echo(f"{key:>15}  {value}")
 
 
-def _load(config: str, overrides: list[str]) -> Loaded:
+app.command()(cli_federation.serve)
+app.command()(cli_federation.join)
+
+
+def load(config: str, overrides: list[str]) -> Loaded:
     """A TOML file by path; a recipe by name where there is no such file."""
     from fedsb.catalogue import recipe_path
     from fedsb.config import load_config

@@ -54,10 +54,15 @@ def serve(
         ]
         if program is not None:
             arguments = [str(folder), local, program, str(run or folder)]
-            server = Child(
-                name="server", module="fedsb.deployment.flower_server", arguments=arguments, needs="superlink"
+            children.append(
+                Child(
+                    name="server",
+                    module="fedsb.deployment.flower_server",
+                    arguments=arguments,
+                    needs="superlink",
+                    shown=True,
+                )
             )
-            children.append(server)
         _keep(folder, children)
 
 

@@ -37,6 +37,7 @@ class Child:
     arguments: Sequence[str]
     secrets: Mapping[str, str] = field(default_factory=dict)  # environment: a command line is for all to see
     needs: str | None = None  # a child without which this one must start anew
+    shown: bool = False  # whether what it prints is for the user, else it goes to logs/NAME.out
     process: subprocess.Popen[bytes] | None = None
     deaths: deque[float] = field(default_factory=deque)
     start_at: float = 0.0
@@ -80,7 +81,7 @@ class Supervisor:
                 [sys.executable, "-m", child.module, *child.arguments],
                 env=environment,
                 stdin=subprocess.DEVNULL,
-                stdout=out,
+                stdout=None if child.shown else out,
                 stderr=out,
                 start_new_session=True,  # Ctrl-C is for the supervisor, which then stops them in order
             )

@@ -12,12 +12,12 @@ from typing import Any
 from fedsb.adapters.adapted import Tensors
 from fedsb.adapters.basis import Basis, Pair, basis_hash
 from fedsb.adapters.carry import is_carried
+from fedsb.channel import Channel, Lost
 from fedsb.data.sites import CUT, Data, elsewhere, load_test, open_task_of, table_facts
 from fedsb.data.sources import Table
 from fedsb.data.tasks.base import Example
 from fedsb.engines import Answer, Replies, Reply, Score, Sent
 from fedsb.engines.bench import Bench
-from fedsb.channel import Channel, Lost
 from fedsb.engines.notes import Note, pack_note, read_note
 from fedsb.engines.resolved import local_training, open_sums, public_rows
 from fedsb.environment import versions
@@ -42,16 +42,23 @@ class RemoteEngine(Bench):
     """
 
     def __init__(
-        self, config: Config, method: Method, run: str, channel: Channel, directory: Mapping[str, bytes] | None = None
+        self,
+        config: Config,
+        method: Method,
+        run: str,
+        channel: Channel,
+        directory: Mapping[str, bytes],  # site -> its public key, for secure sums
+        note: Callable[[str], None] = lambda _: None,  # who watches
     ) -> None:
         refuse_what_facts_forbid(config, method)
         refuse_what_would_leak(config, method)
         refuse_what_needs_one_place(config, method)
-        self.config, self.channel, self.run, self.directory = config, channel, run, dict(directory or {})
+        self.config, self.channel, self.run, self.directory, self.note = config, channel, run, directory, note
         tokenizer = load_tokenizer(config.model)
         task = open_task_of(config, tokenizer)
         test = load_test(config, task)
         shared = config.model_dump(mode="json", exclude={"out": True, "compare": True, "data": {"train", "test"}})
+        note(f"asking {len(channel.sites)} sites: {', '.join(channel.sites)}")
         looked = self._ask_all("look", config=shared, versions=versions())
         labels = _in_order({label for note in looked.values() for label in note.facts["labels"]})
         task.fit_labels([{task.options.label: label} for label in labels], test.rows if test else [])
@@ -167,10 +174,12 @@ class RemoteEngine(Bench):
         request = self._request("finish", (pack(whole),), card=card)
         scores: dict[str, Score] = {}
         for name, answer in self._answers({site.name: request for site in self.sites}):
-            if isinstance(answer, Note):
-                self._take_entries(name, answer)
-                if answer.facts["score"] is not None:
-                    scores[name] = Score(value=answer.facts["score"], count=answer.facts["rows"])
+            if isinstance(answer, Lost):
+                self.note(f"{name} was not told the final adapter: {answer.reason}")
+                continue
+            self._take_entries(name, answer)
+            if answer.facts["score"] is not None:
+                scores[name] = Score(value=answer.facts["score"], count=answer.facts["rows"])
         return scores
 
     def tensors_of(self, method: Method, state: State, kept: Mapping[str, Tensors], client: str) -> Tensors:

@@ -71,12 +71,12 @@ def unseal(key: bytes, sealed: bytes, context: bytes) -> bytes | None:
 
 def split(seed: bytes, threshold: int, count: int) -> list[bytes]:
     """`count` shares of 16 bytes: any `threshold` give the seed back, fewer tell nothing of it."""
-    return [share for _, share in Shamir.split(threshold, count, seed)]
+    return [share for _, share in Shamir.split(threshold, count, seed, ssss=False)]
 
 
 def combine(shares: Mapping[int, bytes]) -> bytes:
     """The seed, from exactly `threshold` shares by their position in `split`'s list. Some 30 ms for 26 of them."""
-    return Shamir.combine([(position + 1, share) for position, share in shares.items()])
+    return Shamir.combine([(position + 1, share) for position, share in shares.items()], ssss=False)
 
 
 def signed_by(public: bytes, signature: bytes, text: bytes) -> bool:

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
 from fedsb.config import load_config
 from fedsb.engines.notes import Note, pack_note, read_note
 from fedsb.environment import versions
@@ -19,7 +21,7 @@ from fedsb.methods import build_method
 from fedsb.models.load import tokenizer_fingerprint
 from fedsb.site.outbox import Outbox
 from fedsb.site.participant import Identity, Participant
-from fedsb.site.settings import SiteConfig, refuse_payload, refuse_run
+from fedsb.site.settings import SITE, SiteConfig, load_site, refuse_payload, refuse_run
 from fedsb.site.store import Store
 
 SAME = ("fedsb", "torch", "transformers")  # versions that must be the coordinator's: others compute other numbers
@@ -156,6 +158,16 @@ class SiteHandle:
         assert self.part is not None
         self.outbox.note(verb, envelope, payload, run=self.part.run, epsilon=self.part.spent())
         return Note(verb, facts, (envelope,))
+
+
+def open_handle(folder: Path) -> SiteHandle:
+    """What `fedsb join` keeps running: of a site's folder with its site.toml and the join file that it keeps."""
+    from fedsb.deployment.join_file import KEPT, read_join_file
+
+    join = read_join_file(folder / KEPT)
+    key = Ed25519PrivateKey.from_private_bytes(bytes.fromhex(join.identity))
+    directory = {name: bytes.fromhex(public) for name, public in join.directory.sites.items()}
+    return SiteHandle(folder, load_site(folder / SITE), Identity(name=join.site, key=key, directory=directory))
 
 
 def refuse_versions(theirs: Mapping[str, str]) -> None:

@@ -15,6 +15,8 @@ from fedsb.methods.contract import Method
 from fedsb.privacy.setup import Promise
 from fedsb.settings import Config, Count, Positive, Rate, Section
 
+SITE = "site.toml"  # its name in a site's folder
+
 
 class AllowConfig(Section):
     """What a site takes part in. What is not set is not limited."""

@@ -1,0 +1,125 @@
+"""The verbs of a real federation: serve at the coordinator, join at a site."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedsb.errors import UserError
+
+FolderArgument = Annotated[Path, typer.Argument(metavar="FEDERATION", help="The coordinator's folder.")]
+PROGRAM = "fedsb.deployment.coordinate:coordinate"
+HANDLE = "fedsb.site.handle:open_handle"
+
+
+def serve(
+    folder: FolderArgument,
+    config: Annotated[
+        str | None, typer.Argument(metavar="[CONFIG]", help="The run: a TOML file, or the name of a recipe.")
+    ] = None,
+    init: Annotated[bool, typer.Option("--init", help="Make the federation: certificates and join files.")] = False,
+    site: Annotated[list[str], typer.Option("--site", help="With --init: a site's name; several for several.")] = [],  # noqa: B006
+    host: Annotated[
+        list[str], typer.Option("--host", help="With --init: the name or address under which sites reach this machine.")
+    ] = [],  # noqa: B006
+    port: Annotated[int | None, typer.Option("--port", help="The one port that sites reach; default 9443.")] = None,
+    listen: Annotated[str, typer.Option("--listen", help="The address that the door opens on.")] = "0.0.0.0",
+    add: Annotated[str | None, typer.Option("--add", metavar="SITE", help="Make one more site's join file.")] = None,
+    revoke: Annotated[str | None, typer.Option("--revoke", metavar="SITE", help="Shut a site out for good.")] = None,
+    renew: Annotated[bool, typer.Option("--renew", help="Make a new server certificate.")] = False,
+    overrides: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a setting.")] = [],  # noqa: B006
+) -> None:
+    """Serve a federation over TLS. First --init, which makes a join file for each site; then with the run's TOML."""
+    from fedsb.deployment import federation as register
+    from fedsb.deployment import run
+
+    if init:
+        for path in register.serve_init(folder, site, host, register.PORT if port is None else port):
+            typer.echo(f"{path}\n    for the site {path.stem}, in private; it holds the site's keys")
+        typer.echo(f"next: hand these out, then\n    fedsb serve {folder} my.toml")
+        return
+    if add is not None:
+        path = register.add_site(folder, add)
+        typer.echo(
+            f"{path}\n    for the site {add}, in private. The others take {folder / register.DIRECTORY} before they "
+            "are in a secure sum with it:\n    fedsb join FILE --directory directory.json"
+        )
+        return
+    if revoke is not None:
+        register.revoke(folder, revoke)
+        typer.echo(f"{revoke} is shut out; a coordinator that is serving refuses its next request")
+        return
+    if renew:
+        register.renew(folder, host)
+        typer.echo("a new server certificate; a coordinator that is serving takes it when it is started again")
+        return
+    if config is None:
+        raise UserError(f"what to run? fedsb serve {folder} my.toml; or make the federation first, with --init")
+    from fedsb.cli import load
+    from fedsb.deployment.coordinate import prepare
+
+    register.read_federation(folder)
+    where = prepare(folder, load(config, overrides))
+    run.serve(folder, PROGRAM, where, listen=listen, port=port)
+    typer.echo(f"the federation is done; everything is in {where}")
+
+
+def join(
+    join_file: Annotated[Path, typer.Argument(metavar="FILE", help="The join file that the coordinator made.")],
+    data: Annotated[
+        str | None, typer.Option("--data", help="This site's rows: a file or hub:owner/name; kept in site.toml.")
+    ] = None,
+    folder: Annotated[
+        Path | None, typer.Option("--folder", help="This site's own; default: the join file's name, here.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Try the door, the rows and the rules, and send nothing.")
+    ] = False,
+    config: Annotated[
+        str | None, typer.Option("--config", metavar="TOML", help="With --dry-run: the run, as the coordinator has it.")
+    ] = None,
+    directory: Annotated[
+        Path | None, typer.Option("--directory", help="Take a newer directory of sites, and end.")
+    ] = None,
+) -> None:
+    """Take part in a federation, until it is stopped. What this site allows is in its site.toml."""
+    from fedsb.deployment import run
+    from fedsb.deployment.join_file import keep_join_file, update_directory
+
+    here = folder or Path(join_file.name.removesuffix(".join"))
+    keep_join_file(join_file, here)
+    _say_what_there_is(here, data)
+    if directory is not None:
+        found = update_directory(here, directory)
+        typer.echo(f"{here} knows {len(found.sites)} sites: {', '.join(found.sites)}")
+        return
+    if dry_run:
+        from fedsb.deployment.dry_run import try_out
+
+        for line in try_out(here, config):
+            typer.echo(line)
+        return
+    typer.echo(f"joining as {join_file.stem}; logs in {here / 'logs'}, what leaves in {here / 'outbox.jsonl'}")
+    run.join(join_file, here, HANDLE)
+
+
+def _say_what_there_is(folder: Path, data: str | None) -> None:
+    """Makes site.toml where it is not there yet. Raises UserError where it says another thing than the command."""
+    from fedsb.site.settings import SITE, load_site
+
+    path = folder / SITE
+    if path.exists():
+        site = load_site(path)
+        if data is not None and site.data != data:
+            raise UserError(f"{path} says data = {site.data!r}, the command says {data!r}: change one of them")
+        return
+    if data is None:
+        raise UserError(f"which rows? fedsb join FILE --data rows.jsonl; they are then kept in {path}")
+    path.write_text(
+        f"data = {json.dumps(data)}\n\n"
+        "# What this site takes part in; what is not set is not limited. All of it is in docs/deploy.md.\n"
+        "[allow]\n# methods = ['fed-sb']\n# rounds = 50\n# epsilon = 8.0\n# sum_clients = 3\n"
+    )

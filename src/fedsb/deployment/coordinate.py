@@ -1,0 +1,58 @@
+"""The coordinator's program: one run over a channel, started or taken up by the same call.
+
+FEDERATION/runs/NAME.json     the settings that the run was asked for with
+FEDERATION/runs/NAME/         the run directory, as of any run
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from fedsb.channel import Channel
+from fedsb.config import Loaded, load_config
+from fedsb.deployment.federation import read_federation
+from fedsb.disk import write_atomic
+from fedsb.engines.remote import RemoteEngine
+from fedsb.errors import UserError
+from fedsb.methods.contract import Method
+from fedsb.run import federate, resume
+from fedsb.settings import Config
+from fedsb.terminal import Terminal
+
+
+def prepare(federation: Path, loaded: Loaded) -> Path:
+    """Writes down what a run is asked for; gives back its folder, for `coordinate`.
+
+    Raises UserError where the run is there already with other settings.
+    """
+    folder = federation / "runs" / loaded.config.name
+    asked = {**loaded.given, "out": str(folder.parent), "engine": {**loaded.given.get("engine", {}), "name": "flower"}}
+    path = _asked(folder)
+    if path.exists() and json.loads(path.read_text()) != asked and (folder / "manifest.json").exists():
+        raise UserError(
+            f"{folder} was started with other settings: give this run another name (--set name=other), or serve the "
+            "configuration that it was started with"
+        )
+    load_config(asked)  # all faults now, before any process starts
+    write_atomic(path, json.dumps(asked, indent=1).encode())
+    return folder
+
+
+def coordinate(channel: Channel, folder: Path) -> None:
+    """Raises UserError and RunError as `federate`."""
+    federation = read_federation(folder.parent.parent)
+    directory = {name: bytes.fromhex(site.identity) for name, site in federation.members.items()}
+
+    def open_engine(config: Config, method: Method, run: str) -> RemoteEngine:
+        return RemoteEngine(config, method, run, channel, directory, note=display.note)
+
+    with Terminal() as display:
+        if (folder / "manifest.json").exists():
+            resume(folder, display, open_engine=open_engine)
+        else:
+            federate(load_config(json.loads(_asked(folder).read_text())), display, open_engine)
+
+
+def _asked(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.json")
