@@ -43,6 +43,11 @@ class Listed(StrEnum):
     bases = "bases"
 
 
+class Engine(StrEnum):
+    embedded = "embedded"
+    flower = "flower"
+
+
 class Backend(StrEnum):
     transformers = "transformers"
     vllm = "vllm"
@@ -89,11 +94,23 @@ def check(config: ConfigArgument, overrides: Set = [], as_json: Json = False) ->
 
 
 @app.command()
-def run(config: ConfigArgument, overrides: Set = [], as_json: Json = False) -> None:  # noqa: B006
+def run(
+    config: ConfigArgument,
+    engine: Annotated[
+        Engine, typer.Option("--engine", help="In this process, or as processes of a real federation, all here.")
+    ] = Engine.embedded,
+    overrides: Set = [],  # noqa: B006
+    as_json: Json = False,
+) -> None:
     """Run a federation, from the start to the adapter."""
     from fedsb.run import federate
 
     loaded = load(config, overrides)
+    if engine is Engine.flower:
+        from fedsb.deployment.rehearsal import rehearse
+
+        _print_result(rehearse(loaded), as_json)
+        return
     with _watched(Path(loaded.config.out) / loaded.config.name, as_json) as display:
         result = federate(loaded, display)
     _print_result(result.folder, as_json)

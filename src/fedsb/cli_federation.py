@@ -8,10 +8,9 @@ from typing import Annotated
 
 import typer
 
-from fedsb.errors import UserError
+from fedsb.errors import RunError, UserError
 
 FolderArgument = Annotated[Path, typer.Argument(metavar="FEDERATION", help="The coordinator's folder.")]
-PROGRAM = "fedsb.deployment.coordinate:coordinate"
 HANDLE = "fedsb.site.handle:open_handle"
 
 
@@ -59,11 +58,15 @@ def serve(
     if config is None:
         raise UserError(f"what to run? fedsb serve {folder} my.toml; or make the federation first, with --init")
     from fedsb.cli import load
-    from fedsb.deployment.coordinate import prepare
+    from fedsb.deployment.coordinate import PROGRAM, prepare
 
     register.read_federation(folder)
     where = prepare(folder, load(config, overrides))
-    run.serve(folder, PROGRAM, where, listen=listen, port=port)
+    try:
+        run.serve(folder, PROGRAM, where, listen=listen, port=port)
+    except (KeyboardInterrupt, RunError):
+        typer.echo(f"what was finished is in {where}; to go on, the same command again", err=True)
+        raise
     typer.echo(f"the federation is done; everything is in {where}")
 
 

@@ -61,36 +61,14 @@ class Data:
 def open_data(config: Config, tokenizer: Tokenizer) -> Data:
     """Loads, splits and tokenises. Raises UserError with what is wrong in the data and what to do about it."""
     task = open_task_of(config, tokenizer)
-    columns = task.options
     train, test = _tables(config)
     share = config.data.tune_share
     for table in (train, test):
         if table is not None:
             task.columns_of(table)
     task.fit_labels(train.rows, test.rows if test else [])
-    wanted, found = config.data.classes, len(task.classes)
-    if wanted is not None and task.classes and wanted != found:
-        raise UserError(
-            f"data.classes = {wanted}, but the rows have {found}: {', '.join(task.classes[:12])}. Set it to "
-            f"{found}, or leave out rows that have no class with data.drop"
-        )
-    labels = [row[columns.label] for row in train.rows] if task.classes else None
+    partition = _partition(config, task, train)
     clients = config.clients
-    if clients.split == "column":
-        require_columns(train, [clients.column])
-    partition = split_rows(
-        clients.split,
-        len(train.rows),
-        clients=clients.count,
-        seed=config.seed,
-        labels=labels,
-        column=[row[clients.column] for row in train.rows] if clients.split == "column" else None,
-        alpha=clients.alpha,
-        sizes=clients.sizes,
-        min_rows=clients.min_rows,
-    )
-    if clients.min_characters:
-        partition = _enough_text(partition, train, task, clients)
     if clients.unseen >= len(partition.shards):
         raise UserError(f"clients.unseen = {clients.unseen} of {len(partition.shards)} clients: nobody would take part")
     taking_part = len(partition.shards) - clients.unseen
@@ -131,6 +109,43 @@ def open_data(config: Config, tokenizer: Tokenizer) -> Data:
         tables={name: table_facts(table) for name, table in (("train", train), ("test", test)) if table is not None},
         choices=_choices(config, cut + cut_test, partition.dropped, unseen),
     )
+
+
+def _partition(config: Config, task: Task, train: Table) -> Partition:
+    """Who holds which rows. The task's classes are known."""
+    wanted, found = config.data.classes, len(task.classes)
+    if wanted is not None and task.classes and wanted != found:
+        raise UserError(
+            f"data.classes = {wanted}, but the rows have {found}: {', '.join(task.classes[:12])}. Set it to "
+            f"{found}, or leave out rows that have no class with data.drop"
+        )
+    labels = [row[task.options.label] for row in train.rows] if task.classes else None
+    clients = config.clients
+    if clients.split == "column":
+        require_columns(train, [clients.column])
+    partition = split_rows(
+        clients.split,
+        len(train.rows),
+        clients=clients.count,
+        seed=config.seed,
+        labels=labels,
+        column=[row[clients.column] for row in train.rows] if clients.split == "column" else None,
+        alpha=clients.alpha,
+        sizes=clients.sizes,
+        min_rows=clients.min_rows,
+    )
+    if clients.min_characters:
+        partition = _enough_text(partition, train, task, clients)
+    return partition
+
+
+def rows_by_client(config: Config, tokenizer: Tokenizer) -> dict[str, list[Row]]:
+    """The rows of each that takes part, as they stand in the table."""
+    task = open_task_of(config, tokenizer)
+    train, test = _tables(config)
+    task.columns_of(train)
+    task.fit_labels(train.rows, test.rows if test else [])
+    return {shard.name: [train.rows[i] for i in shard.rows] for shard in _partition(config, task, train).shards}
 
 
 def open_own(config: Config, task: Task, name: str, table: Table) -> tuple[Site, int]:

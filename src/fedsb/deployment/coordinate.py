@@ -20,6 +20,8 @@ from fedsb.run import federate, resume
 from fedsb.settings import Config
 from fedsb.terminal import Terminal
 
+PROGRAM = "fedsb.deployment.coordinate:coordinate"
+
 
 def prepare(federation: Path, loaded: Loaded) -> Path:
     """Writes down what a run is asked for; gives back its folder, for `coordinate`.
