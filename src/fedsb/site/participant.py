@@ -29,6 +29,7 @@ from fedsb.methods import build_method
 from fedsb.methods.contract import State
 from fedsb.models.load import load_tokenizer
 from fedsb.outcome import write_adapters
+from fedsb.privacy.accounting import Release
 from fedsb.privacy.fixed_point import Floats
 from fedsb.privacy.ledger import read_ledger
 from fedsb.privacy.setup import promise_of
@@ -89,8 +90,9 @@ class Participant:
         self.rows = rows
         promise = promise_of(self.config, self.method, sites, self.local)
         if promise.unit == "example":
-            promise.plans = {self.identity.name: promise.plans[self.identity.name]}
-        refuse_promise(self.settings.allow, promise)
+            plan = promise.plans[self.identity.name]
+            promise.plans = {self.identity.name: plan}
+            refuse_promise(self.settings.allow, plan, self._released_before())
         self.sums = open_sums(self.config, promise, self.run, sites)
         if self.sums is not None:
             refuse_sum(self.settings.allow, self.sums.threshold)
@@ -205,6 +207,12 @@ class Participant:
         write_adapters(self.bench, {path: tensors}, facts, self.site.train[:4])
         del self.bench  # its layers are the base's own again
         return score, path
+
+    def _released_before(self) -> list[Release]:
+        """In other runs, of this site's rows."""
+        ledger = Path("privacy") / f"{safe_name(self.identity.name)}.jsonl"
+        others = [path for path in self.folder.parent.glob(f"*/{ledger}") if path != self.folder / ledger]
+        return [entry.release for path in sorted(others) for entry in read_ledger(path)]
 
     def entries(self) -> list[dict[str, Any]]:
         """What this site's ledger says."""
