@@ -132,6 +132,8 @@ class Door:
             raise RefusedError(404, "there is nothing here")
         if scope["method"] != "POST":
             raise RefusedError(405, "only POST")
+        if (size := _head_bytes(scope["headers"])) > self._limits.header_bytes:  # it came in one piece, so it got here
+            raise RefusedError(431, f"{size} bytes of headers, and {self._limits.header_bytes} are allowed")
 
     def _site(self, headers: Mapping[str, str]) -> str:
         """The name of the site whose node key signed this request."""

@@ -72,7 +72,7 @@ class GridChannel:
                 waiting.discard(name)
                 yield name, answer
             for name in sorted(waiting):
-                yield name, Lost(f"late: no answer within {timeout_s:.0f} s")
+                yield name, Lost(f"late: no answer within {timeout_s:g} s")
         finally:
             stop.set()
 
@@ -115,7 +115,7 @@ class GridChannel:
                 if asked.failures >= FETCHES:
                     return Lost(f"failed: its answer did not arrive, {FETCHES} times")
             elif now - there > self._patience_s:
-                return Lost(f"gone: offline for {self._patience_s:.0f} s")
+                return Lost(f"gone: offline for {self._patience_s:g} s")
             stop.wait(min(3.0, max(0.05, (now - begun) / 20)))  # an answer of a minute is seen at most 3 s late
         self._late.update(asked.ids)
         return None
