@@ -127,6 +127,7 @@ def test_a_revoked_site_is_out_at_once(doorway: Doorway) -> None:
 
 def test_sizes(doorway: Doorway) -> None:
     assert doorway.knock(PULL, doorway.signed(size=101))[0] == 413
+    assert doorway.knock(PULL, {**doorway.signed(), "x": "y" * 20_000})[0] == 431
     without = doorway.signed()
     del without["content-length"]
     assert doorway.knock(PULL, without)[0] == 411

@@ -129,7 +129,7 @@ def test_what_a_stranger_finds_at_the_public_port(federation: Federation) -> Non
     for path in ("/v1/control/start-run", "/v1/control/list-runs", "/v1/runtime/acquire-task", "/docs", "/health"):
         assert federation.post(path, {"content-type": "application/protobuf"}).status_code == 404
     assert federation.post("/v1/fleet/pull-messages").status_code == 401
-    assert federation.post("/v1/fleet/pull-messages", {"x": "y" * 40_000}).status_code == 431
+    assert federation.post("/v1/fleet/pull-messages", {"x": "y" * 40_000}).status_code in (400, 431)
     with pytest.raises(httpx.HTTPError), httpx.Client() as plain:
         plain.post(f"http://localhost:{federation.port}/v1/control/list-runs")
     log = (federation.folder / "logs" / "superlink.jsonl").read_text().splitlines()
