@@ -12,7 +12,16 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedsb.deployment import add_site, certificates, read_join_file, renew, revoke, serve_init, update_directory
+from fedsb.deployment import (
+    add_site,
+    certificates,
+    read_join_file,
+    renew,
+    revoke,
+    serve_init,
+    sign_directory,
+    update_directory,
+)
 from fedsb.deployment.federation import Register, read_federation
 from fedsb.deployment.join_file import keep_join_file
 from fedsb.errors import UserError
@@ -91,9 +100,14 @@ def test_a_directory_that_was_tampered_with(folder: Path, tmp_path: Path) -> Non
 
 
 def test_without_the_authority_key_nobody_is_added(folder: Path) -> None:
-    (folder / "ca.key").unlink()
+    (folder / "ca.key").rename(folder / "elsewhere")
     with pytest.raises(UserError, match="bring it back"):
         add_site(folder, "east")
+    revoke(folder, "south")  # that cannot wait
+    assert list(read_federation(folder).members) == ["north"]
+    assert "south" in (folder / "directory.json").read_text()
+    (folder / "elsewhere").rename(folder / "ca.key")
+    assert "south" not in sign_directory(folder).read_text()
 
 
 def test_renewing_keeps_join_files_good(folder: Path) -> None:

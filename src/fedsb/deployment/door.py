@@ -61,7 +61,7 @@ class Limits:
     answer_bytes: int = MAX_ANSWER_BYTES + 2**20  # of all pieces of one answer
     header_bytes: int = 16 * 2**10
     connections: int = 512
-    connections_per_address: int = 64
+    connections_per_address: int = 128  # several sites may share one
     head_seconds: float = 20.0  # to send the head of the first request
     clock_seconds: float = 300.0  # between a site's clock and ours
 
