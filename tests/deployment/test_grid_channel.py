@@ -126,7 +126,7 @@ def test_a_site_that_comes_online_late_is_asked_then(folder: Path) -> None:
     threading.Timer(0.2, grid.online.update, ({"a": "10:05"},)).start()
     assert dict(ends.ask({"a": b"x"}, timeout_s=5)) == {"a": b"x"}
     del grid.online["a"]
-    assert dict(ends.ask({"a": b"x"}, timeout_s=0.1)) == {"a": Lost("gone: offline, no answer within 0.1 s")}
+    assert dict(ends.ask({"a": b"x"}, timeout_s=0.1)) == {"a": Lost("gone: offline within 0.1 s")}
 
 
 def test_an_answer_that_flower_lost_is_asked_for_again_but_not_for_ever(folder: Path) -> None:

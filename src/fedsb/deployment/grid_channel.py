@@ -74,11 +74,8 @@ class GridChannel:
                 waiting.discard(name)
                 yield name, answer
             for name in sorted(waiting):
-                online = members[name].node_key.encode() in self._nodes
-                yield (
-                    name,
-                    Lost(f"{'late: no answer' if online else 'gone: offline, no answer'} within {timeout_s:g} s"),
-                )
+                how = "late: no answer" if members[name].node_key.encode() in self._nodes else "gone: offline"
+                yield name, Lost(f"{how} within {timeout_s:g} s")
         finally:
             stop.set()
 
@@ -133,7 +130,7 @@ class GridChannel:
         (sent,) = self._grid.push_messages([message])
         if not sent:
             raise RunError("Flower did not take the request: is the run still open?")
-        return sent
+        return str(sent)
 
     def _forget_late(self) -> None:
         """Takes answers that came too late out of Flower's memory."""

@@ -159,7 +159,7 @@ def _token(runtime: RuntimeHttpClient, run: int) -> str:
         if not acquired.token:
             raise RunError("Flower did not give this run its task: is another server process at work here?")
         if acquired.task.run_id == run:  # else of a run whose process died before it took it
-            return acquired.token
+            return str(acquired.token)
 
 
 def _over(client: Client, local: Path) -> Client:
