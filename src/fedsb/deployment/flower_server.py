@@ -19,12 +19,12 @@ START_SECONDS = 60.0
 
 
 def main() -> None:
-    folder, local, program = Path(sys.argv[1]), Path(sys.argv[2]), load(sys.argv[3])
+    folder, local, program, run = Path(sys.argv[1]), Path(sys.argv[2]), load(sys.argv[3]), Path(sys.argv[4])
     with Interrupts().installed():
         _wait_for(local)
         with run_of(local) as grid:
-            say("run started")
-            program(GridChannel(grid, Register(folder)), folder)
+            say("run started", run=str(run))
+            program(GridChannel(grid, Register(folder)), run)
             say("run ended")
 
 

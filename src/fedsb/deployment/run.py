@@ -27,12 +27,19 @@ from fedsb.interrupts import Interrupts
 TOKEN_BYTES = 32
 
 
-def serve(folder: Path, program: str | None = None, *, listen: str = "0.0.0.0") -> None:
-    """Opens the door to the sites and, with a program, runs `program(channel, folder)` until it ends.
+def serve(
+    folder: Path,
+    program: str | None = None,
+    run: Path | None = None,
+    *,
+    listen: str = "0.0.0.0",
+    port: int | None = None,
+) -> None:
+    """Opens the door to the sites and, with a program, runs `program(channel, run)` until it ends.
 
-    `program` is "module:function", `folder` the coordinator's, `listen` the address to listen on. A program that is
-    killed is run again: it takes up its own checkpoint. Raises its UserError or RunError; KeyboardInterrupt when
-    stopped.
+    `program` is "module:function", `run` the folder it is given (the coordinator's where none is said), `port` the one
+    to listen on where it is not the one that sites dial (behind a forwarding router). A program that is killed is run
+    again: it takes up its own checkpoint. Raises its UserError or RunError; KeyboardInterrupt when stopped.
     """
     _check_flower()
     federation = read_federation(folder)
@@ -41,12 +48,12 @@ def serve(folder: Path, program: str | None = None, *, listen: str = "0.0.0.0") 
     certificates.check_dates((folder / SERVER).read_text(), "the server's certificate", remedy)
     with _private_folder() as sockets:
         local = str(sockets / "link")
-        address = [listen, str(federation.port)]
+        address = [listen, str(federation.port if port is None else port)]
         children = [
             Child(name="superlink", module="fedsb.deployment.superlink", arguments=[str(folder), local, *address])
         ]
         if program is not None:
-            arguments = [str(folder), local, program]
+            arguments = [str(folder), local, program, str(run or folder)]
             server = Child(
                 name="server", module="fedsb.deployment.flower_server", arguments=arguments, needs="superlink"
             )
