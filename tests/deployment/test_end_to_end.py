@@ -1,6 +1,6 @@
 """A coordinator and its sites as real processes on loopback, with TLS and keys; what each death does to a request.
 
-The tests of this file go through the life of one federation, in order.
+The tests of this file go through the life of one federation, in order; some of them take long, and can be left out.
 """
 
 from __future__ import annotations
@@ -164,6 +164,7 @@ def test_a_node_that_is_killed_while_its_trainer_works(federation: Federation) -
     assert federation.handled("a", "slow node") == 1  # asked twice, carried out once
 
 
+@pytest.mark.long
 def test_a_trainer_that_is_killed_is_asked_again(federation: Federation) -> None:
     outcome = federation.step(head="slow trainer", bytes=20)
     federation.wait_until_handled("b", "slow trainer")
@@ -172,6 +173,7 @@ def test_a_trainer_that_is_killed_is_asked_again(federation: Federation) -> None
     assert (federation.handled("a", "slow trainer"), federation.handled("b", "slow trainer")) == (1, 2)
 
 
+@pytest.mark.long
 def test_a_site_that_is_killed_whole_and_started_again(federation: Federation) -> None:
     outcome = federation.step(head="slow site", bytes=20)
     federation.wait_until_handled("a", "slow site")
@@ -191,6 +193,7 @@ def test_a_server_that_is_killed_goes_on_where_it_was(federation: Federation) ->
     assert after["answers"] == same("a", "b") and after["pid"] != before
 
 
+@pytest.mark.long
 def test_a_superlink_that_is_killed(federation: Federation) -> None:
     outcome = federation.step(head="slow link", bytes=20)
     federation.wait_until_handled("b", "slow link")
@@ -198,6 +201,7 @@ def test_a_superlink_that_is_killed(federation: Federation) -> None:
     assert outcome()["answers"] == same("a", "b")
 
 
+@pytest.mark.long
 def test_a_site_is_added_and_revoked_while_the_others_go_on(federation: Federation) -> None:
     added = federation.start("c", add_site(federation.folder, "c"))
     assert federation.step(head="", bytes=1)()["answers"] == same("a", "b", "c")
@@ -209,6 +213,7 @@ def test_a_site_is_added_and_revoked_while_the_others_go_on(federation: Federati
     assert federation.step(head="", bytes=1)()["answers"] == same("a", "b")
 
 
+@pytest.mark.long
 def test_who_is_not_let_in(federation: Federation, tmp_path: Path) -> None:
     join = read_join_file(federation.folder / "joins" / "a.join")
     serve_init(tmp_path / "other", ["d"], ["localhost"], federation.port)
