@@ -5,6 +5,7 @@ The coordinator has the base model, to score the test rows and to write the adap
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Any
@@ -136,7 +137,7 @@ class RemoteEngine(Bench):
                     missed[name] = [*sent, *self._bring_up(name, answer, heard.common, state.round + 1)]
                 else:
                     yield name, answer, sent
-            for name, answer, sent in ask(missed, behind=True):
+            for name, answer, sent in ask(missed, behind=True) if missed else ():
                 if isinstance(answer, Note) and answer.verb == "behind":
                     answer = Lost("it still lacks what the others hold in common")
                 yield name, answer, [*missed[name], *sent]
@@ -254,6 +255,7 @@ class RemoteEngine(Bench):
         server, trained = SumServer(plan), {reply.client: b"" for reply in replies}
         up, down = dict.fromkeys(cohort, 0), dict.fromkeys(cohort, 0)
         failed: dict[str, str] = {}
+        attempt = secrets.token_hex(8)  # a sum begun again is another: a site must not send what it sent in the first
         phases: tuple[tuple[str, Callable[[], Mapping[str, bytes]]], ...] = (
             ("advert", lambda: trained),
             ("sealed", server.roster),
@@ -265,7 +267,7 @@ class RemoteEngine(Bench):
             if phase == "masked" and terms.guard is not None:
                 terms.guard.charge(terms.round + 1)
             requests = {
-                name: self._request("sum", (message,), phase=phase, cohort=list(cohort))
+                name: self._request("sum", (message,), attempt=attempt, phase=phase, cohort=list(cohort))
                 for name, message in messages().items()
             }
             for name, answer in self._answers(requests):

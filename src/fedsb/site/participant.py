@@ -30,14 +30,13 @@ from fedsb.methods.contract import State
 from fedsb.models.load import load_tokenizer
 from fedsb.outcome import write_adapters
 from fedsb.privacy.accounting import Release
-from fedsb.privacy.fixed_point import Floats
 from fedsb.privacy.ledger import read_ledger
 from fedsb.privacy.setup import promise_of
 from fedsb.privacy.statement import spent
 from fedsb.privacy.sum_client import SumClient
 from fedsb.settings import Config
 from fedsb.site.settings import SiteConfig, refuse_promise, refuse_sum
-from fedsb.site.store import Store
+from fedsb.site.store import Pending, Store
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,15 +46,6 @@ class Identity:
     name: str
     key: Ed25519PrivateKey
     directory: Mapping[str, bytes]  # name -> Ed25519 public key of every site
-
-
-@dataclass(frozen=True)
-class Pending:
-    """What this site has to put into the sum of a round."""
-
-    round: int
-    basis: str
-    change: Floats
 
 
 class Participant:
@@ -74,7 +64,6 @@ class Participant:
         self.table = table
         self.labels = self.task.labels_in(table.rows)
         self.summing: SumClient | None = None
-        self.pending: Pending | None = None
 
     # --- before the first round ---
 
@@ -166,7 +155,7 @@ class Participant:
         changed = {key: x for key, x in common.items() if x is not self._start.get(key)}
         self.store.save_round(payload.round + 1, sending.kept, changed, held_tensors)
         if self.sums is not None:
-            self.pending = Pending(payload.round, turn.basis, change_of(sending.tensors, turn.unmoved))
+            self.store.save_pending(Pending(payload.round, turn.basis, change_of(sending.tensors, turn.unmoved)))
         return after, sending
 
     def sum_fault(self) -> str | None:
@@ -279,9 +268,9 @@ class Participant:
         return outer_basis(self.config.basis, self.bench.adapted, rank, self.config.seed, 0)
 
     def _pending(self) -> Pending:
-        if self.pending is None:
-            raise RunError("this site has nothing to put into a sum: it was started anew since it trained")
-        return self.pending
+        if (pending := self.store.pending()) is None:
+            raise RunError("this site has nothing to put into a sum: it has not trained")
+        return pending
 
     def _terms(self, cohort: list[str]) -> Terms:
         assert self.sums is not None
