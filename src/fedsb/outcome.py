@@ -133,6 +133,7 @@ def round_row(
         "round": state.round,
         "loss": sum(losses) / len(losses) if losses else None,
         "score": score.value if score else None,
+        "beside": dict(score.beside) if score else {},
         "cohort": list(cohort),
         "dropped": [asdict(drop) for drop in played.dropped],
         "up_bytes": sum(sent.bytes for sent in replies.sent if sent.direction == "up"),
@@ -182,6 +183,7 @@ def finish(record: Record, engine: EmbeddedEngine, sites: Mapping[str, Score], a
     one = adapter if engine.method.facts.global_model else adapter / safe_name(engine.sites[0].name)
     result = {
         "score": last["score"],
+        "beside": last.get("beside", {}),
         "loss": last["loss"],
         "clients": [
             {

@@ -15,7 +15,7 @@ from fedsb.adapters.basis import Basis, basis_hash
 from fedsb.adapters.layer import RoutingError
 from fedsb.data.sites import Site, open_data
 from fedsb.data.tasks.base import Example, pad_token
-from fedsb.engines import Answer, Replies, Reply, Score, Sent
+from fedsb.engines import Answer, Replies, Reply, Score, Sent, mean_of
 from fedsb.engines.resolved import auto_cohort_size, local_training, open_sums, public_rows, targets_choice
 from fedsb.errors import UserError
 from fedsb.federation.basis_round import build_basis
@@ -25,7 +25,7 @@ from fedsb.federation.facts import client_ranks, refuse_what_facts_forbid
 from fedsb.federation.gradients import load_nothing
 from fedsb.federation.link import link_of, unmoved
 from fedsb.federation.payload import Payload, unpack
-from fedsb.federation.scoring import forward, mean_score
+from fedsb.federation.scoring import forward, measured
 from fedsb.federation.tensors import to_arrays, to_tensors, under, within
 from fedsb.methods.contract import Method, State
 from fedsb.models.heads import head_start
@@ -219,11 +219,11 @@ class EmbeddedEngine:
             return None
         if method.facts.global_model:
             return self.evaluate(method.model(state), self.data.test)
-        values = {
-            site.name: self.evaluate(self.tensors_of(method, state, kept, site.name), self.data.test).value
+        scores = {
+            site.name: self.evaluate(self.tensors_of(method, state, kept, site.name), self.data.test)
             for site in self.sites
         }
-        return Score(value=sum(values.values()) / len(values), count=len(self.data.test), by_client=values)
+        return mean_of(scores)
 
     def score_sites(self, method: Method, state: State, kept: Mapping[str, Tensors]) -> dict[str, Score]:
         """The metric on each client's held-out rows, by its own model or the global one; unseen clients included."""
@@ -255,8 +255,8 @@ class EmbeddedEngine:
         """The task's metric over the examples, with one client's tensors in the adapter."""
         self._load_one(tensors)
         with matmul_precision(self.config.model.matmul):
-            value = mean_score(self.adapted.model, self.task, examples, self.config.eval.batch_size)
-        return Score(value=value, count=len(examples))
+            found = measured(self.adapted.model, self.task, examples, self.config.eval.batch_size)
+        return Score(value=found.pop(self.task.metric), count=len(examples), beside=found)
 
     def _load_one(self, tensors: Tensors) -> None:
         self.adapted.load(join_tensors(self.adapted, [tensors]))
