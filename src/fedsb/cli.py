@@ -225,13 +225,16 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Copy the adapter or the merged model. To a new folder or to the Hub."""
+    from fedsb.adapters.serving import serving_lines
     from fedsb.evaluate import export_to
+    from fedsb.record import read_result
 
     where = export_to(folder, to, merged=merged)
+    servers = [] if merged else (read_result(folder) or {}).get("serving", [])  # of the plain adapter
     if as_json:
-        _print_json({"exported": where})
+        _print_json({"exported": where, "serving": servers})
     else:
-        typer.echo(f"exported to {where}")
+        typer.echo("\n  ".join([f"exported to {where}", *serving_lines(servers)]))
 
 
 @app.command()

@@ -11,7 +11,8 @@ from typing import Any
 
 from fedsb.adapters.adapted import Tensors
 from fedsb.adapters.basis import BASES, Basis, basis_hash
-from fedsb.adapters.export import BaseFacts, check_adapter, has_conv1d, load_lines, lora_files, model_card
+from fedsb.adapters.export import BaseFacts, check_adapter, has_conv1d, load_lines, lora_config, lora_files, model_card
+from fedsb.adapters.serving import serving
 from fedsb.disk import safe_name, write_atomic
 from fedsb.engines import Score
 from fedsb.engines.embedded import EmbeddedEngine
@@ -164,8 +165,9 @@ def export(
     model = engine.adapted.unwrap()
     for path, tensors in models.items():
         head = {key: tensors[key] for key in engine.head}
-        card = model_card(base, _card_facts(config, method, record), "path/to/this/adapter")
         factors = method.export(tensors)
+        servers = serving(lora_config(factors, base), base.model_type)
+        card = model_card(base, _card_facts(config, method, record), "path/to/this/adapter", servers)
         files = lora_files(factors, head, base, card)
         for name in sorted(files, key=lambda name: name == "adapter_config.json"):
             write_atomic(path / name, files[name])
@@ -181,6 +183,8 @@ def finish(record: Record, engine: EmbeddedEngine, sites: Mapping[str, Score], a
     last = rounds[-1]
     before = read_result(record.folder)  # of a finished run that is taken up again
     one = adapter if engine.method.facts.global_model else adapter / safe_name(engine.sites[0].name)
+    base = base_facts(engine.config, engine)
+    written = json.loads((one / "adapter_config.json").read_bytes())
     result = {
         "score": last["score"],
         "beside": last.get("beside", {}),
@@ -198,7 +202,8 @@ def finish(record: Record, engine: EmbeddedEngine, sites: Mapping[str, Score], a
         "epsilon": spent(engine.promise) if engine.promise else None,
         "peak_memory_bytes": (before or {}).get("peak_memory_bytes") or peak_memory_bytes(engine.adapted.device),
         "adapter": str(adapter),
-        "load": load_lines(base_facts(engine.config, engine), one),
+        "load": load_lines(base, one),
+        "serving": [asdict(server) for server in serving(written, base.model_type)],
     }
     write_atomic(record.folder / "result.json", json.dumps(result, indent=1).encode())
     write_report(record.folder)
@@ -218,6 +223,7 @@ def base_facts(config: Config, engine: EmbeddedEngine) -> BaseFacts:
         conv1d=has_conv1d(engine.adapted.layers),
         pad_token=engine.base.pad_token,
         quantization=engine.base.quantization,
+        model_type=engine.base.model_type,
     )
 
 

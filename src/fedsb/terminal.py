@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Column, Table
 
+from fedsb.adapters.serving import serving_lines
 from fedsb.charts import beside_text, bytes_text, counts_text, score_text, seconds_text
 from fedsb.settings import Choice
 
@@ -151,6 +152,8 @@ def print_summary(folder: Path, found: Mapping[str, Any]) -> None:
         console.print(f"  adapter         {result['adapter']}")
     if (folder / "report.html").exists():
         console.print(f"  report          {folder / 'report.html'}")
+    for line in serving_lines((result or {}).get("serving", []), only_doubts=True):
+        console.print(f"  elsewhere       {line}")
     if result:
         console.print("\nLoad it:\n\n" + "\n".join("    " + line for line in result["load"].splitlines()) + "\n")
 
