@@ -109,9 +109,11 @@ def resume(
 ) -> None:
     """Take up a run behind its last finished round."""
     from fedsb.config import load_config
+    from fedsb.models.hub import stay_offline_without_network
     from fedsb.record import read_manifest
     from fedsb.run import resume as take_up
 
+    stay_offline_without_network()
     changed = None
     if config is not None:
         changed = _load(config, overrides)
@@ -201,8 +203,10 @@ def evaluate(
 ) -> None:
     """Score a run's adapter, loaded by PEFT. On its test rows or on others; written answers are kept in evals/."""
     from fedsb.evaluate import evaluate_by_lm_eval, evaluate_tables
+    from fedsb.models.hub import stay_offline_without_network
     from fedsb.terminal import Terminal, print_scores, print_table
 
+    stay_offline_without_network()
     if lm_eval is not None:
         found = evaluate_by_lm_eval(folder, lm_eval)
         _print_json(found)
@@ -263,7 +267,9 @@ def _load(config: str, overrides: list[str]) -> Loaded:
     """A TOML file by path; a recipe by name where there is no such file."""
     from fedsb.catalogue import recipe_path
     from fedsb.config import load_config
+    from fedsb.models.hub import stay_offline_without_network
 
+    stay_offline_without_network()
     path = Path(config)
     return load_config(path if path.suffix == ".toml" or path.is_file() else recipe_path(config), overrides)
 

@@ -91,7 +91,7 @@ def open_data(config: Config, tokenizer: Tokenizer) -> Data:
         raise UserError(f"server.min_clients = {config.server.min_clients}, but {taking_part} clients take part")
     names = [shard.name for shard in partition.shards]
     unseen = set(generator(config.seed, "unseen").permutation(names)[: clients.unseen].tolist())
-    cut = 0
+    cut = unused = 0
     sites: list[Site] = []
     tune: list[Example] = []
     for shard in partition.shards:
@@ -100,7 +100,7 @@ def open_data(config: Config, tokenizer: Tokenizer) -> Data:
         if shard.name not in unseen:
             kept, scored = task.hold_out(kept, share, generator(config.seed, "tune", shard.name))
             scored_examples, cut_scored = task.encode_test(scored)
-            tune, cut = tune + scored_examples, cut + cut_scored
+            tune, cut, unused = tune + scored_examples, cut + cut_scored, unused + _lost(scored, scored_examples)
         (examples, cut_kept), (held_examples, cut_held) = task.encode(kept), task.encode_test(held)
         if not examples:
             raise UserError(f"client {shard.name!r} has no usable row of its {len(rows)}; raise clients.min_rows")
@@ -114,8 +114,9 @@ def open_data(config: Config, tokenizer: Tokenizer) -> Data:
         if shard.name in unseen:
             site = replace(site, unseen=True, held_out=held_examples or task.encode_test(kept)[0], train=[], rows=0)
         sites.append(site)
-        cut += cut_kept + cut_held
+        cut, unused = cut + cut_kept + cut_held, unused + _lost(kept, examples) + _lost(held, held_examples)
     test_examples, cut_test = task.encode_test(test.rows) if test else ([], 0)
+    unused += _lost(test.rows, test_examples) if test else 0
     if share and not tune:
         raise UserError(f"data.tune_share = {share} leaves no row of {len(train.rows):,} to score: raise it")
     if share:
@@ -131,7 +132,7 @@ def open_data(config: Config, tokenizer: Tokenizer) -> Data:
         test_is_public=test is not None,
         baseline=task.baseline(pool, test_examples) if test_examples else None,
         tables={name: _facts(table) for name, table in (("train", train), ("test", test)) if table is not None},
-        choices=_choices(config, cut + cut_test, partition.dropped, unseen),
+        choices=_choices(config, cut + cut_test, unused, partition.dropped, unseen),
     )
 
 
@@ -226,7 +227,12 @@ def _facts(table: Table) -> dict[str, Any]:
     return {"origin": table.origin, "rows": len(table.rows), "fingerprint": table.fingerprint}
 
 
-def _choices(config: Config, cut: int, dropped: dict[str, int], unseen: set[str]) -> tuple[Choice, ...]:
+def _lost(rows: Sequence[Row], examples: Sequence[Example]) -> int:
+    """Rows that made no example; of a text, whose windows are examples of their own, none."""
+    return max(len(rows) - len(examples), 0)
+
+
+def _choices(config: Config, cut: int, unused: int, dropped: dict[str, int], unseen: set[str]) -> tuple[Choice, ...]:
     choices = [
         Choice(
             key="data.cut",
@@ -234,6 +240,9 @@ def _choices(config: Config, cut: int, dropped: dict[str, int], unseen: set[str]
             reason=f"counted: rows longer than model.max_tokens = {config.model.max_tokens}, their end is not read",
         )
     ]
+    if unused:
+        reason = f"counted: of these, rows with nothing to learn within {config.model.max_tokens} tokens, left out"
+        choices.append(Choice(key="data.unused", value=unused, reason=reason))
     if dropped:
         reason = "counted: clients under clients.min_rows or clients.min_characters, left out"
         choices.append(Choice(key="clients.dropped", value=len(dropped), reason=reason))
