@@ -14,7 +14,7 @@ from fedsb.adapters.adapted import Tensors
 from fedsb.adapters.basis import Basis, Pair, basis_hash
 from fedsb.adapters.carry import is_carried
 from fedsb.channel import Channel, Lost
-from fedsb.data.sites import CUT, Data, elsewhere, load_test, open_task_of, table_facts
+from fedsb.data.sites import Data, cut_choices, elsewhere, load_test, open_task_of, table_facts
 from fedsb.data.sources import Table
 from fedsb.data.tasks.base import Example
 from fedsb.engines import Answer, Replies, Reply, Score, Sent
@@ -33,7 +33,7 @@ from fedsb.methods.contract import Method, State
 from fedsb.models.load import load_tokenizer, tokenizer_fingerprint
 from fedsb.privacy.ledger import Entry
 from fedsb.privacy.setup import promise_of, refuse_what_would_leak
-from fedsb.settings import Choice, Config
+from fedsb.settings import Config
 
 
 class RemoteEngine(Bench):
@@ -340,6 +340,7 @@ class RemoteEngine(Bench):
             for name, note in looked.items()
         }
         cut += sum(note.facts["cut"] for note in opened.values())
+        unused = sum(note.facts["unused"] for note in opened.values())
         return Data(
             task=self.task,
             sites=self.sites,
@@ -348,7 +349,7 @@ class RemoteEngine(Bench):
             test_is_public=True,
             baseline=None,
             tables=tables | ({"test": table_facts(test)} if test else {}),
-            choices=(Choice(key="data.cut", value=cut, reason=CUT.format(self.config.model.max_tokens)),),
+            choices=tuple(cut_choices(self.config, cut, unused)),
         )
 
 

@@ -100,8 +100,8 @@ class SumServer:
             seed = combine({self.plan.places[helper]: answers[helper][part] for helper in helpers})
             if not (self._take_off_own if name in self.survivors else self._take_off_pairs)(name, seed):
                 raise SumError(
-                    f"round {self.plan.round + 1}: the shares of {name}'s seed do not fit together; a false one is from "
-                    f"{name}, or from one of {', '.join(helpers)}. There is no sum of this round"
+                    f"round {self.plan.round + 1}: the shares of {name}'s seed do not fit together; a false one is "
+                    f"from {name}, or from one of {', '.join(helpers)}. There is no sum of this round"
                 )
         return self._sum
 

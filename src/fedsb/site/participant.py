@@ -70,7 +70,7 @@ class Participant:
     def open(self, label_names: list[str]) -> None:
         """Reads rows and base model; the classes are those of all sites."""
         self.task.label_names = label_names
-        self.site, self.cut = open_own(self.config, self.task, self.identity.name, self.table)
+        self.site, self.cut, self.unused = open_own(self.config, self.task, self.identity.name, self.table)
         self.bench = Bench(self.config, self.method, self.tokenizer, self.task)
 
     def start(self, rows: Mapping[str, int]) -> str | None:
