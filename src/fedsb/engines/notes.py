@@ -18,6 +18,7 @@ A round, seen from the coordinator (site/handle.py answers):
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +26,20 @@ from typing import Any
 from fedsb.federation.payload import PayloadError
 
 HEADER_LIMIT = 1 << 24  # bytes
+TEXT, WHOLE, NUMBER, LIST, TABLE, NOTHING = (str,), (int,), (int, float), (list,), (dict,), (type(None),)
+# What an answer must say, by its verb: facts with their types, and the envelopes with it.
+ANSWERS: Mapping[str, tuple[Mapping[str, tuple[type, ...]], Sequence[int]]] = {
+    "look": ({"labels": LIST, "rows": WHOLE, "fingerprint": TEXT}, (0,)),
+    "open": ({"rows": WHOLE, "held_out": WHOLE, "cut": WHOLE, "labels": TABLE + NOTHING}, (0,)),
+    "start": ({"holds": TEXT + NOTHING}, (0,)),
+    "sums": ({"rows": NUMBER, "entries": LIST}, (1,)),
+    "basis": ({"holds": TEXT}, (0,)),
+    "hold": ({"holds": TEXT}, (0,)),
+    "round": ({"entries": LIST, "loss": NUMBER + NOTHING, "left": TEXT + NOTHING}, (0, 1)),
+    "behind": ({"holds": TEXT}, (0,)),
+    "sum": ({}, (1,)),
+    "finish": ({"score": NUMBER + NOTHING, "rows": WHOLE, "entries": LIST}, (0,)),
+}
 
 
 @dataclass(frozen=True)
@@ -54,8 +69,24 @@ def read_note(data: bytes) -> Note:
         raise PayloadError(f"not a message of fedsb ({len(data)} bytes): {error}") from error
     if not whole or 4 + length + sum(sizes) != len(data):
         raise PayloadError(f"not a message of fedsb: {len(data)} bytes, its header says {sizes!r:.80}")
-    parts, at = [], 4 + length
+    parts, at = list[bytes](), 4 + length
     for size in sizes:
         parts.append(data[at : at + size])
         at += size
     return Note(verb=verb, facts=facts, parts=tuple(parts))
+
+
+def read_answer(data: bytes, verb: str) -> Note:
+    """A site's answer to this verb. Raises PayloadError for bytes that are none: a site may send anything."""
+    note = read_note(data)
+    if note.verb != verb and (verb, note.verb) != ("round", "behind"):
+        raise PayloadError(f"an answer to {note.verb!r:.40}, and {verb!r} was asked")
+    facts, parts = ANSWERS[note.verb]
+    for key, types in facts.items():
+        value = note.facts.get(key)  # what is not said is None, where that may be
+        least = -math.inf if key in ("loss", "score") else -1
+        if type(value) not in types or (isinstance(value, int | float) and not least < value < math.inf):
+            raise PayloadError(f"its answer to {verb!r} says {key} = {value!r:.60}, which cannot be")
+    if len(note.parts) not in parts:
+        raise PayloadError(f"its answer to {verb!r} has {len(note.parts)} envelopes, wanted {parts[-1]}")
+    return note

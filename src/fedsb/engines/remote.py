@@ -18,14 +18,14 @@ from fedsb.data.sources import Table
 from fedsb.data.tasks.base import Example
 from fedsb.engines import Answer, Replies, Reply, Score, Sent
 from fedsb.engines.bench import Bench
-from fedsb.engines.notes import Note, pack_note, read_note
+from fedsb.engines.notes import Note, pack_note, read_answer
 from fedsb.engines.resolved import local_training, open_sums, public_rows
 from fedsb.environment import versions
 from fedsb.errors import RunError, UserError
 from fedsb.federation.facts import client_ranks, refuse_what_facts_forbid
 from fedsb.federation.link import link_of
 from fedsb.federation.payload import Payload, PayloadError, pack, unpack
-from fedsb.federation.server import Dropped
+from fedsb.federation.server import Dropped, fault_of_tensors
 from fedsb.federation.tensors import to_arrays, to_tensors
 from fedsb.federation.turn import Turn
 from fedsb.methods.contract import Method, State
@@ -33,6 +33,8 @@ from fedsb.models.load import load_tokenizer, tokenizer_fingerprint
 from fedsb.privacy.ledger import Entry
 from fedsb.privacy.setup import promise_of, refuse_what_would_leak
 from fedsb.settings import Choice, Config
+
+WHOLE_SECONDS = 3600.0  # at least, for what needs an answer of every site: a model is loaded, an adapter written
 
 
 class RemoteEngine(Bench):
@@ -60,7 +62,7 @@ class RemoteEngine(Bench):
         shared = config.model_dump(mode="json", exclude={"out": True, "compare": True, "data": {"train", "test"}})
         note(f"asking {len(channel.sites)} sites: {', '.join(channel.sites)}")
         looked = self._ask_all("look", config=shared, versions=versions())
-        labels = _in_order({label for note in looked.values() for label in note.facts["labels"]})
+        labels = _in_order([label for note in looked.values() for label in note.facts["labels"]])
         task.fit_labels([{task.options.label: label} for label in labels], test.rows if test else [])
         super().__init__(config, method, tokenizer, task)
         opened = self._ask_all(
@@ -126,14 +128,18 @@ class RemoteEngine(Bench):
                 requests[name] = self._request("round", (envelope,), rank=ranks.get(name))
                 wire = len(requests[name])
                 sent[name] = [self._count(envelope, state.round + 1, name, "down", wire=wire)]
-            for name, answer in self._answers(requests):
+            for name, answer in self._answers("round", requests):
                 yield name, answer, sent[name]
 
         def answers() -> Iterator[tuple[str, Note | Lost, list[Sent]]]:
             missed: dict[str, list[Sent]] = {}
             for name, answer, sent in ask(cohort, behind=False):
                 if isinstance(answer, Note) and answer.verb == "behind":
-                    missed[name] = [*sent, *self._bring_up(name, answer, heard.common, state.round + 1)]
+                    told = self._bring_up(name, answer, heard.common, state.round + 1)
+                    if isinstance(told, Lost):
+                        yield name, told, sent
+                    else:
+                        missed[name] = [*sent, *told]
                 else:
                     yield name, answer, sent
             for name, answer, sent in ask(missed, behind=True):
@@ -149,9 +155,11 @@ class RemoteEngine(Bench):
                 elif answer.facts.get("left"):
                     yield Dropped(client=name, reason=f"left the sum by itself: {answer.facts['left']}")
                 else:
-                    there.append(self._reply(name, answer, sent, state.round + 1))
-                    if self.sums is None:
-                        yield there.pop()
+                    reply = self._reply(name, answer, sent, state.round + 1)
+                    if self.sums is None or isinstance(reply, Dropped):
+                        yield reply
+                    else:
+                        there.append(reply)
             if self.sums is not None:
                 turn = Turn(method, heard.common, to_tensors(unpack(message("", False)).tensors), state.round, common)
                 yield from self._add_up(turn, cohort, there)
@@ -173,11 +181,10 @@ class RemoteEngine(Bench):
         }
         request = self._request("finish", (pack(whole),), card=card)
         scores: dict[str, Score] = {}
-        for name, answer in self._answers({site.name: request for site in self.sites}):
+        for name, answer in self._answers("finish", {site.name: request for site in self.sites}, whole=True):
             if isinstance(answer, Lost):
-                self.note(f"{name} was not told the final adapter: {answer.reason}")
+                self.note(f"{name} may not have the final adapter: {answer.reason}")
                 continue
-            self._take_entries(name, answer)
             if answer.facts["score"] is not None:
                 scores[name] = Score(value=answer.facts["score"], count=answer.facts["rows"])
         return scores
@@ -197,10 +204,17 @@ class RemoteEngine(Bench):
         link = link_of(self.config, method, self.run)
 
         def sums(outer: Mapping[str, Pair]) -> Iterator[tuple[Tensors, float]]:
+            wanted = {f"{layer}.S": (len(A), len(A)) for layer, (A, _) in outer.items()}
             for name, note in self._ask_all("sums").items():
-                self._take_entries(name, note)
+                try:
+                    told = unpack(note.parts[0]).tensors
+                    fault = fault_of_tensors(told, wanted)
+                except PayloadError as error:
+                    fault = str(error)
+                if fault:
+                    raise RunError(f"what {name} sent for the basis cannot be used: {fault}. Mend it, or revoke it")
                 sent.append(self._count(note.parts[0], 0, name, "up", kind="basis"))
-                yield to_tensors(unpack(note.parts[0]).tensors), float(note.facts["rows"])
+                yield to_tensors(told), float(note.facts["rows"])
 
         def tell(tensors: Tensors) -> Tensors:
             envelope = link.basis("down", "", 0, tensors, link.codec)
@@ -226,22 +240,26 @@ class RemoteEngine(Bench):
                 if self.holds[name] != wanted:
                     raise RunError(f"{name} was told what is held in common and holds something else")
 
-    def _bring_up(self, name: str, behind: Note, common: Tensors, round: int) -> list[Sent]:
+    def _bring_up(self, name: str, behind: Note, common: Tensors, round: int) -> list[Sent] | Lost:
         """What a site is told that lost what is held in common, before it is told all of the broadcast."""
         if behind.facts["holds"] == basis_hash(common):
             return []
         envelope = self._common_envelope(common)
-        self._ask_all("hold", (envelope,), among=[name])
-        return [self._count(envelope, round, name, "down", kind="basis")]
+        ((_, answer),) = self._answers("hold", {name: self._request("hold", (envelope,))})
+        return answer if isinstance(answer, Lost) else [self._count(envelope, round, name, "down", kind="basis")]
 
     def _common_envelope(self, common: Tensors) -> bytes:
         tensors = to_arrays({key: x for key, x in common.items() if not is_carried(key)})
         return pack(Payload(kind="basis-down", run=self.run, round=0, tensors=tensors))
 
-    def _reply(self, name: str, note: Note, sent: list[Sent], round: int) -> Reply:
-        self._take_entries(name, note)
+    def _reply(self, name: str, note: Note, sent: list[Sent], round: int) -> Reply | Dropped:
+        if (self.sums is None) != bool(note.parts):
+            return Dropped(client=name, reason="its answer has no update" if self.sums is None else "sent its update")
         update = note.parts[0] if note.parts else None
-        up = [self._count(update, round, name, "up", wire=len(pack_note(note)))] if update is not None else []
+        try:
+            up = [self._count(update, round, name, "up", wire=len(pack_note(note)))] if update is not None else []
+        except PayloadError as error:
+            return Dropped(client=name, reason=str(error))
         return Reply(client=name, envelope=update, kept={}, loss=note.facts.get("loss"), sent=[*sent, *up])
 
     def _add_up(self, turn: Turn, cohort: Sequence[str], replies: Sequence[Reply]) -> Iterator[Answer]:
@@ -268,7 +286,7 @@ class RemoteEngine(Bench):
                 name: self._request("sum", (message,), phase=phase, cohort=list(cohort))
                 for name, message in messages().items()
             }
-            for name, answer in self._answers(requests):
+            for name, answer in self._answers("sum", requests):
                 down[name] += len(requests[name])
                 try:
                     if isinstance(answer, Lost):
@@ -301,21 +319,32 @@ class RemoteEngine(Bench):
 
     def _take_entries(self, name: str, note: Note) -> None:
         """Copies what the site's ledger says of itself, so that epsilon is known here too."""
-        if self.promise.unit == "example":
-            self.promise.guards[name].ledger.copy(Entry(**entry) for entry in note.facts["entries"])
+        if "entries" not in note.facts or self.promise.unit != "example":
+            return
+        try:
+            self.promise.guards[name].ledger.copy([Entry(**entry) for entry in note.facts["entries"]])
+        except (TypeError, ValueError) as error:
+            raise PayloadError(f"what it says of its ledger cannot be: {error}") from error
 
     def _request(self, verb: str, parts: Sequence[bytes] = (), **facts: Any) -> bytes:
         return pack_note(Note(verb, {"run": self.run, **facts}, parts))
 
-    def _answers(self, requests: Mapping[str, bytes]) -> Iterator[tuple[str, Note | Lost]]:
-        for name, answer in self.channel.ask(requests, self.config.engine.deadline_s):
+    def _answers(
+        self, verb: str, requests: Mapping[str, bytes], *, whole: bool = False
+    ) -> Iterator[tuple[str, Note | Lost]]:
+        """With `whole`, time is not what a site is left out for: engine.deadline_s is of a round."""
+        deadline_s = self.config.engine.deadline_s
+        for name, answer in self.channel.ask(requests, max(deadline_s, WHOLE_SECONDS) if whole else deadline_s):
             if isinstance(answer, Lost):
                 yield name, answer
                 continue
             try:
-                yield name, read_note(answer)
+                note = read_answer(answer, verb)
+                self._take_entries(name, note)
             except PayloadError as error:
                 yield name, Lost(str(error))
+            else:
+                yield name, note
 
     def _ask_all(
         self, verb: str, parts: Sequence[bytes] = (), *, among: Sequence[str] | None = None, **facts: Any
@@ -323,7 +352,7 @@ class RemoteEngine(Bench):
         """All sites' answers, by name in order. Raises RunError with the reason of each that has none."""
         names = self.channel.sites if among is None else among
         request = self._request(verb, parts, **facts)
-        found = dict(self._answers(dict.fromkeys(names, request)))
+        found = dict(self._answers(verb, dict.fromkeys(names, request), whole=True))
         lost = [f"{name}: {answer.reason}" for name, answer in found.items() if isinstance(answer, Lost)]
         lost += [f"{name}: no answer" for name in names if name not in found]
         if lost or not names:
@@ -371,9 +400,11 @@ def refuse_what_needs_one_place(config: Config, method: Method) -> None:
         raise UserError("engine.name = 'flower': " + "; ".join(faults))
 
 
-def _in_order(labels: set[Any]) -> list[Any]:
+def _in_order(labels: Sequence[Any]) -> list[Any]:
     """Raises UserError where sites have labels of different types."""
     kinds = sorted({type(label).__name__ for label in labels})
     if len(kinds) > 1:
         raise UserError(f"the sites' labels are of different types ({', '.join(kinds)}): write them alike everywhere")
-    return sorted(labels)
+    if kinds and kinds[0] not in ("bool", "float", "int", "str"):
+        raise RunError(f"a site's labels are no labels: {labels!r:.80}")
+    return sorted(set(labels))
