@@ -17,6 +17,7 @@ from fedsb.deployment.join_file import KEPT
 from fedsb.status.files import Json
 
 SILENT_SECONDS = 300.0
+START_SECONDS = 60.0  # before a site that has not come yet is worth a word
 SLACK_SECONDS = 300.0  # beyond a round's own deadline
 BEAT_SECONDS = 7.0  # as flower_client.py has it
 SOON_SECONDS = 30 * 86400.0
@@ -93,9 +94,9 @@ def _absent(state: Json, uptime: float | None) -> list[str]:
     absent = []
     for site in state["sites"]:
         seen = site["last_seen_seconds"]
-        if site["state"] == "away" and seen is not None and seen > SILENT_SECONDS:
-            absent.append(f"{site['name']} was last heard of {_time(seen)} ago")
-        elif site["state"] == "away" and seen is None and (uptime or 0.0) > SILENT_SECONDS:
+        if site["state"] == "away" and seen is not None:
+            absent.append(f"{site['name']} is away: it was last heard of {_time(seen)} ago")
+        elif site["state"] == "away" and (uptime or 0.0) > START_SECONDS:
             absent.append(f"{site['name']} was not heard of since the start, {_time(uptime or 0.0)} ago")
     return absent
 

@@ -16,12 +16,18 @@ def headline(state: Json) -> str:
     run = state["run"]
     if run is None:
         return "no run yet"
-    rounds = f"{run['rounds']} of {run['rounds_planned']} rounds"
+    return f"{run['name']}: {run['rounds']} of {run['rounds_planned']} rounds, {stage(state)}"
+
+
+def stage(state: Json) -> str:
+    """Of a run, beside its rounds."""
+    run = state["run"] or {}
     if state["kind"] == "site":
-        return f"{run['name']}: {'finished, ' if run['finished'] else ''}{rounds}"
+        return "finished" if run.get("finished") else "not finished"
     left = run.get("left_seconds")
-    more = f", about {plain(seconds_text(left))} left" if run["state"] == "running" and left else ""
-    return f"{run['name']}: {run['state']}, {rounds}{more}"
+    return str(run.get("state", "")) + (
+        f", about {plain(seconds_text(left))} left" if run.get("state") == "running" and left else ""
+    )
 
 
 def facts(state: Json) -> Row:
@@ -40,11 +46,15 @@ def facts(state: Json) -> Row:
 
 
 def epsilon_text(run: Json) -> str:
-    if run.get("epsilon") is None:
-        return ""
+    return "" if run.get("epsilon") is None else f"{three_text(run['epsilon'])} {epsilon_of(run)}"
+
+
+def epsilon_of(run: Json) -> str:
+    """What belongs to an epsilon."""
     planned = run.get("epsilon_planned")
-    of = f" of {three_text(planned)}" if planned is not None else ""
-    return f"{three_text(run['epsilon'])}{of} at delta {run['delta']:.2g}, by the ledgers"
+    return (
+        f"of {three_text(planned)} " if planned is not None else ""
+    ) + f"at delta {run['delta']:.2g}, by the ledgers"
 
 
 def site_rows(state: Json) -> list[Row]:
@@ -145,7 +155,7 @@ def run_rows(state: Json) -> list[Row]:
 def outbox_rows(state: Json) -> list[Row]:
     kinds = state["outbox"]["kinds"].items()
     return [
-        {"what left": what, "messages": count_text(sums["messages"]), "bytes": bytes_text(sums["bytes"])}
+        {"what": what, "messages": count_text(sums["messages"]), "bytes": bytes_text(sums["bytes"])}
         for what, sums in kinds
     ]
 
