@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from statistics import fmean
+from statistics import median
 
 from fedsb.charts import number
 from fedsb.disk import safe_name
@@ -12,7 +12,7 @@ from fedsb.errors import RunError, UserError
 from fedsb.report import RunFiles
 from fedsb.status.files import Json, document, modified
 
-RECENT = 5  # rounds whose mean time is that of those to come
+RECENT = 5  # rounds whose middle time is that of those to come
 
 
 def run_state(folder: Path, asked: Json) -> tuple[Json, dict[str, Json]]:
@@ -43,7 +43,7 @@ def run_state(folder: Path, asked: Json) -> tuple[Json, dict[str, Json]]:
         "score": files.score[0],
         "metric": (manifest.get("task") or {}).get("metric") or "score",
         "round_seconds": last.get("seconds"),
-        "left_seconds": fmean(seconds) * (planned - len(rounds)) if seconds else None,
+        "left_seconds": median(seconds) * (planned - len(rounds)) if seconds else None,
         "last_round_at": modified(folder / "rounds.jsonl"),
         "deadline_seconds": manifest["config"]["engine"]["deadline_s"],
         "epsilon": number(last.get("epsilon")),
