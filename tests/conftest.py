@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ import pytest
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny shapes; and runs in processes of their own must round alike
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may ask a network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+collect_ignore_glob = [] if find_spec("flwr") else ["deployment/*"]  # needs the extra `flower`
 
 WORDS = [f"{kind}{i}" for kind in ("red", "blue", "green", "grey") for i in range(12)]
 CLASSES = ("red", "blue", "green")

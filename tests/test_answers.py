@@ -17,12 +17,13 @@ from fedsb.config import load_config
 from fedsb.data.tasks import TaskOptions, open_task
 from fedsb.federation import scoring
 from fedsb.federation.generation import Prompt, Written
-from fedsb.federation.scoring import mean_score
+from fedsb.federation.scoring import measured
 from fedsb.models.load import load_base, load_tokenizer
 from fedsb.record import read_rows
 from fedsb.run import federate
 from fedsb.settings import ModelConfig
 
+COUNTS = ("cut", "no_room", "without_answer", "grading_faults")
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
@@ -81,6 +82,10 @@ def test_a_run_and_its_reload(cli: Callable[..., Said], finished: dict[str, Any]
     assert rounds[1]["loss"] < 0.9 * rounds[0]["loss"] and rounds[1]["score"] is not None
     found = json.loads(cli("eval", result.folder, "--json").out)
     assert found["accuracy"] == result.score
+    assert {name: found[name] for name in COUNTS} == rounds[1]["beside"]
+    assert json.loads((result.folder / "result.json").read_text())["beside"] == rounds[1]["beside"]
+    shown = cli("report", result.folder).out
+    assert f"{len(read_rows(Path(found['answers'])))} cut" in shown
     lines = read_rows(Path(found["answers"]))
     assert [line["row"] for line in lines] == list(range(1, found["rows"] + 1))
     assert sum(line["right"] for line in lines) / len(lines) == result.score
@@ -177,7 +182,8 @@ def test_the_likeliest_option(stories: Path) -> None:
         right.append(max(sums, key=sums.__getitem__) == row["answer"])
     assert 0 < sum(right) < len(right)
     for batch_size in (1, 3, 64):
-        assert mean_score(model, task, examples, batch_size) == sum(right) / len(right)
+        found = measured(model, task, examples, batch_size)
+        assert found == {"accuracy": sum(right) / len(right)} | dict.fromkeys(COUNTS, 0)
 
 
 @pytest.mark.parametrize(("options", "package"), [(["--backend", "vllm"], "vllm"), (["--lm-eval", "gsm8k"], "lm-eval")])
@@ -243,3 +249,39 @@ def test_what_was_written_is_kept_with_its_row() -> None:
     found = list(scoring.graded(Echo(), questions, written))  # type: ignore[arg-type]
     assert [answered.position for answered in found] == [2, 0, 1]
     assert all(answered.verdict.right for answered in found)
+
+
+def test_what_went_wrong_is_counted_and_shown() -> None:
+    """By hand: right; cut and right; a full window; graded in vain. Counts are ints, shown but for zeros."""
+    from fedsb.charts import beside_text, counts_text
+    from fedsb.data.grading import Verdict
+    from fedsb.data.tasks.base import Question
+    from fedsb.engines import Score, mean_of
+
+    def answered(written: Written, extracted: str | None, *, right: bool, fault: str | None = None) -> scoring.Answered:
+        verdict = Verdict(right=right, extracted=extracted, fault=fault)
+        question = Question(asked="", gold="", kind="", new_tokens=1)
+        return scoring.Answered(position=0, question=question, written=written, verdict=verdict)
+
+    found = scoring.figures(
+        [
+            answered(Written(text="1", tokens=1, ended=True), "1", right=True),
+            answered(Written(text="1 and", tokens=2, ended=False), "1", right=True),
+            answered(Written(text="", tokens=0, ended=False), None, right=False),
+            answered(Written(text="2!", tokens=2, ended=True), "2!", right=False, fault="took more than 10 s"),
+        ],
+        "accuracy",
+    )
+    assert found == {"accuracy": 0.5, "cut": 2, "no_room": 1, "without_answer": 1, "grading_faults": 1}
+    beside = {name: found[name] for name in COUNTS}
+    assert counts_text(beside) == ", 2 cut, 1 no room, 1 without answer, 1 grading faults"
+    assert counts_text(dict.fromkeys(COUNTS, 0)) == "" == beside_text({})
+    assert beside_text({"f1": 0.5, "matthews": 0.25, "cut": 3}) == "f1 50.0\xa0%, matthews 0.25, 3 cut"
+    both = mean_of(
+        {
+            "a": Score(value=0.5, count=4, beside={"cut": 2, "f1": 0.5}),
+            "b": Score(value=1, count=4, beside={"cut": 1, "f1": 1.0}),
+        }
+    )
+    assert (both.value, both.count, both.beside) == (0.75, 4, {"cut": 3, "f1": 0.75})
+    assert both.by_client == {"a": 0.5, "b": 1}

@@ -60,7 +60,7 @@ def test_an_unknown_column(tiny_config: dict[str, Any], refused: Callable[..., s
     said = refused(tiny_config, "--set", "task.text=txt")
     assert "has no column 'txt': did you mean 'text'? There are: client, label, text" in said
     said = refused(tiny_config, "--set", "clients.column=klient")
-    assert "has no column 'klient': did you mean 'client'?" in said
+    assert "has no column 'klient': did you mean 'client'?" in said and "--set task.text=COLUMN" in said
 
 
 def test_a_label_that_only_the_test_has(
@@ -175,11 +175,105 @@ def test_no_network_for_a_hub_data_set(tiny_config: dict[str, Any], cli: Cli, tm
     assert not (tmp_path / "runs" / "tiny").exists()
 
 
+@pytest.mark.parametrize(
+    ("message", "said", "check"),
+    [
+        ("Dataset 'me/rows' is a gated dataset", "accept its terms at https://huggingface.co/datasets/me/rows", 0),
+        ("Dataset 'me/rows' doesn't exist on the Hub.", "check the name, or set HF_TOKEN (or: hf auth login)", 1),
+    ],
+)
+def test_a_hub_data_set_that_is_gated_or_none(
+    cli: Cli,
+    tiny_config: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    message: str,
+    said: str,
+    check: int,
+) -> None:
+    """A gated one is priced without its rows."""
+    import datasets
+
+    def refuse(*_: object, **__: object) -> None:
+        raise datasets.exceptions.DatasetNotFoundError(message)
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    toml = write_toml(tmp_path / "far.toml", set_all(tiny_config, data={"train": "hub:me/rows"}))
+    ran, checked = cli("run", toml), cli("check", toml)
+    assert (ran.code, checked.code) == (1, check) and said in ran.err
+    assert said in " ".join((checked.err or checked.out).split())
+
+
 def test_a_model_folder_that_is_none(tiny_config: dict[str, Any], refused: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    assert "cannot load the model" in refused(tiny_config, "--set", f"model.name={tmp_path / 'empty'}")
+    said = refused(tiny_config, "--set", f"model.name={tmp_path / 'empty'}")
+    assert "cannot load the model" in said and "There are: no files." in said and "Without a network" not in said
     assert "there is no such folder" in refused(tiny_config, "--set", f"model.name={tmp_path / 'none'}")
     assert "model.device = 'cuda:7' cannot be used here" in refused(tiny_config, "--set", "model.device=cuda:7")
+
+
+def test_torn_weights(tiny_config: dict[str, Any], tiny_bert: Path, cli: Cli, tmp_path: Path) -> None:
+    """A download that was cut off; `check` needs no weights, and says nothing of them."""
+    folder = Path(shutil.copytree(tiny_bert, tmp_path / "torn"))
+    weights = folder / "model.safetensors"
+    for content in (weights.read_bytes()[:1000], None):
+        weights.unlink()
+        if content is not None:
+            weights.write_bytes(content)
+        toml = write_toml(tmp_path / "torn.toml", set_all(tiny_config, model={"name": str(folder), "max_tokens": 16}))
+        assert cli("check", toml).code == 0
+        said = cli("run", toml)
+        assert said.code == 1 and f"cannot load the model '{folder}'" in said.err
+        assert (
+            "There are: config.json" in said.err and "Is one missing, or torn? Then fetch the model again." in said.err
+        )
+        assert not (tmp_path / "runs" / "tiny").exists()
+
+
+def test_prompts_that_fill_the_window_are_counted_and_shown(
+    cli: Cli, tiny_config: dict[str, Any], tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    rows = [{"prompt": "red1 " * (60 if i < 3 else 1), "answer": "blue1", "client": i % 2} for i in range(20)]
+    train = str(write_rows(tmp_path / "train.jsonl", rows))
+    model = {"name": str(tiny_llama), "max_tokens": 60}
+    config = set_all(tiny_config, data={"train": train}, model=model, task={"kind": "instruction"})
+    said = cli("check", write_toml(tmp_path / "full.toml", config))
+    lines = [" ".join(line.split()) for line in said.out.splitlines()]
+    assert "data.cut 3 counted: rows longer than model.max_tokens = 60, their end is not read" in lines
+    assert "data.unused 3 counted: of these, rows with nothing to learn within 60 tokens, left out" in lines
+
+
+def test_without_an_address_of_the_hub_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is set already stays, and so does the network where there is a proxy, or an address."""
+    import os
+    import socket
+
+    from fedsb.models.hub import stay_offline_without_network
+
+    asked: list[object] = []
+
+    def nowhere(host: object, port: int) -> None:
+        asked.append(host)
+        raise socket.gaierror("no such name")
+
+    monkeypatch.setattr(socket, "getaddrinfo", nowhere)
+    for name in ("HF_HUB_OFFLINE", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy", "HF_ENDPOINT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in (("HF_HUB_OFFLINE", "0"), ("https_proxy", "http://here:1")):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            stay_offline_without_network()
+            assert os.environ.get("HF_HUB_OFFLINE") == ("0" if name == "HF_HUB_OFFLINE" else None)
+    assert asked == []
+    with monkeypatch.context() as patch:
+        patch.setattr(socket, "getaddrinfo", lambda host, port: asked.append(host))
+        stay_offline_without_network()
+    assert asked == ["huggingface.co"] and "HF_HUB_OFFLINE" not in os.environ
+    monkeypatch.setenv("HF_ENDPOINT", "https://mirror.example/hf")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "")  # so that what is set now is taken back
+    stay_offline_without_network()
+    assert asked == ["huggingface.co", "mirror.example"] and os.environ["HF_HUB_OFFLINE"] == "1"
 
 
 # --- a run that fails, and runs that are there ---

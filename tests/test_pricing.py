@@ -13,6 +13,7 @@ import torch
 from conftest import Said, labelled_rows, set_all, write_rows, write_toml
 from fedsb.adapters.adapted import find_targets
 from fedsb.config import load_config
+from fedsb.errors import UserError
 from fedsb.memory import training_memory
 from fedsb.methods.fed_sb import FedSB
 from fedsb.methods.fedit import FedIT
@@ -353,6 +354,12 @@ def test_a_missing_local_file_is_not_known_and_a_misspelt_one_is_a_fault(
     write_rows(tmp_path / "data" / "trian.jsonl", labelled_rows(9, 0))
     said = cli("check", toml)
     assert said.code == 1 and "near it there is trian.jsonl" in said.err
+
+
+def test_check_refuses_a_sum_that_hides_nothing(tiny_config: dict[str, Any]) -> None:
+    config = set_all(tiny_config, server={"secure_sum": True, "clients_per_round": 1})
+    with pytest.raises(UserError, match="one client a round"):
+        estimate(load_config(config))
 
 
 def test_check_prices_what_compare_names(tiny_config: dict[str, Any]) -> None:

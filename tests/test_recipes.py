@@ -10,6 +10,7 @@ import pytest
 
 from conftest import labelled_rows, write_rows
 from fedsb.catalogue import recipe_path, recipes
+from fedsb.charts import bytes_text
 from fedsb.config import Loaded, load_config
 from fedsb.pricing import estimate
 
@@ -110,6 +111,20 @@ def test_the_values_in_an_opening_are_what_check_says(name: str, label: str, dir
     number, unit = said.replace(",", "")[:-1], {"M": 1e6, "K": 1e3}[said[-1]]
     assert f"{values / unit:.{len(number.partition('.')[2])}f}" == number
     assert said in opening(name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_bytes_in_an_opening_are_what_check_prices(name: str) -> None:
+    """Of tables that are not here, the number of classes is told; Shakespeare's model is a folder."""
+    stories = Path(__file__).resolve().parents[2] / "shared" / "models" / "stories260K"
+    if name == "shakespeare" and not stories.is_dir():
+        pytest.skip("stories260K is not beside the repository, in ../shared/models")
+    told = {"trec": "data.classes=6", "snli": "data.classes=3", "shakespeare": f"model.name={stories}"}
+    found = estimate(load(name, *([told[name]] if name in told else [])))
+    (price,) = [price for price in found["prices"] if price["this_run"]]
+    parts = (bytes_text(price[f"{part}_bytes"]).replace("\xa0", " ") for part in ("one_off", "up", "down", "total"))
+    line = "# Bytes of all clients, all rounds: once {}, up {}, down {}, in all {}.".format(*parts)
+    assert line in recipe_path(name).read_text().splitlines()
 
 
 def test_the_private_recipe_promises_what_it_says(tiny_bert: Path, tmp_path: Path) -> None:

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fedsb.charts import counts_text
 from fedsb.data.tasks.answers import Answers
 from fedsb.data.tasks.base import Example, Question, question_of
 from fedsb.data.tasks.instruction import prompt_text
 from fedsb.disk import disk_errors, write_atomic
 from fedsb.federation.generation import Written
-from fedsb.federation.scoring import Answered
+from fedsb.federation.scoring import Answered, figures
 from fedsb.record import json_lines, read_rows
 
 EVERY_SECONDS = 10.0  # between two lines of progress
@@ -39,36 +41,23 @@ def answer_all(
     started = shown = time.monotonic()
     with disk_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, json_lines(_in_order(done)))
+        write_atomic(path, _lines(task, done))
         with path.open("ab") as file:
             for count, answered in enumerate(answering([examples[i] for i in left]), start=1):
                 position = left[answered.position]
-                done[position] = line_of(task, position, answered)
-                file.write(json_lines([done[position]]))
+                done[position] = replace(answered, position=position)
+                file.write(json_lines([line_of(task, done[position])]))
                 file.flush()
                 if (now := time.monotonic()) - shown >= EVERY_SECONDS or count == len(left):
                     shown, seconds = now, (now - started) / count * (len(left) - count)
                     note(f"  {_progress(done, len(examples), task.metric)}, about {seconds:.0f} s left")
-        write_atomic(path, json_lines(_in_order(done)))
+        write_atomic(path, _lines(task, done))
     return figures(list(done.values()), task.metric) | {"answers": str(path)}
 
 
-def figures(lines: Sequence[Line], metric: str) -> Line:
-    """The share of right answers, called `metric`, and how many were cut, held no answer, or could not be graded.
-
-    All of those are wrong.
-    """
+def line_of(task: Answers, answered: Answered) -> Line:
     return {
-        metric: sum(line["right"] for line in lines) / len(lines),
-        "cut": sum(not line["ended"] for line in lines),
-        "without_answer": sum(line["extracted"] is None for line in lines),
-        "grading_faults": sum(line["fault"] is not None for line in lines),
-    }
-
-
-def line_of(task: Answers, position: int, answered: Answered) -> Line:
-    return {
-        "row": position + 1,
+        "row": answered.position + 1,
         "prompt": prompt_text(task.tokenizer, answered.question.asked),
         "generated": answered.written.text,
         "extracted": answered.verdict.extracted,
@@ -80,9 +69,9 @@ def line_of(task: Answers, position: int, answered: Answered) -> Line:
     }
 
 
-def _kept(task: Answers, questions: Sequence[Question], path: Path) -> dict[int, Line]:
-    """The lines of an evaluation that was stopped, by position; a torn last line is left out."""
-    kept: dict[int, Line] = {}
+def _kept(task: Answers, questions: Sequence[Question], path: Path) -> dict[int, Answered]:
+    """The answers of an evaluation that was stopped, by position; a torn last line is left out."""
+    kept: dict[int, Answered] = {}
     for line in read_rows(path):
         position = line["row"] - 1
         if not 0 <= position < len(questions):
@@ -92,15 +81,14 @@ def _kept(task: Answers, questions: Sequence[Question], path: Path) -> dict[int,
             continue
         written = Written(text=line["generated"], tokens=line["tokens"], ended=line["ended"])
         verdict = task.grade(question, written.text)
-        answered = Answered(position=position, question=question, written=written, verdict=verdict)
-        kept[position] = line_of(task, position, answered)
+        kept[position] = Answered(position=position, question=question, written=written, verdict=verdict)
     return kept
 
 
-def _in_order(done: dict[int, Line]) -> list[Line]:
-    return [done[position] for position in sorted(done)]
+def _lines(task: Answers, done: dict[int, Answered]) -> bytes:
+    return json_lines([line_of(task, done[position]) for position in sorted(done)])
 
 
-def _progress(done: dict[int, Line], rows: int, metric: str) -> str:
+def _progress(done: dict[int, Answered], rows: int, metric: str) -> str:
     found = figures(list(done.values()), metric)
-    return f"{len(done):,} of {rows:,} answered, {metric} {found[metric]:.4f}, {found['cut']:,} cut"
+    return f"{len(done):,} of {rows:,} answered, {metric} {found[metric]:.4f}{counts_text(found)}"

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedsb.adapters.serving import LORA_RANKS, max_lora_rank
 from fedsb.errors import UserError
 from fedsb.federation.generation import Prompt, Written
 
 CHUNK = 1024  # prompts between which what was written is kept
-LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has kernels for
 
 
 def write_with_vllm(
@@ -34,7 +34,7 @@ def write_with_vllm(
     except ImportError as error:
         raise UserError("--backend vllm needs the package vllm: pip install vllm (on a machine with a GPU)") from error
     rank = int(json.loads((adapter / "adapter_config.json").read_text())["r"])
-    room = next((known for known in LORA_RANKS if known >= rank), None)
+    room = max_lora_rank(rank)
     if room is None:
         raise UserError(f"vLLM takes LoRA up to rank {LORA_RANKS[-1]}, this adapter has {rank}: leave --backend out")
     model = LLM(model=base, revision=revision, dtype=dtype, enable_lora=True, max_lora_rank=room)

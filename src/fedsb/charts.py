@@ -70,6 +70,24 @@ def score_text(metric: str, *, unit: bool = True) -> Show:
     return plain_text
 
 
+def beside_text(beside: Mapping[str, float]) -> str:
+    """What stands beside a score, "F1 81.2 %, matthews 0.62", its counts last."""
+    shown = [
+        f"{name.replace('_', ' ')} {score_text(name)(value)}"
+        for name, value in beside.items()
+        if not isinstance(value, int)
+    ]
+    return ", ".join(shown) + counts_text(beside, ", " if shown else "")
+
+
+def counts_text(beside: Mapping[str, float], before: str = ", ") -> str:
+    """The counts among what stands beside a score, "3 cut, 1 without answer", but for those that are 0."""
+    named = [
+        f"{value:,} {name.replace('_', ' ')}" for name, value in beside.items() if isinstance(value, int) and value
+    ]
+    return before + ", ".join(named) if named else ""
+
+
 def score_tick(metric: str) -> Show:
     return _shown(lambda x: f"{100 * x:.4g} %") if metric in PERCENT else plain_text
 

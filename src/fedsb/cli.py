@@ -127,9 +127,11 @@ def resume(
 ) -> None:
     """Take up a run behind its last finished round."""
     from fedsb.config import load_config
+    from fedsb.models.hub import stay_offline_without_network
     from fedsb.record import read_manifest
     from fedsb.run import resume as take_up
 
+    stay_offline_without_network()
     changed = None
     if config is not None:
         changed = load(config, overrides)
@@ -219,8 +221,10 @@ def evaluate(
 ) -> None:
     """Score a run's adapter, loaded by PEFT. On its test rows or on others; written answers are kept in evals/."""
     from fedsb.evaluate import evaluate_by_lm_eval, evaluate_tables
+    from fedsb.models.hub import stay_offline_without_network
     from fedsb.terminal import Terminal, print_scores, print_table
 
+    stay_offline_without_network()
     if lm_eval is not None:
         found = evaluate_by_lm_eval(folder, lm_eval)
         _print_json(found)
@@ -243,13 +247,16 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Copy the adapter or the merged model. To a new folder or to the Hub."""
+    from fedsb.adapters.serving import serving_lines
     from fedsb.evaluate import export_to
+    from fedsb.record import read_result
 
     where = export_to(folder, to, merged=merged)
+    servers = [] if merged else (read_result(folder) or {}).get("serving", [])  # of the plain adapter
     if as_json:
-        _print_json({"exported": where})
+        _print_json({"exported": where, "serving": servers})
     else:
-        typer.echo(f"exported to {where}")
+        typer.echo("\n  ".join([f"exported to {where}", *serving_lines(servers)]))
 
 
 @app.command()
@@ -283,7 +290,9 @@ def load(config: str, overrides: list[str]) -> Loaded:
     """A TOML file by path; a recipe by name where there is no such file."""
     from fedsb.catalogue import recipe_path
     from fedsb.config import load_config
+    from fedsb.models.hub import stay_offline_without_network
 
+    stay_offline_without_network()
     path = Path(config)
     return load_config(path if path.suffix == ".toml" or path.is_file() else recipe_path(config), overrides)
 

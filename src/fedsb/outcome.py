@@ -11,7 +11,8 @@ from typing import Any
 
 from fedsb.adapters.adapted import Tensors
 from fedsb.adapters.basis import BASES, Basis, basis_hash
-from fedsb.adapters.export import BaseFacts, check_adapter, has_conv1d, load_lines, lora_files, model_card
+from fedsb.adapters.export import BaseFacts, check_adapter, has_conv1d, load_lines, lora_config, lora_files, model_card
+from fedsb.adapters.serving import serving
 from fedsb.data.tasks.base import Example
 from fedsb.disk import safe_name, write_atomic
 from fedsb.engines import Score
@@ -138,6 +139,7 @@ def round_row(
         "round": state.round,
         "loss": sum(losses) / len(losses) if losses else None,
         "score": score.value if score else None,
+        "beside": dict(score.beside) if score else {},
         "cohort": list(cohort),
         "dropped": [asdict(drop) for drop in played.dropped],
         "up_bytes": sum(sent.bytes for sent in replies.sent if sent.direction == "up"),
@@ -180,7 +182,8 @@ def write_adapters(
     for path, tensors in models.items():
         head = {key: tensors[key] for key in bench.head}
         factors = bench.method.export(tensors)
-        files = lora_files(factors, head, base, model_card(base, facts, "path/to/this/adapter"))
+        card = model_card(base, facts, "path/to/this/adapter", serving(lora_config(factors, base), base.model_type))
+        files = lora_files(factors, head, base, card)
         for name in sorted(files, key=lambda name: name == "adapter_config.json"):
             write_atomic(path / name, files[name])
         if path in logits:
@@ -194,8 +197,11 @@ def finish(record: Record, engine: RunEngine, sites: Mapping[str, Score], adapte
     last = rounds[-1]
     before = read_result(record.folder)  # of a finished run that is taken up again
     one = adapter if engine.method.facts.global_model else adapter / safe_name(engine.sites[0].name)
+    base = base_facts(engine)
+    written = json.loads((one / "adapter_config.json").read_bytes())
     result = {
         "score": last["score"],
+        "beside": last.get("beside", {}),
         "loss": last["loss"],
         "clients": [
             {
@@ -210,7 +216,8 @@ def finish(record: Record, engine: RunEngine, sites: Mapping[str, Score], adapte
         "epsilon": spent(engine.promise) if engine.promise else None,
         "peak_memory_bytes": (before or {}).get("peak_memory_bytes") or peak_memory_bytes(engine.adapted.device),
         "adapter": str(adapter),
-        "load": load_lines(base_facts(engine), one),
+        "load": load_lines(base, one),
+        "serving": [asdict(server) for server in serving(written, base.model_type)],
     }
     write_atomic(record.folder / "result.json", json.dumps(result, indent=1).encode())
     write_report(record.folder)
@@ -230,6 +237,7 @@ def base_facts(bench: Bench) -> BaseFacts:
         conv1d=has_conv1d(bench.adapted.layers),
         pad_token=bench.base.pad_token,
         quantization=bench.base.quantization,
+        model_type=bench.base.model_type,
     )
 
 

@@ -24,7 +24,7 @@ from fedsb.data.partition import client_names
 from fedsb.data.sites import Data, open_data, open_task_of
 from fedsb.data.tasks import TASKS
 from fedsb.data.tasks.base import Task, ids, pad_token
-from fedsb.engines.resolved import auto_cohort_size, local_training, public_rows, targets_choice
+from fedsb.engines.resolved import auto_cohort_size, local_training, open_sums, public_rows, targets_choice
 from fedsb.errors import NotAtHandError, UserError
 from fedsb.federation.basis_round import basis_values
 from fedsb.federation.client import LocalTraining
@@ -110,6 +110,7 @@ def estimate(loaded: Loaded) -> dict[str, Any]:
         sites = [data.pooled()] if method.facts.pools_data else data.taking_part
         local = local_training(config, clients=len(data.taking_part) if method.facts.pools_data else 1)
         promise = promise_of(config, method, sites, local)
+        open_sums(config, promise, "check", sites)  # refuses a sum that hides nothing
         privacy = promised(promise, config, trained_values(method, adapted.shapes, head))
         seconds, seconds_reason = _seconds(config, local, data, linear, cohort)
         choices += [*data.choices, *rank_choices, *promise.choices]

@@ -103,6 +103,7 @@ def _headline(run: RunFiles) -> Json:
         "metric": task.get("metric"),
         "higher_is_better": task.get("higher_is_better", True),
         "score": run.score[0],
+        "beside": (run.result or {}).get("beside") or {},
         "before": number(before.get("score")),
         "majority": number(before.get("majority")),
         "bytes": byte_totals(run.traffic),
@@ -166,6 +167,7 @@ def write_report(run_dir: Path) -> Path:
     templates = open_templates()
     templates.filters |= {"score": score, "bare": charts.score_text(metric, unit=False), "percent": charts.percent_text}
     templates.filters["three"] = charts.three_text
+    templates.filters["beside"] = charts.beside_text
     templates.filters["gap"] = lambda gap: score(abs(gap)).replace("%", "points")
     page = templates.get_template("report.html.j2").render(
         m=run.manifest,

@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Column, Table
 
-from fedsb.charts import bytes_text, score_text, seconds_text
+from fedsb.adapters.serving import serving_lines
+from fedsb.charts import beside_text, bytes_text, counts_text, score_text, seconds_text
 from fedsb.settings import Choice
 
 PLAIN: dict[str, Any] = {"box": None, "padding": (0, 2, 0, 0)}  # tables without lines
@@ -64,7 +65,7 @@ class Terminal:
     def round(self, row: Mapping[str, Any], rounds: int) -> None:
         self.seconds += row["seconds"]
         left = self.seconds / (len(self.rows) + 1) * (rounds - row["round"])
-        metric = "" if row["score"] is None else f"{row['score']:.4f}"
+        metric = "" if row["score"] is None else f"{row['score']:.4f}{counts_text(row['beside'])}"
         cells = [
             f"{row['round']}/{rounds}",
             "" if row["loss"] is None else f"{row['loss']:.4f}",
@@ -133,6 +134,8 @@ def print_summary(folder: Path, found: Mapping[str, Any]) -> None:
         console.print(
             f"  {found['metric']:<16}{show(found['score'])}" + (f"  ({', '.join(against)})" if against else "")
         )
+        if text := beside_text(found["beside"]):
+            console.print(f"{'':<18}{text}")
     totals = found["bytes"]["federation"]["with_head"]
     console.print(
         f"  bytes sent      {bytes_text(totals['total'])} in all: one-off {bytes_text(totals['one_off'])}, "
@@ -149,6 +152,8 @@ def print_summary(folder: Path, found: Mapping[str, Any]) -> None:
         console.print(f"  adapter         {result['adapter']}")
     if (folder / "report.html").exists():
         console.print(f"  report          {folder / 'report.html'}")
+    for line in serving_lines((result or {}).get("serving", []), only_doubts=True):
+        console.print(f"  elsewhere       {line}")
     if result:
         console.print("\nLoad it:\n\n" + "\n".join("    " + line for line in result["load"].splitlines()) + "\n")
 

@@ -26,6 +26,7 @@ from fedsb.adapters.export import (
     merge,
     model_card,
 )
+from fedsb.adapters.serving import serving
 from fedsb.errors import RunError
 from fedsb.methods.contract import Factors, Method
 from fedsb.methods.fed_sb import FedSB
@@ -293,8 +294,10 @@ def test_the_card() -> None:
 
     head = yaml.safe_load(card.split("---")[1])
     assert head["base_model"] == 'a "b"' and head["library_name"] == "peft"
-    assert "| Method | fed-sb |" in card and "- 2: red" in card and "vLLM does not take" in card
-    assert "vLLM" not in model_card(dataclasses.replace(FACTS, label_names=[]), {}, "adapter")
+    assert "| Method | fed-sb |" in card and "- 2: red" in card and "Elsewhere" not in card
+    servers = serving({"r": 8, "target_modules": ["x"], "task_type": "SEQ_CLS"}, "bert")
+    said = "- vLLM and llama.cpp will not load it: they serve causal language models, and this adapter has a task head"
+    assert f"## Elsewhere\n\n{said}" in model_card(FACTS, {}, "adapter", servers)
 
 
 def test_the_head_of_a_classifier_is_one_linear_layer(tiny_bert: Path) -> None:

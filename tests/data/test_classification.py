@@ -87,7 +87,9 @@ def test_losses_and_scores_by_hand(minilm):
     assert weight_b.tolist() == [1, 1]
     predicted_b, true_b = task.scores(logits, batch)
     assert (predicted_b.tolist(), true_b.tolist()) == ([1, 0], [1, 1])
-    assert task.measure([(predicted_b.double(), true_b.double())]) == {"accuracy": 0.5}
+    found = task.measure([(predicted_b.double(), true_b.double())])
+    assert found == {"accuracy": 0.5, "f1": pytest.approx(1 / 3), "matthews": 0}  # no class is fitted: F1 of 0 and 2/3
+    assert list(found) == ["accuracy", "f1", "matthews"]
 
 
 def test_the_baseline_is_trains_majority_on_test(minilm):

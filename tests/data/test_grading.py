@@ -42,7 +42,11 @@ NUMBERS = {
     "50%": 50,
     "50\\%": 50,
     "1.2 million": 1200000,
-    "3 thousand": 3000,
+    "3 Thousand": 3000,
+    "2 hundred": 200,
+    "1.5 billion": 1_500_000_000,
+    "2 trillions": 2_000_000_000_000,
+    "\n5\n6": 5,
     "x = -5": -5,
     "about 12": 12,
     "(12)": 12,
@@ -101,7 +105,8 @@ NUMBERS = {
     "1/0": None,
     "1/2/3": None,
     "９": None,
-    "9" * 5000: None,
+    "9" * 200: 10**200 - 1,
+    "9" * 201: None,
 }
 
 
@@ -127,7 +132,8 @@ def test_numbers_by_value(text, value):
         ("0.5", "The answer is: 1/2", True, "1/2"),
         ("5", "The answer is: -5", False, "-5"),
         ("1234567", "The answer is: 1,234,567", True, "1,234,567"),
-        ("12", "The answer is:\n12\nThe end", True, "12"),
+        ("12", "The answer is:\n12 \nThe end", True, "12"),
+        ("12", "The answer is:\n\n12 \n\nThe end", True, "12"),
         ("12", "The answer is: 12\n\n### Instruction:\nThe answer is", True, "12"),
         ("72", "The answer is: 48 + 24 = 72", False, "48 + 24 = 72"),  # a formula is no number
         ("72", "48 + 24 = 72", False, None),
@@ -183,7 +189,9 @@ def test_choices_by_name(gold, written, names, right, extracted):
         ("\\boxed{a \\\\ b}", "a \\\\ b"),
         ("\\boxed{\\frac{1}{2}", None),  # cut off
         ("\\boxed{}", None),
+        ("\\boxed{ 2 }", "2"),
         ("2", None),
+        ("no box but {one brace} more}", None),
     ],
 )
 def test_the_last_box(text, boxed):

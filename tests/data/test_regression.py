@@ -82,7 +82,9 @@ def test_a_metric_of_classes_takes_all_rows_together(minilm):
         (torch.tensor([1.0, 1.0]).double(), torch.tensor([1.0, 0.0]).double()),
         (torch.tensor([0.0]).double(), torch.tensor([1.0]).double()),
     ]
-    assert task.measure(batches) == {"f1": pytest.approx(1 / 2), "accuracy": pytest.approx(1 / 3)}
+    found = task.measure(batches)  # Matthews: (3 x 1 - 5) / (9 - 5)
+    assert found == {"f1": pytest.approx(1 / 2), "accuracy": pytest.approx(1 / 3), "matthews": pytest.approx(-1 / 2)}
+    assert next(iter(found)) == "f1"
     train, test = (task.encode(rows)[0] for rows in (rows_of("yes", "yes", "no"), rows_of("yes", "no", "yes", "yes")))
     assert task.baseline(train, test) == pytest.approx(6 / 7)  # always "yes"
     matthews = task_of(minilm, "classification", metric="matthews")

@@ -61,7 +61,7 @@ def _ask(channel: Channel, todo: dict[str, object]) -> dict[str, object]:
     return {"answers": answers, "seconds": round(time.monotonic() - begun, 3), "took": took}
 
 
-def step(folder: Path, number: int, wait_s: float = 60.0, **todo: object) -> Callable[[], dict[str, object]]:
+def step(folder: Path, number: int, wait_s: float = 180.0, **todo: object) -> Callable[[], dict[str, object]]:
     """Orders a step of `run_script`; what it returns waits for the outcome."""
     (folder / ".step").write_text(json.dumps(todo))
     (folder / ".step").rename(folder / f"step-{number}.json")

@@ -11,8 +11,8 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedsb.channel import Handle, Lost
+from fedsb.deployment.trainer import stored_or_made
 from fedsb.engines.remote import RemoteEngine
-from fedsb.errors import RunError, UserError
 from fedsb.methods.contract import Method
 from fedsb.settings import Config
 from fedsb.site.handle import SiteHandle
@@ -22,9 +22,10 @@ from fedsb.site.settings import SiteConfig
 
 @dataclass
 class Calls:
-    """Calls each site's handle, the last one first: order must not matter."""
+    """Asks each site as its trainer does, which remembers its answers; the last site first: order must not matter."""
 
     handles: dict[str, Handle]
+    folder: Path
     log: list[tuple[str, bytes, bytes | Lost]] = field(default_factory=list)
 
     @property
@@ -33,10 +34,9 @@ class Calls:
 
     def ask(self, requests: Mapping[str, bytes], timeout_s: float | None = None) -> Iterator[tuple[str, bytes | Lost]]:
         for name in sorted(requests, reverse=True):
-            try:
-                answer: bytes | Lost = self.handles[name](requests[name])
-            except (UserError, RunError) as error:
-                answer = Lost(str(error))
+            answers = self.folder / name / "answers"
+            answers.mkdir(exist_ok=True)
+            answer = stored_or_made(self.handles[name], requests[name], answers)
             self.log.append((name, requests[name], answer))
             yield name, answer
 
@@ -55,7 +55,11 @@ class Federation:
         for name, rows in self.rows.items():
             (self.folder / name).mkdir(parents=True, exist_ok=True)
             (self.folder / name / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        self.channel = Calls({name: self.restarted(name) for name in self.rows})
+        self.kill_all()
+
+    def kill_all(self) -> None:
+        """All sites at once; their folders stay."""
+        self.channel = Calls({name: self.restarted(name) for name in self.rows}, self.folder)
 
     def restarted(self, name: str) -> SiteHandle:
         """A site as it is after a kill: with its folder and nothing else."""

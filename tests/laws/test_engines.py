@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,11 @@ import pytest
 
 from conftest import adapter_bytes, labelled_rows, set_all
 from engines.in_process import Calls, Federation
+from fedsb.channel import Lost
 from fedsb.config import load_config
+from fedsb.engines.notes import read_note
+from fedsb.errors import RunError
+from fedsb.privacy.secure_sum import SumServer
 from fedsb.record import Record, read_rows
 from fedsb.run import federate, resume
 
@@ -113,7 +118,7 @@ def test_a_coordinator_and_sites_that_were_killed_go_on(
         sites = federation(tmp_path / "cut")
         with pytest.raises(KeyboardInterrupt):
             federate(config, open_engine=sites.open_engine)
-    sites.channel = Calls({site: sites.restarted(site) for site in sites.rows})
+    sites.kill_all()
     folder = resume(whole.parent / "cut", open_engine=sites.open_engine).folder
     assert adapter_bytes(folder) == adapter_bytes(here)
 
@@ -126,6 +131,47 @@ def test_sites_killed_between_requests_are_not_noticed(name: str, tiny_config: d
     def fresh(site: str) -> Callable[[bytes], bytes]:
         return lambda request: sites.restarted(site)(request)
 
-    sites.channel = Calls({site: fresh(site) for site in sites.rows})
+    sites.channel = Calls({site: fresh(site) for site in sites.rows}, sites.folder)
     config = load_config(merged(remote_of(tiny_config, METHODS[name]), {"name": "killed"}))
     assert adapter_bytes(federate(config, open_engine=sites.open_engine).folder) == adapter_bytes(here)
+
+
+def test_a_sum_that_was_cut_off_is_begun_again(
+    tiny_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, _, _ = both(tiny_config, METHODS["secure"], tmp_path / "whole")
+    sites = federation(tmp_path / "cut")
+    config = load_config(merged(remote_of(tiny_config, METHODS["secure"]), {"name": "cut"}))
+    with monkeypatch.context() as patched:
+        patched.setattr(SumServer, "confirmations", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            federate(config, open_engine=sites.open_engine)
+    sites.kill_all()
+    folder = resume(tmp_path / "runs" / "cut", open_engine=sites.open_engine).folder
+    assert adapter_bytes(folder) == adapter_bytes(here)
+
+
+def interrupted(_: Any) -> Any:
+    raise KeyboardInterrupt
+
+
+def test_a_change_goes_into_one_sum_only(tiny_config: dict[str, Any], tmp_path: Path, monkeypatch: Any) -> None:
+    """A coordinator that asks for a second sum of the same round, with other survivors, is refused by each site."""
+    sites = federation(tmp_path)
+    config = load_config(merged(remote_of(tiny_config, METHODS["secure"]), {"rounds": 1}))
+    folder = federate(config, open_engine=sites.open_engine).folder
+    shutil.rmtree(folder / "checkpoints")
+    (folder / "result.json").unlink()
+    ask = Calls.ask
+
+    def without_one(self: Calls, requests: Any, timeout_s: float | None = None) -> Any:
+        first = sorted(requests)[0]
+        for name, answer in ask(self, requests, timeout_s):
+            note = read_note(requests[name])
+            dropped = note.verb == "sum" and note.facts["phase"] == "masked" and name == first
+            yield name, Lost("late") if dropped else answer
+
+    monkeypatch.setattr(Calls, "ask", without_one)
+    with pytest.raises(RunError, match="1: 0 of 3 clients sent 'shares'"):
+        resume(folder, open_engine=sites.open_engine)
+    assert "a second sum would tell the difference" in str([answer for _, _, answer in sites.channel.log])

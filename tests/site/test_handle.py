@@ -40,7 +40,7 @@ def allowing(folder: Path, **allow: Any) -> Federation:
     [
         ({"methods": ["fedit"]}, "method.name = 'fed-sb', allowed are fedit"),
         ({"rounds": 2}, "rounds = 3, allowed are 2"),
-        ({"epsilon": 3.0}, "allowed is a promise with epsilon up to 3"),
+        ({"epsilon": 3.0}, "allowed is 'example' with epsilon up to 3"),
         ({"sum_clients": 3}, "server.secure_sum = false, allowed are sums of 3 clients or more"),
         ({"tensors": ["classifier.*"]}, "refuse to send bert.encoder"),
         ({"megabytes": 0.0001}, "allowed are 0.0001 MB"),
@@ -59,8 +59,20 @@ def test_a_site_refuses_what_it_does_not_allow(
 
 
 def test_a_site_refuses_a_promise_above_its_own(tiny_config: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"it spends epsilon .*, allowed is 3"):
+    with pytest.raises(RunError, match=r"it spends epsilon .*; allowed is 3"):
         run(tiny_config, allowing(tmp_path, epsilon=3.0), **PRIVATE)
+
+
+def test_epsilon_adds_up_over_runs(tiny_config: dict[str, Any], tmp_path: Path) -> None:
+    sites = allowing(tmp_path, epsilon=6.0)
+    run(tiny_config, sites, **PRIVATE, name="first")
+    with pytest.raises(RunError, match="with all runs before it; allowed is 6"):
+        run(tiny_config, sites, **PRIVATE, name="second")
+
+
+def test_no_site_runs_code_that_a_model_writes(tiny_config: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="no site runs what a model writes"):
+        run(tiny_config, federation(tmp_path), task={"run_code": True})
 
 
 def test_a_site_refuses_a_sum_of_too_few(tiny_config: dict[str, Any], tmp_path: Path) -> None:

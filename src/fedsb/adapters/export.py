@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch.nn.functional import pad
 from fedsb.adapters.adapted import Tensors
 from fedsb.adapters.factors import Factors
 from fedsb.adapters.layer import is_conv1d
+from fedsb.adapters.serving import Serving, serving_lines
 from fedsb.errors import RunError
 
 TOLERANCE = 1e-5  # of a layer's change, relative to its largest entry, in float32
@@ -44,6 +45,7 @@ class BaseFacts:
     conv1d: bool  # GPT-2's layers, stored transposed
     pad_token: int | None = None  # where the base's own config names none and a classifier needs one
     problem_type: str | None = None  # "regression", where the head gives a number
+    model_type: str = ""  # of its config.json
     quantization: Mapping[str, Any] = field(default_factory=dict)  # keys of BitsAndBytesConfig, of a quantised base
 
 
@@ -64,6 +66,15 @@ def lora_tensors(factors: Mapping[str, Factors], head: Tensors) -> Tensors:
 
 def lora_files(factors: Mapping[str, Factors], head: Tensors, base: BaseFacts, card: str) -> dict[str, bytes]:
     """The files of a plain LoRA adapter folder, by name."""
+    return {
+        "adapter_model.safetensors": save(lora_tensors(factors, head), metadata={"format": "pt"}),
+        "adapter_config.json": json.dumps(lora_config(factors, base), indent=2, sort_keys=True, default=str).encode(),
+        "README.md": card.encode(),
+    }
+
+
+def lora_config(factors: Mapping[str, Factors], base: BaseFacts) -> dict[str, Any]:
+    """What is written as adapter_config.json."""
     from peft import LoraConfig
 
     rank = max(len(factor.A) for factor in factors.values())
@@ -79,12 +90,7 @@ def lora_files(factors: Mapping[str, Factors], head: Tensors, base: BaseFacts, c
         fan_in_fan_out=base.conv1d,
         inference_mode=True,
     ).to_dict()
-    config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-    return {
-        "adapter_model.safetensors": save(lora_tensors(factors, head), metadata={"format": "pt"}),
-        "adapter_config.json": json.dumps(config, indent=2, sort_keys=True, default=str).encode(),
-        "README.md": card.encode(),
-    }
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
 
 
 @torch.no_grad()
@@ -183,10 +189,11 @@ def has_conv1d(layers: Mapping[str, Any]) -> bool:
     return any(is_conv1d(layer.base) for layer in layers.values())
 
 
-def model_card(base: BaseFacts, facts: Mapping[str, str], adapter: Path | str) -> str:
-    """A model card in Markdown: what it is, how it was made, what it scored, how to load it."""
+def model_card(base: BaseFacts, facts: Mapping[str, str], adapter: Path | str, servers: Sequence[Serving] = ()) -> str:
+    """A model card in Markdown: what it is, how it was made, what it scored, how to load it, where else."""
     rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
     labels = "".join(f"\n- {i}: {name}" for i, name in enumerate(base.label_names))
+    elsewhere = "\n".join(f"- {line}" for line in serving_lines([asdict(server) for server in servers]))
     heading = "Output, a number" if base.problem_type == "regression" else "Classes"
     quantised = (
         "\nIt was trained on the base quantised as above. On the unquantised base it works too, but is not what was "
@@ -200,9 +207,6 @@ def model_card(base: BaseFacts, facts: Mapping[str, str], adapter: Path | str) -
         f"# A LoRA adapter, trained by federation with fedsb\n\n| | |\n|---|---|\n{rows}\n\n"
         f"## Load it\n\n```python\n{load_lines(replace(base, name=base.shared_name), adapter)}\n```\n"
         + quantised
-        + (
-            f"\n## {heading}\n{labels}\n\nvLLM does not take adapters with a trained head; PEFT does.\n"
-            if labels
-            else ""
-        )
+        + (f"\n## Elsewhere\n\n{elsewhere}\n" if elsewhere else "")
+        + (f"\n## {heading}\n{labels}\n" if labels else "")
     )

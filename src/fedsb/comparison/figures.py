@@ -80,6 +80,7 @@ def row_of(entry: Entry, reference: Entry, target: float | None, higher_is_bette
         "tried": [{"lr": lr, "score": entry.tried[lr]} for lr in sorted(entry.tried)],
         "scores": [None if cell is None else cell["score"] for cell in entry.seeds],
         "score": spread([cell["score"] for cell in cells]),
+        "beside": beside(cells),
         "difference": paired(scores_of(entry), scores_of(reference), higher_is_better) if entry != reference else None,
         "bytes": {
             key: mean([total["with_head"][key] for total in totals]) for key in ("one_off", "up", "down", "total")
@@ -114,6 +115,13 @@ def spread(values: Sequence[float]) -> Json | None:
     if not values:
         return None
     return {"mean": fmean(values), "sd": stdev(values) if len(values) > 1 else None}
+
+
+def beside(cells: Sequence[Outcome]) -> Json:
+    """What every cell has beside its score, by name: mean and sd. Cells of older versions have nothing."""
+    found: list[Json] = [cell.get("beside", {}) for cell in cells]
+    names = [name for name in (found[0] if found else ()) if all(name in one for one in found)]
+    return {name: spread([one[name] for one in found]) for name in names}
 
 
 def paired(mine: Mapping[int, float], theirs: Mapping[int, float], higher_is_better: bool) -> Json | None:

@@ -14,8 +14,6 @@ from fedsb.draws import generator
 from fedsb.errors import UserError
 from fedsb.settings import Choice, ClientsConfig, Config
 
-CUT = "counted: rows longer than model.max_tokens = {}, their end is not read"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
@@ -76,7 +74,7 @@ def open_data(config: Config, tokenizer: Tokenizer) -> Data:
         raise UserError(f"server.min_clients = {config.server.min_clients}, but {taking_part} clients take part")
     names = [shard.name for shard in partition.shards]
     unseen = set(generator(config.seed, "unseen").permutation(names)[: clients.unseen].tolist())
-    cut = 0
+    cut = unused = 0
     sites: list[Site] = []
     tune: list[Example] = []
     for shard in partition.shards:
@@ -85,13 +83,14 @@ def open_data(config: Config, tokenizer: Tokenizer) -> Data:
         if shard.name not in unseen:
             kept, scored = task.hold_out(kept, share, generator(config.seed, "tune", shard.name))
             scored_examples, cut_scored = task.encode_test(scored)
-            tune, cut = tune + scored_examples, cut + cut_scored
-        site, cut_here = _encoded(task, shard.name, kept, held)
+            tune, cut, unused = tune + scored_examples, cut + cut_scored, unused + _lost(scored, scored_examples)
+        site, cut_here, unused_here = _encoded(task, shard.name, kept, held)
         if shard.name in unseen:
             site = replace(site, unseen=True, held_out=site.held_out or task.encode_test(kept)[0], train=[], rows=0)
         sites.append(site)
-        cut += cut_here
+        cut, unused = cut + cut_here, unused + unused_here
     test_examples, cut_test = task.encode_test(test.rows) if test else ([], 0)
+    unused += _lost(test.rows, test_examples) if test else 0
     if share and not tune:
         raise UserError(f"data.tune_share = {share} leaves no row of {len(train.rows):,} to score: raise it")
     if share:
@@ -107,7 +106,7 @@ def open_data(config: Config, tokenizer: Tokenizer) -> Data:
         test_is_public=test is not None,
         baseline=task.baseline(pool, test_examples) if test_examples else None,
         tables={name: table_facts(table) for name, table in (("train", train), ("test", test)) if table is not None},
-        choices=_choices(config, cut + cut_test, partition.dropped, unseen),
+        choices=_choices(config, cut + cut_test, unused, partition.dropped, unseen),
     )
 
 
@@ -148,19 +147,22 @@ def rows_by_client(config: Config, tokenizer: Tokenizer) -> dict[str, list[Row]]
     return {shard.name: [train.rows[i] for i in shard.rows] for shard in _partition(config, task, train).shards}
 
 
-def open_own(config: Config, task: Task, name: str, table: Table) -> tuple[Site, int]:
-    """(what a site holds that has a table of its own, its rows that were cut); the task's classes are known."""
+def open_own(config: Config, task: Task, name: str, table: Table) -> tuple[Site, int, int]:
+    """(what a site holds that has a table of its own, its rows that were cut, and those left out).
+
+    The task's classes are known.
+    """
     kept, held = task.hold_out(table.rows, config.clients.held_out, generator(config.seed, "held out", name))
     return _encoded(task, name, kept, held)
 
 
-def _encoded(task: Task, name: str, kept: list[Row], held: list[Row]) -> tuple[Site, int]:
+def _encoded(task: Task, name: str, kept: list[Row], held: list[Row]) -> tuple[Site, int, int]:
     (examples, cut_kept), (held_examples, cut_held) = task.encode(kept), task.encode_test(held)
     if not examples:
         raise UserError(f"client {name!r} has no usable row of its {len(kept)}; raise clients.min_rows")
     labels = _count(task, kept, task.options.label)
     site = Site(name=name, rows=len(examples), train=examples, held_out=held_examples, labels=labels)
-    return site, cut_kept + cut_held
+    return site, cut_kept + cut_held, _lost(kept, examples) + _lost(held, held_examples)
 
 
 def load_own(config: Config, task: Task, source: str, columns: Mapping[str, str]) -> Table:
@@ -275,14 +277,28 @@ def table_facts(table: Table) -> dict[str, Any]:
     return {"origin": table.origin, "rows": len(table.rows), "fingerprint": table.fingerprint}
 
 
-def _choices(config: Config, cut: int, dropped: dict[str, int], unseen: set[str]) -> tuple[Choice, ...]:
+def _lost(rows: Sequence[Row], examples: Sequence[Example]) -> int:
+    """Rows that made no example; of a text, whose windows are examples of their own, none."""
+    return max(len(rows) - len(examples), 0)
+
+
+def cut_choices(config: Config, cut: int, unused: int) -> list[Choice]:
+    """What model.max_tokens costs."""
     choices = [
         Choice(
             key="data.cut",
             value=cut,
-            reason=CUT.format(config.model.max_tokens),
+            reason=f"counted: rows longer than model.max_tokens = {config.model.max_tokens}, their end is not read",
         )
     ]
+    if unused:
+        reason = f"counted: of these, rows with nothing to learn within {config.model.max_tokens} tokens, left out"
+        choices.append(Choice(key="data.unused", value=unused, reason=reason))
+    return choices
+
+
+def _choices(config: Config, cut: int, unused: int, dropped: dict[str, int], unseen: set[str]) -> tuple[Choice, ...]:
+    choices = cut_choices(config, cut, unused)
     if dropped:
         reason = "counted: clients under clients.min_rows or clients.min_characters, left out"
         choices.append(Choice(key="clients.dropped", value=len(dropped), reason=reason))

@@ -68,7 +68,10 @@ def require_columns(table: Table, wanted: Sequence[str]) -> None:
     """Raises UserError for the first wanted column that the table lacks."""
     for name in wanted:
         if name not in table.columns:
-            raise UserError(f"{table.origin} has no column {name!r}: {did_you_mean(name, table.columns)}")
+            raise UserError(
+                f"{table.origin} has no column {name!r}: {did_you_mean(name, table.columns)}. The columns that are "
+                "read are set in [task] and [clients], as --set task.text=COLUMN"
+            )
 
 
 def _load_file(path: Path) -> Table:
@@ -215,7 +218,14 @@ def _load_hub(source: str, revision: str | None, split: str) -> Table:
     try:
         loaded = datasets.load_dataset(name, config, revision=revision, split=split)
     except datasets.exceptions.DatasetNotFoundError as fault:
-        raise UserError(f"{source!r} is not on the Hub or is private ({fault}): check the name, or log in") from fault
+        if "gated" in str(fault):
+            raise NotAtHandError(
+                f"{source!r} is gated: accept its terms at https://huggingface.co/datasets/{name}, signed in, then set "
+                "HF_TOKEN to a token of that account (or: hf auth login)"
+            ) from fault
+        raise UserError(
+            f"{source!r} is not on the Hub or is private ({fault}): check the name, or set HF_TOKEN (or: hf auth login)"
+        ) from fault
     except (ConnectionError, TimeoutError) as fault:
         raise NotAtHandError(
             f"{source!r} cannot be fetched from the Hub ({fault}). Without a network: fill the cache elsewhere, point "

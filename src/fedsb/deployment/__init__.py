@@ -9,8 +9,18 @@ A coordinator makes the federation and a join file per site (`serve_init`), and 
 bytes in Flower's messages; code never does.
 """
 
-from fedsb.deployment.federation import add_site, renew, revoke, serve_init
+from fedsb.deployment.federation import add_site, renew, revoke, serve_init, sign_directory
 from fedsb.deployment.join_file import read_join_file, update_directory
 from fedsb.deployment.run import join, serve
 
-__all__ = ["add_site", "join", "read_join_file", "renew", "revoke", "serve", "serve_init", "update_directory"]
+__all__ = [
+    "add_site",
+    "join",
+    "read_join_file",
+    "renew",
+    "revoke",
+    "serve",
+    "serve_init",
+    "sign_directory",
+    "update_directory",
+]

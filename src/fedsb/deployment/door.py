@@ -62,7 +62,7 @@ class Limits:
     answer_bytes: int = MAX_ANSWER_BYTES + 2**20  # of all pieces of one answer
     header_bytes: int = 16 * 2**10
     connections: int = 512
-    connections_per_address: int = 64
+    connections_per_address: int = 128  # several sites may share one
     head_seconds: float = 20.0  # to send the head of the first request
     clock_seconds: float = 300.0  # between a site's clock and ours
 
@@ -140,6 +140,8 @@ class Door:
             raise RefusedError(404, "there is nothing here")
         if scope["method"] != "POST":
             raise RefusedError(405, "only POST")
+        if (size := _head_bytes(scope["headers"])) > self._limits.header_bytes:  # it came in one piece, so it got here
+            raise RefusedError(431, f"{size} bytes of headers, and {self._limits.header_bytes} are allowed")
 
     def _site(self, headers: Mapping[str, str]) -> str:
         """The name of the site whose node key signed this request."""

@@ -95,12 +95,24 @@ def add_site(folder: Path, site: str) -> Path:
 
 
 def revoke(folder: Path, site: str) -> None:
-    """Shuts a site out for good; a coordinator that is serving refuses its next request."""
+    """Shuts a site out for good; a coordinator that is serving refuses its next request.
+
+    That needs no ca.key; without it the directory of the others is signed later, by `sign_directory`.
+    """
     federation = read_federation(folder)
     if site not in federation.members:
         raise UserError(f"there is no site {site!r} in this federation; {did_you_mean(site, federation.members)}")
     sites = {**federation.sites, site: federation.sites[site].model_copy(update={"revoked": True})}
     _write(folder, federation.model_copy(update={"sites": sites, "serial": federation.serial + 1}))
+    if (folder / CA_KEY).exists():
+        sign_directory(folder)
+
+
+def sign_directory(folder: Path) -> Path:
+    """Writes `directory.json`, who takes part now, for the sites to take. Raises UserError without ca.key."""
+    directory = _directory(folder, read_federation(folder))
+    write_atomic(folder / DIRECTORY, (directory.model_dump_json(indent=2) + "\n").encode())
+    return folder / DIRECTORY
 
 
 def renew(folder: Path, hosts: Sequence[str] = ()) -> None:
@@ -114,7 +126,7 @@ def renew(folder: Path, hosts: Sequence[str] = ()) -> None:
     (folder / SERVER_KEY).unlink(missing_ok=True)
     write_secret(folder / SERVER_KEY, key)
     write_atomic(folder / SERVER, certificate.encode())
-    write_atomic(folder / FEDERATION, federation.model_copy(update={"hosts": hosts}).model_dump_json(indent=2).encode())
+    _write(folder, federation.model_copy(update={"hosts": hosts}))
 
 
 def read_federation(folder: Path) -> Federation:
@@ -181,11 +193,11 @@ def _add(folder: Path, federation: Federation, names: Sequence[str]) -> list[Pat
         )
         write_join_file(join, path)
     _write(folder, federation)
+    sign_directory(folder)
     return paths
 
 
 def _write(folder: Path, federation: Federation) -> None:
-    write_atomic(folder / DIRECTORY, (_directory(folder, federation).model_dump_json(indent=2) + "\n").encode())
     write_atomic(folder / FEDERATION, (federation.model_dump_json(indent=2) + "\n").encode())
 
 

@@ -102,6 +102,8 @@ class FlowerNode:
                     asked_at = time.monotonic()
                 else:
                     time.sleep(min(3.0, max(0.05, (time.monotonic() - asked_at) / 20)))
+            except UserError:
+                raise
             except Exception as error:  # whatever it is, a message may be lost: activate anew
                 _raise_if_final(error, self._address)
                 say("trouble", reason=f"{type(error).__name__}: {error}", again_in_s=pause)

@@ -21,7 +21,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
 
 from fedsb.channel import Lost
-from fedsb.deployment.federation import Federation
+from fedsb.deployment.federation import Federation, SiteEntry
 from fedsb.deployment.logs import say
 from fedsb.deployment.wire import KIND, pack, unpack
 from fedsb.errors import RunError, UserError, did_you_mean
@@ -48,14 +48,16 @@ class GridChannel:
         return list(self._register().members)
 
     def ask(self, requests: Mapping[str, bytes], timeout_s: float | None = None) -> Iterator[tuple[str, bytes | Lost]]:
-        """Raises UserError for a name that is no site's."""
+        """Asks once iteration begins. Raises UserError for a name that is no site's."""
         members = self._register().members
         for name in requests:
             if name not in members:
                 raise UserError(f"there is no site {name!r} in this federation; {did_you_mean(name, members)}")
-        return self._answers(dict(requests), timeout_s)
+        return self._answers(dict(requests), members, timeout_s)
 
-    def _answers(self, requests: dict[str, bytes], timeout_s: float | None) -> Iterator[tuple[str, bytes | Lost]]:
+    def _answers(
+        self, requests: dict[str, bytes], members: Mapping[str, SiteEntry], timeout_s: float | None
+    ) -> Iterator[tuple[str, bytes | Lost]]:
         answers: Queue[tuple[str, bytes | Lost]] = Queue()
         stop = threading.Event()
         end = None if timeout_s is None else time.monotonic() + timeout_s
@@ -72,7 +74,8 @@ class GridChannel:
                 waiting.discard(name)
                 yield name, answer
             for name in sorted(waiting):
-                yield name, Lost(f"late: no answer within {timeout_s:.0f} s")
+                how = "late: no answer" if members[name].node_key.encode() in self._nodes else "gone: offline"
+                yield name, Lost(f"{how} within {timeout_s:g} s")
         finally:
             stop.set()
 
@@ -111,11 +114,12 @@ class GridChannel:
                     asked.since = node.last_activated_at
                     say("asked", site=name, bytes=len(request), time_number=len(asked.ids))
                 if (answer := self._fetch(asked)) is not None:
+                    self._late.update(asked.ids)  # of a site that was asked twice
                     return answer
                 if asked.failures >= FETCHES:
                     return Lost(f"failed: its answer did not arrive, {FETCHES} times")
             elif now - there > self._patience_s:
-                return Lost(f"gone: offline for {self._patience_s:.0f} s")
+                return Lost(f"gone: offline for {self._patience_s:g} s")
             stop.wait(min(3.0, max(0.05, (now - begun) / 20)))  # an answer of a minute is seen at most 3 s late
         self._late.update(asked.ids)
         return None
@@ -124,7 +128,9 @@ class GridChannel:
         """Its id; a message that is not fetched within its life is not handed out any more."""
         message = Message(pack(request), node.node_id, KIND, ttl=max(life_s, 0.0) + CLOCKS_SECONDS)
         (sent,) = self._grid.push_messages([message])
-        return sent
+        if not sent:
+            raise RunError("Flower did not take the request: is the run still open?")
+        return str(sent)
 
     def _forget_late(self) -> None:
         """Takes answers that came too late out of Flower's memory."""
@@ -138,8 +144,9 @@ class GridChannel:
 
     def _fetch(self, asked: _Asked) -> bytes | Lost | None:
         try:
-            for reply in self._grid.pull_messages([sent for sent in asked.ids if sent]):
+            for reply in self._grid.pull_messages(asked.ids):
                 if reply.has_content():
+                    asked.ids.remove(reply.metadata.reply_to_message_id)
                     return unpack(reply.content)
                 raise RunError(reply.error.reason)  # Flower's own word for an answer that it cannot give
         except (httpx.HTTPStatusError, ObjectPullError, ValueError, RunError) as error:

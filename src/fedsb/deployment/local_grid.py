@@ -10,6 +10,7 @@ import io
 import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -30,7 +31,7 @@ from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
 from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 from flwr.supercore.inflatable.inflatable_protobuf_utils import make_pull_object_fn_protobuf
-from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents, pull_objects
+from flwr.supercore.inflatable.inflatable_utils import ObjectUnavailableError, inflate_object_from_contents
 from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor, RuntimeVersionHttpInterceptor
 from flwr.supercore.protobuf.client import ProtobufClient
 from flwr.supercore.retry import make_simple_http_retry_invoker
@@ -43,7 +44,6 @@ from fedsb.deployment.logs import say
 from fedsb.errors import RunError
 
 HOST = "superlink"  # a name for HTTP: the connection is a Unix socket
-ANSWER_SECONDS = 900.0  # between an answer's first piece and its last
 BUNDLE = f"""
 [project]
 name = "fedsb"
@@ -63,29 +63,61 @@ clientapp = "fedsb.deployment.flower_client:main"
 Client = TypeVar("Client", bound=ProtobufClient)
 
 
+@dataclass(kw_only=True)
+class _Coming:
+    """An answer of which not every piece may be here."""
+
+    name: str
+    run: int
+    missing: list[str]
+    pieces: dict[str, bytes] = field(default_factory=dict)
+
+
 class LocalGrid(HttpGrid):
-    """Flower's grid with a client of ours; it looks again soon where an answer is still coming in (Flower: 1 s)."""
+    """Flower's grid with a client of ours, which waits for nobody: Flower's stays with an answer that comes slowly, or
+    breaks off, until its last piece is there."""
 
     def __init__(self, client: RuntimeHttpClient, token: str) -> None:
         super().__init__(HOST, insecure=True, token=token)
         self._client = client
+        self._coming: dict[str, _Coming] = {}  # by the message that is answered
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        """The answers that have come, whole. Raises httpx.HTTPStatusError and ObjectPullError where one is lost."""
-        client, messages = self._runtime_client, []
-        pulled = client.PullMessages(PullAppMessagesRequest(message_ids=message_ids))
-        for head, tree in zip(pulled.messages_list, pulled.message_object_trees, strict=True):
-            name, run = head.metadata.message_id, head.metadata.run_id
-            pull = make_pull_object_fn_protobuf(client.PullObject, self.node, run)
-            ids = [part.object_id for part in iterate_object_tree(tree)]
-            contents = pull_objects(ids, pull, max_time=ANSWER_SECONDS, initial_backoff=0.02, backoff_cap=1.0)
-            client.ConfirmMessageReceived(
-                ConfirmMessageReceivedRequest(node=self.node, run_id=run, message_object_id=name)
-            )
-            message = cast(Message, inflate_object_from_contents(name, contents))
-            message.metadata.__dict__["_message_id"] = name  # as Flower does: a message does not hold its own hash
-            messages.append(message)
-        return messages
+        """The answers that are whole by now. Raises httpx.HTTPStatusError and ObjectPullError where one is lost."""
+        asked = list(message_ids)
+        if new := [name for name in asked if name not in self._coming]:
+            pulled = self._runtime_client.PullMessages(PullAppMessagesRequest(message_ids=new))
+            for head, tree in zip(pulled.messages_list, pulled.message_object_trees, strict=True):
+                ids = list(dict.fromkeys(part.object_id for part in iterate_object_tree(tree)))
+                coming = _Coming(name=head.metadata.message_id, run=head.metadata.run_id, missing=ids)
+                self._coming[head.metadata.reply_to_message_id] = coming
+        try:
+            return [self._whole(self._coming.pop(name)) for name in asked if self._fetch(name)]
+        except Exception:
+            for name in asked:
+                self._coming.pop(name, None)
+            raise
+
+    def _fetch(self, name: str) -> bool:
+        """Whether the answer to this message is whole, with the pieces that have come in since."""
+        if (coming := self._coming.get(name)) is None:
+            return False
+        pull = make_pull_object_fn_protobuf(self._runtime_client.PullObject, self.node, coming.run)
+        try:
+            while coming.missing:
+                coming.pieces[coming.missing[0]] = pull(coming.missing[0])
+                coming.missing.pop(0)
+        except ObjectUnavailableError:
+            return False
+        return True
+
+    def _whole(self, coming: _Coming) -> Message:
+        self._runtime_client.ConfirmMessageReceived(
+            ConfirmMessageReceivedRequest(node=self.node, run_id=coming.run, message_object_id=coming.name)
+        )
+        message = cast(Message, inflate_object_from_contents(coming.name, coming.pieces))
+        message.metadata.__dict__["_message_id"] = coming.name  # as Flower does: a message does not hold its own hash
+        return message
 
 
 @contextmanager
@@ -127,7 +159,7 @@ def _token(runtime: RuntimeHttpClient, run: int) -> str:
         if not acquired.token:
             raise RunError("Flower did not give this run its task: is another server process at work here?")
         if acquired.task.run_id == run:  # else of a run whose process died before it took it
-            return acquired.token
+            return str(acquired.token)
 
 
 def _over(client: Client, local: Path) -> Client:

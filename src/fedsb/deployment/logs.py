@@ -5,15 +5,17 @@ from __future__ import annotations
 import datetime
 import json
 import logging
+from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
+FILE_BYTES, FILES = 16 * 2**20, 3  # strangers at the door fill no disk
 LOGGER = logging.getLogger("fedsb.deployment")
 
 
 def open_log(path: Path) -> None:
     """Sends what this process logs to a file, and what Flower and its web server log beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path)
+    handler = RotatingFileHandler(path, maxBytes=FILE_BYTES, backupCount=FILES - 1)
     handler.setFormatter(_JsonLines())
     for name, level in (("fedsb.deployment", logging.INFO), ("flwr", logging.WARNING), ("uvicorn", logging.WARNING)):
         logger = logging.getLogger(name)

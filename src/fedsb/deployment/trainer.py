@@ -79,13 +79,13 @@ def _answer(connection: socket.socket, handle: Handle, answers: Path, token: byt
         return
     (size,) = _HEAD.unpack(_receive(connection, _HEAD.size))
     request = bytes(_receive(connection, size))
-    answer = _stored_or_made(handle, request, answers)
+    answer = stored_or_made(handle, request, answers)
     content = answer.reason.encode() if isinstance(answer, Lost) else answer
     connection.sendall((b"L" if isinstance(answer, Lost) else b"A") + _HEAD.pack(len(content)))
     connection.sendall(content)
 
 
-def _stored_or_made(handle: Handle, request: bytes, answers: Path) -> bytes | Lost:
+def stored_or_made(handle: Handle, request: bytes, answers: Path) -> bytes | Lost:
     digest, begun = hashlib.sha256(request).hexdigest(), time.monotonic()
     stored = answers / digest
     if stored.exists():

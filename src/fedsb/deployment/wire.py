@@ -31,4 +31,4 @@ def unpack(record: RecordDict) -> bytes | Lost:
     payload = record.get(_PAYLOAD)
     if not isinstance(payload, ArrayRecord) or _BYTES not in payload:
         return Lost("failed: what came back is not an answer of fedsb")
-    return payload[_BYTES].data
+    return bytes(payload[_BYTES].data)

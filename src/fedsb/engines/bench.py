@@ -16,7 +16,7 @@ from fedsb.federation.basis_round import Sums, Tell, build_basis, no_sums
 from fedsb.federation.client import LocalTraining
 from fedsb.federation.cohort import Member, join_tensors, train_together
 from fedsb.federation.payload import unpack
-from fedsb.federation.scoring import forward, mean_score
+from fedsb.federation.scoring import forward, measured
 from fedsb.methods.contract import Method
 from fedsb.models.heads import head_start
 from fedsb.models.load import load_base, matmul_precision
@@ -102,8 +102,8 @@ class Bench:
         """The task's metric over the examples, with one client's tensors in the adapter."""
         self._load_one(tensors)
         with matmul_precision(self.config.model.matmul):
-            value = mean_score(self.adapted.model, self.task, examples, self.config.eval.batch_size)
-        return Score(value=value, count=len(examples))
+            found = measured(self.adapted.model, self.task, examples, self.config.eval.batch_size)
+        return Score(value=found.pop(self.task.metric), count=len(examples), beside=found)
 
     @torch.no_grad()
     def logits(self, tensors: Tensors, examples: Sequence[Example]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:

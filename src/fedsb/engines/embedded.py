@@ -15,7 +15,7 @@ from fedsb.adapters.basis import Basis, Pair, basis_hash
 from fedsb.adapters.layer import RoutingError
 from fedsb.data.sites import Site, open_data
 from fedsb.data.tasks.base import Example
-from fedsb.engines import Answer, Direction, Replies, Reply, Score, Sent
+from fedsb.engines import Answer, Direction, Replies, Reply, Score, Sent, mean_of
 from fedsb.engines.bench import Bench
 from fedsb.engines.resolved import auto_cohort_size, local_training, open_sums, public_rows
 from fedsb.errors import UserError
@@ -207,11 +207,11 @@ class EmbeddedEngine(Bench):
             return None
         if method.facts.global_model:
             return self.evaluate(method.model(state), self.data.test)
-        values = {
-            site.name: self.evaluate(self.tensors_of(method, state, kept, site.name), self.data.test).value
+        scores = {
+            site.name: self.evaluate(self.tensors_of(method, state, kept, site.name), self.data.test)
             for site in self.sites
         }
-        return Score(value=sum(values.values()) / len(values), count=len(self.data.test), by_client=values)
+        return mean_of(scores)
 
     def score_sites(self, method: Method, state: State, kept: Mapping[str, Tensors]) -> dict[str, Score]:
         """The metric on each client's held-out rows, by its own model or the global one; unseen clients included."""

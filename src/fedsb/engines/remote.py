@@ -5,6 +5,7 @@ The coordinator has the base model, to score the test rows and to write the adap
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Any
@@ -13,7 +14,7 @@ from fedsb.adapters.adapted import Tensors
 from fedsb.adapters.basis import Basis, Pair, basis_hash
 from fedsb.adapters.carry import is_carried
 from fedsb.channel import Channel, Lost
-from fedsb.data.sites import CUT, Data, elsewhere, load_test, open_task_of, table_facts
+from fedsb.data.sites import Data, cut_choices, elsewhere, load_test, open_task_of, table_facts
 from fedsb.data.sources import Table
 from fedsb.data.tasks.base import Example
 from fedsb.engines import Answer, Replies, Reply, Score, Sent
@@ -32,7 +33,7 @@ from fedsb.methods.contract import Method, State
 from fedsb.models.load import load_tokenizer, tokenizer_fingerprint
 from fedsb.privacy.ledger import Entry
 from fedsb.privacy.setup import promise_of, refuse_what_would_leak
-from fedsb.settings import Choice, Config
+from fedsb.settings import Config
 
 
 class RemoteEngine(Bench):
@@ -136,7 +137,7 @@ class RemoteEngine(Bench):
                     missed[name] = [*sent, *self._bring_up(name, answer, heard.common, state.round + 1)]
                 else:
                     yield name, answer, sent
-            for name, answer, sent in ask(missed, behind=True):
+            for name, answer, sent in ask(missed, behind=True) if missed else ():
                 if isinstance(answer, Note) and answer.verb == "behind":
                     answer = Lost("it still lacks what the others hold in common")
                 yield name, answer, [*missed[name], *sent]
@@ -254,6 +255,7 @@ class RemoteEngine(Bench):
         server, trained = SumServer(plan), {reply.client: b"" for reply in replies}
         up, down = dict.fromkeys(cohort, 0), dict.fromkeys(cohort, 0)
         failed: dict[str, str] = {}
+        attempt = secrets.token_hex(8)  # a sum begun again is another: a site must not send what it sent in the first
         phases: tuple[tuple[str, Callable[[], Mapping[str, bytes]]], ...] = (
             ("advert", lambda: trained),
             ("sealed", server.roster),
@@ -265,7 +267,7 @@ class RemoteEngine(Bench):
             if phase == "masked" and terms.guard is not None:
                 terms.guard.charge(terms.round + 1)
             requests = {
-                name: self._request("sum", (message,), phase=phase, cohort=list(cohort))
+                name: self._request("sum", (message,), attempt=attempt, phase=phase, cohort=list(cohort))
                 for name, message in messages().items()
             }
             for name, answer in self._answers(requests):
@@ -338,6 +340,7 @@ class RemoteEngine(Bench):
             for name, note in looked.items()
         }
         cut += sum(note.facts["cut"] for note in opened.values())
+        unused = sum(note.facts["unused"] for note in opened.values())
         return Data(
             task=self.task,
             sites=self.sites,
@@ -346,7 +349,7 @@ class RemoteEngine(Bench):
             test_is_public=True,
             baseline=None,
             tables=tables | ({"test": table_facts(test)} if test else {}),
-            choices=(Choice(key="data.cut", value=cut, reason=CUT.format(self.config.model.max_tokens)),),
+            choices=tuple(cut_choices(self.config, cut, unused)),
         )
 
 

@@ -5,7 +5,7 @@ Batched, sorted by length, summed in float64. Shapes: b examples, t tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,17 +35,26 @@ def forward(model: nn.Module, task: Task, examples: Sequence[Example]) -> tuple[
     return logits, batch
 
 
-def mean_score(model: nn.Module, task: Task, examples: Sequence[Example], batch_size: int) -> float:
-    """The task's metric over the examples."""
-    if isinstance(task, Answers) and task.scoring != "loss":
-        right = [answered.verdict.right for answered in answers(model, task, examples, batch_size)]
-        return sum(right) / len(right)
-    return measured(model, task, examples, batch_size)[task.metric]
-
-
 def measured(model: nn.Module, task: Task, examples: Sequence[Example], batch_size: int) -> dict[str, float]:
-    """The task's metric over the examples, from their logits, and what is shown beside it."""
+    """The task's metric over the examples, and what is shown beside it."""
+    if isinstance(task, Answers) and task.scoring != "loss":
+        return figures(list(answers(model, task, examples, batch_size)), task.metric)
     return task.measure((first, second) for _, first, second in batch_scores(model, task, examples, batch_size))
+
+
+def figures(found: Collection[Answered], metric: str) -> dict[str, float]:
+    """The share of right answers, called `metric`, and what kept others from being so, counted (an int).
+
+    cut: not ended by itself, though it may be right; no_room: of those, the prompts that fill the window;
+    without_answer: nothing to grade in what was written; grading_faults: the grader gave up or failed.
+    """
+    return {
+        metric: sum(answered.verdict.right for answered in found) / len(found),
+        "cut": sum(not answered.written.ended for answered in found),
+        "no_room": sum(not answered.written.ended and not answered.written.tokens for answered in found),
+        "without_answer": sum(answered.verdict.extracted is None for answered in found),
+        "grading_faults": sum(answered.verdict.fault is not None for answered in found),
+    }
 
 
 @torch.no_grad()

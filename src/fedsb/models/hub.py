@@ -7,11 +7,16 @@ priced offline, without weights and without an account. Training always reads th
 from __future__ import annotations
 
 import json
+import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+
+from safetensors import SafetensorError
 
 from fedsb.errors import NotAtHandError, UserError
 
@@ -70,9 +75,9 @@ def hub_errors(name: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         said = str(error).strip()
-        first = said.splitlines()[0] if said else type(error).__name__
+        first = said.splitlines()[0].rstrip(" :") if said else type(error).__name__
         start = f"cannot load the model {name!r}: {first}\n    "
         if isinstance(error, ImportError):
             raise UserError(f"{start}A package is missing here: install what it names.") from error
@@ -81,8 +86,31 @@ def hub_errors(name: str) -> Iterator[None]:
                 f"{start}Its owner wants a licence accepted: do so at https://huggingface.co/{name}, signed in, then "
                 "set HF_TOKEN to a token of that account (or: hf auth login)."
             ) from error
-        elsewhere = isinstance(error, OSError) and not Path(name).is_dir()
-        raise (NotAtHandError if elsewhere else UserError)(
+        if Path(name).is_dir():
+            raise UserError(
+                f"{start}A model's folder holds config.json, its weights (model.safetensors) and its tokenizer "
+                f"(tokenizer.json, tokenizer_config.json). There are: {_files(Path(name))}. Is one missing, or torn? "
+                "Then fetch the model again."
+            ) from error
+        raise (NotAtHandError if isinstance(error, OSError) else UserError)(
             f"{start}Without a network: give a local folder (--set model.name=FOLDER), or fill the Hub's cache "
             "elsewhere and point HF_HOME at it (with HF_HUB_OFFLINE=1). A gated model needs HF_TOKEN."
         ) from error
+
+
+def _files(folder: Path) -> str:
+    return ", ".join(sorted(path.name for path in folder.iterdir())) or "no files"
+
+
+def stay_offline_without_network() -> None:
+    """Sets HF_HUB_OFFLINE where the Hub's host has no address, so that nobody waits for a minute of retries.
+
+    To be called before huggingface_hub is imported, which reads it once. A proxy finds addresses by itself.
+    """
+    proxies = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
+    if any(os.environ.get(name) for name in ("HF_HUB_OFFLINE", *proxies)):
+        return
+    try:
+        socket.getaddrinfo(urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co").hostname, 443)
+    except OSError:
+        os.environ["HF_HUB_OFFLINE"] = "1"

@@ -36,6 +36,7 @@ class BaseModel:
     shared_name: str  # what others know it by: the Hub's name where that is sure, else `name`
     head: tuple[str, ...]  # modules to train in full
     pad_token: int | None  # as it was told to the model; None where its own config names one, or it needs none
+    model_type: str  # of its config.json
     parameters: int
     quantization: Mapping[str, Any]  # keys of BitsAndBytesConfig; empty: not quantised
     fingerprint: str  # of the weights; empty on the meta device
@@ -175,6 +176,7 @@ def load_base(
         shared_name=MINILM_HUB if config.name == "minilm" else name,
         head=(*head, *fresh),
         pad_token=told,
+        model_type=settings.model_type,
         parameters=count_values(model),
         quantization=keys,
         fingerprint="" if shapes_only else fingerprint(model, (*head, *fresh)),

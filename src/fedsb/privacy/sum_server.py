@@ -100,8 +100,8 @@ class SumServer:
             seed = combine({self.plan.places[helper]: answers[helper][part] for helper in helpers})
             if not (self._take_off_own if name in self.survivors else self._take_off_pairs)(name, seed):
                 raise SumError(
-                    f"round {self.plan.round}: the shares of {name}'s seed do not fit together; a false one is from "
-                    f"{name}, or from one of {', '.join(helpers)}. There is no sum of this round"
+                    f"round {self.plan.round + 1}: the shares of {name}'s seed do not fit together; a false one is "
+                    f"from {name}, or from one of {', '.join(helpers)}. There is no sum of this round"
                 )
         return self._sum
 
@@ -151,10 +151,10 @@ class SumServer:
         """The bodies of this phase by name, sorted."""
         if self._phase != phase:
             now = f"it is in {self._phase!r}" if self._phase else "it is over"
-            raise SumError(f"round {self.plan.round}: the sum cannot close {phase!r}, {now}")
+            raise SumError(f"round {self.plan.round + 1}: the sum cannot close {phase!r}, {now}")
         if len(self._got) < self.plan.threshold:
             raise SumError(
-                f"round {self.plan.round}: {len(self._got)} of {len(self.plan.names)} clients sent {phase!r}; the "
+                f"round {self.plan.round + 1}: {len(self._got)} of {len(self.plan.names)} clients sent {phase!r}; the "
                 f"threshold is {self.plan.threshold}. Not heard: {', '.join(self.silent)}. There is no sum without them"
             )
         got, self._got, self._phase = dict(sorted(self._got.items())), {}, following

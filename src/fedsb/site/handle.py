@@ -70,7 +70,7 @@ class SiteHandle:
         refuse_base(note.facts, part)
         site = part.site
         shown = {"labels": site.labels if self.settings.allow.losses and not part.config.privacy.on else None}
-        return self._say("open", rows=site.rows, held_out=len(site.held_out), cut=part.cut, **shown)
+        return self._say("open", rows=site.rows, held_out=len(site.held_out), cut=part.cut, unused=part.unused, **shown)
 
     def start(self, note: Note) -> Note:
         part = self._part(note)

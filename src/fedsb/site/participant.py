@@ -29,14 +29,14 @@ from fedsb.methods import build_method
 from fedsb.methods.contract import State
 from fedsb.models.load import load_tokenizer
 from fedsb.outcome import write_adapters
-from fedsb.privacy.fixed_point import Floats
+from fedsb.privacy.accounting import Release
 from fedsb.privacy.ledger import read_ledger
 from fedsb.privacy.setup import promise_of
 from fedsb.privacy.statement import spent
 from fedsb.privacy.sum_client import SumClient
 from fedsb.settings import Config
 from fedsb.site.settings import SiteConfig, refuse_promise, refuse_sum
-from fedsb.site.store import Store
+from fedsb.site.store import Pending, Store
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,15 +46,6 @@ class Identity:
     name: str
     key: Ed25519PrivateKey
     directory: Mapping[str, bytes]  # name -> Ed25519 public key of every site
-
-
-@dataclass(frozen=True)
-class Pending:
-    """What this site has to put into the sum of a round."""
-
-    round: int
-    basis: str
-    change: Floats
 
 
 class Participant:
@@ -73,14 +64,13 @@ class Participant:
         self.table = table
         self.labels = self.task.labels_in(table.rows)
         self.summing: SumClient | None = None
-        self.pending: Pending | None = None
 
     # --- before the first round ---
 
     def open(self, label_names: list[str]) -> None:
         """Reads rows and base model; the classes are those of all sites."""
         self.task.label_names = label_names
-        self.site, self.cut = open_own(self.config, self.task, self.identity.name, self.table)
+        self.site, self.cut, self.unused = open_own(self.config, self.task, self.identity.name, self.table)
         self.bench = Bench(self.config, self.method, self.tokenizer, self.task)
 
     def start(self, rows: Mapping[str, int]) -> str | None:
@@ -89,8 +79,9 @@ class Participant:
         self.rows = rows
         promise = promise_of(self.config, self.method, sites, self.local)
         if promise.unit == "example":
-            promise.plans = {self.identity.name: promise.plans[self.identity.name]}
-        refuse_promise(self.settings.allow, promise)
+            plan = promise.plans[self.identity.name]
+            promise.plans = {self.identity.name: plan}
+            refuse_promise(self.settings.allow, plan, self._released_before())
         self.sums = open_sums(self.config, promise, self.run, sites)
         if self.sums is not None:
             refuse_sum(self.settings.allow, self.sums.threshold)
@@ -164,7 +155,7 @@ class Participant:
         changed = {key: x for key, x in common.items() if x is not self._start.get(key)}
         self.store.save_round(payload.round + 1, sending.kept, changed, held_tensors)
         if self.sums is not None:
-            self.pending = Pending(payload.round, turn.basis, change_of(sending.tensors, turn.unmoved))
+            self.store.save_pending(Pending(payload.round, turn.basis, change_of(sending.tensors, turn.unmoved)))
         return after, sending
 
     def sum_fault(self) -> str | None:
@@ -205,6 +196,12 @@ class Participant:
         write_adapters(self.bench, {path: tensors}, facts, self.site.train[:4])
         del self.bench  # its layers are the base's own again
         return score, path
+
+    def _released_before(self) -> list[Release]:
+        """In other runs, of this site's rows."""
+        ledger = Path("privacy") / f"{safe_name(self.identity.name)}.jsonl"
+        others = [path for path in self.folder.parent.glob(f"*/{ledger}") if path != self.folder / ledger]
+        return [entry.release for path in sorted(others) for entry in read_ledger(path)]
 
     def entries(self) -> list[dict[str, Any]]:
         """What this site's ledger says."""
@@ -271,9 +268,9 @@ class Participant:
         return outer_basis(self.config.basis, self.bench.adapted, rank, self.config.seed, 0)
 
     def _pending(self) -> Pending:
-        if self.pending is None:
-            raise RunError("this site has nothing to put into a sum: it was started anew since it trained")
-        return self.pending
+        if (pending := self.store.pending()) is None:
+            raise RunError("this site has nothing to put into a sum: it has not trained")
+        return pending
 
     def _terms(self, cohort: list[str]) -> Terms:
         assert self.sums is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from fedsb.config import explain
 from fedsb.errors import ConfigError, UserError
 from fedsb.federation.payload import Payload
 from fedsb.methods.contract import Method
-from fedsb.privacy.setup import Promise
+from fedsb.privacy.accounting import Release, epsilon
+from fedsb.privacy.plan import PrivacyPlan
 from fedsb.settings import Config, Count, Positive, Rate, Section
 
 SITE = "site.toml"  # its name in a site's folder
@@ -23,7 +25,7 @@ class AllowConfig(Section):
 
     methods: list[str] | None = Field(None, description="by name, as in `fedsb ls methods`")
     rounds: Positive | None = Field(None, description="of one run")
-    epsilon: Rate | None = Field(None, description="of one run, for this site's rows; a run without privacy is refused")
+    epsilon: Rate | None = Field(None, description="of all runs together, for a row of this site; others are refused")
     tensors: list[str] | None = Field(None, description="that may leave, as patterns of names: ['*.R', 'classifier.*']")
     megabytes: Rate | None = Field(None, description="of one message that leaves, in 1e6 bytes")
     sum_clients: Count = Field(0, description="of a secure sum, at least; 0: single updates may leave")
@@ -59,23 +61,30 @@ def refuse_run(allow: AllowConfig, config: Config, method: Method) -> None:
         faults.append(f"method.name = {config.method.name!r}, allowed are {', '.join(allow.methods) or 'none'}")
     if allow.rounds is not None and config.rounds > allow.rounds:
         faults.append(f"rounds = {config.rounds}, allowed are {allow.rounds}")
-    if allow.epsilon is not None and not config.privacy.on:
-        faults.append(f"privacy.unit = 'none', allowed is a promise with epsilon up to {allow.epsilon:g}")
+    if allow.epsilon is not None and config.privacy.unit != "example":
+        faults.append(
+            f"privacy.unit = {config.privacy.unit!r}, allowed is 'example' with epsilon up to {allow.epsilon:g}, whose "
+            "noise this site adds itself"
+        )
     if allow.sum_clients and not config.server.secure_sum:
         faults.append(f"server.secure_sum = false, allowed are sums of {allow.sum_clients} clients or more")
+    if config.task.run_code:
+        faults.append("task.run_code = true: no site runs what a model writes")
     if method.facts.pools_data or not method.facts.global_model:
         faults.append(f"{method.facts.id} does not make one model of all sites")
     if faults:
         raise UserError("this site's rules (site.toml) refuse the run: " + "; ".join(faults))
 
 
-def refuse_promise(allow: AllowConfig, promise: Promise) -> None:
-    """Once every site's rows are known. Raises UserError where the run would spend more than this site allows."""
-    spends = max((plan.epsilon() for plan in promise.plans.values()), default=0.0)
-    if allow.epsilon is not None and spends > allow.epsilon:
+def refuse_promise(allow: AllowConfig, plan: PrivacyPlan, before: Iterable[Release]) -> None:
+    """Once the plan is made; `before` was released in other runs. Raises UserError where it comes to too much."""
+    if allow.epsilon is None:
+        return
+    total = epsilon([*before, *plan.releases()], plan.delta)
+    if total > allow.epsilon:
         raise UserError(
-            f"this site's rules (site.toml) refuse the run: it spends epsilon {spends:.4g}, allowed is "
-            f"{allow.epsilon:g}"
+            f"this site's rules (site.toml) refuse the run: it spends epsilon {plan.epsilon():.4g} (delta "
+            f"{plan.delta:g}), {total:.4g} with all runs before it; allowed is {allow.epsilon:g}"
         )
 
 

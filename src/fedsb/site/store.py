@@ -10,17 +10,30 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import safe_open
 from safetensors.torch import load, save
 
 from fedsb.adapters.adapted import Tensors
 from fedsb.disk import write_atomic
 from fedsb.errors import RunError
 from fedsb.federation.tensors import under, within
+from fedsb.privacy.fixed_point import Floats
 
 KEEP = 2  # rounds: the coordinator may fall back to the one before
+
+
+@dataclass(frozen=True)
+class Pending:
+    """What this site has to put into the sum of a round."""
+
+    round: int
+    basis: str
+    change: Floats
 
 
 class Store:
@@ -60,6 +73,19 @@ class Store:
         except Exception as error:
             raise RunError(f"{path}, what this site keeps between rounds, cannot be read: {error}") from error
         return within("kept", parts), within("common", parts), within("message", parts)
+
+    def save_pending(self, pending: Pending) -> None:
+        tensors = {"change": torch.from_numpy(pending.change)}
+        metadata = {"round": str(pending.round), "basis": pending.basis}
+        write_atomic(self.folder / "pending.safetensors", save(tensors, metadata=metadata))
+
+    def pending(self) -> Pending | None:
+        path = self.folder / "pending.safetensors"
+        if not path.is_file():
+            return None
+        with safe_open(path, "pt") as file:
+            facts = file.metadata()
+            return Pending(int(facts["round"]), facts["basis"], file.get_tensor("change").numpy())
 
     def kept(self, before: int) -> Tensors:
         """The site's own state as of the last of the rounds up to `before` that it took part in."""

@@ -110,9 +110,10 @@ class Classification(Task):
         return pooled(logits, batch).argmax(dim=-1).float(), batch["labels"].float()
 
     def measure(self, scored: Scored) -> dict[str, float]:
-        """The metric first, and the accuracy with it."""
+        """All three, the metric first."""
         predicted, true = together(scored)
-        return {self.metric: self.of(self.metric, predicted, true), "accuracy": metrics.accuracy(predicted, true)}
+        names = dict.fromkeys((self.metric, *self.metrics))
+        return {name: self.of(name, predicted, true) for name in names}
 
     def of(self, metric: str, predicted: Values, true: Values) -> float:
         """One metric of the classes that were predicted (N,) and the true ones (N,)."""

@@ -1,0 +1,148 @@
+"""Making a federation, its certificates and join files; adding and revoking sites."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import ssl
+import stat
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from fedsb.deployment import (
+    add_site,
+    certificates,
+    read_join_file,
+    renew,
+    revoke,
+    serve_init,
+    sign_directory,
+    update_directory,
+)
+from fedsb.deployment.federation import Register, read_federation
+from fedsb.deployment.join_file import keep_join_file
+from fedsb.errors import UserError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    serve_init(tmp_path / "co", ["north", "south"], ["fed.example.org", "10.0.0.5"], 9443)
+    return tmp_path / "co"
+
+
+def test_what_init_makes(folder: Path) -> None:
+    federation, join = read_federation(folder), read_join_file(folder / "joins" / "north.join")
+    assert list(federation.members) == ["north", "south"]
+    assert (join.site, join.address, join.federation) == ("north", "fed.example.org:9443", federation.id)
+    identity = Ed25519PrivateKey.from_private_bytes(bytes.fromhex(join.identity)).public_key().public_bytes_raw().hex()
+    assert join.directory.sites == {name: site.identity for name, site in federation.members.items()}
+    assert join.directory.sites["north"] == identity
+    for secret in ("ca.key", "server.key", "joins/north.join", "joins/south.join"):
+        assert stat.S_IMODE((folder / secret).stat().st_mode) == 0o600, secret
+    public = (folder / "federation.json").read_text()
+    assert "PRIVATE" not in public and join.identity not in public
+
+
+def test_the_server_certificate_is_for_its_hosts_and_localhost(folder: Path) -> None:
+    certificate = x509.load_pem_x509_certificate((folder / "server.pem").read_bytes())
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert names.get_values_for_type(x509.DNSName) == ["fed.example.org", "localhost"]
+    assert [str(ip) for ip in names.get_values_for_type(x509.IPAddress)] == ["10.0.0.5", "127.0.0.1", "::1"]
+    assert isinstance(certificates.tls_client((folder / "ca.pem").read_text()), ssl.SSLContext)
+
+
+def test_nothing_is_overwritten(folder: Path) -> None:
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="holds a federation already"):
+        serve_init(folder, ["east"], ["localhost"])
+    with pytest.raises(UserError, match="is there already"):
+        add_site(folder, "north")
+    (folder / "joins" / "east.join").write_text("of somebody else")
+    with pytest.raises(UserError, match="never overwritten"):
+        add_site(folder, "east")
+    assert {path: path.read_bytes() for path in before} == before
+
+
+@pytest.mark.parametrize(("sites", "match"), [(["a/b"], "a name is of"), ([""], "a name is of"), (["a", "a"], "twice")])
+def test_names_that_no_site_can_have(tmp_path: Path, sites: list[str], match: str) -> None:
+    with pytest.raises(UserError, match=match):
+        serve_init(tmp_path / "co", sites, ["localhost"])
+
+
+def test_adding_and_revoking(folder: Path, tmp_path: Path) -> None:
+    site, register = tmp_path / "site", Register(folder)
+    keep_join_file(folder / "joins" / "north.join", site)
+    join = read_join_file(add_site(folder, "east"))
+    assert sorted(join.directory.sites) == ["east", "north", "south"]
+    assert list(register().members) == ["east", "north", "south"]
+    assert sorted(update_directory(site, folder / "directory.json").sites) == ["east", "north", "south"]
+    revoke(folder, "south")
+    assert list(register().members) == ["east", "north"]
+    update_directory(site, folder / "directory.json")
+    assert sorted(read_join_file(site / "site.join").directory.sites) == ["east", "north"]
+    assert stat.S_IMODE((site / "site.join").stat().st_mode) == 0o600
+    with pytest.raises(UserError, match="did you mean 'north'"):
+        revoke(folder, "nort")
+    with pytest.raises(UserError, match="not given again"):
+        add_site(folder, "south")
+
+
+def test_a_directory_that_was_tampered_with(folder: Path, tmp_path: Path) -> None:
+    keep_join_file(folder / "joins" / "north.join", tmp_path / "site")
+    directory = json.loads((folder / "directory.json").read_text())
+    directory["sites"]["south"] = directory["sites"]["north"]
+    (tmp_path / "directory.json").write_text(json.dumps(directory))
+    with pytest.raises(UserError, match="not signed by the federation's authority"):
+        update_directory(tmp_path / "site", tmp_path / "directory.json")
+
+
+def test_without_the_authority_key_nobody_is_added(folder: Path) -> None:
+    (folder / "ca.key").rename(folder / "elsewhere")
+    with pytest.raises(UserError, match="bring it back"):
+        add_site(folder, "east")
+    revoke(folder, "south")  # that cannot wait
+    assert list(read_federation(folder).members) == ["north"]
+    assert "south" in (folder / "directory.json").read_text()
+    (folder / "elsewhere").rename(folder / "ca.key")
+    assert "south" not in sign_directory(folder).read_text()
+
+
+def test_renewing_keeps_join_files_good(folder: Path) -> None:
+    old = (folder / "server.pem").read_bytes()
+    renew(folder, ["other.example.org"])
+    assert (folder / "server.pem").read_bytes() != old
+    assert read_federation(folder).hosts == ["fed.example.org", "10.0.0.5", "other.example.org"]
+    join = read_join_file(folder / "joins" / "north.join")
+    authority = x509.load_pem_x509_certificate(join.ca.encode())
+    x509.load_pem_x509_certificate((folder / "server.pem").read_bytes()).verify_directly_issued_by(authority)
+
+
+def test_join_files_that_are_not_good(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, bad = folder / "joins" / "north.join", tmp_path / "bad.join"
+    found = json.loads(path.read_text())
+    for content, match in [
+        ("", "damaged"),
+        (json.dumps({**found, "version": 2}), "of version 2, and this fedsb reads version 1"),
+        (json.dumps({key: value for key, value in found.items() if key != "node_key"}), "damaged .node_key."),
+        (json.dumps({**found, "federation": "other"}), "this site is in other"),
+    ]:
+        bad.write_text(content)
+        with pytest.raises(UserError, match=match):
+            read_join_file(bad)
+    with pytest.raises(UserError, match="ask the coordinator for it"):
+        read_join_file(tmp_path / "none.join")
+    monkeypatch.setattr(certificates, "CA_DAYS", 0)
+    monkeypatch.setattr(certificates, "SERVER_DAYS", 0)
+    serve_init(tmp_path / "old", ["north"], ["localhost"])
+    with pytest.raises(UserError, match=f"expired on {datetime.datetime.now(datetime.UTC):%Y-%m-%d}"):
+        read_join_file(tmp_path / "old" / "joins" / "north.join")
+
+
+def test_a_folder_is_of_one_site_of_one_federation(folder: Path, tmp_path: Path) -> None:
+    keep_join_file(folder / "joins" / "north.join", tmp_path / "site")
+    keep_join_file(folder / "joins" / "north.join", tmp_path / "site")
+    with pytest.raises(UserError, match="take another folder"):
+        keep_join_file(folder / "joins" / "south.join", tmp_path / "site")

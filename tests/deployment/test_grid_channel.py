@@ -1,0 +1,157 @@
+"""When the channel asks, asks again and gives up: with a grid that forgets messages as Flower's does."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from flwr.app import Error, Message, RecordDict
+
+from fedsb.channel import Lost
+from fedsb.deployment import grid_channel, revoke, serve_init
+from fedsb.deployment.federation import Register, read_federation
+from fedsb.deployment.grid_channel import GridChannel
+from fedsb.deployment.wire import pack, unpack
+from fedsb.errors import UserError
+
+Node = Callable[[bytes], bytes | Lost | Error | None]
+
+
+class FakeGrid:
+    """Nodes are functions; None is a message that nobody answers. A message is handed out once."""
+
+    def __init__(self, folder: Path, nodes: dict[str, Node]) -> None:
+        keys = {name: site.node_key.encode() for name, site in read_federation(folder).sites.items()}
+        self.online = dict.fromkeys(nodes, "10:00")
+        self._nodes, self._keys, self._ids = nodes, keys, {name: number for number, name in enumerate(nodes, 1)}
+        self._replies: dict[str, Message] = {}
+        self.asked: list[str] = []
+        self._lock = threading.Lock()
+
+    def get_nodes(self) -> list[Any]:
+        return [
+            SimpleNamespace(node_id=self._ids[name], public_key=self._keys[name], last_activated_at=since)
+            for name, since in self.online.items()
+        ]
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        with self._lock:
+            (message,) = messages
+            (name,) = (name for name, number in self._ids.items() if number == message.metadata.dst_node_id)
+            self.asked.append(name)
+            identifier = f"{name}-{len(self.asked)}"
+        request = unpack(message.content)
+        assert isinstance(request, bytes)
+        answer = self._nodes[name](request)
+        if answer is not None:
+            message.metadata.__dict__["_message_id"] = identifier
+            content = answer if isinstance(answer, Error) else pack(answer)
+            self._replies[identifier] = Message(content, reply_to=message)
+        return [identifier]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        return [self._replies.pop(name) for name in list(message_ids) if name in self._replies]
+
+
+@pytest.fixture(autouse=True)
+def task(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flwr.supercore.task_identity import TaskIdentity
+
+    monkeypatch.setattr(TaskIdentity, "_run_id", 1)
+    monkeypatch.setattr(TaskIdentity, "_node_id", 1)
+    monkeypatch.setattr(TaskIdentity, "_task_id", 1)
+    monkeypatch.setattr(grid_channel, "NODES_SECONDS", 0.0)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    serve_init(tmp_path, ["a", "b"], ["localhost"])
+    return tmp_path
+
+
+def channel(folder: Path, patience_s: float = 5.0, **nodes: Node) -> tuple[GridChannel, FakeGrid]:
+    grid = FakeGrid(folder, nodes)
+    return GridChannel(grid, Register(folder), patience_s), grid  # type: ignore[arg-type]
+
+
+def test_answers_and_refusals(folder: Path) -> None:
+    ends, grid = channel(folder, a=lambda request: request * 2, b=lambda request: Lost("refused: no"))
+    assert ends.sites == ["a", "b"]
+    assert dict(ends.ask({"a": b"x", "b": b"y"})) == {"a": b"xx", "b": Lost("refused: no")}
+    assert sorted(grid.asked) == ["a", "b"]
+
+
+def test_a_site_that_is_none(folder: Path) -> None:
+    ends, _ = channel(folder, a=lambda request: request)
+    with pytest.raises(UserError, match="there is no site 'c'"):
+        ends.ask({"c": b""})
+
+
+def test_late(folder: Path) -> None:
+    ends, _ = channel(folder, a=lambda request: request, b=lambda request: None)
+    answers = dict(ends.ask({"a": b"x", "b": b"y"}, timeout_s=0.5))
+    assert answers == {"a": b"x", "b": Lost("late: no answer within 0.5 s")}
+
+
+def test_gone(folder: Path) -> None:
+    ends, grid = channel(folder, 0.3, a=lambda request: request, b=lambda request: request)
+    del grid.online["b"]
+    assert dict(ends.ask({"a": b"x", "b": b"y"})) == {"a": b"x", "b": Lost("gone: offline for 0.3 s")}
+    assert grid.asked == ["a"]
+
+
+def test_revoked_while_it_works(folder: Path) -> None:
+    ends, _ = channel(folder, a=lambda request: None)
+    threading.Timer(0.2, revoke, (folder, "a")).start()
+    assert dict(ends.ask({"a": b"x"})) == {"a": Lost("gone: the site was revoked")}
+    assert ends.sites == ["b"]
+
+
+def test_a_site_that_came_back_is_asked_again(folder: Path) -> None:
+    answers = iter([None, b"at last"])
+    ends, grid = channel(folder, a=lambda request: next(answers))
+    threading.Timer(0.2, grid.online.update, ({"a": "10:05"},)).start()
+    assert dict(ends.ask({"a": b"x"})) == {"a": b"at last"}
+    assert grid.asked == ["a", "a"]
+
+
+def test_a_site_that_comes_online_late_is_asked_then(folder: Path) -> None:
+    ends, grid = channel(folder, a=lambda request: request)
+    del grid.online["a"]
+    threading.Timer(0.2, grid.online.update, ({"a": "10:05"},)).start()
+    assert dict(ends.ask({"a": b"x"}, timeout_s=5)) == {"a": b"x"}
+    del grid.online["a"]
+    assert dict(ends.ask({"a": b"x"}, timeout_s=0.1)) == {"a": Lost("gone: offline within 0.1 s")}
+
+
+def test_an_answer_that_flower_lost_is_asked_for_again_but_not_for_ever(folder: Path) -> None:
+    lost = Error(code=5, reason="objects are unavailable")
+    answers = iter([lost, b"at last"])
+    ends, grid = channel(folder, a=lambda request: next(answers), b=lambda request: lost)
+    answered = dict(ends.ask({"a": b"x", "b": b"y"}))
+    assert answered == {"a": b"at last", "b": Lost("failed: its answer did not arrive, 3 times")}
+    assert (grid.asked.count("a"), grid.asked.count("b")) == (2, 3)
+
+
+def test_an_answer_that_comes_too_late_is_taken_out_of_memory(folder: Path) -> None:
+    ends, grid = channel(folder, a=lambda request: None, b=lambda request: request)
+    assert isinstance(dict(ends.ask({"a": b"x"}, timeout_s=0.2))["a"], Lost)
+    time.sleep(0.3)
+    assert ends._late == {"a-1"}
+    grid._nodes["a"] = grid._nodes["b"]
+    grid.push_messages([Message(pack(b"z"), 1, "query")])  # the answer to a-1, as it were
+    grid._replies["a-1"] = grid._replies.pop("a-2")
+    assert dict(ends.ask({"b": b"y"})) == {"b": b"y"}
+    time.sleep(0.2)
+    assert ends._late == set() and not grid._replies
+
+
+def test_what_is_not_an_answer_of_fedsb_is_lost() -> None:
+    assert unpack(RecordDict()) == Lost("failed: what came back is not an answer of fedsb")
+    assert unpack(pack(b"")) == b""
+    assert unpack(pack(Lost("why"))) == Lost("why")

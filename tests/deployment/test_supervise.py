@@ -1,0 +1,102 @@
+"""Processes that die, are started again, are given up, and end with their supervisor."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fedsb.deployment import supervise
+from fedsb.deployment.supervise import Child, Supervisor
+from fedsb.errors import RunError, UserError
+
+CHILD = """
+import os, sys, time
+from pathlib import Path
+from fedsb.deployment.child import run_child
+from fedsb.errors import RunError, UserError
+lives = Path(sys.argv[1]) / "lives"
+with lives.open("a") as file:
+    file.write(".")
+def main():
+    for what in sys.argv[2:]:
+        if what.startswith("die") and len(lives.read_text()) <= int(what[3:]):
+            os.kill(os.getpid(), 9)
+        if what == "user":
+            raise UserError("write it differently")
+        if what == "run":
+            raise RunError("the disk is full")
+        if what == "crash":
+            raise ValueError("a bug")
+        if what == "stay":
+            time.sleep(60)
+run_child(main)
+"""
+
+
+@pytest.fixture
+def supervisor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
+    (tmp_path / "a_child.py").write_text(CHILD)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(supervise, "DEATHS", 3)
+
+    def make(*what: str) -> Supervisor:
+        return Supervisor(tmp_path, [Child(name="one", module="a_child", arguments=[str(tmp_path), *what])])
+
+    return make
+
+
+def lives(folder: Path) -> int:
+    return len((folder / "lives").read_text())
+
+
+def test_what_died_is_started_again(supervisor, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    supervisor("die1").watch()
+    assert lives(tmp_path) == 2
+    assert not (tmp_path / "pids.json").exists()
+
+
+@pytest.mark.parametrize(("what", "kind"), [("user", UserError), ("run", RunError)])
+def test_its_own_errors_are_told_and_end_it(supervisor, tmp_path: Path, what: str, kind: type[Exception]) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(kind, match=r"write it differently|the disk is full"):
+        supervisor(what).watch()
+    assert lives(tmp_path) == 1
+
+
+def test_what_dies_again_and_again_is_given_up(supervisor, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(RunError, match=r"one died 3 times in 300 s, last with exit code 70: see .*one.out"):
+        supervisor("crash").watch()
+    assert lives(tmp_path) == 3
+    lines = [json.loads(line) for line in (tmp_path / "logs" / "one.jsonl").read_text().splitlines()]
+    assert "a bug" in lines[0]["traceback"]
+
+
+def test_children_end_with_a_supervisor_that_is_killed(supervisor, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    code = (
+        "from pathlib import Path; from fedsb.deployment.supervise import *\n"
+        f"folder = {str(tmp_path)!r}\n"
+        "Supervisor(Path(folder), [Child(name='one', module='a_child', arguments=[folder, 'stay'])]).watch()"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code])
+    while not (tmp_path / "lives").exists():
+        time.sleep(0.05)
+    child = json.loads((tmp_path / "pids.json").read_text())["one"]
+    time.sleep(0.3)
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    end = time.monotonic() + 10
+    while Path(f"/proc/{child}").exists() and _state(child) != "Z" and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{child}").exists() or _state(child) == "Z"
+
+
+def _state(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return "Z"
