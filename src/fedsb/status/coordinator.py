@@ -75,7 +75,7 @@ def _site(
     ago = None if seen is None else max(0.0, now - seen)
     return {
         "name": name,
-        "state": _doing(name, revoked, ago if serving else None, log),
+        "state": _doing(name, revoked, ago, log) if serving or revoked else "–",
         "last_seen": seen,
         "last_seen_seconds": ago,
         "rounds": 0,
