@@ -20,7 +20,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, ClassVar, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedsb.federation.payload import PayloadError
 
@@ -59,3 +61,101 @@ def read_note(data: bytes) -> Note:
         parts.append(data[at : at + size])
         at += size
     return Note(verb=verb, facts=facts, parts=tuple(parts))
+
+
+Rows = Annotated[int, Field(ge=1, le=10**9)]
+Count = Annotated[int, Field(ge=0, le=10**9)]
+Real = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class Facts(BaseModel):
+    """What a site says in answer to a request; a coordinator believes its form only after it was checked."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    verb: ClassVar[str]
+    envelopes: ClassVar[tuple[int, ...]] = (0,)  # how many may come with it
+    parts: tuple[bytes, ...] = Field((), exclude=True)
+
+    def pack(self) -> bytes:
+        return pack_note(Note(self.verb, self.model_dump(mode="json"), self.parts))
+
+
+class Looked(Facts):
+    verb = "look"
+    rows: Rows
+    labels: list[str | int | bool]
+    fingerprint: str
+
+
+class Opened(Facts):
+    verb = "open"
+    rows: Rows
+    held_out: Count
+    cut: Count
+    unused: Count
+    labels: dict[str, int] | None
+
+
+class Started(Facts):
+    verb = "start"
+    holds: str | None  # None: a basis has to come
+
+
+class Summed(Facts):
+    verb = "sums"
+    envelopes = (1,)
+    rows: Annotated[Real, Field(gt=0)]
+    entries: list[dict[str, Any]]  # of the site's ledger
+
+
+class Told(Facts):
+    verb = "basis"
+    holds: str
+
+
+class Held(Facts):
+    verb = "hold"
+    holds: str
+
+
+class Trained(Facts):
+    verb = "round"
+    envelopes = (0, 1)
+    entries: list[dict[str, Any]]
+    loss: Real | None = None
+    left: str | None = None  # why it does not go into the sum
+
+
+class Behind(Facts):
+    """In answer to a round, of a site that lacks what the broadcast adds to."""
+
+    verb = "behind"
+    holds: str
+
+
+class Phase(Facts):
+    verb = "sum"
+    envelopes = (1,)
+
+
+class Finished(Facts):
+    verb = "finish"
+    score: Real | None
+    held_out: Count
+    entries: list[dict[str, Any]]
+
+
+F = TypeVar("F", bound=Facts)
+
+
+def read_answer(data: bytes, kind: type[F]) -> F | Behind:
+    """Raises PayloadError for anything but an answer of that kind, or, to a round, Behind."""
+    note = read_note(data)
+    wanted: type[F | Behind] = Behind if kind is Trained and note.verb == Behind.verb else kind
+    if note.verb != wanted.verb or len(note.parts) not in wanted.envelopes:
+        raise PayloadError(f"an answer {note.verb!r:.40} with {len(note.parts)} envelopes to the request {kind.verb!r}")
+    try:
+        return wanted.model_validate({**note.facts, "parts": note.parts})
+    except ValidationError as error:
+        where = ", ".join(".".join(map(str, fault["loc"])) for fault in error.errors()[:3])
+        raise PayloadError(f"its answer to {kind.verb!r} is not one: {where}") from error

@@ -5,9 +5,7 @@ The coordinator has the base model, to score the test rows and to write the adap
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import replace
 from typing import Any
 
 from fedsb.adapters.adapted import Tensors
@@ -18,12 +16,13 @@ from fedsb.data.sites import Data, cut_choices, elsewhere, load_test, open_task_
 from fedsb.data.sources import Table
 from fedsb.data.tasks.base import Example
 from fedsb.engines import Answer, Replies, Reply, Score, Sent
+from fedsb.engines.asking import Asking, lost
 from fedsb.engines.bench import Bench
-from fedsb.engines.notes import Note, pack_note, read_note
+from fedsb.engines.notes import Behind, Finished, Held, Looked, Opened, Phase, Started, Summed, Told, Trained
 from fedsb.engines.resolved import local_training, open_sums, public_rows
 from fedsb.environment import versions
 from fedsb.errors import RunError, UserError
-from fedsb.federation.facts import client_ranks, refuse_what_facts_forbid
+from fedsb.federation.facts import client_ranks, refuse_what_facts_forbid, refuse_what_needs_one_place
 from fedsb.federation.link import link_of
 from fedsb.federation.payload import Payload, PayloadError, pack, unpack
 from fedsb.federation.server import Dropped
@@ -54,30 +53,31 @@ class RemoteEngine(Bench):
         refuse_what_facts_forbid(config, method)
         refuse_what_would_leak(config, method)
         refuse_what_needs_one_place(config, method)
-        self.config, self.channel, self.run, self.directory, self.note = config, channel, run, directory, note
+        self.run, self.directory, self.note = run, directory, note
+        self.asking = Asking(channel, run, config.engine.deadline_s)
         tokenizer = load_tokenizer(config.model)
         task = open_task_of(config, tokenizer)
         test = load_test(config, task)
         shared = config.model_dump(mode="json", exclude={"out": True, "compare": True, "data": {"train", "test"}})
         note(f"asking {len(channel.sites)} sites: {', '.join(channel.sites)}")
-        looked = self._ask_all("look", config=shared, versions=versions())
-        labels = _in_order({label for note in looked.values() for label in note.facts["labels"]})
+        looked = self.asking.all(Looked, config=shared, versions=versions())
+        labels = _in_order({label for note in looked.values() for label in note.labels})
         task.fit_labels([{task.options.label: label} for label in labels], test.rows if test else [])
         super().__init__(config, method, tokenizer, task)
-        opened = self._ask_all(
-            "open",
+        opened = self.asking.all(
+            Opened,
             label_names=task.label_names,
             model=self.base.fingerprint,
             tokenizer=tokenizer_fingerprint(tokenizer),
         )
-        self.sites = [elsewhere(name, note.facts["rows"], note.facts["labels"]) for name, note in opened.items()]
+        self.sites = [elsewhere(name, note.rows, note.labels) for name, note in opened.items()]
         self.data = self._data(test, looked, opened)
         self.local = local_training(config)
         self.promise = promise_of(config, method, self.sites, self.local)
         self.ranks, rank_choices = client_ranks(config, method, self.shapes, [site.name for site in self.sites])
         self.sums = open_sums(config, self.promise, run, self.sites)
-        started = self._ask_all("start", rows={site.name: site.rows for site in self.sites})
-        self.holds = {name: note.facts["holds"] for name, note in started.items()}
+        started = self.asking.all(Started, rows={site.name: site.rows for site in self.sites})
+        self.holds = {name: note.holds for name, note in started.items()}
         self.choices = (
             *self.bench_choices,
             *self.data.choices,
@@ -120,39 +120,38 @@ class RemoteEngine(Bench):
                 made[told] = link.down(method, state, heard, basis=common, late=told[0], rank=told[1])[0]
             return made[told]
 
-        def ask(clients: Iterable[str], *, behind: bool) -> Iterator[tuple[str, Note | Lost, list[Sent]]]:
+        def ask(clients: Iterable[str], *, behind: bool) -> Iterator[tuple[str, Trained | Behind | Lost, list[Sent]]]:
             requests, sent = {}, {}
             for name in clients:
                 envelope = message(name, behind or name in late)
-                requests[name] = self._request("round", (envelope,), rank=ranks.get(name))
+                requests[name] = self.asking.request(Trained, (envelope,), rank=ranks.get(name))
                 wire = len(requests[name])
                 sent[name] = [self._count(envelope, state.round + 1, name, "down", wire=wire)]
-            for name, answer in self._answers(requests):
+            for name, answer in self.asking.each(Trained, requests):
                 yield name, answer, sent[name]
 
-        def answers() -> Iterator[tuple[str, Note | Lost, list[Sent]]]:
+        def answers() -> Iterator[tuple[str, Trained | Behind | Lost, list[Sent]]]:
             missed: dict[str, list[Sent]] = {}
             for name, answer, sent in ask(cohort, behind=False):
-                if isinstance(answer, Note) and answer.verb == "behind":
+                if isinstance(answer, Behind):
                     missed[name] = [*sent, *self._bring_up(name, answer, heard.common, state.round + 1)]
                 else:
                     yield name, answer, sent
             for name, answer, sent in ask(missed, behind=True) if missed else ():
-                if isinstance(answer, Note) and answer.verb == "behind":
-                    answer = Lost("it still lacks what the others hold in common")
                 yield name, answer, [*missed[name], *sent]
 
         def replies() -> Iterator[Answer]:
             there: list[Reply] = []
             for name, answer, sent in answers():
-                if isinstance(answer, Lost):
-                    yield Dropped(client=name, reason=answer.reason)
-                elif answer.facts.get("left"):
-                    yield Dropped(client=name, reason=f"left the sum by itself: {answer.facts['left']}")
+                try:
+                    reply = self._reply(name, answer, sent, state.round + 1)
+                except PayloadError as error:
+                    yield Dropped(client=name, reason=str(error))
+                    continue
+                if self.sums is None:
+                    yield reply
                 else:
-                    there.append(self._reply(name, answer, sent, state.round + 1))
-                    if self.sums is None:
-                        yield there.pop()
+                    there.append(reply)
             if self.sums is not None:
                 turn = Turn(method, heard.common, to_tensors(unpack(message("", False)).tensors), state.round, common)
                 yield from self._add_up(turn, cohort, there)
@@ -172,15 +171,15 @@ class RemoteEngine(Bench):
             "Sites": str(len(self.sites)),
             "Rounds": str(state.round),
         }
-        request = self._request("finish", (pack(whole),), card=card)
+        request = self.asking.request(Finished, (pack(whole),), card=card)
         scores: dict[str, Score] = {}
-        for name, answer in self._answers({site.name: request for site in self.sites}):
-            if isinstance(answer, Lost):
-                self.note(f"{name} was not told the final adapter: {answer.reason}")
+        for name, answer in self.asking.each(Finished, {site.name: request for site in self.sites}):
+            if not isinstance(answer, Finished):
+                self.note(f"{name} was not told the final adapter: {lost(answer).reason}")
                 continue
-            self._take_entries(name, answer)
-            if answer.facts["score"] is not None:
-                scores[name] = Score(value=answer.facts["score"], count=answer.facts["rows"])
+            self._take_entries(name, answer.entries)
+            if answer.score is not None:
+                scores[name] = Score(value=answer.score, count=answer.held_out)
         return scores
 
     def tensors_of(self, method: Method, state: State, kept: Mapping[str, Tensors], client: str) -> Tensors:
@@ -198,15 +197,15 @@ class RemoteEngine(Bench):
         link = link_of(self.config, method, self.run)
 
         def sums(outer: Mapping[str, Pair]) -> Iterator[tuple[Tensors, float]]:
-            for name, note in self._ask_all("sums").items():
-                self._take_entries(name, note)
+            for name, note in self.asking.all(Summed).items():
+                self._take_entries(name, note.entries)
                 sent.append(self._count(note.parts[0], 0, name, "up", kind="basis"))
-                yield to_tensors(unpack(note.parts[0]).tensors), float(note.facts["rows"])
+                yield to_tensors(unpack(note.parts[0]).tensors), float(note.rows)
 
         def tell(tensors: Tensors) -> Tensors:
             envelope = link.basis("down", "", 0, tensors, link.codec)
-            for name, note in self._ask_all("basis", (envelope,)).items():
-                self.holds[name] = note.facts["holds"]
+            for name, note in self.asking.all(Told, (envelope,)).items():
+                self.holds[name] = note.holds
                 sent.append(self._count(envelope, 0, name, "down", kind="basis"))
             return to_tensors(unpack(envelope).tensors)
 
@@ -221,126 +220,68 @@ class RemoteEngine(Bench):
         odd = [name for name, holds in self.holds.items() if holds != wanted]
         if odd:
             envelope = self._common_envelope(common)
-            for name, note in self._ask_all("hold", (envelope,), among=odd).items():
-                self.holds[name] = note.facts["holds"]
+            for name, note in self.asking.all(Held, (envelope,), among=odd).items():
+                self.holds[name] = note.holds
                 sent.append(self._count(envelope, 0, name, "down", kind="basis"))
                 if self.holds[name] != wanted:
                     raise RunError(f"{name} was told what is held in common and holds something else")
 
-    def _bring_up(self, name: str, behind: Note, common: Tensors, round: int) -> list[Sent]:
+    def _bring_up(self, name: str, behind: Behind, common: Tensors, round: int) -> list[Sent]:
         """What a site is told that lost what is held in common, before it is told all of the broadcast."""
-        if behind.facts["holds"] == basis_hash(common):
+        if behind.holds == basis_hash(common):
             return []
         envelope = self._common_envelope(common)
-        self._ask_all("hold", (envelope,), among=[name])
+        self.asking.all(Held, (envelope,), among=[name])
         return [self._count(envelope, round, name, "down", kind="basis")]
 
     def _common_envelope(self, common: Tensors) -> bytes:
         tensors = to_arrays({key: x for key, x in common.items() if not is_carried(key)})
         return pack(Payload(kind="basis-down", run=self.run, round=0, tensors=tensors))
 
-    def _reply(self, name: str, note: Note, sent: list[Sent], round: int) -> Reply:
-        self._take_entries(name, note)
-        update = note.parts[0] if note.parts else None
-        up = [self._count(update, round, name, "up", wire=len(pack_note(note)))] if update is not None else []
-        return Reply(client=name, envelope=update, kept={}, loss=note.facts.get("loss"), sent=[*sent, *up])
+    def _reply(self, name: str, answer: Trained | Behind | Lost, sent: list[Sent], round: int) -> Reply:
+        """Raises PayloadError, with the reason, for a site that has sent nothing to go on with."""
+        if not isinstance(answer, Trained):
+            raise PayloadError(lost(answer).reason)
+        if answer.left is not None:
+            raise PayloadError(f"left the sum by itself: {answer.left}")
+        if (self.sums is None) != len(answer.parts):
+            raise PayloadError(f"sent {len(answer.parts)} updates")
+        self._take_entries(name, answer.entries)
+        up = [self._count(part, round, name, "up", wire=len(answer.pack())) for part in answer.parts]
+        update = answer.parts[0] if answer.parts else None
+        return Reply(client=name, envelope=update, kept={}, loss=answer.loss, sent=[*sent, *up])
 
     def _add_up(self, turn: Turn, cohort: Sequence[str], replies: Sequence[Reply]) -> Iterator[Answer]:
-        """The phases of a secure sum with those who trained; behind their replies, its own."""
-        from fedsb.privacy.secure_sum import MessageError, SumServer
+        from fedsb.engines.remote_sum import add_up
+
+        def ask(messages: Mapping[str, bytes], **facts: Any) -> Iterator[tuple[str, int, Phase | Lost]]:
+            requests = {name: self.asking.request(Phase, (message,), **facts) for name, message in messages.items()}
+            for name, answer in self.asking.each(Phase, requests):
+                yield name, len(requests[name]), answer if isinstance(answer, Phase) else lost(answer)
 
         assert self.sums is not None
         terms = self.sums.terms(turn.round, turn.basis, {name: self.directory[name] for name in cohort})
-        plan = terms.plan(sum(x.numel() for x in turn.unmoved.values()))
-        server, trained = SumServer(plan), {reply.client: b"" for reply in replies}
-        up, down = dict.fromkeys(cohort, 0), dict.fromkeys(cohort, 0)
-        failed: dict[str, str] = {}
-        attempt = secrets.token_hex(8)  # a sum begun again is another: a site must not send what it sent in the first
-        phases: tuple[tuple[str, Callable[[], Mapping[str, bytes]]], ...] = (
-            ("advert", lambda: trained),
-            ("sealed", server.roster),
-            ("masked", server.inboxes),
-            ("confirm", server.survivors_lists),
-            ("shares", server.confirmations),
-        )
-        for phase, messages in phases:
-            if phase == "masked" and terms.guard is not None:
-                terms.guard.charge(terms.round + 1)
-            requests = {
-                name: self._request("sum", (message,), attempt=attempt, phase=phase, cohort=list(cohort))
-                for name, message in messages().items()
-            }
-            for name, answer in self._answers(requests):
-                down[name] += len(requests[name])
-                try:
-                    if isinstance(answer, Lost):
-                        raise MessageError(answer.reason)
-                    server.receive(name, answer.parts[0])
-                    up[name] += len(answer.parts[0])
-                except MessageError as error:
-                    failed[name] = str(error)
-        values, weight = plan.grid.decode(server.total())
-        for name, reason in failed.items():
-            if name not in server.survivors:
-                yield Dropped(client=name, reason=reason)
-        size = 4 * plan.size
-        head = sum(x.numel() for key, x in turn.unmoved.items() if key in self.head)
-        for reply in replies:
-            if reply.client in server.survivors:
-                told = [replace(sent, wire_bytes=sent.wire_bytes + down[reply.client]) for sent in reply.sent]
-                sent = Sent(
-                    round=turn.round + 1,
-                    client=reply.client,
-                    direction="up",
-                    kind="round",
-                    values=plan.size,
-                    head_values=head,
-                    bytes=size,
-                    wire_bytes=up[reply.client],
-                )
-                yield replace(reply, sent=[*told, sent])
-        yield terms.summed(values, weight, turn.unmoved)
+        return add_up(terms, turn, sorted(self.head.keys() & turn.unmoved.keys()), replies, ask)
 
-    def _take_entries(self, name: str, note: Note) -> None:
-        """Copies what the site's ledger says of itself, so that epsilon is known here too."""
+    def _take_entries(self, name: str, entries: Sequence[Mapping[str, Any]]) -> None:
+        """Copies what the site's ledger says of itself, so that epsilon is known here too.
+
+        Raises PayloadError for what is no ledger of this site.
+        """
         if self.promise.unit == "example":
-            self.promise.guards[name].ledger.copy(Entry(**entry) for entry in note.facts["entries"])
-
-    def _request(self, verb: str, parts: Sequence[bytes] = (), **facts: Any) -> bytes:
-        return pack_note(Note(verb, {"run": self.run, **facts}, parts))
-
-    def _answers(self, requests: Mapping[str, bytes]) -> Iterator[tuple[str, Note | Lost]]:
-        for name, answer in self.channel.ask(requests, self.config.engine.deadline_s):
-            if isinstance(answer, Lost):
-                yield name, answer
-                continue
             try:
-                yield name, read_note(answer)
-            except PayloadError as error:
-                yield name, Lost(str(error))
+                self.promise.guards[name].ledger.copy(Entry(**entry) for entry in entries)
+            except (TypeError, ValueError) as error:
+                raise PayloadError(f"what it says of its ledger is not of one: {error}") from error
 
-    def _ask_all(
-        self, verb: str, parts: Sequence[bytes] = (), *, among: Sequence[str] | None = None, **facts: Any
-    ) -> dict[str, Note]:
-        """All sites' answers, by name in order. Raises RunError with the reason of each that has none."""
-        names = self.channel.sites if among is None else among
-        request = self._request(verb, parts, **facts)
-        found = dict(self._answers(dict.fromkeys(names, request)))
-        lost = [f"{name}: {answer.reason}" for name, answer in found.items() if isinstance(answer, Lost)]
-        lost += [f"{name}: no answer" for name in names if name not in found]
-        if lost or not names:
-            reasons = "\n  ".join(lost) or "there are no sites"
-            raise RunError(f"{verb!r} needs an answer of every site:\n  {reasons}\nMend these sites, or revoke them")
-        return {name: answer for name, answer in sorted(found.items()) if isinstance(answer, Note)}
-
-    def _data(self, test: Table | None, looked: Mapping[str, Note], opened: Mapping[str, Note]) -> Data:
+    def _data(self, test: Table | None, looked: Mapping[str, Looked], opened: Mapping[str, Opened]) -> Data:
         examples, cut = self.task.encode_test(test.rows) if test else ([], 0)
         tables = {
-            name: {"origin": f"the site {name}", "rows": note.facts["rows"], "fingerprint": note.facts["fingerprint"]}
+            name: {"origin": f"the site {name}", "rows": note.rows, "fingerprint": note.fingerprint}
             for name, note in looked.items()
         }
-        cut += sum(note.facts["cut"] for note in opened.values())
-        unused = sum(note.facts["unused"] for note in opened.values())
+        cut += sum(note.cut for note in opened.values())
+        unused = sum(note.unused for note in opened.values())
         return Data(
             task=self.task,
             sites=self.sites,
@@ -351,27 +292,6 @@ class RemoteEngine(Bench):
             tables=tables | ({"test": table_facts(test)} if test else {}),
             choices=tuple(cut_choices(self.config, cut, unused)),
         )
-
-
-def refuse_what_needs_one_place(config: Config, method: Method) -> None:
-    """Raises UserError with every setting that only a simulation, with all data in one process, can carry out."""
-    facts, faults = method.facts, []
-    if facts.pools_data:
-        faults.append(f"{facts.id} pools all data in one place")
-    if not facts.global_model:
-        faults.append(f"{facts.id} leaves every site a model of its own, which a coordinator cannot score or export")
-    if config.basis.kind == "update-pooled" and method.adapter == "core":
-        faults.append("basis.kind = 'update-pooled' pools raw rows: take weights, random, core or update")
-    if config.basis.refresh and method.adapter == "core":
-        faults.append("basis.refresh is not there yet for sites that are elsewhere: leave it out")
-    if config.data.tune_share:
-        faults.append("data.tune_share scores rows of the sites: tune in a simulation")
-    if config.eval.gap:
-        faults.append("eval.gap scores rows of the sites in every round: leave it out")
-    if config.clients.unseen:
-        faults.append("clients.unseen: every site takes part in a real federation")
-    if faults:
-        raise UserError("engine.name = 'flower': " + "; ".join(faults))
 
 
 def _in_order(labels: set[Any]) -> list[Any]:

@@ -41,6 +41,27 @@ def refuse_what_facts_forbid(config: Config, method: Method) -> None:
         raise UserError("\n".join(faults))
 
 
+def refuse_what_needs_one_place(config: Config, method: Method) -> None:
+    """Raises UserError with every setting that only a simulation, with all data in one process, can carry out."""
+    facts, faults = method.facts, []
+    if facts.pools_data:
+        faults.append(f"{facts.id} pools all data in one place")
+    if not facts.global_model:
+        faults.append(f"{facts.id} leaves every site a model of its own, which a coordinator cannot score or export")
+    if config.basis.kind == "update-pooled" and method.adapter == "core":
+        faults.append("basis.kind = 'update-pooled' pools raw rows: take weights, random, core or update")
+    if config.basis.refresh and method.adapter == "core":
+        faults.append("basis.refresh is not there yet for sites that are elsewhere: leave it out")
+    if config.data.tune_share:
+        faults.append("data.tune_share scores rows of the sites: tune in a simulation")
+    if config.eval.gap:
+        faults.append("eval.gap scores rows of the sites in every round: leave it out")
+    if config.clients.unseen:
+        faults.append("clients.unseen: every site takes part in a real federation")
+    if faults:
+        raise UserError("engine.name = 'flower': " + "; ".join(faults))
+
+
 def _no_secure_sum(config: Config, method: Method) -> list[str]:
     facts, faults = method.facts, []
     if not facts.sum_only:

@@ -5,6 +5,7 @@ Everything that it must remember is on its disk: a site that was killed answers 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,24 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedsb.config import load_config
-from fedsb.engines.notes import Note, pack_note, read_note
+from fedsb.engines.notes import (
+    Behind,
+    Facts,
+    Finished,
+    Held,
+    Looked,
+    Note,
+    Opened,
+    Phase,
+    Started,
+    Summed,
+    Told,
+    Trained,
+    read_note,
+)
 from fedsb.environment import versions
 from fedsb.errors import UserError
-from fedsb.federation.payload import Payload, unpack
+from fedsb.federation.payload import unpack
 from fedsb.federation.tensors import to_tensors
 from fedsb.methods import build_method
 from fedsb.models.load import tokenizer_fingerprint
@@ -34,7 +49,7 @@ class SiteHandle:
         self.folder, self.settings, self.identity = folder, settings, identity
         self.outbox = Outbox(folder / "outbox.jsonl")
         self.part: Participant | None = None
-        self.verbs: dict[str, Callable[[Note], Note]] = {
+        self.verbs: dict[str, Callable[[Note], Facts]] = {
             "look": self.look,
             "open": self.open,
             "start": self.start,
@@ -51,9 +66,9 @@ class SiteHandle:
         note = read_note(request)
         if note.verb not in self.verbs:
             raise UserError(f"this site knows no request {note.verb!r:.40}: is the coordinator of another version?")
-        return pack_note(self.verbs[note.verb](note))
+        return self._leave(note, self.verbs[note.verb](note))
 
-    def look(self, note: Note) -> Note:
+    def look(self, note: Note) -> Facts:
         config = load_config(note.facts["config"]).config
         refuse_run(self.settings.allow, config, build_method(config.method.name, config.method.options))
         refuse_versions(note.facts["versions"])
@@ -61,61 +76,56 @@ class SiteHandle:
         self.part = Participant(self._folder(run), self.settings, self.identity, config, run)
         self.part.store.save_facts({"config": note.facts["config"], "run": run})
         table = self.part.table
-        return self._say("look", labels=self.part.labels, rows=len(table.rows), fingerprint=table.fingerprint)
+        return Looked(labels=self.part.labels, rows=len(table.rows), fingerprint=table.fingerprint)
 
-    def open(self, note: Note) -> Note:
+    def open(self, note: Note) -> Facts:
         part = self._part(note)
         part.open(note.facts["label_names"])
         self._remember(part, label_names=note.facts["label_names"])
         refuse_base(note.facts, part)
         site = part.site
-        shown = {"labels": site.labels if self.settings.allow.losses and not part.config.privacy.on else None}
-        return self._say("open", rows=site.rows, held_out=len(site.held_out), cut=part.cut, unused=part.unused, **shown)
+        labels = site.labels if self.settings.allow.losses and not part.config.privacy.on else None
+        return Opened(rows=site.rows, held_out=len(site.held_out), cut=part.cut, unused=part.unused, labels=labels)
 
-    def start(self, note: Note) -> Note:
+    def start(self, note: Note) -> Facts:
         part = self._part(note)
         self._remember(part, rows=note.facts["rows"])
-        return self._say("start", holds=part.start(note.facts["rows"]))
+        return Started(holds=part.start(note.facts["rows"]))
 
-    def sums(self, note: Note) -> Note:
+    def sums(self, note: Note) -> Facts:
         part = self._part(note)
         envelope, rows = part.basis_sums()
-        return self._send("sums", envelope, rows=rows, entries=part.entries())
+        return Summed(rows=rows, entries=part.entries(), parts=(envelope,))
 
-    def basis(self, note: Note) -> Note:
-        return self._say("basis", holds=self._part(note).basis(note.parts[0]))
+    def basis(self, note: Note) -> Facts:
+        return Told(holds=self._part(note).basis(note.parts[0]))
 
-    def hold(self, note: Note) -> Note:
-        return self._say("hold", holds=self._part(note).hold(to_tensors(unpack(note.parts[0]).tensors)))
+    def hold(self, note: Note) -> Facts:
+        return Held(holds=self._part(note).hold(to_tensors(unpack(note.parts[0]).tensors)))
 
-    def round(self, note: Note) -> Note:
+    def round(self, note: Note) -> Facts:
         part = self._part(note)
         done = part.round(note.parts[0], note.facts["rank"])
         if done is None:
-            return self._say("behind", holds=part.holds)
+            return Behind(holds=part.holds)
         after, sending = done
-        facts: dict[str, Any] = {"entries": part.entries()}
-        if self.settings.allow.losses and part.promise.shows("loss"):
-            facts["loss"] = after.loss
+        loss = after.loss if self.settings.allow.losses and part.promise.shows("loss") else None
         if part.sums is None:
-            return self._send("round", sending.envelope, **facts)
+            return Trained(entries=part.entries(), loss=_finite(loss), parts=(sending.envelope,))
         refuse_payload(self.settings.allow, unpack(sending.envelope), len(sending.envelope))
-        return self._say("round", left=part.sum_fault(), **facts)
+        return Trained(entries=part.entries(), loss=_finite(loss), left=part.sum_fault())
 
-    def sum(self, note: Note) -> Note:
-        part = self._part(note)
-        phase = str(note.facts["phase"])
-        message = part.sum(phase, list(note.facts["cohort"]), note.parts[0] if note.parts else b"")
-        self.outbox.note(f"sum: {phase}", message, run=part.run)
-        return Note("sum", {}, (message,))
+    def sum(self, note: Note) -> Facts:
+        message = note.parts[0] if note.parts else b""
+        return Phase(parts=(self._part(note).sum(str(note.facts["phase"]), list(note.facts["cohort"]), message),))
 
-    def finish(self, note: Note) -> Note:
+    def finish(self, note: Note) -> Facts:
         part = self._part(note)
         held_out = len(part.site.held_out)
-        score, path = part.finish(note.parts[0], note.facts["card"])
+        score = part.finish(note.parts[0], note.facts["card"])
         self.part = None
         told = score if self.settings.allow.losses and part.promise.shows("scores") else None
-        return self._say("finish", score=told, rows=held_out, entries=part.entries(), adapter=path.name)
+        return Finished(score=told, held_out=held_out, entries=part.entries())
 
     # --- the inside ---
 
@@ -147,17 +157,23 @@ class SiteHandle:
     def _remember(self, part: Participant, **facts: Any) -> None:
         part.store.save_facts({**(part.store.facts() or {}), **facts})
 
-    def _say(self, verb: str, **facts: Any) -> Note:
-        note = Note(verb, facts)
-        self.outbox.note(verb, pack_note(note), facts=sorted(key for key, value in facts.items() if value is not None))
-        return note
+    def _leave(self, note: Note, answer: Facts) -> bytes:
+        """What leaves this site: within its rules, and in the outbox before it goes."""
+        data, run = answer.pack(), str(note.facts.get("run"))
+        what = f"sum: {note.facts['phase']}" if answer.verb == Phase.verb else answer.verb
+        if answer.verb == Phase.verb or not answer.parts:
+            self.outbox.note(what, data, run=run)
+            return data
+        payload = unpack(answer.parts[0])
+        refuse_payload(self.settings.allow, payload, len(answer.parts[0]))
+        spent = self.part.spent() if self.part is not None else None
+        self.outbox.note(what, answer.parts[0], payload, run=run, epsilon=spent)
+        return data
 
-    def _send(self, verb: str, envelope: bytes, **facts: Any) -> Note:
-        payload: Payload = unpack(envelope)
-        refuse_payload(self.settings.allow, payload, len(envelope))
-        assert self.part is not None
-        self.outbox.note(verb, envelope, payload, run=self.part.run, epsilon=self.part.spent())
-        return Note(verb, facts, (envelope,))
+
+def _finite(loss: float | None) -> float | None:
+    """A loss that is no number is not told: the update shows what is wrong."""
+    return loss if loss is not None and math.isfinite(loss) else None
 
 
 def open_handle(folder: Path) -> SiteHandle:

@@ -185,17 +185,16 @@ class Participant:
 
     # --- the end ---
 
-    def finish(self, envelope: bytes, facts: Mapping[str, str]) -> tuple[float | None, Path]:
-        """(the final model's score on this site's held-out rows, the adapter that was written)."""
+    def finish(self, envelope: bytes, facts: Mapping[str, str]) -> float | None:
+        """The final model's score on this site's held-out rows; it is kept here as a plain adapter."""
         payload = unpack(envelope)
         message = to_tensors(payload.tensors)
         common = self.method.follow(self._start, message)
         tensors = self.method.receive(common, message, {}, payload.round)
         score = self.bench.evaluate(tensors, self.site.held_out).value if self.site.held_out else None
-        path = self.folder / "adapter"
-        write_adapters(self.bench, {path: tensors}, facts, self.site.train[:4])
+        write_adapters(self.bench, {self.folder / "adapter": tensors}, facts, self.site.train[:4])
         del self.bench  # its layers are the base's own again
-        return score, path
+        return score
 
     def _released_before(self) -> list[Release]:
         """In other runs, of this site's rows."""

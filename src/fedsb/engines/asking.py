@@ -1,0 +1,52 @@
+"""Asking sites over a channel: requests made alike, answers checked before anybody reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from fedsb.channel import Channel, Lost
+from fedsb.engines.notes import Behind, F, Facts, Note, pack_note, read_answer
+from fedsb.errors import RunError
+from fedsb.federation.payload import PayloadError
+
+
+class Asking:
+    """The sites of a channel, for one run."""
+
+    def __init__(self, channel: Channel, run: str, deadline_s: float) -> None:
+        self.channel, self.run, self.deadline_s = channel, run, deadline_s
+
+    def request(self, kind: type[Facts], parts: Sequence[bytes] = (), **facts: Any) -> bytes:
+        return pack_note(Note(kind.verb, {"run": self.run, **facts}, parts))
+
+    def each(self, kind: type[F], requests: Mapping[str, bytes]) -> Iterator[tuple[str, F | Behind | Lost]]:
+        """As they come; a site whose answer is not one is lost, with the reason."""
+        for name, answer in self.channel.ask(requests, self.deadline_s):
+            try:
+                yield name, answer if isinstance(answer, Lost) else read_answer(answer, kind)
+            except PayloadError as error:
+                yield name, Lost(str(error))
+
+    def all(
+        self, kind: type[F], parts: Sequence[bytes] = (), *, among: Sequence[str] | None = None, **facts: Any
+    ) -> dict[str, F]:
+        """All sites' answers, by name in order. Raises RunError with the reason of each that has none."""
+        names = self.channel.sites if among is None else among
+        request = self.request(kind, parts, **facts)
+        found = dict(self.each(kind, dict.fromkeys(names, request)))
+        good = {name: answer for name, answer in sorted(found.items()) if isinstance(answer, kind)}
+        faults = [f"{name}: {lost(found.get(name)).reason}" for name in names if name not in good]
+        if faults or not names:
+            reasons = "\n  ".join(faults) or "there are no sites"
+            raise RunError(
+                f"{kind.verb!r} needs an answer of every site:\n  {reasons}\nMend these sites, or revoke them"
+            )
+        return good
+
+
+def lost(answer: Facts | Lost | None) -> Lost:
+    """Why an answer is of no use."""
+    if isinstance(answer, Lost):
+        return answer
+    return Lost("no answer" if answer is None else "it still lacks what the others hold in common")

@@ -1,0 +1,171 @@
+"""A coordinator believes nothing that a site says before it has looked at it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from engines.in_process import Federation
+from fedsb.config import load_config
+from fedsb.engines.notes import Note, Trained, pack_note, read_answer, read_note
+from fedsb.errors import RunError, UserError
+from fedsb.federation.payload import PayloadError, pack, unpack
+from fedsb.record import read_rows
+from fedsb.run import federate
+from laws.test_engines import federation, merged, remote_of
+
+Spoil = Callable[[Note], Note | bytes]
+
+
+def spoiled(sites: Federation, name: str, verb: str, spoil: Spoil) -> None:
+    """From now on the site spoils its answers to requests of this verb."""
+    honest = sites.channel.handles[name]
+
+    def handle(request: bytes) -> bytes:
+        answer = honest(request)
+        if read_note(request).verb != verb:
+            return answer
+        made = spoil(read_note(answer))
+        return made if isinstance(made, bytes) else pack_note(made)
+
+    sites.channel.handles[name] = handle
+
+
+def with_facts(**facts: Any) -> Spoil:
+    return lambda note: Note(note.verb, {**note.facts, **facts}, note.parts)
+
+
+def with_update(change: Callable[[dict[str, Any]], dict[str, Any]], **header: Any) -> Spoil:
+    def spoil(note: Note) -> Note:
+        payload = unpack(note.parts[0])
+        return Note(note.verb, note.facts, (pack(replace(payload, tensors=change(payload.tensors), **header)),))
+
+    return spoil
+
+
+def nan(tensors: dict[str, Any]) -> dict[str, Any]:
+    return {key: np.full_like(x, np.nan) for key, x in tensors.items()}
+
+
+BAD: dict[str, tuple[Spoil, str]] = {
+    "garbage": (lambda _: b"garbage", "not a message of fedsb"),
+    "another verb": (lambda note: Note("look", note.facts, note.parts), "an answer 'look'"),
+    "no update": (lambda note: Note(note.verb, note.facts), "sent 0 updates"),
+    "two updates": (lambda note: Note(note.verb, note.facts, (*note.parts, *note.parts)), "with 2 envelopes"),
+    "bytes that are no update": (lambda note: Note(note.verb, note.facts, (b"x" * 100,)), "not an envelope of fedsb"),
+    "a loss in words": (with_facts(loss="low"), "its answer to 'round' is not one: loss"),
+    "an endless loss": (with_facts(loss=float("inf")), "its answer to 'round' is not one: loss"),
+    "an unknown fact": (with_facts(more=1), "is not one: more"),
+    "NaN": (with_update(nan), "NaN"),
+    "a wrong shape": (with_update(lambda t: {key: x[..., :1] for key, x in t.items()}), "shape"),
+    "a wrong key": (with_update(lambda t: {f"{key}x": x for key, x in t.items()}), "wrong keys"),
+    "of another round": (with_update(dict, round=9), "its round is 9"),
+    "of another client": (with_update(dict, client="site 1"), "its client is 'site 1'"),
+    "of another run": (with_update(dict, run="x"), "its run is 'x'"),
+    "a thousand times the norm": (with_update(lambda t: {key: x + 1000 for key, x in t.items()}), "norm"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_answer_drops_its_site_and_no_other(name: str, tiny_config: dict[str, Any], tmp_path: Path) -> None:
+    sites = federation(tmp_path)
+    spoil, reason = BAD[name]
+    spoiled(sites, "site 0", "round", spoil)
+    folder = federate(load_config(remote_of(tiny_config, {})), open_engine=sites.open_engine).folder
+    for row in read_rows(folder / "rounds.jsonl"):
+        assert [drop["client"] for drop in row["dropped"]] == ["site 0"]
+        assert reason in row["dropped"][0]["reason"]
+
+
+@pytest.mark.parametrize(
+    ("verb", "spoil"),
+    [
+        ("look", with_facts(labels=[{"a": 1}])),
+        ("look", with_facts(rows=-1)),
+        ("open", with_facts(rows=10**12)),
+        ("open", with_facts(rows="many")),
+        ("start", with_facts(holds=7)),
+    ],
+)
+def test_a_bad_answer_before_the_first_round_ends_the_run(
+    verb: str, spoil: Spoil, tiny_config: dict[str, Any], tmp_path: Path
+) -> None:
+    sites = federation(tmp_path)
+    spoiled(sites, "site 0", verb, spoil)
+    with pytest.raises(RunError, match=rf"site 0: its answer to '{verb}' is not one"):
+        federate(load_config(remote_of(tiny_config, {})), open_engine=sites.open_engine)
+
+
+def test_labels_of_different_types_are_refused(tiny_config: dict[str, Any], tmp_path: Path) -> None:
+    sites = federation(tmp_path)
+    spoiled(sites, "site 0", "look", with_facts(labels=[0, 1]))
+    with pytest.raises(UserError, match=r"of different types \(int, str\)"):
+        federate(load_config(remote_of(tiny_config, {})), open_engine=sites.open_engine)
+
+
+def test_a_false_ledger_drops_its_site(tiny_config: dict[str, Any], tmp_path: Path) -> None:
+    private = {
+        "privacy": {"unit": "example", "epsilon": 5.0, "delta": 1e-3},
+        "clients": {"held_out": 0.0},
+        "basis": {"share_samples": 0},
+    }
+    sites = federation(tmp_path)
+    spoiled(sites, "site 0", "round", with_facts(entries=[{"run": "x"}]))
+    folder = federate(load_config(remote_of(tiny_config, private)), open_engine=sites.open_engine).folder
+    for row in read_rows(folder / "rounds.jsonl"):
+        assert "what it says of its ledger is not of one" in row["dropped"][0]["reason"]
+
+
+def test_a_site_that_stays_away_misses_the_round_and_comes_back(tiny_config: dict[str, Any], tmp_path: Path) -> None:
+    """FLoRA: what it missed is told as a whole, and it ends with the model of the others."""
+    sites = federation(tmp_path)
+    honest, asked = sites.channel.handles["site 0"], []
+
+    def away_once(request: bytes) -> bytes:
+        if read_note(request).verb == "round":
+            asked.append(request)
+            if len(asked) == 2:
+                raise RunError("away")
+        return honest(request)
+
+    sites.channel.handles["site 0"] = away_once
+    config = load_config(merged(remote_of(tiny_config, {"method": {"name": "flora", "rank": 2}}), {"rounds": 4}))
+    folder = federate(config, open_engine=sites.open_engine).folder
+    dropped = [[drop["client"] for drop in row["dropped"]] for row in read_rows(folder / "rounds.jsonl")]
+    assert dropped == [[], ["site 0"], [], []]
+    (weights,) = (sites.folder / "site 0").glob("runs/*/adapter/adapter_model.safetensors")
+    assert weights.read_bytes() == (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def test_a_site_that_derives_another_basis_is_told_the_coordinators(
+    tiny_config: dict[str, Any], tmp_path: Path
+) -> None:
+    """As on other hardware, where last bits differ."""
+    sites = federation(tmp_path)
+    honest = sites.channel.handles["site 0"]
+    part = honest.__self__ if hasattr(honest, "__self__") else honest
+
+    def other_bits(request: bytes) -> bytes:
+        answer = honest(request)
+        if read_note(request).verb == "start":
+            held = {key: x * (1 + 1e-7) for key, x in part.part._start.items()}
+            return pack_note(Note("start", {"holds": part.part.hold(held)}))
+        return answer
+
+    sites.channel.handles["site 0"] = other_bits
+    folder = federate(load_config(remote_of(tiny_config, {})), open_engine=sites.open_engine).folder
+    told = [row for row in read_rows(folder / "traffic.jsonl") if row["kind"] == "basis"]
+    assert [(row["client"], row["direction"], row["round"]) for row in told] == [("site 0", "down", 0)]
+    assert all(not row["dropped"] for row in read_rows(folder / "rounds.jsonl"))
+    assert len(json.loads((folder / "result.json").read_text())["clients"]) == 3
+
+
+def test_an_answer_is_of_its_kind() -> None:
+    with pytest.raises(PayloadError, match="an answer 'behind' with 1 envelopes"):
+        read_answer(pack_note(Note("behind", {"holds": "x"}, (b"",))), Trained)
