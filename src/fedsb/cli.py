@@ -283,6 +283,7 @@ def env(as_json: Json = False) -> None:
 
 app.command()(cli_federation.serve)
 app.command()(cli_federation.join)
+app.command()(cli_federation.status)
 
 
 def load(config: str, overrides: list[str]) -> Loaded:

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from fedsb.errors import RunError, UserError
+from fedsb.interrupts import Interrupts
 
 FolderArgument = Annotated[Path, typer.Argument(metavar="FEDERATION", help="The coordinator's folder.")]
 HANDLE = "fedsb.site.handle:open_handle"
@@ -126,3 +127,38 @@ def _say_what_there_is(folder: Path, data: str | None) -> None:
         "# What this site takes part in; what is not set is not limited. All of it is in docs/deploy.md.\n"
         "[allow]\n# methods = ['fed-sb']\n# rounds = 50\n# epsilon = 8.0\n# sum_clients = 3\n"
     )
+
+
+def status(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A coordinator's folder, or a site's.")],
+    watched: Annotated[bool, typer.Option("--watch", help="Again every two seconds, until Ctrl-C.")] = False,
+    web: Annotated[
+        bool, typer.Option("--web", help="As a page on this machine alone, with /metrics, /health and /state.json.")
+    ] = False,
+    port: Annotated[int | None, typer.Option("--port", help="With --web: default 9444.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")] = False,
+) -> None:
+    """Show what a coordinator or a site is at. Exit code 2 where something is wrong there; it changes nothing."""
+    from fedsb.status import show, state_of
+
+    if web:
+        from fedsb.status.web import PORT, open_web
+
+        if watched or as_json:
+            raise UserError("--web is a page that refreshes itself, and /state.json: leave out --watch and --json")
+        state_of(folder)  # what cannot be read is said now
+        with open_web(lambda: state_of(folder), PORT if port is None else port) as server:
+            typer.echo(f"http://localhost:{server.server_port} (also /metrics, /health, /state.json); Ctrl-C ends it")
+            with Interrupts().installed():
+                server.serve_forever()
+        return
+    if port is not None:
+        raise UserError("--port is that of --web")
+    if watched:
+        with Interrupts().installed():
+            show.watch(lambda: state_of(folder), as_json=as_json)
+        return
+    state = state_of(folder)
+    show.show(state, as_json=as_json)
+    if state["health"]["faults"]:
+        raise typer.Exit(2)

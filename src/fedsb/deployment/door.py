@@ -17,6 +17,7 @@ import binascii
 import datetime
 import json
 import logging
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
@@ -73,10 +74,16 @@ class Wire:
     bytes_in: Counter[str] = field(default_factory=Counter)
     bytes_out: Counter[str] = field(default_factory=Counter)
     requests: Counter[str] = field(default_factory=Counter)
+    last_seen: dict[str, float] = field(default_factory=dict)  # seconds since 1970
 
-    def rows(self) -> dict[str, dict[str, int]]:
+    def rows(self) -> dict[str, dict[str, float]]:
         return {
-            site: {"requests": n, "bytes_in": self.bytes_in[site], "bytes_out": self.bytes_out[site]}
+            site: {
+                "requests": n,
+                "bytes_in": self.bytes_in[site],
+                "bytes_out": self.bytes_out[site],
+                "last_seen": self.last_seen[site],
+            }
             for site, n in sorted(self.requests.items())
         }
 
@@ -117,6 +124,7 @@ class Door:
             )
             await _refuse(send, refusal)
             return
+        self._wire.last_seen[site] = time.time()
         self._wire.requests[site] += 1
         self._wire.bytes_in[site] += size + _head_bytes(scope["headers"])
 
