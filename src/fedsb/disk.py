@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fedsb.errors import RunError
+from fedsb.errors import DiskError
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -33,7 +33,7 @@ def disk_errors(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         what = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else str(error)
-        raise RunError(
+        raise DiskError(
             f"cannot write below {folder}: {what}. What was finished is kept: make room and try again"
         ) from error
 

@@ -27,6 +27,10 @@ class RunError(RuntimeError):
     """A run that cannot go on; what was finished is on disk and the message says how to go on."""
 
 
+class DiskError(RunError):
+    """A disk that refused what was to be written."""
+
+
 def did_you_mean(name: str, options: Iterable[str]) -> str:
     """`did_you_mean("fed_sb", ["fed-sb", "fedit"])` -> `did you mean 'fed-sb'? There are: fed-sb, fedit`."""
     known = sorted(options)

@@ -71,7 +71,7 @@ def test_answers_outlive_the_process(site: Site) -> None:
 def test_refusals_are_told_and_not_stored_and_bugs_are_not_told(site: Site) -> None:
     site.start()
     assert site.ask(b"refuse") == Lost("refused: not allowed here")
-    assert site.ask(b"fail") == Lost("refused: no room")
+    assert site.ask(b"fail") == Lost("failed: no room")
     assert site.ask(b"bug") == Lost("failed: KeyError at the site")
     site.ask(b"refuse")
     assert site.handled == [b"refuse", b"fail", b"bug", b"refuse"]

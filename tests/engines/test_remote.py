@@ -166,6 +166,71 @@ def test_a_site_that_derives_another_basis_is_told_the_coordinators(
     assert len(json.loads((folder / "result.json").read_text())["clients"]) == 3
 
 
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (with_update(nan), "NaN or infinite"),
+        (lambda note: Note(note.verb, note.facts, (b"x" * 900,)), "not an envelope of fedsb"),
+    ],
+)
+def test_a_part_of_the_basis_that_is_bad(spoil: Spoil, said: str, tiny_config: dict[str, Any], tmp_path: Path) -> None:
+    sites = federation(tmp_path)
+    spoiled(sites, "site 0", "sums", spoil)
+    config = load_config(merged(remote_of(tiny_config, {}), {"basis": {"kind": "core", "samples": 20}}))
+    with pytest.raises(RunError, match=f"what site 0 sent for the basis is of no use: .*{said}"):
+        federate(config, open_engine=sites.open_engine)
+
+
+def test_a_bad_answer_at_the_end_is_no_harm(tiny_config: dict[str, Any], tmp_path: Path) -> None:
+    sites = federation(tmp_path)
+    spoiled(sites, "site 0", "finish", with_facts(score="best"))
+    folder = federate(load_config(remote_of(tiny_config, {})), open_engine=sites.open_engine).folder
+    assert (folder / "adapter" / "adapter_config.json").exists()
+
+
+def test_a_sum_without_a_message(tiny_config: dict[str, Any], tmp_path: Path) -> None:
+    sites = federation(tmp_path)
+    spoiled(sites, "site 0", "sum", lambda note: Note(note.verb, note.facts))
+    config = load_config(merged(remote_of(tiny_config, {}), {"server": {"secure_sum": True}}))
+    for row in read_rows(federate(config, open_engine=sites.open_engine).folder / "rounds.jsonl"):
+        (dropped,) = row["dropped"]
+        assert dropped["client"] == "site 0"
+        assert "an answer 'sum' with 0 envelopes" in dropped["reason"]
+
+
+def test_a_site_that_fails_while_it_is_brought_up_misses_the_round(tiny_config: dict[str, Any], tmp_path: Path) -> None:
+    sites = federation(tmp_path)
+    honest = sites.channel.handles["site 0"]
+
+    def forgetful(request: bytes) -> bytes:
+        note = read_note(request)
+        if note.verb == "hold":
+            raise RunError("the disk is full")
+        if note.verb == "round" and unpack(note.parts[0]).round == 1:
+            return pack_note(Note("behind", {"holds": "something else"}))
+        return honest(request)
+
+    sites.channel.handles["site 0"] = forgetful
+    folder = federate(load_config(remote_of(tiny_config, {})), open_engine=sites.open_engine).folder
+    rows = read_rows(folder / "rounds.jsonl")
+    assert [[drop["reason"] for drop in row["dropped"]] for row in rows] == [[], ["failed: the disk is full"], []]
+
+
+def test_only_a_round_has_the_deadline(tiny_config: dict[str, Any], tmp_path: Path) -> None:
+    """A model takes its time to load: no site is lost for that."""
+    sites, given = federation(tmp_path), dict[str, float | None]()
+    ask = sites.channel.ask
+
+    def noting(requests: Any, timeout_s: float | None = None) -> Any:
+        given.update({read_note(request).verb: timeout_s for request in requests.values()})
+        return ask(requests, timeout_s)
+
+    sites.channel.ask = noting  # type: ignore[method-assign]
+    config = load_config(merged(remote_of(tiny_config, {}), {"engine": {"deadline_s": 5.0}}))
+    federate(config, open_engine=sites.open_engine)
+    assert given == {"look": 3600.0, "open": 3600.0, "start": 3600.0, "round": 5.0, "finish": 3600.0}
+
+
 def test_an_answer_is_of_its_kind() -> None:
     with pytest.raises(PayloadError, match="an answer 'behind' with 1 envelopes"):
         read_answer(pack_note(Note("behind", {"holds": "x"}, (b"",))), Trained)

@@ -15,9 +15,10 @@ from typing import Any
 from fedsb.deployment.logs import LOGGER, open_log, say
 from fedsb.errors import RunError, UserError
 
-LOG, FAULT = "FEDSB_LOG", "FEDSB_FAULT"  # environment: the file to log to, the file to tell a fault in
+LOG, FAULT = "FEDSB_LOG", "FEDSB_FAULT"  # environment: the file to log to, the pipe to tell a fault in
 USER_ERROR, RUN_ERROR, CRASHED = 1, 2, 70  # exit codes; of the first two another try is of no use
 PARENT_SECONDS = 0.5
+FAULT_BYTES = 32 * 2**10  # what a pipe holds at least
 
 
 def run_child(main: Callable[[], None]) -> None:
@@ -28,7 +29,7 @@ def run_child(main: Callable[[], None]) -> None:
         main()
     except (UserError, RunError) as error:
         say("failed", reason=str(error))
-        Path(os.environ[FAULT]).write_text(str(error))
+        os.write(int(os.environ[FAULT]), str(error).encode()[:FAULT_BYTES])  # no file: the fault may be a full disk
         sys.exit(USER_ERROR if isinstance(error, UserError) else RUN_ERROR)
     except KeyboardInterrupt:
         sys.exit(130)

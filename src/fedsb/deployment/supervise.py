@@ -13,13 +13,14 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedsb.deployment.child import FAULT, LOG, RUN_ERROR, USER_ERROR
+from fedsb.deployment.child import FAULT, FAULT_BYTES, LOG, RUN_ERROR, USER_ERROR
 from fedsb.deployment.logs import say
 from fedsb.disk import write_atomic
 from fedsb.errors import RunError, UserError
 
 LOOK_SECONDS = 0.2
 STOP_SECONDS = 30.0  # to end what is being written
+LOST_SECONDS = 3.0  # the same, where what it needs has died
 DEATHS, DEATHS_SECONDS = 6, 300.0  # a process that dies as often in as short a time is given up
 QUIET = {  # Flower: no telemetry, no look for updates, nothing installed at run time
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -39,6 +40,7 @@ class Child:
     needs: str | None = None  # a child without which this one must start anew
     shown: bool = False  # whether what it prints is for the user, else it goes to logs/NAME.out
     process: subprocess.Popen[bytes] | None = None
+    fault: int | None = None  # the pipe that it tells its fault in
     deaths: deque[float] = field(default_factory=deque)
     start_at: float = 0.0
 
@@ -51,6 +53,7 @@ class Supervisor:
 
     def watch(self) -> None:
         """Returns when a child has ended by itself; raises its UserError or RunError."""
+        self._wait_for_leftovers()
         try:
             while True:
                 for child in self._children:
@@ -67,13 +70,15 @@ class Supervisor:
     def _start(self, child: Child) -> None:
         logs = self._folder / "logs"
         logs.mkdir(parents=True, exist_ok=True)
-        self._fault(child).unlink(missing_ok=True)
+        if child.fault is not None:
+            os.close(child.fault)
+        child.fault, told = os.pipe()
         environment = {
             **os.environ,
             **QUIET,
             "FLWR_HOME": str(self._folder / "flower"),
             LOG: str(logs / f"{child.name}.jsonl"),
-            FAULT: str(self._fault(child)),
+            FAULT: str(told),
             **child.secrets,
         }
         with (logs / f"{child.name}.out").open("ab") as out:
@@ -84,15 +89,17 @@ class Supervisor:
                 stdout=None if child.shown else out,
                 stderr=out,
                 start_new_session=True,  # Ctrl-C is for the supervisor, which then stops them in order
+                pass_fds=[told],
             )
+        os.close(told)
         say("started", child=child.name, pid=child.process.pid)
         self._write_pids()
 
     def _died(self, child: Child, code: int) -> None:
         child.process = None
         say("died", child=child.name, code=code)
-        if code in (USER_ERROR, RUN_ERROR) and self._fault(child).exists():
-            raise (UserError if code == USER_ERROR else RunError)(self._fault(child).read_text())
+        if code in (USER_ERROR, RUN_ERROR) and (fault := _read(child.fault)):
+            raise (UserError if code == USER_ERROR else RunError)(fault)
         now = time.monotonic()
         child.deaths.append(now)
         while now - child.deaths[0] > DEATHS_SECONDS:
@@ -105,7 +112,7 @@ class Supervisor:
         child.start_at = now + 0.5 * 2 ** (len(child.deaths) - 1)
         for other in self._children:
             if other.needs == child.name and other.process is not None:
-                _end([other.process])
+                _end([other.process], LOST_SECONDS)
                 other.process, other.start_at = None, child.start_at
 
     def _stop(self) -> None:
@@ -123,19 +130,54 @@ class Supervisor:
 
     def _write_pids(self) -> None:
         pids = {child.name: child.process.pid for child in self._children if child.process is not None}
-        write_atomic(self._pids, json.dumps({"supervisor": os.getpid(), **pids}).encode())
+        try:
+            write_atomic(self._pids, json.dumps({"supervisor": os.getpid(), **pids}).encode())
+        except RunError as error:  # for who looks in; a full disk is no reason to stop what runs
+            say("trouble", reason=str(error))
 
-    def _fault(self, child: Child) -> Path:
-        return self._folder / "logs" / f"{child.name}.fault"
+    def _wait_for_leftovers(self) -> None:
+        """Of a supervisor that was killed: its children end by themselves, and hold ports and locks until then."""
+        try:
+            pids = [int(pid) for pid in json.loads(self._pids.read_text()).values()]
+        except (OSError, ValueError):
+            return
+        if any(map(_lives, pids)):
+            say("waiting", reason="processes of a supervisor that was killed are ending")
+        end = time.monotonic() + STOP_SECONDS
+        while any(map(_lives, pids)) and time.monotonic() < end:
+            time.sleep(LOOK_SECONDS)
 
 
-def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # of another user: the number was given again
+        return False
+    with suppress(OSError):  # one that has ended, and that nobody has asked how
+        return pid != os.getpid() and Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return pid != os.getpid()
+
+
+def _read(pipe: int | None) -> str:
+    """What a process that has ended wrote into it."""
+    if pipe is None:
+        return ""
+    os.set_blocking(pipe, False)  # whoever else may hold its other end
+    try:
+        return os.read(pipe, FAULT_BYTES).decode(errors="replace")
+    except BlockingIOError:
+        return ""
+
+
+def _end(processes: Sequence[subprocess.Popen[bytes]], seconds: float = STOP_SECONDS) -> None:
     for process in processes:
         with suppress(ProcessLookupError):
             process.terminate()
     for process in processes:
         try:
-            process.wait(STOP_SECONDS)
+            process.wait(seconds)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()

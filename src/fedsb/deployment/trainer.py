@@ -94,13 +94,16 @@ def stored_or_made(handle: Handle, request: bytes, answers: Path) -> bytes | Los
         return stored.read_bytes()
     try:
         answer = handle(request)
-    except (UserError, RunError) as error:
+        write_atomic(stored, answer)  # before it leaves: an answer that could be made anew would be another one
+    except UserError as error:
         say("refused", request=digest[:12], reason=str(error))
         return Lost(f"refused: {error}")
+    except RunError as error:
+        say("failed", request=digest[:12], reason=str(error))
+        return Lost(f"failed: {error}")
     except Exception as error:
         LOGGER.exception("failed")
         return Lost(f"failed: {type(error).__name__} at the site")
-    write_atomic(stored, answer)
     seconds = round(time.monotonic() - begun, 3)
     say("answered", request=digest[:12], request_bytes=len(request), answer_bytes=len(answer), seconds=seconds)
     for old in sorted(answers.iterdir(), key=lambda file: file.stat().st_mtime_ns)[:-KEPT]:

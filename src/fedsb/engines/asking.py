@@ -10,6 +10,8 @@ from fedsb.engines.notes import Behind, F, Facts, Note, pack_note, read_answer
 from fedsb.errors import RunError
 from fedsb.federation.payload import PayloadError
 
+PATIENT_S = 3600.0  # at least: a model is loaded, an adapter written
+
 
 class Asking:
     """The sites of a channel, for one run."""
@@ -20,9 +22,12 @@ class Asking:
     def request(self, kind: type[Facts], parts: Sequence[bytes] = (), **facts: Any) -> bytes:
         return pack_note(Note(kind.verb, {"run": self.run, **facts}, parts))
 
-    def each(self, kind: type[F], requests: Mapping[str, bytes]) -> Iterator[tuple[str, F | Behind | Lost]]:
-        """As they come; a site whose answer is not one is lost, with the reason."""
-        for name, answer in self.channel.ask(requests, self.deadline_s):
+    def each(
+        self, kind: type[F], requests: Mapping[str, bytes], *, patient: bool = False
+    ) -> Iterator[tuple[str, F | Behind | Lost]]:
+        """As they come; a site whose answer is not one is lost, with the reason. The deadline is of a round: a patient
+        asker, who needs every site, waits longer."""
+        for name, answer in self.channel.ask(requests, max(self.deadline_s, PATIENT_S) if patient else self.deadline_s):
             try:
                 yield name, answer if isinstance(answer, Lost) else read_answer(answer, kind)
             except PayloadError as error:
@@ -34,7 +39,7 @@ class Asking:
         """All sites' answers, by name in order. Raises RunError with the reason of each that has none."""
         names = self.channel.sites if among is None else among
         request = self.request(kind, parts, **facts)
-        found = dict(self.each(kind, dict.fromkeys(names, request)))
+        found = dict(self.each(kind, dict.fromkeys(names, request), patient=True))
         good = {name: answer for name, answer in sorted(found.items()) if isinstance(answer, kind)}
         faults = [f"{name}: {lost(found.get(name)).reason}" for name in names if name not in good]
         if faults or not names:

@@ -25,7 +25,7 @@ from fedsb.errors import RunError, UserError
 from fedsb.federation.facts import client_ranks, refuse_what_facts_forbid, refuse_what_needs_one_place
 from fedsb.federation.link import link_of
 from fedsb.federation.payload import Payload, PayloadError, pack, unpack
-from fedsb.federation.server import Dropped
+from fedsb.federation.server import Dropped, fault_of_tensors
 from fedsb.federation.tensors import to_arrays, to_tensors
 from fedsb.federation.turn import Turn
 from fedsb.methods.contract import Method, State
@@ -134,7 +134,11 @@ class RemoteEngine(Bench):
             missed: dict[str, list[Sent]] = {}
             for name, answer, sent in ask(cohort, behind=False):
                 if isinstance(answer, Behind):
-                    missed[name] = [*sent, *self._bring_up(name, answer, heard.common, state.round + 1)]
+                    told = self._bring_up(name, answer, heard.common, state.round + 1)
+                    if isinstance(told, Lost):
+                        yield name, told, sent
+                    else:
+                        missed[name] = [*sent, *told]
                 else:
                     yield name, answer, sent
             for name, answer, sent in ask(missed, behind=True) if missed else ():
@@ -173,11 +177,14 @@ class RemoteEngine(Bench):
         }
         request = self.asking.request(Finished, (pack(whole),), card=card)
         scores: dict[str, Score] = {}
-        for name, answer in self.asking.each(Finished, {site.name: request for site in self.sites}):
-            if not isinstance(answer, Finished):
-                self.note(f"{name} was not told the final adapter: {lost(answer).reason}")
+        for name, answer in self.asking.each(Finished, {site.name: request for site in self.sites}, patient=True):
+            try:
+                if not isinstance(answer, Finished):
+                    raise PayloadError(lost(answer).reason)
+                self._take_entries(name, answer.entries)
+            except PayloadError as error:
+                self.note(f"{name} may not have the final adapter: {error}")
                 continue
-            self._take_entries(name, answer.entries)
             if answer.score is not None:
                 scores[name] = Score(value=answer.score, count=answer.held_out)
         return scores
@@ -197,10 +204,19 @@ class RemoteEngine(Bench):
         link = link_of(self.config, method, self.run)
 
         def sums(outer: Mapping[str, Pair]) -> Iterator[tuple[Tensors, float]]:
+            wanted = {f"{layer}.S": (len(A), len(A)) for layer, (A, _) in outer.items()}
             for name, note in self.asking.all(Summed).items():
-                self._take_entries(name, note.entries)
+                try:
+                    self._take_entries(name, note.entries)
+                    told = unpack(note.parts[0]).tensors
+                    if fault := fault_of_tensors(told, wanted):
+                        raise PayloadError(fault)
+                except PayloadError as error:
+                    raise RunError(
+                        f"what {name} sent for the basis is of no use: {error}. Mend or revoke it"
+                    ) from error
                 sent.append(self._count(note.parts[0], 0, name, "up", kind="basis"))
-                yield to_tensors(unpack(note.parts[0]).tensors), float(note.rows)
+                yield to_tensors(told), note.rows
 
         def tell(tensors: Tensors) -> Tensors:
             envelope = link.basis("down", "", 0, tensors, link.codec)
@@ -226,12 +242,14 @@ class RemoteEngine(Bench):
                 if self.holds[name] != wanted:
                     raise RunError(f"{name} was told what is held in common and holds something else")
 
-    def _bring_up(self, name: str, behind: Behind, common: Tensors, round: int) -> list[Sent]:
+    def _bring_up(self, name: str, behind: Behind, common: Tensors, round: int) -> list[Sent] | Lost:
         """What a site is told that lost what is held in common, before it is told all of the broadcast."""
         if behind.holds == basis_hash(common):
             return []
         envelope = self._common_envelope(common)
-        self.asking.all(Held, (envelope,), among=[name])
+        ((_, answer),) = self.asking.each(Held, {name: self.asking.request(Held, (envelope,))})
+        if not isinstance(answer, Held):
+            return lost(answer)
         return [self._count(envelope, round, name, "down", kind="basis")]
 
     def _common_envelope(self, common: Tensors) -> bytes:

@@ -163,11 +163,15 @@ def fault(client: str, payload: Payload, rules: Rules) -> str | None:
             return f"its {what} is {value!r:.80}, this round's is {wanted!r}"
     if not 0 < payload.samples <= MAX_SAMPLES:
         return f"claims {payload.samples!s:.12} samples, allowed are 1 to {MAX_SAMPLES:,}"
-    shapes = rules.of(client).shapes
-    missing, extra = shapes.keys() - payload.tensors.keys(), payload.tensors.keys() - shapes.keys()
+    return fault_of_tensors(payload.tensors, rules.of(client).shapes)
+
+
+def fault_of_tensors(tensors: Arrays, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """What is wrong with tensors that should have these names and shapes; None for good ones."""
+    missing, extra = shapes.keys() - tensors.keys(), tensors.keys() - shapes.keys()
     if missing or extra:
         return "wrong keys: " + "; ".join([*_some("missing", missing), *_some("unknown", extra)])
-    for name, array in payload.tensors.items():
+    for name, array in tensors.items():
         if array.shape != shapes[name]:
             return f"{name!r} has shape {array.shape}, wanted {shapes[name]}"
         if not np.isfinite(array).all():

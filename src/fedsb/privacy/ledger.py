@@ -132,7 +132,8 @@ class Ledger:
         there = set(self._entries)
         for entry in entries:
             if entry not in there:
-                self._append(_line(asdict(_entry(asdict(entry), (self.run, self.client)))))
+                with disk_errors(self.path.parent):
+                    self._append(_line(asdict(_entry(asdict(entry), (self.run, self.client)))))
                 self._entries.append(entry)
 
     def releases(self) -> tuple[Release, ...]:

@@ -29,7 +29,7 @@ from fedsb.engines.notes import (
     read_note,
 )
 from fedsb.environment import versions
-from fedsb.errors import UserError
+from fedsb.errors import DiskError, UserError
 from fedsb.federation.payload import unpack
 from fedsb.federation.tensors import to_tensors
 from fedsb.methods import build_method
@@ -66,13 +66,18 @@ class SiteHandle:
         note = read_note(request)
         if note.verb not in self.verbs:
             raise UserError(f"this site knows no request {note.verb!r:.40}: is the coordinator of another version?")
-        return self._leave(note, self.verbs[note.verb](note))
+        try:
+            return self._leave(note, self.verbs[note.verb](note))
+        except (DiskError, OSError):  # what is in memory may be ahead of the disk: taken up from there the next time
+            self._let_go()
+            raise
 
     def look(self, note: Note) -> Facts:
         config = load_config(note.facts["config"]).config
         refuse_run(self.settings.allow, config, build_method(config.method.name, config.method.options))
         refuse_versions(note.facts["versions"])
         run = str(note.facts["run"])
+        self._let_go()
         self.part = Participant(self._folder(run), self.settings, self.identity, config, run)
         self.part.store.save_facts({"config": note.facts["config"], "run": run})
         table = self.part.table
@@ -123,9 +128,10 @@ class SiteHandle:
         part = self._part(note)
         held_out = len(part.site.held_out)
         score = part.finish(note.parts[0], note.facts["card"])
-        self.part = None
         told = score if self.settings.allow.losses and part.promise.shows("scores") else None
-        return Finished(score=told, held_out=held_out, entries=part.entries())
+        entries = part.entries()
+        self._let_go()
+        return Finished(score=told, held_out=held_out, entries=entries)
 
     # --- the inside ---
 
@@ -133,8 +139,15 @@ class SiteHandle:
         """The run that the request is of; one that this site was in when it was stopped is taken up again."""
         run = str(note.facts["run"])
         if self.part is None or self.part.run != run:
+            self._let_go()
             self.part = self._again(run)
         return self.part
+
+    def _let_go(self) -> None:
+        """Of the run that is in memory, and of its ledger."""
+        if self.part is not None:
+            self.part.close()
+        self.part = None
 
     def _again(self, run: str) -> Participant:
         facts = Store(self._folder(run)).facts()

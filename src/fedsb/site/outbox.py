@@ -24,7 +24,10 @@ class Outbox:
         if payload is not None:
             shapes = {name: list(array.shape) for name, array in payload.tensors.items()}
             line |= {"round": payload.round + 1, "values": payload.values, "codec": payload.codec, "tensors": shapes}
-        with disk_errors(self.path.parent), self.path.open("ab") as file:
-            file.write(json_lines([line]))
+        with disk_errors(self.path.parent), self.path.open("a+b") as file:
+            end = file.seek(0, os.SEEK_END)
+            if end:  # a line that was cut off, by a kill or a full disk, is left as one of its own
+                file.seek(end - 1)
+            file.write((b"\n" if end and file.read(1) != b"\n" else b"") + json_lines([line]))
             file.flush()
             os.fsync(file.fileno())

@@ -31,7 +31,7 @@ from fedsb.models.load import load_tokenizer
 from fedsb.outcome import write_adapters
 from fedsb.privacy.accounting import Release
 from fedsb.privacy.ledger import read_ledger
-from fedsb.privacy.setup import promise_of
+from fedsb.privacy.setup import Promise, promise_of
 from fedsb.privacy.statement import spent
 from fedsb.privacy.sum_client import SumClient
 from fedsb.settings import Config
@@ -64,6 +64,11 @@ class Participant:
         self.table = table
         self.labels = self.task.labels_in(table.rows)
         self.summing: SumClient | None = None
+        self.promise = Promise(unit="none")  # until the start
+
+    def close(self) -> None:
+        """Lets go of the ledger."""
+        self.promise.close()
 
     # --- before the first round ---
 
@@ -75,6 +80,7 @@ class Participant:
 
     def start(self, rows: Mapping[str, int]) -> str | None:
         """Makes the promise and the ledger, and what is held in common; its hash, None where a basis has to come."""
+        self.close()
         sites = [elsewhere(name, count) for name, count in rows.items()]
         self.rows = rows
         promise = promise_of(self.config, self.method, sites, self.local)

@@ -1,0 +1,145 @@
+"""kill -9 of every process of a federation in every phase that it can be in, all of them in one run.
+
+opening      before the first round: sites read their rows and load the model
+training     a site is in the middle of a round's steps
+travel       the update is made and its push is on the wire: the SuperLink is held (SIGSTOP) until then, and for the kill
+checkpoint   the coordinator has added the round to its records, and its checkpoint is not there yet
+finish       sites are told the final model, and the coordinator writes the adapter
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from contextlib import suppress
+from typing import Any
+
+from rig import CO, SITES, Rig, now
+
+PROCESSES = [
+    (CO, "server"),
+    (CO, "superlink"),
+    (CO, "supervisor"),
+    ("site-b", "node"),
+    ("site-b", "trainer"),
+    ("site-b", "supervisor"),
+]
+PHASES = ("training", "travel", "checkpoint")
+FULL = 2 + len(PHASES) * len(PROCESSES)  # the round in which the coordinator's disk is full
+PAUSED = FULL + 1  # the round in which the coordinator is stopped for a while
+PAUSE_SECONDS = 30.0
+HURT_ROUNDS = PAUSED + 2
+FINISH = [("site-a", "node"), ("site-b", "trainer"), ("site-c", "supervisor")]
+
+
+def break_it(rig: Rig, mount: bool) -> list[dict[str, Any]]:
+    rows = opening(rig)
+    plan = [(phase, *each) for phase in PHASES for each in PROCESSES]
+    for number, (phase, party, process) in enumerate(plan, start=2):
+        rows.append(strike(rig, phase, number, party, process))
+    if mount:
+        rows.append(full_disk(rig))
+    rows.append(pause(rig))
+    return rows + finish(rig)
+
+
+def opening(rig: Rig) -> list[dict[str, Any]]:
+    begun, rows = now(), []
+    for party, process in FINISH:
+        rig.when(party, "look")
+        rows.append(_struck(rig, "opening", party, process))
+    after = rig.when("site-a", "open")
+    rows.append(_struck(rig, "opening", CO, "server"))
+    for process in ("superlink", "supervisor"):
+        after = rig.when(CO, "program", after=after)
+        time.sleep(0.3)
+        rows.append(_struck(rig, "opening", CO, process))
+        after = time.monotonic()
+    end = rig.when(CO, "checkpoint", 0, "end")
+    for row in rows:
+        row |= {"seconds": round(end - row.pop("at"), 1), "hit": True}
+    rows[-1]["said"] = rig.said(begun)
+    return rows
+
+
+def strike(rig: Rig, phase: str, number: int, party: str, process: str) -> dict[str, Any]:
+    """Waits for the phase of that round, kills, and waits until the round is finished."""
+    begun, held = now(), 0
+    if phase == "checkpoint":
+        rig.when(CO, "checkpoint", number)
+    else:
+        rig.when("site-b", "round", number)
+        if phase == "travel":
+            held = rig.send(signal.SIGSTOP, CO, "superlink")
+            rig.when("site-b", "round", number, "end")
+        time.sleep(0.4 if phase == "travel" else 0.1)
+    row = _struck(rig, phase, party, process, held)
+    before = [line for line in rig.phases("site-b") if line["at"] < row["at"] and line["round"] == number]
+    checkpoints = [line for line in rig.phases(CO) if (line["what"], line["round"]) == ("checkpoint", number)]
+    done = any(line["event"] == "end" for line in before), any(line["at"] < row["at"] for line in checkpoints)
+    row["hit"] = done == {"training": (False, False), "travel": (True, False), "checkpoint": (True, True)}[phase]
+    row["hit"] &= not any(line["event"] == "end" and line["at"] < row["at"] for line in checkpoints)
+    end = rig.when(CO, "checkpoint", number, "end", after=row["at"])
+    return {**row, "round": number, "seconds": round(end - row.pop("at"), 1), "said": rig.said(begun)}
+
+
+def full_disk(rig: Rig) -> dict[str, Any]:
+    """The run ends and says why; with room again, the same command goes on."""
+    begun = now()
+    rig.when(CO, "checkpoint", FULL)
+    rig.fill(CO)
+    at = time.monotonic()
+    code = rig.processes[CO].wait(120)
+    words = (rig.folder / f"{CO}.out").read_text().strip().splitlines()[-1]
+    rig.empty(CO)
+    rig.start(CO)
+    end = rig.when(CO, "checkpoint", FULL, "end", after=at)
+    row = {"phase": "checkpoint", "party": CO, "process": "disk full", "hit": code != 0, "round": FULL}
+    return {**row, "seconds": round(end - at, 1), "said": [f"{CO}: {words}", *rig.said(begun)]}
+
+
+def pause(rig: Rig) -> dict[str, Any]:
+    """SIGTERM, half a minute of nothing, the same command again."""
+    begun = now()
+    rig.when("site-b", "round", PAUSED)
+    at = time.monotonic()
+    rig.processes[CO].terminate()
+    rig.processes[CO].wait(60)
+    time.sleep(PAUSE_SECONDS)
+    rig.start(CO)
+    end = rig.when(CO, "checkpoint", PAUSED, "end", after=at)
+    row = {"phase": "training", "party": CO, "process": f"stopped for {PAUSE_SECONDS:g} s", "hit": True}
+    return {**row, "round": PAUSED, "seconds": round(end - at, 1), "said": rig.said(begun)}
+
+
+def finish(rig: Rig) -> list[dict[str, Any]]:
+    begun, rows = now(), []
+    for party, process in FINISH:
+        rig.when(party, "finish")
+        rows.append(_struck(rig, "finish", party, process))
+    after = 0.0
+    for process in ("server", "superlink", "supervisor"):
+        rig.when(CO, "export", after=after)
+        rows.append(_struck(rig, "finish", CO, process))
+        after = time.monotonic()
+    rig.until(lambda: True if rig.processes[CO].poll() == 0 else None, "the end of the run", 300)
+    end = time.monotonic()
+    for row in rows:
+        row |= {"seconds": round(end - row.pop("at"), 1), "hit": True}
+    told = [name for name in SITES if list((rig.folder / name).glob("runs/*/adapter/adapter_model.safetensors"))]
+    rows[-1]["said"] = [f"the adapter is at {', '.join(told)}", *rig.said(begun)]
+    return rows
+
+
+def _struck(rig: Rig, phase: str, party: str, process: str, held: int = 0) -> dict[str, Any]:
+    """Kills; a supervisor is started again at once, as a service manager does."""
+    killed = rig.send(signal.SIGKILL, party, process)
+    at = time.monotonic()
+    if held and held != killed:
+        with suppress(ProcessLookupError):
+            os.kill(held, signal.SIGCONT)
+    if process == "supervisor":
+        rig.processes[party].wait()
+        rig.start(party)
+    return {"phase": phase, "party": party, "process": process, "at": at}

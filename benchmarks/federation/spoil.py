@@ -1,0 +1,177 @@
+"""The two ends of a federation as faults.py starts them: they say in which phase they are, and a site can misbehave.
+
+    python spoil.py serve FEDERATION TOML        the coordinator, as `fedsb serve` starts it
+    python spoil.py join FILE FOLDER [twice]     a site, as `fedsb join` starts it
+
+Each end writes phases.jsonl in its folder. A site reads spoil.json in its own: {"round 3": "nan", "round 9": "slow 8"}.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedsb.channel import Channel, Handle
+from fedsb.engines.notes import Note, pack_note, read_note
+from fedsb.errors import RunError, UserError
+from fedsb.federation.payload import Payload, pack, unpack
+
+PAUSE_SECONDS = 0.4  # before what would be too short to hit: a checkpoint, the export
+
+
+def announcer(folder: Path) -> Callable[..., None]:
+    path = folder / "phases.jsonl"
+
+    def announce(what: str, **facts: Any) -> None:
+        line = json.dumps({"at": time.monotonic(), "what": what, **facts}) + "\n"
+        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        try:
+            os.write(handle, line.encode())
+        except OSError:  # a full disk is one of the faults
+            print(line, file=sys.stderr)
+        finally:
+            os.close(handle)
+
+    return announce
+
+
+def verb_and_round(request: bytes) -> tuple[str, int]:
+    note = read_note(request)
+    return note.verb, unpack(note.parts[0]).round + 1 if note.verb == "round" else 0
+
+
+# --- a site ---
+
+
+def open_handle(folder: Path) -> Handle:
+    """A real site's handle, whose answers are spoiled as spoil.json says."""
+    from fedsb.site.handle import open_handle as open_real
+
+    real, announce, last = open_real(folder), announcer(folder), [b""]
+    wanted = folder / "spoil.json"
+    todo: dict[str, str] = json.loads(wanted.read_text()) if wanted.exists() else {}
+
+    def handle(request: bytes) -> bytes:
+        verb, number = verb_and_round(request)
+        announce(verb, round=number, event="begin")
+        fault = todo.get(f"{verb} {number}" if number else verb, "")
+        if fault.startswith("slow"):
+            time.sleep(float(fault.split()[1]))
+        answer = real(request)
+        spoiled = spoil(fault, answer, last[0])
+        last[0] = answer
+        announce(verb, round=number, event="end", bytes=len(answer))
+        return spoiled
+
+    return handle
+
+
+def spoil(fault: str, answer: bytes, before: bytes) -> bytes:
+    """What a site sends instead of its answer."""
+    note = read_note(answer)
+    changed: dict[str, Callable[[Payload], Payload]] = {
+        "nan": lambda payload: _each(payload, lambda x: np.full_like(x, np.nan)),
+        "shape": lambda payload: _each(payload, lambda x: x.reshape(-1)),
+        "key": lambda payload: replace(payload, tensors={f"my.{key}": x for key, x in payload.tensors.items()}),
+        "norm": lambda payload: _each(payload, lambda x: 1000 * x),
+        "samples": lambda payload: replace(payload, samples=10**12),
+        "name": lambda payload: replace(payload, client="somebody else"),
+    }
+    if fault in changed:
+        return pack_note(replace(note, parts=(pack(changed[fault](unpack(note.parts[0]))),)))
+    if fault == "garbage":
+        return os.urandom(3000)
+    if fault == "garbage inside":
+        return pack_note(replace(note, parts=(os.urandom(3000),)))
+    if fault == "earlier":
+        return before
+    if fault == "twice":  # in one answer; `join twice` sends the whole answer twice
+        return pack_note(replace(note, parts=(*note.parts, *note.parts)))
+    if fault == "no update":
+        return pack_note(replace(note, parts=()))
+    if fault == "another answer":
+        return pack_note(Note("look", {"labels": None, "rows": "many"}))
+    if fault == "facts":
+        return pack_note(replace(note, facts={key: {"not": ["this"]} for key in note.facts}))
+    return answer
+
+
+def _each(payload: Payload, change: Callable[[Any], Any]) -> Payload:
+    return replace(payload, tensors={key: change(x) for key, x in payload.tensors.items()})
+
+
+def node_twice() -> None:
+    """A site's node that brings every answer twice."""
+    from fedsb.deployment import flower_client
+
+    push = flower_client.FlowerNode._push
+
+    def twice(self: Any, node: Any, reply: Any) -> None:
+        push(self, node, reply)
+        try:
+            push(self, node, reply)
+        except Exception as error:
+            flower_client.say("the second was refused", reason=repr(error))
+
+    flower_client.FlowerNode._push = twice  # type: ignore[method-assign]
+    flower_client.run_child(flower_client.main)
+
+
+# --- the coordinator ---
+
+
+def coordinate(channel: Channel, folder: Path) -> None:
+    """The coordinator's program, slowed down where it is too fast to be hit."""
+    import fedsb.run
+    from fedsb.deployment import coordinate as real
+    from fedsb.record import Record
+
+    announce, checkpoint, export = announcer(folder.parent.parent), Record.checkpoint, fedsb.run.export
+
+    def slow_checkpoint(self: Record, state: Any, keep: int) -> None:
+        announce("checkpoint", round=state.round, event="begin")
+        time.sleep(PAUSE_SECONDS)
+        checkpoint(self, state, keep)
+        announce("checkpoint", round=state.round, event="end")
+
+    def slow_export(*arguments: Any) -> Path:
+        announce("export", round=0, event="begin")
+        time.sleep(PAUSE_SECONDS)
+        return export(*arguments)
+
+    Record.checkpoint, fedsb.run.export = slow_checkpoint, slow_export  # type: ignore[method-assign]
+    announce("program", round=0, event="begin")
+    real.coordinate(channel, folder)
+
+
+def main() -> None:
+    from fedsb.deployment import join, run, serve
+    from fedsb.deployment.coordinate import prepare
+
+    try:
+        if sys.argv[1] == "serve":
+            from fedsb.config import load_config
+
+            folder = Path(sys.argv[2])
+            serve(folder, "spoil:coordinate", prepare(folder, load_config(Path(sys.argv[3]))), listen="127.0.0.1")
+        elif sys.argv[1] == "join":
+            if sys.argv[4:] == ["twice"]:
+                child = run.Child
+                run.Child = lambda **facts: child(  # type: ignore[misc, assignment]
+                    **{**facts, "module": "twice" if facts["name"] == "node" else facts["module"]}
+                )
+            join(Path(sys.argv[2]), Path(sys.argv[3]), "spoil:open_handle")
+    except (UserError, RunError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+
+
+if __name__ == "__main__":
+    main()

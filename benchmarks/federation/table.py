@@ -1,0 +1,2 @@
+def write_table(found, path):
+    pass

@@ -1,0 +1,30 @@
+"""`fedsb run --engine flower`: every party a process of its own, over TLS, and the adapter of the embedded engine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from conftest import Said, adapter_bytes, set_all, write_toml
+from fedsb.record import read_rows
+
+
+def test_real_processes_make_the_same_adapter(
+    cli: Callable[..., Said], tiny_config: dict[str, Any], tmp_path: Path
+) -> None:
+    config = set_all(tiny_config, rounds=2, server={"clients_per_round": 2}, engine={"cohort_size": 1})
+    path = write_toml(tmp_path / "my.toml", config)
+    assert cli("run", path).code == 0
+    said = cli("run", path, "--engine", "flower")
+    assert said.code == 0, said.err
+    here, federation = tmp_path / "runs" / "tiny", tmp_path / "runs" / "tiny-federation"
+    there = federation / "coordinator" / "runs" / "tiny"
+    assert adapter_bytes(there) == adapter_bytes(here)
+    for name in ("site 0", "site 1", "site 2"):
+        left = [row["what"] for row in read_rows(federation / "sites" / name / "outbox.jsonl")]
+        assert left[:3] == ["look", "open", "start"]
+        assert left[-1] == "finish"
+    assert json.loads((there / "result.json").read_text())["score"] is not None
+    assert "is there already" in cli("run", path, "--engine", "flower").err
