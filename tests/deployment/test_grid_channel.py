@@ -112,6 +112,12 @@ def test_revoked_while_it_works(folder: Path) -> None:
     assert ends.sites == ["b"]
 
 
+def test_a_site_that_was_revoked_before_it_is_asked_is_lost_and_the_others_answer(folder: Path) -> None:
+    ends, _ = channel(folder, a=lambda request: request, b=lambda request: request)
+    revoke(folder, "a")
+    assert dict(ends.ask({"a": b"x", "b": b"x"})) == {"a": Lost("gone: the site was revoked"), "b": b"x"}
+
+
 def test_a_site_that_came_back_is_asked_again(folder: Path) -> None:
     answers = iter([None, b"at last"])
     ends, grid = channel(folder, a=lambda request: next(answers))

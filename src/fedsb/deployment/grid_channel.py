@@ -49,11 +49,11 @@ class GridChannel:
 
     def ask(self, requests: Mapping[str, bytes], timeout_s: float | None = None) -> Iterator[tuple[str, bytes | Lost]]:
         """Asks once iteration begins. Raises UserError for a name that is no site's."""
-        members = self._register().members
+        sites = self._register().sites  # one that was revoked since the run began is Lost, and the run goes on
         for name in requests:
-            if name not in members:
-                raise UserError(f"there is no site {name!r} in this federation; {did_you_mean(name, members)}")
-        return self._answers(dict(requests), members, timeout_s)
+            if name not in sites:
+                raise UserError(f"there is no site {name!r} in this federation; {did_you_mean(name, sites)}")
+        return self._answers(dict(requests), sites, timeout_s)
 
     def _answers(
         self, requests: dict[str, bytes], members: Mapping[str, SiteEntry], timeout_s: float | None

@@ -99,7 +99,8 @@ def troubles(logs: Iterable[tuple[str, Sequence[Json]]], events: Sequence[str], 
 def _why(line: Json) -> str:
     told = ("site", "child", "code", "path", "address")
     words = [f"{key} {line[key]}" for key in told if line.get(key)]
-    return ", ".join([*words, *(str(line[key]) for key in ("reason", "answer") if line.get(key))])
+    words += [str(line[key]) for key in ("reason", "answer") if line.get(key)]
+    return ", ".join([*words, *str(line.get("traceback", "")).strip().splitlines()[-1:]])
 
 
 def _begun(pid: int) -> float | None:

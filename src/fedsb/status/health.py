@@ -46,7 +46,7 @@ def of_coordinator(state: Json) -> Json:
         done, deadline = (run or {}).get("last_round_at"), (run or {}).get("deadline_seconds")
         if done and deadline and state["time"] - done > deadline + SLACK_SECONDS and run["state"] == "running":
             silence.append(f"no round was finished for {_time(state['time'] - done)}: see logs/server.jsonl")
-        warnings += _absent(state, children[0]["uptime_seconds"])
+        warnings += [*_deaths(children), *_absent(state, children[0]["uptime_seconds"])]
     return _all(faults, silence, warnings)
 
 
@@ -61,6 +61,7 @@ def of_site(state: Json) -> Json:
     _certificate("the federation's authority", state["federation"]["certificates"]["authority"], ask, faults, warnings)
     if state["ledger_fault"]:
         faults.append(f"a ledger: {state['ledger_fault']}")
+    warnings += _deaths(children)
     if _alive(children) and reached["since_seconds"] is not None and not reached["yes"]:
         age = reached["since_seconds"]
         text = f"the coordinator at {state['federation']['address']} has not been reached for {_time(age)}"
@@ -88,6 +89,15 @@ def _processes(state: Json) -> list[str]:
 
 def _alive(children: list[Json]) -> bool:
     return bool(children) and bool(children[0]["alive"])
+
+
+def _deaths(children: list[Json]) -> list[str]:
+    again = "and was started again; see logs/{name}.jsonl and .out"
+    return [
+        f"{child['name']} died (times: {child['deaths']}) {again.format(**child)}"
+        for child in children
+        if child["deaths"]
+    ]
 
 
 def _absent(state: Json, uptime: float | None) -> list[str]:
