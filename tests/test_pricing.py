@@ -14,7 +14,8 @@ from conftest import Said, labelled_rows, set_all, write_rows, write_toml
 from fedsb.adapters.adapted import find_targets
 from fedsb.config import load_config
 from fedsb.errors import UserError
-from fedsb.memory import training_memory
+from fedsb.memory import trained_values, training_memory
+from fedsb.methods import build_method
 from fedsb.methods.fed_sb import FedSB
 from fedsb.methods.fedit import FedIT
 from fedsb.methods.flora import FLoRA
@@ -269,10 +270,28 @@ def test_what_else_takes_memory() -> None:
     assert (plain.carried, plain.row_gradients) == (0, 0)
     assert plain.total == 5 + plain.adapter + plain.activations + plain.logits
     assert of(activation_checkpointing=True).activations == 6 * (2 * 30 + 12 * 10) * 2  # a block, 12 inputs
-    assert of(private_rows=9).row_gradients == 9 * 4 * (24 * 4 + 7)
+    private = of(private_rows=9)
+    assert private.row_gradients == 9 * 4 * (24 * 4 + 7) and private.total == plain.total + private.row_gradients
     assert of(FLoRA(rank=1)).carried == 4 * 24 * 4 * 30
     assert of(FedIT(rank=2)).adapter == 3 * 16 * (24 * 2 * 30 + 7)
     assert of(FedIT(rank=2)).activations == plain.activations * 1.25
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "values"),
+    [
+        ("fed-sb", {}, 2 * 2 * 2),
+        ("ravan", {"blocks": 3}, 2 * 3 * 2 * 2),
+        ("local", {}, 2 * 2 * 2),  # nothing goes up
+        ("fedit", {}, 2 * (20 + 10) + 2 * (30 + 10)),
+        ("ffa-lora", {}, 2 * 20 + 2 * 30),  # B alone
+        ("fedsa-lora", {}, 2 * (20 + 10) + 2 * (30 + 10)),  # A goes up, B is trained too
+    ],
+)
+def test_what_a_client_trains_is_not_what_it_sends(name: str, options: dict[str, Any], values: int) -> None:
+    """Rank 2 on layers of 20 x 10 and 30 x 10, and a head of 7."""
+    method = build_method(name, {"rank": 2, **options})
+    assert trained_values(method, {"a": (20, 10), "b": (30, 10)}, 7) == values + 7
 
 
 # --- towers ---

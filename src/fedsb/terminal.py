@@ -134,7 +134,8 @@ def print_summary(folder: Path, found: Mapping[str, Any]) -> None:
         console.print(
             f"  {found['metric']:<16}{show(found['score'])}" + (f"  ({', '.join(against)})" if against else "")
         )
-        if text := beside_text(found["beside"]):
+        plain = found["metric"] == "accuracy"  # which needs no other metric to be understood
+        if text := counts_text(found["beside"], "") if plain else beside_text(found["beside"]):
             console.print(f"{'':<18}{text}")
     totals = found["bytes"]["federation"]["with_head"]
     console.print(

@@ -93,6 +93,8 @@ def test_rows_that_cannot_be_graded(stories):
         arithmetic.encode_test([GSM8K | {"answer": "#### 2 or 3"}])
     with pytest.raises(UserError, match="does not end with its answers, as in 'Answer format: true/false'"):
         commonsense.encode_test([CHOICE | {"instruction": "Which?"}])
+    with pytest.raises(UserError, match="does not end with its answers"):
+        commonsense.encode_test([CHOICE | {"instruction": "Which? Answer format: yes/no"}])
     with pytest.raises(UserError, match="the answer 'answer4' is none of answer1/answer2/answer3"):
         commonsense.encode_test([CHOICE | {"answer": "answer4"}])
     with pytest.raises(UserError, match="the output 'It is answer3' is not 'the correct answer is answer3'"):

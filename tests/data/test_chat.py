@@ -79,7 +79,17 @@ def test_a_row_is_cut_and_one_without_a_target_is_dropped(chatty):
         task_of(tokenizer, max_tokens=4).encode([{"messages": long}])
 
 
+def test_a_row_that_fills_the_window_is_whole(chatty):
+    tokenizer = chatty()
+    (whole,), _ = task_of(tokenizer).encode([{"messages": TALK}])
+    length = len(whole["input_ids"])
+    assert task_of(tokenizer, max_tokens=length).encode([{"messages": TALK}]) == ([whole], 0)
+    assert task_of(tokenizer, max_tokens=length - 1).encode([{"messages": TALK}])[1] == 1
+    assert task_of(tokenizer).encode([]) == ([], 0)
+
+
 def test_no_template(chatty):
+    task_of(None)  # prices are told without a tokenizer
     with pytest.raises(UserError, match="needs a tokenizer with a chat template, and this one has none"):
         task_of(chatty(None))
 
@@ -112,7 +122,7 @@ def test_a_template_that_refuses(chatty):
 
 
 @pytest.mark.parametrize(
-    "messages", ["hello", [], None, [{"role": "user"}], [{"role": "assistant", "content": None}], ["hello"]]
+    "messages", ["hello", [], None, 5, [{"role": "user"}], [{"role": "assistant", "content": None}], ["hello"]]
 )
 def test_what_messages_must_be(chatty, messages):
     with pytest.raises(UserError, match=r"row 2 holds .* in the column 'messages', where a list of messages is needed"):

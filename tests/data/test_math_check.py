@@ -3,6 +3,8 @@
 import importlib.util
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -52,6 +54,7 @@ def checker():
         ("11,\\! 111,\\! 100", "11111100", True),
         ("4,6,14", "14,6,4", True),
         ("4,6,14", "4614", False),
+        ("(100,200)", "(100.0,200)", True),  # no thousands
         ("12", "12.4", False),
         ("12", "1", False),
         ("12", "{12", False),
@@ -71,11 +74,16 @@ def test_no_answer(checker):
 def test_what_hangs_is_wrong_and_the_next_is_graded_again():
     pytest.importorskip("math_verify")
     checker = MathChecker(seconds=1)
-    started = time.monotonic()
+    assert checker.same("5", "\\frac{10}{2}").right
+    child, started = checker.child, time.monotonic()
     assert checker.same("5", "10000000!").fault == "took more than 1 s"
-    assert checker.child is None and time.monotonic() - started < 60
+    assert checker.child is None and time.monotonic() - started < 8
+    assert child.stdin.closed and child.stdout.closed
     assert checker.same("5", "\\frac{10}{2}").right
     child = checker.child
+    assert os.getsid(child.pid) == child.pid != os.getsid(0)  # Ctrl-C is not its own
+    time.sleep(1.5)
+    assert child.poll() is None  # no alarm outlives its answer
     os.kill(child.pid, signal.SIGKILL)
     child.wait()
     found = checker.same("5", "\\frac{15}{3}")
@@ -123,6 +131,7 @@ def test_equal_texts_need_no_library(monkeypatch):
     checker = MathChecker()
     assert checker.same("\\frac{1}{2}", " $\\frac{1}{2}$. ").right
     assert bare("$a$ or $b$") == "$a$ or $b$" and bare("1 1/2") != bare("11/2")
+    assert bare("5 .") == "5" and bare("$$") == "$$"
     with pytest.raises(UserError, match=r"pip install 'fedsb\[eval\]'"):
         checker.same("1", "2")
 
@@ -133,3 +142,23 @@ def test_a_child_that_does_not_start(monkeypatch, tmp_path):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(RunError, match=r"does not start \(exit code 3\)"):
         MathChecker().same("1", "2")
+
+
+def test_a_gold_that_cannot_be_read_is_a_fault_and_such_an_answer_is_wrong():
+    pytest.importorskip("math_verify")
+    assert math_check.compare("", "2").fault == "math-verify cannot read the gold ''"
+    found = math_check.compare("2", "")
+    assert (found.right, found.fault) == (False, None)
+
+
+def test_the_child_has_little_memory_and_an_alarm_that_ends_it():
+    """Whatever its caller had ignored: a process of its own, whose input is at its end."""
+    pytest.importorskip("math_verify")
+    script = (
+        "import io, resource, signal, sys; from fedsb.data import math_check\n"
+        "signal.signal(signal.SIGALRM, signal.SIG_IGN); sys.stdin = io.StringIO('')\n"
+        "out = sys.stdout; math_check.serve(1)\n"
+        "print(resource.getrlimit(resource.RLIMIT_AS)[0], signal.getsignal(signal.SIGALRM) == signal.SIG_DFL, file=out)"
+    )
+    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert said.split() == ["ready", str(4 * 1024**3), "True"]

@@ -37,7 +37,9 @@ def prompts_of(tokenizer, new_tokens=24):
 
 
 def write(model, tokenizer, prompts, batch_size=64, ends=(2,), stops=()):
-    found = dict(write_answers(model, tokenizer, prompts, ends=ends, stops=stops, batch_size=batch_size))
+    made = list(write_answers(model, tokenizer, prompts, ends=ends, stops=stops, batch_size=batch_size))
+    found = dict(made)
+    assert len(found) == len(made)  # each once
     return [found[i] for i in range(len(prompts))]
 
 
@@ -82,12 +84,34 @@ def test_end_tokens_and_stop_texts(stories):
     assert any(part.ended for part in stopped) and not all(part.ended for part in stopped)
 
 
+def test_nothing_is_written_behind_an_end_nor_read_twice(stories):
+    """A forward a token, of that token alone, no more than the answer has; and long prompts come first."""
+    model, tokenizer = stories
+    prompts = prompts_of(tokenizer)
+    whole = write(model, tokenizer, prompts[:1])[0]
+    end = int(tokenizer(whole.text, add_special_tokens=False)["input_ids"][6])
+    wanted = naive(model, tokenizer, prompts[0], ends=(end,))
+    assert wanted.ended and wanted.tokens < 24
+    widths = []
+    hook = model.register_forward_pre_hook(
+        lambda _, __, named: widths.append(named["input_ids"].shape[1]), with_kwargs=True
+    )
+    assert write(model, tokenizer, prompts[:1], ends=(end,)) == [wanted]
+    assert widths == [len(prompts[0].tokens)] + [1] * (wanted.tokens - 1)
+    widths.clear()
+    word = whole.text.split()[2]
+    assert write(model, tokenizer, prompts[:1], stops=[word])[0].ended and len(widths) < 24
+    hook.remove()
+    order = [i for i, _ in write_answers(model, tokenizer, prompts, ends=(2,), batch_size=1)]
+    assert order == sorted(order, key=lambda i: len(prompts[i].tokens), reverse=True) and order[0] == 2
+
+
 def test_a_prompt_that_fills_the_window_is_cut_and_not_dropped(stories):
     model, tokenizer = stories
     window = model.config.max_position_embeddings
-    near, over = (Prompt(tokens=(1,) * (window - left), new_tokens=24) for left in (3, -1))
-    first, second, third = write(model, tokenizer, [near, over, prompts_of(tokenizer)[0]])
-    assert (first.tokens, first.ended) == (3, False)
+    near, one, over = (Prompt(tokens=(1,) * (window - left), new_tokens=24) for left in (3, 1, 0))
+    first, last, second, third = write(model, tokenizer, [near, one, over, prompts_of(tokenizer)[0]])
+    assert (first.tokens, first.ended, last.tokens, last.ended) == (3, False, 1, False)
     assert second == Written(text="", tokens=0, ended=False)
     assert third.tokens == 24
 
