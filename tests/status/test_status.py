@@ -24,7 +24,7 @@ from fedsb.record import json_lines
 from fedsb.status import health, metrics, show, state_of
 from fedsb.status.web import open_web
 
-NOW = time.time()
+NOW = float(int(time.time()))  # as whole as the stamps of the logs
 
 
 def round_of(number: int, *, dropped: str | None = None) -> dict[str, Any]:

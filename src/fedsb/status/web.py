@@ -91,8 +91,8 @@ def _handler(read: Callable[[], Json]) -> type[BaseHTTPRequestHandler]:
             self.send_header("Referrer-Policy", "no-referrer")
             self.send_header(
                 "Content-Security-Policy",
-                f"default-src 'none'; style-src 'unsafe-inline'; {script}base-uri 'none'; form-action 'none'; "
-                "frame-ancestors 'none'",
+                f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; {script}base-uri 'none'; "
+                "form-action 'none'; frame-ancestors 'none'",
             )
             self.end_headers()
             if self.command != "HEAD":
