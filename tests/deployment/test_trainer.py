@@ -71,10 +71,21 @@ def test_answers_outlive_the_process(site: Site) -> None:
 def test_refusals_are_told_and_not_stored_and_bugs_are_not_told(site: Site) -> None:
     site.start()
     assert site.ask(b"refuse") == Lost("refused: not allowed here")
-    assert site.ask(b"fail") == Lost("refused: no room")
+    assert site.ask(b"fail") == Lost("failed: no room")
     assert site.ask(b"bug") == Lost("failed: KeyError at the site")
     site.ask(b"refuse")
     assert site.handled == [b"refuse", b"fail", b"bug", b"refuse"]
+
+
+def test_an_answer_that_cannot_be_stored_does_not_leave(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, content: bytes) -> None:
+        raise RunError("the disk is full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer, "write_atomic", full)
+        site.start()
+        assert site.ask(b"abc") == Lost("failed: the disk is full")
+    assert site.ask(b"abc") == b"cba"  # there is room again, and the trainer is still there
 
 
 def test_who_has_no_token_gets_nothing(site: Site) -> None:
