@@ -1,8 +1,8 @@
 """Every fault that a federation can meet, carried out on a real one: what was said, how long it took, what was lost.
 
-    make faults        (about fifteen minutes on two cores; --only unbroken kills answers private)
+    make faults        (about twenty minutes on two cores; --only unbroken kills answers private)
 
-A coordinator and three sites, each in processes of its own, TLS between them; a tiny model, so that a round is a second.
+A coordinator and three sites, each in processes of its own, TLS between them; a tiny model: a round takes a second.
 Writes faults.json and faults.md beside this file.
 """
 
@@ -173,7 +173,8 @@ def ledgers(rig: Rig, before: dict[str, int]) -> dict[str, Any]:
 
 def second(rig: Rig) -> str:
     events = [line["event"] for line in read_rows(rig.folder / "site-c" / "logs" / "node.jsonl")]
-    return f"{events.count('the second was refused')} second answers were refused; none was counted"
+    refused, taken = events.count("the second was refused"), events.count("brought twice")
+    return f"of the second ones Flower refused {refused} and took {taken}; each answer was counted once"
 
 
 def last(rig: Rig) -> str:

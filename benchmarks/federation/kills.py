@@ -2,7 +2,7 @@
 
 opening      before the first round: sites read their rows and load the model
 training     a site is in the middle of a round's steps
-travel       the update is made and its push is on the wire: the SuperLink is held (SIGSTOP) until then, and for the kill
+travel       the update is made and its push is on the wire: the SuperLink is held (SIGSTOP) until the kill
 checkpoint   the coordinator has added the round to its records, and its checkpoint is not there yet
 finish       sites are told the final model, and the coordinator writes the adapter
 """
@@ -26,7 +26,10 @@ PROCESSES = [
     ("site-b", "supervisor"),
 ]
 PHASES = ("training", "travel", "checkpoint")
-FULL = 2 + len(PHASES) * len(PROCESSES)  # the round in which the coordinator's disk is full
+# (round, phase, party, process); a coordinator that dies over a checkpoint is waited for until the round behind it
+PLAN = [(2 + i, phase, *each) for i, (phase, each) in enumerate((p, e) for p in PHASES[:2] for e in PROCESSES)]
+PLAN += [(2 + len(PLAN) + 2 * i, "checkpoint", *each) for i, each in enumerate(PROCESSES)]
+FULL = PLAN[-1][0] + 2  # the round in which the coordinator's disk is full
 PAUSED = FULL + 1  # the round in which the coordinator is stopped for a while
 PAUSE_SECONDS = 30.0
 HURT_ROUNDS = PAUSED + 2
@@ -35,8 +38,7 @@ FINISH = [("site-a", "node"), ("site-b", "trainer"), ("site-c", "supervisor")]
 
 def break_it(rig: Rig, mount: bool) -> list[dict[str, Any]]:
     rows = opening(rig)
-    plan = [(phase, *each) for phase in PHASES for each in PROCESSES]
-    for number, (phase, party, process) in enumerate(plan, start=2):
+    for number, phase, party, process in PLAN:
         rows.append(strike(rig, phase, number, party, process))
     if mount:
         rows.append(full_disk(rig))
@@ -80,7 +82,7 @@ def strike(rig: Rig, phase: str, number: int, party: str, process: str) -> dict[
     done = any(line["event"] == "end" for line in before), any(line["at"] < row["at"] for line in checkpoints)
     row["hit"] = done == {"training": (False, False), "travel": (True, False), "checkpoint": (True, True)}[phase]
     row["hit"] &= not any(line["event"] == "end" and line["at"] < row["at"] for line in checkpoints)
-    end = rig.when(CO, "checkpoint", number, "end", after=row["at"])
+    end = rig.when(CO, "checkpoint", number + (phase == "checkpoint"), "end", after=row["at"])
     return {**row, "round": number, "seconds": round(end - row.pop("at"), 1), "said": rig.said(begun)}
 
 

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -33,14 +33,21 @@ TELLING |= {"asked again", "not wanted", "answer not there", "asking failed", "r
 class Rig:
     """Below `folder`: coordinator/ and a folder for each site, with its rows and what it spoils."""
 
-    def __init__(self, folder: Path, spoils: Mapping[str, Mapping[str, str]] | None = None, **changes: Any) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        spoils: Mapping[str, Mapping[str, str]] | None = None,
+        sites: Sequence[str] = SITES,
+        shape: Mapping[str, int] | None = None,
+        **changes: Any,
+    ) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         self.folder, self.processes = folder, dict[str, subprocess.Popen[str]]()
         self.disks: dict[str, str] = {}  # party -> size of the small disk that its folder is
-        model = make_model(folder / "model")
+        model = make_model(folder / "model", **(shape or {}))
         test = write_rows(folder / "test.jsonl", make_rows(40, 1))
         self.toml = write_toml(folder / "run.toml", settings(model, test, **changes))
-        self.rows = {name: make_rows(60 + 10 * i, 10 + i) for i, name in enumerate(SITES)}
+        self.rows = {name: make_rows(60 + 10 * i, 10 + i) for i, name in enumerate(sites)}
         self.spoils = spoils or {}
 
     def make(self) -> None:
@@ -53,8 +60,8 @@ class Rig:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        serve_init(self.folder / CO, SITES, ["127.0.0.1"], port)
-        for name in SITES:
+        serve_init(self.folder / CO, list(self.rows), ["127.0.0.1"], port)
+        for name in self.rows:
             write_rows(self.folder / name / "rows.jsonl", self.rows[name])
             (self.folder / name / "site.toml").write_text(f"data = {str(self.folder / name / 'rows.jsonl')!r}\n")
             (self.folder / name / "spoil.json").write_text(json.dumps(self.spoils.get(name, {})))
@@ -74,7 +81,7 @@ class Rig:
             )
 
     def stop(self) -> None:
-        for name in (CO, *SITES):
+        for name in (CO, *self.rows):
             if name in self.processes and self.processes[name].poll() is None:
                 self.processes[name].terminate()
         for process in self.processes.values():
@@ -138,7 +145,7 @@ class Rig:
     def said(self, since: datetime) -> list[str]:
         """What the parties' logs tell of since then, each kind once."""
         told: Counter[str] = Counter()
-        for party in (CO, *SITES):
+        for party in (CO, *self.rows):
             for path in sorted((self.folder / party / "logs").glob("*.jsonl")):
                 for line in read_rows(path):
                     if datetime.fromisoformat(line["time"]) < since:
@@ -170,21 +177,24 @@ class Rig:
 def running(rig: Rig, twice: str = "") -> Iterator[Rig]:
     rig.make()
     try:
-        for name in (CO, *SITES):
+        for name in (CO, *rig.rows):
             rig.start(name, *(["twice"] if name == twice else []))
         yield rig
     finally:
         rig.stop()
 
 
+def mount(folder: Path, size: str) -> bool:
+    """Makes the folder a small disk of its own, in memory."""
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    return subprocess.run(command, capture_output=True).returncode == 0
+
+
 def can_mount(folder: Path) -> bool:
     """Whether this process may make small disks."""
     here = folder / "mount"
     here.mkdir(parents=True, exist_ok=True)
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(here)], capture_output=True)
-    if made.returncode == 0:
-        subprocess.run(["umount", str(here)], check=False)
-    return made.returncode == 0
+    return mount(here, "1m") and subprocess.run(["umount", str(here)], check=False).returncode == 0
 
 
 def now() -> datetime:

@@ -24,7 +24,7 @@ from fedsb.engines.notes import Note, pack_note, read_note
 from fedsb.errors import RunError, UserError
 from fedsb.federation.payload import Payload, pack, unpack
 
-PAUSE_SECONDS = 0.4  # before what would be too short to hit: a checkpoint, the export
+PAUSE_SECONDS = float(os.environ.get("FEDSB_PAUSE", "0.4"))  # before what would be too short to hit: checkpoint, export
 
 
 def announcer(folder: Path) -> Callable[..., None]:
@@ -118,6 +118,7 @@ def node_twice() -> None:
         push(self, node, reply)
         try:
             push(self, node, reply)
+            flower_client.say("brought twice")
         except Exception as error:
             flower_client.say("the second was refused", reason=repr(error))
 

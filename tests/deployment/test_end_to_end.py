@@ -53,7 +53,8 @@ class Federation:
         if name != "co":
             join_file = join_file or self.folder / "joins" / f"{name}.join"
             arguments = [JOIN, str(join_file), str(self.root / name)]
-        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+        here = filter(None, [os.environ.get("PYTHONPATH")])
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *here])}
         self.processes[name] = subprocess.Popen(
             [sys.executable, "-c", *arguments], env=environment, stderr=subprocess.PIPE, text=True
         )

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 from flwr.app import Error, Message, RecordDict
 
@@ -161,3 +162,16 @@ def test_what_is_not_an_answer_of_fedsb_is_lost() -> None:
     assert unpack(RecordDict()) == Lost("failed: what came back is not an answer of fedsb")
     assert unpack(pack(b"")) == b""
     assert unpack(pack(Lost("why"))) == Lost("why")
+
+
+def test_a_link_that_is_gone_is_no_sites_fault(tmp_path: Path) -> None:
+    serve_init(tmp_path / "fed", ["a", "b"], ["localhost"])
+    grid = FakeGrid(tmp_path / "fed", {"a": lambda request: request, "b": lambda request: request})
+
+    def gone(message_ids: Iterable[str]) -> list[Message]:
+        raise httpx.ConnectError("connection refused")
+
+    grid.pull_messages = gone  # type: ignore[method-assign]
+    channel = GridChannel(grid, Register(tmp_path / "fed"))  # type: ignore[arg-type]
+    with pytest.raises(httpx.ConnectError):
+        list(channel.ask({"a": b"1", "b": b"2"}))

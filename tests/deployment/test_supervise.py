@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -42,7 +43,7 @@ run_child(main)
 @pytest.fixture
 def supervisor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
     (tmp_path / "a_child.py").write_text(CHILD)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setattr(supervise, "DEATHS", 3)
 
     def make(*what: str) -> Supervisor:
@@ -93,6 +94,30 @@ def test_children_end_with_a_supervisor_that_is_killed(supervisor, tmp_path: Pat
     while Path(f"/proc/{child}").exists() and _state(child) != "Z" and time.monotonic() < end:
         time.sleep(0.05)
     assert not Path(f"/proc/{child}").exists() or _state(child) == "Z"
+
+
+def test_who_comes_after_a_killed_supervisor_waits_for_its_children(  # type: ignore[no-untyped-def]
+    supervisor, tmp_path: Path
+) -> None:
+    left = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1.5)"])
+    (tmp_path / "pids.json").write_text(json.dumps({"supervisor": left.pid, "one": left.pid}))
+    begun = time.monotonic()
+    supervisor("end").watch()
+    assert time.monotonic() - begun > 1.0 and left.poll() == 0
+
+
+def test_a_fault_is_told_without_a_disk(  # type: ignore[no-untyped-def]
+    supervisor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pids are for who looks in; what a child died of comes through a pipe."""
+
+    def full(path: Path, content: bytes) -> None:
+        raise RunError("the disk is full")
+
+    monkeypatch.setattr(supervise, "write_atomic", full)
+    with pytest.raises(UserError, match="write it differently"):
+        supervisor("user").watch()
+    assert not list((tmp_path / "logs").glob("*fault*"))
 
 
 def _state(pid: int) -> str:

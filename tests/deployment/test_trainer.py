@@ -77,6 +77,17 @@ def test_refusals_are_told_and_not_stored_and_bugs_are_not_told(site: Site) -> N
     assert site.handled == [b"refuse", b"fail", b"bug", b"refuse"]
 
 
+def test_an_answer_that_cannot_be_stored_does_not_leave(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, content: bytes) -> None:
+        raise RunError("the disk is full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer, "write_atomic", full)
+        site.start()
+        assert site.ask(b"abc") == Lost("failed: the disk is full")
+    assert site.ask(b"abc") == b"cba"  # there is room again, and the trainer is still there
+
+
 def test_who_has_no_token_gets_nothing(site: Site) -> None:
     site.start()
     assert trainer.ask(site.path, bytes(32), b"abc") == Lost(

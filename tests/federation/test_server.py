@@ -63,7 +63,7 @@ BAD = [
     ),
     pytest.param(update("bad", tensors={}), "wrong keys: missing 'head.bias', 'x.R'", id="no tensors"),
     pytest.param(update("bad", run="other"), "its run is 'other', this round's is 'run'", id="foreign run"),
-    pytest.param(update("bad", round=3), "its round is 3, this round's is 4", id="round"),
+    pytest.param(update("bad", round=3), "its round is 4, this round's is 5", id="round"),
     pytest.param(update("bad", basis="of another seed"), "its basis is 'of another seed'", id="basis"),
     pytest.param(update("bad", kind="basis-up"), "its kind is 'basis-up'", id="kind"),
     pytest.param(("bad", update("a")[1]), "its client is 'a', this round's is 'bad'", id="another's name"),

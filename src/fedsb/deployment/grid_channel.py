@@ -58,7 +58,7 @@ class GridChannel:
     def _answers(
         self, requests: dict[str, bytes], members: Mapping[str, SiteEntry], timeout_s: float | None
     ) -> Iterator[tuple[str, bytes | Lost]]:
-        answers: Queue[tuple[str, bytes | Lost]] = Queue()
+        answers: Queue[tuple[str, bytes | Lost | httpx.TransportError]] = Queue()
         stop = threading.Event()
         end = None if timeout_s is None else time.monotonic() + timeout_s
         waiting = set(requests)
@@ -71,6 +71,8 @@ class GridChannel:
                     name, answer = answers.get(timeout=None if end is None else max(0.0, end - time.monotonic()))
                 except Empty:
                     break
+                if isinstance(answer, httpx.TransportError):  # no site's fault: this process starts anew with the link
+                    raise answer
                 waiting.discard(name)
                 yield name, answer
             for name in sorted(waiting):
@@ -85,10 +87,15 @@ class GridChannel:
         request: bytes,
         end: float | None,
         stop: threading.Event,
-        answers: Queue[tuple[str, bytes | Lost]],
+        answers: Queue[tuple[str, bytes | Lost | httpx.TransportError]],
     ) -> None:
+        answer: bytes | Lost | None
         try:
             answer = self._until_answered(name, request, end, stop)
+        except httpx.TransportError as error:
+            say("the SuperLink is gone", reason=repr(error))
+            answers.put((name, error))
+            return
         except Exception as error:  # whatever it is, the others go on
             say("asking failed", site=name, reason=repr(error))
             answer = Lost(f"failed: {type(error).__name__} while asking")

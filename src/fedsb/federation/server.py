@@ -154,7 +154,7 @@ def fault(client: str, payload: Payload, rules: Rules) -> str | None:
         ("kind", payload.kind, "update"),
         ("client", payload.client, client),
         ("run", payload.run, rules.run),
-        ("round", payload.round, rules.round),
+        ("round", payload.round + 1, rules.round + 1),  # as users count
         ("basis", payload.basis, rules.basis),
         ("codec", payload.codec, rules.codec),
     )
@@ -162,7 +162,7 @@ def fault(client: str, payload: Payload, rules: Rules) -> str | None:
         if value != wanted:
             return f"its {what} is {value!r:.80}, this round's is {wanted!r}"
     if not 0 < payload.samples <= MAX_SAMPLES:
-        return f"claims {payload.samples!s:.12} samples, allowed are 1 to {MAX_SAMPLES:,}"
+        return f"claims {payload.samples!s:.20} samples, allowed are 1 to {MAX_SAMPLES:,}"
     return fault_of_tensors(payload.tensors, rules.of(client).shapes)
 
 

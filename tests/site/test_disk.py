@@ -1,0 +1,65 @@
+"""A site's disk that is full for a while, and lines that were cut off."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedsb.config import load_config
+from fedsb.errors import DiskError
+from fedsb.privacy.ledger import Ledger, read_ledger
+from fedsb.record import read_rows
+from fedsb.run import federate
+from fedsb.site import store
+from fedsb.site.outbox import Outbox
+from laws.test_engines import federation, merged, remote_of
+
+PRIVATE = {
+    "privacy": {"unit": "example", "epsilon": 5.0, "clip": 1.0, "delta": 1e-3},
+    "clients": {"held_out": 0.0},
+    "basis": {"share_samples": 0},
+}
+
+
+@pytest.mark.parametrize("what", ["store", "ledger"])
+def test_a_full_disk_costs_a_site_the_round_and_no_more(
+    what: str, tiny_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its ledger is closed when it cannot be written: the next round opens it again."""
+    write, append = store.write_atomic, Ledger._append
+
+    def full_store(path: Path, content: bytes) -> None:
+        if what == "store" and "site 1" in str(path) and path.name == "round-0002.safetensors":
+            raise DiskError("the disk is full")
+        write(path, content)
+
+    def full_ledger(self: Ledger, line: bytes) -> None:
+        if what == "ledger" and "sites/site 1" in str(self.path) and b'"round": 2' in line:
+            raise OSError(28, "no space left")
+        append(self, line)
+
+    monkeypatch.setattr(store, "write_atomic", full_store)
+    monkeypatch.setattr(Ledger, "_append", full_ledger)
+    sites = federation(tmp_path)
+    config = load_config(merged(remote_of(tiny_config, {}), PRIVATE))
+    folder = federate(config, open_engine=sites.open_engine).folder
+    rows = read_rows(folder / "rounds.jsonl")
+    assert [[drop["client"] for drop in row["dropped"]] for row in rows] == [[], ["site 1"], []]
+    assert "the disk is full" in rows[1]["dropped"][0]["reason"]
+    (own,) = (sites.folder / "site 1").glob("runs/*/privacy/*.jsonl")
+    charged = [1, 2, 3] if what == "store" else [1, 3]
+    assert [entry.round for entry in read_ledger(own)] == charged
+    assert read_ledger(folder / "privacy" / own.name) == read_ledger(own)
+
+
+def test_a_line_that_was_cut_off_spoils_no_other(tmp_path: Path) -> None:
+    outbox = Outbox(tmp_path / "outbox.jsonl")
+    outbox.note("look", b"x")
+    with outbox.path.open("ab") as file:
+        file.write(b'{"time": "2026-')
+    outbox.note("round", b"y")
+    first, torn, last = outbox.path.read_text().splitlines()
+    assert (json.loads(first)["what"], torn, json.loads(last)["what"]) == ("look", '{"time": "2026-', "round")
