@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
+AWAY = "gone: offline"  # how the reason of a site begins that is not there, and may yet come
+
 
 class Lost(NamedTuple):
     """A site that did not answer: late, gone, refused, failed."""

@@ -30,6 +30,7 @@ def serve(
     add: Annotated[str | None, typer.Option("--add", metavar="SITE", help="Make one more site's join file.")] = None,
     revoke: Annotated[str | None, typer.Option("--revoke", metavar="SITE", help="Shut a site out for good.")] = None,
     renew: Annotated[bool, typer.Option("--renew", help="Make a new server certificate.")] = False,
+    sign: Annotated[bool, typer.Option("--sign", help="Sign the directory anew, after a site was revoked.")] = False,
     overrides: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a setting.")] = [],  # noqa: B006
 ) -> None:
     """Serve a federation over TLS. First --init, which makes a join file for each site; then with the run's TOML."""
@@ -55,6 +56,9 @@ def serve(
     if renew:
         register.renew(folder, host)
         typer.echo("a new server certificate; a coordinator that is serving takes it when it is started again")
+        return
+    if sign:
+        typer.echo(f"{register.sign_directory(folder)} is signed; each site takes it: fedsb join FILE --directory it")
         return
     if config is None:
         raise UserError(f"what to run? fedsb serve {folder} my.toml; or make the federation first, with --init")
@@ -94,7 +98,7 @@ def join(
     from fedsb.deployment.join_file import keep_join_file, update_directory
 
     here = folder or Path(join_file.name.removesuffix(".join"))
-    keep_join_file(join_file, here)
+    site = keep_join_file(join_file, here).site
     _say_what_there_is(here, data)
     if directory is not None:
         found = update_directory(here, directory)
@@ -106,7 +110,7 @@ def join(
         for line in try_out(here, config):
             typer.echo(line)
         return
-    typer.echo(f"joining as {join_file.stem}; logs in {here / 'logs'}, what leaves in {here / 'outbox.jsonl'}")
+    typer.echo(f"joining as {site}; logs in {here / 'logs'}, what leaves in {here / 'outbox.jsonl'}")
     run.join(join_file, here, HANDLE)
 
 
@@ -115,6 +119,8 @@ def _say_what_there_is(folder: Path, data: str | None) -> None:
     from fedsb.site.settings import SITE, load_site
 
     path = folder / SITE
+    if data is not None and Path(data).exists():
+        data = str(Path(data).resolve())  # the site may be started from elsewhere the next time
     if path.exists():
         site = load_site(path)
         if data is not None and site.data != data:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from fedsb.channel import Handle, Lost
 from fedsb.deployment.trainer import stored_or_made
 from fedsb.engines.remote import RemoteEngine
 from fedsb.methods.contract import Method
+from fedsb.record import read_manifest
 from fedsb.settings import Config
 from fedsb.site.handle import SiteHandle
 from fedsb.site.participant import Identity
@@ -66,6 +67,14 @@ class Federation:
         settings = SiteConfig.model_validate({"data": str(self.folder / name / "rows.jsonl"), **self.settings})
         identity = Identity(name=name, key=self.keys[name], directory=self.directory)
         return SiteHandle(self.folder / name, settings, identity)
+
+    def taken_up(self, folder: Path) -> Callable[[Config, Method, str], RemoteEngine]:
+        """As the coordinator opens it that finds a run in its folder."""
+
+        def open_engine(config: Config, method: Method, run: str) -> RemoteEngine:
+            return RemoteEngine(config, method, run, self.channel, self.directory, begun=read_manifest(folder))
+
+        return open_engine
 
     def open_engine(self, config: Config, method: Method, run: str) -> RemoteEngine:
         return RemoteEngine(config, method, run, self.channel, self.directory)

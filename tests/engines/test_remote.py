@@ -65,7 +65,7 @@ BAD: dict[str, tuple[Spoil, str]] = {
     "NaN": (with_update(nan), "NaN"),
     "a wrong shape": (with_update(lambda t: {key: x[..., :1] for key, x in t.items()}), "shape"),
     "a wrong key": (with_update(lambda t: {f"{key}x": x for key, x in t.items()}), "wrong keys"),
-    "of another round": (with_update(dict, round=9), "its round is 9"),
+    "of another round": (with_update(dict, round=9), "its round is 10"),
     "of another client": (with_update(dict, client="site 1"), "its client is 'site 1'"),
     "of another run": (with_update(dict, run="x"), "its run is 'x'"),
     "a thousand times the norm": (with_update(lambda t: {key: x + 1000 for key, x in t.items()}), "norm"),

@@ -119,7 +119,8 @@ def test_a_coordinator_and_sites_that_were_killed_go_on(
         with pytest.raises(KeyboardInterrupt):
             federate(config, open_engine=sites.open_engine)
     sites.kill_all()
-    folder = resume(whole.parent / "cut", open_engine=sites.open_engine).folder
+    cut = whole.parent / "cut"
+    folder = resume(cut, open_engine=sites.taken_up(cut)).folder
     assert adapter_bytes(folder) == adapter_bytes(here)
 
 
@@ -175,3 +176,32 @@ def test_a_change_goes_into_one_sum_only(tiny_config: dict[str, Any], tmp_path: 
     with pytest.raises(RunError, match="1: 0 of 3 clients sent 'shares'"):
         resume(folder, open_engine=sites.open_engine)
     assert "a second sum would tell the difference" in str([answer for _, _, answer in sites.channel.log])
+
+
+def test_a_run_is_taken_up_without_a_site_that_is_away(
+    tiny_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who was there at the start need not be there at the resume; back again, it ends with the model of the others."""
+    sites = federation(tmp_path)
+    config = load_config(merged(remote_of(tiny_config, METHODS["flora"]), {"rounds": 4, "name": "cut"}))
+    with monkeypatch.context() as patched:
+        cut_off(patched, after=1)
+        with pytest.raises(KeyboardInterrupt):
+            federate(config, open_engine=sites.open_engine)
+    folder = tmp_path / "runs" / "cut"
+    sites.kill_all()
+    honest, asked = sites.channel.handles["site 0"], []
+
+    def away_at_first(request: bytes) -> bytes:
+        asked.append(read_note(request).verb)
+        if len(asked) == 1:
+            raise RunError("away")
+        return honest(request)
+
+    sites.channel.handles["site 0"] = away_at_first
+    resume(folder, open_engine=sites.taken_up(folder))
+    dropped = [[drop["client"] for drop in row["dropped"]] for row in read_rows(folder / "rounds.jsonl")]
+    assert dropped == [[], [], ["site 0"], []]  # the second round's answer was stored, and was sent again
+    assert set(asked) == {"round", "finish"}
+    (weights,) = (sites.folder / "site 0").glob("runs/*/adapter/adapter_model.safetensors")
+    assert weights.read_bytes() == (folder / "adapter" / "adapter_model.safetensors").read_bytes()

@@ -161,11 +161,11 @@ def test_a_sites_own_column_names(tiny_config: dict[str, Any], tmp_path: Path) -
 def test_a_site_that_was_never_asked_says_so(tmp_path: Path) -> None:
     handle = federation(tmp_path).restarted("site 0")
     with pytest.raises(UserError, match="never asked into the run"):
-        handle(pack_note(Note("round", {"run": "abc"}, (b"",))))
+        handle(pack_note(Note("sums", {"run": "abc"})))
     with pytest.raises(UserError, match="knows no request 'boo'"):
         handle(pack_note(Note("boo", {"run": "abc"})))
     with pytest.raises(UserError, match="no run's id"):
-        handle(pack_note(Note("round", {"run": "../../x"}, (b"",))))
+        handle(pack_note(Note("sums", {"run": "../../x"})))
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from fedsb.disk import write_atomic
 from fedsb.engines.remote import RemoteEngine
 from fedsb.errors import UserError
 from fedsb.methods.contract import Method
+from fedsb.record import read_manifest
 from fedsb.run import federate, resume
 from fedsb.settings import Config
 from fedsb.terminal import Terminal
@@ -44,10 +45,12 @@ def prepare(federation: Path, loaded: Loaded) -> Path:
 def coordinate(channel: Channel, folder: Path) -> None:
     """Raises UserError and RunError as `federate`."""
     federation = read_federation(folder.parent.parent)
-    directory = {name: bytes.fromhex(site.identity) for name, site in federation.members.items()}
+    directory = {name: bytes.fromhex(site.identity) for name, site in federation.sites.items()}
+
+    begun = read_manifest(folder) if any((folder / "checkpoints").glob("round-*")) else None
 
     def open_engine(config: Config, method: Method, run: str) -> RemoteEngine:
-        return RemoteEngine(config, method, run, channel, directory, note=display.note)
+        return RemoteEngine(config, method, run, channel, directory, display.note, begun)
 
     with Terminal() as display:
         if (folder / "manifest.json").exists():

@@ -20,13 +20,13 @@ from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
 
-from fedsb.channel import Lost
+from fedsb.channel import AWAY, Lost
 from fedsb.deployment.federation import Federation, SiteEntry
 from fedsb.deployment.logs import say
 from fedsb.deployment.wire import KIND, pack, unpack
 from fedsb.errors import RunError, UserError, did_you_mean
 
-PATIENCE_SECONDS = 300.0  # for a site that is offline to come back, where no time is set
+PATIENCE_SECONDS = 300.0  # for a site that is offline to come back
 LIFE_SECONDS = 30 * 86400.0  # of a message in Flower, where no time is set
 CLOCKS_SECONDS = 600.0  # and beyond the time that is set: a site's clock may differ, and Flower compares the two
 FETCHES = 3  # times that an answer may turn out not to be there
@@ -126,7 +126,7 @@ class GridChannel:
                 if asked.failures >= FETCHES:
                     return Lost(f"failed: its answer did not arrive, {FETCHES} times")
             elif now - there > self._patience_s:
-                return Lost(f"gone: offline for {self._patience_s:g} s")
+                return Lost(f"{AWAY} for {self._patience_s:g} s")
             stop.wait(min(3.0, max(0.05, (now - begun) / 20)))  # an answer of a minute is seen at most 3 s late
         self._late.update(asked.ids)
         return None

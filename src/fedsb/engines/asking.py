@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from fedsb.channel import Channel, Lost
+from fedsb.channel import AWAY, Channel, Lost
 from fedsb.engines.notes import Behind, F, Facts, Note, pack_note, read_answer
 from fedsb.errors import RunError
 from fedsb.federation.payload import PayloadError
@@ -16,8 +17,8 @@ PATIENT_S = 3600.0  # at least: a model is loaded, an adapter written
 class Asking:
     """The sites of a channel, for one run."""
 
-    def __init__(self, channel: Channel, run: str, deadline_s: float) -> None:
-        self.channel, self.run, self.deadline_s = channel, run, deadline_s
+    def __init__(self, channel: Channel, run: str, deadline_s: float, note: Callable[[str], None]) -> None:
+        self.channel, self.run, self.deadline_s, self.note = channel, run, deadline_s, note
 
     def request(self, kind: type[Facts], parts: Sequence[bytes] = (), **facts: Any) -> bytes:
         return pack_note(Note(kind.verb, {"run": self.run, **facts}, parts))
@@ -36,10 +37,19 @@ class Asking:
     def all(
         self, kind: type[F], parts: Sequence[bytes] = (), *, among: Sequence[str] | None = None, **facts: Any
     ) -> dict[str, F]:
-        """All sites' answers, by name in order. Raises RunError with the reason of each that has none."""
+        """All sites' answers, by name in order; sites that are away are waited for, PATIENT_S at most.
+
+        Raises RunError with the reason of each that has none.
+        """
         names = self.channel.sites if among is None else among
-        request = self.request(kind, parts, **facts)
-        found = dict(self.each(kind, dict.fromkeys(names, request), patient=True))
+        request, end = self.request(kind, parts, **facts), time.monotonic() + PATIENT_S
+        found: dict[str, F | Behind | Lost] = {}
+        waiting = list(names)
+        while waiting and time.monotonic() < end:
+            found |= self.each(kind, dict.fromkeys(waiting, request), patient=True)
+            waiting = [name for name in waiting if _away(found.get(name))]
+            if waiting:
+                self.note(f"waiting for {', '.join(waiting)}")
         good = {name: answer for name, answer in sorted(found.items()) if isinstance(answer, kind)}
         faults = [f"{name}: {lost(found.get(name)).reason}" for name in names if name not in good]
         if faults or not names:
@@ -48,6 +58,10 @@ class Asking:
                 f"{kind.verb!r} needs an answer of every site:\n  {reasons}\nMend these sites, or revoke them"
             )
         return good
+
+
+def _away(answer: object) -> bool:
+    return isinstance(answer, Lost) and answer.reason.startswith(AWAY)
 
 
 def lost(answer: Facts | Lost | None) -> Lost:

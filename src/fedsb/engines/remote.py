@@ -49,35 +49,36 @@ class RemoteEngine(Bench):
         channel: Channel,
         directory: Mapping[str, bytes],  # site -> its public key, for secure sums
         note: Callable[[str], None] = lambda _: None,  # who watches
+        begun: Mapping[str, Any] | None = None,  # the manifest of a run that is taken up: its sites need not be there
     ) -> None:
         refuse_what_facts_forbid(config, method)
         refuse_what_would_leak(config, method)
         refuse_what_needs_one_place(config, method)
         self.run, self.directory, self.note = run, directory, note
-        self.asking = Asking(channel, run, config.engine.deadline_s)
+        self.asking = Asking(channel, run, config.engine.deadline_s, note)
         tokenizer = load_tokenizer(config.model)
         task = open_task_of(config, tokenizer)
         test = load_test(config, task)
-        shared = config.model_dump(mode="json", exclude={"out": True, "compare": True, "data": {"train", "test"}})
-        note(f"asking {len(channel.sites)} sites: {', '.join(channel.sites)}")
-        looked = self.asking.all(Looked, config=shared, versions=versions())
-        labels = _in_order({label for note in looked.values() for label in note.labels})
-        task.fit_labels([{task.options.label: label} for label in labels], test.rows if test else [])
+        looked = {} if begun else self._look(config)
+        if begun:
+            task.label_names = begun["task"]["label_names"] or []
+        else:
+            labels = _in_order({label for site in looked.values() for label in site.labels})
+            task.fit_labels([{task.options.label: label} for label in labels], test.rows if test else [])
         super().__init__(config, method, tokenizer, task)
-        opened = self.asking.all(
-            Opened,
-            label_names=task.label_names,
-            model=self.base.fingerprint,
-            tokenizer=tokenizer_fingerprint(tokenizer),
+        opened = {} if begun else self._open(tokenizer_fingerprint(tokenizer))
+        self.sites = (
+            [elsewhere(site["name"], site["rows"], site["labels"]) for site in begun["clients"]]
+            if begun
+            else [elsewhere(name, site.rows, site.labels) for name, site in opened.items()]
         )
-        self.sites = [elsewhere(name, note.rows, note.labels) for name, note in opened.items()]
-        self.data = self._data(test, looked, opened)
+        self.data = self._data(test, looked, opened, begun)
         self.local = local_training(config)
         self.promise = promise_of(config, method, self.sites, self.local)
         self.ranks, rank_choices = client_ranks(config, method, self.shapes, [site.name for site in self.sites])
         self.sums = open_sums(config, self.promise, run, self.sites)
-        started = self.asking.all(Started, rows={site.name: site.rows for site in self.sites})
-        self.holds = {name: note.holds for name, note in started.items()}
+        rows = {site.name: site.rows for site in self.sites}
+        self.holds = {} if begun else {name: site.holds for name, site in self.asking.all(Started, rows=rows).items()}
         self.choices = (
             *self.bench_choices,
             *self.data.choices,
@@ -124,7 +125,7 @@ class RemoteEngine(Bench):
             requests, sent = {}, {}
             for name in clients:
                 envelope = message(name, behind or name in late)
-                requests[name] = self.asking.request(Trained, (envelope,), rank=ranks.get(name))
+                requests[name] = self.asking.request(Trained, (envelope,), rank=ranks.get(name), versions=versions())
                 wire = len(requests[name])
                 sent[name] = [self._count(envelope, state.round + 1, name, "down", wire=wire)]
             for name, answer in self.asking.each(Trained, requests):
@@ -199,6 +200,16 @@ class RemoteEngine(Bench):
         return self.data.test[:4]
 
     # --- the inside ---
+
+    def _look(self, config: Config) -> dict[str, Looked]:
+        shared = config.model_dump(mode="json", exclude={"out": True, "compare": True, "data": {"train", "test"}})
+        sites = self.asking.channel.sites
+        self.note(f"asking {len(sites)} sites: {', '.join(sites)}")
+        return self.asking.all(Looked, config=shared, versions=versions())
+
+    def _open(self, tokenizer: str) -> dict[str, Opened]:
+        same = {"model": self.base.fingerprint, "tokenizer": tokenizer}
+        return self.asking.all(Opened, (), label_names=self.task.label_names, **same)
 
     def _make_basis(self, method: Method, sent: list[Sent]) -> Basis:
         link = link_of(self.config, method, self.run)
@@ -292,14 +303,22 @@ class RemoteEngine(Bench):
             except (TypeError, ValueError) as error:
                 raise PayloadError(f"what it says of its ledger is not of one: {error}") from error
 
-    def _data(self, test: Table | None, looked: Mapping[str, Looked], opened: Mapping[str, Opened]) -> Data:
+    def _data(
+        self,
+        test: Table | None,
+        looked: Mapping[str, Looked],
+        opened: Mapping[str, Opened],
+        begun: Mapping[str, Any] | None,
+    ) -> Data:
         examples, cut = self.task.encode_test(test.rows) if test else ([], 0)
         tables = {
-            name: {"origin": f"the site {name}", "rows": note.rows, "fingerprint": note.fingerprint}
-            for name, note in looked.items()
+            name: {"origin": f"the site {name}", "rows": site.rows, "fingerprint": site.fingerprint}
+            for name, site in looked.items()
         }
-        cut += sum(note.cut for note in opened.values())
-        unused = sum(note.unused for note in opened.values())
+        if begun:
+            tables = {name: table for name, table in begun["data"].items() if name != "test"}
+        cut += sum(site.cut for site in opened.values())
+        unused = sum(site.unused for site in opened.values())
         return Data(
             task=self.task,
             sites=self.sites,

@@ -13,7 +13,7 @@ from fedsb.engines.notes import Phase
 from fedsb.engines.secure import Terms
 from fedsb.federation.server import Dropped
 from fedsb.federation.turn import Turn
-from fedsb.privacy.secure_sum import MessageError, SumServer
+from fedsb.privacy.secure_sum import MessageError, SumError, SumServer
 
 
 class Ask(Protocol):
@@ -39,19 +39,23 @@ def add_up(terms: Terms, turn: Turn, head: Sequence[str], replies: Sequence[Repl
     attempt = secrets.token_hex(8)  # a sum begun again is another: a site must not send what it sent in the first
     up, down = dict.fromkeys(trained, 0), dict.fromkeys(trained, 0)
     failed: dict[str, str] = {}
-    for phase, messages in phases:
-        if phase == "masked" and terms.guard is not None:
-            terms.guard.charge(terms.round + 1)
-        for name, size, answer in ask(messages(), attempt=attempt, phase=phase, cohort=sorted(terms.sites)):
-            down[name] += size
-            try:
-                if isinstance(answer, Lost):
-                    raise MessageError(answer.reason)
-                server.receive(name, answer.parts[0])
-                up[name] += len(answer.parts[0])
-            except MessageError as error:
-                failed[name] = str(error)
-    values, weight = plan.grid.decode(server.total())
+    try:
+        for phase, messages in phases:
+            if phase == "masked" and terms.guard is not None:
+                terms.guard.charge(terms.round + 1)
+            for name, size, answer in ask(messages(), attempt=attempt, phase=phase, cohort=sorted(terms.sites)):
+                down[name] += size
+                try:
+                    if isinstance(answer, Lost):
+                        raise MessageError(answer.reason)
+                    server.receive(name, answer.parts[0])
+                    up[name] += len(answer.parts[0])
+                except MessageError as error:
+                    failed[name] = str(error)
+        values, weight = plan.grid.decode(server.total())
+    except SumError as error:
+        why = "".join(f"\n  {name}: {reason}" for name, reason in failed.items())
+        raise SumError(f"{error}{why}") from error
     yield from (Dropped(client=name, reason=why) for name, why in failed.items() if name not in server.survivors)
     for reply in replies:
         if reply.client in server.survivors:

@@ -109,6 +109,7 @@ class SiteHandle:
         return Held(holds=self._part(note).hold(to_tensors(unpack(note.parts[0]).tensors)))
 
     def round(self, note: Note) -> Facts:
+        refuse_versions(note.facts["versions"])  # a coordinator may have come back as another
         part = self._part(note)
         done = part.round(note.parts[0], note.facts["rank"])
         if done is None:
