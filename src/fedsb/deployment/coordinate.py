@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 from fedsb.channel import Channel
-from fedsb.config import Loaded, load_config
+from fedsb.config import Loaded, difference, load_config
 from fedsb.deployment.federation import read_federation
 from fedsb.disk import write_atomic
 from fedsb.engines.remote import RemoteEngine
@@ -32,12 +32,14 @@ def prepare(federation: Path, loaded: Loaded) -> Path:
     folder = federation / "runs" / loaded.config.name
     asked = {**loaded.given, "out": str(folder.parent), "engine": {**loaded.given.get("engine", {}), "name": "flower"}}
     path = _asked(folder)
-    if path.exists() and json.loads(path.read_text()) != asked and (folder / "manifest.json").exists():
-        raise UserError(
-            f"{folder} was started with other settings: give this run another name (--set name=other), or serve the "
-            "configuration that it was started with"
-        )
-    load_config(asked)  # all faults now, before any process starts
+    config = load_config(asked).config  # all faults now, before any process starts
+    if path.exists() and (folder / "manifest.json").exists():
+        before = load_config(json.loads(path.read_text())).config
+        if lines := difference(before.model_dump(mode="json"), config.model_dump(mode="json")):
+            raise UserError(
+                f"{folder} was started with other settings: give this run another name (--set name=other), or serve "
+                "the configuration that it was started with. They differ in\n  " + "\n  ".join(lines)
+            )
     write_atomic(path, json.dumps(asked, indent=1).encode())
     return folder
 

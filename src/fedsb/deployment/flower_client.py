@@ -198,9 +198,13 @@ def _raise_if_final(error: Exception, address: str) -> None:
         if found.get("refused"):  # said by the door, not by Flower
             raise UserError(f"the coordinator at {address} refuses this site: {found.get('detail')}") from error
     if isinstance(error, httpx.ConnectError) and "CERTIFICATE_VERIFY_FAILED" in str(error):
+        if "expired" in str(error) or "not yet valid" in str(error):
+            raise UserError(
+                f"by this machine's clock the certificate of the coordinator at {address} has expired, or is not valid "
+                f"yet ({error}): if the clock is right, the coordinator renews it with `fedsb serve FEDERATION --renew`"
+            ) from error
         raise UserError(
-            f"what answers at {address} is not the coordinator of this join file, or its certificate has expired "
-            f"({error}): ask the coordinator"
+            f"what answers at {address} is not the coordinator of this join file ({error}): ask the coordinator"
         ) from error
 
 

@@ -77,7 +77,11 @@ def join(join_file: Path, folder: Path, handle: str) -> None:
     with _private_folder() as sockets:
         path, token = str(sockets / "trainer"), {"FEDSB_TOKEN": secrets.token_hex(TOKEN_BYTES)}
         trainer = Child(
-            name="trainer", module="fedsb.deployment.trainer", arguments=[str(folder), path, handle], secrets=token
+            name="trainer",
+            module="fedsb.deployment.trainer",
+            arguments=[str(folder), path, handle],
+            secrets=token,
+            shown=True,  # what it refuses, and why
         )
         node = Child(name="node", module="fedsb.deployment.flower_client", arguments=[str(folder), path], secrets=token)
         _keep(folder, [trainer, node])

@@ -97,12 +97,15 @@ def stored_or_made(handle: Handle, request: bytes, answers: Path) -> bytes | Los
         write_atomic(stored, answer)  # before it leaves: an answer that could be made anew would be another one
     except UserError as error:
         say("refused", request=digest[:12], reason=str(error))
+        print(f"refused: {error}", flush=True)
         return Lost(f"refused: {error}")
     except RunError as error:
         say("failed", request=digest[:12], reason=str(error))
+        print(f"failed: {error}", flush=True)
         return Lost(f"failed: {error}")
     except Exception as error:
         LOGGER.exception("failed")
+        print(f"failed: {type(error).__name__}, see the trainer's log", flush=True)
         return Lost(f"failed: {type(error).__name__} at the site")
     seconds = round(time.monotonic() - begun, 3)
     say("answered", request=digest[:12], request_bytes=len(request), answer_bytes=len(answer), seconds=seconds)

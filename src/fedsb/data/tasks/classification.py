@@ -74,6 +74,11 @@ class Classification(Task):
         if self.options.text_pair is not None:
             texts.append(self._texts(rows, self.options.text_pair))
         fields = self._fields(texts)
+        if empty := sum(not tokens for tokens in fields["input_ids"]):
+            raise UserError(
+                f"{empty} of {len(rows)} rows have no text that the tokenizer reads, in the column "
+                f"{self.options.text!r}: leave them out"
+            )
         too_long = [i for i, tokens in enumerate(fields["input_ids"]) if len(tokens) > self.max_tokens]
         if too_long:  # tokenised again, so that the tokenizer cuts around its own special tokens
             cut = self._fields([[of[i] for i in too_long] for of in texts], truncation=True)
