@@ -4,6 +4,7 @@ import os
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,7 +13,7 @@ from fedsb.data.code_check import run_tests
 from fedsb.data.sources import load_table
 from fedsb.data.tasks import TaskOptions, open_task
 from fedsb.data.tasks.base import question_of
-from fedsb.data.tasks.code import code_of, fenced
+from fedsb.data.tasks.code import code_of, fenced, tests_of
 from fedsb.errors import RunError, UserError
 
 HUMANEVAL = {
@@ -57,6 +58,7 @@ def test_humaneval(stories):
     )
     assert (asked.gold.splitlines()[-1], asked.new_tokens) == ("check(half)", 512)
     layout = task.layout(list(HUMANEVAL))
+    assert task.told(HUMANEVAL, layout) == fenced(HUMANEVAL["prompt"] + HUMANEVAL["canonical_solution"])
     assert task.grade(asked, task.told(HUMANEVAL, layout)).right
     for written, right in [
         (HUMANEVAL["canonical_solution"], True),  # a body alone
@@ -103,12 +105,19 @@ def test_rows_to_train_on_need_no_tests_rows_to_score_do(stories):
         ("```py\nf(1)\n```\n```py\ndef f(x): return x\n```\n```py\ndef f(x): return 0\n```", "def f(x): return x\n"),
         ("```bash\npip install x\n```\n```python\nx = 1\n```", "x = 1\n"),
         ("```bash\npip install x\n```", "pip install x\n"),
+        ("```bash\npip install x\n```\n```Python\nx = 1\n```", "x = 1\n"),
         ("  ```python\n  x = 1\n  ```", "  x = 1\n"),
     ],
 )  # fmt: skip
 def test_the_program_in_an_answer(written, code):
     assert code_of(written, "assert f(1) == 1") == code
     assert code_of(fenced("x = 1\r\ny = 2"), "") == "x = 1\ny = 2\n"
+
+
+def test_half_a_humaneval_row_has_no_tests():
+    """Both columns, or MBPP's list."""
+    assert tests_of({"test": "def check(f): pass"}) == tests_of({"entry_point": "f"}) == []
+    assert tests_of({"entry_point": "f", "test_list": ["assert f()"]}) == ["assert f()"]
 
 
 ESCAPES = {
@@ -191,6 +200,19 @@ def test_without_namespaces_python_refuses_instead():
     }.items():
         ran = code_check._run(program, "", 5, namespaces=False)
         assert (ran.passed, ran.walls) == (passes, "hooks"), (program, ran.why)
+
+
+def test_the_limits_are_those_of_the_page():
+    """docs/tasks.md: 10 seconds, 1 GiB, 16 MiB of files."""
+    assert (code_check.SECONDS, code_check.MEMORY_BYTES, code_check.FILES_BYTES) == (10, 2**30, 2**24)
+
+
+def test_a_system_without_limits_is_refused(monkeypatch):
+    monkeypatch.setattr(code_check, "os", SimpleNamespace(name="nt"))
+    code_check.check_sandbox.cache_clear()
+    with pytest.raises(UserError, match=r"use Linux, or task\.score = 'loss'"):
+        run_tests("x = 1", "")
+    code_check.check_sandbox.cache_clear()
 
 
 def test_a_sandbox_that_does_not_hold_is_not_used(monkeypatch):
