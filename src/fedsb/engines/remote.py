@@ -10,7 +10,6 @@ from typing import Any
 
 from fedsb.adapters.adapted import Tensors
 from fedsb.adapters.basis import Basis, Pair, basis_hash
-from fedsb.adapters.carry import is_carried
 from fedsb.channel import Channel, Lost
 from fedsb.data.sites import Data, cut_choices, elsewhere, load_test, open_task_of, table_facts
 from fedsb.data.sources import Table
@@ -18,7 +17,8 @@ from fedsb.data.tasks.base import Example
 from fedsb.engines import Answer, Replies, Reply, Score, Sent
 from fedsb.engines.asking import Asking, lost
 from fedsb.engines.bench import Bench
-from fedsb.engines.notes import Behind, Finished, Held, Looked, Opened, Phase, Started, Summed, Told, Trained
+from fedsb.engines.holdings import Holdings
+from fedsb.engines.notes import Behind, Finished, Looked, Opened, Phase, Started, Summed, Told, Trained
 from fedsb.engines.resolved import local_training, open_sums, public_rows
 from fedsb.environment import versions
 from fedsb.errors import RunError, UserError
@@ -78,7 +78,9 @@ class RemoteEngine(Bench):
         self.ranks, rank_choices = client_ranks(config, method, self.shapes, [site.name for site in self.sites])
         self.sums = open_sums(config, self.promise, run, self.sites)
         rows = {site.name: site.rows for site in self.sites}
-        self.holds = {} if begun else {name: site.holds for name, site in self.asking.all(Started, rows=rows).items()}
+        self.holdings = Holdings(self.asking, self._count)
+        if not begun:
+            self.holdings.by_site = {name: site.holds for name, site in self.asking.all(Started, rows=rows).items()}
         self.choices = (
             *self.bench_choices,
             *self.data.choices,
@@ -97,8 +99,7 @@ class RemoteEngine(Bench):
         if method.adapter == "core":
             basis = self._make_basis(method, sent)
         common = method.start(self.shapes, basis, self.head, self.config.seed).common
-        self._agree(common, sent)
-        return basis, sent
+        return basis, [*sent, *self.holdings.agree(common)]
 
     def train(
         self,
@@ -135,7 +136,7 @@ class RemoteEngine(Bench):
             missed: dict[str, list[Sent]] = {}
             for name, answer, sent in ask(cohort, behind=False):
                 if isinstance(answer, Behind):
-                    told = self._bring_up(name, answer, heard.common, state.round + 1)
+                    told = self.holdings.bring_up(name, answer, heard.common, state.round + 1)
                     if isinstance(told, Lost):
                         yield name, told, sent
                     else:
@@ -232,7 +233,7 @@ class RemoteEngine(Bench):
         def tell(tensors: Tensors) -> Tensors:
             envelope = link.basis("down", "", 0, tensors, link.codec)
             for name, note in self.asking.all(Told, (envelope,)).items():
-                self.holds[name] = note.holds
+                self.holdings.by_site[name] = note.holds
                 sent.append(self._count(envelope, 0, name, "down", kind="basis"))
             return to_tensors(unpack(envelope).tensors)
 
@@ -240,32 +241,6 @@ class RemoteEngine(Bench):
         return self.make_basis(
             self.head, self.local, rows, seen=public_rows(self.config, self.task), sums=sums, tell=tell
         )
-
-    def _agree(self, common: Tensors, sent: list[Sent]) -> None:
-        """All sites hold the same, bit for bit; where a site's own derivation differs, it is told."""
-        wanted = basis_hash(common)
-        odd = [name for name, holds in self.holds.items() if holds != wanted]
-        if odd:
-            envelope = self._common_envelope(common)
-            for name, note in self.asking.all(Held, (envelope,), among=odd).items():
-                self.holds[name] = note.holds
-                sent.append(self._count(envelope, 0, name, "down", kind="basis"))
-                if self.holds[name] != wanted:
-                    raise RunError(f"{name} was told what is held in common and holds something else")
-
-    def _bring_up(self, name: str, behind: Behind, common: Tensors, round: int) -> list[Sent] | Lost:
-        """What a site is told that lost what is held in common, before it is told all of the broadcast."""
-        if behind.holds == basis_hash(common):
-            return []
-        envelope = self._common_envelope(common)
-        ((_, answer),) = self.asking.each(Held, {name: self.asking.request(Held, (envelope,))})
-        if not isinstance(answer, Held):
-            return lost(answer)
-        return [self._count(envelope, round, name, "down", kind="basis")]
-
-    def _common_envelope(self, common: Tensors) -> bytes:
-        tensors = to_arrays({key: x for key, x in common.items() if not is_carried(key)})
-        return pack(Payload(kind="basis-down", run=self.run, round=0, tensors=tensors))
 
     def _reply(self, name: str, answer: Trained | Behind | Lost, sent: list[Sent], round: int) -> Reply:
         """Raises PayloadError, with the reason, for a site that has sent nothing to go on with."""
