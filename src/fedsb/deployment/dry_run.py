@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fedsb.deployment.join_file import KEPT, read_join_file
 from fedsb.errors import UserError
-from fedsb.site.settings import SITE, load_site, refuse_run
+from fedsb.site.settings import SITE, SiteConfig, load_site, refuse_run
 
 SECONDS = 10.0
 
@@ -20,8 +20,13 @@ def try_out(folder: Path, config: str | None) -> Iterator[str]:
     yield f"join file: site {join.site} of federation {join.federation}, with {len(join.directory.sites)} sites"
     site = load_site(folder / SITE)
     yield f"site.toml: {site.allow.model_dump(exclude_none=True)}"
+    yield from _rows(folder, site, config)
     knock(join.address, join.ca)
     yield f"door: {join.address} shows a certificate of this federation"
+
+
+def _rows(folder: Path, site: SiteConfig, config: str | None) -> Iterator[str]:
+    """This site's own rows; with the run's TOML also its rules and the base model."""
     if config is None:
         from fedsb.data.sources import load_table
 

@@ -1,0 +1,91 @@
+"""A site tries its files, its rows, its rules and the door before it joins, and sends nothing."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import Said, set_all, write_toml
+from fedsb.deployment import serve_init
+from fedsb.deployment.federation import SERVER, SERVER_KEY
+
+
+@contextmanager
+def door(folder: Path, port: int) -> Iterator[None]:
+    """Shakes hands once, with the certificate of the federation in `folder`."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / SERVER, folder / SERVER_KEY)
+    with socket.create_server(("127.0.0.1", port)) as listener:
+
+        def shake() -> None:
+            with suppress(OSError), listener.accept()[0] as plain, context.wrap_socket(plain, server_side=True):
+                pass
+
+        shaking = threading.Thread(target=shake, daemon=True)
+        shaking.start()
+        yield
+        shaking.join(10)
+
+
+@pytest.fixture
+def port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])
+
+
+def site_of(folder: Path, port: int, data: Path, allow: str = "") -> list[str]:
+    """The command of a site of a new federation, whose rules these are."""
+    (join,) = serve_init(folder, ["a"], ["127.0.0.1"], port)
+    here = folder / "here"
+    here.mkdir()
+    (here / "site.toml").write_text(f"data = '{data}'\n[allow]\n{allow}\n")
+    return ["join", str(join), "--folder", str(here), "--dry-run"]
+
+
+def test_all_is_well(
+    cli: Callable[..., Said], tiny_config: dict[str, Any], tables: tuple[Path, Path], tmp_path: Path, port: int
+) -> None:
+    run = write_toml(tmp_path / "my.toml", set_all(tiny_config, data={"test": str(tables[1])}))
+    join = site_of(tmp_path / "fed", port, tables[0])
+    with door(tmp_path / "fed", port):
+        said = cli(*join, "--config", run)
+    assert said.code == 0, said.err
+    for line in (
+        "rules: this site takes part in such a run",
+        "rows: 72 to train on, 18 held out",
+        "base model: ",
+        "shows a certificate of this federation",
+    ):
+        assert line in said.out
+    assert not (tmp_path / "fed" / "here" / "outbox.jsonl").exists()
+
+
+def test_the_door_must_be_of_this_federation(
+    cli: Callable[..., Said], tables: tuple[Path, Path], tmp_path: Path, port: int
+) -> None:
+    join = site_of(tmp_path / "fed", port, tables[0])
+    assert "cannot be reached" in cli(*join).err
+    serve_init(tmp_path / "another", [], ["127.0.0.1"], port)
+    with door(tmp_path / "another", port):
+        said = cli(*join)
+    assert said.code == 1
+    assert "a certificate that is not of this federation" in said.err
+
+
+@pytest.mark.parametrize(
+    ("allow", "said"), [("rounds = 1", "rounds = 3, allowed are 1"), ("round = 1", "did you mean 'rounds'")]
+)
+def test_what_is_not_well_is_said(
+    allow: str, said: str, cli: Callable[..., Said], tiny_config: dict[str, Any], tables: Any, tmp_path: Path
+) -> None:
+    run = write_toml(tmp_path / "my.toml", set_all(tiny_config, data={"test": str(tables[1])}))
+    got = cli(*site_of(tmp_path / "fed", 1, tables[0], allow), "--config", run)
+    assert got.code == 1
+    assert said in got.err
