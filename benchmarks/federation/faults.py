@@ -211,10 +211,10 @@ def main() -> None:
         run = {"unbroken": unbroken, "private": private}.get(name)
         found[name] = run(folder) if run else {"kills": kills, "answers": answers}[name](folder, mount)
         found[name]["minutes"] = round((time.monotonic() - begun) / 60, 1)
-        path.write_text(json.dumps(found, indent=1) + "\n")
+        path.write_text(json.dumps(found, indent=1).replace(f"{folder}/", "") + "\n")
     from table import write_table
 
-    write_table(found, HERE / "faults.md")
+    write_table(json.loads(path.read_text()), HERE / "faults.md")
     print(f"{HERE / 'faults.md'}; the runs are in {folder}")
 
 

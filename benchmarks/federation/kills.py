@@ -89,15 +89,15 @@ def strike(rig: Rig, phase: str, number: int, party: str, process: str) -> dict[
 def full_disk(rig: Rig) -> dict[str, Any]:
     """The run ends and says why; with room again, the same command goes on."""
     begun = now()
-    rig.when(CO, "checkpoint", FULL)
+    rig.when("site-b", "round", FULL)
     rig.fill(CO)
     at = time.monotonic()
-    code = rig.processes[CO].wait(120)
+    code = rig.processes[CO].wait(180)
     words = (rig.folder / f"{CO}.out").read_text().strip().splitlines()[-1]
     rig.empty(CO)
     rig.start(CO)
     end = rig.when(CO, "checkpoint", FULL, "end", after=at)
-    row = {"phase": "checkpoint", "party": CO, "process": "disk full", "hit": code != 0, "round": FULL}
+    row = {"phase": "training", "party": CO, "process": "disk full", "hit": code != 0, "round": FULL}
     return {**row, "seconds": round(end - at, 1), "said": [f"{CO}: {words}", *rig.said(begun)]}
 
 

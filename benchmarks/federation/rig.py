@@ -147,7 +147,7 @@ class Rig:
         told: Counter[str] = Counter()
         for party in (CO, *self.rows):
             for path in sorted((self.folder / party / "logs").glob("*.jsonl")):
-                for line in read_rows(path):
+                for line in _lines(path):
                     if datetime.fromisoformat(line["time"]) < since:
                         continue
                     if line["event"] == "asked" and line.get("time_number", 1) > 1:
@@ -162,12 +162,10 @@ class Rig:
 
     def fill(self, party: str) -> None:
         """Until not a byte fits."""
-        with contextlib.suppress(OSError), (self.folder / party / "ballast").open("wb", buffering=0) as ballast:
-            while True:
-                ballast.write(b"x" * 4096)
-        with contextlib.suppress(OSError), (self.folder / party / "ballast").open("ab", buffering=0) as ballast:
-            while True:
-                ballast.write(b"x")
+        for piece in (2**20, 4096, 1):
+            with contextlib.suppress(OSError), (self.folder / party / "ballast").open("ab", buffering=0) as ballast:
+                while ballast.write(b"x" * piece):
+                    pass
 
     def empty(self, party: str) -> None:
         (self.folder / party / "ballast").unlink()
@@ -199,6 +197,15 @@ def can_mount(folder: Path) -> bool:
 
 def now() -> datetime:
     return datetime.now(UTC)
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """Of a log; lines that a kill or a full disk cut off are left out."""
+    found = []
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return found
 
 
 def _path() -> str:

@@ -49,7 +49,8 @@ def test_the_doorkeeper_holds_one_envelope_at_a_time(tmp_path: Path) -> None:
     def envelopes(count: int) -> Iterator[tuple[str, bytes]]:
         for k in range(count):
             x = np.full(SIZE, k + 1, np.float32)
-            yield f"c{k}", pack(Payload(kind="update", run="r", round=0, client=f"c{k}", samples=1, tensors={"x": x}))
+            name = f"c{k:02d}"  # good updates come back in the order of names
+            yield name, pack(Payload(kind="update", run="r", round=0, client=name, samples=1, tensors={"x": x}))
 
     peaks = []
     for count in (10, 40):
