@@ -84,7 +84,7 @@ def main() -> None:
         found[task] = compare(loaded(task, overrides), args.out / task, print)
         if found[task]["failed"]:
             raise SystemExit(f"{task}: {found[task]['failed']}")
-    (args.out / "table.md").write_text(table(found))
+        (args.out / "table.md").write_text(table(found))
 
 
 if __name__ == "__main__":

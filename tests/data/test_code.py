@@ -12,8 +12,9 @@ from fedsb.data import code_check
 from fedsb.data.code_check import run_tests
 from fedsb.data.sources import load_table
 from fedsb.data.tasks import TaskOptions, open_task
+from fedsb.data.tasks import code as programs
 from fedsb.data.tasks.base import question_of
-from fedsb.data.tasks.code import code_of, fenced, tests_of
+from fedsb.data.tasks.code import code_of, fenced
 from fedsb.errors import RunError, UserError
 
 HUMANEVAL = {
@@ -116,8 +117,8 @@ def test_the_program_in_an_answer(written, code):
 
 def test_half_a_humaneval_row_has_no_tests():
     """Both columns, or MBPP's list."""
-    assert tests_of({"test": "def check(f): pass"}) == tests_of({"entry_point": "f"}) == []
-    assert tests_of({"entry_point": "f", "test_list": ["assert f()"]}) == ["assert f()"]
+    assert programs.tests_of({"test": "def check(f): pass"}) == programs.tests_of({"entry_point": "f"}) == []
+    assert programs.tests_of({"entry_point": "f", "test_list": ["assert f()"]}) == ["assert f()"]
 
 
 ESCAPES = {

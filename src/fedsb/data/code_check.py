@@ -21,7 +21,7 @@ from fedsb.errors import RunError, UserError
 SECONDS = 10.0  # for one program and its tests
 MEMORY_BYTES = 1 << 30
 FILES_BYTES = 16 << 20
-GRACE_SECONDS = 5.0  # that the process which watches gets on top
+GRACE_SECONDS = 60.0  # that the process which watches gets on top: on a busy machine walls alone take seconds
 CHILD = Path(__file__).with_name("code_child.py")
 
 
