@@ -6,6 +6,7 @@ import asyncio
 import base64
 import datetime
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,9 @@ def test_a_site_passes_and_its_bytes_are_counted(doorway: Doorway) -> None:
     headers = doorway.signed()
     assert doorway.knock(PULL, headers) == (200, "")
     head = sum(len(name) + len(value) + 4 for name, value in headers.items())
-    assert doorway.wire.rows() == {"a": {"requests": 1, "bytes_in": 5 + head, "bytes_out": 10}}
+    rows = doorway.wire.rows()
+    assert rows["a"].pop("last_seen") == pytest.approx(time.time(), abs=60)
+    assert rows == {"a": {"requests": 1, "bytes_in": 5 + head, "bytes_out": 10}}
 
 
 @pytest.mark.parametrize(

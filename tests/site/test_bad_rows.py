@@ -20,7 +20,7 @@ from laws.test_engines import federation, remote_of
         ([], "site 1: .*rows.jsonl is empty"),
         ([{"note": "red1", "label": "red"}], "site 1: .*has no column 'text'"),
         ([{"text": "", "label": "red"}, {"text": " ", "label": "blue"}], "rows have no text that the tokenizer reads"),
-        ([{"text": "red1", "label": None}], "site 1: row 1 has the label None"),
+        ([{"text": "red1", "label": None}], "site 1: refused: row 1 has the label None"),
     ],
 )
 def test_rows_that_cannot_be_used(
