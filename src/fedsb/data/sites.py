@@ -138,13 +138,14 @@ def _partition(config: Config, task: Task, train: Table) -> Partition:
     return partition
 
 
-def rows_by_client(config: Config, tokenizer: Tokenizer) -> dict[str, list[Row]]:
-    """The rows of each that takes part, as they stand in the table."""
+def rows_by_client(config: Config, tokenizer: Tokenizer) -> tuple[dict[str, list[Row]], list[Row]]:
+    """(the rows of each that takes part, the test rows), as they stand in the tables."""
     task = open_task_of(config, tokenizer)
     train, test = _tables(config)
     task.columns_of(train)
     task.fit_labels(train.rows, test.rows if test else [])
-    return {shard.name: [train.rows[i] for i in shard.rows] for shard in _partition(config, task, train).shards}
+    shards = _partition(config, task, train).shards
+    return {shard.name: [train.rows[i] for i in shard.rows] for shard in shards}, test.rows if test else []
 
 
 def open_own(config: Config, task: Task, name: str, table: Table) -> tuple[Site, int, int]:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from fedsb.config import Loaded
@@ -37,9 +38,13 @@ def rehearse(loaded: Loaded) -> Path:
     folder = Path(config.out) / f"{config.name}-federation"
     if folder.exists():
         raise UserError(f"{folder} is there already: delete it, or give another name (--set name=other)")
-    rows = rows_by_client(config, load_tokenizer(config.model))
+    rows, test = rows_by_client(config, load_tokenizer(config.model))
     port = _free_port()
     joins = serve_init(folder / "coordinator", sorted(rows), [LOCALHOST], port)
+    if test and config.data.test is None:  # of built-in rows
+        write_atomic(folder / "test.jsonl", json_lines(test))
+        data = {**loaded.given.get("data", {}), "test": str(folder / "test.jsonl")}
+        loaded = replace(loaded, given={**loaded.given, "data": data})
     run = prepare(folder / "coordinator", loaded)
     with _sites(folder, joins, rows):
         serve(folder / "coordinator", PROGRAM, run, listen=LOCALHOST)
