@@ -1,12 +1,12 @@
 """What a coordinator needs as sites and models grow, and the bytes at its door beside those of its ledger.
 
-    python benchmarks/federation/scale.py        (about ten minutes on two cores)
+    python benchmarks/federation/scale.py        (about twenty minutes on two cores)
 
 real       eight sites on this machine, each in processes of its own, TLS between them, 20 rounds
 messages   up to forty sites behind the same messages in one other process: the coordinator alone is measured
 wire       three real sites with payloads of kB and of MB: bytes of HTTP at the door against traffic.jsonl
 
-Writes scale.json and prints it. Memory is the high-water mark of resident memory (VmHWM).
+Writes scale.json. Memory is the high-water mark of resident memory (VmHWM).
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from fedsb.record import read_rows
 from fedsb.run import federate
 from fedsb.settings import Config
 
-ROUNDS, FEW = 20, 6
+ROUNDS, FEW, COUNTS = 20, 6, (5, 10, 20, 40)
 SMALL, LARGE = {"width": 64, "layers": 2}, {"width": 512, "layers": 2}
 
 
@@ -180,16 +181,18 @@ def main() -> None:
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     folder, path = Path(tempfile.mkdtemp(prefix="fedsb-scale-")), HERE / "scale.json"
     found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    wanted = sys.argv[1:] or ["messages", "wire", "real"]
-    if "messages" in wanted:
-        found["messages"] = [fresh(n, shape) for shape in (SMALL, LARGE) for n in (5, 10, 20, 40)]
-    if "wire" in wanted:
-        large = {"method": {"name": "fedit", "rank": 64}}
-        found["wire"] = [wire(folder, "Fed-SB, rank 8"), wire(folder, "FedIT, rank 64", **large)]
-    if "real" in wanted:
-        found["real"] = [real(folder, n, shape) for n, shape in ((3, SMALL), (8, SMALL), (8, LARGE))]
-    path.write_text(json.dumps(found, indent=1) + "\n")
-    print(json.dumps(found, indent=1))
+    big = {"method": {"name": "fedit", "rank": 64}}
+    plan: dict[str, list[Callable[[], dict[str, Any]]]] = {
+        "messages": [partial(fresh, n, shape) for shape, ns in ((SMALL, COUNTS), (LARGE, (5, 40))) for n in ns],
+        "wire": [partial(wire, folder, "Fed-SB, rank 8"), partial(wire, folder, "FedIT, rank 64", **big)],
+        "real": [partial(real, folder, n, shape) for n, shape in ((3, SMALL), (8, SMALL), (8, LARGE))],
+    }
+    for name in sys.argv[1:] or plan:
+        found[name] = []
+        for measure in plan[name]:
+            found[name].append(measure())
+            print(name, found[name][-1], flush=True)
+            path.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
