@@ -19,7 +19,7 @@ from fedsb.adapters.layer import base_weight
 from fedsb.config import load_config
 from fedsb.errors import ConfigError, UserError
 from fedsb.models.load import load_base
-from fedsb.models.quantise import count_values, weight_bytes
+from fedsb.models.quantise import count_values, missing_package, weight_bytes
 from fedsb.run import federate
 from fedsb.settings import ModelConfig
 
@@ -238,6 +238,7 @@ def test_without_bitsandbytes(
     assert not (tmp_path / "runs" / "tiny").exists()
     checked = cli("check", toml)
     assert checked.code == 0 and wanted in " ".join(checked.out.split())
+    assert missing_package("none") is None and missing_package("8bit") == wanted.replace("4bit", "8bit")
 
 
 @pytest.mark.parametrize(
