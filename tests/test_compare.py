@@ -531,6 +531,7 @@ def test_cut_off_and_taken_up_again(
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "TMPDIR": str(tmp_path)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in a shell's background ignore it
     )
     until = time.monotonic() + 120
     while not (folder / "cells.json").exists():
