@@ -27,5 +27,6 @@ class Channel(Protocol):
         ...
 
 
-# What a site does with a request; a raised UserError or RunError (fedsb/errors.py) goes back as Lost(reason).
+# What a site does with a request; a raised UserError or RunError (fedsb/errors.py) goes back as Lost, with its words
+# where they may leave the site.
 Handle = Callable[[bytes], bytes]

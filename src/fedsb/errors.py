@@ -9,6 +9,14 @@ from collections.abc import Iterable, Sequence
 class UserError(ValueError):
     """The input is at fault: the message says what happened, with which value, and what to do."""
 
+    may_leave = False  # whether a site tells a coordinator these words, or only that it refused
+
+
+class RefusalError(UserError):
+    """A site's no to a coordinator: its words hold what was asked and the site's rules, and nothing of what it has."""
+
+    may_leave = True
+
 
 class NotAtHandError(UserError):
     """Something that is elsewhere, as weights and rows that were not downloaded; `fedsb check` does without it."""
@@ -25,6 +33,14 @@ class ConfigError(UserError):
 
 class RunError(RuntimeError):
     """A run that cannot go on; what was finished is on disk and the message says how to go on."""
+
+    may_leave = False
+
+
+class DivergedError(RunError):
+    """A loss that is no number any more."""
+
+    may_leave = True
 
 
 class DiskError(RunError):

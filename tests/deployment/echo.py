@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fedsb.channel import Channel, Handle, Lost
-from fedsb.errors import UserError
+from fedsb.errors import RefusalError
 
 
 def open_echo(folder: Path) -> Handle:
@@ -21,7 +21,7 @@ def open_echo(folder: Path) -> Handle:
         if request.startswith(b"slow"):
             time.sleep(2.0)
         if request == b"bad":
-            raise UserError("this site does not do that")
+            raise RefusalError("this site does not do that")
         if request == b"bug":
             raise ValueError("a secret of this site")
         return request

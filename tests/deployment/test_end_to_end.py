@@ -123,7 +123,7 @@ def test_round_trips(federation: Federation) -> None:
 
 def test_refusals_of_a_site_come_back(federation: Federation) -> None:
     assert federation.step(head="bad", bytes=3)()["answers"]["a"] == "refused: this site does not do that"
-    assert federation.step(head="bug", bytes=3)()["answers"]["a"] == "failed: ValueError at the site"
+    assert federation.step(head="bug", bytes=3)()["answers"]["a"].startswith("failed: ValueError at the site")
 
 
 def test_what_a_stranger_finds_at_the_public_port(federation: Federation) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from fedsb.channel import Handle, Lost
 from fedsb.deployment import trainer
-from fedsb.errors import RunError, UserError
+from fedsb.errors import DiskError, RefusalError, RunError, UserError
 
 TOKEN = bytes(range(32))
 
@@ -33,9 +33,11 @@ class Site:
     def handle(self, request: bytes) -> bytes:
         self.handled.append(request)
         if request == b"refuse":
-            raise UserError("not allowed here")
+            raise RefusalError("not allowed here")
+        if request == b"data":
+            raise UserError("patients.csv: row 7 has the label 'hiv'")
         if request == b"fail":
-            raise RunError("no room")
+            raise RunError("no room in /home/ward-3")
         if request == b"bug":
             raise KeyError("patient 7")
         if request == b"slow":
@@ -68,23 +70,29 @@ def test_answers_outlive_the_process(site: Site) -> None:
     assert other.ask(b"abc") == b"cba" and other.handled == []
 
 
-def test_refusals_are_told_and_not_stored_and_bugs_are_not_told(site: Site) -> None:
+def test_a_refusal_is_told_and_not_stored(site: Site) -> None:
     site.start()
-    assert site.ask(b"refuse") == Lost("refused: not allowed here")
-    assert site.ask(b"fail") == Lost("failed: no room")
-    assert site.ask(b"bug") == Lost("failed: KeyError at the site")
-    site.ask(b"refuse")
-    assert site.handled == [b"refuse", b"fail", b"bug", b"refuse"]
+    assert site.ask(b"refuse") == site.ask(b"refuse") == Lost("refused: not allowed here")
+    assert site.handled == [b"refuse", b"refuse"]
+
+
+def test_what_is_the_sites_own_is_said_there_alone(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    site.start()
+    assert site.ask(b"data") == Lost("refused: what it has does not fit this run (its own log says more)")
+    assert site.ask(b"fail") == Lost("failed: RunError at the site (its own log says more)")
+    assert site.ask(b"bug") == Lost("failed: KeyError at the site (its own log says more)")
+    said = capsys.readouterr().out
+    assert "refused: patients.csv: row 7 has the label 'hiv'" in said and "failed: no room in /home/ward-3" in said
 
 
 def test_an_answer_that_cannot_be_stored_does_not_leave(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(path: Path, content: bytes) -> None:
-        raise RunError("the disk is full")
+        raise DiskError(f"the disk is full: {path}")
 
     with monkeypatch.context() as patched:
         patched.setattr(trainer, "write_atomic", full)
         site.start()
-        assert site.ask(b"abc") == Lost("failed: the disk is full")
+        assert site.ask(b"abc") == Lost("failed: DiskError at the site (its own log says more)")
     assert site.ask(b"abc") == b"cba"  # there is room again, and the trainer is still there
 
 

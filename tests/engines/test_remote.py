@@ -213,7 +213,11 @@ def test_a_site_that_fails_while_it_is_brought_up_misses_the_round(tiny_config: 
     sites.channel.handles["site 0"] = forgetful
     folder = federate(load_config(remote_of(tiny_config, {})), open_engine=sites.open_engine).folder
     rows = read_rows(folder / "rounds.jsonl")
-    assert [[drop["reason"] for drop in row["dropped"]] for row in rows] == [[], ["failed: the disk is full"], []]
+    assert [[drop["reason"] for drop in row["dropped"]] for row in rows] == [
+        [],
+        ["failed: RunError at the site (its own log says more)"],
+        [],
+    ]
 
 
 def test_only_a_round_has_the_deadline(tiny_config: dict[str, Any], tmp_path: Path) -> None:

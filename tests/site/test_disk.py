@@ -48,7 +48,7 @@ def test_a_full_disk_costs_a_site_the_round_and_no_more(
     folder = federate(config, open_engine=sites.open_engine).folder
     rows = read_rows(folder / "rounds.jsonl")
     assert [[drop["client"] for drop in row["dropped"]] for row in rows] == [[], ["site 1"], []]
-    assert "the disk is full" in rows[1]["dropped"][0]["reason"]
+    assert "DiskError at the site" in rows[1]["dropped"][0]["reason"]
     (own,) = (sites.folder / "site 1").glob("runs/*/privacy/*.jsonl")
     charged = [1, 2, 3] if what == "store" else [1, 3]
     assert [entry.round for entry in read_ledger(own)] == charged

@@ -149,13 +149,16 @@ def test_another_base_model_is_refused(tiny_config: dict[str, Any], tmp_path: Pa
         run(tiny_config, wrong)
 
 
-def test_a_sites_own_column_names(tiny_config: dict[str, Any], tmp_path: Path) -> None:
+def test_a_sites_own_column_names(
+    tiny_config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     sites = federation(tmp_path)
     rows = {name: [{"note": row["text"], "kind": row["label"]} for row in own] for name, own in sites.rows.items()}
     renamed = Federation(tmp_path / "renamed", rows, {"columns": {"text": "note", "label": "kind"}})
     run(tiny_config, renamed)
-    with pytest.raises(RunError, match="kind"):
+    with pytest.raises(RunError, match="what it has does not fit"):
         run(tiny_config, Federation(tmp_path / "wrong", rows, {"columns": {"text": "note"}}), name="wrong")
+    assert "there are: kind, text" in capsys.readouterr().out
 
 
 def test_a_site_that_was_never_asked_says_so(tmp_path: Path) -> None:

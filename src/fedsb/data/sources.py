@@ -70,7 +70,7 @@ def require_columns(table: Table, wanted: Sequence[str]) -> None:
         if name not in table.columns:
             raise UserError(
                 f"{table.origin} has no column {name!r}: {did_you_mean(name, table.columns)}. The columns that are "
-                "read are set in [task] and [clients], as --set task.text=COLUMN"
+                "read are set in [task] and [clients], as --set task.text=COLUMN, and at a site in columns of site.toml"
             )
 
 

@@ -5,7 +5,8 @@
 
 The last answers are on disk by the SHA-256 of their requests: a request that comes again, because a node or the
 coordinator died in between, is sent the stored answer. A refusal is not stored: what was wrong may have been mended.
-A fault that the handle did not mean to tell leaves the site by its kind alone; the site's log has all of it.
+The words of a fault leave the site only where its class says so (`may_leave`, fedsb/errors.py), else its kind alone: a
+path, a column or a label is the site's own. Its terminal and its log have all of it.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from fedsb.errors import RunError, UserError
 
 TOKEN = "FEDSB_TOKEN"  # environment, hexadecimal: who may ask
 KEPT = 16  # answers
+HERE = "its own log says more"
 DEATHS = 3  # of the trainer over one request, before it is given up
 _HEAD = struct.Struct(">Q")
 _TOKEN_BYTES = 32
@@ -98,15 +100,16 @@ def stored_or_made(handle: Handle, request: bytes, answers: Path) -> bytes | Los
     except UserError as error:
         say("refused", request=digest[:12], reason=str(error))
         print(f"refused: {error}", flush=True)
-        return Lost(f"refused: {error}")
+        told = str(error) if error.may_leave else f"what it has does not fit this run ({HERE})"
+        return Lost(f"refused: {told}")
     except RunError as error:
         say("failed", request=digest[:12], reason=str(error))
         print(f"failed: {error}", flush=True)
-        return Lost(f"failed: {error}")
+        return Lost(f"failed: {error if error.may_leave else f'{type(error).__name__} at the site ({HERE})'}")
     except Exception as error:
         LOGGER.exception("failed")
         print(f"failed: {type(error).__name__}, see the trainer's log", flush=True)
-        return Lost(f"failed: {type(error).__name__} at the site")
+        return Lost(f"failed: {type(error).__name__} at the site ({HERE})")
     seconds = round(time.monotonic() - begun, 3)
     say("answered", request=digest[:12], request_bytes=len(request), answer_bytes=len(answer), seconds=seconds)
     for old in sorted(answers.iterdir(), key=lambda file: file.stat().st_mtime_ns)[:-KEPT]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from fedsb.adapters.adapted import AdaptedModel, Tensors
 from fedsb.data.tasks.base import Example, Task
 from fedsb.draws import generator
-from fedsb.errors import RunError
+from fedsb.errors import DivergedError
 from fedsb.federation.client import LocalTraining, draw_batches
 from fedsb.federation.optimizer import clip_by_client, step_by_client
 from fedsb.federation.scoring import forward
@@ -62,7 +62,7 @@ def train_together(
     `penalty` is the method's local regulariser: of the trained tensors (K, ...), one value a client (K,), or none.
     With `guards`, by client, every step is one of DP-SGD: rows from the guard's own draw, each row's gradient clipped,
     noise on their sum.
-    Raises RunError naming client and round at a loss that is NaN or infinite.
+    Raises DivergedError naming client and round at a loss that is NaN or infinite.
     """
     steps = {m.name: local.steps_for(len(m.examples)) for m in members}
     batches = {
@@ -181,7 +181,7 @@ def _noised(guards: Sequence[Guard], sums: Tensors) -> Tensors:
 def _check_finite(running: Sequence[Member], loss_K: Sequence[float], round: int, step: int) -> None:
     for member, loss in zip(running, loss_K, strict=True):
         if not math.isfinite(loss):
-            raise RunError(
+            raise DivergedError(
                 f"the loss of client {member.name!r} became {loss} in round {round + 1}, local step {step + 1}: "
                 "lower train.lr, or look at this client's rows. The checkpoint of the last finished round is kept"
             )

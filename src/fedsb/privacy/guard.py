@@ -24,6 +24,8 @@ ROUNDING = 1e-6  # the same releases in another order compose alike but for this
 class PromiseSpentError(RunError):
     """The next round would break the promise: what is finished is all that there will be."""
 
+    may_leave = True
+
 
 @dataclass(frozen=True, kw_only=True)
 class Guard:

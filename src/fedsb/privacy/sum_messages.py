@@ -34,6 +34,8 @@ Phase = Literal["advert", "roster", "sealed", "inbox", "masked", "survivors", "c
 class SumError(RunError):
     """A secure sum that cannot go on as it is."""
 
+    may_leave = True
+
 
 class MessageError(SumError):
     """A message that is refused. Nothing has changed by it: the right one may still come."""

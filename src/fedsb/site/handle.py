@@ -29,7 +29,7 @@ from fedsb.engines.notes import (
     read_note,
 )
 from fedsb.environment import versions
-from fedsb.errors import DiskError, UserError
+from fedsb.errors import DiskError, RefusalError
 from fedsb.federation.payload import unpack
 from fedsb.federation.tensors import to_tensors
 from fedsb.methods import build_method
@@ -62,10 +62,10 @@ class SiteHandle:
         }
 
     def __call__(self, request: bytes) -> bytes:
-        """Raises UserError for what this site's rules refuse or what does not fit, RunError for what failed."""
+        """Raises RefusalError for what this site's rules refuse, UserError for what it has that does not fit."""
         note = read_note(request)
         if note.verb not in self.verbs:
-            raise UserError(f"this site knows no request {note.verb!r:.40}: is the coordinator of another version?")
+            raise RefusalError(f"this site knows no request {note.verb!r:.40}: is the coordinator of another version?")
         try:
             return self._leave(note, self.verbs[note.verb](note))
         except (DiskError, OSError):  # what is in memory may be ahead of the disk: taken up from there the next time
@@ -73,9 +73,9 @@ class SiteHandle:
             raise
 
     def look(self, note: Note) -> Facts:
+        refuse_versions(note.facts["versions"])  # first: another version may not even read the settings
         config = load_config(note.facts["config"]).config
         refuse_run(self.settings.allow, config, build_method(config.method.name, config.method.options))
-        refuse_versions(note.facts["versions"])
         run = str(note.facts["run"])
         self._let_go()
         self.part = Participant(self._folder(run), self.settings, self.identity, config, run)
@@ -153,7 +153,7 @@ class SiteHandle:
     def _again(self, run: str) -> Participant:
         facts = Store(self._folder(run)).facts()
         if facts is None:
-            raise UserError(f"this site was never asked into the run {run!r:.40}")
+            raise RefusalError(f"this site was never asked into the run {run!r:.40}")
         config = load_config(facts["config"]).config
         refuse_run(self.settings.allow, config, build_method(config.method.name, config.method.options))
         part = Participant(self._folder(run), self.settings, self.identity, config, run)
@@ -165,7 +165,7 @@ class SiteHandle:
 
     def _folder(self, run: str) -> Path:
         if not run.isalnum():
-            raise UserError(f"{run!r:.40} is no run's id")
+            raise RefusalError(f"{run!r:.40} is no run's id")
         return self.folder / "runs" / run
 
     def _remember(self, part: Participant, **facts: Any) -> None:
@@ -201,7 +201,7 @@ def open_handle(folder: Path) -> SiteHandle:
 
 
 def refuse_versions(theirs: Mapping[str, str]) -> None:
-    """Raises UserError where a package is of another version than the coordinator's; a build's own mark aside."""
+    """Raises RefusalError where a package is of another version than the coordinator's; a build's own mark aside."""
     ours = versions()
     other = [
         f"{name} {ours[name]} here, {theirs.get(name, 'none')} at the coordinator"
@@ -209,15 +209,15 @@ def refuse_versions(theirs: Mapping[str, str]) -> None:
         if ours[name].partition("+")[0] != theirs.get(name, "none").partition("+")[0]
     ]
     if other:
-        raise UserError("other versions than the coordinator's: " + "; ".join(other) + ". Install the same ones")
+        raise RefusalError("other versions than the coordinator's: " + "; ".join(other) + ". Install the same ones")
 
 
 def refuse_base(theirs: Mapping[str, Any], part: Participant) -> None:
-    """Raises UserError for another base model or tokenizer than the coordinator's."""
+    """Raises RefusalError for another base model or tokenizer than the coordinator's."""
     ours = {"model": part.bench.base.fingerprint, "tokenizer": tokenizer_fingerprint(part.tokenizer)}
     for what, name in ours.items():
         if theirs[what] != name:
-            raise UserError(
-                f"another {what} than the coordinator's: {name} here ({part.bench.base.name}), {theirs[what]} there. "
-                "Say where the right one is with model = 'FOLDER' in site.toml"
+            raise RefusalError(
+                f"another {what} than the coordinator's: {name} here, {theirs[what]} there. The site says where the "
+                "right one is with model = 'FOLDER' in its site.toml"
             )

@@ -18,7 +18,7 @@ from fedsb.disk import safe_name, write_atomic
 from fedsb.engines.bench import Bench
 from fedsb.engines.resolved import local_training, open_sums
 from fedsb.engines.secure import Terms
-from fedsb.errors import RunError, UserError
+from fedsb.errors import RefusalError
 from fedsb.federation.basis_round import core_sums, inner_basis, outer_basis, whole_basis
 from fedsb.federation.cohort import Member
 from fedsb.federation.link import link_of, read_change
@@ -34,6 +34,7 @@ from fedsb.privacy.ledger import read_ledger
 from fedsb.privacy.setup import Promise, promise_of
 from fedsb.privacy.statement import spent
 from fedsb.privacy.sum_client import SumClient
+from fedsb.privacy.sum_messages import SumError
 from fedsb.settings import Config
 from fedsb.site.settings import SiteConfig, refuse_promise, refuse_sum
 from fedsb.site.store import Pending, Store
@@ -177,7 +178,7 @@ class Participant:
             self.summing = SumClient(terms.plan(len(change)), self.identity.name, self.identity.key)
             return self.summing.advertise()
         if self.summing is None:
-            raise RunError("this site has no part in a sum that is going on: it was started anew since")
+            raise SumError("this site has no part in a sum that is going on: it was started anew since")
         if phase == "sealed":
             return self.summing.share_keys(message)
         if phase == "masked":
@@ -187,7 +188,7 @@ class Participant:
         if phase == "shares":
             self._one_sum(pending.round, self.summing.survivors)
             return self.summing.unmask(message)
-        raise RunError(f"a secure sum has no phase {phase!r:.40}")
+        raise SumError(f"a secure sum has no phase {phase!r:.40}")
 
     # --- the end ---
 
@@ -274,7 +275,7 @@ class Participant:
 
     def _pending(self) -> Pending:
         if (pending := self.store.pending()) is None:
-            raise RunError("this site has nothing to put into a sum: it has not trained")
+            raise SumError("this site has nothing to put into a sum: it has not trained")
         return pending
 
     def _terms(self, cohort: list[str]) -> Terms:
@@ -282,14 +283,14 @@ class Participant:
         pending = self._pending()
         keys = {name: self.identity.directory[name] for name in cohort if name in self.identity.directory}
         if unknown := [name for name in cohort if name not in keys]:
-            raise UserError(f"a secure sum with {', '.join(unknown)}, whom this site's directory does not have")
+            raise RefusalError(f"a secure sum with {', '.join(unknown)}, whom this site's directory does not have")
         return self.sums.terms(pending.round, pending.basis, keys)
 
     def _one_sum(self, round: int, survivors: tuple[str, ...]) -> None:
         """The same change in two sums with other survivors would be told by their difference."""
         path = self.folder / "sums" / f"round-{round:04d}.json"
         if path.is_file() and json.loads(path.read_text()) != list(survivors):
-            raise RunError(
+            raise SumError(
                 f"this site's change of round {round + 1} is in a sum already, with others than "
                 f"{', '.join(survivors)}: a second sum would tell the difference"
             )

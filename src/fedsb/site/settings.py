@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import Field, ValidationError
 
 from fedsb.config import explain
-from fedsb.errors import ConfigError, UserError
+from fedsb.errors import ConfigError, RefusalError, UserError
 from fedsb.federation.payload import Payload
 from fedsb.methods.contract import Method
 from fedsb.privacy.accounting import Release, epsilon
@@ -55,7 +55,7 @@ def load_site(path: Path) -> SiteConfig:
 
 
 def refuse_run(allow: AllowConfig, config: Config, method: Method) -> None:
-    """Before anything of a run is done. Raises UserError with all that this site does not take part in."""
+    """Before anything of a run is done. Raises RefusalError with all that this site does not take part in."""
     faults = []
     if allow.methods is not None and config.method.name not in allow.methods:
         faults.append(f"method.name = {config.method.name!r}, allowed are {', '.join(allow.methods) or 'none'}")
@@ -73,16 +73,16 @@ def refuse_run(allow: AllowConfig, config: Config, method: Method) -> None:
     if method.facts.pools_data or not method.facts.global_model:
         faults.append(f"{method.facts.id} does not make one model of all sites")
     if faults:
-        raise UserError("this site's rules (site.toml) refuse the run: " + "; ".join(faults))
+        raise RefusalError("this site's rules (site.toml) refuse the run: " + "; ".join(faults))
 
 
 def refuse_promise(allow: AllowConfig, plan: PrivacyPlan, before: Iterable[Release]) -> None:
-    """Once the plan is made; `before` was released in other runs. Raises UserError where it comes to too much."""
+    """Once the plan is made; `before` was released in other runs. Raises RefusalError where it comes to too much."""
     if allow.epsilon is None:
         return
     total = epsilon([*before, *plan.releases()], plan.delta)
     if total > allow.epsilon:
-        raise UserError(
+        raise RefusalError(
             f"this site's rules (site.toml) refuse the run: it spends epsilon {plan.epsilon():.4g} (delta "
             f"{plan.delta:g}), {total:.4g} with all runs before it; allowed is {allow.epsilon:g}"
         )
@@ -90,22 +90,22 @@ def refuse_promise(allow: AllowConfig, plan: PrivacyPlan, before: Iterable[Relea
 
 def refuse_sum(allow: AllowConfig, clients: int) -> None:
     if clients < allow.sum_clients:
-        raise UserError(
+        raise RefusalError(
             f"this site's rules (site.toml) refuse the sum: it is of {clients} clients at least, allowed are "
             f"{allow.sum_clients} or more"
         )
 
 
 def refuse_payload(allow: AllowConfig, payload: Payload, size: int) -> None:
-    """Raises UserError for a message that must not leave."""
+    """Raises RefusalError for a message that must not leave."""
     if allow.megabytes is not None and size > allow.megabytes * 1e6:
-        raise UserError(
+        raise RefusalError(
             f"this site's rules (site.toml) refuse to send {size / 1e6:.3g} MB, allowed are {allow.megabytes:g} MB"
         )
     if allow.tensors is not None:
         other = [name for name in payload.tensors if not any(fnmatch(name, pattern) for pattern in allow.tensors)]
         if other:
-            raise UserError(
+            raise RefusalError(
                 f"this site's rules (site.toml) refuse to send {', '.join(other[:3])}"
                 + (f" and {len(other) - 3} more" if len(other) > 3 else "")
                 + f"; allowed are {', '.join(allow.tensors) or 'none'}"
