@@ -21,13 +21,18 @@ def serve(
         str | None, typer.Argument(metavar="[CONFIG]", help="The run: a TOML file, or the name of a recipe.")
     ] = None,
     init: Annotated[bool, typer.Option("--init", help="Make the federation: certificates and join files.")] = False,
-    site: Annotated[list[str], typer.Option("--site", help="With --init: a site's name; several for several.")] = [],  # noqa: B006
+    site: Annotated[
+        list[str],
+        typer.Option("--site", help="With --init: a site's name, or the NAME.site that it made; several for several."),
+    ] = [],  # noqa: B006
     host: Annotated[
         list[str], typer.Option("--host", help="With --init: the name or address under which sites reach this machine.")
     ] = [],  # noqa: B006
     port: Annotated[int | None, typer.Option("--port", help="The one port that sites reach; default 9443.")] = None,
     listen: Annotated[str, typer.Option("--listen", help="The address that the door opens on.")] = "0.0.0.0",
-    add: Annotated[str | None, typer.Option("--add", metavar="SITE", help="Make one more site's join file.")] = None,
+    add: Annotated[
+        str | None, typer.Option("--add", metavar="SITE", help="Make one more site's join file; as --site.")
+    ] = None,
     revoke: Annotated[str | None, typer.Option("--revoke", metavar="SITE", help="Shut a site out for good.")] = None,
     renew: Annotated[bool, typer.Option("--renew", help="Make a new server certificate.")] = False,
     sign: Annotated[bool, typer.Option("--sign", help="Sign the directory anew, after a site was revoked.")] = False,
@@ -39,14 +44,14 @@ def serve(
 
     if init:
         for path in register.serve_init(folder, site, host, register.PORT if port is None else port):
-            typer.echo(f"{path}\n    for the site {path.stem}, in private; it holds the site's keys")
+            typer.echo(f"{path}\n    {_to_whom(path)}")
         typer.echo(f"next: hand these out, then\n    fedsb serve {folder} my.toml")
         return
     if add is not None:
         path = register.add_site(folder, add)
         typer.echo(
-            f"{path}\n    for the site {add}, in private. The others take {folder / register.DIRECTORY} before they "
-            "are in a secure sum with it:\n    fedsb join FILE --directory directory.json"
+            f"{path}\n    {_to_whom(path)}. The others take {folder / register.DIRECTORY} before they are in a secure "
+            "sum with it:\n    fedsb join FILE --directory directory.json"
         )
         return
     if revoke is not None:
@@ -76,7 +81,12 @@ def serve(
 
 
 def join(
-    join_file: Annotated[Path, typer.Argument(metavar="FILE", help="The join file that the coordinator made.")],
+    join_file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="The join file that the coordinator made; with --new: NAME.site.")
+    ],
+    new: Annotated[
+        bool, typer.Option("--new", help="First: make this site's keys, and FILE for the coordinator, which has none.")
+    ] = False,
     data: Annotated[
         str | None, typer.Option("--data", help="This site's rows: a file or hub:owner/name; kept in site.toml.")
     ] = None,
@@ -95,9 +105,18 @@ def join(
 ) -> None:
     """Take part in a federation, until it is stopped. What this site allows is in its site.toml."""
     from fedsb.deployment import run
-    from fedsb.deployment.join_file import keep_join_file, update_directory
+    from fedsb.deployment.join_file import CARD, keep_join_file, make_keys, update_directory
+    from fedsb.site.settings import fingerprint
 
-    here = folder or Path(join_file.name.removesuffix(".join"))
+    here = folder or Path(join_file.name.removesuffix(".join").removesuffix(CARD))
+    if new:
+        card = make_keys(join_file, here)
+        typer.echo(
+            f"{join_file}\n    for the coordinator, which adds this site with it; nothing in it is secret\n"
+            f"{here}\n    holds the private keys; they never leave it\n"
+            f"fingerprint {fingerprint(bytes.fromhex(card.identity))}\n    to tell the other sites, by another way"
+        )
+        return
     site = keep_join_file(join_file, here).site
     _say_what_there_is(here, data)
     if directory is not None:
@@ -112,6 +131,14 @@ def join(
         return
     typer.echo(f"joining as {site}; logs in {here / 'logs'}, what leaves in {here / 'outbox.jsonl'}")
     run.join(join_file, here, HANDLE)
+
+
+def _to_whom(path: Path) -> str:
+    from fedsb.deployment.join_file import read_join_file
+
+    if read_join_file(path).node_key:
+        return f"for the site {path.stem}, in private: it holds the site's keys"
+    return f"for the site {path.stem}, which has the keys to it"
 
 
 def _say_what_there_is(folder: Path, data: str | None) -> None:

@@ -23,7 +23,7 @@ from fedsb.deployment import (
     update_directory,
 )
 from fedsb.deployment.federation import Register, read_federation
-from fedsb.deployment.join_file import keep_join_file
+from fedsb.deployment.join_file import keep_join_file, make_keys
 from fedsb.errors import UserError
 
 
@@ -52,6 +52,63 @@ def test_the_server_certificate_is_for_its_hosts_and_localhost(folder: Path) -> 
     assert names.get_values_for_type(x509.DNSName) == ["fed.example.org", "localhost"]
     assert [str(ip) for ip in names.get_values_for_type(x509.IPAddress)] == ["10.0.0.5", "127.0.0.1", "::1"]
     assert isinstance(certificates.tls_client((folder / "ca.pem").read_text()), ssl.SSLContext)
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    """A federation with a site that made its own keys, north, and one that did not, south."""
+    make_keys(tmp_path / "north.site", tmp_path / "site")
+    serve_init(tmp_path / "own", [str(tmp_path / "north.site"), "south"], ["localhost"])
+    return tmp_path / "own"
+
+
+def test_a_site_that_makes_its_own_keys_alone_has_them(own: Path, tmp_path: Path) -> None:
+    keys = json.loads((tmp_path / "site" / "site.keys").read_text())
+    assert stat.S_IMODE((tmp_path / "site" / "site.keys").stat().st_mode) == 0o600
+    for path in [tmp_path / "north.site", *(path for path in own.rglob("*") if path.is_file())]:
+        assert not any(secret in path.read_text() for secret in (keys["node_key"], keys["identity"])), path
+    join = keep_join_file(own / "joins" / "north.join", tmp_path / "site")
+    assert (
+        join
+        == read_join_file(tmp_path / "site" / "site.join")
+        == keep_join_file(own / "joins" / "north.join", tmp_path / "site")
+    )
+    assert certificates.public_identity(join.identity) == join.directory.sites["north"]
+    assert (join.node_key, join.identity) == (keys["node_key"], keys["identity"])
+
+
+def test_keys_that_are_not_the_sites(own: Path, tmp_path: Path) -> None:
+    join, other = own / "joins" / "north.join", tmp_path / "other"
+    with pytest.raises(UserError, match=r"there is no .*site.keys: take the folder in which"):
+        keep_join_file(join, other)
+    make_keys(tmp_path / "else" / "north.site", other)
+    with pytest.raises(UserError, match="made for other keys"):
+        keep_join_file(join, other)
+    with pytest.raises(UserError, match="keys that the coordinator made, and this site has made its own"):
+        keep_join_file(own / "joins" / "south.join", other)
+    with pytest.raises(UserError, match="keys are never overwritten"):
+        make_keys(tmp_path / "north.site", tmp_path / "site")
+    assert not (other / "site.join").exists()
+
+
+def test_sites_files_that_are_not_good(own: Path, tmp_path: Path) -> None:
+    card, before = json.loads((tmp_path / "north.site").read_text()), read_federation(own)
+    for change, match in [
+        ({"node_key": "none"}, "a key that is none"),
+        ({"identity": "00"}, "a key that is none"),
+        ({"extra": 1}, "damaged .extra."),
+        ({}, "site 'north' is there already"),
+        ({"site": "east"}, "'east' comes with a key of the site 'north'"),
+        ({"site": "../east"}, "a name is of letters"),
+    ]:
+        (tmp_path / "bad.site").write_text(json.dumps({**card, **change}))
+        with pytest.raises(UserError, match=match):
+            add_site(own, str(tmp_path / "bad.site"))
+    with pytest.raises(UserError, match="there is no site's file"):
+        serve_init(tmp_path / "new", ["none.site"], ["localhost"])
+    with pytest.raises(UserError, match="is named NAME"):
+        make_keys(tmp_path / "north.join", tmp_path / "new")
+    assert read_federation(own) == before and not (tmp_path / "new").exists()
 
 
 def test_nothing_is_overwritten(folder: Path) -> None:

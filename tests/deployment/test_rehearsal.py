@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from conftest import Said, adapter_bytes, set_all, write_toml
+from fedsb.deployment.join_file import read_join_file
 from fedsb.record import read_rows
 
 
@@ -22,6 +23,8 @@ def test_real_processes_make_the_same_adapter(
     here, federation = tmp_path / "runs" / "tiny", tmp_path / "runs" / "tiny-federation"
     there = federation / "coordinator" / "runs" / "tiny"
     assert adapter_bytes(there) == adapter_bytes(here)
+    for join in (federation / "coordinator" / "joins").iterdir():
+        assert read_join_file(join).node_key == ""  # sites made their own keys
     for name in ("site 0", "site 1", "site 2"):
         left = [row["what"] for row in read_rows(federation / "sites" / name / "outbox.jsonl")]
         assert left[:3] == ["look", "open", "start"]

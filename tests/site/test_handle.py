@@ -16,7 +16,7 @@ from fedsb.privacy.ledger import read_ledger
 from fedsb.record import read_rows
 from fedsb.run import federate
 from fedsb.site import handle as handle_module
-from fedsb.site.settings import load_site
+from fedsb.site.settings import fingerprint, load_site
 from laws.test_engines import federation, merged, remote_of
 
 PRIVATE = {
@@ -147,6 +147,30 @@ def test_another_base_model_is_refused(tiny_config: dict[str, Any], tmp_path: Pa
     wrong = Federation(tmp_path / "sites", sites.rows, {"model": str(tmp_path / "other")})
     with pytest.raises(RunError, match="another model than the coordinator's"):
         run(tiny_config, wrong)
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        ("site 1", ""),
+        ("site 0", "'site 1' has the key .*, and not the one in allow.peers"),
+        (None, "'site 1' is not in allow.peers"),
+    ],
+)
+def test_a_secure_sum_with_pinned_peers_alone(
+    told: str | None, said: str, tiny_config: dict[str, Any], tmp_path: Path
+) -> None:
+    sites = federation(tmp_path)
+    peers = {name: fingerprint(key).upper() for name, key in sites.directory.items() if name != "site 1"}
+    if told is not None:
+        peers["site 1"] = fingerprint(sites.directory[told])
+    sites.settings = {"allow": {"peers": peers}}
+    sites.kill_all()
+    if not said:
+        run(tiny_config, sites, server={"secure_sum": True})
+        return
+    with pytest.raises(RunError, match=said):
+        run(tiny_config, sites, server={"secure_sum": True})
 
 
 def test_a_sites_own_column_names(

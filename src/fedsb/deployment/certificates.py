@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
     PublicFormat,
     load_pem_private_key,
+    load_pem_public_key,
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
@@ -69,6 +70,18 @@ def new_identity() -> tuple[str, str]:
     """(private key, public key) of Ed25519, 32 bytes each, in hexadecimal."""
     key = Ed25519PrivateKey.generate()
     return key.private_bytes_raw().hex(), key.public_key().public_bytes_raw().hex()
+
+
+def public_identity(private: str) -> str:
+    """Of an identity's private key, both in hexadecimal."""
+    return Ed25519PrivateKey.from_private_bytes(bytes.fromhex(private)).public_key().public_bytes_raw().hex()
+
+
+def check_public(node_key: str, identity: str) -> None:
+    """Raises ValueError where these are not public keys of a node and of an identity."""
+    if not isinstance(load_pem_public_key(node_key.encode()), ec.EllipticCurvePublicKey):
+        raise ValueError("the node's is not of an elliptic curve")
+    Ed25519PublicKey.from_public_bytes(bytes.fromhex(identity))
 
 
 def sign(ca_key: str, text: bytes) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fedsb.deployment.join_file import KEPT, read_join_file
 from fedsb.errors import UserError
-from fedsb.site.settings import SITE, SiteConfig, load_site, refuse_run
+from fedsb.site.settings import SITE, SiteConfig, fingerprint, load_site, refuse_run
 
 SECONDS = 10.0
 
@@ -17,7 +17,9 @@ SECONDS = 10.0
 def try_out(folder: Path, config: str | None) -> Iterator[str]:
     """A line for each thing that is well. Raises UserError at the first that is not."""
     join = read_join_file(folder / KEPT)
-    yield f"join file: site {join.site} of federation {join.federation}, with {len(join.directory.sites)} sites"
+    yield f"join file: site {join.site} of federation {join.federation}, whose sites are, by fingerprint of their key:"
+    for name, key in sorted(join.directory.sites.items()):
+        yield f"  {fingerprint(bytes.fromhex(key))}  {name}"
     site = load_site(folder / SITE)
     yield f"site.toml: {site.allow.model_dump(exclude_none=True)}"
     yield from _rows(folder, site, config)

@@ -3,7 +3,7 @@
 federation.json    its id, its address, and every site's public keys
 ca.pem, ca.key     the authority; ca.key is needed only to add, revoke and renew: keep it elsewhere in between
 server.pem, .key   what the public door shows
-joins/NAME.join    to hand to each site in private, and then delete: who has it is the site
+joins/NAME.join    to hand to each site; in private, and then to delete, where it holds the keys: who has it is the site
 directory.json     who has which identity, signed; for sites that joined before the last change
 """
 
@@ -17,8 +17,18 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fedsb.deployment import certificates
-from fedsb.deployment.join_file import Directory, JoinFile, write_join_file, write_secret
-from fedsb.disk import safe_name, write_atomic
+from fedsb.deployment.join_file import (
+    CARD,
+    Card,
+    Directory,
+    JoinFile,
+    Keys,
+    check_names,
+    read_card,
+    write_join_file,
+    write_secret,
+)
+from fedsb.disk import write_atomic
 from fedsb.errors import UserError, did_you_mean
 
 FEDERATION, DIRECTORY = "federation.json", "directory.json"
@@ -62,7 +72,8 @@ class Federation(BaseModel):
 def serve_init(folder: Path, sites: Sequence[str], hosts: Sequence[str], port: int = PORT) -> list[Path]:
     """Makes a federation: its authority, the server's certificate for `hosts`, and a join file per site (returned).
 
-    Raises UserError where the folder holds a federation already, or for a name that no file can have.
+    A site is a name, for which keys are made, or the path of its own `NAME.site`. Raises UserError where the folder
+    holds a federation already, or for a name that no file can have.
     """
     if (folder / FEDERATION).exists():
         raise UserError(f"{folder} holds a federation already: add sites to it, or take another folder")
@@ -70,7 +81,8 @@ def serve_init(folder: Path, sites: Sequence[str], hosts: Sequence[str], port: i
         raise UserError("no host: give the name or address under which sites reach this machine")
     if not 1 <= port <= 65535:
         raise UserError(f"port {port}: a port is from 1 to 65535")
-    _check_names(sites)
+    newcomers = [_newcomer(site) for site in sites]
+    check_names([card.site for card, _ in newcomers])
     federation = Federation(id=secrets.token_hex(8), hosts=list(hosts), port=port, serial=0, sites={})
     ca, ca_key = certificates.new_authority(federation.id)
     write_secret(folder / CA_KEY, ca_key)
@@ -78,20 +90,17 @@ def serve_init(folder: Path, sites: Sequence[str], hosts: Sequence[str], port: i
     certificate, key = certificates.new_server(ca, ca_key, hosts)
     write_secret(folder / SERVER_KEY, key)
     write_atomic(folder / SERVER, certificate.encode())
-    return _add(folder, federation, sites)
+    return _add(folder, federation, newcomers)
 
 
 def add_site(folder: Path, site: str) -> Path:
-    """Makes the join file of one more site; a coordinator that is serving lets it in at once.
+    """Makes the join file of one more site, a name or a `NAME.site`; a coordinator that is serving lets it in at once.
 
     The other sites take the new `directory.json` before they are in a secure sum with it.
     """
-    federation = read_federation(folder)
-    if site in federation.sites:
-        was = "was revoked, and its name is not given again" if federation.sites[site].revoked else "is there already"
-        raise UserError(f"site {site!r} {was}: take another name")
-    _check_names([site])
-    return _add(folder, federation, [site])[0]
+    newcomer = _newcomer(site)
+    check_names([newcomer[0].site])
+    return _add(folder, read_federation(folder), [newcomer])[0]
 
 
 def revoke(folder: Path, site: str) -> None:
@@ -156,45 +165,45 @@ class Register:
         return self._federation
 
 
-def _check_names(sites: Sequence[str]) -> None:
-    for name in sites:
-        if safe_name(name) != name:
-            raise UserError(
-                f"site {name!r}: a name is of letters, digits, spaces, '.', '_' and '-', at most 50 of them"
-            )
-    twice = sorted({name for name in sites if list(sites).count(name) > 1})
-    if twice:
-        raise UserError(f"sites named twice: {', '.join(twice)}")
-
-
-def _add(folder: Path, federation: Federation, names: Sequence[str]) -> list[Path]:
-    """Makes keys for new sites; the register is written last, so that what failed midway can be repeated."""
-    made, paths, sites = {}, [folder / "joins" / f"{name}.join" for name in names], dict(federation.sites)
-    for path in paths:
-        if path.exists():
-            raise UserError(f"{path} is there already, and keys are never overwritten: move it away first")
-    for name in names:
-        made[name] = (certificates.new_node_key(), certificates.new_identity())
-        (_, node_public), (_, identity_public) = made[name]
-        sites[name] = SiteEntry(node_key=node_public, identity=identity_public)
+def _add(folder: Path, federation: Federation, newcomers: Sequence[tuple[Card, Keys]]) -> list[Path]:
+    """Registers new sites; the register is written last, so that what failed midway can be repeated."""
+    sites, paths = dict(federation.sites), []
+    for card, _ in newcomers:
+        if (there := sites.get(card.site)) is not None:
+            was = "was revoked, and its name is not given again" if there.revoked else "is there already"
+            raise UserError(f"site {card.site!r} {was}: take another name")
+        for name, other in sites.items():
+            if card.node_key == other.node_key or card.identity == other.identity:
+                raise UserError(f"site {card.site!r} comes with a key of the site {name!r}: each has keys of its own")
+        sites[card.site] = SiteEntry(node_key=card.node_key, identity=card.identity)
+        paths.append(folder / "joins" / f"{card.site}.join")
+        if paths[-1].exists():
+            raise UserError(f"{paths[-1]} is there already, and keys are never overwritten: move it away first")
     federation = federation.model_copy(update={"sites": sites, "serial": federation.serial + 1})
     directory = _directory(folder, federation)
     ca = (folder / CA).read_text()
-    for name, path in zip(names, paths, strict=True):
-        (node_private, _), (identity_private, _) = made[name]
+    for (card, keys), path in zip(newcomers, paths, strict=True):
         join = JoinFile(
             federation=federation.id,
-            site=name,
+            site=card.site,
             address=federation.address,
             ca=ca,
-            node_key=node_private,
-            identity=identity_private,
+            node_key=keys.node_key,
+            identity=keys.identity,
             directory=directory,
         )
         write_join_file(join, path)
     _write(folder, federation)
     sign_directory(folder)
     return paths
+
+
+def _newcomer(site: str) -> tuple[Card, Keys]:
+    """(its public keys, its private ones), of a name, for which they are made; those of a card stay with its site."""
+    if site.endswith(CARD):
+        return read_card(Path(site)), Keys(node_key="", identity="")
+    (node_private, node_public), (private, public) = certificates.new_node_key(), certificates.new_identity()
+    return Card(site=site, node_key=node_public, identity=public), Keys(node_key=node_private, identity=private)
 
 
 def _write(folder: Path, federation: Federation) -> None:

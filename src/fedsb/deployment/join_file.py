@@ -1,25 +1,29 @@
-"""The one file that a site needs to take part, made by the coordinator and handed over in private.
+"""What a site needs to take part: the coordinator's join file, and keys of its own.
 
-It holds two private keys: who has it is the site. The directory in it says which identity key each site has; when sites
-come or go the coordinator hands out a newer one, signed by the federation's authority (`directory.json`).
+A site makes its keys itself (`fedsb join NAME.site --new`): the private ones stay in its folder, and NAME.site, which
+the coordinator gets, has the public ones. Or the coordinator makes them: the join file then holds the private keys, and
+who has it is the site. The directory says which identity key each site has; when sites come or go the coordinator hands
+out a newer one, signed by the federation's authority (`directory.json`).
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from fedsb.deployment.certificates import check_dates, signed
-from fedsb.disk import disk_errors, write_atomic
+from fedsb.deployment.certificates import check_dates, check_public, new_identity, new_node_key, public_identity, signed
+from fedsb.disk import disk_errors, safe_name, write_atomic
 from fedsb.errors import UserError
 
-VERSION = 1  # of both files
-KEPT = "site.join"  # its name in a site's folder
+VERSION = 1  # of all files here
+KEPT = "site.join"  # its name in a site's folder, there with the keys
+KEYS = "site.keys"  # in a site's folder: those that it made
+CARD = ".site"  # how the file ends that a coordinator gets of such a site
 
 File = TypeVar("File", bound="_Strict")
 
@@ -43,6 +47,23 @@ class Directory(_Strict):
         return json.dumps(self.model_dump(exclude={"signature"}), sort_keys=True).encode()
 
 
+class Card(_Strict):
+    """What a coordinator is told of a site that made its own keys: the public ones."""
+
+    version: Literal[1] = 1
+    site: str
+    node_key: str  # PEM
+    identity: str  # Ed25519, hexadecimal
+
+
+class Keys(_Strict):
+    """A site's private keys."""
+
+    version: Literal[1] = 1
+    node_key: str  # PEM: proves to the coordinator who asks
+    identity: str  # Ed25519, hexadecimal: proves to other sites who is in a secure sum
+
+
 class JoinFile(_Strict):
     """What a site knows of its federation."""
 
@@ -51,8 +72,8 @@ class JoinFile(_Strict):
     site: str
     address: str  # host:port
     ca: str  # certificate, PEM
-    node_key: str  # private, PEM: proves to the coordinator who asks
-    identity: str  # private Ed25519, hexadecimal: proves to other sites who is in a secure sum
+    node_key: str  # as in Keys; both are empty in the file of a site that made its own
+    identity: str
     directory: Directory
 
 
@@ -64,6 +85,44 @@ def read_join_file(path: Path) -> JoinFile:
     return join
 
 
+def make_keys(path: Path, folder: Path) -> Card:
+    """Makes a site's keys in its folder, and the file for the coordinator.
+
+    Raises UserError where there are keys already, or for a name that no site can have.
+    """
+    name = path.name.removesuffix(CARD)
+    if path.name != name + CARD:
+        raise UserError(f"{path}: the file for the coordinator is named NAME{CARD}, after the site")
+    check_names([name])
+    (node_private, node_public), (private, public) = new_node_key(), new_identity()
+    card = Card(site=name, node_key=node_public, identity=public)
+    write_secret(folder / KEYS, Keys(node_key=node_private, identity=private).model_dump_json(indent=2) + "\n")
+    write_atomic(path, (card.model_dump_json(indent=2) + "\n").encode())
+    return card
+
+
+def read_card(path: Path) -> Card:
+    """Raises UserError for one that is missing, damaged, or whose keys are none."""
+    card = _read(Card, path, "site's file")
+    try:
+        check_public(card.node_key, card.identity)
+    except ValueError as error:
+        raise UserError(f"{path} holds a key that is none ({error}): ask the site for it again") from None
+    return card
+
+
+def check_names(sites: Sequence[str]) -> None:
+    """Raises UserError for a name that no file can have, and for one that is there twice."""
+    for name in sites:
+        if safe_name(name) != name:
+            raise UserError(
+                f"site {name!r}: a name is of letters, digits, spaces, '.', '_' and '-', at most 50 of them"
+            )
+    twice = sorted({name for name in sites if list(sites).count(name) > 1})
+    if twice:
+        raise UserError(f"sites named twice: {', '.join(twice)}")
+
+
 def write_join_file(join: JoinFile, path: Path) -> None:
     """For its owner's eyes (0600). Raises UserError where there is one already."""
     write_secret(path, join.model_dump_json(indent=2) + "\n")
@@ -72,9 +131,9 @@ def write_join_file(join: JoinFile, path: Path) -> None:
 def keep_join_file(path: Path, folder: Path) -> JoinFile:
     """Reads a join file and keeps a copy in the site's folder, which is then that site's in that federation alone.
 
-    Raises UserError where the folder is already another's.
+    Raises UserError where the folder is already another's, and where the site's own keys are not those it joins with.
     """
-    join, kept = read_join_file(path), folder / KEPT
+    join, kept = _with_keys(read_join_file(path), path, folder), folder / KEPT
     if not kept.exists():
         write_join_file(join, kept)
         return join
@@ -113,6 +172,29 @@ def write_secret(path: Path, text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
+
+
+def _with_keys(join: JoinFile, path: Path, folder: Path) -> JoinFile:
+    """The join file with the private keys, its own or the folder's."""
+    own = folder / KEYS
+    if join.node_key:
+        if own.exists():
+            raise UserError(
+                f"{path} holds keys that the coordinator made, and this site has made its own ({own}): who has that "
+                f"file could speak for it. Have the coordinator add {join.site}{CARD}, or take another folder"
+            )
+        return join
+    if not own.exists():
+        raise UserError(
+            f"{path} is for a site that made its own keys, and there is no {own}: take the folder in which "
+            f"`fedsb join {join.site}{CARD} --new` was called, with --folder"
+        )
+    keys = _read(Keys, own, "file of keys")
+    if public_identity(keys.identity) != join.directory.sites.get(join.site):
+        raise UserError(
+            f"{path} was made for other keys than those in {own}: give the coordinator {join.site}{CARD} again"
+        )
+    return join.model_copy(update={"node_key": keys.node_key, "identity": keys.identity})
 
 
 def _replace(path: Path, join: JoinFile) -> None:

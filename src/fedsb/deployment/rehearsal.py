@@ -19,6 +19,7 @@ from fedsb.data.sites import rows_by_client
 from fedsb.data.sources import Row
 from fedsb.deployment.coordinate import PROGRAM, prepare
 from fedsb.deployment.federation import serve_init
+from fedsb.deployment.join_file import CARD, make_keys
 from fedsb.deployment.run import serve
 from fedsb.disk import write_atomic
 from fedsb.errors import UserError
@@ -40,7 +41,10 @@ def rehearse(loaded: Loaded) -> Path:
         raise UserError(f"{folder} is there already: delete it, or give another name (--set name=other)")
     rows, test = rows_by_client(config, load_tokenizer(config.model))
     port = _free_port()
-    joins = serve_init(folder / "coordinator", sorted(rows), [LOCALHOST], port)
+    cards = {name: folder / "sites" / f"{name}{CARD}" for name in sorted(rows)}
+    for name, card in cards.items():
+        make_keys(card, folder / "sites" / name)
+    joins = serve_init(folder / "coordinator", [str(card) for card in cards.values()], [LOCALHOST], port)
     if test and config.data.test is None:  # of built-in rows
         write_atomic(folder / "test.jsonl", json_lines(test))
         data = {**loaded.given.get("data", {}), "test": str(folder / "test.jsonl")}

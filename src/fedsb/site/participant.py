@@ -36,7 +36,7 @@ from fedsb.privacy.statement import spent
 from fedsb.privacy.sum_client import SumClient
 from fedsb.privacy.sum_messages import SumError
 from fedsb.settings import Config
-from fedsb.site.settings import SiteConfig, refuse_promise, refuse_sum
+from fedsb.site.settings import SiteConfig, refuse_peers, refuse_promise, refuse_sum
 from fedsb.site.store import Pending, Store
 
 
@@ -284,6 +284,7 @@ class Participant:
         keys = {name: self.identity.directory[name] for name in cohort if name in self.identity.directory}
         if unknown := [name for name in cohort if name not in keys]:
             raise RefusalError(f"a secure sum with {', '.join(unknown)}, whom this site's directory does not have")
+        refuse_peers(self.settings.allow, {name: key for name, key in keys.items() if name != self.identity.name})
         return self.sums.terms(pending.round, pending.basis, keys)
 
     def _one_sum(self, round: int, survivors: tuple[str, ...]) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -29,6 +30,9 @@ class AllowConfig(Section):
     tensors: list[str] | None = Field(None, description="that may leave, as patterns of names: ['*.R', 'classifier.*']")
     megabytes: Rate | None = Field(None, description="of one message that leaves, in 1e6 bytes")
     sum_clients: Count = Field(0, description="of a secure sum, at least; 0: single updates may leave")
+    peers: dict[str, str] | None = Field(
+        None, description="of a secure sum: the only sites, each with the fingerprint of its key as that site tells it"
+    )
     losses: bool = Field(True, description="whether the training loss and the site's own score may leave")
 
 
@@ -94,6 +98,23 @@ def refuse_sum(allow: AllowConfig, clients: int) -> None:
             f"this site's rules (site.toml) refuse the sum: it is of {clients} clients at least, allowed are "
             f"{allow.sum_clients} or more"
         )
+
+
+def refuse_peers(allow: AllowConfig, cohort: Mapping[str, bytes]) -> None:
+    """Before a key is sent to the cohort (name -> identity key). Raises RefusalError for one that is not as pinned."""
+    if allow.peers is None:
+        return
+    for name, key in cohort.items():
+        found, pinned = fingerprint(key), allow.peers.get(name)
+        if pinned is None or pinned.replace(" ", "").lower() != found.replace(" ", ""):
+            why = "is not in allow.peers" if pinned is None else f"has the key {found}, and not the one in allow.peers"
+            raise RefusalError(f"this site's rules (site.toml) refuse the sum: {name!r} {why}")
+
+
+def fingerprint(identity: bytes) -> str:
+    """By which people compare a site's public identity key: half of its SHA-256, in groups of four."""
+    digest = hashlib.sha256(identity).hexdigest()[:32]
+    return " ".join(digest[at : at + 4] for at in range(0, 32, 4))
 
 
 def refuse_payload(allow: AllowConfig, payload: Payload, size: int) -> None:
