@@ -11,7 +11,7 @@ help:
 	@echo "make test         all tests (about ten minutes on two cores)"
 	@echo "make test-long    the tests that take longer"
 	@echo "make lint         ruff and mypy"
-	@echo "make faults       every fault of a federation, carried out on a real one (about twenty minutes)"
+	@echo "make faults       every fault of a federation, carried out on a real one (about half an hour)"
 	@echo "make install      .venv with everything the tests need"
 
 # constraints.txt pins what the tests ran with; torch first, so that nothing asks for another build of it.

@@ -1,6 +1,6 @@
 """Every fault that a federation can meet, carried out on a real one: what was said, how long it took, what was lost.
 
-    make faults        (about twenty minutes on two cores; --only unbroken kills answers private)
+    make faults        (half an hour on two cores, ten minutes of it a pause; --only unbroken kills answers private)
 
 A coordinator and three sites, each in processes of its own, TLS between them; a tiny model: a round takes a second.
 Writes faults.json and faults.md beside this file.

@@ -31,7 +31,7 @@ PLAN = [(2 + i, phase, *each) for i, (phase, each) in enumerate((p, e) for p in 
 PLAN += [(2 + len(PLAN) + 2 * i, "checkpoint", *each) for i, each in enumerate(PROCESSES)]
 FULL = PLAN[-1][0] + 2  # the round in which the coordinator's disk is full
 PAUSED = FULL + 1  # the round in which the coordinator is stopped for a while
-PAUSE_SECONDS = 30.0
+PAUSE_SECONDS = 600.0
 HURT_ROUNDS = PAUSED + 2
 FINISH = [("site-a", "node"), ("site-b", "trainer"), ("site-c", "supervisor")]
 
@@ -102,7 +102,7 @@ def full_disk(rig: Rig) -> dict[str, Any]:
 
 
 def pause(rig: Rig) -> dict[str, Any]:
-    """SIGTERM, half a minute of nothing, the same command again."""
+    """SIGTERM, ten minutes of nothing, the same command again."""
     begun = now()
     rig.when("site-b", "round", PAUSED)
     at = time.monotonic()
