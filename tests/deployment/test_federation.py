@@ -79,6 +79,8 @@ def test_a_site_that_makes_its_own_keys_alone_has_them(own: Path, tmp_path: Path
 
 def test_keys_that_are_not_the_sites(own: Path, tmp_path: Path) -> None:
     join, other = own / "joins" / "north.join", tmp_path / "other"
+    with pytest.raises(UserError, match="is for the coordinator"):
+        keep_join_file(tmp_path / "north.site", tmp_path / "site")
     with pytest.raises(UserError, match=r"there is no .*site.keys: take the folder in which"):
         keep_join_file(join, other)
     make_keys(tmp_path / "else" / "north.site", other)

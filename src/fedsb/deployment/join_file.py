@@ -133,6 +133,8 @@ def keep_join_file(path: Path, folder: Path) -> JoinFile:
 
     Raises UserError where the folder is already another's, and where the site's own keys are not those it joins with.
     """
+    if path.name.endswith(CARD):
+        raise UserError(f"{path} is for the coordinator, which makes the join file with it: join with that")
     join, kept = _with_keys(read_join_file(path), path, folder), folder / KEPT
     if not kept.exists():
         write_join_file(join, kept)
