@@ -1,26 +1,28 @@
-"""Score against epsilon and against bytes, from the comparisons in this folder.
+"""Score against epsilon and against bytes, from a folder's comparison (epsilon 3) and those in epsilon-1 and epsilon-10.
 
-pip install matplotlib;  python benchmarks/sst2_private/plot.py          writes scores.svg
+pip install matplotlib;  python benchmarks/private_plot.py benchmarks/snli_private          writes scores.svg there
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 
-HERE = Path(__file__).parent
-EPSILONS = {1.0: HERE / "epsilon-1", 3.0: HERE, 10.0: HERE / "epsilon-10"}
+EPSILONS = {1.0: "epsilon-1", 3.0: ".", 10.0: "epsilon-10"}
 
 
-def main() -> None:
+def main(here: Path) -> None:
     plt.rcParams["svg.hashsalt"] = "fedsb"  # the same file from the same figures
     found = {
-        epsilon: {row["contender"]: row for row in json.loads((folder / "comparison.json").read_text())["contenders"]}
+        epsilon: {
+            row["contender"]: row for row in json.loads((here / folder / "comparison.json").read_text())["contenders"]
+        }
         for epsilon, folder in EPSILONS.items()
-        if (folder / "comparison.json").exists()
+        if (here / folder / "comparison.json").exists()
     }
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
     for name in {name: None for rows in found.values() for name in rows}:
@@ -34,7 +36,7 @@ def main() -> None:
     right.set(xscale="log", xlabel="MB sent in all, epsilon 3")
     left.legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(HERE / "scores.svg", metadata={"Date": None})
+    figure.savefig(here / "scores.svg", metadata={"Date": None})
 
 
 def draw(axes: Any, x: list[float], rows: list[dict[str, Any]], name: str) -> None:
@@ -43,4 +45,4 @@ def draw(axes: Any, x: list[float], rows: list[dict[str, Any]], name: str) -> No
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]))
