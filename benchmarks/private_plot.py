@@ -1,4 +1,4 @@
-"""Score against epsilon and against bytes, from a folder's comparison (epsilon 3) and those in epsilon-1 and epsilon-10.
+"""Score against epsilon and against bytes: a folder's comparison at epsilon 3, and those in epsilon-1 and epsilon-10.
 
 pip install matplotlib;  python benchmarks/private_plot.py benchmarks/snli_private          writes scores.svg there
 """
