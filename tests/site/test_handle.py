@@ -39,6 +39,7 @@ def allowing(folder: Path, **allow: Any) -> Federation:
     ("allow", "said"),
     [
         ({"methods": ["fedit"]}, "method.name = 'fed-sb', allowed are fedit"),
+        ({"models": ["minilm"]}, "allowed are minilm"),
         ({"rounds": 2}, "rounds = 3, allowed are 2"),
         ({"epsilon": 3.0}, "allowed is 'example' with epsilon up to 3"),
         ({"sum_clients": 3}, "server.secure_sum = false, allowed are sums of 3 clients or more"),

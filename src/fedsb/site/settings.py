@@ -25,6 +25,7 @@ class AllowConfig(Section):
     """What a site takes part in. What is not set is not limited."""
 
     methods: list[str] | None = Field(None, description="by name, as in `fedsb ls methods`")
+    models: list[str] | None = Field(None, description="base models, by the run's name of them (model.name)")
     rounds: Positive | None = Field(None, description="of one run")
     epsilon: Rate | None = Field(None, description="of all runs together, for a row of this site; others are refused")
     tensors: list[str] | None = Field(None, description="that may leave, as patterns of names: ['*.R', 'classifier.*']")
@@ -63,6 +64,8 @@ def refuse_run(allow: AllowConfig, config: Config, method: Method) -> None:
     faults = []
     if allow.methods is not None and config.method.name not in allow.methods:
         faults.append(f"method.name = {config.method.name!r}, allowed are {', '.join(allow.methods) or 'none'}")
+    if allow.models is not None and config.model.name not in allow.models:
+        faults.append(f"model.name = {config.model.name!r}, allowed are {', '.join(allow.models) or 'none'}")
     if allow.rounds is not None and config.rounds > allow.rounds:
         faults.append(f"rounds = {config.rounds}, allowed are {allow.rounds}")
     if allow.epsilon is not None and config.privacy.unit != "example":
