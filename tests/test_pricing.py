@@ -13,6 +13,7 @@ import torch
 from conftest import Said, labelled_rows, set_all, write_rows, write_toml
 from fedsb.adapters.adapted import find_targets
 from fedsb.config import load_config
+from fedsb.data.sites import load_rows, open_task_of
 from fedsb.errors import UserError
 from fedsb.memory import trained_values, training_memory
 from fedsb.methods import build_method
@@ -20,7 +21,7 @@ from fedsb.methods.fed_sb import FedSB
 from fedsb.methods.fedit import FedIT
 from fedsb.methods.flora import FLoRA
 from fedsb.models.hub import SHIPPED, shipped_shapes
-from fedsb.models.load import load_base
+from fedsb.models.load import load_base, load_tokenizer
 from fedsb.pricing import estimate
 from fedsb.settings import ModelConfig
 
@@ -433,6 +434,14 @@ def test_without_rows_nothing_trains_on_others(
     for command in (["run"], ["run", "--engine", "flower"], ["check", "--set", "engine.name=embedded"]):
         said = cli(command[0], toml, *command[1:])
         assert said.code == 1 and "data.train is not set: name the rows to train on" in said.err, command
+
+
+def test_a_served_run_is_scored_on_its_own_test_rows_or_on_none(tiny_config: dict[str, Any]) -> None:
+    config = load_config(served(tiny_config)).config
+    task = open_task_of(config, load_tokenizer(config.model))
+    assert len(load_rows(config, task, None).rows) == 40
+    with pytest.raises(UserError, match="no test file of its own: name one with --data"):
+        load_rows(load_config(set_all(tiny_config, data={})).config, task, None)
 
 
 def test_check_refuses_a_sum_that_hides_nothing(tiny_config: dict[str, Any]) -> None:
