@@ -111,6 +111,7 @@ def test_check(cli: Callable[..., Said], toml: Path, tmp_path: Path) -> None:
     assert "model.device cpu auto: no CUDA device" in lines
     assert any(line.startswith("fed-sb (rank 4) <- this run 0 B") for line in lines)
     assert "A client, a round: 192 values up, 192 down, and the head's 99 each way; once: 0" in lines
+    assert "In bytes, with the head: 1.16 kB up, 1.16 kB down" in lines
     assert not (tmp_path / "runs").exists()
 
 

@@ -235,6 +235,8 @@ def test_nothing_to_score(tiny_config: dict[str, Any]) -> None:
     bare = set_all(tiny_config, data={"train": "x.jsonl"}, clients={"split": "iid"})
     with pytest.raises(ConfigError, match=r"there are no rows to score: name data.test, or set clients.held_out"):
         contenders_of(load_config(asked(bare, methods=["fedit"])))
+    with pytest.raises(ConfigError, match=r"there are no rows to train on: name data.train"):
+        contenders_of(load_config(asked(set_all(bare, data={}), methods=["fedit"])))
 
 
 # --- the rows that are tuned on ---

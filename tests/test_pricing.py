@@ -13,6 +13,7 @@ import torch
 from conftest import Said, labelled_rows, set_all, write_rows, write_toml
 from fedsb.adapters.adapted import find_targets
 from fedsb.config import load_config
+from fedsb.data.sites import load_rows, open_task_of
 from fedsb.errors import UserError
 from fedsb.memory import trained_values, training_memory
 from fedsb.methods import build_method
@@ -20,7 +21,7 @@ from fedsb.methods.fed_sb import FedSB
 from fedsb.methods.fedit import FedIT
 from fedsb.methods.flora import FLoRA
 from fedsb.models.hub import SHIPPED, shipped_shapes
-from fedsb.models.load import load_base
+from fedsb.models.load import load_base, load_tokenizer
 from fedsb.pricing import estimate
 from fedsb.settings import ModelConfig
 
@@ -373,6 +374,74 @@ def test_a_missing_local_file_is_not_known_and_a_misspelt_one_is_a_fault(
     write_rows(tmp_path / "data" / "trian.jsonl", labelled_rows(9, 0))
     said = cli("check", toml)
     assert said.code == 1 and "near it there is trian.jsonl" in said.err
+
+
+def served(config: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """As a coordinator has it: without training rows, and with a test file of its own."""
+    return set_all(config, data={"test": config["data"]["test"]}, clients={"count": 3}, **changes)
+
+
+def test_a_coordinators_toml_is_priced_without_rows(
+    cli: Callable[..., Said], tiny_config: dict[str, Any], tmp_path: Path
+) -> None:
+    toml = write_toml(tmp_path / "served.toml", served(tiny_config))
+    here, said = estimate(load_config(set_all(tiny_config, clients={"count": 3}))), cli("check", toml)
+    assert said.code == 0 and said.err == ""
+    flat = " ".join(said.out.split())
+    assert "engine.name flower auto: data.train is not set, so the rows are at the sites of `fedsb serve`" in flat
+    assert "Not known here: - the rows: data.train is not set, so this is checked as a run of `fedsb serve`" in flat
+    assert "how many sites there are: priced for 3 (clients.count)" in flat
+    assert "the head is priced for 3, as many as data.test has; say data.classes" in flat
+    found = json.loads(cli("check", toml, "--set", "engine.name=flower", "--json").out)
+    assert found["prices"] == here["prices"]
+    assert (found["seconds"], found["clients"], found["privacy"]) == (None, None, None)
+    assert found["memory_bytes"] == found["client_memory_bytes"] == here["client_memory_bytes"]
+
+
+def test_what_a_coordinator_cannot_run_is_refused_by_check(tiny_config: dict[str, Any]) -> None:
+    for changes, part in (
+        ({"method": {"name": "local", "rank": 2}}, "data.train is not set: the rows are at the sites.*local leaves"),
+        ({"data": {"test": "tset.jsonl", "tune_share": 0.1}}, "tune in a simulation"),
+        ({"task": {"kind": "classification", "label": "lable"}}, "has no column 'lable'"),
+    ):
+        with pytest.raises(UserError, match=part):
+            estimate(load_config({**served(tiny_config), **changes}))
+
+
+def test_training_rows_may_stand_for_those_of_the_sites(tiny_config: dict[str, Any]) -> None:
+    found = estimate(load_config(tiny_config, ["engine.name=flower"]))
+    assert found["unknown"] == [
+        "the sites and their rows: data.train and [clients] stand for them, as in a rehearsal",
+    ]
+    assert found["clients"] and found["seconds"] and found["memory_bytes"] == found["client_memory_bytes"]
+
+
+def test_privacy_without_rows(tiny_config: dict[str, Any]) -> None:
+    rows = estimate(load_config(served(tiny_config, privacy={"unit": "example", "epsilon": 3.0})))
+    assert rows["privacy"] is None
+    assert any("calibrated to privacy.epsilon = 3 when all have said" in line for line in rows["unknown"])
+    fixed = estimate(load_config(served(tiny_config, privacy={"unit": "example", "noise_multiplier": 1.0})))
+    assert any(line.startswith("epsilon: it follows from privacy.noise_multiplier") for line in fixed["unknown"])
+    whole = served(tiny_config, privacy={"unit": "client", "epsilon": 3.0}, server={"weighting": "uniform"})
+    promise = estimate(load_config(whole))["privacy"]  # hangs on how many sites there are, and on no row
+    assert promise == estimate(load_config(set_all(tiny_config, **{**whole, "data": tiny_config["data"]})))["privacy"]
+
+
+def test_without_rows_nothing_trains_on_others(
+    cli: Callable[..., Said], tiny_config: dict[str, Any], tmp_path: Path
+) -> None:
+    toml = write_toml(tmp_path / "served.toml", served(tiny_config))
+    for command in (["run"], ["run", "--engine", "flower"], ["check", "--set", "engine.name=embedded"]):
+        said = cli(command[0], toml, *command[1:])
+        assert said.code == 1 and "data.train is not set: name the rows to train on" in said.err, command
+
+
+def test_a_served_run_is_scored_on_its_own_test_rows_or_on_none(tiny_config: dict[str, Any]) -> None:
+    config = load_config(served(tiny_config)).config
+    task = open_task_of(config, load_tokenizer(config.model))
+    assert len(load_rows(config, task, None).rows) == 40
+    with pytest.raises(UserError, match="no test file of its own: name one with --data"):
+        load_rows(load_config(set_all(tiny_config, data={})).config, task, None)
 
 
 def test_check_refuses_a_sum_that_hides_nothing(tiny_config: dict[str, Any]) -> None:

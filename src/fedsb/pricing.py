@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -17,51 +17,43 @@ import torch
 from fedsb.adapters.adapted import AdaptedModel, Shapes, find_targets
 from fedsb.adapters.basis import check_rank
 from fedsb.adapters.layer import is_linear, linear_shape
+from fedsb.at_hand import at_hand
 from fedsb.charts import bytes_text
 from fedsb.comparison.contenders import Contender, contenders_of
 from fedsb.config import Loaded
-from fedsb.data.partition import client_names
-from fedsb.data.sites import Data, open_data, open_task_of
+from fedsb.data.sites import Data, elsewhere
 from fedsb.data.tasks import TASKS
 from fedsb.data.tasks.base import Task, ids, pad_token
 from fedsb.engines.resolved import auto_cohort_size, local_training, open_sums, public_rows, targets_choice
 from fedsb.errors import NotAtHandError, UserError
 from fedsb.federation.basis_round import basis_values
 from fedsb.federation.client import LocalTraining
-from fedsb.federation.facts import client_ranks, refuse_what_facts_forbid
+from fedsb.federation.codec import payload_bytes
+from fedsb.federation.facts import client_ranks, refuse_what_facts_forbid, refuse_what_needs_one_place
 from fedsb.federation.prices import price_list
 from fedsb.federation.schedule import refreshes, whole_broadcasts
 from fedsb.memory import Memory, trained_values, training_memory
 from fedsb.methods import build_method
 from fedsb.methods.contract import Method
-from fedsb.models.load import BaseModel, choose_device, choose_dtype, load_base, load_tokenizer, resolve_name
+from fedsb.models.load import BaseModel, choose_device, choose_dtype, load_base
 from fedsb.models.quantise import missing_package, weight_bytes
 from fedsb.privacy.setup import promise_of, refuse_what_would_leak
 from fedsb.privacy.statement import promised
 from fedsb.settings import Choice, Config
 
 OVERHEAD = 1.5  # of a real step over its matrix products, as seen with MiniLM on two cores
-UNKNOWN_CLASSES = 2  # that a head is priced for, where nothing says how many there are
-
-
-@dataclass(frozen=True, kw_only=True)
-class AtHand:
-    """What this machine has of what a run reads."""
-
-    task: Task
-    tokenizer: Any | None
-    data: Data | None
-    clients: list[str]  # who take part: of the data, or as the settings name them
-    classes: int
-    unknown: tuple[str, ...]  # what is not here and what cannot be said for it, in words
 
 
 def estimate(loaded: Loaded) -> dict[str, Any]:
     """Everything `fedsb check` prints. Raises UserError for faults of settings, data and model."""
+    if loaded.config.data.train is None and "engine.name" not in loaded.origin:
+        loaded = _as_served(loaded)
     config = loaded.config
     method = build_method(config.method.name, config.method.options)
     refuse_what_facts_forbid(config, method)
     refuse_what_would_leak(config, method)
+    if config.engine.name == "flower":
+        refuse_what_needs_one_place(config, method)
     here = at_hand(config)
     data, unknown = here.data, [*here.unknown]
     base = load_base(
@@ -106,14 +98,17 @@ def estimate(loaded: Loaded) -> dict[str, Any]:
     traffic = method.traffic(adapted.shapes, head=head, clients=cohort)
     privacy, seconds, seconds_reason = None, None, "not known: it depends on the rows"
     choices = [*loaded.choices(), *base.choices, targets_choice(config, targets)]
+    sites = [elsewhere(name, 0) for name in names]
+    local = local_training(config, clients=len(here.clients) if method.facts.pools_data else 1)
     if data is not None:
         sites = [data.pooled()] if method.facts.pools_data else data.taking_part
-        local = local_training(config, clients=len(data.taking_part) if method.facts.pools_data else 1)
+        seconds, seconds_reason = _seconds(config, local, data, linear, cohort)
+        choices += [*data.choices, *rank_choices]
+    if data is not None or config.privacy.unit != "example":  # else it depends on how many rows each has
         promise = promise_of(config, method, sites, local)
         open_sums(config, promise, "check", sites)  # refuses a sum that hides nothing
         privacy = promised(promise, config, trained_values(method, adapted.shapes, head))
-        seconds, seconds_reason = _seconds(config, local, data, linear, cohort)
-        choices += [*data.choices, *rank_choices, *promise.choices]
+        choices += promise.choices
     memory = _memory(config, method, base, adapted, blocks, weights, head, cohort)
     return {
         "settings": [asdict(choice) for choice in choices],
@@ -123,6 +118,10 @@ def estimate(loaded: Loaded) -> dict[str, Any]:
             "down": traffic.down,
             "head": traffic.head,
             "one_off": sum(bill.values()),
+        },
+        "bytes_a_client_a_round": {
+            way: payload_bytes(config.server.codec, values + head)
+            for way, values in (("up", traffic.up), ("down", traffic.down))
         },
         "prices": [price.as_dict() for price in prices],
         "compared": [f"{contender.method.facts.id} (rank {contender.method.rank})" for contender in contenders],
@@ -134,40 +133,12 @@ def estimate(loaded: Loaded) -> dict[str, Any]:
     }
 
 
-def at_hand(config: Config) -> AtHand:
-    """Tokenizer and rows where they can be had. Raises UserError for what is there and at fault."""
-    unknown: list[str] = []
-    tokenizer: Any | None = None
-    data: Data | None = None
-    try:
-        tokenizer = load_tokenizer(config.model)
-    except NotAtHandError:
-        name = resolve_name(config.model.name)[0]
-        unknown.append(f"the tokenizer of {name} is not here, so no row can be read: rows, tokens, time and epsilon")
-    if tokenizer is not None:
-        try:
-            data = open_data(config, tokenizer)
-        except NotAtHandError as error:
-            unknown.append(f"rows, tokens, time and epsilon: {error}")
-    if data is not None:
-        names = [site.name for site in data.taking_part]
-        classes = len(data.task.label_names)
-        return AtHand(
-            task=data.task, tokenizer=tokenizer, data=data, clients=names, classes=classes, unknown=tuple(unknown)
-        )
-    task, clients = open_task_of(config, tokenizer), config.clients
-    count = clients.count - clients.unseen
-    if clients.split == "column":
-        count = max(clients.count, config.server.clients_per_round or 1)
-        unknown.append(f"how many clients the column {clients.column!r} makes: priced for {count} (clients.count)")
-    classes = 0
-    if task.auto_class != "AutoModelForCausalLM":
-        single = task.problem_type == "regression"
-        classes = 1 if single else config.data.classes or UNKNOWN_CLASSES
-        if config.data.classes is None and not single:
-            unknown.append(f"how many classes there are: the head is priced for {classes}; say data.classes")
-    names = client_names(max(count, 1))
-    return AtHand(task=task, tokenizer=tokenizer, data=None, clients=names, classes=classes, unknown=tuple(unknown))
+def _as_served(loaded: Loaded) -> Loaded:
+    """As `fedsb serve` runs it, where the TOML leaves data.train out."""
+    config = loaded.config
+    served = config.model_copy(update={"engine": config.engine.model_copy(update={"name": "flower"})})
+    why = "auto: data.train is not set, so the rows are at the sites of `fedsb serve`"
+    return replace(loaded, config=served, origin={**loaded.origin, "engine.name": why})
 
 
 def _rivals(loaded: Loaded) -> list[Contender]:
@@ -189,8 +160,8 @@ def _public_rows(config: Config, task: Task) -> list[str]:
 def _ranks(
     config: Config, method: Method, shapes: Shapes, names: Sequence[str], data: Data | None
 ) -> tuple[Mapping[str, int], Sequence[Choice]]:
-    """As `client_ranks`; clients whose names are in rows that are not here all have the method's own rank."""
-    if data is None and config.clients.split == "column":
+    """As `client_ranks`; clients whose names are not known here all have the method's own rank."""
+    if data is None and (config.data.train is None or config.clients.split == "column"):
         return {}, ()
     return client_ranks(config, method, shapes, names)
 
@@ -221,7 +192,7 @@ def _memory(
 ) -> dict[str, Any]:
     """Bytes of training, their parts and their reason, where as many clients train together as would; and of one."""
     device = choose_device(config.model.device)[0]
-    wanted = config.engine.cohort_size
+    wanted = 1 if config.engine.name == "flower" else config.engine.cohort_size
     together = min(cohort, auto_cohort_size(config, device)[0] if wanted == "auto" else wanted)
     model: Any = base.model
     vocabulary = (

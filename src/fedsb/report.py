@@ -40,16 +40,16 @@ class RunFiles:
     @staticmethod
     def read(run_dir: Path) -> RunFiles:
         """Raises `UserError` when there is no readable manifest.json."""
-        if (manifest := _document(run_dir / "manifest.json")) is None:
+        if (manifest := document(run_dir / "manifest.json")) is None:
             raise UserError(f"{run_dir} is not a run directory: it holds no manifest.json")
-        rounds, torn_rounds = _lines(run_dir / "rounds.jsonl")
-        traffic, torn_traffic = _lines(run_dir / "traffic.jsonl")
+        rounds, torn_rounds = lines(run_dir / "rounds.jsonl")
+        traffic, torn_traffic = lines(run_dir / "traffic.jsonl")
         last_of = {int(row["round"]): row for row in rounds}
         return RunFiles(
             manifest=manifest,
             rounds=[last_of[r] for r in sorted(last_of)],
             traffic=traffic,
-            result=_document(run_dir / "result.json"),
+            result=document(run_dir / "result.json"),
             torn=torn_rounds + torn_traffic,
         )
 
@@ -62,19 +62,21 @@ class RunFiles:
         return next((pair for pair in reversed(scored) if pair[0] is not None), (None, 0))
 
 
-def _document(path: Path) -> Json | None:
+def document(path: Path) -> Json | None:
+    """A JSON object; None where there is no such file. Raises UserError for one that cannot be read."""
     try:
-        document: Any = json.loads(path.read_text("utf-8"))
+        found: Any = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         return None
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
-    if not isinstance(document, dict):
+    if not isinstance(found, dict):
         raise UserError(f"{path} holds no JSON object")
-    return document
+    return found
 
 
-def _lines(path: Path) -> tuple[list[Json], int]:
+def lines(path: Path) -> tuple[list[Json], int]:
+    """(the JSON lines of a file, how many more are torn)."""
     rows, torn = [], 0
     for line in path.read_text("utf-8", errors="replace").split("\n") if path.exists() else ():
         try:

@@ -72,8 +72,11 @@ class TaskConfig(Section):
 class DataConfig(Section):
     """Where the rows come from."""
 
-    train: str = Field("python-docs", description="a file, 'hub:owner/name[:config]', or 'python-docs'")
-    test: str | None = Field(None, description="the same; scored every round, never trained on")
+    train: str | None = Field(
+        None,
+        description="a file, 'hub:owner/name[:config]', or 'python-docs'; none where the sites have the rows",
+    )
+    test: str | None = Field(None, description="a file or 'hub:...'; scored every round, never trained on")
     revision: str | None = Field(None, description="of a Hub data set: branch, tag or commit")
     train_split: str = "train"
     test_split: str = "test"

@@ -193,11 +193,12 @@ def print_estimate(found: Mapping[str, Any]) -> None:
         table.add_row(label, *(bytes_text(price[key]) for key in keys))
     console.print("Bytes, the whole federation, all rounds:")
     console.print(table)
-    one = found["values_a_client_a_round"]
+    one, sizes = found["values_a_client_a_round"], found["bytes_a_client_a_round"]
     console.print(
         f"\nA client, a round: {one['up']:,} values up, {one['down']:,} down, and the head's {one['head']:,} each way; "
         f"once: {one['one_off']:,}"
     )
+    console.print(f"In bytes, with the head: {bytes_text(sizes['up'])} up, {bytes_text(sizes['down'])} down")
     if found["compared"]:
         named = {price["label"]: price for price in found["prices"]}
         rivals = Table("a client, a round after the first", "values up", "values down", **PLAIN)

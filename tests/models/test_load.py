@@ -59,11 +59,27 @@ def choice(base: BaseModel, key: str) -> Choice | None:
 
 
 def test_a_folder_and_a_hub_name(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
     assert resolve_name(str(tmp_path)) == (str(tmp_path), "a local folder")
     assert resolve_name("owner/name") == ("owner/name", "a Hub name")
     for missing in ("./no/such/folder", "/no/such/folder", "~/no/such"):
         with pytest.raises(UserError, match="there is no such folder"):
             resolve_name(missing)
+
+
+def test_a_folder_without_a_model(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match=r"no config.json. There are: tokenizer.json. Put the model there"):
+        resolve_name(str(tmp_path))
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="It holds an adapter: name the base model"):
+        resolve_name(str(tmp_path))
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"There is one in .*/base: name that folder"):
+        resolve_name(str(tmp_path))
+    with pytest.raises(UserError, match="is a file: name the folder of the model"):
+        resolve_name(str(tmp_path / "tokenizer.json"))
 
 
 def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: bytes | None) -> Path:

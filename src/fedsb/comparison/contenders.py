@@ -146,7 +146,9 @@ def _together(contenders: list[Contender], asked: CompareConfig) -> list[str]:
         faults.append(f"compare: scores of different tasks cannot be compared: {', '.join(sorted(kinds))}")
     for contender in contenders:
         data = contender.config.data
-        if data.test is None and data.train != "python-docs" and not contender.config.clients.held_out:
+        if data.train is None:
+            faults.append("compare: there are no rows to train on: name data.train")
+        elif data.test is None and data.train != "python-docs" and not contender.config.clients.held_out:
             faults.append("compare: there are no rows to score: name data.test, or set clients.held_out")
     return faults
 

@@ -195,7 +195,10 @@ def open_task_of(config: Config, tokenizer: Tokenizer) -> Task:
 
 def load_rows(config: Config, task: Task, source: str | None) -> Table:
     """Rows to score: of `source`, or the run's own test. Raises UserError where there are neither."""
-    table = _load(source, None, config.data.test_split) if source is not None else _tables(config)[1]
+    if source is not None:
+        table: Table | None = _load(source, None, config.data.test_split)
+    else:
+        table = load_test(config, task) if config.data.train is None else _tables(config)[1]
     if table is None:
         raise UserError("this run has no test file of its own: name one with --data PATH")
     task.columns_of(table)
@@ -205,6 +208,11 @@ def load_rows(config: Config, task: Task, source: str | None) -> Table:
 def _tables(config: Config) -> tuple[Table, Table | None]:
     data = config.data
     test: Table | None = None
+    if data.train is None:
+        raise UserError(
+            "data.train is not set: name the rows to train on (a file, hub:owner/name, or python-docs). Only "
+            "`fedsb serve` goes without, whose rows are at the sites"
+        )
     if data.train == "python-docs":
         from fedsb.data import python_docs
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import sys
 import threading
 import time
@@ -62,7 +63,9 @@ from fedsb.disk import write_atomic
 from fedsb.errors import UserError
 
 BEAT_SECONDS = 7.0  # Flower takes a node for offline after 20 s without one
-LONGEST_PAUSE_SECONDS = 20.0  # between tries to reach the coordinator
+SHORTEST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 5.0  # between tries to reach the coordinator
+SAY_SECONDS = 60.0  # a trouble that lasts is a line in the log as often
+CONNECT_SECONDS, ANSWER_SECONDS = 10.0, 60.0  # a network that swallows all is tried anew soon
 
 Answer = Callable[[bytes], bytes | Lost]
 
@@ -73,6 +76,12 @@ def main() -> None:
     FlowerNode(read_join_file(folder / KEPT), folder).serve(lambda request: trainer.ask(path, token, request))
 
 
+def pause_after(failures: int) -> float:
+    """Seconds before the next try: about twice as long each time, up to a few, and no two sites in step."""
+    longest: float = min(SHORTEST_PAUSE_SECONDS * 2 ** min(failures, 10), LONGEST_PAUSE_SECONDS)
+    return random.uniform(0.5, 1.0) * longest
+
+
 class FlowerNode:
     """A site's end of Flower's fleet API."""
 
@@ -81,7 +90,10 @@ class FlowerNode:
         assert isinstance(key, ec.EllipticCurvePrivateKey)
         version, proof = RuntimeVersionHttpInterceptor("SuperNode"), NodeAuthHttpInterceptor(key, key.public_key())
         self._client = FleetHttpClient(
-            f"https://{join.address}", interceptors=[version, proof], verify=tls_client(join.ca), timeout=60.0
+            f"https://{join.address}",
+            interceptors=[version, proof],
+            verify=tls_client(join.ca),
+            timeout=httpx.Timeout(ANSWER_SECONDS, connect=CONNECT_SECONDS),  # type: ignore[arg-type]  # httpx takes it
         )
         self._address, self._public = join.address, public_key_to_bytes(key.public_key())
         # Remembered, so that a node that was killed can say that its former self has gone.
@@ -91,14 +103,16 @@ class FlowerNode:
 
     def serve(self, answer: Answer) -> None:
         """Answers requests until the coordinator refuses this site: raises UserError then."""
-        active, pause, asked_at = False, 0.5, time.monotonic()
+        active, failures, asked_at, said_at = False, 0, time.monotonic(), 0.0
         threading.Thread(target=self._beat, daemon=True).start()
         while True:
             try:
                 if not active:
                     self._activate()
-                    active, pause, asked_at = True, 0.5, time.monotonic()
-                if self._answer_next(answer):
+                    active, asked_at = True, time.monotonic()
+                asked = self._answer_next(answer)
+                failures = 0
+                if asked:
                     asked_at = time.monotonic()
                 else:
                     time.sleep(min(3.0, max(0.05, (time.monotonic() - asked_at) / 20)))
@@ -106,9 +120,11 @@ class FlowerNode:
                 raise
             except Exception as error:  # whatever it is, a message may be lost: activate anew
                 _raise_if_final(error, self._address)
-                say("trouble", reason=f"{type(error).__name__}: {error}", again_in_s=pause)
-                time.sleep(pause)
-                active, pause = False, min(2 * pause, LONGEST_PAUSE_SECONDS)
+                active, failures, now = False, failures + 1, time.monotonic()
+                if failures == 1 or now - said_at > SAY_SECONDS:
+                    say("trouble", reason=f"{type(error).__name__}: {error}", failures=failures)
+                    said_at = now
+                time.sleep(pause_after(failures))
 
     def _activate(self) -> None:
         """Says that this node is here now, and that what it was sent before may be lost."""

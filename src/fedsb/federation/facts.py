@@ -59,7 +59,8 @@ def refuse_what_needs_one_place(config: Config, method: Method) -> None:
     if config.clients.unseen:
         faults.append("clients.unseen: every site takes part in a real federation")
     if faults:
-        raise UserError("engine.name = 'flower': " + "; ".join(faults))
+        why = "" if config.data.train else " (data.train is not set: the rows are at the sites)"
+        raise UserError(f"engine.name = 'flower'{why}: " + "; ".join(faults))
 
 
 def _no_secure_sum(config: Config, method: Method) -> list[str]:

@@ -98,8 +98,26 @@ def hub_errors(name: str) -> Iterator[None]:
         ) from error
 
 
+def refuse_no_model(folder: Path) -> None:
+    """Raises UserError for a folder without a config.json: it holds no model."""
+    if (folder / "config.json").is_file():
+        return
+    if inner := sorted(folder.glob("*/config.json")):
+        hint = f"There is one in {inner[0].parent}: name that folder"
+    elif (folder / "adapter_config.json").is_file():
+        hint = "It holds an adapter: name the base model that the adapter was trained on"
+    else:
+        hint = "Put the model there, or name the folder that holds it"
+    raise UserError(
+        f"model.name = '{folder}' is a folder here that holds no model: it has no config.json. There are: "
+        f"{_files(folder)}. {hint}. A model's folder holds config.json, model.safetensors, tokenizer.json and "
+        "tokenizer_config.json. If a model of the Hub is meant, run this where no folder has its name"
+    )
+
+
 def _files(folder: Path) -> str:
-    return ", ".join(sorted(path.name for path in folder.iterdir())) or "no files"
+    names = sorted(path.name for path in folder.iterdir())
+    return ", ".join([*names[:12], *(["..."] if len(names) > 12 else [])]) or "no files"
 
 
 def stay_offline_without_network() -> None:

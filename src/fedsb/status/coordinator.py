@@ -1,102 +1,139 @@
-"""The state of a coordinator: its processes, its run, and every site as the door and the ledgers know it."""
+"""The state of a coordinator: its processes, its last run, and every site as the door and the ledgers know it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 
+from fedsb.charts import Json, number
 from fedsb.deployment.federation import CA, SERVER, read_federation
-from fedsb.status import health
-from fedsb.status.files import Json, document, last_words, modified, processes, tail, troubles
-from fedsb.status.runs import asked_runs, run_state
+from fedsb.disk import safe_name
+from fedsb.report import RunFiles, document
+from fedsb.status.files import by_age, modified, of_both, seconds_left, spent
 
 PROCESSES = ("supervisor", "superlink", "server")
 ONLINE_SECONDS = 30.0  # a site says that it is there every 7 s
 ASKING = ("asked", "answered", "lost")  # a site, in the server's log
-EVENTS = ("died", "refused", "lost", "asking failed", "answer not there", "failed", "crashed")
+TROUBLES = ("died", "refused", "lost", "asking failed", "answer not there", "failed", "crashed")
+RECENT = 5  # rounds whose middle time is that of those to come
 
 
 def coordinator_state(folder: Path, now: float) -> Json:
     """Raises UserError for a folder, or a run in it, that cannot be read."""
     federation = read_federation(folder)
-    children = processes(folder, now)
-    serving = bool(children) and children[0]["alive"]
-    asked = asked_runs(folder)
-    run: Json | None = None
-    took: dict[str, Json] = {}
-    if asked:
-        name = list(asked)[-1]
-        run, took = run_state(folder / "runs" / name, asked[name])
-        run["state"] = _state(run, serving=serving, failed=last_words(folder) is not None)
-    logs = {name: tail(folder / "logs" / f"{name}.jsonl") for name in PROCESSES}
-    wire = document(folder / "traffic.json") or {}
-    state: Json = {
+    wire = folder / "traffic.json"  # sites that are there change it every few seconds
+    both, logs = of_both(folder, now, PROCESSES, TROUBLES, wire)
+    asked = by_age((folder / "runs").glob("*.json"))  # what was to be run; the last one counts
+    run, part = _run(asked[-1], both) if asked else (None, {})
+    told = document(wire) or {}
+    sites = []
+    for name, entry in sorted(federation.sites.items()):
+        at_door = told.get(name, {})
+        seen = at_door.get("last_seen")
+        ago = None if seen is None else max(0.0, now - seen)
+        doing = "revoked" if entry.revoked else _doing(name, ago, logs["server"]) if both["running"] else "–"
+        sites.append(
+            {
+                "name": name,
+                "state": doing,
+                "last_seen_seconds": ago,
+                **part.get(name, _no_part()),
+                "wire": {"up": at_door.get("bytes_in", 0), "down": at_door.get("bytes_out", 0)},
+            }
+        )
+    ends = {"server": SERVER, "authority": CA}
+    certificates = {name: seconds_left((folder / file).read_text(), now) for name, file in ends.items()}
+    return {
         "kind": "coordinator",
-        "folder": str(folder),
-        "time": now,
+        **both,
         "federation": {
             "id": federation.id,
             "address": federation.address,
             "serial": federation.serial,
-            "certificates": {
-                "server": health.expires(folder / SERVER) - now,
-                "authority": health.expires(folder / CA) - now,
-            },
-            "authority_key_here": (folder / "ca.key").exists(),
-            "join_files_here": sorted(path.stem for path in (folder / "joins").glob("*.join")),
+            "certificates": certificates,
         },
-        "processes": children,
-        "runs": list(asked),
         "run": run,
-        "sites": [
-            _site(name, entry.revoked, wire.get(name, {}), took.get(name), logs["server"], now, serving=serving)
-            for name, entry in sorted(federation.sites.items())
-        ],
-        "last_event_seconds": _since(folder, now),
-        "troubles": troubles(logs.items(), EVENTS),
-        "last_words": None if serving else last_words(folder),
-    }
-    return {**state, "health": health.of_coordinator(state)}
-
-
-def _state(run: Json, *, serving: bool, failed: bool) -> str:
-    if run["finished"]:
-        return "finished"
-    if serving:
-        return "running" if run["id"] else "asking the sites"
-    if failed:
-        return "failed"
-    return "stopped" if run["id"] else "not started"
-
-
-def _site(
-    name: str, revoked: bool, wire: Json, took: Json | None, log: list[Json], now: float, *, serving: bool
-) -> Json:
-    seen = wire.get("last_seen")
-    ago = None if seen is None else max(0.0, now - seen)
-    return {
-        "name": name,
-        "state": _doing(name, revoked, ago, log) if serving or revoked else "–",
-        "last_seen": seen,
-        "last_seen_seconds": ago,
-        "rounds": 0,
-        "dropped": [],
-        "bytes": {"up": 0, "down": 0},
-        "epsilon": None,
-        **(took or {}),
-        "wire": {"requests": wire.get("requests", 0), "up": wire.get("bytes_in", 0), "down": wire.get("bytes_out", 0)},
+        "sites": sites,
     }
 
 
-def _doing(name: str, revoked: bool, ago: float | None, log: list[Json]) -> str:
-    if revoked:
-        return "revoked"
+def _doing(site: str, ago: float | None, log: Sequence[Json]) -> str:
     if ago is None or ago > ONLINE_SECONDS:
         return "away"
-    told = [line["event"] for line in log if line.get("site") == name and line["event"] in ASKING]
+    told = [line["event"] for line in log if line.get("site") == site and line["event"] in ASKING]
     return "working" if told and told[-1] == "asked" else "ready"
 
 
-def _since(folder: Path, now: float) -> float | None:
-    """Seconds since anything was heard or done; sites that are there change traffic.json every few seconds."""
-    youngest = modified(folder / "traffic.json", *(folder / "logs" / f"{name}.jsonl" for name in PROCESSES))
-    return None if youngest is None else max(0.0, now - youngest)
+def _run(asked: Path, both: Json) -> tuple[Json, dict[str, Json]]:
+    """(the run that was asked for in this file, the part of each of its sites in it)."""
+    folder = asked.with_suffix("")
+    run = {"name": folder.name, "id": None, "rounds": 0, "finished": False}
+    part: dict[str, Json] = {}
+    if (folder / "manifest.json").exists():
+        files = RunFiles.read(folder)
+        run |= _course(folder, files)
+        part = _by_site(folder, files)
+    else:
+        run["rounds_planned"] = (document(asked) or {}).get("rounds")
+    if run["finished"]:
+        state = "finished"
+    elif both["running"]:
+        state = "running" if run["id"] else "asking the sites"
+    elif both["last_words"] is not None:
+        state = "failed"
+    else:
+        state = "stopped" if run["id"] else "not started"
+    return {**run, "state": state}, part
+
+
+def _course(folder: Path, files: RunFiles) -> Json:
+    """How far a run has come, by what it wrote."""
+    manifest, rounds = files.manifest, files.rounds
+    last = rounds[-1] if rounds else {}
+    planned = int(manifest["config"]["rounds"])
+    seconds = [row["seconds"] for row in rounds[-RECENT:]]
+    promised = manifest.get("privacy") or {}
+    return {
+        "id": manifest["run"],
+        "method": manifest["config"]["method"]["name"],
+        "rounds": len(rounds),
+        "rounds_planned": planned,
+        "finished": files.result is not None,
+        "loss": number(last.get("loss")),
+        "score": files.score[0],
+        "metric": (manifest.get("task") or {}).get("metric") or "score",
+        "round_seconds": last.get("seconds"),
+        "left_seconds": median(seconds) * (planned - len(rounds)) if seconds else None,
+        "last_round_at": modified(folder / "rounds.jsonl"),
+        "deadline_seconds": manifest["config"]["engine"]["deadline_s"],
+        "epsilon": number(last.get("epsilon")),
+        "epsilon_planned": number(promised.get("epsilon")),
+        "delta": number(promised.get("delta")),
+        "not_private": manifest.get("not_private"),
+        "adapter": str(folder / "adapter") if (folder / "adapter" / "adapter_config.json").exists() else None,
+        "course": [{key: row[key] for key in ("round", "loss", "score")} for row in rounds],
+    }
+
+
+def _no_part() -> Json:
+    """Of a site in a run, before it has done anything."""
+    return {"rounds": 0, "dropped": [], "bytes": {"up": 0, "down": 0}, "epsilon": None, "epsilon_fault": None}
+
+
+def _by_site(folder: Path, files: RunFiles) -> dict[str, Json]:
+    sites = {client["name"]: _no_part() for client in files.manifest.get("clients") or []}
+    for row in files.rounds:
+        reasons = {drop["client"]: drop["reason"] for drop in row["dropped"]}
+        for name in row["cohort"]:
+            site = sites.setdefault(name, _no_part())
+            if name in reasons:
+                site["dropped"].append({"round": row["round"], "reason": reasons[name]})
+            else:
+                site["rounds"] += 1
+    for row in files.traffic:
+        sites.setdefault(row["client"], _no_part())["bytes"][row["direction"]] += row["bytes"]
+    delta = (files.manifest.get("privacy") or {}).get("delta")
+    for name, site in sites.items():
+        site["epsilon"], site["epsilon_fault"] = spent([folder / "privacy" / f"{safe_name(name)}.jsonl"], delta)
+    return sites

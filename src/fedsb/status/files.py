@@ -1,4 +1,4 @@
-"""What is on a disk while processes write to it: logs, JSON files, process ids."""
+"""What both ends keep on their disks while processes write to it: logs, process ids, ledgers."""
 
 from __future__ import annotations
 
@@ -6,29 +6,45 @@ import datetime
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
-from fedsb.errors import UserError
+from cryptography import x509
 
-Json = dict[str, Any]
+from fedsb.charts import Json
+from fedsb.errors import RunError, UserError
+from fedsb.privacy.accounting import epsilon
+from fedsb.privacy.ledger import merged, read_ledger
+from fedsb.report import document
+
 TAIL_BYTES = 2**18  # of a log: some thousand lines
 CLOCK_SECONDS = 5.0  # by which the kernel's two clocks may differ
+TROUBLES = 8  # that are shown
+
+Logs = Mapping[str, Sequence[Json]]
 
 
-def document(path: Path) -> Json | None:
-    """A JSON object; None where there is no such file. Raises UserError for one that cannot be read."""
-    try:
-        found = json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path} holds no JSON object")
-    return found
+def of_both(folder: Path, now: float, names: Sequence[str], events: Sequence[str], heard: Path) -> tuple[Json, Logs]:
+    """(what the states of both ends have, the last lines of each process's log).
+
+    `events` in the logs are troubles; `heard` is written whenever the other end was heard of, or told something.
+    """
+    paths = {name: folder / "logs" / f"{name}.jsonl" for name in names}
+    logs = {name: tail(path) for name, path in paths.items()}
+    children = _processes(folder, now, logs["supervisor"])
+    running = bool(children) and bool(children[0]["alive"])
+    youngest = modified(heard, *paths.values())
+    state = {
+        "folder": str(folder),
+        "time": now,
+        "running": running,
+        "processes": children,
+        "last_event_seconds": None if youngest is None else max(0.0, now - youngest),
+        "troubles": _troubles(logs, events),
+        "last_words": None if running else _last_words(folder),
+    }
+    return state, logs
 
 
 def tail(path: Path) -> list[Json]:
@@ -52,87 +68,84 @@ def modified(*paths: Path) -> float | None:
     return max(times, default=None)
 
 
-def processes(folder: Path, now: float) -> list[Json]:
+def by_age(paths: Iterable[Path]) -> list[Path]:
+    """The youngest last."""
+    return sorted(paths, key=lambda path: path.stat().st_mtime)
+
+
+def seconds_left(certificate: str, now: float) -> float:
+    return x509.load_pem_x509_certificate(certificate.encode()).not_valid_after_utc.timestamp() - now
+
+
+def spent(ledgers: Iterable[Path], delta: float | None) -> tuple[float | None, str | None]:
+    """(epsilon by these ledgers together, None without any or without a promise; why they cannot be summed up)."""
+    there = [path for path in ledgers if path.exists()]
+    if delta is None or not there:
+        return None, None
+    try:
+        return epsilon(merged(entry for path in there for entry in read_ledger(path)), delta), None
+    except (UserError, RunError) as error:
+        return None, str(error)
+
+
+def _processes(folder: Path, now: float, log: Sequence[Json]) -> list[Json]:
     """What pids.json names, the supervisor first, and whether each is alive. Empty where all was stopped in order."""
-    pids = document(folder / "pids.json")
-    written = modified(folder / "pids.json")
+    pids, written = document(folder / "pids.json"), modified(folder / "pids.json")
     if pids is None or written is None:
         return []
     begun = {name: _begun(int(pid)) for name, pid in pids.items()}
-    # Another process may have got the number since: after a restart of the machine, or in a new container.
-    alive = {name: start is not None and start <= written + CLOCK_SECONDS for name, start in begun.items()}
-    since = begun["supervisor"] or 0.0
-    events = [line for line in tail(folder / "logs" / "supervisor.jsonl") if line["at"] >= since - CLOCK_SECONDS]
-    died = Counter(line.get("child") for line in events if line.get("event") == "died")
-    return [
-        {
-            "name": name,
-            "pid": pid,
-            "alive": alive[name],
-            "uptime_seconds": max(0.0, now - start) if alive[name] and (start := begun[name]) else None,
-            "deaths": died[name],
-        }
-        for name, pid in pids.items()
-    ]
+    since = (begun["supervisor"] or 0.0) - CLOCK_SECONDS
+    died = Counter(line.get("child") for line in log if line.get("event") == "died" and line["at"] >= since)
+    children = []
+    for name, start in begun.items():
+        # Another process may have got the number since: after a restart of the machine, or in a new container.
+        alive = start is not None and start <= written + CLOCK_SECONDS
+        uptime = max(0.0, now - start) if alive and start else None
+        children.append(
+            {"name": name, "pid": pids[name], "alive": alive, "uptime_seconds": uptime, "deaths": died[name]}
+        )
+    return children
 
 
-def last_words(folder: Path) -> str | None:
+def _begun(pid: int) -> float | None:
+    """When a process was started, in seconds since 1970, 0 where the system does not tell (no Linux).
+
+    None where there is no process of that number.
+    """
+    try:
+        if not Path("/proc/stat").exists():
+            os.kill(pid, 0)
+            return 0.0
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    except PermissionError:  # it is another user's
+        return 0.0
+    if fields[0] in "ZX":
+        return None
+    boot = next(line for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime "))
+    return int(boot.split()[1]) + int(fields[19]) / os.sysconf("SC_CLK_TCK")
+
+
+def _last_words(folder: Path) -> str | None:
     """Why a process ended for good, where it said so."""
-    for path in sorted((folder / "logs").glob("*.fault")):
-        if text := path.read_text().strip():
-            return text
-    return None
+    texts = (path.read_text().strip() for path in sorted((folder / "logs").glob("*.fault")))
+    return next(filter(None, texts), None)
 
 
-def troubles(logs: Iterable[tuple[str, Sequence[Json]]], events: Sequence[str], count: int = 8) -> list[Json]:
+def _troubles(logs: Logs, events: Sequence[str]) -> list[Json]:
     """The last lines of these kinds, the youngest first: who, what, why, how often."""
     found: dict[tuple[str, str, str], Json] = {}
-    for name, lines in logs:
+    for name, lines in logs.items():
         for line in lines:
             if line.get("event") in events or line.get("level") in ("warning", "error", "critical"):
                 key = name, str(line.get("event")), _why(line)
                 times = found[key]["times"] + 1 if key in found else 1
                 found[key] = {"at": line["at"], "process": name, "event": key[1], "reason": key[2], "times": times}
-    return sorted(found.values(), key=lambda line: -line["at"])[:count]
+    return sorted(found.values(), key=lambda line: -line["at"])[:TROUBLES]
 
 
 def _why(line: Json) -> str:
-    told = ("site", "child", "code", "path", "address")
-    words = [f"{key} {line[key]}" for key in told if line.get(key)]
+    words = [f"{key} {line[key]}" for key in ("site", "child", "code", "path", "address") if line.get(key)]
     words += [str(line[key]) for key in ("reason", "answer") if line.get(key)]
     return ", ".join([*words, *str(line.get("traceback", "")).strip().splitlines()[-1:]])
-
-
-def _begun(pid: int) -> float | None:
-    """When a process was started, seconds since 1970; None where there is none of that number."""
-    if not Path("/proc/stat").exists():
-        return _there(pid)
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        boot = next(line for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime "))
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    if fields[0] in "ZX":
-        return None
-    return int(boot.split()[1]) + int(fields[19]) / os.sysconf("SC_CLK_TCK")
-
-
-def _there(pid: int) -> float | None:
-    """Where the system does not tell a process's start (no Linux): 0, or None where there is no such process."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return None
-    except PermissionError:
-        pass
-    return 0.0
-
-
-def rows(path: Path) -> list[Json]:
-    """All lines of a ledger; a torn one is left out."""
-    found: list[Json] = []
-    with suppress(FileNotFoundError), path.open("rb") as file:
-        for line in file:
-            with suppress(ValueError):
-                found.append(json.loads(line))
-    return found

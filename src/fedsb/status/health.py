@@ -8,118 +8,100 @@ warnings   worth a look; nothing is stopped by it
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
-from cryptography import x509
-
-from fedsb.charts import GLUE, seconds_text
+from fedsb.charts import GLUE, Json, seconds_text
 from fedsb.deployment.join_file import KEPT
-from fedsb.status.files import Json
 
 SILENT_SECONDS = 300.0
 START_SECONDS = 60.0  # before a site that has not come yet is worth a word
 SLACK_SECONDS = 300.0  # beyond a round's own deadline
-BEAT_SECONDS = 7.0  # as flower_client.py has it
 SOON_SECONDS = 30 * 86400.0
-DOWN = "{name} (pid {pid}) is dead: its supervisor starts it again; see logs/{name}.out and .jsonl if this stays"
 KILLED = "all was killed without a word (a power cut, kill -9, no memory); what was finished is on disk: start it again"
 
+Found = Iterator[tuple[str, str]]  # the kind, and the text
 
-def of_coordinator(state: Json) -> Json:
-    run, children = state["run"], state["processes"]
-    folder = shlex.quote(state["folder"])
-    faults, silence, warnings = _processes(state), list[str](), list[str]()
-    if run is None and not children:
-        faults.append(f"nothing was ever served: fedsb serve {folder} my.toml")
-    elif not children and run["state"] != "finished" and not faults:
-        faults.append(f"stopped after round {run['rounds']} of {run['rounds_planned']}: fedsb serve {folder} again")
-    renew = f"fedsb serve {folder} --renew, then serve again"
-    _certificate("the server's certificate", state["federation"]["certificates"]["server"], renew, faults, warnings)
-    anew = "make a new federation, which takes new join files"
-    _certificate("the authority", state["federation"]["certificates"]["authority"], anew, faults, warnings)
+
+def health_of(state: Json) -> Json:
+    """{"ok": False, "faults": ["..."], "silence": [], "warnings": []}"""
+    of_end = _of_coordinator if state["kind"] == "coordinator" else _of_site
+    found: dict[str, list[str]] = {"faults": [], "silence": [], "warnings": []}
+    for kind, text in (*_of_processes(state), *_of_certificates(state), *of_end(state)):
+        found[kind].append(text)
+    return {"ok": not found["faults"] and not found["silence"], **found}
+
+
+def _of_processes(state: Json) -> Found:
+    if not state["running"]:
+        if state["processes"]:
+            yield "faults", KILLED
+        elif state["last_words"]:
+            yield "faults", f"ended: {state['last_words']}"
+        elif idle := _idle(state):
+            yield "faults", idle
+        return
+    for child in state["processes"]:
+        name, pid, deaths = child["name"], child["pid"], child["deaths"]
+        see = f"see logs/{name}.jsonl and .out"
+        if not child["alive"]:
+            yield "faults", f"{name} (pid {pid}) is dead: its supervisor starts it again; {see} if this stays"
+        if deaths:
+            yield "warnings", f"{name} died (times: {deaths}) and was started again; {see}"
+
+
+def _idle(state: Json) -> str | None:
+    """What to start where all was stopped in order."""
+    folder, run = shlex.quote(state["folder"]), state["run"]
+    if state["kind"] == "site":
+        return f"not running: fedsb join {shlex.quote(str(Path(state['folder']) / KEPT))} --folder {folder}"
+    if run is None:
+        return f"nothing was ever served: fedsb serve {folder} my.toml"
+    if run["state"] == "finished":
+        return None
+    return f"stopped after round {run['rounds']} of {run['rounds_planned']}: fedsb serve {folder} again"
+
+
+def _of_certificates(state: Json) -> Found:
+    renew = f"fedsb serve {shlex.quote(state['folder'])} --renew, then serve again"
+    for name, left in state["federation"]["certificates"].items():
+        remedy = renew if name == "server" else "the coordinator makes a new federation, which takes new join files"
+        if left <= 0:
+            yield "faults", f"the {name}'s certificate expired {-left / 86400:.0f} days ago: {remedy}"
+        elif left < SOON_SECONDS:
+            yield "warnings", f"the {name}'s certificate expires in {left / 86400:.0f} days: {remedy}"
+
+
+def _of_coordinator(state: Json) -> Found:
     for site in state["sites"]:
-        if "epsilon_fault" in site:
-            faults.append(f"the ledger of {site['name']}: {site['epsilon_fault']}")
-    if _alive(children):
-        if (age := state["last_event_seconds"]) is not None and age > SILENT_SECONDS:
-            silence.append(f"no site was heard of for {_time(age)}: can they reach {state['federation']['address']}?")
-        done, deadline = (run or {}).get("last_round_at"), (run or {}).get("deadline_seconds")
-        if done and deadline and state["time"] - done > deadline + SLACK_SECONDS and run["state"] == "running":
-            silence.append(f"no round was finished for {_time(state['time'] - done)}: see logs/server.jsonl")
-        warnings += [*_deaths(children), *_absent(state, children[0]["uptime_seconds"])]
-    return _all(faults, silence, warnings)
-
-
-def of_site(state: Json) -> Json:
-    children, reached = state["processes"], state["reached"]
-    faults, silence, warnings = _processes(state), list[str](), list[str]()
-    if not children and not faults:
-        folder = Path(state["folder"])
-        here, join = shlex.quote(str(folder)), shlex.quote(str(folder / KEPT))
-        faults.append(f"not running: fedsb join {join} --folder {here}")
-    ask = "ask the coordinator for a new join file"
-    _certificate("the federation's authority", state["federation"]["certificates"]["authority"], ask, faults, warnings)
-    if state["ledger_fault"]:
-        faults.append(f"a ledger: {state['ledger_fault']}")
-    warnings += _deaths(children)
-    if _alive(children) and reached["since_seconds"] is not None and not reached["yes"]:
-        age = reached["since_seconds"]
-        text = f"the coordinator at {state['federation']['address']} has not been reached for {_time(age)}"
-        (silence if age > SILENT_SECONDS else warnings).append(f"{text}; this site goes on trying")
-    return _all(faults, silence, warnings)
-
-
-def expires(certificate: Path) -> float:
-    """When a certificate ends, seconds since 1970."""
-    return expires_pem(certificate.read_text())
-
-
-def expires_pem(certificate: str) -> float:
-    return x509.load_pem_x509_certificate(certificate.encode()).not_valid_after_utc.timestamp()
-
-
-def _processes(state: Json) -> list[str]:
-    children = state["processes"]
-    if not children:
-        return [f"ended: {state['last_words']}"] if state["last_words"] else []
-    if not _alive(children):
-        return [KILLED]
-    return [DOWN.format(**child) for child in children if not child["alive"]]
-
-
-def _alive(children: list[Json]) -> bool:
-    return bool(children) and bool(children[0]["alive"])
-
-
-def _deaths(children: list[Json]) -> list[str]:
-    again = "and was started again; see logs/{name}.jsonl and .out"
-    return [
-        f"{child['name']} died (times: {child['deaths']}) {again.format(**child)}"
-        for child in children
-        if child["deaths"]
-    ]
-
-
-def _absent(state: Json, uptime: float | None) -> list[str]:
-    absent = []
+        if site["epsilon_fault"]:
+            yield "faults", f"the ledger of {site['name']}: {site['epsilon_fault']}"
+    if not state["running"]:
+        return
+    if (age := state["last_event_seconds"]) is not None and age > SILENT_SECONDS:
+        yield "silence", f"no site was heard of for {_time(age)}: can they reach {state['federation']['address']}?"
+    run = state["run"] or {}
+    if run.get("state") == "running" and run["last_round_at"]:
+        age = state["time"] - run["last_round_at"]
+        if age > run["deadline_seconds"] + SLACK_SECONDS:
+            yield "silence", f"no round was finished for {_time(age)}: see logs/server.jsonl"
+    uptime = state["processes"][0]["uptime_seconds"] or 0.0
     for site in state["sites"]:
-        seen = site["last_seen_seconds"]
-        if site["state"] == "away" and seen is not None:
-            absent.append(f"{site['name']} is away: it was last heard of {_time(seen)} ago")
-        elif site["state"] == "away" and (uptime or 0.0) > START_SECONDS:
-            absent.append(f"{site['name']} was not heard of since the start, {_time(uptime or 0.0)} ago")
-    return absent
+        if site["state"] == "away" and (seen := site["last_seen_seconds"]) is not None:
+            yield "warnings", f"{site['name']} is away: it was last heard of {_time(seen)} ago"
+        elif site["state"] == "away" and uptime > START_SECONDS:
+            yield "warnings", f"{site['name']} was not heard of since the start, {_time(uptime)} ago"
 
 
-def _certificate(what: str, left: float, remedy: str, faults: list[str], warnings: list[str]) -> None:
-    if left <= 0:
-        faults.append(f"{what} expired {-left / 86400:.0f} days ago: {remedy}")
-    elif left < SOON_SECONDS:
-        warnings.append(f"{what} expires in {left / 86400:.0f} days: {remedy}")
-
-
-def _all(faults: list[str], silence: list[str], warnings: list[str]) -> Json:
-    return {"ok": not faults and not silence, "faults": faults, "silence": silence, "warnings": warnings}
+def _of_site(state: Json) -> Found:
+    for run in state["runs"]:
+        if run["epsilon_fault"]:
+            yield "faults", f"a ledger: {run['epsilon_fault']}"
+    reached = state["reached"]
+    if reached and not reached["yes"] and (age := reached["since_seconds"]) is not None:
+        address = state["federation"]["address"]
+        text = f"the coordinator at {address} has not been reached for {_time(age)}; this site goes on trying"
+        yield ("silence" if age > SILENT_SECONDS else "warnings"), text
 
 
 def _time(seconds: float) -> str:

@@ -4,90 +4,64 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from rich.console import Console, Group, RenderableType
-from rich.live import Live
 from rich.table import Column, Table
 from rich.text import Text
 
+from fedsb.charts import GLUE, Json
 from fedsb.status import words
-from fedsb.status.files import Json
 from fedsb.terminal import PLAIN
 
 WATCH_SECONDS = 2.0
+STYLES = {"faults": "red", "silence": "red", "warnings": "yellow"}
 
 
-def show(state: Json, *, as_json: bool = False) -> None:
+def show(state: Json, *, as_json: bool = False, indent: int | None = 1) -> None:
     """Prints the state once, for people or as JSON."""
-    console = _console()
     if as_json:
-        console.out(json.dumps(state, indent=1), highlight=False)
+        _console().out(json.dumps(state, indent=indent), highlight=False)
     else:
-        console.print(view(state))
+        _console().print(view(state))
 
 
 def watch(read: Callable[[], Json], *, as_json: bool = False) -> None:
     """Shows the state again and again, until Ctrl-C; as JSON, one line each time."""
-    console = _console()
-    if as_json or not console.is_terminal:
-        while True:
-            state = read()
-            if as_json:
-                console.out(json.dumps(state), highlight=False)
-            else:
-                console.print(view(state), Text(""))
-            time.sleep(WATCH_SECONDS)
-    with Live(view(read()), console=console, auto_refresh=False, vertical_overflow="visible") as live:
-        while True:
-            time.sleep(WATCH_SECONDS)
-            live.update(view(read()), refresh=True)
+    while True:
+        state = read()
+        if not as_json:
+            _console().clear()  # nothing, where this is no terminal
+        show(state, as_json=as_json, indent=None)
+        time.sleep(WATCH_SECONDS)
 
 
 def view(state: Json) -> Group:
     """All of it, as rich prints it."""
-    federation = state["federation"]
-    parts: list[RenderableType] = [Text(words.headline(state), style="bold")]
-    if state["kind"] == "coordinator":
-        parts.append(Text(f"federation {federation['id']}, which sites reach at {federation['address']}"))
-        parts += _pairs(words.facts(state)) + _table(words.site_rows(state))
-        parts += _lines("dropped", words.dropped_lines(state))
-    else:
-        parts.append(Text(f"site {state['site']} of federation {federation['id']}"))
-        parts += _pairs({**words.facts(state), **words.site_facts(state)})
-        parts += _table(words.run_rows(state)) + _table(words.outbox_rows(state))
-    return Group(
-        *parts,
-        *_table(words.process_rows(state)),
-        *_lines("lately", words.trouble_lines(state)),
-        *_health(state["health"]),
-    )
+    parts: list[RenderableType] = [_text(words.headline(state), "bold"), _text(words.whose(state))]
+    for title, content in words.sections(state):
+        parts += _section(title, content)
+    notes = [_text(f"{kind}: {line}", style) for kind, style in STYLES.items() for line in state["health"][kind]]
+    return Group(*parts, _text(""), *(notes or [_text("all is well")]))
 
 
-def _health(health: Json) -> list[RenderableType]:
-    styles = {"faults": "red", "silence": "red", "warnings": "yellow"}
-    lines = [Text(f"{kind}: {line}", style=style) for kind, style in styles.items() for line in health[kind]]
-    return [Text(""), *(lines or [Text("all is well")])]
+def _section(title: str, content: words.Row | list[words.Row] | list[str]) -> list[RenderableType]:
+    if isinstance(content, dict):
+        table = Table(show_header=False, **PLAIN)
+        for name, text in content.items():
+            table.add_row(_text(f"  {name}"), _text(text))
+        return [table]
+    if isinstance(content[0], str):
+        return [_text(f"\n{title.lower()}"), *(_text(f"  {line}") for line in content)]
+    table = Table(*(Column(heading, overflow="fold") for heading in content[0]), **PLAIN)
+    for row in content:
+        table.add_row(*map(_text, row.values()))
+    return [_text(""), table]
 
 
-def _table(rows: Sequence[words.Row]) -> list[RenderableType]:
-    if not rows:
-        return []
-    table = Table(*(Column(heading, overflow="fold") for heading in rows[0]), **PLAIN)
-    for row in rows:
-        table.add_row(*(Text(words.plain(cell)) for cell in row.values()))
-    return [Text(""), table]
-
-
-def _pairs(pairs: words.Row) -> list[RenderableType]:
-    table = Table(show_header=False, **PLAIN)
-    for name, text in pairs.items():
-        table.add_row(Text(f"  {name}"), Text(text))
-    return [table] if pairs else []
-
-
-def _lines(name: str, lines: Sequence[str]) -> list[RenderableType]:
-    return [Text(f"\n{name}"), *(Text(f"  {line}") for line in lines)] if lines else []
+def _text(text: str, style: str = "") -> Text:
+    """As it is, with spaces that may break over a line."""
+    return Text(text.replace(GLUE, " "), style=style)
 
 
 def _console() -> Console:

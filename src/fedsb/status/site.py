@@ -3,76 +3,60 @@
 from __future__ import annotations
 
 import tomllib
-from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from fedsb.deployment.join_file import KEPT, JoinFile, read_join_file
+from fedsb.charts import Json
+from fedsb.deployment.join_file import KEPT, read_join_file
 from fedsb.disk import safe_name
-from fedsb.errors import RunError, UserError
-from fedsb.privacy.accounting import epsilon
-from fedsb.privacy.ledger import Entry, merged, read_ledger
+from fedsb.errors import UserError
 from fedsb.privacy.plan import default_delta
-from fedsb.status import health
-from fedsb.status.files import Json, document, last_words, modified, processes, rows, tail, troubles
+from fedsb.report import document, lines
+from fedsb.status.files import by_age, of_both, seconds_left, spent
 
-EVENTS = ("died", "refused", "failed", "crashed", "trouble", "trainer gone", "not wanted")
+PROCESSES = ("supervisor", "node", "trainer")
+TROUBLES = ("died", "refused", "failed", "crashed", "trouble", "trainer gone", "not wanted")
 SITE = "site.toml"
+BEAT_SECONDS = 7.0  # as flower_client.py has it
 
 
 def site_state(folder: Path, now: float) -> Json:
-    """Raises UserError for a folder that cannot be read."""
+    """Raises UserError for a folder that cannot be read. Nothing of the keys in its join file is told."""
     join = read_join_file(folder / KEPT)
-    children = processes(folder, now)
-    logs = {name: tail(folder / "logs" / f"{name}.jsonl") for name in ("supervisor", "node", "trainer")}
-    running = bool(children) and children[0]["alive"]
-    runs, fault = _runs(folder, join.site)
-    lines = rows(folder / "outbox.jsonl")
-    state: Json = {
+    outbox = folder / "outbox.jsonl"
+    both, logs = of_both(folder, now, PROCESSES, TROUBLES, outbox)
+    runs = [_run(path, join.site) for path in by_age((folder / "runs").glob("*/run.json"))]
+    certificates = {"authority": seconds_left(join.ca, now)}
+    return {
         "kind": "site",
-        "folder": str(folder),
-        "time": now,
+        **both,
         "site": join.site,
-        "federation": _federation(join, now),
-        "processes": children,
-        "reached": _reached(logs["node"], now) if running else None,
+        "federation": {
+            "id": join.federation,
+            "address": join.address,
+            "serial": join.directory.serial,
+            "certificates": certificates,
+        },
+        "reached": _reached(logs["node"], now) if both["running"] else None,
         "rules": _rules(folder / SITE),
         "run": runs[-1] if runs else None,
         "runs": runs,
         "epsilon_all_runs": _together(folder, join.site, runs),
-        "ledger_fault": fault,
-        "outbox": _outbox(lines),
-        "last_event_seconds": _since(folder, now),
-        "troubles": troubles(logs.items(), EVENTS),
-        "last_words": None if running else last_words(folder),
-    }
-    return {**state, "health": health.of_site(state)}
-
-
-def _federation(join: JoinFile, now: float) -> Json:
-    """Nothing of the keys in the file."""
-    return {
-        "id": join.federation,
-        "address": join.address,
-        "serial": join.directory.serial,
-        "sites": list(join.directory.sites),
-        "certificates": {"authority": health.expires_pem(join.ca) - now},
+        "outbox": _outbox(lines(outbox)[0]),
     }
 
 
-def _reached(node: list[Json], now: float) -> Json:
+def _reached(node: Sequence[Json], now: float) -> Json:
     """Whether the coordinator was there when it was last asked, and since when it is so."""
     events = [line for line in node if line.get("event") in ("active", "trouble", "no heartbeat")]
-    active = [i for i, line in enumerate(events) if line["event"] == "active"]
-    after = events[active[-1] + 1 :] if active else events
+    active = max((i for i, line in enumerate(events) if line["event"] == "active"), default=-1)
+    after = events[active + 1 :]
     lost = [line for line in after if line["event"] == "trouble"]
-    if (
-        not lost and after and now - after[-1]["at"] < 3 * health.BEAT_SECONDS
-    ):  # busy, and its heartbeat does not arrive
+    if after and not lost and now - after[-1]["at"] < 3 * BEAT_SECONDS:  # busy, and its heartbeat does not arrive
         lost = after
-    if lost or not active:
+    if lost or active < 0:
         return {"yes": False, "since_seconds": max(0.0, now - lost[0]["at"]) if lost else None}
-    return {"yes": True, "since_seconds": max(0.0, now - events[active[-1]]["at"])}
+    return {"yes": True, "since_seconds": max(0.0, now - events[active]["at"])}
 
 
 def _rules(path: Path) -> Json:
@@ -86,82 +70,52 @@ def _rules(path: Path) -> Json:
     return {"data": found.get("data"), **found.get("allow", {})}
 
 
-def _runs(folder: Path, site: str) -> tuple[list[Json], str | None]:
-    """(every run that this site was asked into, the last one last; why a ledger cannot be summed up)."""
-    paths = sorted((folder / "runs").glob("*/run.json"), key=lambda path: path.stat().st_mtime)
-    found, fault = [], None
-    for path in paths:
-        facts = document(path) or {}
-        config: Json = facts.get("config") or {}
-        done = [int(round.stem.removeprefix("round-")) for round in path.parent.glob("rounds/round-*.safetensors")]
-        run: Json = {
-            "id": path.parent.name,
-            "name": config.get("name"),
-            "method": (config.get("method") or {}).get("name"),
-            "rounds": max(done, default=0),
-            "rounds_planned": config.get("rounds"),
-            "last_round_at": modified(*path.parent.glob("rounds/round-*.safetensors")),
-            "finished": (path.parent / "adapter" / "adapter_config.json").exists(),
-            "epsilon": None,
-            "delta": _delta(config, facts.get("rows") or {}),
-            "epsilon_allowed_by_run": (config.get("privacy") or {}).get("epsilon"),
-        }
-        try:
-            run["epsilon"] = _spent(_entries(path.parent, site), run["delta"])
-        except (UserError, RunError) as error:
-            fault = str(error)
-        found.append(run)
-    return found, fault
-
-
-def _delta(config: Json, by_site: dict[str, int]) -> float | None:
+def _run(path: Path, site: str) -> Json:
+    """A run that this site was asked into; `path` is its run.json."""
+    folder, facts = path.parent, document(path) or {}
+    config: Json = facts.get("config") or {}
     privacy: Json = config.get("privacy") or {}
-    if privacy.get("unit") != "example" or not by_site:
-        return None
-    return default_delta("example", by_site.values())[0] if privacy["delta"] == "auto" else float(privacy["delta"])
+    delta = None
+    if privacy.get("unit") == "example" and (rows := facts.get("rows")):
+        delta = default_delta("example", rows.values())[0] if privacy["delta"] == "auto" else float(privacy["delta"])
+    used, fault = spent([_ledger(folder, site)], delta)
+    done = [int(round.stem.removeprefix("round-")) for round in folder.glob("rounds/round-*.safetensors")]
+    return {
+        "id": folder.name,
+        "name": config.get("name"),
+        "method": (config.get("method") or {}).get("name"),
+        "rounds": max(done, default=0),
+        "rounds_planned": config.get("rounds"),
+        "finished": (folder / "adapter" / "adapter_config.json").exists(),
+        "epsilon": used,
+        "epsilon_fault": fault,
+        "delta": delta,
+    }
 
 
-def _entries(run: Path, site: str) -> tuple[Entry, ...]:
-    path = run / "privacy" / f"{safe_name(site)}.jsonl"
-    return read_ledger(path) if path.exists() else ()
+def _ledger(run: Path, site: str) -> Path:
+    return run / "privacy" / f"{safe_name(site)}.jsonl"
 
 
-def _spent(entries: tuple[Entry, ...], delta: float | None) -> float | None:
-    return epsilon(merged(entries), delta) if entries and delta is not None else None
-
-
-def _together(folder: Path, site: str, runs: list[Json]) -> Json | None:
+def _together(folder: Path, site: str, runs: Sequence[Json]) -> Json | None:
     """What all runs on this site's rows come to together; None for fewer than two that promise something."""
     private = [run for run in runs if run["delta"] is not None]
     if len(private) < 2:
         return None
     delta = max(run["delta"] for run in private)
-    try:
-        entries = [entry for run in private for entry in _entries(folder / "runs" / run["id"], site)]
-        return {"epsilon": _spent(tuple(entries), delta), "delta": delta}
-    except (UserError, RunError):  # it is said in "ledger_fault"
-        return None
+    return {"epsilon": spent((_ledger(folder / "runs" / run["id"], site) for run in private), delta)[0], "delta": delta}
 
 
-def _outbox(lines: list[Json]) -> Json:
+def _outbox(left: Sequence[Json]) -> Json:
     """What left, by what it was."""
-    count: Counter[str] = Counter()
-    size: Counter[str] = Counter()
-    for line in lines:
-        count[line["what"]] += 1
-        size[line["what"]] += line["bytes"]
-    last: dict[str, Any] | None = None
-    if lines:
-        last = {key: lines[-1].get(key) for key in ("time", "what", "round", "bytes", "values", "sha256")}
+    kinds: dict[str, Json] = {}
+    for line in left:
+        kind = kinds.setdefault(line["what"], {"messages": 0, "bytes": 0})
+        kind["messages"] += 1
+        kind["bytes"] += line["bytes"]
     return {
-        "messages": sum(count.values()),
-        "bytes": sum(size.values()),
-        "kinds": {what: {"messages": count[what], "bytes": size[what]} for what in count},
-        "last": last,
+        "messages": len(left),
+        "bytes": sum(kind["bytes"] for kind in kinds.values()),
+        "kinds": kinds,
+        "last": {key: left[-1].get(key) for key in ("time", "what", "round", "bytes")} if left else None,
     }
-
-
-def _since(folder: Path, now: float) -> float | None:
-    logs = (folder / "logs" / f"{name}.jsonl" for name in ("supervisor", "node", "trainer"))
-    youngest = modified(folder / "outbox.jsonl", *logs)
-    return None if youngest is None else max(0.0, now - youngest)

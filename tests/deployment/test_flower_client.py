@@ -1,0 +1,82 @@
+"""How a site goes on where the coordinator cannot be reached."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+import pytest
+
+from fedsb.deployment import flower_client
+from fedsb.deployment.flower_client import FlowerNode, pause_after
+from fedsb.errors import UserError
+
+
+class EndedError(UserError):
+    """Ends `serve`, as a refusal does."""
+
+
+class Node(FlowerNode):
+    """A node whose coordinator does what `course` says, step by step: "down", "up" (it activates), "idle", "lost"."""
+
+    def __init__(self, course: list[str]) -> None:
+        self.course, self._address = course, "localhost:1"
+
+    def _next(self, *good: str) -> None:
+        if not self.course:
+            raise EndedError
+        if (step := self.course.pop(0)) not in good:
+            raise httpx.ConnectError(step)
+
+    def _activate(self) -> None:
+        self._next("up")
+
+    def _answer_next(self, answer: Any) -> bool:
+        self._next("idle")
+        return False
+
+    def _beat(self) -> None:
+        """None."""
+
+
+@pytest.fixture
+def course(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`course(steps)`: (the pauses in seconds, what was logged) of a node that goes through them."""
+
+    def run(steps: list[str]) -> tuple[list[float], list[str]]:
+        clock, pauses, said = [1000.0], list[float](), list[str]()
+
+        def sleep(seconds: float) -> None:
+            clock[0] += seconds
+            pauses.append(seconds)
+
+        monkeypatch.setattr(flower_client.time, "sleep", sleep)
+        monkeypatch.setattr(flower_client.time, "monotonic", lambda: clock[0])
+        monkeypatch.setattr(flower_client, "say", lambda event, **facts: said.append(event))
+        with pytest.raises(EndedError):
+            Node(steps).serve(lambda request: request)
+        return pauses, said
+
+    return run
+
+
+def test_pauses_grow_to_a_few_seconds_and_differ() -> None:
+    for failures, longest in ((1, 1.0), (2, 2.0), (3, 4.0), (4, 5.0), (5, 5.0), (10_000, 5.0)):
+        tried = [pause_after(failures) for _ in range(50)]
+        assert longest / 2 <= min(tried) < max(tried) <= longest
+
+
+def test_a_long_outage_is_tried_every_few_seconds_and_said_once_a_minute(course: Any) -> None:
+    pauses, said = course(["down"] * 400)
+    assert len(pauses) == 400 and max(pauses) <= 5.0 and sum(pauses) > 400 * 2.5 * 0.95
+    assert said.count("trouble") <= 2 + sum(pauses) / 60
+
+
+def test_a_coordinator_that_is_back_is_met_at_once_again(course: Any) -> None:
+    pauses, said = course([*["down"] * 10, "up", "idle", "down", "up", "idle"])
+    assert pauses[-2] <= 1.0 and said == ["trouble", "trouble"]  # the first failure after an answer
+
+
+def test_a_coordinator_that_takes_a_site_in_and_then_fails_is_not_hammered(course: Any) -> None:
+    pauses, _ = course(["up", "lost"] * 20)
+    assert min(pauses[5:]) >= 2.5
