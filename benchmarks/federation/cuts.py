@@ -1,6 +1,6 @@
 """Pulls cables in every phase of a real federation whose parties are in network namespaces; nothing may be lost.
 
-    python benchmarks/federation/cuts.py        (about twelve minutes on two cores)
+    python benchmarks/federation/cuts.py [--only NUMBER ...]
 
 opening    before the first round
 training   a site is in the middle of a round's steps
