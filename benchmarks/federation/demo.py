@@ -1,9 +1,11 @@
 """One coordinator and three sites as processes of their own, over TLS, beside the same runs in one process.
 
-    python benchmarks/federation/demo.py [--train rows.jsonl --test rows.jsonl --text text --label label]
+    python benchmarks/federation/demo.py [--loopback] [--train rows.jsonl --test rows.jsonl --text text --label label]
 
 Without files the rows are the docstrings of this Python's library. Plain sums must give the very same adapter; secure
 sums one that differs after the first round by no more than the fixed point allows, and the same score at the end.
+Where this machine allows it, each party is in a network namespace with its own address, and cables are pulled on the
+way: the adapter must be the same again. Where it does not, the demo says why, and all parties are on loopback.
 """
 
 from __future__ import annotations
@@ -16,12 +18,16 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from apart import Apart, Cut
+from namespaces import why_not
 from safetensors.numpy import load_file
 
 SITES = 3
+SECURE = {"server.secure_sum": True}
 HERE = Path(__file__).parent
 SETTINGS = {
     "rounds": 4,
@@ -39,14 +45,18 @@ SETTINGS = {
 }
 
 
-def fedsb(folder: Path, name: str, data: dict[str, str], engine: str, **more: Any) -> Path:
-    """A run by the command that a user types; gives back its run directory."""
+def overrides(folder: Path, name: str, data: dict[str, str], **more: Any) -> list[str]:
     settings = {**SETTINGS, **data, **more, "name": name, "out": str(folder)}
+    return [
+        f"{key}={value if isinstance(value, int | float) else json.dumps(value)}" for key, value in settings.items()
+    ]
+
+
+def fedsb(folder: Path, name: str, given: Sequence[str], engine: str) -> Path:
+    """A run by the command that a user types; gives back its run directory."""
     command = [sys.executable, "-m", "fedsb", "run", "quickstart", "--engine", engine]
-    for key, value in settings.items():
-        command += ["--set", f"{key}={value if isinstance(value, int | float) else json.dumps(value)}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # sums of floats depend on how many threads share them
-    print(f"{name} ...", flush=True)
+    command += [word for text in given for word in ("--set", text)]
     done = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if done.returncode:
         sys.exit(f"{name} failed:\n{done.stderr}")
@@ -77,34 +87,66 @@ def largest_difference(one: Path, other: Path) -> float:
     return worst
 
 
+class Demo:
+    """The runs, each in a folder of its own below `folder`."""
+
+    def __init__(self, folder: Path, data: dict[str, str], apart: bool) -> None:
+        self.folder, self.data, self.apart = folder, data, apart
+        self.seen: dict[str, Any] = {}  # on the network, by run
+
+    def one_process(self, name: str, **more: Any) -> Path:
+        print(f"{name} ...", flush=True)
+        return fedsb(self.folder, name, overrides(self.folder, name, self.data, **more), "embedded")
+
+    def sites(self, name: str, cuts: Sequence[Cut] = (), **more: Any) -> Path:
+        print(f"{name} ...", flush=True)
+        given = overrides(self.folder, name, self.data, **more)
+        if not self.apart:
+            return fedsb(self.folder, name, given, "flower")
+        federation = Apart(self.folder / f"{name}-federation", given)
+        self.seen[name] = federation.carry_out(cuts, scan=bool(cuts))
+        return federation.run
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("train", "test", "text", "label"):
         parser.add_argument(f"--{name}")
     parser.add_argument("--out", type=Path, help="keep the runs here; default: a folder that is deleted")
+    parser.add_argument("--loopback", action="store_true", help="no namespaces, also where they are allowed")
     asked = parser.parse_args()
     keys = {"train": "data.train", "test": "data.test", "text": "task.text", "label": "task.label"}
-    data = {keys[key]: value for key, value in vars(asked).items() if key in keys and value is not None}
-    folder = asked.out or Path(tempfile.mkdtemp(prefix="fedsb-demo-"))
-    print(f"{SITES} sites and a coordinator on this machine, TLS between them; about four minutes on two cores")
-    here, there = (fedsb(folder, f"plain-{engine}", data, engine) for engine in ("embedded", "flower"))
-    once = [
-        fedsb(folder, f"once-{engine}", data, engine, rounds=1, **{"server.secure_sum": engine == "flower"})
-        for engine in ("embedded", "flower")
-    ]
-    secure = fedsb(folder, "secure-flower", data, "flower", **{"server.secure_sum": True})
+    data = {key: getattr(asked, name) for name, key in keys.items() if getattr(asked, name) is not None}
+    data |= {key: str(Path(data[key]).resolve()) for key in ("data.train", "data.test") if key in data}
+    folder = (asked.out or Path(tempfile.mkdtemp(prefix="fedsb-demo-"))).resolve()
+    reason = "as asked" if asked.loopback else why_not()
+    network = f"loopback ({reason})" if reason else "each party in a network namespace, with its own address"
+    print(f"{SITES} sites and a coordinator on this machine, TLS between them; about six minutes on two cores")
+    print(f"network: {network}", flush=True)
+    demo = Demo(folder, data, apart=not reason)
+    here, there = demo.one_process("plain-embedded"), demo.sites("plain-flower")
+    once = demo.one_process("once-embedded", rounds=1), demo.sites("once-flower", rounds=1, **SECURE)
+    secure = demo.sites("secure-flower", **SECURE)
     found = {
+        "network": network,
         "one process": facts(here),
         "real sites, plain sums": facts(there),
         "real sites, secure sums": facts(secure),
         "the same adapter with plain sums": facts(here)["sha256"] == facts(there)["sha256"],
         "largest difference after one round of secure sums": largest_difference(*once),
     }
+    same = found["the same adapter with plain sums"]
+    if demo.apart:
+        cut = demo.sites("cut-flower", [Cut("client-01", 2, 30), Cut("coordinator", 3, 10)])
+        found["real sites, cables pulled"] = facts(cut)
+        found["the same adapter with cables pulled"] = facts(cut)["sha256"] == facts(here)["sha256"]
+        found["seen on the network"] = {name: demo.seen[name] for name in ("plain-flower", "cut-flower")}
+        same &= found["the same adapter with cables pulled"]
     print(json.dumps(found, indent=1))
     (HERE / "results.json").write_text(json.dumps(found, indent=1) + "\n")
     if not asked.out:
         shutil.rmtree(folder)
-    if not found["the same adapter with plain sums"]:
+    if not same:
         sys.exit("the adapters differ")
 
 

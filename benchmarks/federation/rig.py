@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from namespaces import Network
 from world import make_model, make_rows, settings, write_rows, write_toml
 
 from fedsb.deployment import serve_init
@@ -39,6 +40,7 @@ class Rig:
         spoils: Mapping[str, Mapping[str, str]] | None = None,
         sites: Sequence[str] = SITES,
         shape: Mapping[str, int] | None = None,
+        net: Network | None = None,
         **changes: Any,
     ) -> None:
         shutil.rmtree(folder, ignore_errors=True)
@@ -49,6 +51,8 @@ class Rig:
         self.toml = write_toml(folder / "run.toml", settings(model, test, **changes))
         self.rows = {name: make_rows(60 + 10 * i, 10 + i) for i, name in enumerate(sites)}
         self.spoils = spoils or {}
+        self.net = net  # else all parties are on loopback
+        self.host = net.address[CO] if net else "127.0.0.1"
 
     def make(self) -> None:
         """The federation and its sites' folders, on the disks that were asked for."""
@@ -60,19 +64,20 @@ class Rig:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        serve_init(self.folder / CO, list(self.rows), ["127.0.0.1"], port)
+        serve_init(self.folder / CO, list(self.rows), [self.host], port)
         for name in self.rows:
             write_rows(self.folder / name / "rows.jsonl", self.rows[name])
             (self.folder / name / "site.toml").write_text(f"data = {str(self.folder / name / 'rows.jsonl')!r}\n")
             (self.folder / name / "spoil.json").write_text(json.dumps(self.spoils.get(name, {})))
 
     def start(self, party: str, *more: str) -> None:
-        given = ["serve", str(self.folder / CO), str(self.toml)]
+        given = ["serve", str(self.folder / CO), str(self.toml), self.host]
         if party != CO:
             given = ["join", str(self.folder / CO / "joins" / f"{party}.join"), str(self.folder / party), *more]
+        command = [sys.executable, str(HERE / "spoil.py"), *given]
         with (self.folder / f"{party}.out").open("a") as out:
             self.processes[party] = subprocess.Popen(
-                [sys.executable, str(HERE / "spoil.py"), *given],
+                self.net.inside(party, *command) if self.net else command,
                 env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": _path()},
                 stdin=subprocess.DEVNULL,
                 stdout=out,
@@ -143,20 +148,7 @@ class Rig:
         return pid
 
     def said(self, since: datetime) -> list[str]:
-        """What the parties' logs tell of since then, each kind once."""
-        told: Counter[str] = Counter()
-        for party in (CO, *self.rows):
-            for path in sorted((self.folder / party / "logs").glob("*.jsonl")):
-                for line in _lines(path):
-                    if datetime.fromisoformat(line["time"]) < since:
-                        continue
-                    if line["event"] == "asked" and line.get("time_number", 1) > 1:
-                        line["event"] = "asked again"
-                    if line["event"] in TELLING:
-                        about = line.get("reason") or line.get("answer") or line.get("child") or ""
-                        who = f" {line['site']}" if line.get("site") else ""
-                        told[f"{party} {path.stem}: {line['event']}{who} {about}".strip()[:160]] += 1
-        return [f"{text} ({n} times)" if n > 1 else text for text, n in told.items()]
+        return said({party: self.folder / party for party in (CO, *self.rows)}, since)
 
     # --- disks ---
 
@@ -180,6 +172,23 @@ def running(rig: Rig, twice: str = "") -> Iterator[Rig]:
         yield rig
     finally:
         rig.stop()
+
+
+def said(folders: Mapping[str, Path], since: datetime) -> list[str]:
+    """What the parties' logs tell of since then, each kind once."""
+    told: Counter[str] = Counter()
+    for party, folder in folders.items():
+        for path in sorted((folder / "logs").glob("*.jsonl")):
+            for line in _lines(path):
+                if datetime.fromisoformat(line["time"]) < since:
+                    continue
+                if line["event"] == "asked" and line.get("time_number", 1) > 1:
+                    line["event"] = "asked again"
+                if line["event"] in TELLING:
+                    about = line.get("reason") or line.get("answer") or line.get("child") or ""
+                    who = f" {line['site']}" if line.get("site") else ""
+                    told[f"{party} {path.stem}: {line['event']}{who} {about}".strip()[:160]] += 1
+    return [f"{text} ({n} times)" if n > 1 else text for text, n in told.items()]
 
 
 def mount(folder: Path, size: str) -> bool:

@@ -1,6 +1,6 @@
 """The two ends of a federation as faults.py starts them: they say in which phase they are, and a site can misbehave.
 
-    python spoil.py serve FEDERATION TOML        the coordinator, as `fedsb serve` starts it
+    python spoil.py serve FEDERATION TOML HOST   the coordinator, as `fedsb serve` starts it
     python spoil.py join FILE FOLDER [twice]     a site, as `fedsb join` starts it
 
 Each end writes phases.jsonl in its folder. A site reads spoil.json in its own: {"round 3": "nan", "round 9": "slow 8"}.
@@ -162,7 +162,7 @@ def main() -> None:
             from fedsb.config import load_config
 
             folder = Path(sys.argv[2])
-            serve(folder, "spoil:coordinate", prepare(folder, load_config(Path(sys.argv[3]))), listen="127.0.0.1")
+            serve(folder, "spoil:coordinate", prepare(folder, load_config(Path(sys.argv[3]))), listen=sys.argv[4])
         elif sys.argv[1] == "join":
             if sys.argv[4:] == ["twice"]:
                 child = run.Child

@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 from flwr.app import Error, Message, RecordDict
+from flwr.common.constant import ErrorCode
 
 from fedsb.channel import Lost
 from fedsb.deployment import grid_channel, revoke, serve_init
@@ -137,12 +138,31 @@ def test_a_site_that_comes_online_late_is_asked_then(folder: Path) -> None:
 
 
 def test_an_answer_that_flower_lost_is_asked_for_again_but_not_for_ever(folder: Path) -> None:
-    lost = Error(code=5, reason="objects are unavailable")
+    lost = Error(code=ErrorCode.REPLY_MESSAGE_UNAVAILABLE, reason="objects are unavailable")
     answers = iter([lost, b"at last"])
     ends, grid = channel(folder, a=lambda request: next(answers), b=lambda request: lost)
     answered = dict(ends.ask({"a": b"x", "b": b"y"}))
     assert answered == {"a": b"at last", "b": Lost("failed: its answer did not arrive, 3 times")}
     assert (grid.asked.count("a"), grid.asked.count("b")) == (2, 3)
+
+
+def test_a_line_that_comes_and_goes_is_no_lost_answer(folder: Path) -> None:
+    away = Error(code=ErrorCode.NODE_UNAVAILABLE, reason="no heartbeat")
+    answers = iter([away] * (2 * grid_channel.FETCHES) + [b"at last"])
+    ends, _ = channel(folder, a=lambda request: next(answers))
+    assert dict(ends.ask({"a": b"x"}, timeout_s=10)) == {"a": b"at last"}
+
+
+def test_a_site_that_went_away_since_it_was_looked_for_is_asked_when_it_is_back(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grid_channel, "NODES_SECONDS", 60.0)  # what is known of who is there is old
+    answers = iter([Error(code=ErrorCode.NODE_UNAVAILABLE, reason="no heartbeat"), b"at last"])
+    ends, grid = channel(folder, a=lambda request: next(answers), b=lambda request: request)
+    assert dict(ends.ask({"b": b"y"})) == {"b": b"y"}
+    del grid.online["a"]
+    assert dict(ends.ask({"a": b"x"}, timeout_s=0.5)) == {"a": Lost("gone: offline within 0.5 s")}
+    assert grid.asked.count("a") == 1
 
 
 def test_an_answer_that_comes_too_late_is_taken_out_of_memory(folder: Path) -> None:

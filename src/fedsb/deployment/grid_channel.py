@@ -16,6 +16,7 @@ from queue import Empty, Queue
 
 import httpx
 from flwr.app import Message
+from flwr.common.constant import ErrorCode
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
@@ -155,6 +156,10 @@ class GridChannel:
                 if reply.has_content():
                     asked.ids.remove(reply.metadata.reply_to_message_id)
                     return unpack(reply.content)
+                if reply.error.code == ErrorCode.NODE_UNAVAILABLE:  # away since we looked: no fault of an answer
+                    self._seen, asked.since = 0.0, ""
+                    asked.ids.clear()
+                    return None
                 raise RunError(reply.error.reason)  # Flower's own word for an answer that it cannot give
         except (httpx.HTTPStatusError, ObjectPullError, ValueError, RunError) as error:
             say("answer not there", reason=str(error))
