@@ -65,7 +65,7 @@ from fedsb.errors import UserError
 BEAT_SECONDS = 7.0  # Flower takes a node for offline after 20 s without one
 SHORTEST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 5.0  # between tries to reach the coordinator
 SAY_SECONDS = 60.0  # a trouble that lasts is a line in the log as often
-CONNECT_SECONDS, ANSWER_SECONDS = 10.0, 60.0  # a network that swallows all is tried anew soon
+CONNECT_SECONDS, WRITE_SECONDS, ANSWER_SECONDS = 10.0, 20.0, 60.0  # a network that swallows all is tried anew soon
 
 Answer = Callable[[bytes], bytes | Lost]
 
@@ -93,7 +93,7 @@ class FlowerNode:
             f"https://{join.address}",
             interceptors=[version, proof],
             verify=tls_client(join.ca),
-            timeout=httpx.Timeout(ANSWER_SECONDS, connect=CONNECT_SECONDS),  # type: ignore[arg-type]  # httpx takes it
+            timeout=httpx.Timeout(ANSWER_SECONDS, connect=CONNECT_SECONDS, write=WRITE_SECONDS),  # type: ignore[arg-type]  # httpx takes it
         )
         self._address, self._public = join.address, public_key_to_bytes(key.public_key())
         # Remembered, so that a node that was killed can say that its former self has gone.
