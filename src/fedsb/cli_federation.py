@@ -45,7 +45,10 @@ def serve(
     if init:
         for path in register.serve_init(folder, site, host, register.PORT if port is None else port):
             typer.echo(f"{path}\n    {_to_whom(path)}")
-        typer.echo(f"next: hand these out, then\n    fedsb serve {folder} my.toml")
+        if site:
+            typer.echo(f"next: hand these out, then\n    fedsb serve {folder} my.toml")
+        else:
+            typer.echo(f"{folder} has no site yet; next, for each\n    fedsb serve {folder} --add NAME.site")
         return
     if add is not None:
         path = register.add_site(folder, add)
@@ -56,7 +59,10 @@ def serve(
         return
     if revoke is not None:
         register.revoke(folder, revoke)
-        typer.echo(f"{revoke} is shut out; a coordinator that is serving refuses its next request")
+        typer.echo(
+            f"{revoke} is shut out; a coordinator that is serving refuses its next request. The others take the new "
+            f"{folder / register.DIRECTORY}"
+        )
         return
     if renew:
         register.renew(folder, host)
@@ -146,12 +152,16 @@ def _say_what_there_is(folder: Path, data: str | None) -> None:
     from fedsb.site.settings import SITE, load_site
 
     path = folder / SITE
-    if data is not None and Path(data).exists():
-        data = str(Path(data).resolve())  # the site may be started from elsewhere the next time
+    if data is not None and not data.startswith("hub:"):
+        if not (file := Path(data).expanduser()).exists():
+            raise UserError(f"there is no file {data}: give this site's rows, best by their full path")
+        data = str(file.resolve())  # the site may be started from elsewhere the next time
     if path.exists():
         site = load_site(path)
         if data is not None and site.data != data:
-            raise UserError(f"{path} says data = {site.data!r}, the command says {data!r}: change one of them")
+            raise UserError(
+                f"{path} says data = {site.data!r}, the command says {data!r}: leave --data out, or change the file"
+            )
         return
     if data is None:
         raise UserError(f"which rows? fedsb join FILE --data rows.jsonl; they are then kept in {path}")

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from conftest import Said, set_all, write_toml
+from conftest import Said, set_all, write_rows, write_toml
 from fedsb.deployment import serve_init
 from fedsb.deployment.federation import SERVER, SERVER_KEY
+from fedsb.record import read_rows
 
 
 @contextmanager
@@ -89,3 +90,32 @@ def test_what_is_not_well_is_said(
     got = cli(*site_of(tmp_path / "fed", 1, tables[0], allow), "--config", run)
     assert got.code == 1
     assert said in got.err
+
+
+def test_a_site_with_one_class_may_take_part(
+    cli: Callable[..., Said], tiny_config: dict[str, Any], tables: tuple[Path, Path], tmp_path: Path
+) -> None:
+    rows = [row for row in read_rows(tables[0]) if row["label"] == "red"]
+    run = write_toml(tmp_path / "my.toml", set_all(tiny_config, data={"test": str(tables[1])}))
+    join = site_of(tmp_path / "fed", 1, write_rows(tmp_path / "red.jsonl", rows))
+    said = cli(*join, "--config", run)
+    assert "labels: 1 here" in said.out and "cannot be reached" in said.err
+
+
+def test_a_secure_sum_of_too_few_is_refused_before_the_run(
+    cli: Callable[..., Said], tiny_config: dict[str, Any], tables: tuple[Path, Path], tmp_path: Path
+) -> None:
+    settings = set_all(tiny_config, data={"test": str(tables[1])}, server={"secure_sum": True})
+    join = site_of(tmp_path / "fed", 1, tables[0], "sum_clients = 2")
+    said = cli(*join, "--config", write_toml(tmp_path / "my.toml", settings))
+    assert "it is of 1 clients at least" in said.err and "server.min_clients = 2 makes it so" in said.err
+
+
+def test_rows_that_are_not_there_are_not_kept(
+    cli: Callable[..., Said], tables: tuple[Path, Path], tmp_path: Path
+) -> None:
+    (join,) = serve_init(tmp_path / "fed", ["a"], ["127.0.0.1"], 1)
+    command = ["join", str(join), "--folder", str(tmp_path / "here"), "--dry-run", "--data"]
+    said = cli(*command, str(tmp_path / "none.jsonl"))
+    assert said.code == 1 and "there is no file" in said.err
+    assert "rows: 90" in cli(*command, str(tables[0])).out

@@ -106,7 +106,7 @@ def test_sites_files_that_are_not_good(own: Path, tmp_path: Path) -> None:
         (tmp_path / "bad.site").write_text(json.dumps({**card, **change}))
         with pytest.raises(UserError, match=match):
             add_site(own, str(tmp_path / "bad.site"))
-    with pytest.raises(UserError, match="there is no site's file"):
+    with pytest.raises(UserError, match=r"there is no site's file none\.site: ask the site for it"):
         serve_init(tmp_path / "new", ["none.site"], ["localhost"])
     with pytest.raises(UserError, match="is named NAME"):
         make_keys(tmp_path / "north.join", tmp_path / "new")
@@ -205,3 +205,45 @@ def test_a_folder_is_of_one_site_of_one_federation(folder: Path, tmp_path: Path)
     keep_join_file(folder / "joins" / "north.join", tmp_path / "site")
     with pytest.raises(UserError, match="take another folder"):
         keep_join_file(folder / "joins" / "south.join", tmp_path / "site")
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"ca": "none"}, "a key that is none"),
+        ({"node_key": "none"}, "a key that is none"),
+        ({"identity": "00"}, "a key that is none"),
+        ({"address": "localhost"}, "no host:port"),
+        ({"address": "localhost:none"}, "no host:port"),
+    ],
+)
+def test_a_join_file_that_is_damaged_inside(folder: Path, tmp_path: Path, change: dict[str, str], match: str) -> None:
+    join = json.loads((folder / "joins" / "north.join").read_text())
+    (tmp_path / "bad.join").write_text(json.dumps({**join, **change}))
+    with pytest.raises(UserError, match=match):
+        keep_join_file(tmp_path / "bad.join", tmp_path / "site")
+    (tmp_path / "bytes.join").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="not a join file, or it is damaged: ask the coordinator"):
+        keep_join_file(tmp_path / "bytes.join", tmp_path / "site")
+    assert not (tmp_path / "site").exists()
+
+
+def test_a_site_takes_the_address_of_the_join_file_that_it_is_given(folder: Path, tmp_path: Path) -> None:
+    path, site = folder / "joins" / "north.join", tmp_path / "site"
+    keep_join_file(path, site)
+    add_site(folder, "east")
+    update_directory(site, folder / "directory.json")
+    join = json.loads(path.read_text())
+    path.write_text(json.dumps({**join, "address": "elsewhere:9443"}))
+    kept = keep_join_file(path, site)
+    assert kept == read_join_file(site / "site.join")
+    assert kept.address == "elsewhere:9443" and "east" in kept.directory.sites
+
+
+@pytest.mark.parametrize("host", ["https://fed.example.org", "fed.example.org:9443", "[::1]", "", "fed example"])
+def test_hosts_that_no_certificate_can_name(tmp_path: Path, folder: Path, host: str) -> None:
+    with pytest.raises(UserError, match="is no name and no address"):
+        serve_init(tmp_path / "new", ["north"], [host])
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(UserError, match="is no name and no address"):
+        renew(folder, [host])

@@ -84,6 +84,18 @@ def check_public(node_key: str, identity: str) -> None:
     Ed25519PublicKey.from_public_bytes(bytes.fromhex(identity))
 
 
+def check_private(node_key: str, identity: str) -> None:
+    """Raises ValueError where these are not private keys of a node and of an identity."""
+    if not isinstance(load_pem_private_key(node_key.encode(), password=None), ec.EllipticCurvePrivateKey):
+        raise ValueError("the node's is not of an elliptic curve")
+    public_identity(identity)
+
+
+def check_authority(certificate: str) -> None:
+    """Raises ValueError for what is no certificate."""
+    x509.load_pem_x509_certificate(certificate.encode())
+
+
 def sign(ca_key: str, text: bytes) -> str:
     """What only the holder of the authority's private key can make of this text."""
     return _ec_key(ca_key).sign(text, ec.ECDSA(SHA256())).hex()

@@ -7,6 +7,7 @@ FEDERATION/runs/NAME/         the run directory, as of any run
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from fedsb.channel import Channel
@@ -58,7 +59,9 @@ def coordinate(channel: Channel, folder: Path) -> None:
         if (folder / "manifest.json").exists():
             resume(folder, display, open_engine=open_engine)
         else:
-            federate(load_config(json.loads(_asked(folder).read_text())), display, open_engine)
+            asked = load_config(json.loads(_asked(folder).read_text()))
+            asked = replace(asked, origin=dict.fromkeys(asked.origin, "as served"))
+            federate(asked, display, open_engine)
 
 
 def _asked(folder: Path) -> Path:

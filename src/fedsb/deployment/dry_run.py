@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fedsb.deployment.join_file import KEPT, read_join_file
 from fedsb.errors import UserError
-from fedsb.site.settings import SITE, SiteConfig, fingerprint, load_site, refuse_run
+from fedsb.site.settings import SITE, SiteConfig, fingerprint, load_site, refuse_peers, refuse_run, refuse_sum
 
 SECONDS = 10.0
 
@@ -21,7 +21,8 @@ def try_out(folder: Path, config: str | None) -> Iterator[str]:
     for name, key in sorted(join.directory.sites.items()):
         yield f"  {fingerprint(bytes.fromhex(key))}  {name}"
     site = load_site(folder / SITE)
-    yield f"site.toml: {site.allow.model_dump(exclude_none=True)}"
+    allowed = ", ".join(f"{key} = {value}" for key, value in site.allow.model_dump(exclude_defaults=True).items())
+    yield f"site.toml: rules {allowed or 'none, so all is allowed'}"
     yield from _rows(folder, site, config)
     knock(join.address, join.ca)
     yield f"door: {join.address} shows a certificate of this federation"
@@ -37,6 +38,7 @@ def _rows(folder: Path, site: SiteConfig, config: str | None) -> Iterator[str]:
         yield "not tried: the run's own needs; name its TOML with --config"
         return
     from fedsb.cli import load
+    from fedsb.engines.resolved import sum_threshold
     from fedsb.methods import build_method
     from fedsb.site.handle import open_handle
     from fedsb.site.participant import Participant
@@ -45,9 +47,20 @@ def _rows(folder: Path, site: SiteConfig, config: str | None) -> Iterator[str]:
     refuse_run(site.allow, settings, build_method(settings.method.name, settings.method.options))
     yield "rules: this site takes part in such a run"
     identity = open_handle(folder).identity
+    if settings.server.secure_sum:
+        others = {name: key for name, key in identity.directory.items() if name != identity.name}
+        _, threshold = sum_threshold(settings.server, len(identity.directory))
+        refuse_sum(site.allow, threshold)
+        refuse_peers(site.allow, others)
+        yield f"secure sums: of {threshold} of {len(identity.directory)} sites at least"
     part = Participant(folder / "runs" / "dryrun", site, identity, settings, "dryrun")
-    part.task.fit_labels(part.table.rows, [])
+    if len(part.labels) == 1:  # the classes are those of all sites
+        part.task.label_names = [str(part.labels[0]), "of another site"]
+    else:
+        part.task.fit_labels(part.table.rows, [])
     part.open(part.task.label_names)
+    if part.labels:
+        yield f"labels: {len(part.labels)} here; the run has those of all sites"
     yield f"rows: {part.site.rows:,} to train on, {len(part.site.held_out):,} held out; {part.cut:,} are cut"
     yield f"base model: {part.bench.base.name}, {part.bench.base.parameters:,} parameters"
 

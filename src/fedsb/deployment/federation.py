@@ -9,6 +9,8 @@ directory.json     who has which identity, signed; for sites that joined before 
 
 from __future__ import annotations
 
+import ipaddress
+import re
 import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,6 +36,7 @@ from fedsb.errors import UserError, did_you_mean
 FEDERATION, DIRECTORY = "federation.json", "directory.json"
 CA, CA_KEY, SERVER, SERVER_KEY = "ca.pem", "ca.key", "server.pem", "server.key"
 PORT = 9443
+_HOST = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*\.?")
 
 
 class SiteEntry(BaseModel):
@@ -78,7 +81,8 @@ def serve_init(folder: Path, sites: Sequence[str], hosts: Sequence[str], port: i
     if (folder / FEDERATION).exists():
         raise UserError(f"{folder} holds a federation already: add sites to it, or take another folder")
     if not hosts:
-        raise UserError("no host: give the name or address under which sites reach this machine")
+        raise UserError("no host: give the name or address under which sites reach this machine, with --host")
+    _check_hosts(hosts)
     if not 1 <= port <= 65535:
         raise UserError(f"port {port}: a port is from 1 to 65535")
     newcomers = [_newcomer(site) for site in sites]
@@ -130,6 +134,7 @@ def renew(folder: Path, hosts: Sequence[str] = ()) -> None:
     federation = read_federation(folder)
     ca, ca_key = (folder / CA).read_text(), _authority_key(folder)
     certificates.check_dates(ca, "the federation's authority", "make a new federation and hand out its join files")
+    _check_hosts(hosts)
     hosts = list(dict.fromkeys((*federation.hosts, *hosts)))
     certificate, key = certificates.new_server(ca, ca_key, hosts)
     (folder / SERVER_KEY).unlink(missing_ok=True)
@@ -214,6 +219,19 @@ def _directory(folder: Path, federation: Federation) -> Directory:
     sites = {name: site.identity for name, site in federation.members.items()}
     directory = Directory(federation=federation.id, serial=federation.serial, sites=sites)
     return directory.model_copy(update={"signature": certificates.sign(_authority_key(folder), directory.text)})
+
+
+def _check_hosts(hosts: Sequence[str]) -> None:
+    """Raises UserError for what a certificate cannot name."""
+    for host in hosts:
+        try:
+            ipaddress.ip_address(host)
+        except ValueError:
+            if not _HOST.fullmatch(host):
+                raise UserError(
+                    f"host {host!r} is no name and no address: give it alone, as fedsb.example.org or 10.0.0.5, "
+                    "and the port with --port"
+                ) from None
 
 
 def _authority_key(folder: Path) -> str:

@@ -16,7 +16,16 @@ from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from fedsb.deployment.certificates import check_dates, check_public, new_identity, new_node_key, public_identity, signed
+from fedsb.deployment.certificates import (
+    check_authority,
+    check_dates,
+    check_private,
+    check_public,
+    new_identity,
+    new_node_key,
+    public_identity,
+    signed,
+)
 from fedsb.disk import disk_errors, safe_name, write_atomic
 from fedsb.errors import UserError
 
@@ -80,6 +89,14 @@ class JoinFile(_Strict):
 def read_join_file(path: Path) -> JoinFile:
     """Raises UserError for one that is missing, of another version, damaged, or whose authority has expired."""
     join = _read(JoinFile, path, "join file")
+    try:
+        check_authority(join.ca)
+        if join.node_key:
+            check_private(join.node_key, join.identity)
+    except ValueError as error:
+        raise UserError(f"{path} is damaged, it holds a key that is none: ask the coordinator for it again") from error
+    if not (port := join.address.rpartition(":")[2]).isdecimal() or join.address == port:
+        raise UserError(f"{path} has the address {join.address!r}, which is no host:port: ask the coordinator")
     check_dates(join.ca, "the federation's authority in this join file", "ask the coordinator for a new federation")
     _check_signed(join, join.directory, path)
     return join
@@ -131,6 +148,8 @@ def write_join_file(join: JoinFile, path: Path) -> None:
 def keep_join_file(path: Path, folder: Path) -> JoinFile:
     """Reads a join file and keeps a copy in the site's folder, which is then that site's in that federation alone.
 
+    Of two the newer directory counts, and the address of the one that is given.
+
     Raises UserError where the folder is already another's, and where the site's own keys are not those it joins with.
     """
     if path.name.endswith(CARD):
@@ -143,12 +162,13 @@ def keep_join_file(path: Path, folder: Path) -> JoinFile:
     if old.federation != join.federation or old.site != join.site:
         raise UserError(
             f"{folder} belongs to site {old.site!r} of federation {old.federation}, and {path} is for site "
-            f"{join.site!r} of federation {join.federation}: take another folder"
+            f"{join.site!r} of federation {join.federation}: take another folder, with --folder"
         )
-    if join.directory.serial > old.directory.serial:
-        _replace(kept, join)
-        return join
-    return old
+    newer = join.directory.serial > old.directory.serial
+    new = join if newer else old.model_copy(update={"address": join.address})  # which may have been wrong before
+    if new != old:
+        _replace(kept, new)
+    return new
 
 
 def update_directory(folder: Path, directory_file: Path) -> Directory:
@@ -189,7 +209,8 @@ def _with_keys(join: JoinFile, path: Path, folder: Path) -> JoinFile:
     if not own.exists():
         raise UserError(
             f"{path} is for a site that made its own keys, and there is no {own}: take the folder in which "
-            f"`fedsb join {join.site}{CARD} --new` was called, with --folder"
+            f"`fedsb join {join.site}{CARD} --new` was called, with --folder. Keys are of one federation: for a "
+            "second one make others, in another folder"
         )
     keys = _read(Keys, own, "file of keys")
     if public_identity(keys.identity) != join.directory.sites.get(join.site):
@@ -215,17 +236,20 @@ def _check_signed(join: JoinFile, directory: Directory, path: Path) -> None:
 
 
 def _read(kind: type[File], path: Path, what: str) -> File:
+    whom = "the site" if kind is Card else "the coordinator"
     try:
         text = path.read_text()
     except FileNotFoundError:
-        raise UserError(f"there is no {what} {path}: ask the coordinator for it") from None
-    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"there is no {what} {path}: ask {whom} for it") from None
+    except OSError as error:
         raise UserError(f"the {what} {path} cannot be read: {error}") from error
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not a {what}, or it is damaged: ask {whom} for it again") from None
     try:
         found = json.loads(text)
         version = found.get("version") if isinstance(found, dict) else None
     except json.JSONDecodeError:
-        raise UserError(f"{path} is not a {what}, or it is damaged: ask the coordinator for it again") from None
+        raise UserError(f"{path} is not a {what}, or it is damaged: ask {whom} for it again") from None
     if version != VERSION:
         raise UserError(
             f"{path} is a {what} of version {version}, and this fedsb reads version {VERSION}: "
@@ -235,4 +259,4 @@ def _read(kind: type[File], path: Path, what: str) -> File:
         return kind.model_validate(found)
     except ValidationError as error:
         faults = ", ".join(".".join(map(str, fault["loc"])) for fault in error.errors())
-        raise UserError(f"{path} is not a {what}, or it is damaged ({faults}): ask for it again") from None
+        raise UserError(f"{path} is not a {what}, or it is damaged ({faults}): ask {whom} for it again") from None

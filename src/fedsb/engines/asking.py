@@ -55,7 +55,8 @@ class Asking:
         if faults or not names:
             reasons = "\n  ".join(faults) or "there are no sites"
             raise RunError(
-                f"{kind.verb!r} needs an answer of every site:\n  {reasons}\nMend these sites, or revoke them"
+                f"{kind.verb!r} needs an answer of every site:\n  {reasons}\nSettle it with these sites, or "
+                "change the run, and serve again; --revoke goes on without a site, for good"
             )
         return good
 

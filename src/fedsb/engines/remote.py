@@ -63,7 +63,7 @@ class RemoteEngine(Bench):
         if begun:
             task.label_names = begun["task"]["label_names"] or []
         else:
-            labels = _in_order({label for site in looked.values() for label in site.labels})
+            labels = _in_order({name: site.labels for name, site in looked.items()})
             task.fit_labels([{task.options.label: label} for label in labels], test.rows if test else [])
         super().__init__(config, method, tokenizer, task)
         opened = {} if begun else self._open(tokenizer_fingerprint(tokenizer))
@@ -306,9 +306,13 @@ class RemoteEngine(Bench):
         )
 
 
-def _in_order(labels: set[Any]) -> list[Any]:
-    """Raises UserError where sites have labels of different types."""
-    kinds = sorted({type(label).__name__ for label in labels})
+def _in_order(by_site: Mapping[str, Sequence[Any]]) -> list[Any]:
+    """All labels. Raises UserError where they are of different types, with the sites that have each."""
+    kinds: dict[str, list[str]] = {}
+    for site, labels in by_site.items():
+        for kind in sorted({type(label).__name__ for label in labels}):
+            kinds.setdefault(kind, []).append(site)
     if len(kinds) > 1:
-        raise UserError(f"the sites' labels are of different types ({', '.join(kinds)}): write them alike everywhere")
-    return sorted(labels)
+        said = "; ".join(f"{kind}: {', '.join(sites)}" for kind, sites in sorted(kinds.items()))
+        raise UserError(f"the sites' labels are of different types ({said}): write them alike everywhere")
+    return sorted({label for labels in by_site.values() for label in labels})

@@ -14,7 +14,7 @@ from fedsb.errors import UserError
 from fedsb.federation.client import LocalTraining
 from fedsb.privacy.extra import needs_extra
 from fedsb.privacy.setup import Promise
-from fedsb.settings import Choice, Config
+from fedsb.settings import Choice, Config, ServerConfig
 
 if TYPE_CHECKING:
     from fedsb.engines.secure import SecureSums
@@ -55,6 +55,12 @@ def open_sums(config: Config, promise: Promise, run: str, sites: Sequence[Site])
     except ImportError as error:
         raise needs_extra(error.name or "cryptography") from error
     return SecureSums(config, promise, run, sites)
+
+
+def sum_threshold(server: ServerConfig, sites: int) -> tuple[int, int]:
+    """(how many are asked into a secure sum, how many of them it needs at least)."""
+    asked = min(server.clients_per_round or sites, sites)
+    return asked, max(server.min_clients, asked // 2 + 1)
 
 
 def targets_choice(config: Config, targets: Sequence[str]) -> Choice:

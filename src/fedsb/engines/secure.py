@@ -28,6 +28,7 @@ from fedsb.adapters.adapted import Tensors
 from fedsb.data.sites import Site
 from fedsb.draws import generator
 from fedsb.engines import SUM, Answer, Reply, Summed
+from fedsb.engines.resolved import sum_threshold
 from fedsb.errors import UserError
 from fedsb.federation.payload import Payload, pack
 from fedsb.federation.server import Dropped
@@ -115,8 +116,7 @@ class SecureSums:
     def __init__(self, config: Config, promise: Promise, run: str, sites: Sequence[Site]) -> None:
         self.server, self.seed, self.run, self.promise = config.server, config.seed, run, promise
         self.rows = {site.name: site.rows for site in sites}
-        self.clients = min(config.server.clients_per_round or len(sites), len(sites))
-        self.threshold = max(config.server.min_clients, self.clients // 2 + 1)
+        self.clients, self.threshold = sum_threshold(config.server, len(sites))
         if self.clients < 2:
             raise UserError("server.secure_sum with one client a round: the sum is its own; take more clients")
 

@@ -283,7 +283,10 @@ class Participant:
         pending = self._pending()
         keys = {name: self.identity.directory[name] for name in cohort if name in self.identity.directory}
         if unknown := [name for name in cohort if name not in keys]:
-            raise RefusalError(f"a secure sum with {', '.join(unknown)}, whom this site's directory does not have")
+            raise RefusalError(
+                f"a secure sum with {', '.join(unknown)}, whom this site's directory does not have: take the "
+                "coordinator's newer one, `fedsb join FILE --directory directory.json`, and start again"
+            )
         refuse_peers(self.settings.allow, {name: key for name, key in keys.items() if name != self.identity.name})
         return self.sums.terms(pending.round, pending.basis, keys)
 
