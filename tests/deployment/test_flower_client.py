@@ -11,13 +11,15 @@ from fedsb.deployment import flower_client
 from fedsb.deployment.flower_client import FlowerNode, pause_after
 from fedsb.errors import UserError
 
+ASKED = httpx.Request("POST", "https://localhost:1/v1/fleet/activate-node")
+
 
 class EndedError(UserError):
     """Ends `serve`, as a refusal does."""
 
 
 class Node(FlowerNode):
-    """A node whose coordinator does what `course` says, step by step: "down", "up" (it activates), "idle", "lost"."""
+    """A node whose coordinator does what `course` says: "down", "up" (it activates), "idle", "lost", "elsewhere"."""
 
     def __init__(self, course: list[str]) -> None:
         self.course, self._address = course, "localhost:1"
@@ -25,7 +27,9 @@ class Node(FlowerNode):
     def _next(self, *good: str) -> None:
         if not self.course:
             raise EndedError
-        if (step := self.course.pop(0)) not in good:
+        if (step := self.course.pop(0)) == "elsewhere":
+            raise httpx.HTTPStatusError(step, request=ASKED, response=httpx.Response(412, request=ASKED))
+        if step not in good:
             raise httpx.ConnectError(step)
 
     def _activate(self) -> None:
@@ -43,7 +47,7 @@ class Node(FlowerNode):
 def course(monkeypatch: pytest.MonkeyPatch) -> Any:
     """`course(steps)`: (the pauses in seconds, what was logged) of a node that goes through them."""
 
-    def run(steps: list[str]) -> tuple[list[float], list[str]]:
+    def run(steps: list[str], ends: str | None = None) -> tuple[list[float], list[str]]:
         clock, pauses, said = [1000.0], list[float](), list[str]()
 
         def sleep(seconds: float) -> None:
@@ -53,7 +57,7 @@ def course(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(flower_client.time, "sleep", sleep)
         monkeypatch.setattr(flower_client.time, "monotonic", lambda: clock[0])
         monkeypatch.setattr(flower_client, "say", lambda event, **facts: said.append(event))
-        with pytest.raises(EndedError):
+        with pytest.raises(UserError if ends else EndedError, match=ends):
             Node(steps).serve(lambda request: request)
         return pauses, said
 
@@ -80,3 +84,20 @@ def test_a_coordinator_that_is_back_is_met_at_once_again(course: Any) -> None:
 def test_a_coordinator_that_takes_a_site_in_and_then_fails_is_not_hammered(course: Any) -> None:
     pauses, _ = course(["up", "lost"] * 20)
     assert min(pauses[5:]) >= 2.5
+
+
+def test_a_second_node_with_the_same_keys_ends_with_words(course: Any) -> None:
+    pauses, _ = course(["elsewhere"] * 100, ends="a node with this site's keys is at the coordinator")
+    assert 90 < sum(pauses) < 100
+
+
+def test_a_node_that_was_killed_waits_until_its_former_self_is_forgotten(
+    course: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    course([*["elsewhere"] * 10, "up", "idle", "lost", "up"])
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(",")[0] for line in said] == [
+        "at the coordinator",
+        "lost the coordinator (ConnectError)",
+        "at the coordinator",
+    ]

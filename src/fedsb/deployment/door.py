@@ -38,6 +38,7 @@ Receive = Callable[[], Awaitable[Event]]
 Send = Callable[[Event], Awaitable[None]]
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+ACTIVATE = "/v1/fleet/activate-node"
 PATHS = frozenset(
     f"/v1/fleet/{call}"
     for call in (
@@ -130,6 +131,10 @@ class Door:
 
         async def counted(event: Event) -> None:
             headers = event.get("headers", ())
+            if event.get("status") == 412 and scope["path"] == ACTIVATE:
+                reason = "this site's node is here already: do two machines have its keys?"
+                address = (scope.get("client") or ("?",))[0]
+                say("refused", level=logging.WARNING, status=412, reason=reason, address=address, site=site)
             self._wire.bytes_out[site] += len(event.get("body", b"")) + _head_bytes(headers)
             await send(event)
 

@@ -64,6 +64,7 @@ from fedsb.errors import UserError
 
 BEAT_SECONDS = 7.0  # Flower takes a node for offline after 20 s without one
 SHORTEST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 5.0  # between tries to reach the coordinator
+ELSEWHERE_SECONDS = 90.0  # Flower holds a node for present 20 s after its last sign; longer, it is another's
 SAY_SECONDS = 60.0  # a trouble that lasts is a line in the log as often
 CONNECT_SECONDS, WRITE_SECONDS, ANSWER_SECONDS = 10.0, 20.0, 60.0  # a network that swallows all is tried anew soon
 
@@ -104,12 +105,14 @@ class FlowerNode:
     def serve(self, answer: Answer) -> None:
         """Answers requests until the coordinator refuses this site: raises UserError then."""
         active, failures, asked_at, said_at = False, 0, time.monotonic(), 0.0
+        elsewhere: float | None = None  # since when another node with this site's key is there
         threading.Thread(target=self._beat, daemon=True).start()
         while True:
             try:
                 if not active:
                     self._activate()
-                    active, asked_at = True, time.monotonic()
+                    active, elsewhere, asked_at = True, None, time.monotonic()
+                    print(f"at the coordinator, {self._address}", flush=True)
                 asked = self._answer_next(answer)
                 failures = 0
                 if asked:
@@ -120,7 +123,18 @@ class FlowerNode:
                 raise
             except Exception as error:  # whatever it is, a message may be lost: activate anew
                 _raise_if_final(error, self._address)
-                active, failures, now = False, failures + 1, time.monotonic()
+                now = time.monotonic()
+                if isinstance(error, httpx.HTTPStatusError) and error.response.status_code == 412:
+                    elsewhere = elsewhere or now
+                    if now - elsewhere > ELSEWHERE_SECONDS:
+                        raise UserError(
+                            f"a node with this site's keys is at the coordinator at {self._address} already: end it "
+                            "there; if it is not yours, the keys have leaked: have the coordinator revoke this "
+                            "site, and join with new ones under another name"
+                        ) from error
+                if active:
+                    print(f"lost the coordinator ({type(error).__name__}), trying every few seconds", flush=True)
+                active, failures = False, failures + 1
                 if failures == 1 or now - said_at > SAY_SECONDS:
                     say("trouble", reason=f"{type(error).__name__}: {error}", failures=failures)
                     said_at = now

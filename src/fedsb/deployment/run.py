@@ -83,7 +83,13 @@ def join(join_file: Path, folder: Path, handle: str) -> None:
             secrets=token,
             shown=True,  # what it refuses, and why
         )
-        node = Child(name="node", module="fedsb.deployment.flower_client", arguments=[str(folder), path], secrets=token)
+        node = Child(
+            name="node",
+            module="fedsb.deployment.flower_client",
+            arguments=[str(folder), path],
+            secrets=token,
+            shown=True,  # whether it is at the coordinator
+        )
         _keep(folder, [trainer, node])
 
 

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from fedsb.charts import bytes_text
 from fedsb.config import load_config
 from fedsb.engines.notes import (
     Behind,
@@ -45,8 +47,14 @@ SAME = ("fedsb", "torch", "transformers")  # versions that must be the coordinat
 class SiteHandle:
     """A `Handle` (channel.py) of the site whose folder this is."""
 
-    def __init__(self, folder: Path, settings: SiteConfig, identity: Identity) -> None:
-        self.folder, self.settings, self.identity = folder, settings, identity
+    def __init__(
+        self,
+        folder: Path,
+        settings: SiteConfig,
+        identity: Identity,
+        tell: Callable[[str], None] = lambda _: None,  # who watches: what left
+    ) -> None:
+        self.folder, self.settings, self.identity, self.tell = folder, settings, identity, tell
         self.outbox = Outbox(folder / "outbox.jsonl")
         self.part: Participant | None = None
         self.verbs: dict[str, Callable[[Note], Facts]] = {
@@ -67,10 +75,12 @@ class SiteHandle:
         if note.verb not in self.verbs:
             raise RefusalError(f"this site knows no request {note.verb!r:.40}: is the coordinator of another version?")
         try:
-            return self._leave(note, self.verbs[note.verb](note))
+            answer = self._leave(note, self.verbs[note.verb](note))
         except (DiskError, OSError):  # what is in memory may be ahead of the disk: taken up from there the next time
             self._let_go()
             raise
+        self.tell(f"{str(note.facts['run'])[:12]}  {_in_words(note)}: {bytes_text(len(answer))} leave")
+        return answer
 
     def look(self, note: Note) -> Facts:
         refuse_versions(note.facts["versions"])  # first: another version may not even read the settings
@@ -132,6 +142,7 @@ class SiteHandle:
         told = score if self.settings.allow.losses and part.promise.shows("scores") else None
         entries = part.entries()
         self._let_go()
+        self.tell(f"{part.run[:12]}  the final adapter is in {part.folder / 'adapter'}")
         return Finished(score=told, held_out=held_out, entries=entries)
 
     # --- the inside ---
@@ -185,6 +196,15 @@ class SiteHandle:
         return data
 
 
+def _in_words(note: Note) -> str:
+    """What was asked for."""
+    if note.verb == "sum":
+        return f"sum, {note.facts['phase']}"
+    if note.verb == "round" and note.parts:
+        return f"round {unpack(note.parts[0]).round + 1}"
+    return note.verb
+
+
 def _finite(loss: float | None) -> float | None:
     """A loss that is no number is not told: the update shows what is wrong."""
     return loss if loss is not None and math.isfinite(loss) else None
@@ -197,7 +217,8 @@ def open_handle(folder: Path) -> SiteHandle:
     join = read_join_file(folder / KEPT)
     key = Ed25519PrivateKey.from_private_bytes(bytes.fromhex(join.identity))
     directory = {name: bytes.fromhex(public) for name, public in join.directory.sites.items()}
-    return SiteHandle(folder, load_site(folder / SITE), Identity(name=join.site, key=key, directory=directory))
+    identity = Identity(name=join.site, key=key, directory=directory)
+    return SiteHandle(folder, load_site(folder / SITE), identity, partial(print, flush=True))
 
 
 def refuse_versions(theirs: Mapping[str, str]) -> None:

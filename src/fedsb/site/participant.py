@@ -92,6 +92,8 @@ class Participant:
         self.sums = open_sums(self.config, promise, self.run, sites)
         if self.sums is not None:
             refuse_sum(self.settings.allow, self.sums.threshold)
+            if self.store.common() is None:  # before it has trained for a sum that it would leave
+                self._keys(list(rows))
         promise.open_ledgers(self.folder, self.run, new=self.store.common() is None)
         self.promise = promise
         if (held := self.store.common()) is not None:
@@ -281,6 +283,10 @@ class Participant:
     def _terms(self, cohort: list[str]) -> Terms:
         assert self.sums is not None
         pending = self._pending()
+        return self.sums.terms(pending.round, pending.basis, self._keys(cohort))
+
+    def _keys(self, cohort: list[str]) -> dict[str, bytes]:
+        """Of a sum's parties, by this site's directory. Raises RefusalError for one unknown, or not as pinned."""
         keys = {name: self.identity.directory[name] for name in cohort if name in self.identity.directory}
         if unknown := [name for name in cohort if name not in keys]:
             raise RefusalError(
@@ -288,7 +294,7 @@ class Participant:
                 "coordinator's newer one, `fedsb join FILE --directory directory.json`, and start again"
             )
         refuse_peers(self.settings.allow, {name: key for name, key in keys.items() if name != self.identity.name})
-        return self.sums.terms(pending.round, pending.basis, keys)
+        return keys
 
     def _one_sum(self, round: int, survivors: tuple[str, ...]) -> None:
         """The same change in two sums with other survivors would be told by their difference."""
