@@ -91,6 +91,11 @@ def test_a_second_node_with_the_same_keys_ends_with_words(course: Any) -> None:
     assert 90 < sum(pauses) < 100
 
 
+def test_an_outage_between_is_no_second_node(course: Any) -> None:
+    pauses, _ = course(["elsewhere", *["down"] * 60, "elsewhere", "up"])
+    assert sum(pauses) > 90
+
+
 def test_a_node_that_was_killed_waits_until_its_former_self_is_forgotten(
     course: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -124,14 +124,13 @@ class FlowerNode:
             except Exception as error:  # whatever it is, a message may be lost: activate anew
                 _raise_if_final(error, self._address)
                 now = time.monotonic()
-                if isinstance(error, httpx.HTTPStatusError) and error.response.status_code == 412:
-                    elsewhere = elsewhere or now
-                    if now - elsewhere > ELSEWHERE_SECONDS:
-                        raise UserError(
-                            f"a node with this site's keys is at the coordinator at {self._address} already: end it "
-                            "there; if it is not yours, the keys have leaked: have the coordinator revoke this "
-                            "site, and join with new ones under another name"
-                        ) from error
+                elsewhere = (elsewhere or now) if _is_elsewhere(error) else None
+                if elsewhere is not None and now - elsewhere > ELSEWHERE_SECONDS:
+                    raise UserError(
+                        f"a node with this site's keys is at the coordinator at {self._address} already: end it "
+                        "there; if it is not yours, the keys have leaked: have the coordinator revoke this site, and "
+                        "join with new ones under another name"
+                    ) from error
                 if active:
                     print(f"lost the coordinator ({type(error).__name__}), trying every few seconds", flush=True)
                 active, failures = False, failures + 1
@@ -216,6 +215,11 @@ class FlowerNode:
                 make_push_object_fn_protobuf(self._client.PushObject, node, reply.metadata.run_id, pushed.session_id),
                 object_ids_to_push=set(pushed.objects_to_push),
             )
+
+
+def _is_elsewhere(error: Exception) -> bool:
+    """Whether the coordinator has a node with this key already."""
+    return isinstance(error, httpx.HTTPStatusError) and error.response.status_code == HTTPStatus.PRECONDITION_FAILED
 
 
 def _raise_if_final(error: Exception, address: str) -> None:
