@@ -43,8 +43,9 @@ def serve(
     from fedsb.deployment import run
 
     if init:
-        for path in register.serve_init(folder, site, host, register.PORT if port is None else port):
-            typer.echo(f"{path}\n    {_to_whom(path)}")
+        paths = register.serve_init(folder, site, host, register.PORT if port is None else port)
+        for name, path in zip(site, paths, strict=True):
+            typer.echo(f"{path}\n    {_to_whom(name, path)}")
         if site:
             typer.echo(f"next: hand these out, then\n    fedsb serve {folder} my.toml")
         else:
@@ -53,8 +54,8 @@ def serve(
     if add is not None:
         path = register.add_site(folder, add)
         typer.echo(
-            f"{path}\n    {_to_whom(path)}. The others take {folder / register.DIRECTORY} before they are in a secure "
-            "sum with it:\n    fedsb join FILE --directory directory.json"
+            f"{path}\n    {_to_whom(add, path)}. The others take {folder / register.DIRECTORY} before they are in a "
+            "secure sum with it:\n    fedsb join FILE --directory directory.json"
         )
         return
     if revoke is not None:
@@ -139,12 +140,12 @@ def join(
     run.join(join_file, here, HANDLE)
 
 
-def _to_whom(path: Path) -> str:
-    from fedsb.deployment.join_file import read_join_file
+def _to_whom(site: str, join_file: Path) -> str:
+    from fedsb.deployment.join_file import CARD
 
-    if read_join_file(path).node_key:
-        return f"for the site {path.stem}, in private: it holds the site's keys"
-    return f"for the site {path.stem}, which has the keys to it"
+    if site.endswith(CARD):
+        return f"for the site {join_file.stem}, which has the keys to it"
+    return f"for the site {join_file.stem}, in private: it holds the site's keys"
 
 
 def _say_what_there_is(folder: Path, data: str | None) -> None:

@@ -86,8 +86,7 @@ def check_public(node_key: str, identity: str) -> None:
 
 def check_private(node_key: str, identity: str) -> None:
     """Raises ValueError where these are not private keys of a node and of an identity."""
-    if not isinstance(load_pem_private_key(node_key.encode(), password=None), ec.EllipticCurvePrivateKey):
-        raise ValueError("the node's is not of an elliptic curve")
+    _ec_key(node_key)
     public_identity(identity)
 
 

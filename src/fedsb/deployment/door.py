@@ -114,15 +114,7 @@ class Door:
             site = self._site(headers)
             size = self._check_size(scope["path"], site, headers)
         except RefusedError as refusal:
-            say(
-                "refused",
-                level=logging.WARNING,
-                status=refusal.status,
-                reason=refusal.reason,
-                path=str(scope["path"])[:200],
-                address=(scope.get("client") or ("?",))[0],
-                site=site or None,
-            )
+            _say_refused(scope, site, refusal)
             await _refuse(send, refusal)
             return
         self._wire.last_seen[site] = time.time()
@@ -133,8 +125,7 @@ class Door:
             headers = event.get("headers", ())
             if event.get("status") == 412 and scope["path"] == ACTIVATE:
                 reason = "this site's node is here already: do two machines have its keys?"
-                address = (scope.get("client") or ("?",))[0]
-                say("refused", level=logging.WARNING, status=412, reason=reason, address=address, site=site)
+                _say_refused(scope, site, RefusedError(412, reason))
             self._wire.bytes_out[site] += len(event.get("body", b"")) + _head_bytes(headers)
             await send(event)
 
@@ -188,6 +179,18 @@ class Door:
             if self._pushed[site] > self._limits.answer_bytes:
                 raise RefusedError(413, f"an answer of more than {self._limits.answer_bytes} bytes")
         return size
+
+
+def _say_refused(scope: Scope, site: str, refusal: RefusedError) -> None:
+    say(
+        "refused",
+        level=logging.WARNING,
+        status=refusal.status,
+        reason=refusal.reason,
+        path=str(scope["path"])[:200],
+        address=(scope.get("client") or ("?",))[0],
+        site=site or None,
+    )
 
 
 async def _refuse(send: Send, refusal: RefusedError) -> None:

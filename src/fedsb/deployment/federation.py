@@ -85,8 +85,7 @@ def serve_init(folder: Path, sites: Sequence[str], hosts: Sequence[str], port: i
     _check_hosts(hosts)
     if not 1 <= port <= 65535:
         raise UserError(f"port {port}: a port is from 1 to 65535")
-    newcomers = [_newcomer(site) for site in sites]
-    check_names([card.site for card, _ in newcomers])
+    newcomers = _newcomers(sites)
     federation = Federation(id=secrets.token_hex(8), hosts=list(hosts), port=port, serial=0, sites={})
     ca, ca_key = certificates.new_authority(federation.id)
     write_secret(folder / CA_KEY, ca_key)
@@ -102,9 +101,7 @@ def add_site(folder: Path, site: str) -> Path:
 
     The other sites take the new `directory.json` before they are in a secure sum with it.
     """
-    newcomer = _newcomer(site)
-    check_names([newcomer[0].site])
-    return _add(folder, read_federation(folder), [newcomer])[0]
+    return _add(folder, read_federation(folder), _newcomers([site]))[0]
 
 
 def revoke(folder: Path, site: str) -> None:
@@ -201,6 +198,13 @@ def _add(folder: Path, federation: Federation, newcomers: Sequence[tuple[Card, K
     _write(folder, federation)
     sign_directory(folder)
     return paths
+
+
+def _newcomers(sites: Sequence[str]) -> list[tuple[Card, Keys]]:
+    """Raises UserError for a name that no site can have, or that is there twice."""
+    newcomers = [_newcomer(site) for site in sites]
+    check_names([card.site for card, _ in newcomers])
+    return newcomers
 
 
 def _newcomer(site: str) -> tuple[Card, Keys]:

@@ -97,15 +97,13 @@ def stored_or_made(handle: Handle, request: bytes, answers: Path) -> bytes | Los
     try:
         answer = handle(request)
         write_atomic(stored, answer)  # before it leaves: an answer that could be made anew would be another one
-    except UserError as error:
-        say("refused", request=digest[:12], reason=str(error))
-        print(f"refused: {error}", flush=True)
-        told = str(error) if error.may_leave else f"what it has does not fit this run ({HERE})"
-        return Lost(f"refused: {told}")
-    except RunError as error:
-        say("failed", request=digest[:12], reason=str(error))
-        print(f"failed: {error}", flush=True)
-        return Lost(f"failed: {error if error.may_leave else f'{type(error).__name__} at the site ({HERE})'}")
+    except (UserError, RunError) as error:
+        how, kind = "failed", f"{type(error).__name__} at the site"
+        if isinstance(error, UserError):
+            how, kind = "refused", "what it has does not fit this run"
+        say(how, request=digest[:12], reason=str(error))
+        print(f"{how}: {error}", flush=True)
+        return Lost(f"{how}: {error if error.may_leave else f'{kind} ({HERE})'}")
     except Exception as error:
         LOGGER.exception("failed")
         print(f"failed: {type(error).__name__}, see the trainer's log", flush=True)

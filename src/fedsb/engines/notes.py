@@ -4,8 +4,9 @@
 
 A round, seen from the coordinator (site/handle.py answers):
 
-    look    the run's settings                        ->  rows, the labels among them, versions
-    open    the classes                               ->  the base model's and the tokenizer's fingerprints, rows
+    look    the run's settings, versions              ->  rows, the labels among them, the table's fingerprint
+    open    the classes, the base model's and the
+            tokenizer's fingerprints                  ->  rows to train on, rows held out, what is cut or left out
     start   every site's rows                         ->  hash of what the site holds in common; it may now train
     sums    (basis core)                              ->  an envelope, S of this site
     basis   an envelope, the basis or a part of it    ->  hash of what the site holds in common

@@ -36,6 +36,7 @@ from fedsb.federation.payload import unpack
 from fedsb.federation.tensors import to_tensors
 from fedsb.methods import build_method
 from fedsb.models.load import tokenizer_fingerprint
+from fedsb.settings import Config
 from fedsb.site.outbox import Outbox
 from fedsb.site.participant import Identity, Participant
 from fedsb.site.settings import SITE, SiteConfig, load_site, refuse_payload, refuse_run
@@ -84,9 +85,7 @@ class SiteHandle:
 
     def look(self, note: Note) -> Facts:
         refuse_versions(note.facts["versions"])  # first: another version may not even read the settings
-        config = load_config(note.facts["config"]).config
-        refuse_run(self.settings.allow, config, build_method(config.method.name, config.method.options))
-        run = str(note.facts["run"])
+        config, run = self._allowed(note.facts["config"]), str(note.facts["run"])
         self._let_go()
         self.part = Participant(self._folder(run), self.settings, self.identity, config, run)
         self.part.store.save_facts({"config": note.facts["config"], "run": run})
@@ -165,14 +164,19 @@ class SiteHandle:
         facts = Store(self._folder(run)).facts()
         if facts is None:
             raise RefusalError(f"this site was never asked into the run {run!r:.40}")
-        config = load_config(facts["config"]).config
-        refuse_run(self.settings.allow, config, build_method(config.method.name, config.method.options))
+        config = self._allowed(facts["config"])
         part = Participant(self._folder(run), self.settings, self.identity, config, run)
         if "label_names" in facts:
             part.open(facts["label_names"])
         if "rows" in facts:
             part.start(facts["rows"])
         return part
+
+    def _allowed(self, settings: Any) -> Config:
+        """A run's settings. Raises RefusalError where this site's rules are against them."""
+        config = load_config(settings).config
+        refuse_run(self.settings.allow, config, build_method(config.method.name, config.method.options))
+        return config
 
     def _folder(self, run: str) -> Path:
         if not run.isalnum():

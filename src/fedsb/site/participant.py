@@ -83,7 +83,7 @@ class Participant:
         """Makes the promise and the ledger, and what is held in common; its hash, None where a basis has to come."""
         self.close()
         sites = [elsewhere(name, count) for name, count in rows.items()]
-        self.rows = rows
+        self.rows, held = rows, self.store.common()
         promise = promise_of(self.config, self.method, sites, self.local)
         if promise.unit == "example":
             plan = promise.plans[self.identity.name]
@@ -92,11 +92,11 @@ class Participant:
         self.sums = open_sums(self.config, promise, self.run, sites)
         if self.sums is not None:
             refuse_sum(self.settings.allow, self.sums.threshold)
-            if self.store.common() is None:  # before it has trained for a sum that it would leave
+            if held is None:  # before it has trained for a sum that it would leave
                 self._keys(list(rows))
-        promise.open_ledgers(self.folder, self.run, new=self.store.common() is None)
+        promise.open_ledgers(self.folder, self.run, new=held is None)
         self.promise = promise
-        if (held := self.store.common()) is not None:
+        if held is not None:
             return self._hold(held)
         if self.method.adapter == "core" and self.config.basis.kind not in ("random", "weights"):
             return None
