@@ -109,6 +109,18 @@ def test_labels_of_different_types_are_refused(tiny_config: dict[str, Any], tmp_
         federate(load_config(remote_of(tiny_config, {})), open_engine=sites.open_engine)
 
 
+def test_a_label_that_one_site_alone_has_is_told(tiny_config: dict[str, Any], tmp_path: Path) -> None:
+    """A misspelt label widens the head for all, and no score tells of it."""
+    rows = {name: list(rows) for name, rows in federation(tmp_path).rows.items()}
+    label = rows["site 1"][0]["label"]
+    rows["site 1"][0] = {**rows["site 1"][0], "label": f"{label}s"}
+    sites = Federation(tmp_path / "misspelt", rows)
+    folder = federate(load_config(remote_of(tiny_config, {})), open_engine=sites.open_engine).folder
+    settings = json.loads((folder / "manifest.json").read_text())["settings"]
+    (told,) = [row for row in settings if row["key"] == "data.labels"]
+    assert f"one site alone has '{label}s' (site 1): meant so, or misspelt?" in told["reason"]
+
+
 def test_a_false_ledger_drops_its_site(tiny_config: dict[str, Any], tmp_path: Path) -> None:
     private = {
         "privacy": {"unit": "example", "epsilon": 5.0, "delta": 1e-3},

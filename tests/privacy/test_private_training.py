@@ -419,6 +419,7 @@ def test_a_short_change_is_left_as_it_is() -> None:
     assert clipped_change(sent, unmoved, 5.0)["a"].tolist() == [3.0, 0.0]
     half = clipped_change(sent, unmoved, 2.5)
     assert half["a"].tolist() == [1.5, 0.0] and half["b"].tolist() == [3.0]
+    assert clipped_change(sent, unmoved, 50.0)["a"].tolist() == [3.0, 0.0]
     assert clipped_change(unmoved, unmoved, 1.0)["b"].tolist() == [1.0]
 
 

@@ -64,6 +64,16 @@ def test_a_site_refuses_a_promise_above_its_own(tiny_config: dict[str, Any], tmp
         run(tiny_config, allowing(tmp_path, epsilon=3.0), **PRIVATE)
 
 
+def test_a_round_that_a_site_will_not_send_is_charged(tiny_config: dict[str, Any], tmp_path: Path) -> None:
+    """Its size is known when it has trained: the ledger may say too much, never too little."""
+    sites = allowing(tmp_path, megabytes=0.0001)
+    with pytest.raises(RunError, match=r"allowed are 0.0001 MB"):
+        run(tiny_config, sites, **PRIVATE)
+    for name in sites.rows:
+        (ledger,) = (sites.folder / name).glob("runs/*/privacy/*.jsonl")
+        assert [entry.round for entry in read_ledger(ledger)] == [1]
+
+
 def test_epsilon_adds_up_over_runs(tiny_config: dict[str, Any], tmp_path: Path) -> None:
     sites = allowing(tmp_path, epsilon=6.0)
     run(tiny_config, sites, **PRIVATE, name="first")

@@ -182,6 +182,17 @@ def test_silence_is_no_fault_and_yet_not_health(coordinator: Path, site: Path) -
     assert not state_of(site, NOW + 1000)["health"]["ok"]
 
 
+def test_a_site_that_the_door_turns_away_is_told(coordinator: Path) -> None:
+    """As where two machines have one site's keys. Strangers are turned away all day, and are nothing to look at."""
+    log(coordinator, "superlink", ["refused"], reason="the request is not signed", address="192.0.2.7")
+    before = state_of(coordinator, NOW)["health"]["warnings"]
+    log(coordinator, "superlink", ["refused"], site="b", reason="this site's node is here already")
+    found = state_of(coordinator, NOW)["health"]
+    assert found["ok"] and len(found["warnings"]) == len(before) + 1
+    assert found["warnings"][0] == "turned away at the door 30 s ago: site b, this site's node is here already"
+    assert not [line for line in state_of(coordinator, NOW + 400)["health"]["warnings"] if "turned away" in line]
+
+
 def test_a_certificate_that_ends_is_said_in_time(coordinator: Path) -> None:
     found = state_of(coordinator, NOW + 710 * 86400)["health"]
     assert "the server's certificate expires in 20 days" in found["warnings"][0]

@@ -18,10 +18,11 @@ from fedsb.engines import Answer, Replies, Reply, Score, Sent
 from fedsb.engines.asking import Asking, lost
 from fedsb.engines.bench import Bench
 from fedsb.engines.holdings import Holdings
+from fedsb.engines.labels import label_choices, labels_of
 from fedsb.engines.notes import Behind, Finished, Looked, Opened, Phase, Started, Summed, Told, Trained
 from fedsb.engines.resolved import local_training, open_sums, public_rows
 from fedsb.environment import versions
-from fedsb.errors import RunError, UserError
+from fedsb.errors import RunError
 from fedsb.federation.facts import client_ranks, refuse_what_facts_forbid, refuse_what_needs_one_place
 from fedsb.federation.link import link_of
 from fedsb.federation.payload import Payload, PayloadError, pack, unpack
@@ -63,7 +64,7 @@ class RemoteEngine(Bench):
         if begun:
             task.label_names = begun["task"]["label_names"] or []
         else:
-            labels = _in_order({name: site.labels for name, site in looked.items()})
+            labels = labels_of({name: site.labels for name, site in looked.items()})
             task.fit_labels([{task.options.label: label} for label in labels], test.rows if test else [])
         super().__init__(config, method, tokenizer, task)
         opened = {} if begun else self._open(tokenizer_fingerprint(tokenizer))
@@ -292,6 +293,7 @@ class RemoteEngine(Bench):
         }
         if begun:
             tables = {name: table for name, table in begun["data"].items() if name != "test"}
+        by_site = {name: site.labels for name, site in looked.items()}
         cut += sum(site.cut for site in opened.values())
         unused = sum(site.unused for site in opened.values())
         return Data(
@@ -302,17 +304,5 @@ class RemoteEngine(Bench):
             test_is_public=True,
             baseline=None,
             tables=tables | ({"test": table_facts(test)} if test else {}),
-            choices=tuple(cut_choices(self.config, cut, unused)),
+            choices=(*label_choices(by_site), *cut_choices(self.config, cut, unused)),
         )
-
-
-def _in_order(by_site: Mapping[str, Sequence[Any]]) -> list[Any]:
-    """All labels. Raises UserError where they are of different types, with the sites that have each."""
-    kinds: dict[str, list[str]] = {}
-    for site, labels in by_site.items():
-        for kind in sorted({type(label).__name__ for label in labels}):
-            kinds.setdefault(kind, []).append(site)
-    if len(kinds) > 1:
-        said = "; ".join(f"{kind}: {', '.join(sites)}" for kind, sites in sorted(kinds.items()))
-        raise UserError(f"the sites' labels are of different types ({said}): write them alike everywhere")
-    return sorted({label for labels in by_site.values() for label in labels})

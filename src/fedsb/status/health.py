@@ -85,6 +85,9 @@ def _of_coordinator(state: Json) -> Found:
         age = state["time"] - run["last_round_at"]
         if age > run["deadline_seconds"] + SLACK_SECONDS:
             yield "silence", f"no round was finished for {_time(age)}: see logs/server.jsonl"
+    for line in state["troubles"]:
+        if line["event"] == "refused" and line["site"] and state["time"] - line["at"] < SILENT_SECONDS:
+            yield "warnings", f"turned away at the door {_time(state['time'] - line['at'])} ago: {line['reason']}"
     uptime = state["processes"][0]["uptime_seconds"] or 0.0
     for site in state["sites"]:
         if site["state"] == "away" and (seen := site["last_seen_seconds"]) is not None:
