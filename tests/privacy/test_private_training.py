@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,11 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from conftest import set_all
 from federation.opened import open_engine, started
 from fedsb.config import load_config
-from fedsb.errors import ConfigError, UserError
+from fedsb.data.tasks.classification import Classification
+from fedsb.errors import ConfigError, DivergedError, UserError
 from fedsb.federation.cohort import join_tensors
 from fedsb.federation.payload import unpack
 from fedsb.federation.scoring import forward
@@ -24,7 +27,7 @@ from fedsb.privacy import setup
 from fedsb.privacy.guard import clipped_change
 from fedsb.privacy.ledger import merged, read_ledger
 from fedsb.privacy.noise import SeededNoise
-from fedsb.privacy.per_example import clipped_sums
+from fedsb.privacy.per_example import add_clipped, clipped_sums
 from fedsb.record import read_manifest, read_result, read_rows
 from fedsb.run import Silent, federate, resume
 from laws.test_codecs import StopAfterOne
@@ -129,6 +132,37 @@ def test_one_row_moves_the_sum_by_at_most_the_clip(tiny_config: dict[str, Any]) 
         without, _ = clipped_sums(engine.adapted, engine.task, joined, trainable, [others], clip, 64)
         distance = float(torch.cat([(whole[key] - without[key]).flatten() for key in trainable]).norm())
         assert 0.99 * clip < distance <= clip * (1 + 1e-4)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e30])
+def test_a_row_without_a_finite_gradient_counts_as_none(bad: float) -> None:
+    """1e30 is finite, and its square is not. All rows of the second client are such."""
+    g = {"a": torch.ones(4, 2, 3), "b": torch.ones(4)}
+    g["a"][1, 0, 0] = g["b"][3] = bad
+    sums = {"a": torch.zeros(2, 2, 3), "b": torch.zeros(2)}
+    add_clipped(sums, g, torch.tensor([0, 0, 0, 1]), 1.0)
+    assert torch.allclose(sums["a"][0], torch.full((2, 3), 2 / 7**0.5)) and sums["b"][0] == sums["a"][0, 0, 0]
+    assert not sums["a"][1].any() and sums["b"][1] == 0
+
+
+@pytest.mark.parametrize("unit", ["example", "client"])
+def test_a_row_whose_loss_is_none_ends_no_private_run(
+    tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, unit: str
+) -> None:
+    """That it ended, or that a client was dropped, would tell of the row. Who releases the loss is told."""
+    losses = Classification.losses
+
+    def broken(task: Any, logits: Any, batch: Any) -> Any:
+        loss_b, weight_b = losses(task, logits, batch)
+        return loss_b * torch.where(batch["labels"] == 0, math.nan, 1.0), weight_b
+
+    monkeypatch.setattr(Classification, "losses", broken)
+    config = private(tiny_config, unit=unit) if unit == "example" else of_clients(tiny_config)
+    done = federate(load_config(config))
+    assert not any(row["dropped"] for row in read_rows(done.folder / "rounds.jsonl"))
+    assert all(x.isfinite().all() for x in load_file(done.folder / "adapter" / "adapter_model.safetensors").values())
+    with pytest.raises(DivergedError, match="the loss of client"):
+        federate(load_config(set_all(config, name="released", privacy={"release": ["loss"]})))
 
 
 def test_without_noise_and_clip_it_is_training_on_all_rows(
@@ -421,6 +455,8 @@ def test_a_short_change_is_left_as_it_is() -> None:
     assert half["a"].tolist() == [1.5, 0.0] and half["b"].tolist() == [3.0]
     assert clipped_change(sent, unmoved, 50.0)["a"].tolist() == [3.0, 0.0]
     assert clipped_change(unmoved, unmoved, 1.0)["b"].tolist() == [1.0]
+    broken = clipped_change({**sent, "b": torch.tensor([math.nan])}, unmoved, 5.0)
+    assert broken["a"].tolist() == [0.0, 0.0] and broken["b"].tolist() == [1.0]
 
 
 # --- what is refused ---

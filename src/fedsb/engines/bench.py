@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -20,7 +20,7 @@ from fedsb.federation.scoring import forward, measured
 from fedsb.methods.contract import Method
 from fedsb.models.heads import head_start
 from fedsb.models.load import load_base, matmul_precision
-from fedsb.privacy.guard import Guard
+from fedsb.privacy.setup import Promise
 from fedsb.settings import Choice, Config
 
 
@@ -82,7 +82,7 @@ class Bench:
         group: Sequence[Member],
         local: LocalTraining,
         round: int,
-        guards: Mapping[str, Guard] | None,
+        promise: Promise,
     ) -> list[Member]:
         """Clients of one rank after a round of local training, all in one forward; `method` is at their rank."""
         with matmul_precision(self.config.model.matmul):
@@ -95,7 +95,8 @@ class Bench:
                 seed=self.config.seed,
                 round=round,
                 penalty=method.penalty,
-                guards=guards,
+                guards=promise.of_rows(),
+                watch=promise.shows("loss"),
             )
 
     def evaluate(self, tensors: Tensors, examples: Sequence[Example]) -> Score:

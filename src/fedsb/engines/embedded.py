@@ -199,7 +199,7 @@ class EmbeddedEngine(Bench):
             alike, own = [m for m in members if ranks.get(m.name) == rank], at_rank(method, rank)
             for start in range(0, len(alike), self.cohort_size):
                 group = alike[start : start + self.cohort_size]
-                yield from self.train_group(own, group, self.local, state.round, self.promise.of_rows())
+                yield from self.train_group(own, group, self.local, state.round, self.promise)
 
     def score(self, method: Method, state: State, kept: Mapping[str, Tensors]) -> Score | None:
         """The metric on the test rows, of the global model or the mean over the clients' own; None without rows."""

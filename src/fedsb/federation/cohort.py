@@ -56,13 +56,15 @@ def train_together(
     round: int,
     penalty: Penalty | None = None,
     guards: Mapping[str, Guard] | None = None,
+    watch: bool = True,
 ) -> list[Member]:
     """Trains the members for one round, jointly; gives them back in their order, with new tensors, moments and losses.
 
     `penalty` is the method's local regulariser: of the trained tensors (K, ...), one value a client (K,), or none.
     With `guards`, by client, every step is one of DP-SGD: rows from the guard's own draw, each row's gradient clipped,
     noise on their sum.
-    Raises DivergedError naming client and round at a loss that is NaN or infinite.
+    Raises DivergedError naming client and round at a loss that is NaN or infinite. Without `watch` it goes on: where
+    losses may not be told, an end would tell of one.
     """
     steps = {m.name: local.steps_for(len(m.examples)) for m in members}
     batches = {
@@ -98,7 +100,8 @@ def train_together(
                 )
                 losses.append([sum(one) / len(one) if one else 0.0 for one in each])
                 gradients = _noised(own, sums)
-            _check_finite(running, losses[-1], round, step)
+            if watch:
+                _check_finite(running, losses[-1], round, step)
             factors = [local.lr_factor(round, step, steps[m.name]) for m in running]
             factor_K = torch.tensor(factors, device=adapted.device)
             step_by_client(local, parameters, gradients, moments, factor_K, heads=adapted.head_keys)

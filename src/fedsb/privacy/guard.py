@@ -88,8 +88,13 @@ class Guard:
 
 
 def clipped_change(sent: Tensors, unmoved: Tensors, clip: float) -> Tensors:
-    """A client's bounded update: unmoved + d min(1, clip / ||d||), d = sent - unmoved over all tensors together."""
+    """A client's bounded update: unmoved + d min(1, clip / ||d||), d = sent - unmoved over all tensors together.
+
+    d = 0 where its norm is NaN or infinite: a client that drops out for that would tell of its rows.
+    """
     change = {key: x.double() - unmoved[key].double() for key, x in sent.items()}
     norm = torch.stack([d.square().sum() for d in change.values()]).sum().sqrt()
+    if not norm.isfinite():
+        return {key: x.float() for key, x in unmoved.items()}
     factor = min(1.0, clip / float(norm)) if norm > 0 else 1.0
     return {key: (unmoved[key].double() + factor * d).float() for key, d in change.items()}

@@ -6,13 +6,15 @@ s sum_t (B' g_t)(A x_t)', now makes one for each example. No hooks, no second ba
 works for training (activation checkpointing, causal models, two-factor adapters, the head) works here.
 
     g_i = dL_i / d(all trained tensors)      L_i is example i's own mean loss: no example enters another's
-    sum = sum_i g_i min(1, C / ||g_i||)      the norm is over all trained tensors together: L2 sensitivity C
+    sum = sum_i g_i min(1, C / ||g_i||)      the norm is over all trained tensors together: L2 sensitivity C;
+                                             0 for a row whose norm is NaN or infinite
 
 (Abadi et al., "Deep Learning with Differential Privacy", CCS 2016, arXiv 1607.00133.) Shapes: K clients, b rows.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -54,11 +56,16 @@ def clipped_sums(
 
 def add_clipped(sums: Tensors, gradients: Tensors, owner_b: Tensor, clip: float) -> None:
     """Adds each example's gradient (b, ...), cut to the clip, to its client's sums (K, ...), in place."""
-    factor_b = (clip / norms(gradients)).clamp(max=1.0)  # a gradient of 0 stays 0
+    norm_b = norms(gradients)
+    finite_b = norm_b.isfinite()
+    if not finite_b.all():  # such a row counts as 0: NaN would tell of it through any noise
+        gradients = {key: g[finite_b] for key, g in gradients.items()}
+        norm_b, owner_b = norm_b[finite_b], owner_b[finite_b]
+    factor_b = (clip / norm_b).clamp(max=1.0)  # a gradient of 0 stays 0
     weight_Kb = torch.zeros(len(next(iter(sums.values()))), len(owner_b), device=owner_b.device)
     weight_Kb[owner_b, torch.arange(len(owner_b))] = factor_b
     for key, g in gradients.items():
-        sums[key] += (weight_Kb @ g.reshape(len(g), -1)).reshape(sums[key].shape)
+        sums[key] += (weight_Kb @ g.reshape(len(g), math.prod(g.shape[1:]))).reshape(sums[key].shape)
 
 
 def norms(gradients: Tensors) -> Tensor:

@@ -150,7 +150,7 @@ class Participant:
         turn = Turn(at_rank(self.method, rank), common, message, payload.round, payload.basis)
         kept = self.store.kept(payload.round)
         before = turn.member(self.site, kept)
-        (after,) = self.bench.train_group(turn.method, [before], self.local, payload.round, self.promise.of_rows())
+        (after,) = self.bench.train_group(turn.method, [before], self.local, payload.round, self.promise)
         sending = turn.sending(
             before,
             after,
