@@ -112,14 +112,14 @@ def flip(message: bytes, at: int) -> bytes:
 
 
 HEADERS = [
-    ({"version": 2}, "the version 2; this is 1"),
+    ({"version": 3}, "the version 3; this is 2"),
     ({"run": "other"}, "the run 'other'; this is 'run'"),
     ({"round": 6}, "the round 6; this is 7"),
     ({"phase": "joke"}, "the phase 'joke'"),
     ({"sender": "b"}, "the sender 'b'"),
     ({"plan": "00" * 32}, "other sites, threshold, size or clip"),
     ({"fedsb": "update"}, "the fedsb 'update'"),
-    ({"version": True}, "does not write"),  # equal to 1 in Python
+    ({"version": 2.0}, "does not write"),  # equal to 2 in Python
     ({"more": 1}, "does not write"),
 ]
 SHAPES = [

@@ -165,6 +165,34 @@ def test_a_row_whose_loss_is_none_ends_no_private_run(
         federate(load_config(set_all(config, name="released", privacy={"release": ["loss"]})))
 
 
+@pytest.mark.parametrize("unit", ["example", "client"])
+def test_nothing_is_measured_on_private_rows_without_noise(tiny_config: dict[str, Any], unit: str) -> None:
+    """Neither what a basis captures of them nor which class most of them have."""
+    config = set_all(tiny_config, basis={"share_samples": 4})
+    done = federate(load_config(private(config) if unit == "example" else of_clients(config)))
+    assert read_manifest(done.folder)["basis"]["captured_share"] is None
+    assert read_manifest(done.folder)["before"]["majority"] is None
+    plain = federate(load_config(set_all(config, name="plain")))
+    assert read_manifest(plain.folder)["basis"]["captured_share"] is not None
+    assert read_manifest(plain.folder)["before"]["majority"] is not None
+
+
+def test_a_row_that_becomes_several_examples_is_refused(tiny_config: dict[str, Any], tiny_llama: Path) -> None:
+    """Each window would be drawn and clipped for itself, and a row of ten cost ten times its epsilon."""
+    text = set_all(tiny_config, model={"name": str(tiny_llama), "max_tokens": 4}, task={"kind": "text"})
+    with pytest.raises(UserError, match=r"rows of client 'site 0' .* would be cut into several examples"):
+        federate(load_config(private(text)))
+    federate(load_config(private(set_all(text, model={"name": str(tiny_llama), "max_tokens": 64}))))
+
+
+def test_clients_that_are_drawn_take_part_in_all_rounds_of_the_promise(tiny_config: dict[str, Any]) -> None:
+    """The sum's one ledger is charged in each, whoever is in it."""
+    config = of_clients(tiny_config, epsilon=40.0)
+    drawn = set_all(config, rounds=6, train={"steps": 1}, server={**config["server"], "clients_per_round": 2})
+    done = federate(load_config(drawn))
+    assert len(read_rows(done.folder / "rounds.jsonl")) == 6
+
+
 def test_without_noise_and_clip_it_is_training_on_all_rows(
     tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

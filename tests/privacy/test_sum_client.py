@@ -174,10 +174,10 @@ def test_a_client_cannot_be_asked_for_the_other_seed_of_a_peer() -> None:
     client.confirm(first)
     with pytest.raises(SumError, match="'survivors' is not due"):
         client.confirm(second)
-    signatures = [sign_survivors(world.plan, k, IDENTITIES[k], "abcd") for k in "abcd"]
+    signatures = [sign_survivors(world.plan, k, IDENTITIES[k], "abcd", world.server._roster) for k in "abcd"]
     answer = client.unmask(pack_list(world.plan, "confirmed", SERVER, "abcd", signatures))
     assert len(body(answer)) == 16 * 4
-    others = [sign_survivors(world.plan, k, IDENTITIES[k], "abc") for k in "abc"]
+    others = [sign_survivors(world.plan, k, IDENTITIES[k], "abc", world.server._roster) for k in "abc"]
     with pytest.raises(SumError, match="done"):
         client.unmask(pack_list(world.plan, "confirmed", SERVER, "abc", others))
 
@@ -198,15 +198,27 @@ def test_a_server_that_tells_two_tales_of_who_stayed_gets_no_shares() -> None:
             world.answer(name, pack_list(world.plan, "confirmed", SERVER, tale, [signatures[k] for k in tale]))
 
 
+def test_a_signature_of_one_attempt_is_none_of_another() -> None:
+    """Else a server collects those of many tales in sums that it gives up, and tells each client another at last."""
+    first, second = (Sum(make_plan(n=5, threshold=3)).to("confirm") for _ in range(2))
+    tale = pack_list(first.plan, "survivors", SERVER, "abc")
+    old = [body(first.answer(name, tale)) for name in "abc"]
+    new = [body(second.answer(name, tale)) for name in "abc"]
+    second.phase = "shares"
+    with pytest.raises(MessageError, match="b did not sign the survivors"):
+        second.answer("a", pack_list(second.plan, "confirmed", SERVER, "abc", [new[0], old[1], new[2]]))
+    assert second.answer("a", pack_list(second.plan, "confirmed", SERVER, "abc", new))
+
+
 def test_a_client_gives_no_shares_on_forged_signatures() -> None:
     world = Sum().to("shares", {"d": "masked"})
     good = read_list(world.plan, world.mail["a"], "confirmed", 64)
     for bad in (
         bytes(64),
         good["c"],
-        sign_survivors(world.plan, "b", IDENTITIES["b"], "abcd"),
-        sign_survivors(world.plan, "b", IDENTITIES["c"], "abc"),
-        sign_survivors(make_plan(round=8), "b", IDENTITIES["b"], "abc"),
+        sign_survivors(world.plan, "b", IDENTITIES["b"], "abcd", world.server._roster),
+        sign_survivors(world.plan, "b", IDENTITIES["c"], "abc", world.server._roster),
+        sign_survivors(make_plan(round=8), "b", IDENTITIES["b"], "abc", world.server._roster),
     ):
         with pytest.raises(MessageError, match="b did not sign the survivors that this client was told"):
             world.answer("a", pack_list(world.plan, "confirmed", SERVER, "abc", [good["a"], bad, good["c"]]))

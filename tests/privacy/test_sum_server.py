@@ -98,10 +98,10 @@ def test_the_server_refuses_keys_that_are_not_the_sites_or_hide_nothing() -> Non
 def test_the_server_refuses_a_signature_of_other_survivors() -> None:
     world = Sum().to("confirm")
     for signature in (
-        sign_survivors(world.plan, "a", IDENTITIES["a"], "abc"),
-        sign_survivors(world.plan, "a", IDENTITIES["b"], "abcd"),
-        sign_survivors(world.plan, "b", IDENTITIES["a"], "abcd"),
-        sign_survivors(make_plan(round=8), "a", IDENTITIES["a"], "abcd"),
+        sign_survivors(world.plan, "a", IDENTITIES["a"], "abc", world.server._roster),
+        sign_survivors(world.plan, "a", IDENTITIES["b"], "abcd", world.server._roster),
+        sign_survivors(world.plan, "b", IDENTITIES["a"], "abcd", world.server._roster),
+        sign_survivors(make_plan(round=8), "a", IDENTITIES["a"], "abcd", world.server._roster),
     ):
         with pytest.raises(MessageError, match="'confirm' from a is no signature of the survivors"):
             world.server.receive("a", pack(world.plan, "confirm", "a", signature))

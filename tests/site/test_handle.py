@@ -61,7 +61,7 @@ def test_a_site_refuses_what_it_does_not_allow(
 
 def test_a_site_refuses_a_promise_above_its_own(tiny_config: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"it spends epsilon .*; allowed is 3"):
-        run(tiny_config, allowing(tmp_path, epsilon=3.0), **PRIVATE)
+        run(tiny_config, allowing(tmp_path, epsilon=3.0, delta=1e-3), **PRIVATE)
 
 
 def test_a_round_that_a_site_will_not_send_is_charged(tiny_config: dict[str, Any], tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_a_round_that_a_site_will_not_send_is_charged(tiny_config: dict[str, Any
 
 
 def test_epsilon_adds_up_over_runs(tiny_config: dict[str, Any], tmp_path: Path) -> None:
-    sites = allowing(tmp_path, epsilon=6.0)
+    sites = allowing(tmp_path, epsilon=6.0, delta=1e-3)
     run(tiny_config, sites, **PRIVATE, name="first")
     with pytest.raises(RunError, match="with all runs before it; allowed is 6"):
         run(tiny_config, sites, **PRIVATE, name="second")

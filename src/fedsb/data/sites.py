@@ -84,7 +84,7 @@ def open_data(config: Config, tokenizer: Tokenizer) -> Data:
             kept, scored = task.hold_out(kept, share, generator(config.seed, "tune", shard.name))
             scored_examples, cut_scored = task.encode_test(scored)
             tune, cut, unused = tune + scored_examples, cut + cut_scored, unused + _lost(scored, scored_examples)
-        site, cut_here, unused_here = _encoded(task, shard.name, kept, held)
+        site, cut_here, unused_here = _encoded(config, task, shard.name, kept, held)
         if shard.name in unseen:
             site = replace(site, unseen=True, held_out=site.held_out or task.encode_test(kept)[0], train=[], rows=0)
         sites.append(site)
@@ -104,7 +104,7 @@ def open_data(config: Config, tokenizer: Tokenizer) -> Data:
         test=test_examples,
         test_is=_scored(test, share),
         test_is_public=test is not None,
-        baseline=task.baseline(pool, test_examples) if test_examples else None,
+        baseline=task.baseline(pool, test_examples) if test_examples and not config.privacy.on else None,
         tables={name: table_facts(table) for name, table in (("train", train), ("test", test)) if table is not None},
         choices=_choices(config, cut + cut_test, unused, partition.dropped, unseen),
     )
@@ -154,16 +154,29 @@ def open_own(config: Config, task: Task, name: str, table: Table) -> tuple[Site,
     The task's classes are known.
     """
     kept, held = task.hold_out(table.rows, config.clients.held_out, generator(config.seed, "held out", name))
-    return _encoded(task, name, kept, held)
+    return _encoded(config, task, name, kept, held)
 
 
-def _encoded(task: Task, name: str, kept: list[Row], held: list[Row]) -> tuple[Site, int, int]:
+def _encoded(config: Config, task: Task, name: str, kept: list[Row], held: list[Row]) -> tuple[Site, int, int]:
+    if config.privacy.unit == "example":
+        _refuse_pieces(task, name, kept)
     (examples, cut_kept), (held_examples, cut_held) = task.encode(kept), task.encode_test(held)
     if not examples:
         raise UserError(f"client {name!r} has no usable row of its {len(kept)}; raise clients.min_rows")
     labels = _count(task, kept, task.options.label)
     site = Site(name=name, rows=len(examples), train=examples, held_out=held_examples, labels=labels)
     return site, cut_kept + cut_held, _lost(kept, examples) + _lost(held, held_examples)
+
+
+def _refuse_pieces(task: Task, name: str, rows: list[Row]) -> None:
+    """A text is cut into windows, each drawn and clipped for itself: a row of several is not protected as one row."""
+    pieces = [len(task.encode([row])[0]) for row in rows] if task.cuts_rows else []
+    if max(pieces, default=0) > 1:
+        raise UserError(
+            f"privacy.unit = 'example': of the {len(rows)} rows of client {name!r} {sum(n > 1 for n in pieces)} "
+            f"are longer than model.max_tokens = {task.max_tokens} and would be cut into several examples, so that "
+            "epsilon would be for a part of a row. Raise it; or cut the rows yourself, if a passage is what to protect"
+        )
 
 
 def load_own(config: Config, task: Task, source: str, columns: Mapping[str, str]) -> Table:

@@ -12,6 +12,7 @@ from fedsb.errors import UserError
 from fedsb.site.settings import SITE, SiteConfig, fingerprint, load_site, refuse_peers, refuse_run, refuse_sum
 
 SECONDS = 10.0
+SHOWN = 12  # labels
 
 
 def try_out(folder: Path, config: str | None) -> Iterator[str]:
@@ -60,7 +61,8 @@ def _rows(folder: Path, site: SiteConfig, config: str | None) -> Iterator[str]:
         part.task.fit_labels(part.table.rows, [])
     part.open(part.task.label_names)
     if part.labels:
-        yield f"labels: {len(part.labels)} here; the run has those of all sites"
+        told = ", ".join(map(str, part.labels[:SHOWN])) + (" ..." if len(part.labels) > SHOWN else "")
+        yield f"labels: {len(part.labels)} here, which the coordinator is told: {told}"
     yield f"rows: {part.site.rows:,} to train on, {len(part.site.held_out):,} held out; {part.cut:,} are cut"
     yield f"base model: {part.bench.base.name}, {part.bench.base.parameters:,} parameters"
 

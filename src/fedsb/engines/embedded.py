@@ -119,7 +119,7 @@ class EmbeddedEngine(Bench):
         if config.basis.kind == "update-pooled":
             seen = [example for own in samples(config.basis.samples).values() for example in own]
         basis = self.make_basis(start, self.local, self.sites[0].rows, seen=seen, sums=sums, tell=tell, round=round)
-        if config.basis.share_samples and not self.promise.of_rows():
+        if config.basis.share_samples and not self.promise:
             captured = captured_share(
                 self.adapted,
                 self.task,

@@ -92,8 +92,8 @@ class Opened(Facts):
     verb = "open"
     rows: Rows
     held_out: Count
-    cut: Count
-    unused: Count
+    cut: Count | None  # None: not told, in a private run
+    unused: Count | None
     labels: dict[str, int] | None
 
 

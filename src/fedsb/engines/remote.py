@@ -294,8 +294,8 @@ class RemoteEngine(Bench):
         if begun:
             tables = {name: table for name, table in begun["data"].items() if name != "test"}
         by_site = {name: site.labels for name, site in looked.items()}
-        cut += sum(site.cut for site in opened.values())
-        unused = sum(site.unused for site in opened.values())
+        cut += sum(site.cut or 0 for site in opened.values())
+        unused = sum(site.unused or 0 for site in opened.values())
         return Data(
             task=self.task,
             sites=self.sites,

@@ -66,7 +66,7 @@ def train_together(
     Raises DivergedError naming client and round at a loss that is NaN or infinite. Without `watch` it goes on: where
     losses may not be told, an end would tell of one.
     """
-    steps = {m.name: local.steps_for(len(m.examples)) for m in members}
+    steps = {m.name: guards[m.name].plan.steps if guards else local.steps_for(len(m.examples)) for m in members}
     batches = {
         m.name: list(draw_batches(local, rows=len(m.examples), seed=seed, client=m.name, round=round))
         for m in members

@@ -31,14 +31,14 @@ def find_fresh(model: nn.Module, missing: set[str], head: tuple[str, ...]) -> tu
     Raises UserError for such a part of another kind, unless it starts as a constant, as a norm does.
     """
     fresh: list[str] = []
+    there = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     for key in sorted(missing):
         part = key.rpartition(".")[0]
         if part in fresh or any(is_inside(part, module) for module in head):
             continue
-        value = model.get_parameter(key) if key in dict(model.named_parameters()) else model.get_buffer(key)
         if isinstance(model.get_submodule(part), nn.Linear):
             fresh.append(part)
-        elif bool((value != value.flatten()[0]).any()):
+        elif bool((there[key] != there[key].flatten()[0]).any()):
             raise UserError(f"the checkpoint holds no {key!r}, so every load draws it anew; take a whole checkpoint")
     return tuple(fresh)
 

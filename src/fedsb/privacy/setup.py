@@ -164,7 +164,7 @@ def promise_of(config: Config, method: Method, sites: Sequence[Site], local: Loc
             batch=len(cohorts[0]),
             rows=len(rows),
             steps=1,
-            rounds=max(rounds.values()),
+            rounds=config.rounds,  # whoever is drawn for them: the one ledger is charged for each
         )
         plans = {SERVER: _with_noise(plan, config)[0]}
         why: dict[str, str] = {}

@@ -10,7 +10,7 @@ from fedsb.privacy.setup import Promise
 from fedsb.settings import Config
 
 NOT_COVERED = (
-    "how many rows each client has, and the names of the classes",
+    "how many rows each client has, how many of them are cut or left out, and the names of the classes",
     "how long anything takes",
     "the choice of settings, where it was made by looking at scores of private rows (tuning, `fedsb compare`)",
     "a person with rows at several clients, or several rows at one",

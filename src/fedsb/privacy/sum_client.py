@@ -46,7 +46,7 @@ class SumClient:
         self._seal_private = X25519PrivateKey.generate()
         self._mask_private = mask_private(plan, name, self._key_seed)
         self._keys = Keys(public_key(self._seal_private), public_key(self._mask_private))
-        self._roster = b""  # as it came: what is sealed is bound to it
+        self._roster = b""  # as it came: what is sealed, and signed of survivors, is bound to it
         self._peers: dict[str, Keys] = {}  # the others of U1
         self._shares: dict[str, tuple[bytes, bytes]] = {}  # of U2: of the seeds of s_v and b_v
         self._survivors: tuple[str, ...] = ()
@@ -94,7 +94,7 @@ class SumClient:
     def confirm(self, survivors: bytes) -> bytes:
         self._survivors = tuple(self._members(survivors, "survivors", 0, self._shares))
         self._awaits = "confirmed"
-        signature = sign_survivors(self.plan, self.name, self._identity, self._survivors)
+        signature = sign_survivors(self.plan, self.name, self._identity, self._survivors, self._roster)
         return pack(self.plan, "confirm", self.name, signature)
 
     @property
@@ -106,7 +106,7 @@ class SumClient:
         """Of each client in U2 one share, never both. Which one, U3 says, and t clients signed that same U3."""
         signatures = self._members(confirmed, "confirmed", SIGNATURE_BYTES, self._survivors)
         for name, signature in signatures.items():
-            if not signed_survivors(self.plan, name, signature, self._survivors):
+            if not signed_survivors(self.plan, name, signature, self._survivors, self._roster):
                 raise MessageError(f"{self.name}: {name} did not sign the survivors that this client was told")
         shares = [
             self_share if name in self._survivors else key_share

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -83,9 +84,16 @@ def read_advert(plan: SumPlan, name: str, advert: bytes) -> Keys:
     return keys
 
 
-def sign_survivors(plan: SumPlan, name: str, identity: Ed25519PrivateKey, survivors: Iterable[str]) -> bytes:
-    return identity.sign(pack(plan, "confirm", name, members_bits(plan, survivors)))
+def sign_survivors(
+    plan: SumPlan, name: str, identity: Ed25519PrivateKey, survivors: Iterable[str], roster: bytes
+) -> bytes:
+    return identity.sign(_of_attempt(plan, name, survivors, roster))
 
 
-def signed_survivors(plan: SumPlan, name: str, signature: bytes, survivors: Iterable[str]) -> bool:
-    return signed_by(plan.sites[name], signature, pack(plan, "confirm", name, members_bits(plan, survivors)))
+def signed_survivors(plan: SumPlan, name: str, signature: bytes, survivors: Iterable[str], roster: bytes) -> bool:
+    return signed_by(plan.sites[name], signature, _of_attempt(plan, name, survivors, roster))
+
+
+def _of_attempt(plan: SumPlan, name: str, survivors: Iterable[str], roster: bytes) -> bytes:
+    """The list with the fresh keys of all: a sum may be begun again, and a signature is good for one attempt."""
+    return pack(plan, "confirm", name, members_bits(plan, survivors) + hashlib.sha256(roster).digest())

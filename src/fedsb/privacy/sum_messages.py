@@ -23,7 +23,7 @@ from fedsb.errors import RunError, UserError
 from fedsb.privacy.fixed_point import FixedPoint
 from fedsb.privacy.primitives import KEY_BYTES
 
-VERSION = 1
+VERSION = 2
 CLIENTS_LIMIT = 1000
 SIZE_LIMIT = 1 << 30  # values; a keystream of ChaCha20 goes on for 2^36
 TEXT_LIMIT = 200  # characters of a run's id or a client's name

@@ -32,6 +32,7 @@ class SumServer:
         self._phase: Phase | None = "advert"
         self._got: dict[str, bytes] = {}  # bodies of this phase, by client
         self._lists: list[tuple[str, ...]] = [plan.names]  # then U1, U2, ...; the last may speak in this phase
+        self._roster = b""  # which makes this attempt another than any before
         self._keys: dict[str, Keys] = {}
         self._checks: dict[str, bytes] = {}
         self._sum: Ring = np.zeros(plan.size + 1, np.uint32)
@@ -61,13 +62,14 @@ class SumServer:
         elif self._phase == "masked":
             self._sum += np.frombuffer(body, "<u4")
             body = b""  # of all vectors only their sum is kept
-        elif self._phase == "confirm" and not signed_survivors(self.plan, client, body, self.survivors):
+        elif self._phase == "confirm" and not signed_survivors(self.plan, client, body, self.survivors, self._roster):
             raise MessageError(f"the message 'confirm' from {client} is no signature of the survivors")
         self._got[client] = body
 
     def roster(self) -> dict[str, bytes]:
         adverts = self._close("advert", "sealed")
-        return dict.fromkeys(adverts, pack_list(self.plan, "roster", SERVER, adverts, adverts.values()))
+        self._roster = pack_list(self.plan, "roster", SERVER, adverts, adverts.values())
+        return dict.fromkeys(adverts, self._roster)
 
     def inboxes(self) -> dict[str, bytes]:
         sealed = self._close("sealed", "masked")

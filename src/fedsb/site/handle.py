@@ -31,17 +31,19 @@ from fedsb.engines.notes import (
     read_note,
 )
 from fedsb.environment import versions
-from fedsb.errors import DiskError, RefusalError
+from fedsb.errors import RefusalError
 from fedsb.federation.payload import unpack
 from fedsb.federation.tensors import to_tensors
 from fedsb.methods import build_method
 from fedsb.models.load import tokenizer_fingerprint
+from fedsb.privacy.sum_messages import SumError
 from fedsb.settings import Config
 from fedsb.site.outbox import Outbox
 from fedsb.site.participant import Identity, Participant
 from fedsb.site.settings import SITE, SiteConfig, load_site, refuse_payload, refuse_run
 from fedsb.site.store import Store
 
+OPENING = ("look", "open", "start")  # the requests that need no promise yet
 SAME = ("fedsb", "torch", "transformers")  # versions that must be the coordinator's: others compute other numbers
 
 
@@ -77,7 +79,9 @@ class SiteHandle:
             raise RefusalError(f"this site knows no request {note.verb!r:.40}: is the coordinator of another version?")
         try:
             answer = self._leave(note, self.verbs[note.verb](note))
-        except (DiskError, OSError):  # what is in memory may be ahead of the disk: taken up from there the next time
+        except SumError:  # nothing has changed by it
+            raise
+        except Exception:  # what is in memory may be ahead of the disk, or half made: taken up from there the next time
             self._let_go()
             raise
         self.tell(f"{str(note.facts['run'])[:12]}  {_in_words(note)}: {bytes_text(len(answer))} leave")
@@ -98,13 +102,20 @@ class SiteHandle:
         self._remember(part, label_names=note.facts["label_names"])
         refuse_base(note.facts, part)
         site = part.site
-        labels = site.labels if self.settings.allow.losses and not part.config.privacy.on else None
-        return Opened(rows=site.rows, held_out=len(site.held_out), cut=part.cut, unused=part.unused, labels=labels)
+        private = part.config.privacy.on
+        return Opened(
+            rows=site.rows,
+            held_out=len(site.held_out),
+            cut=None if private else part.cut,
+            unused=None if private else part.unused,
+            labels=site.labels if self.settings.allow.tells and not private else None,
+        )
 
     def start(self, note: Note) -> Facts:
         part = self._part(note)
+        holds = part.start(note.facts["rows"])
         self._remember(part, rows=note.facts["rows"])
-        return Started(holds=part.start(note.facts["rows"]))
+        return Started(holds=holds)
 
     def sums(self, note: Note) -> Facts:
         part = self._part(note)
@@ -124,7 +135,7 @@ class SiteHandle:
         if done is None:
             return Behind(holds=part.holds)
         after, sending = done
-        loss = after.loss if self.settings.allow.losses and part.promise.shows("loss") else None
+        loss = after.loss if self.settings.allow.tells and part.promise.shows("loss") else None
         if part.sums is None:
             return Trained(entries=part.entries(), loss=_finite(loss), parts=(sending.envelope,))
         refuse_payload(self.settings.allow, unpack(sending.envelope), len(sending.envelope))
@@ -138,7 +149,7 @@ class SiteHandle:
         part = self._part(note)
         held_out = len(part.site.held_out)
         score = part.finish(note.parts[0], note.facts["card"])
-        told = score if self.settings.allow.losses and part.promise.shows("scores") else None
+        told = score if self.settings.allow.tells and part.promise.shows("scores") else None
         entries = part.entries()
         self._let_go()
         self.tell(f"{part.run[:12]}  the final adapter is in {part.folder / 'adapter'}")
@@ -152,6 +163,8 @@ class SiteHandle:
         if self.part is None or self.part.run != run:
             self._let_go()
             self.part = self._again(run)
+        if note.verb not in OPENING:
+            _ = self.part.promise  # raises where it is not in force
         return self.part
 
     def _let_go(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,13 +31,14 @@ from fedsb.methods.contract import State
 from fedsb.models.load import load_tokenizer
 from fedsb.outcome import write_adapters
 from fedsb.privacy.accounting import Release
+from fedsb.privacy.fixed_point import Floats, Ring
 from fedsb.privacy.ledger import read_ledger
 from fedsb.privacy.setup import Promise, promise_of
 from fedsb.privacy.statement import spent
 from fedsb.privacy.sum_client import SumClient
 from fedsb.privacy.sum_messages import SumError
 from fedsb.settings import Config
-from fedsb.site.settings import SiteConfig, refuse_peers, refuse_promise, refuse_sum
+from fedsb.site.settings import SiteConfig, refuse_columns, refuse_peers, refuse_promise, refuse_sum
 from fedsb.site.store import Pending, Store
 
 
@@ -47,6 +49,15 @@ class Identity:
     name: str
     key: Ed25519PrivateKey
     directory: Mapping[str, bytes]  # name -> Ed25519 public key of every site
+
+
+@dataclass(frozen=True)
+class Summing:
+    """A secure sum that this site is in, with what it had to put in when it was asked."""
+
+    client: SumClient
+    terms: Terms
+    change: Floats
 
 
 class Participant:
@@ -61,15 +72,27 @@ class Participant:
         self.store, self.folder = Store(folder), folder
         self.tokenizer = load_tokenizer(self.config.model)
         self.task = open_task_of(self.config, self.tokenizer)
-        table = load_own(self.config, self.task, settings.data, settings.columns)
-        self.table = table
+        self.table = table = load_own(self.config, self.task, settings.data, settings.columns)
         self.labels = self.task.labels_in(table.rows)
-        self.summing: SumClient | None = None
-        self.promise = Promise(unit="none")  # until the start
+        read = self.task.columns_of(table)
+        refuse_columns(settings, read, self.task.options.label, self.labels, len(table.rows))
+        self.summing: Summing | None = None
+        self._promise: Promise | None = None
 
     def close(self) -> None:
         """Lets go of the ledger."""
-        self.promise.close()
+        if self._promise is not None:
+            self._promise.close()
+        self._promise = None
+
+    @property
+    def promise(self) -> Promise:
+        """In force from the start on. Raises RefusalError before it: until then nothing is made of a row."""
+        if self._promise is None:
+            raise RefusalError(
+                "this site has not started this run, so nothing protects its rows: ask it to start first"
+            )
+        return self._promise
 
     # --- before the first round ---
 
@@ -82,20 +105,21 @@ class Participant:
     def start(self, rows: Mapping[str, int]) -> str | None:
         """Makes the promise and the ledger, and what is held in common; its hash, None where a basis has to come."""
         self.close()
-        sites = [elsewhere(name, count) for name, count in rows.items()]
-        self.rows, held = rows, self.store.common()
+        if rows.get(self.identity.name) != self.site.rows:
+            raise RefusalError("the coordinator says that this site has another number of rows than it has")
+        sites, held = [elsewhere(name, count) for name, count in rows.items()], self.store.common()
         promise = promise_of(self.config, self.method, sites, self.local)
         if promise.unit == "example":
             plan = promise.plans[self.identity.name]
             promise.plans = {self.identity.name: plan}
             refuse_promise(self.settings.allow, plan, self._released_before())
-        self.sums = open_sums(self.config, promise, self.run, sites)
-        if self.sums is not None:
-            refuse_sum(self.settings.allow, self.sums.threshold)
+        sums = open_sums(self.config, promise, self.run, sites)
+        if sums is not None:
+            refuse_sum(self.settings.allow, sums.threshold)
             if held is None:  # before it has trained for a sum that it would leave
                 self._keys(list(rows))
         promise.open_ledgers(self.folder, self.run, new=held is None)
-        self.promise = promise
+        self.rows, self.sums, self._promise = rows, sums, promise
         if held is not None:
             return self._hold(held)
         if self.method.adapter == "core" and self.config.basis.kind not in ("random", "weights"):
@@ -103,7 +127,9 @@ class Participant:
         return self.hold(self._state(self._derived() if self.method.adapter == "core" else None).common)
 
     def basis_sums(self) -> tuple[bytes, float]:
-        """(the envelope of this site's S, the rows behind it), of a `core` basis."""
+        """(the envelope of this site's S, the rows behind it), of a `core` basis. Raises RefusalError for another."""
+        if self.method.adapter != "core" or self.config.basis.kind != "core":
+            raise RefusalError(f"basis.kind = {self.config.basis.kind!r} looks at no row of a site")
         guards = self.promise.of_rows()
         own, rows = core_sums(
             self.config.basis,
@@ -140,8 +166,13 @@ class Participant:
     # --- a round ---
 
     def round(self, envelope: bytes, rank: int | None) -> tuple[Member, Sending] | None:
-        """The client after its training, and what it sends; None where this site lacks what the broadcast adds to."""
+        """The client after its training, and what it sends; None where this site lacks what the broadcast adds to.
+
+        Raises RefusalError for a round that the run does not have.
+        """
         payload = unpack(envelope)
+        if not 0 <= payload.round < self.config.rounds:
+            raise RefusalError(f"round {payload.round + 1} of a run of {self.config.rounds}")
         if (heard := self._hear(payload, envelope)) is None:
             return None
         common, message, held_tensors = heard
@@ -169,27 +200,30 @@ class Participant:
 
     def sum_fault(self) -> str | None:
         """Why what is pending must not go into a sum."""
-        return self._terms([self.identity.name]).fault(self._pending().change)
+        pending = self._pending()
+        return self._terms(pending, [self.identity.name]).fault(pending.change)
 
     def sum(self, phase: str, cohort: list[str], message: bytes) -> bytes:
         """This site's message of a phase of a secure sum (privacy/secure_sum.py); `cohort` are all in it."""
-        pending = self._pending()
-        terms, change = self._terms(cohort), pending.change
         if phase == "advert":
+            pending = self._pending()
+            terms = self._terms(pending, cohort)
             refuse_sum(self.settings.allow, terms.threshold)
-            self.summing = SumClient(terms.plan(len(change)), self.identity.name, self.identity.key)
-            return self.summing.advertise()
+            client = SumClient(terms.plan(len(pending.change)), self.identity.name, self.identity.key)
+            self.summing = Summing(client, terms, pending.change)
+            return client.advertise()
         if self.summing is None:
             raise SumError("this site has no part in a sum that is going on: it was started anew since")
+        client = self.summing.client
         if phase == "sealed":
-            return self.summing.share_keys(message)
+            return client.share_keys(message)
         if phase == "masked":
-            return self.summing.masked(message, terms.encode(self.identity.name, change))
+            return client.masked(message, self._encoded(self.summing))
         if phase == "confirm":
-            return self.summing.confirm(message)
+            return client.confirm(message)
         if phase == "shares":
-            self._one_sum(pending.round, self.summing.survivors)
-            return self.summing.unmask(message)
+            self._one_sum(client.plan.round, client.survivors)
+            return client.unmask(message)
         raise SumError(f"a secure sum has no phase {phase!r:.40}")
 
     # --- the end ---
@@ -280,9 +314,9 @@ class Participant:
             raise SumError("this site has nothing to put into a sum: it has not trained")
         return pending
 
-    def _terms(self, cohort: list[str]) -> Terms:
-        assert self.sums is not None
-        pending = self._pending()
+    def _terms(self, pending: Pending, cohort: list[str]) -> Terms:
+        if self.sums is None:
+            raise RefusalError("server.secure_sum = false: this run has no secure sums")
         return self.sums.terms(pending.round, pending.basis, self._keys(cohort))
 
     def _keys(self, cohort: list[str]) -> dict[str, bytes]:
@@ -295,6 +329,18 @@ class Participant:
             )
         refuse_peers(self.settings.allow, {name: key for name, key in keys.items() if name != self.identity.name})
         return keys
+
+    def _encoded(self, summing: Summing) -> Ring:
+        """What goes into the sum. Its noise is booked here, and drawn once: a sum that is begun again gets the same."""
+        terms, change, name = summing.terms, summing.change, self.identity.name
+        if terms.guard is None:
+            return terms.encode(name, change)
+        key = hashlib.sha256(summing.client.plan.digest + change.tobytes()).hexdigest()
+        if (known := self.store.encoded(key)) is None:
+            terms.guard.charge(terms.round + 1)
+            known = terms.encode(name, change)
+            self.store.save_encoded(key, known)
+        return known
 
     def _one_sum(self, round: int, survivors: tuple[str, ...]) -> None:
         """The same change in two sums with other survivors would be told by their difference."""

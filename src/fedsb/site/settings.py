@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -12,13 +12,16 @@ from pydantic import Field, ValidationError
 
 from fedsb.config import explain
 from fedsb.errors import ConfigError, RefusalError, UserError
+from fedsb.federation.facts import refuse_what_facts_forbid, refuse_what_needs_one_place
 from fedsb.federation.payload import Payload
 from fedsb.methods.contract import Method
 from fedsb.privacy.accounting import Release, epsilon
-from fedsb.privacy.plan import PrivacyPlan
+from fedsb.privacy.plan import PrivacyPlan, default_delta
+from fedsb.privacy.setup import refuse_what_would_leak
 from fedsb.settings import Config, Count, Positive, Rate, Section
 
 SITE = "site.toml"  # its name in a site's folder
+FEW, MANY = 10, 0.5  # labels, and labels a row, up to which a column is taken for one of classes
 
 
 class AllowConfig(Section):
@@ -26,15 +29,29 @@ class AllowConfig(Section):
 
     methods: list[str] | None = Field(None, description="by name, as in `fedsb ls methods`")
     models: list[str] | None = Field(None, description="base models, by the run's name of them (model.name)")
+    columns: list[str] | None = Field(None, description="of this site's rows that a run may read, by their names here")
+    labels: list[str | int | bool] | None = Field(
+        None, description="classes that may be told; rows with another: no run"
+    )
     rounds: Positive | None = Field(None, description="of one run")
     epsilon: Rate | None = Field(None, description="of all runs together, for a row of this site; others are refused")
+    delta: Rate | None = Field(
+        None, description="for that epsilon; default: 1e-5, or a tenth of one over the rows if less"
+    )
     tensors: list[str] | None = Field(None, description="that may leave, as patterns of names: ['*.R', 'classifier.*']")
     megabytes: Rate | None = Field(None, description="of one message that leaves, in 1e6 bytes")
     sum_clients: Count = Field(0, description="of a secure sum, at least; 0: single updates may leave")
     peers: dict[str, str] | None = Field(
         None, description="of a secure sum: the only sites, each with the fingerprint of its key as that site tells it"
     )
-    losses: bool = Field(True, description="whether the training loss and the site's own score may leave")
+    losses: bool | None = Field(
+        None, description="whether the training loss and the site's own score may leave; default: unless epsilon is set"
+    )
+
+    @property
+    def tells(self) -> bool:
+        """Whether a loss or a score may leave."""
+        return self.epsilon is None if self.losses is None else self.losses
 
 
 class SiteConfig(Section):
@@ -60,8 +77,16 @@ def load_site(path: Path) -> SiteConfig:
 
 
 def refuse_run(allow: AllowConfig, config: Config, method: Method) -> None:
-    """Before anything of a run is done. Raises RefusalError with all that this site does not take part in."""
+    """Before anything of a run is done. Raises RefusalError with all that this site does not take part in.
+
+    That a run would leak is asked here too: a coordinator that asks for such a one need not have asked itself.
+    """
     faults = []
+    for refuse in (refuse_what_facts_forbid, refuse_what_would_leak, refuse_what_needs_one_place):
+        try:
+            refuse(config, method)
+        except UserError as error:
+            faults.append(str(error))
     if allow.methods is not None and config.method.name not in allow.methods:
         faults.append(f"method.name = {config.method.name!r}, allowed are {', '.join(allow.methods) or 'none'}")
     if allow.models is not None and config.model.name not in allow.models:
@@ -75,23 +100,54 @@ def refuse_run(allow: AllowConfig, config: Config, method: Method) -> None:
         )
     if allow.sum_clients and not config.server.secure_sum:
         faults.append(f"server.secure_sum = false, allowed are sums of {allow.sum_clients} clients or more")
+    if config.privacy.release and not allow.tells:
+        faults.append(f"privacy.release = {list(config.privacy.release)}: neither losses nor scores may leave")
+    told = {config.task.label} if config.task.kind == "classification" else set()
+    if other := sorted(set(config.data.drop) - told):
+        faults.append(f"data.drop = {', '.join(other)}: how many rows are left would tell who is among them")
     if config.task.run_code:
         faults.append("task.run_code = true: no site runs what a model writes")
-    if method.facts.pools_data or not method.facts.global_model:
-        faults.append(f"{method.facts.id} does not make one model of all sites")
     if faults:
         raise RefusalError("this site's rules (site.toml) refuse the run: " + "; ".join(faults))
+
+
+def refuse_columns(
+    site: SiteConfig, read: Iterable[str], label: str, labels: Sequence[str | int | bool], rows: int
+) -> None:
+    """Before anything is told of the rows: `read` and `label` are the run's names of columns, `labels` are found there.
+
+    Raises RefusalError, which tells none of the labels.
+    """
+    allow = site.allow
+    if allow.columns is not None:
+        own = [site.columns.get(name, name) for name in read]
+        if other := [name for name in own if name not in allow.columns]:
+            raise RefusalError(
+                f"this site's rules (site.toml) refuse the run: it reads {', '.join(other)}, allowed are "
+                f"{', '.join(allow.columns) or 'none'}"
+            )
+    if allow.labels is None and len(labels) > max(FEW, rows * MANY):
+        raise RefusalError(
+            f"the column {label!r} has a value of its own in nearly every row, and all of a run's classes are told: if "
+            "they are classes, name them in allow.labels of site.toml"
+        )
+    if allow.labels is not None and not set(labels) <= set(allow.labels):
+        raise RefusalError(
+            f"this site's rules (site.toml) refuse the run: in the column {label!r} there are values that are none of "
+            "allow.labels; which, is not said"
+        )
 
 
 def refuse_promise(allow: AllowConfig, plan: PrivacyPlan, before: Iterable[Release]) -> None:
     """Once the plan is made; `before` was released in other runs. Raises RefusalError where it comes to too much."""
     if allow.epsilon is None:
         return
-    total = epsilon([*before, *plan.releases()], plan.delta)
+    delta = allow.delta or default_delta("example", [plan.rows])[0]
+    total = epsilon([*before, *plan.releases()], delta)
     if total > allow.epsilon:
         raise RefusalError(
-            f"this site's rules (site.toml) refuse the run: it spends epsilon {plan.epsilon():.4g} (delta "
-            f"{plan.delta:g}), {total:.4g} with all runs before it; allowed is {allow.epsilon:g}"
+            f"this site's rules (site.toml) refuse the run: it spends epsilon {epsilon(plan.releases(), delta):.4g} at "
+            f"this site's delta of {delta:g}, {total:.4g} with all runs before it; allowed is {allow.epsilon:g}"
         )
 
 

@@ -3,6 +3,8 @@
 run.json                            the notes that opened the run
 common.safetensors                  what the site holds in common with all others, as of the start
 rounds/round-0003.safetensors       after the third round: its own state, what changed in common, the last broadcast
+pending.safetensors                 its change, for a secure sum
+encoded.safetensors                 the same with its share of the noise, where clients are what is protected
 privacy/<name>.jsonl                its ledger
 """
 
@@ -14,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import load, save
@@ -22,7 +25,7 @@ from fedsb.adapters.adapted import Tensors
 from fedsb.disk import write_atomic
 from fedsb.errors import RunError
 from fedsb.federation.tensors import under, within
-from fedsb.privacy.fixed_point import Floats
+from fedsb.privacy.fixed_point import Floats, Ring
 
 KEEP = 2  # rounds: the coordinator may fall back to the one before
 
@@ -86,6 +89,18 @@ class Store:
         with safe_open(path, "pt") as file:
             facts = file.metadata()
             return Pending(int(facts["round"]), facts["basis"], file.get_tensor("change").numpy())
+
+    def save_encoded(self, key: str, vector: Ring) -> None:
+        """What was encoded, with its noise, for the sum of this key."""
+        encoded = {"vector": torch.from_numpy(vector.view(np.int32))}
+        write_atomic(self.folder / "encoded.safetensors", save(encoded, metadata={"key": key}))
+
+    def encoded(self, key: str) -> Ring | None:
+        path = self.folder / "encoded.safetensors"
+        if not path.is_file():
+            return None
+        with safe_open(path, "pt") as file:
+            return file.get_tensor("vector").numpy().view(np.uint32) if file.metadata()["key"] == key else None
 
     def kept(self, before: int) -> Tensors:
         """The site's own state as of the last of the rounds up to `before` that it took part in."""

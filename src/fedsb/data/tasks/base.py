@@ -73,6 +73,7 @@ class Task(ABC):
     ] = ()  # what task.metric may be, where there is a choice; the first is the default
     auto_class: str  # the name of the transformers class that fits
     peft_task_type: str
+    cuts_rows: ClassVar[bool] = False  # whether a row may become several examples
     problem_type: str | None = None  # what transformers must be told of the head, where that is not plain
 
     def __init__(self, *, tokenizer: Tokenizer, options: TaskOptions, max_tokens: int) -> None:

@@ -6,6 +6,8 @@ but a last window of one token; each window opens with the begin token where the
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 
 from fedsb.data.sources import Row
@@ -17,6 +19,8 @@ NEAR = 0.1  # of a text: how far from the wanted cut a line's end may lie
 
 class Text(CausalTask):
     """The next token of plain text."""
+
+    cuts_rows: ClassVar[bool] = True
 
     @property
     def needs(self) -> list[str]:

@@ -1,0 +1,314 @@
+"""A coordinator that asks a site for what it likes, in whatever order: each request by itself must be safe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from conftest import labelled_rows, set_all
+from engines.in_process import Federation
+from fedsb.adapters.basis import basis_hash
+from fedsb.config import load_config
+from fedsb.engines.notes import Note, Phase, pack_note, read_answer, read_note
+from fedsb.environment import versions
+from fedsb.errors import RefusalError
+from fedsb.federation.payload import Payload, pack
+from fedsb.federation.tensors import to_arrays
+from fedsb.models.load import tokenizer_fingerprint
+from fedsb.privacy.guard import Guard, PromiseSpentError
+from fedsb.privacy.ledger import read_ledger
+from fedsb.privacy.secure_sum import SumError, SumServer
+from laws.test_engines import remote_of
+
+RUN = "abc1"
+OUTSIDE = {"out": True, "compare": True, "data": {"train", "test"}}
+EXAMPLE = {"privacy": {"unit": "example", "epsilon": 3.0, "clip": 1.0}, "basis": {"share_samples": 0}}
+CLIENT = {"privacy": {"unit": "client", "noise_multiplier": 2.0, "clip": 0.5, "delta": 1e-3}}
+SUMS = {"server": {"weighting": "uniform", "secure_sum": True, "min_clients": 2}}
+
+Settings = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def settings(tiny_config: dict[str, Any]) -> Settings:
+    """A run's settings as they travel."""
+
+    def make(*changes: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+        config = set_all(remote_of(tiny_config, {"rounds": 1, "clients": {"held_out": 0.0}}), **more)
+        for change in changes:
+            config = set_all(config, **change)
+        return load_config(config).config.model_dump(mode="json", exclude=OUTSIDE)
+
+    return make
+
+
+class Hostile:
+    """Speaks to sites with 30 rows each, past all that a coordinator checks for itself."""
+
+    def __init__(self, folder: Path, names: str = "ab", rows: list[dict[str, Any]] | None = None, **allow: Any) -> None:
+        own = {name: rows or labelled_rows(30, number) for number, name in enumerate(names)}
+        self.federation, self.folder = Federation(folder, own, {"allow": allow}), folder
+        self.sites = {name: self.federation.restarted(name) for name in names}
+
+    def ask(self, name: str, verb: str, *parts: bytes, **facts: Any) -> Note:
+        return read_note(self.sites[name](pack_note(Note(verb, {"run": RUN, **facts}, parts))))
+
+    def look(self, name: str, config: dict[str, Any]) -> Note:
+        return self.ask(name, "look", config=config, versions=versions())
+
+    def open(self, config: dict[str, Any], *, start: bool = True) -> None:
+        for name in self.sites:
+            self.look(name, config)
+            part = self.part(name)
+            part.open(["blue", "green", "red"])
+            own = {"model": part.bench.base.fingerprint, "tokenizer": tokenizer_fingerprint(part.tokenizer)}
+            self.ask(name, "open", label_names=["blue", "green", "red"], **own)
+            if start:
+                self.ask(name, "start", rows=self.rows())
+
+    def rows(self) -> dict[str, int]:
+        return dict.fromkeys(self.sites, 30)
+
+    def part(self, name: str) -> Any:
+        part = self.sites[name].part
+        assert part is not None
+        return part
+
+    def broadcast(self, round: int) -> bytes:
+        part = self.part("a")
+        state = part._state(part._derived())
+        message = to_arrays(part.method.broadcast(state))
+        return pack(Payload(kind="broadcast", run=RUN, round=round, basis=basis_hash(state.common), tensors=message))
+
+    def train(self, round: int, names: str, broadcast: bytes | None = None) -> None:
+        for name in names:
+            self.ask(name, "round", broadcast or self.broadcast(round), rank=None, versions=versions())
+
+    def sum(self, round: int, names: str, meanwhile: Callable[[], None] = lambda: None) -> Any:
+        """The values of a sum of `names`, of a cohort of all."""
+        part, cohort = self.part("a"), sorted(self.sites)
+        pending = part._pending()
+        plan = part.sums.terms(round, pending.basis, self.federation.directory).plan(len(pending.change))
+        server, messages = SumServer(plan), dict.fromkeys(names, b"")
+        closes = (server.roster, server.inboxes, server.survivors_lists, server.confirmations, dict)
+        for phase, close in zip(("advert", "sealed", "masked", "confirm", "shares"), closes, strict=True):
+            for name, message in messages.items():
+                note = pack_note(Note("sum", {"run": RUN, "phase": phase, "cohort": cohort}, (message,)))
+                answer = read_answer(self.sites[name](note), Phase)
+                server.receive(name, answer.parts[0])
+            if phase == "masked":
+                meanwhile()
+            messages = close()
+        return plan.grid.decode(server.total())[0]
+
+    def ledgers(self, name: str) -> list[int]:
+        """The rounds that the ledgers of a site were charged for."""
+        return [
+            entry.round for path in sorted((self.folder / name).glob("runs/*/privacy/*")) for entry in read_ledger(path)
+        ]
+
+
+# --- before the start ---
+
+
+@pytest.mark.parametrize("verb", ["sums", "basis", "hold", "round", "sum", "finish"])
+def test_nothing_is_made_of_a_row_before_the_start(verb: str, settings: Settings, tmp_path: Path) -> None:
+    world = Hostile(tmp_path)
+    world.open(settings(EXAMPLE), start=False)
+    facts = {"rank": None, "versions": versions(), "phase": "advert", "cohort": ["a"], "card": {}}
+    with pytest.raises(RefusalError, match="has not started this run"):
+        world.ask("a", verb, world.broadcast(0), **facts)
+
+
+def test_a_start_that_failed_leaves_no_run_without_a_promise(settings: Settings, tmp_path: Path) -> None:
+    """`common` is there and no ledger, as after a loss of it: the site stays refused."""
+    world = Hostile(tmp_path, epsilon=3.0)
+    world.open(settings(EXAMPLE), start=False)
+    part = world.part("a")
+    part.store.save_common(part._state(part._derived()).common)
+    broadcast = world.broadcast(0)
+    with pytest.raises(Exception, match="is gone, and with it what 'a' has released"):
+        world.ask("a", "start", rows=world.rows())
+    with pytest.raises(RefusalError, match="has not started this run"):
+        world.ask("a", "round", broadcast, rank=None, versions=versions())
+    assert world.ledgers("a") == []
+
+
+def test_a_sum_with_strangers_fails_before_it_starts(settings: Settings, tmp_path: Path) -> None:
+    world = Hostile(tmp_path)
+    world.open(settings(SUMS), start=False)
+    broadcast = world.broadcast(0)
+    with pytest.raises(RefusalError, match="a secure sum with stranger"):
+        world.ask("a", "start", rows={**world.rows(), "stranger": 5})
+    with pytest.raises(RefusalError, match="has not started"):
+        world.ask("a", "round", broadcast, rank=None, versions=versions())
+
+
+@pytest.mark.parametrize("said", [1, 31, None])
+def test_a_site_counts_its_own_rows(said: int | None, settings: Settings, tmp_path: Path) -> None:
+    """One epoch of one row is one step in the plan, and thirty on the rows."""
+    world = Hostile(tmp_path)
+    world.open(settings(EXAMPLE, train={"epochs": 1, "steps": None}), start=False)
+    with pytest.raises(RefusalError, match="another number of rows"):
+        world.ask("a", "start", rows={"a": said, "b": 30} if said else {"b": 30})
+
+
+def test_what_is_charged_is_what_runs(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sums: list[int] = []
+    mean = Guard.mean
+    monkeypatch.setattr(Guard, "mean", lambda guard, total: sums.append(1) or mean(guard, total))
+    world = Hostile(tmp_path)
+    world.open(settings(EXAMPLE, train={"epochs": 1, "steps": None}))
+    world.train(0, "a")
+    (ledger,) = (tmp_path / "a").glob("runs/*/privacy/*.jsonl")
+    assert [entry.count for entry in read_ledger(ledger)] == [len(sums)]
+
+
+# --- what is asked for ---
+
+
+def test_a_column_of_the_coordinators_choice_stays_where_rules_say_so(settings: Settings, tmp_path: Path) -> None:
+    rows = [{**row, "name": f"patient {i}"} for i, row in enumerate(labelled_rows(30, 0))]
+    world = Hostile(tmp_path, rows=rows, columns=["text", "label"], labels=["blue", "green", "red"])
+    assert world.look("a", settings()).facts["labels"] == ["blue", "green", "red"]
+    with pytest.raises(RefusalError, match="it reads name, allowed are text, label"):
+        world.look("a", settings(task={"label": "name"}))
+
+
+def test_a_value_that_is_no_label_of_the_rules_is_not_told(settings: Settings, tmp_path: Path) -> None:
+    rows = [{**row, "name": f"patient {i}"} for i, row in enumerate(labelled_rows(30, 0))]
+    world = Hostile(tmp_path, rows=rows, labels=["blue", "green", "red"])
+    with pytest.raises(RefusalError, match=r"none of allow.labels") as refused:
+        world.look("a", settings(task={"label": "name"}))
+    assert "patient" not in str(refused.value)
+
+
+def test_a_column_without_classes_is_told_by_nobody(settings: Settings, tmp_path: Path) -> None:
+    """Without any rule of the site's own."""
+    rows = [{**row, "name": f"patient {i}"} for i, row in enumerate(labelled_rows(30, 0))]
+    with pytest.raises(RefusalError, match="a value of its own in nearly every row") as refused:
+        Hostile(tmp_path, rows=rows).look("a", settings(task={"label": "name"}))
+    assert "patient" not in str(refused.value)
+    named = Hostile(tmp_path / "named", rows=rows, labels=[row["name"] for row in rows])
+    assert len(named.look("a", settings(task={"label": "name"})).facts["labels"]) == 30
+
+
+def test_rows_are_not_counted_by_other_columns(settings: Settings, tmp_path: Path) -> None:
+    world = Hostile(tmp_path)
+    assert world.look("a", settings(data={"drop": {"label": "red"}})).facts["rows"] < 30
+    with pytest.raises(RefusalError, match=r"data.drop = text: how many rows are left would tell"):
+        world.look("a", settings(data={"drop": {"text": "red1 red2"}}))
+
+
+@pytest.mark.parametrize("changes", [{}, SUMS, SUMS | CLIENT])
+def test_no_sums_but_of_a_core_basis(changes: dict[str, Any], settings: Settings, tmp_path: Path) -> None:
+    world = Hostile(tmp_path)
+    world.open(settings(changes, basis={"kind": "random", "samples": 1}))
+    with pytest.raises(RefusalError, match="'random' looks at no row"):
+        world.ask("a", "sums")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"basis": {"kind": "core"}, **SUMS}, "every client sends the server something of its own"),
+        ({"basis": {"kind": "core"}, **CLIENT, "server": {"weighting": "uniform"}}, "looks at private rows"),
+        ({**EXAMPLE, "train": {"dropout": 0.1}}, "train.dropout: not in a private run"),
+        ({"basis": {"kind": "update-pooled"}}, "pools raw rows"),
+    ],
+)
+def test_a_site_refuses_what_a_coordinator_should_have(
+    changes: dict[str, Any], said: str, settings: Settings, tmp_path: Path
+) -> None:
+    with pytest.raises(RefusalError, match=said):
+        Hostile(tmp_path).look("a", settings(changes))
+
+
+@pytest.mark.parametrize("round", [1, 7, -1])
+def test_there_are_no_more_rounds_than_the_run_has(round: int, settings: Settings, tmp_path: Path) -> None:
+    world = Hostile(tmp_path)
+    world.open(settings(EXAMPLE))
+    with pytest.raises(Exception, match=r"round .* of a run of 1|its round is"):
+        world.train(round, "a")
+    assert world.ledgers("a") == []
+
+
+# --- privacy's terms ---
+
+
+def test_epsilon_is_for_the_sites_own_delta(settings: Settings, tmp_path: Path) -> None:
+    """At a delta of 0.03 an epsilon of 3 is cheap; at 1e-5 it is another number."""
+    lax = {"privacy": {"unit": "example", "epsilon": 3.0, "clip": 1.0, "delta": 0.03}, "basis": {"share_samples": 0}}
+    world = Hostile(tmp_path, epsilon=3.0)
+    world.open(settings(lax), start=False)
+    with pytest.raises(RefusalError, match="at this site's delta of 1e-05"):
+        world.ask("a", "start", rows=world.rows())
+
+
+@pytest.mark.parametrize("allow", [{"epsilon": 5.0}, {"losses": False}])
+def test_what_may_not_leave_is_not_released(allow: dict[str, Any], settings: Settings, tmp_path: Path) -> None:
+    released = {**EXAMPLE, "privacy": {**EXAMPLE["privacy"], "release": ["loss"]}}
+    with pytest.raises(RefusalError, match="neither losses nor scores may leave"):
+        Hostile(tmp_path, **allow).look("a", settings(released))
+    assert Hostile(tmp_path / "b", epsilon=5.0, losses=True).look("a", settings(released))
+
+
+def test_a_private_run_tells_no_counts_of_rows(settings: Settings, tmp_path: Path) -> None:
+    """How many are cut at a max_tokens of the coordinator's choice is how many are longer."""
+    world = Hostile(tmp_path)
+    world.look("a", settings(EXAMPLE))
+    part = world.part("a")
+    part.open(["blue", "green", "red"])
+    own = {"model": part.bench.base.fingerprint, "tokenizer": tokenizer_fingerprint(part.tokenizer)}
+    facts = world.ask("a", "open", label_names=["blue", "green", "red"], **own).facts
+    assert (facts["cut"], facts["unused"], facts["labels"]) == (None, None, None)
+
+
+# --- secure sums ---
+
+
+def test_a_sum_with_shares_of_noise_is_booked_at_the_site_and_begun_again_the_same(
+    settings: Settings, tmp_path: Path
+) -> None:
+    """The mean of many sums of one change would have no noise left."""
+    world = Hostile(tmp_path, "abc")
+    world.open(settings(SUMS, CLIENT))
+    world.train(0, "abc")
+    broadcast, first = world.broadcast(0), world.sum(0, "abc")
+    assert np.array_equal(world.sum(0, "abc"), first)
+    for name in world.sites:
+        assert world.ledgers(name) == [1]
+        world.sites[name]._let_go()
+        world.sites[name] = world.federation.restarted(name)
+        world.train(0, name, broadcast)  # the same change again, after a kill
+    assert np.array_equal(world.sum(0, "abc"), first)
+
+
+def test_another_change_in_the_same_round_is_beyond_the_promise(settings: Settings, tmp_path: Path) -> None:
+    world = Hostile(tmp_path, "abc")
+    world.open(settings(SUMS, CLIENT))
+    world.train(0, "abc")
+    world.sum(0, "abc")
+    pending = world.part("a")._pending()
+    world.part("a").store.save_pending(type(pending)(pending.round, pending.basis, pending.change * 2))
+    with pytest.raises(PromiseSpentError):
+        world.sum(0, "abc")
+
+
+def test_a_round_between_two_phases_changes_no_sum(settings: Settings, tmp_path: Path) -> None:
+    """The record of who was in a sum is that of the sum's own round, and what went in is of that round."""
+    world = Hostile(tmp_path, "abc")
+    world.open(settings(SUMS, rounds=2))
+    world.train(0, "abc")
+    wanted = world.sum(0, "abc")
+    other = Hostile(tmp_path / "other", "abc")
+    other.open(settings(SUMS, rounds=2))
+    other.train(0, "abc")
+    assert np.allclose(other.sum(0, "abc", lambda: other.train(1, "abc")), wanted, atol=1e-6)
+    other.train(0, "ab")
+    with pytest.raises(SumError, match="is in a sum already"):
+        other.sum(0, "ab")
