@@ -1,4 +1,4 @@
-"""Score against epsilon and against bytes: a folder's comparison at epsilon 3, and those in epsilon-1 and epsilon-10.
+"""Score against epsilon and against bytes: a folder's comparison at epsilon 3, and those in its epsilon-1, epsilon-10, ...
 
 pip install matplotlib;  python benchmarks/private_plot.py benchmarks/snli_private          writes scores.svg there
 """
@@ -12,36 +12,35 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
-EPSILONS = {1.0: "epsilon-1", 3.0: ".", 10.0: "epsilon-10"}
+HERE = 3.0  # the epsilon of the folder itself
+MARKS = "os^vD*PX<>hp"
 
 
 def main(here: Path) -> None:
     plt.rcParams["svg.hashsalt"] = "fedsb"  # the same file from the same figures
+    folders = {float(folder.name.removeprefix("epsilon-")): folder for folder in here.glob("epsilon-*")} | {HERE: here}
     found = {
-        epsilon: {
-            row["contender"]: row for row in json.loads((here / folder / "comparison.json").read_text())["contenders"]
-        }
-        for epsilon, folder in EPSILONS.items()
-        if (here / folder / "comparison.json").exists()
+        epsilon: {row["contender"]: row for row in json.loads((folder / "comparison.json").read_text())["contenders"]}
+        for epsilon, folder in sorted(folders.items())
     }
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
-    for name in {name: None for rows in found.values() for name in rows}:
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), sharey=True)
+    for place, name in enumerate({name: None for name in found[HERE]}):
         known = {epsilon: rows[name] for epsilon, rows in found.items() if name in rows and rows[name]["score"]}
-        draw(left, list(known), list(known.values()), name)
-        if 3.0 in known:
-            draw(right, [known[3.0]["bytes"]["total"] / 1e6], [known[3.0]], name)
+        look = {"marker": MARKS[place % len(MARKS)], "color": f"C{place % 10}", "linewidth": 1 + (place == 0)}
+        draw(left, list(known), list(known.values()), name, look)
+        draw(right, [known[HERE]["bytes"]["total"] / 1e6], [known[HERE]], name, look)
     left.set(xscale="log", xlabel="epsilon", ylabel="accuracy, %")
     left.set_xticks(list(found), [f"{epsilon:g}" for epsilon in found], minor=False)
     left.minorticks_off()
-    right.set(xscale="log", xlabel="MB sent in all, epsilon 3")
-    left.legend(fontsize=8)
+    right.set(xscale="log", xlabel=f"MB sent in all, epsilon {HERE:g}")
+    right.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
     figure.tight_layout()
     figure.savefig(here / "scores.svg", metadata={"Date": None})
 
 
-def draw(axes: Any, x: list[float], rows: list[dict[str, Any]], name: str) -> None:
+def draw(axes: Any, x: list[float], rows: list[dict[str, Any]], name: str, look: dict[str, Any]) -> None:
     mean, sd = ([100 * (row["score"][key] or 0) for row in rows] for key in ("mean", "sd"))
-    axes.errorbar(x, mean, yerr=sd, marker="o", capsize=3, label=name)
+    axes.errorbar(x, mean, yerr=sd, capsize=3, label=name, **look)
 
 
 if __name__ == "__main__":

@@ -24,10 +24,12 @@ from fedsb.federation.cohort import join_tensors
 from fedsb.federation.payload import unpack
 from fedsb.federation.scoring import forward
 from fedsb.privacy import setup
-from fedsb.privacy.guard import clipped_change
-from fedsb.privacy.ledger import merged, read_ledger
+from fedsb.privacy.accounting import Release, epsilon
+from fedsb.privacy.guard import Cap, Guard, PromiseSpentError, clipped_change
+from fedsb.privacy.ledger import Ledger, merged, read_ledger
 from fedsb.privacy.noise import SeededNoise
 from fedsb.privacy.per_example import add_clipped, clipped_sums
+from fedsb.privacy.plan import PrivacyPlan
 from fedsb.record import read_manifest, read_result, read_rows
 from fedsb.run import Silent, federate, resume
 from laws.test_codecs import StopAfterOne
@@ -485,6 +487,22 @@ def test_a_short_change_is_left_as_it_is() -> None:
     assert clipped_change(unmoved, unmoved, 1.0)["b"].tolist() == [1.0]
     broken = clipped_change({**sent, "b": torch.tensor([math.nan])}, unmoved, 5.0)
     assert broken["a"].tolist() == [0.0, 0.0] and broken["b"].tolist() == [1.0]
+
+
+def test_a_clients_own_cap_is_for_its_own_delta_and_all_runs(tmp_path: Path) -> None:
+    """The plan's limit is at the plan's delta, by which much more is let through."""
+    plan = PrivacyPlan(unit="example", clip=1.0, delta=0.01, batch=4, rows=30, steps=5, rounds=20, sigma=0.8)
+    other = Release(q=plan.q, sigma=plan.sigma, count=plan.steps)
+    most = epsilon([other, *plan.releases(2)], 1e-5)
+    cap = Cap(epsilon=most, delta=1e-5, before=(other,))
+    ledger = Ledger.create(tmp_path / "a.jsonl", run="x", client="a", unit="example")
+    guard = Guard(plan=plan, ledger=ledger, noise=SeededNoise(0, "a"), cap=cap)
+    guard.charge(1)
+    guard.charge(2)
+    with pytest.raises(PromiseSpentError, match=r"at a delta of 1e-05; this site allows"):
+        guard.charge(3)
+    assert epsilon(ledger.releases(), plan.delta) < plan.epsilon()
+    assert len(read_ledger(ledger.path)) == 2
 
 
 # --- what is refused ---

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,17 @@ from conftest import labelled_rows, set_all
 from engines.in_process import Federation
 from fedsb.adapters.basis import basis_hash
 from fedsb.config import load_config
+from fedsb.engines.bench import Bench
 from fedsb.engines.notes import Note, Phase, pack_note, read_answer, read_note
 from fedsb.environment import versions
-from fedsb.errors import RefusalError
+from fedsb.errors import RefusalError, UserError
 from fedsb.federation.payload import Payload, pack
 from fedsb.federation.tensors import to_arrays
 from fedsb.models.load import tokenizer_fingerprint
+from fedsb.privacy.accounting import epsilon
 from fedsb.privacy.guard import Guard, PromiseSpentError
 from fedsb.privacy.ledger import read_ledger
-from fedsb.privacy.secure_sum import SumError, SumServer
+from fedsb.privacy.secure_sum import MessageError, SumError, SumServer
 from laws.test_engines import remote_of
 
 RUN = "abc1"
@@ -78,10 +81,10 @@ class Hostile:
         assert part is not None
         return part
 
-    def broadcast(self, round: int) -> bytes:
+    def broadcast(self, round: int, change: Callable[[Any], Any] = lambda message: message) -> bytes:
         part = self.part("a")
         state = part._state(part._derived())
-        message = to_arrays(part.method.broadcast(state))
+        message = change(to_arrays(part.method.broadcast(state)))
         return pack(Payload(kind="broadcast", run=RUN, round=round, basis=basis_hash(state.common), tensors=message))
 
     def train(self, round: int, names: str, broadcast: bytes | None = None) -> None:
@@ -92,7 +95,9 @@ class Hostile:
         """The values of a sum of `names`, of a cohort of all."""
         part, cohort = self.part("a"), sorted(self.sites)
         pending = part._pending()
-        plan = part.sums.terms(round, pending.basis, self.federation.directory).plan(len(pending.change))
+        plan = part.sums.terms(round, pending.basis, self.federation.directory, pending.against).plan(
+            len(pending.change)
+        )
         server, messages = SumServer(plan), dict.fromkeys(names, b"")
         closes = (server.roster, server.inboxes, server.survivors_lists, server.confirmations, dict)
         for phase, close in zip(("advert", "sealed", "masked", "confirm", "shares"), closes, strict=True):
@@ -168,6 +173,64 @@ def test_what_is_charged_is_what_runs(settings: Settings, tmp_path: Path, monkey
     assert [entry.count for entry in read_ledger(ledger)] == [len(sums)]
 
 
+@pytest.mark.parametrize("method", ["fed-sb", "fedit", "ravan"])
+@pytest.mark.parametrize("also", [False, True])
+def test_a_broadcast_of_other_shapes_is_refused_before_a_row_is_drawn(
+    method: str, also: bool, settings: Settings, tmp_path: Path
+) -> None:
+    """A head for each row, (b, m, n), is broadcast: every row's own gradient would then have all rows in it."""
+
+    def crafted(message: dict[str, Any]) -> dict[str, Any]:
+        wanted = [key for key in message if key.endswith(("weight", "bias") if also else (".R", ".A", ".s"))]
+        assert wanted
+        return {key: np.stack([x] * 4) if key == wanted[0] else x for key, x in message.items()}
+
+    world = Hostile(tmp_path)
+    world.open(settings(EXAMPLE, method={"name": method, "rank": 4}))
+    with pytest.raises(RefusalError, match="a broadcast that is none of this run's"):
+        world.train(0, "a", world.broadcast(0, crafted))
+    assert world.ledgers("a") == []
+
+
+def test_the_end_of_a_private_run_looks_at_no_row(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights that overflow on some rows would tell of them by whether the answer comes, as often as one asks."""
+    world = Hostile(tmp_path)
+    world.open(set_all(settings(EXAMPLE), clients={**settings(EXAMPLE)["clients"], "held_out": 0.2}), start=False)
+    looked: list[str] = []
+    monkeypatch.setattr(Bench, "evaluate", lambda *_: looked.append("score"))
+    monkeypatch.setattr(Bench, "logits", lambda *_: looked.append("probe"))
+    part = world.part("a")
+    world.ask("a", "start", rows={"a": part.site.rows, "b": 24})
+    assert part.site.held_out
+    answer = world.ask("a", "finish", world.broadcast(0), card={})
+    assert answer.facts["score"] is None and looked == []
+
+
+def test_a_run_keeps_what_it_began_with(settings: Settings, tmp_path: Path) -> None:
+    world = Hostile(tmp_path, epsilon=3.0)
+    world.open(settings(EXAMPLE))
+    with pytest.raises(RefusalError, match="began here with other rows"):
+        world.ask("a", "start", rows={"a": 30, "b": 300})
+    with pytest.raises(RefusalError, match="began here with other label_names"):
+        world.ask("a", "open", label_names=["red", "blue", "green"], model="", tokenizer="")
+    with pytest.raises(RefusalError, match="began here with other config"):
+        world.look("a", settings(EXAMPLE, rounds=2))
+
+
+def test_a_basis_asked_for_again_and_again_ends_at_the_sites_own_epsilon(settings: Settings, tmp_path: Path) -> None:
+    """A large delta of the run's leaves room for sums that the site's has not."""
+    private = {**EXAMPLE["privacy"], "delta": 0.003, "basis_share": 0.05}
+    world = Hostile(tmp_path, epsilon=6.6)
+    world.open(settings(privacy=private, basis={"kind": "core", "samples": 6, "share_samples": 0}))
+    with pytest.raises(PromiseSpentError, match=r"this site allows|the plan allows"):
+        for _ in range(1000):
+            world.ask("a", "sums")
+    (ledger,) = (tmp_path / "a").glob("runs/*/privacy/*.jsonl")
+    assert epsilon([entry.release for entry in read_ledger(ledger)], 1e-5) <= 6.6
+
+
 # --- what is asked for ---
 
 
@@ -177,6 +240,38 @@ def test_a_column_of_the_coordinators_choice_stays_where_rules_say_so(settings: 
     assert world.look("a", settings()).facts["labels"] == ["blue", "green", "red"]
     with pytest.raises(RefusalError, match="it reads name, allowed are text, label"):
         world.look("a", settings(task={"label": "name"}))
+
+
+def test_a_column_that_is_not_allowed_is_not_even_kept(settings: Settings, tmp_path: Path) -> None:
+    """Some tasks read more where it is there."""
+    rows = [{**row, "input": "secret"} for row in labelled_rows(30, 0)]
+    world = Hostile(tmp_path, rows=rows, columns=["text", "label"])
+    world.look("a", settings())
+    assert all(set(row) == {"text", "label"} for row in world.part("a").table.rows)
+
+
+def test_another_revision_of_an_allowed_model_is_another_model(settings: Settings, tmp_path: Path) -> None:
+    config = settings()
+    model = config["model"]["name"]
+    elsewhere = {**config, "model": {**config["model"], "revision": "refs/pr/7"}}
+    assert Hostile(tmp_path / "a", models=[model]).look("a", config)
+    with pytest.raises(RefusalError, match=r"the base model .*@refs/pr/7', allowed are"):
+        Hostile(tmp_path / "b", models=[model]).look("a", elsewhere)
+
+
+def test_numbers_are_no_classes(settings: Settings, tmp_path: Path) -> None:
+    rows = [{**row, "label": i / 7} for i, row in enumerate(labelled_rows(30, 0))]
+    answer = Hostile(tmp_path, rows=rows).look("a", settings(task={"kind": "regression"}))
+    assert answer.facts["labels"] == []
+
+
+def test_a_pattern_that_never_ends_is_refused(settings: Settings, tmp_path: Path) -> None:
+    config = settings()
+    config["model"]["targets"] = "((?:[a-z]|[a-z.]|[a-z0-9.])+)+[A-Z]"
+    world = Hostile(tmp_path)
+    world.look("a", config)
+    with pytest.raises(UserError, match="takes too long to match"):
+        world.part("a").open(["blue", "green", "red"])
 
 
 def test_a_value_that_is_no_label_of_the_rules_is_not_told(settings: Settings, tmp_path: Path) -> None:
@@ -294,9 +389,44 @@ def test_another_change_in_the_same_round_is_beyond_the_promise(settings: Settin
     world.train(0, "abc")
     world.sum(0, "abc")
     pending = world.part("a")._pending()
-    world.part("a").store.save_pending(type(pending)(pending.round, pending.basis, pending.change * 2))
+    world.part("a").store.save_pending(replace(pending, change=pending.change * 2))
     with pytest.raises(PromiseSpentError):
         world.sum(0, "abc")
+
+
+def test_sites_that_were_told_other_things_have_no_sum(settings: Settings, tmp_path: Path) -> None:
+    """With rows, or a learning rate, by which the others count for nothing the sum would be one site's update."""
+    server = {**SUMS["server"], "weighting": "samples"}
+
+    def told(name: str, rows: dict[str, int], lr: float) -> None:
+        world.look(name, settings(server=server, train={"steps": 1, "lr": lr}))
+        world.part(name).open(["blue", "green", "red"])
+        world.ask(name, "start", rows=rows)
+
+    for number, (rows, lr) in enumerate([({"a": 30, "b": 10**9, "c": 30}, 0.02), ({"a": 30, "b": 30, "c": 30}, 1e-12)]):
+        world = Hostile(tmp_path / str(number), "abc")
+        told("a", dict.fromkeys("abc", 30), 0.02)
+        told("b", dict.fromkeys("abc", 30), 0.02)
+        told("c", rows, lr)
+        world.train(0, "abc")
+        with pytest.raises(MessageError, match="told other things"):
+            world.sum(0, "abc")
+
+
+def test_changes_against_other_broadcasts_have_no_sum(settings: Settings, tmp_path: Path) -> None:
+    world = Hostile(tmp_path, "abc")
+    world.open(settings(SUMS))
+    world.train(0, "ab")
+    world.train(0, "c", world.broadcast(0, lambda message: {key: x + 0.1 for key, x in message.items()}))
+    with pytest.raises(MessageError, match="told other things"):
+        world.sum(0, "abc")
+
+
+def test_a_site_that_leaves_a_sum_tells_no_number(settings: Settings, tmp_path: Path) -> None:
+    world = Hostile(tmp_path, "abc")
+    world.open(settings(server={**SUMS["server"], "sum_limit": 1e-9}))
+    answer = world.ask("a", "round", world.broadcast(0), rank=None, versions=versions())
+    assert answer.facts["left"] == "its change is not finite, or above server.sum_limit; its own terminal says more"
 
 
 def test_a_round_between_two_phases_changes_no_sum(settings: Settings, tmp_path: Path) -> None:

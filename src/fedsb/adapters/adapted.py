@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import regex
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +21,7 @@ from fedsb.errors import UserError, did_you_mean
 
 Shapes = dict[str, tuple[int, int]]
 Tensors = dict[str, Tensor]
+PATTERN_SECONDS = 1.0  # of matching a regular expression with one layer's name
 
 LAYERS: dict[str, type[AdaptedLinear]] = {"core": CoreLinear, "factors": FactorLinear}
 
@@ -46,10 +48,12 @@ def find_targets(model: nn.Module, targets: str | Sequence[str] = "blocks", head
         chosen = in_blocks
     elif isinstance(targets, str):
         try:
-            pattern = re.compile(targets)
-        except re.error as error:
+            pattern = regex.compile(targets)
+            chosen = [name for name in linear if pattern.fullmatch(name, timeout=PATTERN_SECONDS)]
+        except regex.error as error:
             raise UserError(f"model.targets = {targets!r} is not a regular expression: {error}") from error
-        chosen = [name for name in linear if pattern.fullmatch(name)]
+        except TimeoutError as error:  # as of nested repeats, which a coordinator may send
+            raise UserError(f"model.targets = {targets!r} takes too long to match: write it simpler") from error
     else:
         endings = {part: [name for name in linear if name == part or name.endswith("." + part)] for part in targets}
         for part, names in endings.items():
@@ -143,19 +147,33 @@ class AdaptedModel:
         axis of clients first. All are replaced, so that nothing of the client before stays: ValueError where one is
         missing, or unknown.
         """
-        needed = {key for key, _ in self._slots({**self.layers, **self.heads})}
-        optional = {f"{name}.{attribute}" for name, layer in self.layers.items() for attribute in layer.optional}
-        odd = [f"{key!r} is missing" for key in sorted(needed - tensors.keys())]
-        odd += [f"{key!r} is unknown" for key in sorted(tensors.keys() - needed - optional)]
-        if odd:
-            raise ValueError(f"{len(odd)} tensors do not fit the adapted model: {', '.join(odd[:3])}")
-        for key in needed | optional:
+        for key in self._names(tensors):
             name, attribute = key.rsplit(".", 1)
             layer = self.layers.get(name) or self.heads[name]
             value = tensors[key].detach().to(self.device) if key in tensors else None
             if value is not None and not self.is_common(key):
                 value = nn.Parameter(value, requires_grad=key in trainable)
             setattr(layer, attribute, value)
+
+    def check(self, tensors: Mapping[str, Tensor]) -> None:
+        """Of one client, without the axis of clients. Raises ValueError where they are not what `load` takes.
+
+        A tensor of another shape need not fail by itself: a head (b, m, n) in place of (m, n) is broadcast, and one
+        example's gradient then has all examples in it.
+        """
+        self._names(tensors)
+        wanted: dict[str, tuple[int, ...]] = {}
+        for name, layer in self.layers.items():
+            own = {key.rpartition(".")[2]: x for key, x in tensors.items() if key.rpartition(".")[0] == name}
+            if any(x.dim() == 0 for x in own.values()):
+                raise ValueError(f"the tensors of {name!r} do not fit the adapted model: one is a single number")
+            sizes = layer.sizes(own, *linear_shape(layer.base))
+            wanted |= {f"{name}.{attribute}": sizes[attribute] for attribute in own}
+        for name, head in self.heads.items():
+            wanted |= {f"{name}.weight": (head.out_features, head.in_features), f"{name}.bias": (head.out_features,)}
+        for key, x in tensors.items():
+            if tuple(x.shape) != wanted[key] or not x.is_floating_point() or 0 in x.shape:
+                raise ValueError(f"{key!r} is {x.dtype} {tuple(x.shape)}, which does not fit the adapted model")
 
     def is_common(self, key: str) -> bool:
         """Whether all clients share this tensor: a core's A and B, a carried adapter."""
@@ -177,6 +195,16 @@ class AdaptedModel:
         slots = [*self._slots({**self.layers, **self.heads})]
         slots += [(f"{name}.{o}", getattr(layer, o)) for name, layer in self.layers.items() for o in layer.optional]
         return {key: p for key, p in slots if isinstance(p, nn.Parameter) and p.requires_grad}
+
+    def _names(self, tensors: Mapping[str, Tensor]) -> set[str]:
+        """All that `load` sets. Raises ValueError where a tensor is missing, or unknown."""
+        needed = {key for key, _ in self._slots({**self.layers, **self.heads})}
+        optional = {f"{name}.{attribute}" for name, layer in self.layers.items() for attribute in layer.optional}
+        odd = [f"{key!r} is missing" for key in sorted(needed - tensors.keys())]
+        odd += [f"{key!r} is unknown" for key in sorted(tensors.keys() - needed - optional)]
+        if odd:
+            raise ValueError(f"{len(odd)} tensors do not fit the adapted model: {', '.join(odd[:3])}")
+        return needed | optional
 
     @staticmethod
     def _slots(layers: Mapping[str, AdaptedLinear | HeadLinear]) -> Iterator[tuple[str, Tensor | None]]:

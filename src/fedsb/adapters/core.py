@@ -13,6 +13,8 @@ R is float32 whatever the base's dtype: in bfloat16 an entry of 0.02 no longer m
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -63,6 +65,13 @@ class CoreLinear(AdaptedLinear):
         self.B: Tensor | None = None
         self.R: nn.Parameter | None = None
         self.s: nn.Parameter | None = None
+
+    @staticmethod
+    def sizes(own: Mapping[str, Tensor], m: int, n: int) -> dict[str, tuple[int, ...]]:
+        h, all_ranks = len(own["R"]), len(own["A"])
+        r = all_ranks // max(h, 1)
+        mine = {"A": (h * r, n), "B": (m, h * r), "R": (h, r, r), "s": (h,)}
+        return AdaptedLinear.sizes(own, m, n) | mine
 
     def adapter(self, x: Tensor) -> Tensor:
         assert self.A is not None and self.B is not None and self.R is not None

@@ -61,6 +61,11 @@ class FactorLinear(AdaptedLinear):
         self.A: nn.Parameter | None = None
         self.B: nn.Parameter | None = None
 
+    @staticmethod
+    def sizes(own: Mapping[str, Tensor], m: int, n: int) -> dict[str, tuple[int, ...]]:
+        r = len(own["A"])
+        return AdaptedLinear.sizes(own, m, n) | {"A": (r, n), "B": (m, r)}
+
     def adapter(self, x: Tensor) -> Tensor:
         assert self.A is not None and self.B is not None
         return factor_forward(x, self.A, self.B, self.scale)

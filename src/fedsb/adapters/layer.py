@@ -7,7 +7,7 @@ the batch; a layer that sees anything else (a mixture of experts, packed rows) r
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +50,12 @@ class AdaptedLinear(nn.Module):
 
     def adapter(self, x: Tensor) -> Tensor:  # (b, ..., n) -> (b, ..., m)
         raise NotImplementedError
+
+    @staticmethod
+    def sizes(own: Mapping[str, Tensor], m: int, n: int) -> dict[str, tuple[int, ...]]:
+        """What the shapes of one client's tensors must be, by the ranks that `own` shows."""
+        q = len(own["carry_A"]) if "carry_A" in own else 1
+        return {"carry_A": (q, n), "carry_B": (m, q), "carry_D": (m, n)}
 
     def forward(self, x: Tensor) -> Tensor:
         check_rows(x, self.routing, self.key)

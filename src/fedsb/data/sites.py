@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -179,9 +179,24 @@ def _refuse_pieces(task: Task, name: str, rows: list[Row]) -> None:
         )
 
 
-def load_own(config: Config, task: Task, source: str, columns: Mapping[str, str]) -> Table:
-    """A site's own table, with the columns that the task reads. `columns` are the site's names of them."""
-    table = _load(source, config.data.revision, config.data.train_split)
+def load_own(
+    config: Config,
+    task: Task,
+    source: str,
+    columns: Mapping[str, str],
+    *,
+    allowed: Collection[str] | None = None,
+    revision: str | None = None,
+    split: str = "train",
+) -> Table:
+    """A site's own table, with the columns that the task reads. `columns` are the site's names of them.
+
+    Of the columns that are not `allowed` (None: all are) nothing is kept. Which rows there are is the site's to say:
+    revision and split of a Hub data set are not the run's.
+    """
+    table = _load(source, revision, split)
+    if allowed is not None:
+        table = make_table([{key: row[key] for key in row if key in allowed} for row in table.rows], table.origin)
     require_columns(table, list(columns.values()))
     ours = {theirs: name for name, theirs in columns.items()}
     rows = [{ours.get(key, key): value for key, value in row.items()} for row in table.rows]

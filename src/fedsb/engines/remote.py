@@ -265,7 +265,8 @@ class RemoteEngine(Bench):
                 yield name, len(requests[name]), answer if isinstance(answer, Phase) else lost(answer)
 
         assert self.sums is not None
-        terms = self.sums.terms(turn.round, turn.basis, {name: self.directory[name] for name in cohort})
+        keys = {name: self.directory[name] for name in cohort}
+        terms = self.sums.terms(turn.round, turn.basis, keys, turn.against)
         return add_up(terms, turn, sorted(self.head.keys() & turn.unmoved.keys()), replies, ask)
 
     def _take_entries(self, name: str, entries: Sequence[Mapping[str, Any]]) -> None:

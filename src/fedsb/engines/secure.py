@@ -16,6 +16,8 @@ nothing here. Sites that tell each other their shares of the noise can take them
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -40,6 +42,7 @@ from fedsb.privacy.secure_sum import SumPlan, simulate
 from fedsb.privacy.setup import Promise
 from fedsb.settings import Choice, Config
 
+ALIKE = {"rounds", "seed", "task", "method", "basis", "train", "clients", "server", "privacy"}  # settings
 HEADROOM = 15.0  # of a value in the ring, in standard deviations of all clients' noise together
 
 
@@ -50,6 +53,7 @@ class Terms:
     run: str
     round: int
     basis: str  # hash of what the sites hold in common
+    told: str  # hash of the settings, of all rows, and of what the changes are against
     seed: int  # of the rounding
     sites: Mapping[str, bytes]  # of the cohort: Ed25519 public keys
     rows: Mapping[str, int] | None  # n_k; None: all weigh alike
@@ -63,7 +67,13 @@ class Terms:
         if self.guard is not None:
             limit = self.guard.plan.clip * (1 + HEADROOM * self.guard.plan.sigma / len(self.sites))
         return SumPlan(
-            run=self.run, round=self.round, sites=self.sites, threshold=self.threshold, size=size, clip=limit
+            run=self.run,
+            round=self.round,
+            sites=self.sites,
+            threshold=self.threshold,
+            size=size,
+            clip=limit,
+            told=self.told,
         )
 
     # --- a client ---
@@ -116,6 +126,7 @@ class SecureSums:
     def __init__(self, config: Config, promise: Promise, run: str, sites: Sequence[Site]) -> None:
         self.server, self.seed, self.run, self.promise = config.server, config.seed, run, promise
         self.rows = {site.name: site.rows for site in sites}
+        self.settings = config.model_dump(mode="json", include=ALIKE)
         self.clients, self.threshold = sum_threshold(config.server, len(sites))
         if self.clients < 2:
             raise UserError("server.secure_sum with one client a round: the sum is its own; take more clients")
@@ -129,12 +140,18 @@ class SecureSums:
         """A round with all parties in this process, with fresh keys."""
         return SecureRound(self, round, cohort, basis)
 
-    def terms(self, round: int, basis: str, sites: Mapping[str, bytes]) -> Terms:
-        """Of a round among `sites`, its cohort with their keys."""
+    def terms(self, round: int, basis: str, sites: Mapping[str, bytes], against: str = "") -> Terms:
+        """Of a round among `sites`, its cohort with their keys; `against`: hash of what the changes are against.
+
+        Sites that were told other settings or rows make other masks, which hide all: a server that tells one site to
+        train, and the others not to, or that the others weigh nothing, has no sum.
+        """
+        told = json.dumps([self.settings, self.rows, basis, against], sort_keys=True)
         return Terms(
             run=self.run,
             round=round,
             basis=basis,
+            told=hashlib.sha256(told.encode()).hexdigest(),
             seed=self.seed,
             sites=sites,
             rows={name: self.rows[name] for name in sites} if self.server.weighting == "samples" else None,

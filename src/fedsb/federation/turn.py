@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from fedsb.adapters.adapted import Tensors
+from fedsb.adapters.basis import basis_hash
 from fedsb.data.sites import Site
 from fedsb.federation.cohort import Member
 from fedsb.federation.link import Link, unmoved
@@ -38,6 +39,11 @@ class Turn:
     def unmoved(self) -> Tensors:
         """What one of them would send that had not trained."""
         return unmoved(self.method, self.common, self.message, self.round)
+
+    @cached_property
+    def against(self) -> str:
+        """A hash of what a change is against, of the tensors that were told."""
+        return basis_hash({key: self.message[key] for key in self.unmoved if key in self.message})
 
     def member(self, site: Site, kept: Tensors) -> Member:
         """The client before its training; `kept` is its own state."""

@@ -28,12 +28,22 @@ class PromiseSpentError(RunError):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Cap:
+    """What a client allows by itself, whatever a plan says: epsilon at its own delta, other runs counted in."""
+
+    epsilon: float
+    delta: float
+    before: tuple[Release, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Guard:
     """One client's."""
 
     plan: PrivacyPlan
     ledger: Ledger
     noise: Noise
+    cap: Cap | None = None
 
     @property
     def rows(self) -> int:
@@ -84,6 +94,13 @@ class Guard:
                 f"{self.ledger.client}: round {round} would take epsilon to {after:.4g}, the plan allows {planned:.4g} "
                 f"(delta {self.plan.delta:g}). Rounds that a crash made this run repeat were charged again"
             )
+        if (cap := self.cap) is not None:
+            total = epsilon([*cap.before, *self.ledger.releases(), release], cap.delta)
+            if total > cap.epsilon * (1 + ROUNDING):
+                raise PromiseSpentError(
+                    f"{self.ledger.client}: round {round} would take epsilon, all runs together, to {total:.4g} at a "
+                    f"delta of {cap.delta:g}; this site allows {cap.epsilon:g}"
+                )
         self.ledger.charge(release, round=round, clip=clip)
 
 

@@ -54,6 +54,7 @@ class SumPlan:
     threshold: int  # t: the sum is over at least so many
     size: int  # values of a client's vector, before its weight is put behind them
     clip: float  # of each value, see fixed_point.py
+    told: str = ""  # a hash of what else all must have been told alike, for their sum to be what it seems
 
     def __post_init__(self) -> None:
         n = len(self.sites)
@@ -93,7 +94,7 @@ class SumPlan:
     def digest(self) -> bytes:
         """32 bytes that differ wherever two plans do."""
         sites = [[name, key.hex()] for name, key in self.sites.items()]
-        facts = [VERSION, self.run, self.round, sites, self.threshold, self.size, float(self.clip).hex()]
+        facts = [VERSION, self.run, self.round, sites, self.threshold, self.size, float(self.clip).hex(), self.told]
         return hashlib.sha256(json.dumps(facts).encode()).digest()
 
 
@@ -160,7 +161,9 @@ def _body_start(plan: SumPlan, data: bytes, phase: Phase, sender: str) -> int:
         raise MessageError(f"{whose} is none of a secure sum ({len(data)} bytes)")
     for field, wanted in _header(plan, phase, sender).items():
         if field == "plan" and found.get(field) != wanted:
-            raise MessageError(f"{whose} is of a plan with other sites, threshold, size or clip bound")
+            raise MessageError(
+                f"{whose} is of a plan with other sites, threshold, size or clip bound, or of sites told other things"
+            )
         if found.get(field) != wanted:
             raise MessageError(f"{whose} has the {field} {found.get(field)!r:.60}; this is {wanted!r}")
     raise MessageError(f"{whose} has a header that this version does not write")

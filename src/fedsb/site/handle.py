@@ -91,15 +91,16 @@ class SiteHandle:
         refuse_versions(note.facts["versions"])  # first: another version may not even read the settings
         config, run = self._allowed(note.facts["config"]), str(note.facts["run"])
         self._let_go()
-        self.part = Participant(self._folder(run), self.settings, self.identity, config, run)
-        self.part.store.save_facts({"config": note.facts["config"], "run": run})
+        part = Participant(self._folder(run), self.settings, self.identity, config, run)
+        self._remember(part, config=note.facts["config"], run=run)
+        self.part = part
         table = self.part.table
         return Looked(labels=self.part.labels, rows=len(table.rows), fingerprint=table.fingerprint)
 
     def open(self, note: Note) -> Facts:
         part = self._part(note)
-        part.open(note.facts["label_names"])
         self._remember(part, label_names=note.facts["label_names"])
+        part.open(note.facts["label_names"])
         refuse_base(note.facts, part)
         site = part.site
         private = part.config.privacy.on
@@ -113,6 +114,7 @@ class SiteHandle:
 
     def start(self, note: Note) -> Facts:
         part = self._part(note)
+        self._known(part, rows=note.facts["rows"])
         holds = part.start(note.facts["rows"])
         self._remember(part, rows=note.facts["rows"])
         return Started(holds=holds)
@@ -139,7 +141,10 @@ class SiteHandle:
         if part.sums is None:
             return Trained(entries=part.entries(), loss=_finite(loss), parts=(sending.envelope,))
         refuse_payload(self.settings.allow, unpack(sending.envelope), len(sending.envelope))
-        return Trained(entries=part.entries(), loss=_finite(loss), left=part.sum_fault())
+        if why := part.sum_fault():
+            self.tell(f"{part.run[:12]}  leaves the sum: {why}")
+            why = "its change is not finite, or above server.sum_limit; its own terminal says more"
+        return Trained(entries=part.entries(), loss=_finite(loss), left=why)
 
     def sum(self, note: Note) -> Facts:
         message = note.parts[0] if note.parts else b""
@@ -148,12 +153,12 @@ class SiteHandle:
     def finish(self, note: Note) -> Facts:
         part = self._part(note)
         held_out = len(part.site.held_out)
-        score = part.finish(note.parts[0], note.facts["card"])
-        told = score if self.settings.allow.tells and part.promise.shows("scores") else None
+        tells = self.settings.allow.tells and part.promise.shows("scores")
+        score = part.finish(note.parts[0], note.facts["card"], tells=tells)
         entries = part.entries()
         self._let_go()
         self.tell(f"{part.run[:12]}  the final adapter is in {part.folder / 'adapter'}")
-        return Finished(score=told, held_out=held_out, entries=entries)
+        return Finished(score=score, held_out=held_out, entries=entries)
 
     # --- the inside ---
 
@@ -196,8 +201,15 @@ class SiteHandle:
             raise RefusalError(f"{run!r:.40} is no run's id")
         return self.folder / "runs" / run
 
+    def _known(self, part: Participant, **facts: Any) -> dict[str, Any]:
+        """What this site was told of the run before. Raises RefusalError where it was another thing."""
+        known = part.store.facts() or {}
+        if other := [key for key, value in facts.items() if key in known and known[key] != value]:
+            raise RefusalError(f"this run began here with other {', '.join(other)}; a run keeps what it began with")
+        return known
+
     def _remember(self, part: Participant, **facts: Any) -> None:
-        part.store.save_facts({**(part.store.facts() or {}), **facts})
+        part.store.save_facts({**self._known(part, **facts), **facts})
 
     def _leave(self, note: Note, answer: Facts) -> bytes:
         """What leaves this site: within its rules, and in the outbox before it goes."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from fedsb.privacy.statement import spent
 from fedsb.privacy.sum_client import SumClient
 from fedsb.privacy.sum_messages import SumError
 from fedsb.settings import Config
-from fedsb.site.settings import SiteConfig, refuse_columns, refuse_peers, refuse_promise, refuse_sum
+from fedsb.site.settings import SiteConfig, refuse_columns, refuse_labels, refuse_peers, refuse_promise, refuse_sum
 from fedsb.site.store import Pending, Store
 
 
@@ -72,10 +73,18 @@ class Participant:
         self.store, self.folder = Store(folder), folder
         self.tokenizer = load_tokenizer(self.config.model)
         self.task = open_task_of(self.config, self.tokenizer)
-        self.table = table = load_own(self.config, self.task, settings.data, settings.columns)
+        refuse_columns(settings, self.task.needs)
+        self.table = table = load_own(
+            self.config,
+            self.task,
+            settings.data,
+            settings.columns,
+            allowed=settings.allow.columns,
+            revision=settings.revision,
+            split=settings.split,
+        )
         self.labels = self.task.labels_in(table.rows)
-        read = self.task.columns_of(table)
-        refuse_columns(settings, read, self.task.options.label, self.labels, len(table.rows))
+        refuse_labels(settings.allow, self.labels, len(table.rows))
         self.summing: Summing | None = None
         self._promise: Promise | None = None
 
@@ -108,17 +117,19 @@ class Participant:
         if rows.get(self.identity.name) != self.site.rows:
             raise RefusalError("the coordinator says that this site has another number of rows than it has")
         sites, held = [elsewhere(name, count) for name, count in rows.items()], self.store.common()
-        promise = promise_of(self.config, self.method, sites, self.local)
+        promise, cap = promise_of(self.config, self.method, sites, self.local), None
         if promise.unit == "example":
             plan = promise.plans[self.identity.name]
             promise.plans = {self.identity.name: plan}
-            refuse_promise(self.settings.allow, plan, self._released_before())
+            cap = refuse_promise(self.settings.allow, plan, self._released_before())
         sums = open_sums(self.config, promise, self.run, sites)
         if sums is not None:
             refuse_sum(self.settings.allow, sums.threshold)
             if held is None:  # before it has trained for a sum that it would leave
                 self._keys(list(rows))
         promise.open_ledgers(self.folder, self.run, new=held is None)
+        if cap is not None:
+            promise.guards = {name: replace(guard, cap=cap) for name, guard in promise.guards.items()}
         self.rows, self.sums, self._promise = rows, sums, promise
         if held is not None:
             return self._hold(held)
@@ -180,7 +191,9 @@ class Participant:
             return None
         turn = Turn(at_rank(self.method, rank), common, message, payload.round, payload.basis)
         kept = self.store.kept(payload.round)
-        before = turn.member(self.site, kept)
+        with fitting():  # before a row is drawn for it
+            before = turn.member(self.site, kept)
+            self.bench.adapted.check(before.tensors)
         (after,) = self.bench.train_group(turn.method, [before], self.local, payload.round, self.promise)
         sending = turn.sending(
             before,
@@ -195,7 +208,8 @@ class Participant:
         changed = {key: x for key, x in common.items() if x is not self._start.get(key)}
         self.store.save_round(payload.round + 1, sending.kept, changed, held_tensors)
         if self.sums is not None:
-            self.store.save_pending(Pending(payload.round, turn.basis, change_of(sending.tensors, turn.unmoved)))
+            change = change_of(sending.tensors, turn.unmoved)
+            self.store.save_pending(Pending(payload.round, turn.basis, turn.against, change))
         return after, sending
 
     def sum_fault(self) -> str | None:
@@ -228,14 +242,19 @@ class Participant:
 
     # --- the end ---
 
-    def finish(self, envelope: bytes, facts: Mapping[str, str]) -> float | None:
-        """The final model's score on this site's held-out rows; it is kept here as a plain adapter."""
+    def finish(self, envelope: bytes, facts: Mapping[str, str], *, tells: bool) -> float | None:
+        """The final model's score on this site's held-out rows; it is kept here as a plain adapter.
+
+        Where no score may be told no row is looked at: that the request failed would tell of one.
+        """
         payload = unpack(envelope)
         message = to_tensors(payload.tensors)
         common = self.method.follow(self._start, message)
-        tensors = self.method.receive(common, message, {}, payload.round)
-        score = self.bench.evaluate(tensors, self.site.held_out).value if self.site.held_out else None
-        write_adapters(self.bench, {self.folder / "adapter": tensors}, facts, self.site.train[:4])
+        with fitting():
+            tensors = self.method.receive(common, message, {}, payload.round)
+            self.bench.adapted.check(tensors)
+        score = self.bench.evaluate(tensors, self.site.held_out).value if self.site.held_out and tells else None
+        write_adapters(self.bench, {self.folder / "adapter": tensors}, facts, self.site.train[:4] if tells else [])
         del self.bench  # its layers are the base's own again
         return score
 
@@ -317,7 +336,9 @@ class Participant:
     def _terms(self, pending: Pending, cohort: list[str]) -> Terms:
         if self.sums is None:
             raise RefusalError("server.secure_sum = false: this run has no secure sums")
-        return self.sums.terms(pending.round, pending.basis, self._keys(cohort))
+        if strangers := sorted(set(cohort) - set(self.rows)):
+            raise RefusalError(f"a secure sum with {', '.join(strangers)}, who were not in this run at its start")
+        return self.sums.terms(pending.round, pending.basis, self._keys(cohort), pending.against)
 
     def _keys(self, cohort: list[str]) -> dict[str, bytes]:
         """Of a sum's parties, by this site's directory. Raises RefusalError for one unknown, or not as pinned."""
@@ -351,3 +372,12 @@ class Participant:
                 f"{', '.join(survivors)}: a second sum would tell the difference"
             )
         write_atomic(path, json.dumps(list(survivors)).encode())
+
+
+@contextmanager
+def fitting() -> Iterator[None]:
+    """Raises RefusalError where a broadcast has other names or shapes than this run's."""
+    try:
+        yield
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise RefusalError(f"a broadcast that is none of this run's: {type(error).__name__}: {error}") from error

@@ -16,6 +16,7 @@ from fedsb.federation.facts import refuse_what_facts_forbid, refuse_what_needs_o
 from fedsb.federation.payload import Payload
 from fedsb.methods.contract import Method
 from fedsb.privacy.accounting import Release, epsilon
+from fedsb.privacy.guard import Cap
 from fedsb.privacy.plan import PrivacyPlan, default_delta
 from fedsb.privacy.setup import refuse_what_would_leak
 from fedsb.settings import Config, Count, Positive, Rate, Section
@@ -28,7 +29,7 @@ class AllowConfig(Section):
     """What a site takes part in. What is not set is not limited."""
 
     methods: list[str] | None = Field(None, description="by name, as in `fedsb ls methods`")
-    models: list[str] | None = Field(None, description="base models, by the run's name of them (model.name)")
+    models: list[str] | None = Field(None, description="base models, by the run's model.name, or NAME@REVISION")
     columns: list[str] | None = Field(None, description="of this site's rows that a run may read, by their names here")
     labels: list[str | int | bool] | None = Field(
         None, description="classes that may be told; rows with another: no run"
@@ -45,17 +46,21 @@ class AllowConfig(Section):
         None, description="of a secure sum: the only sites, each with the fingerprint of its key as that site tells it"
     )
     losses: bool | None = Field(
-        None, description="whether the training loss and the site's own score may leave; default: unless epsilon is set"
+        None,
+        description="whether the training loss and the site's own score may leave; default: unless epsilon or "
+        "sum_clients is set",
     )
 
     @property
     def tells(self) -> bool:
         """Whether a loss or a score may leave."""
-        return self.epsilon is None if self.losses is None else self.losses
+        return (self.epsilon is None and not self.sum_clients) if self.losses is None else self.losses
 
 
 class SiteConfig(Section):
     data: str = Field(description="this site's rows: a file or 'hub:owner/name'")
+    split: str = Field("train", description="of a Hub data set")
+    revision: str | None = Field(None, description="of a Hub data set: branch, tag or commit")
     columns: dict[str, str] = Field({}, description="this site's name of a column: { text = 'note' }")
     model: str | None = Field(None, description="where the base model is here; default: where the run says")
     device: str = "auto"
@@ -89,8 +94,9 @@ def refuse_run(allow: AllowConfig, config: Config, method: Method) -> None:
             faults.append(str(error))
     if allow.methods is not None and config.method.name not in allow.methods:
         faults.append(f"method.name = {config.method.name!r}, allowed are {', '.join(allow.methods) or 'none'}")
-    if allow.models is not None and config.model.name not in allow.models:
-        faults.append(f"model.name = {config.model.name!r}, allowed are {', '.join(allow.models) or 'none'}")
+    model = config.model.name + (f"@{config.model.revision}" if config.model.revision else "")
+    if allow.models is not None and model not in allow.models:
+        faults.append(f"the base model {model!r}, allowed are {', '.join(allow.models) or 'none'}")
     if allow.rounds is not None and config.rounds > allow.rounds:
         faults.append(f"rounds = {config.rounds}, allowed are {allow.rounds}")
     if allow.epsilon is not None and config.privacy.unit != "example":
@@ -111,44 +117,48 @@ def refuse_run(allow: AllowConfig, config: Config, method: Method) -> None:
         raise RefusalError("this site's rules (site.toml) refuse the run: " + "; ".join(faults))
 
 
-def refuse_columns(
-    site: SiteConfig, read: Iterable[str], label: str, labels: Sequence[str | int | bool], rows: int
-) -> None:
-    """Before anything is told of the rows: `read` and `label` are the run's names of columns, `labels` are found there.
+def refuse_columns(site: SiteConfig, read: Iterable[str]) -> None:
+    """Before rows are read; `read` are the run's names of columns. Raises RefusalError for one that is not allowed."""
+    if site.allow.columns is None:
+        return
+    own = [site.columns.get(name, name) for name in read]
+    if other := [name for name in own if name not in site.allow.columns]:
+        raise RefusalError(
+            f"this site's rules (site.toml) refuse the run: it reads {', '.join(other)}, allowed are "
+            f"{', '.join(site.allow.columns) or 'none'}"
+        )
 
-    Raises RefusalError, which tells none of the labels.
-    """
-    allow = site.allow
-    if allow.columns is not None:
-        own = [site.columns.get(name, name) for name in read]
-        if other := [name for name in own if name not in allow.columns]:
-            raise RefusalError(
-                f"this site's rules (site.toml) refuse the run: it reads {', '.join(other)}, allowed are "
-                f"{', '.join(allow.columns) or 'none'}"
-            )
+
+def refuse_labels(allow: AllowConfig, labels: Sequence[str | int | bool], rows: int) -> None:
+    """Before they are told; `labels` are those of so many rows. Raises RefusalError, which tells none of them."""
     if allow.labels is None and len(labels) > max(FEW, rows * MANY):
         raise RefusalError(
-            f"the column {label!r} has a value of its own in nearly every row, and all of a run's classes are told: if "
-            "they are classes, name them in allow.labels of site.toml"
+            "the run's label column has a value of its own in nearly every row here, and all of a run's classes are "
+            "told: if they are classes, name them in allow.labels of site.toml"
         )
     if allow.labels is not None and not set(labels) <= set(allow.labels):
         raise RefusalError(
-            f"this site's rules (site.toml) refuse the run: in the column {label!r} there are values that are none of "
+            "this site's rules (site.toml) refuse the run: in its label column there are values here that are none of "
             "allow.labels; which, is not said"
         )
 
 
-def refuse_promise(allow: AllowConfig, plan: PrivacyPlan, before: Iterable[Release]) -> None:
-    """Once the plan is made; `before` was released in other runs. Raises RefusalError where it comes to too much."""
+def refuse_promise(allow: AllowConfig, plan: PrivacyPlan, before: Iterable[Release]) -> Cap | None:
+    """Once the plan is made; `before` was released in other runs. Raises RefusalError where it comes to too much.
+
+    Gives back what the ledger is held to, release by release: a plan can be carried out otherwise than it was made.
+    """
     if allow.epsilon is None:
-        return
+        return None
     delta = allow.delta or default_delta("example", [plan.rows])[0]
-    total = epsilon([*before, *plan.releases()], delta)
+    cap = Cap(epsilon=allow.epsilon, delta=delta, before=tuple(before))
+    total = epsilon([*cap.before, *plan.releases()], delta)
     if total > allow.epsilon:
         raise RefusalError(
             f"this site's rules (site.toml) refuse the run: it spends epsilon {epsilon(plan.releases(), delta):.4g} at "
             f"this site's delta of {delta:g}, {total:.4g} with all runs before it; allowed is {allow.epsilon:g}"
         )
+    return cap
 
 
 def refuse_sum(allow: AllowConfig, clients: int) -> None:

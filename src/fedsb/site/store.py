@@ -36,6 +36,7 @@ class Pending:
 
     round: int
     basis: str
+    against: str  # hash of what the change is against
     change: Floats
 
 
@@ -79,7 +80,7 @@ class Store:
 
     def save_pending(self, pending: Pending) -> None:
         tensors = {"change": torch.from_numpy(pending.change)}
-        metadata = {"round": str(pending.round), "basis": pending.basis}
+        metadata = {"round": str(pending.round), "basis": pending.basis, "against": pending.against}
         write_atomic(self.folder / "pending.safetensors", save(tensors, metadata=metadata))
 
     def pending(self) -> Pending | None:
@@ -88,7 +89,7 @@ class Store:
             return None
         with safe_open(path, "pt") as file:
             facts = file.metadata()
-            return Pending(int(facts["round"]), facts["basis"], file.get_tensor("change").numpy())
+            return Pending(int(facts["round"]), facts["basis"], facts["against"], file.get_tensor("change").numpy())
 
     def save_encoded(self, key: str, vector: Ring) -> None:
         """What was encoded, with its noise, for the sum of this key."""

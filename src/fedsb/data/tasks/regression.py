@@ -10,7 +10,7 @@ learned as they stand, not scaled. Pooling is as for classes. Shapes: b examples
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -33,6 +33,11 @@ class Regression(Classification):
 
     @property
     def classes(self) -> list[str]:
+        return []
+
+    def labels_in(self, rows: list[Row]) -> list[Any]:
+        """None: a number is no class."""
+        self._numbers(rows)
         return []
 
     def fit_labels(self, train_rows: list[Row], test_rows: list[Row]) -> None:
