@@ -94,8 +94,8 @@ class Hostile:
     def sum(self, round: int, names: str, meanwhile: Callable[[], None] = lambda: None) -> Any:
         """The values of a sum of `names`, of a cohort of all."""
         part, cohort = self.part("a"), sorted(self.sites)
-        pending = part._pending()
-        plan = part.sums.terms(round, pending.basis, self.federation.directory, pending.against).plan(
+        pending = part.sums._pending()
+        plan = part.sums._sums.terms(round, pending.basis, self.federation.directory, pending.against).plan(
             len(pending.change)
         )
         server, messages = SumServer(plan), dict.fromkeys(names, b"")
@@ -388,7 +388,7 @@ def test_another_change_in_the_same_round_is_beyond_the_promise(settings: Settin
     world.open(settings(SUMS, CLIENT))
     world.train(0, "abc")
     world.sum(0, "abc")
-    pending = world.part("a")._pending()
+    pending = world.part("a").sums._pending()
     world.part("a").store.save_pending(replace(pending, change=pending.change * 2))
     with pytest.raises(PromiseSpentError):
         world.sum(0, "abc")

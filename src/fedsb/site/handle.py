@@ -141,14 +141,16 @@ class SiteHandle:
         if part.sums is None:
             return Trained(entries=part.entries(), loss=_finite(loss), parts=(sending.envelope,))
         refuse_payload(self.settings.allow, unpack(sending.envelope), len(sending.envelope))
-        if why := part.sum_fault():
+        if why := part.sums.fault():
             self.tell(f"{part.run[:12]}  leaves the sum: {why}")
             why = "its change is not finite, or above server.sum_limit; its own terminal says more"
         return Trained(entries=part.entries(), loss=_finite(loss), left=why)
 
     def sum(self, note: Note) -> Facts:
-        message = note.parts[0] if note.parts else b""
-        return Phase(parts=(self._part(note).sum(str(note.facts["phase"]), list(note.facts["cohort"]), message),))
+        sums, message = self._part(note).sums, note.parts[0] if note.parts else b""
+        if sums is None:
+            raise RefusalError("server.secure_sum = false: this run has no secure sums")
+        return Phase(parts=(sums.answer(str(note.facts["phase"]), list(note.facts["cohort"]), message),))
 
     def finish(self, note: Note) -> Facts:
         part = self._part(note)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,10 +14,9 @@ from fedsb.adapters.adapted import Tensors
 from fedsb.adapters.basis import Basis, basis_hash
 from fedsb.adapters.carry import is_news
 from fedsb.data.sites import elsewhere, load_own, open_own, open_task_of
-from fedsb.disk import safe_name, write_atomic
+from fedsb.disk import safe_name
 from fedsb.engines.bench import Bench
 from fedsb.engines.resolved import local_training, open_sums
-from fedsb.engines.secure import Terms
 from fedsb.errors import RefusalError
 from fedsb.federation.basis_round import core_sums, inner_basis, outer_basis, whole_basis
 from fedsb.federation.cohort import Member
@@ -32,15 +29,13 @@ from fedsb.methods.contract import State
 from fedsb.models.load import load_tokenizer
 from fedsb.outcome import write_adapters
 from fedsb.privacy.accounting import Release
-from fedsb.privacy.fixed_point import Floats, Ring
 from fedsb.privacy.ledger import read_ledger
 from fedsb.privacy.setup import Promise, promise_of
 from fedsb.privacy.statement import spent
-from fedsb.privacy.sum_client import SumClient
-from fedsb.privacy.sum_messages import SumError
 from fedsb.settings import Config
-from fedsb.site.settings import SiteConfig, refuse_columns, refuse_labels, refuse_peers, refuse_promise, refuse_sum
+from fedsb.site.settings import SiteConfig, refuse_columns, refuse_labels, refuse_promise
 from fedsb.site.store import Pending, Store
+from fedsb.site.sums import SiteSums
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,15 +45,6 @@ class Identity:
     name: str
     key: Ed25519PrivateKey
     directory: Mapping[str, bytes]  # name -> Ed25519 public key of every site
-
-
-@dataclass(frozen=True)
-class Summing:
-    """A secure sum that this site is in, with what it had to put in when it was asked."""
-
-    client: SumClient
-    terms: Terms
-    change: Floats
 
 
 class Participant:
@@ -85,7 +71,7 @@ class Participant:
         )
         self.labels = self.task.labels_in(table.rows)
         refuse_labels(settings.allow, self.labels, len(table.rows))
-        self.summing: Summing | None = None
+        self.sums: SiteSums | None = None
         self._promise: Promise | None = None
 
     def close(self) -> None:
@@ -123,14 +109,13 @@ class Participant:
             promise.plans = {self.identity.name: plan}
             cap = refuse_promise(self.settings.allow, plan, self._released_before())
         sums = open_sums(self.config, promise, self.run, sites)
-        if sums is not None:
-            refuse_sum(self.settings.allow, sums.threshold)
-            if held is None:  # before it has trained for a sum that it would leave
-                self._keys(list(rows))
+        own = None if sums is None else SiteSums(sums, self.store, self.identity, self.settings.allow)
+        if own is not None and held is None:
+            own.keys(list(rows))  # before it has trained for a sum that it would leave
         promise.open_ledgers(self.folder, self.run, new=held is None)
         if cap is not None:
             promise.guards = {name: replace(guard, cap=cap) for name, guard in promise.guards.items()}
-        self.rows, self.sums, self._promise = rows, sums, promise
+        self.rows, self.sums, self._promise = rows, own, promise
         if held is not None:
             return self._hold(held)
         if self.method.adapter == "core" and self.config.basis.kind not in ("random", "weights"):
@@ -211,34 +196,6 @@ class Participant:
             change = change_of(sending.tensors, turn.unmoved)
             self.store.save_pending(Pending(payload.round, turn.basis, turn.against, change))
         return after, sending
-
-    def sum_fault(self) -> str | None:
-        """Why what is pending must not go into a sum."""
-        pending = self._pending()
-        return self._terms(pending, [self.identity.name]).fault(pending.change)
-
-    def sum(self, phase: str, cohort: list[str], message: bytes) -> bytes:
-        """This site's message of a phase of a secure sum (privacy/secure_sum.py); `cohort` are all in it."""
-        if phase == "advert":
-            pending = self._pending()
-            terms = self._terms(pending, cohort)
-            refuse_sum(self.settings.allow, terms.threshold)
-            client = SumClient(terms.plan(len(pending.change)), self.identity.name, self.identity.key)
-            self.summing = Summing(client, terms, pending.change)
-            return client.advertise()
-        if self.summing is None:
-            raise SumError("this site has no part in a sum that is going on: it was started anew since")
-        client = self.summing.client
-        if phase == "sealed":
-            return client.share_keys(message)
-        if phase == "masked":
-            return client.masked(message, self._encoded(self.summing))
-        if phase == "confirm":
-            return client.confirm(message)
-        if phase == "shares":
-            self._one_sum(client.plan.round, client.survivors)
-            return client.unmask(message)
-        raise SumError(f"a secure sum has no phase {phase!r:.40}")
 
     # --- the end ---
 
@@ -327,51 +284,6 @@ class Participant:
     def _outer(self) -> dict[str, Any]:
         rank = self.method.total_rank
         return outer_basis(self.config.basis, self.bench.adapted, rank, self.config.seed, 0)
-
-    def _pending(self) -> Pending:
-        if (pending := self.store.pending()) is None:
-            raise SumError("this site has nothing to put into a sum: it has not trained")
-        return pending
-
-    def _terms(self, pending: Pending, cohort: list[str]) -> Terms:
-        if self.sums is None:
-            raise RefusalError("server.secure_sum = false: this run has no secure sums")
-        if strangers := sorted(set(cohort) - set(self.rows)):
-            raise RefusalError(f"a secure sum with {', '.join(strangers)}, who were not in this run at its start")
-        return self.sums.terms(pending.round, pending.basis, self._keys(cohort), pending.against)
-
-    def _keys(self, cohort: list[str]) -> dict[str, bytes]:
-        """Of a sum's parties, by this site's directory. Raises RefusalError for one unknown, or not as pinned."""
-        keys = {name: self.identity.directory[name] for name in cohort if name in self.identity.directory}
-        if unknown := [name for name in cohort if name not in keys]:
-            raise RefusalError(
-                f"a secure sum with {', '.join(unknown)}, whom this site's directory does not have: take the "
-                "coordinator's newer one, `fedsb join FILE --directory directory.json`, and start again"
-            )
-        refuse_peers(self.settings.allow, {name: key for name, key in keys.items() if name != self.identity.name})
-        return keys
-
-    def _encoded(self, summing: Summing) -> Ring:
-        """What goes into the sum. Its noise is booked here, and drawn once: a sum that is begun again gets the same."""
-        terms, change, name = summing.terms, summing.change, self.identity.name
-        if terms.guard is None:
-            return terms.encode(name, change)
-        key = hashlib.sha256(summing.client.plan.digest + change.tobytes()).hexdigest()
-        if (known := self.store.encoded(key)) is None:
-            terms.guard.charge(terms.round + 1)
-            known = terms.encode(name, change)
-            self.store.save_encoded(key, known)
-        return known
-
-    def _one_sum(self, round: int, survivors: tuple[str, ...]) -> None:
-        """The same change in two sums with other survivors would be told by their difference."""
-        path = self.folder / "sums" / f"round-{round:04d}.json"
-        if path.is_file() and json.loads(path.read_text()) != list(survivors):
-            raise SumError(
-                f"this site's change of round {round + 1} is in a sum already, with others than "
-                f"{', '.join(survivors)}: a second sum would tell the difference"
-            )
-        write_atomic(path, json.dumps(list(survivors)).encode())
 
 
 @contextmanager
