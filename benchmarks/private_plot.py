@@ -1,4 +1,4 @@
-"""Score against epsilon and against bytes: a folder's comparison at epsilon 3, and those in its epsilon-1, epsilon-10, ...
+"""Score against epsilon and against bytes: of a folder's comparison at epsilon 3, and those in its epsilon-1, ...-10, ...
 
 pip install matplotlib;  python benchmarks/private_plot.py benchmarks/snli_private          writes scores.svg there
 """
@@ -24,7 +24,7 @@ def main(here: Path) -> None:
         for epsilon, folder in sorted(folders.items())
     }
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), sharey=True)
-    for place, name in enumerate({name: None for name in found[HERE]}):
+    for place, name in enumerate(found[HERE]):
         known = {epsilon: rows[name] for epsilon, rows in found.items() if name in rows and rows[name]["score"]}
         look = {"marker": MARKS[place % len(MARKS)], "color": f"C{place % 10}", "linewidth": 1 + (place == 0)}
         draw(left, list(known), list(known.values()), name, look)
