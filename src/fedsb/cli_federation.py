@@ -169,7 +169,8 @@ def _say_what_there_is(folder: Path, data: str | None) -> None:
     path.write_text(
         f"data = {json.dumps(data)}\n\n"
         "# What this site takes part in; what is not set is not limited. All of it is in docs/deploy.md.\n"
-        "[allow]\n# methods = ['fed-sb']\n# rounds = 50\n# epsilon = 8.0\n# sum_clients = 3\n"
+        "[allow]\n# columns = ['text', 'label']\n# labels = ['yes', 'no']\n# methods = ['fed-sb']\n# rounds = 50\n"
+        "# epsilon = 8.0\n# sum_clients = 3\n"
     )
 
 
