@@ -101,7 +101,10 @@ class Participant:
         """Makes the promise and the ledger, and what is held in common; its hash, None where a basis has to come."""
         self.close()
         if rows.get(self.identity.name) != self.site.rows:
-            raise RefusalError("the coordinator says that this site has another number of rows than it has")
+            raise RefusalError(
+                "this site has another number of rows than the coordinator says; if its file has changed since the run "
+                "began, bring back the old one, or begin a new run"
+            )
         sites, held = [elsewhere(name, count) for name, count in rows.items()], self.store.common()
         promise, cap = promise_of(self.config, self.method, sites, self.local), None
         if promise.unit == "example":
