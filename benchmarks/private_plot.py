@@ -26,7 +26,8 @@ def main(here: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), sharey=True)
     for place, name in enumerate(found[HERE]):
         known = {epsilon: rows[name] for epsilon, rows in found.items() if name in rows and rows[name]["score"]}
-        look = {"marker": MARKS[place % len(MARKS)], "color": f"C{place}" if place < 10 else "black", "linewidth": 1 + (place == 0)}
+        color = f"C{place}" if place < 10 else "black"
+        look = {"marker": MARKS[place % len(MARKS)], "color": color, "linewidth": 1 + (place == 0)}
         draw(left, list(known), list(known.values()), name, look)
         draw(right, [known[HERE]["bytes"]["total"] / 1e6], [known[HERE]], name, look)
     left.set(xscale="log", xlabel="epsilon", ylabel="accuracy, %")
