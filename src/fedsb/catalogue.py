@@ -1,13 +1,17 @@
-"""What there is: methods, recipes, tasks and bases, with their facts, for `fedsb ls` and for tests."""
+"""What there is: methods, recipes, tasks and bases, with their facts, for `fedsb ls` and for tests; a recipe by name."""
 
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedsb.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from fedsb.config import Loaded
 
 
 def methods() -> list[dict[str, Any]]:
@@ -85,6 +89,16 @@ def recipe_path(name: str) -> Path:
         names = [recipe.stem for recipe in _folder().glob("*.toml")]
         raise UserError(f"there is no file and no recipe {name!r}; {did_you_mean(name, names)}")
     return path
+
+
+def load(config: str, overrides: Sequence[str]) -> Loaded:
+    """A TOML file by path; a recipe by name where there is no such file. Raises ConfigError with all that is wrong."""
+    from fedsb.config import load_config
+    from fedsb.models.hub import stay_offline_without_network
+
+    stay_offline_without_network()
+    path = Path(config)
+    return load_config(path if path.suffix == ".toml" or path.is_file() else recipe_path(config), overrides)
 
 
 def _folder() -> Path:

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fedsb import cli_federation
+from fedsb.catalogue import load, recipe_path
 from fedsb.errors import RunError, UserError
 
 if TYPE_CHECKING:
-    from fedsb.config import Loaded
     from fedsb.terminal import Terminal
 
 app = typer.Typer(
@@ -71,8 +71,6 @@ def init(
     recipe: Annotated[str, typer.Argument(help="The recipe to start from.")] = "quickstart", as_json: Json = False
 ) -> None:
     """Print a recipe to start from. To be saved and changed: fedsb init quickstart > my.toml."""
-    from fedsb.catalogue import recipe_path
-
     text = recipe_path(recipe).read_text()
     if as_json:
         _print_json(tomllib.loads(text))
@@ -284,17 +282,6 @@ def env(as_json: Json = False) -> None:
 app.command()(cli_federation.serve)
 app.command()(cli_federation.join)
 app.command()(cli_federation.status)
-
-
-def load(config: str, overrides: list[str]) -> Loaded:
-    """A TOML file by path; a recipe by name where there is no such file."""
-    from fedsb.catalogue import recipe_path
-    from fedsb.config import load_config
-    from fedsb.models.hub import stay_offline_without_network
-
-    stay_offline_without_network()
-    path = Path(config)
-    return load_config(path if path.suffix == ".toml" or path.is_file() else recipe_path(config), overrides)
 
 
 @contextmanager

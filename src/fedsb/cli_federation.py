@@ -74,7 +74,7 @@ def serve(
         return
     if config is None:
         raise UserError(f"what to run? fedsb serve {folder} my.toml; or make the federation first, with --init")
-    from fedsb.cli import load
+    from fedsb.catalogue import load
     from fedsb.deployment.coordinate import PROGRAM, prepare
 
     register.read_federation(folder)

@@ -147,7 +147,13 @@ class AdaptedModel:
         axis of clients first. All are replaced, so that nothing of the client before stays: ValueError where one is
         missing, or unknown.
         """
-        for key in self._names(tensors):
+        needed = {key for key, _ in self._slots({**self.layers, **self.heads})}
+        optional = {f"{name}.{attribute}" for name, layer in self.layers.items() for attribute in layer.optional}
+        odd = [f"{key!r} is missing" for key in sorted(needed - tensors.keys())]
+        odd += [f"{key!r} is unknown" for key in sorted(tensors.keys() - needed - optional)]
+        if odd:
+            raise ValueError(f"{len(odd)} tensors do not fit the adapted model: {', '.join(odd[:3])}")
+        for key in needed | optional:
             name, attribute = key.rsplit(".", 1)
             layer = self.layers.get(name) or self.heads[name]
             value = tensors[key].detach().to(self.device) if key in tensors else None
@@ -155,25 +161,22 @@ class AdaptedModel:
                 value = nn.Parameter(value, requires_grad=key in trainable)
             setattr(layer, attribute, value)
 
-    def check(self, tensors: Mapping[str, Tensor]) -> None:
-        """Of one client, without the axis of clients. Raises ValueError where they are not what `load` takes.
+    def sizes(self, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+        """The names and shapes that one client's tensors must have, without the axis of clients, at the ranks shown.
 
-        A tensor of another shape need not fail by itself: a head (b, m, n) in place of (m, n) is broadcast, and one
-        example's gradient then has all examples in it.
+        `load` would not notice all others: a head (b, m, n) in place of (m, n) is broadcast, and one example's gradient
+        then has all examples in it.
         """
-        self._names(tensors)
         wanted: dict[str, tuple[int, ...]] = {}
         for name, layer in self.layers.items():
-            own = {key.rpartition(".")[2]: x for key, x in tensors.items() if key.rpartition(".")[0] == name}
-            if any(x.dim() == 0 for x in own.values()):
-                raise ValueError(f"the tensors of {name!r} do not fit the adapted model: one is a single number")
+            own = {a: tensors[key] for a in (*layer.names, *layer.optional) if (key := f"{name}.{a}") in tensors}
             sizes = layer.sizes(own, *linear_shape(layer.base))
-            wanted |= {f"{name}.{attribute}": sizes[attribute] for attribute in own}
+            wanted |= {f"{name}.{attribute}": sizes[attribute] for attribute in {*layer.names, *own}}
         for name, head in self.heads.items():
-            wanted |= {f"{name}.weight": (head.out_features, head.in_features), f"{name}.bias": (head.out_features,)}
-        for key, x in tensors.items():
-            if tuple(x.shape) != wanted[key] or not x.is_floating_point() or 0 in x.shape:
-                raise ValueError(f"{key!r} is {x.dtype} {tuple(x.shape)}, which does not fit the adapted model")
+            wanted[f"{name}.weight"] = head.out_features, head.in_features
+            if head.bias is not None:
+                wanted[f"{name}.bias"] = (head.out_features,)
+        return wanted
 
     def is_common(self, key: str) -> bool:
         """Whether all clients share this tensor: a core's A and B, a carried adapter."""
@@ -195,16 +198,6 @@ class AdaptedModel:
         slots = [*self._slots({**self.layers, **self.heads})]
         slots += [(f"{name}.{o}", getattr(layer, o)) for name, layer in self.layers.items() for o in layer.optional]
         return {key: p for key, p in slots if isinstance(p, nn.Parameter) and p.requires_grad}
-
-    def _names(self, tensors: Mapping[str, Tensor]) -> set[str]:
-        """All that `load` sets. Raises ValueError where a tensor is missing, or unknown."""
-        needed = {key for key, _ in self._slots({**self.layers, **self.heads})}
-        optional = {f"{name}.{attribute}" for name, layer in self.layers.items() for attribute in layer.optional}
-        odd = [f"{key!r} is missing" for key in sorted(needed - tensors.keys())]
-        odd += [f"{key!r} is unknown" for key in sorted(tensors.keys() - needed - optional)]
-        if odd:
-            raise ValueError(f"{len(odd)} tensors do not fit the adapted model: {', '.join(odd[:3])}")
-        return needed | optional
 
     @staticmethod
     def _slots(layers: Mapping[str, AdaptedLinear | HeadLinear]) -> Iterator[tuple[str, Tensor | None]]:

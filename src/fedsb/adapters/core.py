@@ -18,7 +18,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from fedsb.adapters.layer import AdaptedLinear, Routing
+from fedsb.adapters.layer import AdaptedLinear, Routing, length
 
 
 def core_forward(
@@ -68,10 +68,9 @@ class CoreLinear(AdaptedLinear):
 
     @staticmethod
     def sizes(own: Mapping[str, Tensor], m: int, n: int) -> dict[str, tuple[int, ...]]:
-        h, all_ranks = len(own["R"]), len(own["A"])
-        r = all_ranks // max(h, 1)
-        mine = {"A": (h * r, n), "B": (m, h * r), "R": (h, r, r), "s": (h,)}
-        return AdaptedLinear.sizes(own, m, n) | mine
+        h = length(own, "R")
+        r = max(1, length(own, "A") // h)
+        return AdaptedLinear.sizes(own, m, n) | {"A": (h * r, n), "B": (m, h * r), "R": (h, r, r), "s": (h,)}
 
     def adapter(self, x: Tensor) -> Tensor:
         assert self.A is not None and self.B is not None and self.R is not None

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fedsb.adapters.layer import AdaptedLinear, Routing
+from fedsb.adapters.layer import AdaptedLinear, Routing, length
 from fedsb.draws import generator
 
 
@@ -63,7 +63,7 @@ class FactorLinear(AdaptedLinear):
 
     @staticmethod
     def sizes(own: Mapping[str, Tensor], m: int, n: int) -> dict[str, tuple[int, ...]]:
-        r = len(own["A"])
+        r = length(own, "A")
         return AdaptedLinear.sizes(own, m, n) | {"A": (r, n), "B": (m, r)}
 
     def adapter(self, x: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ class AdaptedLinear(nn.Module):
     @staticmethod
     def sizes(own: Mapping[str, Tensor], m: int, n: int) -> dict[str, tuple[int, ...]]:
         """What the shapes of one client's tensors must be, by the ranks that `own` shows."""
-        q = len(own["carry_A"]) if "carry_A" in own else 1
+        q = length(own, "carry_A")
         return {"carry_A": (q, n), "carry_B": (m, q), "carry_D": (m, n)}
 
     def forward(self, x: Tensor) -> Tensor:
@@ -68,6 +68,11 @@ class AdaptedLinear(nn.Module):
         if self.routing.dropout is not None:
             x = self.routing.dropout(self.key, x)
         return y + self.adapter(x).to(y.dtype)
+
+
+def length(own: Mapping[str, Tensor], name: str) -> int:
+    """Of the tensor's first axis; 1 where it has none or holds nothing, which no shape with that rank then fits."""
+    return max([1, *own[name].shape[:1]]) if name in own else 1
 
 
 class HeadLinear(nn.Module):

@@ -169,11 +169,10 @@ def _encoded(config: Config, task: Task, name: str, kept: list[Row], held: list[
 
 
 def _refuse_pieces(task: Task, name: str, rows: list[Row]) -> None:
-    """A text is cut into windows, each drawn and clipped for itself: a row of several is not protected as one row."""
-    pieces = [len(task.encode([row])[0]) for row in rows] if task.cuts_rows else []
-    if max(pieces, default=0) > 1:
+    """Each example is drawn and clipped for itself: a row that becomes several is not protected as one row."""
+    if cut := task.cut_in_pieces(rows):
         raise UserError(
-            f"privacy.unit = 'example': of the {len(rows)} rows of client {name!r} {sum(n > 1 for n in pieces)} "
+            f"privacy.unit = 'example': of the {len(rows)} rows of client {name!r} {cut} "
             f"are longer than model.max_tokens = {task.max_tokens} and would be cut into several examples, so that "
             "epsilon would be for a part of a row. Raise it; or cut the rows yourself, if a passage is what to protect"
         )
@@ -196,11 +195,13 @@ def load_own(
     """
     table = _load(source, revision, split)
     if allowed is not None:
-        table = make_table([{key: row[key] for key in row if key in allowed} for row in table.rows], table.origin)
+        table = replace(table, rows=[{key: row[key] for key in row if key in allowed} for row in table.rows])
     require_columns(table, list(columns.values()))
     ours = {theirs: name for name, theirs in columns.items()}
     rows = [{ours.get(key, key): value for key, value in row.items()} for row in table.rows]
-    table = _dropped(make_table(rows, table.origin) if columns else table, config.data.drop)
+    if columns or allowed is not None:
+        table = make_table(rows, table.origin)
+    table = _dropped(table, config.data.drop)
     task.columns_of(table)
     return table
 

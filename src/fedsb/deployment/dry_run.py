@@ -38,7 +38,7 @@ def _rows(folder: Path, site: SiteConfig, config: str | None) -> Iterator[str]:
         yield f"rows: {len(table.rows):,} with the columns {', '.join(table.columns)}"
         yield "not tried: the run's own needs; name its TOML with --config"
         return
-    from fedsb.cli import load
+    from fedsb.catalogue import load
     from fedsb.engines.resolved import sum_threshold
     from fedsb.methods import build_method
     from fedsb.site.handle import open_handle

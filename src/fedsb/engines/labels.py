@@ -2,34 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
+from fedsb.engines.notes import Looked
 from fedsb.errors import UserError
 from fedsb.settings import Choice
 
 SHOWN = 5
 
 
-def labels_of(by_site: Mapping[str, Sequence[Any]]) -> list[Any]:
+def labels_of(looked: Mapping[str, Looked]) -> list[Any]:
     """All labels, sorted. Raises UserError where they are of different types, with the sites that have each."""
     kinds: dict[str, list[str]] = {}
-    for site, labels in by_site.items():
-        for kind in sorted({type(label).__name__ for label in labels}):
-            kinds.setdefault(kind, []).append(site)
+    for name, site in looked.items():
+        for kind in sorted({type(label).__name__ for label in site.labels}):
+            kinds.setdefault(kind, []).append(name)
     if len(kinds) > 1:
         said = "; ".join(f"{kind}: {', '.join(sites)}" for kind, sites in sorted(kinds.items()))
         raise UserError(f"the sites' labels are of different types ({said}): write them alike everywhere")
-    return sorted({label for labels in by_site.values() for label in labels})
+    return sorted({label for site in looked.values() for label in site.labels})
 
 
-def label_choices(by_site: Mapping[str, Sequence[Any]]) -> list[Choice]:
+def label_choices(looked: Mapping[str, Looked]) -> list[Choice]:
     """Says which labels one site alone has: a misspelt one widens the head, and no score tells of it."""
     sites: dict[Any, list[str]] = {}
-    for site, labels in by_site.items():
-        for label in labels:
-            sites.setdefault(label, []).append(site)
-    alone = [f"{label!r} ({has[0]})" for label, has in sorted(sites.items()) if len(has) == 1 < len(by_site)]
+    for name, site in looked.items():
+        for label in site.labels:
+            sites.setdefault(label, []).append(name)
+    alone = [f"{label!r} ({has[0]})" for label, has in sorted(sites.items()) if len(has) == 1 < len(looked)]
     if not alone:
         return []
     more = f" and {len(alone) - SHOWN} more" if len(alone) > SHOWN else ""

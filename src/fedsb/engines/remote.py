@@ -64,7 +64,7 @@ class RemoteEngine(Bench):
         if begun:
             task.label_names = begun["task"]["label_names"] or []
         else:
-            labels = labels_of({name: site.labels for name, site in looked.items()})
+            labels = labels_of(looked)
             task.fit_labels([{task.options.label: label} for label in labels], test.rows if test else [])
         super().__init__(config, method, tokenizer, task)
         opened = {} if begun else self._open(tokenizer_fingerprint(tokenizer))
@@ -294,7 +294,6 @@ class RemoteEngine(Bench):
         }
         if begun:
             tables = {name: table for name, table in begun["data"].items() if name != "test"}
-        by_site = {name: site.labels for name, site in looked.items()}
         cut += sum(site.cut or 0 for site in opened.values())
         unused = sum(site.unused or 0 for site in opened.values())
         return Data(
@@ -305,5 +304,5 @@ class RemoteEngine(Bench):
             test_is_public=True,
             baseline=None,
             tables=tables | ({"test": table_facts(test)} if test else {}),
-            choices=(*label_choices(by_site), *cut_choices(self.config, cut, unused)),
+            choices=(*label_choices(looked), *cut_choices(self.config, cut, unused)),
         )

@@ -43,7 +43,7 @@ from fedsb.privacy.setup import Promise
 from fedsb.settings import Choice, Config
 
 ALIKE = {"rounds", "seed", "model", "task", "method", "basis", "train", "clients", "server", "privacy"}  # settings
-OWN = ("name", "device")  # of the model: where a site has it
+OWN = {"model": {"name", "device"}}  # of these: where a site has its model
 HEADROOM = 15.0  # of a value in the ring, in standard deviations of all clients' noise together
 
 
@@ -127,9 +127,7 @@ class SecureSums:
     def __init__(self, config: Config, promise: Promise, run: str, sites: Sequence[Site]) -> None:
         self.server, self.seed, self.run, self.promise = config.server, config.seed, run, promise
         self.rows = {site.name: site.rows for site in sites}
-        self.settings = config.model_dump(mode="json", include=ALIKE)
-        for key in OWN:
-            del self.settings["model"][key]
+        self.settings = config.model_dump(mode="json", include=ALIKE, exclude=OWN)
         self.clients, self.threshold = sum_threshold(config.server, len(sites))
         if self.clients < 2:
             raise UserError("server.secure_sum with one client a round: the sum is its own; take more clients")

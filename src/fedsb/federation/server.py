@@ -168,14 +168,22 @@ def fault(client: str, payload: Payload, rules: Rules) -> str | None:
 
 def fault_of_tensors(tensors: Arrays, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     """What is wrong with tensors that should have these names and shapes; None for good ones."""
-    missing, extra = shapes.keys() - tensors.keys(), tensors.keys() - shapes.keys()
-    if missing or extra:
-        return "wrong keys: " + "; ".join([*_some("missing", missing), *_some("unknown", extra)])
+    if fault := fault_of_shapes({name: array.shape for name, array in tensors.items()}, shapes):
+        return fault
     for name, array in tensors.items():
-        if array.shape != shapes[name]:
-            return f"{name!r} has shape {array.shape}, wanted {shapes[name]}"
         if not np.isfinite(array).all():
             return f"{name!r} holds {int((~np.isfinite(array)).sum())} values that are NaN or infinite"
+    return None
+
+
+def fault_of_shapes(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> str | None:
+    """What is wrong with names and shapes; None for those that are wanted."""
+    missing, extra = wanted.keys() - found.keys(), found.keys() - wanted.keys()
+    if missing or extra:
+        return "wrong keys: " + "; ".join([*_some("missing", missing), *_some("unknown", extra)])
+    for name, shape in found.items():
+        if shape != wanted[name]:
+            return f"{name!r} has shape {shape}, wanted {wanted[name]}"
     return None
 
 

@@ -7,6 +7,7 @@ A round is charged to the ledger, on disk, before any of its noise is drawn.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +35,10 @@ class Cap:
     epsilon: float
     delta: float
     before: tuple[Release, ...]
+
+    def total(self, releases: Iterable[Release]) -> float:
+        """Epsilon of a run's releases and of all before it."""
+        return epsilon([*self.before, *releases], self.delta)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +100,7 @@ class Guard:
                 f"(delta {self.plan.delta:g}). Rounds that a crash made this run repeat were charged again"
             )
         if (cap := self.cap) is not None:
-            total = epsilon([*cap.before, *self.ledger.releases(), release], cap.delta)
+            total = cap.total([*self.ledger.releases(), release])
             if total > cap.epsilon * (1 + ROUNDING):
                 raise PromiseSpentError(
                     f"{self.ledger.client}: round {round} would take epsilon, all runs together, to {total:.4g} at a "

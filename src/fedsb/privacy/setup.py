@@ -17,7 +17,7 @@ from fedsb.errors import RunError, UserError
 from fedsb.federation.client import LocalTraining
 from fedsb.federation.schedule import sample
 from fedsb.methods.contract import Method, Update
-from fedsb.privacy.guard import Guard, clipped_change
+from fedsb.privacy.guard import Cap, Guard, clipped_change
 from fedsb.privacy.ledger import Ledger
 from fedsb.privacy.noise import Noise, SecretNoise
 from fedsb.privacy.plan import BasisNoise, PrivacyPlan, default_delta
@@ -40,8 +40,11 @@ class Promise:
     def __bool__(self) -> bool:
         return self.unit != "none"
 
-    def open_ledgers(self, folder: Path, run: str, *, new: bool) -> None:
-        """Below a run directory, made for a new run, else taken up and never reset. Before this nothing is released."""
+    def open_ledgers(self, folder: Path, run: str, *, new: bool, cap: Cap | None = None) -> None:
+        """Below a run directory, made for a new run, else taken up and never reset. Before this nothing is released.
+
+        `cap` is what the one client that is here allows by itself.
+        """
         for name, plan in self.plans.items():
             path = folder / "privacy" / f"{safe_name(name)}.jsonl"
             if new and not path.exists():
@@ -49,7 +52,7 @@ class Promise:
                 ledger = Ledger.create(path, run=run, client=name, unit=plan.unit)
             else:
                 ledger = Ledger(path, run=run, client=name)
-            self.guards[name] = Guard(plan=plan, ledger=ledger, noise=noise_for(name))
+            self.guards[name] = Guard(plan=plan, ledger=ledger, noise=noise_for(name), cap=cap)
 
     def close(self) -> None:
         """Lets go of the ledgers."""

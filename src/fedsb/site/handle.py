@@ -94,8 +94,7 @@ class SiteHandle:
         part = Participant(self._folder(run), self.settings, self.identity, config, run)
         self._remember(part, config=note.facts["config"], run=run)
         self.part = part
-        table = self.part.table
-        return Looked(labels=self.part.labels, rows=len(table.rows), fingerprint=table.fingerprint)
+        return Looked(labels=part.labels, rows=len(part.table.rows), fingerprint=part.table.fingerprint)
 
     def open(self, note: Note) -> Facts:
         part = self._part(note)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from fedsb.errors import RefusalError
 from fedsb.federation.basis_round import core_sums, inner_basis, outer_basis, whole_basis
 from fedsb.federation.cohort import Member
 from fedsb.federation.link import link_of, read_change
-from fedsb.federation.payload import Payload, unpack
+from fedsb.federation.payload import Payload, PayloadError, unpack
+from fedsb.federation.server import fault_of_shapes
 from fedsb.federation.tensors import change_of, to_tensors
 from fedsb.federation.turn import Sending, Turn, at_rank
 from fedsb.methods import build_method
@@ -33,7 +34,7 @@ from fedsb.privacy.ledger import read_ledger
 from fedsb.privacy.setup import Promise, promise_of
 from fedsb.privacy.statement import spent
 from fedsb.settings import Config
-from fedsb.site.settings import SiteConfig, refuse_columns, refuse_labels, refuse_promise
+from fedsb.site.settings import SiteConfig, cap_of, refuse_columns, refuse_labels
 from fedsb.site.store import Pending, Store
 from fedsb.site.sums import SiteSums
 
@@ -110,14 +111,12 @@ class Participant:
         if promise.unit == "example":
             plan = promise.plans[self.identity.name]
             promise.plans = {self.identity.name: plan}
-            cap = refuse_promise(self.settings.allow, plan, self._released_before())
+            cap = cap_of(self.settings.allow, plan, self._released_before())
         sums = open_sums(self.config, promise, self.run, sites)
         own = None if sums is None else SiteSums(sums, self.store, self.identity, self.settings.allow)
         if own is not None and held is None:
             own.keys(list(rows))  # before it has trained for a sum that it would leave
-        promise.open_ledgers(self.folder, self.run, new=held is None)
-        if cap is not None:
-            promise.guards = {name: replace(guard, cap=cap) for name, guard in promise.guards.items()}
+        promise.open_ledgers(self.folder, self.run, new=held is None, cap=cap)
         self.rows, self.sums, self._promise = rows, own, promise
         if held is not None:
             return self._hold(held)
@@ -181,7 +180,7 @@ class Participant:
         kept = self.store.kept(payload.round)
         with fitting():  # before a row is drawn for it
             before = turn.member(self.site, kept)
-            self.bench.adapted.check(before.tensors)
+            self._check(before.tensors)
         (after,) = self.bench.train_group(turn.method, [before], self.local, payload.round, self.promise)
         sending = turn.sending(
             before,
@@ -212,7 +211,7 @@ class Participant:
         common = self.method.follow(self._start, message)
         with fitting():
             tensors = self.method.receive(common, message, {}, payload.round)
-            self.bench.adapted.check(tensors)
+            self._check(tensors)
         score = self.bench.evaluate(tensors, self.site.held_out).value if self.site.held_out and tells else None
         write_adapters(self.bench, {self.folder / "adapter": tensors}, facts, self.site.train[:4] if tells else [])
         del self.bench  # its layers are the base's own again
@@ -236,6 +235,12 @@ class Participant:
         return spent(self.promise) if self.promise.unit == "example" else None
 
     # --- the inside ---
+
+    def _check(self, tensors: Tensors) -> None:
+        """Raises PayloadError for tensors with other names or shapes than this run's."""
+        found = {key: tuple(x.shape) for key, x in tensors.items()}
+        if fault := fault_of_shapes(found, self.bench.adapted.sizes(tensors)):
+            raise PayloadError(fault)
 
     def _hear(self, payload: Payload, envelope: bytes) -> tuple[Tensors, Tensors, Tensors] | None:
         """(what is held in common from now on, the message, what the next change is added to)."""

@@ -143,16 +143,16 @@ def refuse_labels(allow: AllowConfig, labels: Sequence[str | int | bool], rows: 
         )
 
 
-def refuse_promise(allow: AllowConfig, plan: PrivacyPlan, before: Iterable[Release]) -> Cap | None:
-    """Once the plan is made; `before` was released in other runs. Raises RefusalError where it comes to too much.
+def cap_of(allow: AllowConfig, plan: PrivacyPlan, before: Iterable[Release]) -> Cap | None:
+    """What this site's ledger is held to, release by release, for a plan can be carried out otherwise than it was made.
 
-    Gives back what the ledger is held to, release by release: a plan can be carried out otherwise than it was made.
+    `before` was released in other runs. Raises RefusalError where the plan alone comes to too much.
     """
     if allow.epsilon is None:
         return None
     delta = allow.delta or default_delta("example", [plan.rows])[0]
     cap = Cap(epsilon=allow.epsilon, delta=delta, before=tuple(before))
-    total = epsilon([*cap.before, *plan.releases()], delta)
+    total = cap.total(plan.releases())
     if total > allow.epsilon:
         raise RefusalError(
             f"this site's rules (site.toml) refuse the run: it spends epsilon {epsilon(plan.releases(), delta):.4g} at "

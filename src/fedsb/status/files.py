@@ -141,8 +141,14 @@ def _troubles(logs: Logs, events: Sequence[str]) -> list[Json]:
             if line.get("event") in events or line.get("level") in ("warning", "error", "critical"):
                 key = name, str(line.get("event")), _why(line)
                 times = found[key]["times"] + 1 if key in found else 1
-                told = {"at": line["at"], "process": name, "event": key[1], "reason": key[2], "times": times}
-                found[key] = {**told, "site": line.get("site")}
+                found[key] = {
+                    "at": line["at"],
+                    "process": name,
+                    "event": key[1],
+                    "site": line.get("site"),
+                    "reason": key[2],
+                    "times": times,
+                }
     return sorted(found.values(), key=lambda line: -line["at"])[:TROUBLES]
 
 

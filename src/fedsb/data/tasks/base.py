@@ -73,7 +73,6 @@ class Task(ABC):
     ] = ()  # what task.metric may be, where there is a choice; the first is the default
     auto_class: str  # the name of the transformers class that fits
     peft_task_type: str
-    cuts_rows: ClassVar[bool] = False  # whether a row may become several examples
     problem_type: str | None = None  # what transformers must be told of the head, where that is not plain
 
     def __init__(self, *, tokenizer: Tokenizer, options: TaskOptions, max_tokens: int) -> None:
@@ -152,6 +151,10 @@ class Task(ABC):
     def baseline(self, examples_train: list[Example], examples_test: list[Example]) -> float | None:
         """The metric of a guess that reads no text, where there is one."""
         return None
+
+    def cut_in_pieces(self, rows: list[Row]) -> int:
+        """How many of these rows become several examples; of most tasks none does."""
+        return 0
 
     def labels_in(self, rows: list[Row]) -> list[Any]:
 

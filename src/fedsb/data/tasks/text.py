@@ -6,7 +6,7 @@ but a last window of one token; each window opens with the begin token where the
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -20,21 +20,16 @@ NEAR = 0.1  # of a text: how far from the wanted cut a line's end may lie
 class Text(CausalTask):
     """The next token of plain text."""
 
-    cuts_rows: ClassVar[bool] = True
-
     @property
     def needs(self) -> list[str]:
         return [self.options.text]
 
     def encode(self, rows: list[Row]) -> tuple[list[Example], int]:
         """The windows of all rows in order; no text is lost, so the second number is 0."""
-        start = start_tokens(self.tokenizer)
-        step = self.max_tokens - len(start)
-        examples: list[Example] = []
-        for tokens in self._tokenize(self._texts(rows, self.options.text)):
-            windows = (start + tokens[at : at + step] for at in range(0, len(tokens), step))
-            examples += [{"input_ids": w, "labels": [NO_LOSS, *w[1:]]} for w in windows if len(w) >= 2]
-        return examples, 0
+        return [{"input_ids": w, "labels": [NO_LOSS, *w[1:]]} for windows in self._windows(rows) for w in windows], 0
+
+    def cut_in_pieces(self, rows: list[Row]) -> int:
+        return sum(len(windows) > 1 for windows in self._windows(rows))
 
     def hold_out(self, rows: list[Row], share: float, rng: np.random.Generator) -> tuple[list[Row], list[Row]]:
         """Holds out the tail of every text, for clients have few, long texts; nothing is drawn."""
@@ -57,6 +52,14 @@ class Text(CausalTask):
             if cut < len(text):
                 tails.append(row | {column: text[cut:]})
         return heads, tails
+
+    def _windows(self, rows: list[Row]) -> Iterator[list[list[int]]]:
+        """Of each row its windows, of two tokens or more."""
+        start = start_tokens(self.tokenizer)
+        step = self.max_tokens - len(start)
+        for tokens in self._tokenize(self._texts(rows, self.options.text)):
+            windows = (start + tokens[at : at + step] for at in range(0, len(tokens), step))
+            yield [window for window in windows if len(window) >= 2]
 
 
 def _cut(text: str, wanted: int) -> int:
