@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from fedsb.adapters.adapted import AdaptedModel, Shapes, find_targets
+from fedsb.adapters.adapted import AdaptedModel, Shapes, find_targets, left_out
 from fedsb.adapters.basis import check_rank
 from fedsb.adapters.layer import is_linear, linear_shape
 from fedsb.at_hand import at_hand
@@ -35,6 +35,7 @@ from fedsb.federation.schedule import refreshes, whole_broadcasts
 from fedsb.memory import Memory, trained_values, training_memory
 from fedsb.methods import build_method
 from fedsb.methods.contract import Method
+from fedsb.models.limits import check_positions, check_tokens
 from fedsb.models.load import BaseModel, choose_device, choose_dtype, load_base
 from fedsb.models.quantise import missing_package, weight_bytes
 from fedsb.privacy.setup import promise_of, refuse_what_would_leak
@@ -63,6 +64,10 @@ def estimate(loaded: Loaded) -> dict[str, Any]:
         pad_token=None if here.tokenizer is None else pad_token(here.tokenizer),
         shapes_only=True,
     )
+    positions = check_positions(base.model, config.model)
+    if data is not None:
+        rows = [*data.test, *(example for site in data.sites for example in [*site.train, *site.held_out])]
+        check_tokens(base.model, here.tokenizer, (ids(example, "input_ids") for example in rows))
     if said := missing_package(config.model.quantize):
         unknown.append(said)
     weights = weight_bytes(base.model, config.model.quantize, base.head)
@@ -71,6 +76,7 @@ def estimate(loaded: Loaded) -> dict[str, Any]:
         name: linear_shape(base.model.get_submodule(name)) for name in find_targets(base.model, "blocks", base.head)
     }
     targets = find_targets(base.model, config.model.targets, base.head)
+    without = left_out(base.model, base.head)
     adapted = AdaptedModel(base.model, kind=method.adapter, targets=targets, head=base.head, scale=method.scale)
     if method.adapter == "core":
         check_rank(adapted.shapes, method.total_rank)
@@ -97,7 +103,7 @@ def estimate(loaded: Loaded) -> dict[str, Any]:
     )
     traffic = method.traffic(adapted.shapes, head=head, clients=cohort)
     privacy, seconds, seconds_reason = None, None, "not known: it depends on the rows"
-    choices = [*loaded.choices(), *base.choices, targets_choice(config, targets)]
+    choices = [*loaded.choices(), *base.choices, *positions, targets_choice(config, targets, without)]
     sites = [elsewhere(name, 0) for name in names]
     local = local_training(config, clients=len(here.clients) if method.facts.pools_data else 1)
     if data is not None:

@@ -127,7 +127,7 @@ def test_a_layer_called_twice_sums_and_one_never_called_is_zero() -> None:
     assert not found["idle"].any()
 
 
-def test_a_layer_that_the_loss_forgets_is_named() -> None:
+def test_a_layer_that_the_loss_does_not_depend_on_has_a_gradient_of_zeros() -> None:
     first, second = nn.Linear(3, 3), nn.Linear(3, 3)
     x = torch.randn(4, 3)
 
@@ -135,8 +135,8 @@ def test_a_layer_that_the_loss_forgets_is_named() -> None:
         second(x)
         first(x).sum().backward()
 
-    with pytest.raises(RunError, match="'second'"):
-        list(weight_gradients({"first": first, "second": second}, run))
+    found = dict(weight_gradients({"first": first, "second": second}, run))
+    assert found["first"].any() and not found["second"].any()
     assert not second._forward_hooks
 
 

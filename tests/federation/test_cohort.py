@@ -238,10 +238,10 @@ def test_a_model_whose_rows_cannot_be_routed_trains_one_client_at_a_time(
     engine, state = started(tiny_config)
     value, reason = choice(engine)
     assert value == engine.cohort_size == 1
-    assert reason.startswith("auto: layer 'bert.encoder.layer.0.intermediate.dense' sees")
+    assert reason.startswith("auto: Layer 'bert.encoder.layer.0.intermediate.dense' sees")
     (reply,) = engine.train(engine.method, state, [engine.sites[0].name], {}).each
     assert not reply.kept
-    with pytest.raises(UserError, match=r"engine.cohort_size = 2: layer 'bert.*engine.cohort_size = 1"):
+    with pytest.raises(UserError, match=r"engine.cohort_size = 2: Layer 'bert.*engine.cohort_size = 1"):
         open_engine(set_all(tiny_config, engine={"cohort_size": 2}))
     assert choice(open_engine(set_all(tiny_config, engine={"cohort_size": 1}))) == (1, "as asked")
 
@@ -249,7 +249,7 @@ def test_a_model_whose_rows_cannot_be_routed_trains_one_client_at_a_time(
 def test_opt_flattens_its_rows(tiny_config: dict[str, Any], tiny_opt: Path) -> None:
     config = set_all(tiny_config, model={"name": str(tiny_opt), "max_tokens": 16}, task={"kind": "text"})
     value, reason = choice(open_engine(config))
-    assert value == 1 and "'model.decoder.layers.0.fc1' sees 16 rows where the batch has 2" in reason
+    assert value == 1 and "'model.decoder.layers.0.fc1' sees 32 rows where the batch has 2" in reason
     attention = {"name": str(tiny_opt), "max_tokens": 16, "targets": ["q_proj", "v_proj"]}
     assert choice(open_engine(set_all(config, model=attention)))[0] == 64  # its attention does not
 

@@ -382,8 +382,8 @@ def test_a_package_that_a_tokenizer_needs_is_named(monkeypatch: pytest.MonkeyPat
     from fedsb.models.load import load_tokenizer
 
     def refuse(*_: object, **__: object) -> None:
-        raise ImportError("this tokenizer needs sentencepiece")
+        raise ImportError("this tokenizer needs mecab")
 
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", refuse)
-    with pytest.raises(UserError, match=r"needs sentencepiece\n    A package is missing here: install what it names"):
+    with pytest.raises(UserError, match=r"needs mecab\n    A package is missing here: install what it names"):
         load_tokenizer(ModelConfig(name="owner/name"))

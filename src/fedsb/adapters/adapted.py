@@ -27,25 +27,17 @@ LAYERS: dict[str, type[AdaptedLinear]] = {"core": CoreLinear, "factors": FactorL
 
 
 def find_targets(model: nn.Module, targets: str | Sequence[str] = "blocks", head: Sequence[str] = ()) -> list[str]:
-    """The names of the layers to adapt, in the model's order.
+    """Returns the names of the layers to adapt, in the model's order.
 
-    `targets` is "blocks" (every linear layer of the language model's blocks, the default; a tower for pictures or
-    sound beside it is left alone), a regular expression that a layer's whole name must match, or a list of name endings
-    such as ["query", "value"]. Embeddings, the output embedding and the head are never adapted. Raises UserError with
-    the list of what there is.
+    `targets` is "blocks" (the default: every linear layer of the language model's blocks but those that `left_out`
+    names), a regular expression that a layer's whole name must match, or a list of name endings such as
+    ["query", "value"]. Embeddings, the output embedding and the head are never adapted. Raises UserError with the list
+    of layers where nothing matches.
     """
-    output = getattr(model, "get_output_embeddings", lambda: None)()
-    linear = [
-        name
-        for name, module in model.named_modules()
-        if is_linear(module) and module is not output and not any(is_inside(name, part) for part in head)
-    ]
-    towers = other_towers(model)
-    in_blocks = [
-        name for name in linear if re.search(r"\.\d+\.", name) and not any(is_inside(name, tower) for tower in towers)
-    ]
+    linear = _linear_layers(model, head)
     if targets == "blocks":
-        chosen = in_blocks
+        without = left_out(model, head)
+        chosen = [name for name in linear if re.search(r"\.\d+\.", name) and name not in without]
     elif isinstance(targets, str):
         try:
             pattern = regex.compile(targets)
@@ -65,6 +57,53 @@ def find_targets(model: nn.Module, targets: str | Sequence[str] = "blocks", head
     if not chosen:
         raise UserError(f"model.targets = {targets!r} matches no linear layer. There are: {', '.join(kinds(linear))}")
     return chosen
+
+
+def _linear_layers(model: nn.Module, head: Sequence[str]) -> list[str]:
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    return [
+        name
+        for name, module in model.named_modules()
+        if is_linear(module) and module is not output and not any(is_inside(name, part) for part in head)
+    ]
+
+
+# What PEFT refuses to adapt in these models, whose fused kernels read the weight (peft.tuners.tuners_utils).
+STATE_SPACE_MODELS = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
+ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)(\.|$)")
+
+
+def left_out(model: nn.Module, head: Sequence[str] = ()) -> dict[str, str]:
+    """Returns the weights of the blocks that "blocks" does not adapt, each with its reason.
+
+    Keys are names of linear layers and, for experts that are stored as one 3-D tensor, of parameters.
+    """
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else None
+    facts = text.to_dict() if text is not None else {}
+    experts = any("expert" in key and type(value) is int and value > 1 for key, value in facts.items())
+    towers = other_towers(model)
+    found: dict[str, str] = {}
+    for name in _linear_layers(model, head):
+        parent, _, own = name.rpartition(".")
+        if not re.search(r"\.\d+\.", name):
+            continue
+        if any(is_inside(name, tower) for tower in towers):
+            found[name] = "text does not reach it"
+        elif experts and ROUTER.search(name):
+            found[name] = "it routes tokens to experts"
+        elif min(linear_shape(model.get_submodule(name))) == 1:
+            found[name] = "it has one input or one output"
+        elif own == "dt_proj" and hasattr(model.get_submodule(parent), "A_log"):
+            found[name] = "a state-space layer reads its weight and never calls it"
+        elif own == "out_proj" and facts.get("model_type") in STATE_SPACE_MODELS:
+            found[name] = "PEFT cannot adapt it in this model"
+    found |= {
+        name: "its experts are one 3-D tensor, not linear layers"
+        for name, p in model.named_parameters()
+        if p.dim() == 3 and "expert" in name and re.search(r"\.\d+\.", name)
+    }
+    return found
 
 
 def other_towers(model: nn.Module) -> list[str]:

@@ -37,8 +37,10 @@ def weight_gradients(
             layers, it must do the same each time. Parameters that require grad get theirs as in any backward.
         budget_bytes: what the gradients of a group may take.
 
+    A layer that the loss does not depend on (the last ones of CANINE) has a gradient of zeros.
+
     Raises:
-        RunError: a layer was called but no gradient came back to it.
+        RunError: a layer was only ever called without a graph, so that its gradient is unknown.
     """
     for group in layer_groups(layers, budget_bytes):
         sums = {name: _Sum(layer) for name, layer in group.items()}
@@ -51,10 +53,10 @@ def weight_gradients(
                 handle.remove()
         for name in group:
             done = sums.pop(name)
-            if done.calls and not done.backwards:
+            if done.calls and not done.calls_with_graph:
                 raise RunError(
-                    f"no gradient came back to layer {name!r}: the loss does not depend on it (leave it out), or "
-                    "re-entrant activation checkpointing lacks model.enable_input_require_grads()"
+                    f"No gradient can come back to layer {name!r}: it was called without a graph. Re-entrant activation "
+                    "checkpointing needs model.enable_input_require_grads()."
                 )
             yield name, done.G
 
@@ -81,19 +83,19 @@ class _Sum:
         device = next(layer.parameters()).device
         self.G = torch.zeros(linear_shape(layer), dtype=torch.float32, device=device)
         self.calls = 0
-        self.backwards = 0
+        self.calls_with_graph = 0
 
     def tap(self, _: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
         """A forward hook. Under re-entrant checkpointing the first forward has no graph: the second one counts."""
         self.calls += 1
         if not torch.is_grad_enabled():
             return y
+        self.calls_with_graph += 1
         if not y.requires_grad:  # nothing upstream is trained; the copy is no leaf, so it may be changed in place
             y = y.detach().requires_grad_().clone()
         x = args[0].detach()
 
         def add(g: Tensor) -> None:
-            self.backwards += 1
             self.G.addmm_(g.reshape(-1, g.shape[-1]).float().T, x.reshape(-1, x.shape[-1]).float())
 
         y.register_hook(add)  # type: ignore[no-untyped-call]

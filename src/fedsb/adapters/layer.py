@@ -11,13 +11,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fedsb.adapters.carry import CARRY
+from fedsb.errors import RunError
 
 
-class RoutingError(RuntimeError):
-    """A layer's input does not carry one row an example, so its rows cannot be given to their clients."""
+class RoutingError(RunError):
+    """Raised where a layer's input does not have one row per example, so that rows cannot be assigned to clients."""
 
 
 @dataclass
@@ -25,6 +27,7 @@ class Routing:
     """What adapted layers need to know of the batch in flight. One object, shared by all layers of a model."""
 
     rows: int | None = None  # rows of the joined batch; None: one client, nothing to route
+    one_by_one: bool = False  # the model cannot route rows: an example whose gradient is needed gets its own forward
     dropout: Callable[[str, Tensor], Tensor] | None = None  # (layer key, x) -> x with the clients' own dropout
 
 
@@ -47,6 +50,30 @@ class AdaptedLinear(nn.Module):
         self.carry_A: Tensor | None = None
         self.carry_B: Tensor | None = None
         self.carry_D: Tensor | None = None
+
+    # Some models read these of their layers: T5 asks for the dtype of `wo.weight`, Mamba multiplies with it.
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight, as it stores it."""
+        weight = self.base.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's bias."""
+        bias = self.base.bias
+        assert bias is None or isinstance(bias, Tensor)
+        return bias
+
+    @property
+    def in_features(self) -> int:
+        return linear_shape(self.base)[1]
+
+    @property
+    def out_features(self) -> int:
+        return linear_shape(self.base)[0]
 
     def adapter(self, x: Tensor) -> Tensor:  # (b, ..., n) -> (b, ..., m)
         raise NotImplementedError
@@ -104,8 +131,8 @@ class HeadLinear(nn.Module):
 def check_rows(x: Tensor, routing: Routing, key: str) -> None:
     if routing.rows is not None and x.shape[0] != routing.rows:
         raise RoutingError(
-            f"layer {key!r} sees {x.shape[0]} rows where the batch has {routing.rows}: its clients cannot be told "
-            "apart; train one client at a time (engine.cohort_size = 1)"
+            f"Layer {key!r} sees {x.shape[0]} rows where the batch has {routing.rows}, so its rows cannot be assigned to "
+            "their clients or examples. Train one client at a time: engine.cohort_size = 1."
         )
 
 
@@ -148,5 +175,19 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """nn.Linear and what derives from it (bitsandbytes' quantised layers do), and GPT-2's Conv1D."""
-    return isinstance(module, nn.Linear) or is_conv1d(module)
+    """Returns whether the layer maps (..., n) to (..., m) with one weight: nn.Linear and its kin, or GPT-2's Conv1D.
+
+    A subclass with a forward of its own is tried on one row: Falcon's passes, a router that returns a tuple does not.
+    """
+    if not isinstance(module, nn.Linear):
+        return is_conv1d(module)
+    kind = type(module)
+    if kind.forward is nn.Linear.forward or not kind.__module__.startswith("transformers."):
+        return True
+    weight = module.weight
+    try:
+        with torch.no_grad():
+            y = module(torch.zeros(1, module.in_features, dtype=weight.dtype, device=weight.device))
+    except (RuntimeError, ValueError, IndexError, TypeError):
+        return False
+    return isinstance(y, Tensor) and y.shape == (1, module.out_features)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
 
-from fedsb.adapters.adapted import AdaptedModel, Tensors, find_targets
+from fedsb.adapters.adapted import AdaptedModel, Tensors, find_targets, left_out
 from fedsb.adapters.basis import Basis
-from fedsb.data.tasks.base import Example, Task, Tokenizer, pad_token
+from fedsb.data.tasks.base import Example, Task, Tokenizer, ids, pad_token
 from fedsb.engines import Direction, Score, Sent
+from fedsb.engines.preflight import preflight
 from fedsb.engines.resolved import targets_choice
 from fedsb.federation.basis_round import Sums, Tell, build_basis, no_sums
 from fedsb.federation.client import LocalTraining
@@ -19,6 +20,7 @@ from fedsb.federation.payload import unpack
 from fedsb.federation.scoring import forward, measured
 from fedsb.methods.contract import Method
 from fedsb.models.heads import head_start
+from fedsb.models.limits import check_positions, check_tokens
 from fedsb.models.load import load_base, matmul_precision
 from fedsb.privacy.setup import Promise
 from fedsb.settings import Choice, Config
@@ -35,13 +37,25 @@ class Bench:
             num_labels=len(task.label_names),
             pad_token=pad_token(tokenizer),
         )
+        positions = check_positions(self.base.model, config.model)
         targets = find_targets(self.base.model, config.model.targets, self.base.head)
+        without = left_out(self.base.model, self.base.head)
         self.adapted = AdaptedModel(
             self.base.model, kind=method.adapter, targets=targets, head=self.base.head, scale=method.scale
         )
         self.shapes = self.adapted.shapes
         self.head = head_start(self.adapted.head_tensors(), config.seed)
-        self.bench_choices: tuple[Choice, ...] = (*self.base.choices, targets_choice(config, targets))
+        self.preflight = preflight(self.adapted, task, self.head, private_rows=config.privacy.unit == "example")
+        self.bench_choices: tuple[Choice, ...] = (
+            *self.base.choices,
+            *positions,
+            targets_choice(config, targets, without),
+            *self.preflight.choices,
+        )
+
+    def check_rows(self, examples: Iterable[Example]) -> None:
+        """Raises UserError where the examples hold a token that the base model does not know."""
+        check_tokens(self.base.model, self.tokenizer, (ids(example, "input_ids") for example in examples))
 
     def make_basis(
         self,

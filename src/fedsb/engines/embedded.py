@@ -8,11 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 
-import torch
-
 from fedsb.adapters.adapted import Tensors
 from fedsb.adapters.basis import Basis, Pair, basis_hash
-from fedsb.adapters.layer import RoutingError
 from fedsb.data.sites import Site, open_data
 from fedsb.data.tasks.base import Example
 from fedsb.engines import Answer, Direction, Replies, Reply, Score, Sent, mean_of
@@ -23,10 +20,9 @@ from fedsb.federation.basis_round import core_sums, draw_samples
 from fedsb.federation.codec import Codec
 from fedsb.federation.cohort import Member
 from fedsb.federation.facts import client_ranks, refuse_what_facts_forbid
-from fedsb.federation.gradients import captured_share, load_nothing
+from fedsb.federation.gradients import captured_share
 from fedsb.federation.link import link_of
 from fedsb.federation.payload import unpack
-from fedsb.federation.scoring import forward
 from fedsb.federation.tensors import to_tensors, within
 from fedsb.federation.turn import Turn, at_rank
 from fedsb.methods.contract import Method, State
@@ -47,6 +43,9 @@ class EmbeddedEngine(Bench):
         tokenizer = load_tokenizer(config.model)
         self.data = open_data(config, tokenizer)
         super().__init__(config, method, tokenizer, self.data.task)
+        self.check_rows(self.data.test)
+        for site in self.data.sites:
+            self.check_rows([*site.train, *site.held_out])
         self.run = run
         self.sites: list[Site] = [self.data.pooled()] if method.facts.pools_data else self.data.taking_part
         self.local = local_training(config, clients=len(self.data.taking_part) if method.facts.pools_data else 1)
@@ -238,32 +237,17 @@ class EmbeddedEngine(Bench):
         return (self.data.test or self.sites[0].train)[:4]
 
     def _choose_cohort_size(self) -> tuple[int, str]:
-        """(clients in one forward, reason). A model whose rows cannot be routed gets 1.
+        """(clients in one forward, reason). A model whose rows cannot share a forward gets 1.
 
-        Raises UserError where more were asked for and the rows cannot be routed.
+        Raises UserError where more were asked for.
         """
         wanted = self.config.engine.cohort_size
         if wanted == 1 or len(self.sites) == 1:
             return 1, "as asked" if wanted == 1 else "there is one client"
-        fault = self._routing_fault()
-        if fault is not None:
+        if (fault := self.preflight.alone) is not None:
             if wanted != "auto":
                 raise UserError(f"engine.cohort_size = {wanted}: {fault}")
             return 1, f"auto: {fault}"
         if wanted != "auto":
             return wanted, "as asked"
         return auto_cohort_size(self.config, self.adapted.device)
-
-    def _routing_fault(self) -> str | None:
-        """Why this model's layers cannot tell the clients' rows apart, tried on two rows; None where they can."""
-        load_nothing(self.adapted, self.head)
-        example = self.sites[0].train[0]
-        self.adapted.routing.rows = 2
-        try:
-            with torch.no_grad():
-                forward(self.adapted.model, self.task, [example, example])
-        except RoutingError as error:
-            return str(error)
-        finally:
-            self.adapted.routing.rows = None
-        return None

@@ -67,6 +67,7 @@ class RemoteEngine(Bench):
             labels = labels_of(looked)
             task.fit_labels([{task.options.label: label} for label in labels], test.rows if test else [])
         super().__init__(config, method, tokenizer, task)
+        self.check_rows(task.encode_test(test.rows)[0] if test else [])
         opened = {} if begun else self._open(tokenizer_fingerprint(tokenizer))
         self.sites = (
             [elsewhere(site["name"], site["rows"], site["labels"]) for site in begun["clients"]]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
+from fedsb.adapters.adapted import kinds
 from fedsb.data.sites import Site
 from fedsb.data.sources import load_table
 from fedsb.data.tasks.base import Example, Task
@@ -63,8 +64,16 @@ def sum_threshold(server: ServerConfig, sites: int) -> tuple[int, int]:
     return asked, max(server.min_clients, asked // 2 + 1)
 
 
-def targets_choice(config: Config, targets: Sequence[str]) -> Choice:
+def targets_choice(config: Config, targets: Sequence[str], without: Mapping[str, str]) -> Choice:
+    """Says which layers are adapted and which kinds of layers "blocks" leaves out."""
     reason = f"model.targets = {config.model.targets!r}"
+    if config.model.targets == "blocks" and without:
+        by_reason: dict[str, list[str]] = {}
+        for name, why in without.items():
+            by_reason.setdefault(why, []).append(name)
+        reason += "; not adapted: " + "; ".join(
+            f"{', '.join(kinds(names))} ({why})" for why, names in by_reason.items()
+        )
     return Choice(key="model.targets", value=f"{len(targets)} layers", reason=reason)
 
 

@@ -28,7 +28,7 @@ def read_config(name: str, revision: str | None, labels: dict[str, Any]) -> Any:
     from transformers import AutoConfig
 
     with hub_errors(name):
-        return AutoConfig.from_pretrained(name, revision=revision, **labels)
+        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False, **labels)
 
 
 def config_for_shapes(name: str, revision: str | None, labels: dict[str, Any]) -> tuple[Any, str | None]:
@@ -43,7 +43,7 @@ def config_for_shapes(name: str, revision: str | None, labels: dict[str, Any]) -
     if known is None:
         return read_config(name, revision, labels), None
     try:
-        return AutoConfig.from_pretrained(name, local_files_only=True, **labels), None
+        return AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False, **labels), None
     except (OSError, ValueError):
         return known, SHIPPED
 
@@ -79,6 +79,21 @@ def hub_errors(name: str) -> Iterator[None]:
         said = str(error).strip()
         first = said.splitlines()[0].rstrip(" :") if said else type(error).__name__
         start = f"cannot load the model {name!r}: {first}\n    "
+        if "trust_remote_code" in said:
+            raise UserError(
+                f"{name!r} comes with Python code of its own, which fedsb never runs: it could read and send anything "
+                "that this user can. Take a model whose architecture is part of transformers"
+            ) from error
+        if "Unrecognized configuration class" in said:
+            raise UserError(
+                f"transformers has no class for this task for the model {name!r}: {first}. Take another model, or another "
+                "task.kind"
+            ) from error
+        if "sentencepiece" in said.lower():
+            raise UserError(
+                f"The tokenizer of {name!r} is a SentencePiece model, and the package that reads it is not installed. "
+                "Install it: pip install 'fedsb[sentencepiece]'"
+            ) from error
         if isinstance(error, ImportError):
             raise UserError(f"{start}A package is missing here: install what it names.") from error
         if "gated repo" in said.lower():

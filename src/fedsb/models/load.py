@@ -74,19 +74,72 @@ def resolve_name(name: str) -> tuple[str, str]:
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
-    """The model's tokenizer. Raises UserError as `load_base` does."""
-    from transformers import AutoTokenizer
+    """The model's tokenizer, with a padding token that the model has an embedding for.
+
+    Raises UserError as `load_base` does.
+    """
+    from transformers import AutoConfig, AutoTokenizer
 
     name, _ = resolve_name(config.name)
     with hub_errors(name):
-        return AutoTokenizer.from_pretrained(name, revision=config.revision)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=config.revision, trust_remote_code=False)
+    try:
+        settings = AutoConfig.from_pretrained(name, revision=config.revision, trust_remote_code=False)
+        vocabulary = getattr(settings.get_text_config(), "vocab_size", None)
+    except (OSError, ValueError, KeyError):  # said by who loads the model
+        vocabulary = None
+    _choose_padding(tokenizer, vocabulary)
+    return tokenizer
+
+
+def _choose_padding(tokenizer: Any, vocabulary: int | None) -> None:
+    """Replaces a padding token that was added to the tokenizer and not to the model.
+
+    Any token does, for the attention mask hides it; a special one, because some classifiers look for the text's end.
+    """
+    if vocabulary is None or tokenizer.pad_token_id is None or tokenizer.pad_token_id < vocabulary:
+        return
+    special = (tokenizer.eos_token_id, tokenizer.unk_token_id, tokenizer.cls_token_id, tokenizer.bos_token_id, 0)
+    fitting = next(number for number in special if number is not None and number < vocabulary)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(fitting)
+
+
+CHANGES_NOTHING = {  # keys of a config.json that may differ between sites: names, versions, and what each site resolves
+    "architectures",
+    "dtype",
+    "finetuning_task",
+    "id2label",
+    "label2id",
+    "name_or_path",
+    "num_labels",
+    "pad_token_id",
+    "problem_type",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+}
+
+
+def config_facts(found: Any) -> Any:
+    """Returns what a model's config says of what it computes, as JSON, without names, labels, dtypes and versions."""
+    if isinstance(found, Mapping):
+        kept = {str(key): value for key, value in found.items()}
+        return {k: config_facts(v) for k, v in kept.items() if k not in CHANGES_NOTHING and not k.startswith("_")}
+    if isinstance(found, (list, tuple)):
+        return [config_facts(value) for value in found]
+    return found
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Names the tokens, their numbers and the special ones among them."""
+    """Names how text becomes tokens: the vocabulary, the normaliser and pre-tokeniser, the special tokens, the chat
+    template."""
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    facts = [sorted(tokenizer.get_vocab().items()), sorted(special.items())]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+    facts = [sorted(tokenizer.get_vocab().items()), sorted(special.items()), tokenizer.chat_template]
+    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+        pipeline = json.loads(backend.to_str())
+        steps = ("normalizer", "pre_tokenizer", "post_processor", "decoder", "added_tokens", "model")
+        facts += [pipeline.get(step) for step in steps]  # not the truncation and padding of the last call
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def load_base(
@@ -142,6 +195,7 @@ def load_base(
                     dtype=dtype,
                     output_loading_info=True,
                     ignore_mismatched_sizes=True,  # refused below, in words
+                    trust_remote_code=False,
                     **attention,
                     **loading_options(keys, device),
                 )
@@ -211,9 +265,10 @@ def _refuse_mismatch(mismatched: Sequence[Any], head: Sequence[str], name: str) 
         )
 
 
-def fingerprint(model: nn.Module, head: tuple[str, ...]) -> str:
-    """Names the frozen weights, from about a thousand values of each tensor: another model or revision differs."""
-    digest = hashlib.sha256()
+def fingerprint(model: Any, head: tuple[str, ...]) -> str:
+    """Names the frozen model: its config, and about a thousand values of each tensor. Another revision differs."""
+    facts = config_facts(model.config.to_dict())
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
     for name, p in model.named_parameters():
         if any(is_inside(name, part) for part in head):
             continue

@@ -32,7 +32,7 @@ def clipped_sums(
     trainable: frozenset[str],
     rows: Sequence[Sequence[Example]],  # of each client; may be empty
     clip: float,
-    micro: int,  # rows of one forward
+    micro: int,  # rows of one forward; 1 where the model's layers cannot route rows
 ) -> tuple[Tensors, list[list[float]]]:
     """({key: (K, ...)} the sums of clipped gradients, the losses of each client's rows). No noise is added here.
 
@@ -42,6 +42,7 @@ def clipped_sums(
     losses: list[list[float]] = [[] for _ in rows]
     flat = [(k, example) for k, own in enumerate(rows) for example in own]
     flat.sort(key=lambda row: len(ids(row[1], "input_ids")))  # forwards pad to their longest row
+    micro = 1 if adapted.routing.one_by_one else micro
     for start in range(0, len(flat), micro):
         part = flat[start : start + micro]
         owner_b = torch.tensor([k for k, _ in part], device=adapted.device)

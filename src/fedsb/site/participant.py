@@ -97,6 +97,7 @@ class Participant:
         self.task.label_names = label_names
         self.site, self.cut, self.unused = open_own(self.config, self.task, self.identity.name, self.table)
         self.bench = Bench(self.config, self.method, self.tokenizer, self.task)
+        self.bench.check_rows([*self.site.train, *self.site.held_out])
 
     def start(self, rows: Mapping[str, int]) -> str | None:
         """Makes the promise and the ledger, and what is held in common; its hash, None where a basis has to come."""

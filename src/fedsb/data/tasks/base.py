@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 Batch = dict[str, "Tensor"]
 Tokenizer = Any  # a transformers tokenizer, which ships no types
 
+MADE_UP = 1000  # a made-up text takes its tokens from the first so many
 NO_LOSS = -100  # the label that cross entropy leaves out
 Score = Literal["auto", "answers", "options", "loss"]
 MetricName = Literal["auto", "accuracy", "f1", "matthews", "pearson", "spearman"]
@@ -159,6 +160,16 @@ class Task(ABC):
     def labels_in(self, rows: list[Row]) -> list[Any]:
 
         return []
+
+    @abstractmethod
+    def made_up(self, tokens: int, draw: np.random.Generator) -> Example:
+        """Returns an example of at most `tokens` random tokens with some target, to try a model with."""
+
+    def _ordinary_tokens(self, count: int, draw: np.random.Generator) -> list[int]:
+        """Returns random tokens, none of them special."""
+        special = set(self.tokenizer.all_special_ids)
+        ordinary = [number for number in range(min(len(self.tokenizer), MADE_UP)) if number not in special]
+        return [int(number) for number in draw.choice(ordinary or [0], size=count)]
 
     def hold_out(self, rows: list[Row], share: float, rng: np.random.Generator) -> tuple[list[Row], list[Row]]:
         """(training rows, held-out rows) of one client: random rows, at least one stays in training."""

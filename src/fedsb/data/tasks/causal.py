@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, ClassVar
 
-from fedsb.data.tasks.base import NO_LOSS, Batch, Example, Scored, Task, ids
+from fedsb.data.tasks.base import NO_LOSS, Batch, Example, Scored, Task, ids, start_tokens
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 LARGEST_EXPONENT = 700.0  # exp of more is no float
@@ -24,6 +25,10 @@ class CausalTask(Task):
     scorings: ClassVar[tuple[str, ...]] = ("loss",)
     auto_class = "AutoModelForCausalLM"
     peft_task_type = "CAUSAL_LM"
+
+    def made_up(self, tokens: int, draw: np.random.Generator) -> Example:
+        whole = (start_tokens(self.tokenizer) + self._ordinary_tokens(tokens, draw))[:tokens]
+        return {"input_ids": whole, "labels": [NO_LOSS, *whole[1:]]}
 
     def weight(self, example: Example) -> int:
         return sum(label != NO_LOSS for label in ids(example, "labels")[1:])

@@ -81,7 +81,7 @@ class Classification(Task):
             )
         too_long = [i for i, tokens in enumerate(fields["input_ids"]) if len(tokens) > self.max_tokens]
         if too_long:  # tokenised again, so that the tokenizer cuts around its own special tokens
-            cut = self._fields([[of[i] for i in too_long] for of in texts], truncation=True)
+            cut = self._fields([[of[i] for i in too_long] for of in texts], limit=self.max_tokens)
             for name, values in cut.items():
                 for position, value in zip(too_long, values, strict=True):
                     fields[name][position] = value
@@ -99,6 +99,13 @@ class Classification(Task):
             if str(label) not in classes:
                 raise UserError(f"the label {label!r} is none of this model's classes: {', '.join(self.label_names)}")
         return [classes[str(label)] for label in labels]
+
+    def made_up(self, tokens: int, draw: np.random.Generator) -> Example:
+        """Of a text, so that the tokenizer adds its special tokens: some models look for them."""
+        text = self.tokenizer.decode(self._ordinary_tokens(2 * tokens, draw))  # may be fewer once it is read again
+        fields = self._fields([[text]], limit=tokens)
+        example: Example = {name: values[0] for name, values in fields.items()}
+        return example | {"labels": 0.0 if self.problem_type == "regression" else 0}
 
     def weight(self, example: Example) -> int:
         return 1
@@ -135,10 +142,9 @@ class Classification(Task):
         true = np.array([example["labels"] for example in examples_test], dtype=np.float64)
         return self.of(self.metric, np.full_like(true, majority), true)
 
-    def _fields(self, texts: list[list[str]], *, truncation: bool = False) -> dict[str, list[list[int]]]:
+    def _fields(self, texts: list[list[str]], *, limit: int | None = None) -> dict[str, list[list[int]]]:
         """The tokenizer's lists for texts or pairs, without the attention mask, which collate makes."""
-        how = False if not truncation else "longest_first" if len(texts) > 1 else "only_first"
-        limit = self.max_tokens if truncation else None
+        how = False if limit is None else "longest_first" if len(texts) > 1 else "only_first"
         made = self.tokenizer(*texts, truncation=how, max_length=limit, return_attention_mask=False, verbose=False)
         return {name: list(made[name]) for name in ("input_ids", "token_type_ids") if name in made}
 

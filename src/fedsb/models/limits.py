@@ -1,0 +1,82 @@
+"""What a base model can read: how many positions it has, and which tokens.
+
+Both are known from the architecture, so that `fedsb check` can say them without weights.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from fedsb.adapters.adapted import is_inside, other_towers
+from fedsb.errors import UserError
+from fedsb.settings import Choice, ModelConfig
+
+POSITIONS = re.compile(
+    r"(^|\.)((char_)?position_embeddings?|embed_positions|positions_embed|pos_embeddings?|wpe|pos_encoding)$"
+)
+
+
+def usable_positions(model: nn.Module) -> int | None:
+    """Returns how many tokens a row may have; None for a model without a table of positions (RoPE, ALiBi, T5).
+
+    A table may reserve entries: RoBERTa starts behind the position of its padding token, OPT and BART at an offset.
+    """
+    towers = other_towers(model)
+
+    def is_table(name: str) -> bool:
+        return POSITIONS.search(name) is not None and not any(is_inside(name, tower) for tower in towers)
+
+    found: list[int] = []
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor) and weight.dim() == 2 and is_table(name):
+            reserved = getattr(module, "offset", 0)
+            if (pad := getattr(module, "padding_idx", None)) is not None:
+                reserved = max(reserved, pad + 1)
+            found.append(len(weight) - reserved)
+    found += [len(x) for name, x in model.named_buffers() if x.dim() >= 2 and is_table(name)]
+    text: Any = model.config.get_text_config() if hasattr(model, "config") else None
+    if getattr(text, "model_type", None) == "mpt":  # ALiBi, made for so many positions
+        found.append(text.max_seq_len)
+    if found and isinstance(stated := getattr(text, "max_position_embeddings", None), int):
+        found.append(stated)
+    return min(found, default=None)
+
+
+def check_positions(model: Any, config: ModelConfig) -> list[Choice]:
+    """Returns a note for a window that is longer than the model was trained on.
+
+    Raises UserError where the model has no position for the last tokens of such a row.
+    """
+    usable = usable_positions(model)
+    if usable is not None and config.max_tokens > usable:
+        raise UserError(
+            f"model.max_tokens = {config.max_tokens}, but {config.name!r} has {usable} positions, so that it fails on a "
+            f"longer row. Set it to {usable} or less: --set model.max_tokens={usable}"
+        )
+    trained = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if usable is None and isinstance(trained, int) and config.max_tokens > trained:
+        reason = f"warning: the model was made for {trained:,} positions; longer rows may be read badly"
+        return [Choice(key="model.max_tokens", value=config.max_tokens, reason=reason)]
+    return []
+
+
+def check_tokens(model: Any, tokenizer: Any, examples: Iterable[Sequence[int]]) -> None:
+    """Raises UserError where a row holds a token that the model has no embedding for."""
+    try:
+        table = model.get_input_embeddings()
+    except NotImplementedError:
+        return
+    if not isinstance(table, nn.Embedding):  # CANINE hashes characters
+        return
+    largest = max((max(tokens) for tokens in examples if tokens), default=0)
+    if largest >= table.num_embeddings:
+        raise UserError(
+            f"The rows hold token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}), but the model has embeddings "
+            f"for {table.num_embeddings:,} tokens only. The tokenizer has more tokens than the model: take the tokenizer "
+            "that belongs to it, or resize the model's embeddings and save it again (model.resize_token_embeddings)."
+        )

@@ -1,0 +1,331 @@
+"""Probes of a model before anything is charged or trained, through whole runs on tiny models of real architectures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from conftest import set_all
+from fedsb.adapters.adapted import AdaptedModel, find_targets, left_out
+from fedsb.config import load_config
+from fedsb.data.tasks import Task
+from fedsb.engines.embedded import EmbeddedEngine
+from fedsb.engines.preflight import Preflight, preflight
+from fedsb.errors import UserError
+from fedsb.privacy.ledger import read_ledger
+from fedsb.privacy.per_example import clipped_sums
+from fedsb.run import federate, method_of
+from support.architectures import POSITIONS, build
+
+CLASSIFIER, LM = "AutoModelForSequenceClassification", "AutoModelForCausalLM"
+PRIVATE = {"unit": "example", "epsilon": 8.0}
+
+Make = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Make:
+    """`made("opt", LM)`: a model folder, built once."""
+    folders: dict[str, Path] = {}
+
+    def of(model_type: str, auto_class: str = CLASSIFIER, **changes: Any) -> Path:
+        key = json.dumps([model_type, auto_class, changes])
+        if key not in folders:
+            folders[key] = build(tmp_path_factory.mktemp(model_type), model_type, auto_class, **changes)
+        return folders[key]
+
+    return of
+
+
+def on(config: dict[str, Any], model: Path, kind: str = "classification", **changes: Any) -> dict[str, Any]:
+    return set_all(config, model={"name": str(model), "max_tokens": 16}, task={"kind": kind}, **changes)
+
+
+def opened(config: dict[str, Any]) -> EmbeddedEngine:
+    loaded = load_config(config).config
+    return EmbeddedEngine(loaded, method_of(loaded), "run")
+
+
+def found(config: dict[str, Any]) -> Preflight:
+    return opened(config).preflight
+
+
+# --- private runs on models whose rows cannot share a forward ---
+
+
+@pytest.mark.parametrize(
+    ("model_type", "kind"), [("deberta", "classification"), ("opt", "text"), ("qwen2_moe", "text")]
+)
+def test_rows_that_cannot_be_routed_are_protected_one_by_one(
+    tiny_config: dict[str, Any], made: Make, model_type: str, kind: str
+) -> None:
+    """Their layers flatten rows into tokens: each row gets a forward of its own, and what is charged is trained."""
+    model = made(model_type, LM if kind == "text" else CLASSIFIER)
+    config = on(tiny_config, model, kind, privacy=PRIVATE)
+    assert "sees" in str(found(config).unroutable)
+    result = federate(load_config(config))
+    rows = [json.loads(line) for line in (result.folder / "rounds.jsonl").read_text().splitlines()]
+    assert len(rows) == 3 and rows[-1]["epsilon"] > 0
+    assert all(row["up_bytes"] > 0 for row in rows)
+
+
+def test_one_by_one_clips_each_row_as_a_loop_does(tiny_config: dict[str, Any], made: Make) -> None:
+    engine = opened(on(tiny_config, made("opt", LM), "text"))
+    rows = engine.sites[0].train[:5]
+    tensors = {key: x.unsqueeze(0) if not engine.adapted.is_common(key) else x for key, x in start(engine).items()}
+    trained = frozenset(key for key in tensors if key.endswith(".R"))
+    together, _ = clipped_sums(engine.adapted, engine.task, tensors, trained, [rows], 0.01, 8)
+    one = [clipped_sums(engine.adapted, engine.task, tensors, trained, [[row]], 0.01, 1)[0] for row in rows]
+    for key in trained:
+        torch.testing.assert_close(together[key], sum(each[key] for each in one))
+    norm = sum(float(x.square().sum()) for x in one[0].values()) ** 0.5
+    assert norm == pytest.approx(0.01, rel=1e-3)  # clipped, not zero
+
+
+def start(engine: EmbeddedEngine) -> dict[str, torch.Tensor]:
+    basis, _ = engine.build_basis(engine.method)
+    return engine.method.model(engine.method.start(engine.shapes, basis, engine.head, 0))
+
+
+# --- rows that depend on each other ---
+
+
+def test_a_model_that_reads_padding_is_refused_in_a_private_run_before_anything_is_charged(
+    tiny_config: dict[str, Any], made: Make, tmp_path: Path
+) -> None:
+    config = on(tiny_config, made("fnet"), privacy=PRIVATE)
+    with pytest.raises(UserError, match=r"cannot be kept with this model: a row's gradient changes by .*% beside"):
+        federate(load_config(config))
+    assert not list(Path(config["out"]).rglob("*.jsonl"))  # no ledger
+    assert "beside a longer row" in str(found(on(tiny_config, made("fnet"))).mixing)  # trained, one client at a time
+    assert opened(on(tiny_config, made("fnet"))).cohort_size == 1
+
+
+def test_a_rotary_embedding_that_grows_with_the_batch_is_refused(tiny_config: dict[str, Any], made: Make) -> None:
+    scaled = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    model = made("llama", LM, rope_parameters=scaled, max_position_embeddings=8)
+    with pytest.raises(UserError, match="cannot be kept with this model"):
+        opened(on(tiny_config, model, "text", privacy=PRIVATE))
+
+
+class Mean(nn.Module):
+    """Subtracts the mean over the batch: a row's result depends on the other rows, not on their lengths."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.inner(x)
+        return y - 0.1 * y.mean(dim=(0, 1), keepdim=True)
+
+
+def test_a_layer_that_looks_at_the_whole_batch_is_found(tiny_config: dict[str, Any]) -> None:
+    engine = opened(tiny_config)
+    assert engine.preflight.alone is None
+    engine.adapted.unwrap()
+    model: Any = engine.base.model
+    model.bert.embeddings = wrapped(model.bert.embeddings)
+    adapted = AdaptedModel(
+        model, kind="core", targets=find_targets(model, "blocks", engine.base.head), head=engine.base.head
+    )
+    assert "beside a longer row" in str(preflight(adapted, engine.task, engine.head, private_rows=False).mixing)
+
+
+def wrapped(embeddings: nn.Module) -> nn.Module:
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embeddings = embeddings
+
+        def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+            x: torch.Tensor = self.embeddings(*args, **kwargs)
+            return x - 0.5 * x.mean(dim=(0, 1), keepdim=True)
+
+    return Wrapped()
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "distilbert", "modernbert", "t5", "bart", "gpt2", "llama"])
+def test_ordinary_models_pass(tiny_config: dict[str, Any], made: Make, model_type: str) -> None:
+    report = found(on(tiny_config, made(model_type), privacy=PRIVATE))
+    assert report.unroutable is None and report.mixing is None and report.seconds < 60
+    assert report.untouched == ()
+
+
+# --- causality ---
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "electra"])
+def test_an_encoder_as_language_model_is_refused(tiny_config: dict[str, Any], made: Make, model_type: str) -> None:
+    with pytest.raises(UserError, match=r"not causal.* decoder-only model"):
+        opened(on(tiny_config, made(model_type, LM), "text"))
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama", "mamba", "bloom"])
+def test_a_decoder_is_causal(tiny_config: dict[str, Any], made: Make, model_type: str) -> None:
+    assert found(on(tiny_config, made(model_type, LM), "text")).mixing is None
+
+
+# --- targets ---
+
+
+def test_layers_whose_weight_a_model_reads_itself(tiny_config: dict[str, Any], made: Make) -> None:
+    """Mamba multiplies with dt_proj.weight: an adapter there would do nothing, and change the merged model."""
+    model = {"name": str(made("mamba", LM)), "max_tokens": 16, "targets": ["in_proj", "dt_proj"]}
+    with pytest.raises(UserError, match=r"model.targets: the model reads the weights of mixer.dt_proj"):
+        opened(set_all(tiny_config, model=model, task={"kind": "text"}))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "without"),
+    [
+        ("mamba", {"mixer.dt_proj", "mixer.out_proj"}),
+        ("mamba2", {"mixer.out_proj"}),
+        ("qwen2_moe", {"mlp.shared_expert_gate", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"}),
+        ("phimoe", {"mlp.experts.gate_up_proj", "mlp.experts.down_proj"}),
+        ("llama", set()),
+        ("falcon", set()),
+    ],
+)
+def test_blocks_leaves_out_what_cannot_be_adapted_and_says_so(
+    tiny_config: dict[str, Any], made: Make, model_type: str, without: set[str]
+) -> None:
+    engine = opened(on(tiny_config, made(model_type, LM), "text"))
+    model = engine.adapted.unwrap()
+    found = {name.split(".", 3)[-1] for name in left_out(model)}
+    assert found == without
+    reason = next(choice.reason for choice in engine.choices if choice.key == "model.targets")
+    assert all(name in reason for name in without) and ("not adapted" in reason) == bool(without)
+
+
+def test_a_router_that_returns_a_tuple_is_no_target(made: Make) -> None:
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(made("phimoe", LM))
+    routers = [name for name, module in model.named_modules() if type(module).__name__.endswith("Router")]
+    assert routers and not set(routers) & set(find_targets(model, r".*"))
+
+
+@pytest.mark.parametrize("model_type", ["t5", "canine", "mra"])
+def test_models_that_read_their_layers_or_leave_some_unused(
+    tiny_config: dict[str, Any], made: Make, model_type: str
+) -> None:
+    """T5 asks for the dtype of `wo.weight`; CANINE's last layers reach the loss by one token only."""
+    assert federate(load_config(on(tiny_config, made(model_type), rounds=1))).score is not None
+
+
+# --- what a model can read ---
+
+
+@pytest.mark.parametrize(
+    ("model_type", "auto_class", "usable"),
+    [
+        ("bert", CLASSIFIER, POSITIONS),
+        ("gpt2", LM, POSITIONS),
+        ("roberta", CLASSIFIER, POSITIONS - 1),  # its padding token is 0, and it starts behind it
+        ("opt", LM, POSITIONS),
+        ("gptj", LM, POSITIONS),
+        ("mpt", LM, POSITIONS),
+    ],
+)
+def test_a_window_beyond_the_positions_is_an_error_in_check_and_run(
+    tiny_config: dict[str, Any], made: Make, cli: Callable[..., Any], tmp_path: Path,
+    model_type: str, auto_class: str, usable: int,
+) -> None:  # fmt: skip
+    from conftest import write_toml
+
+    kind = "text" if auto_class == LM else "classification"
+    path = write_toml(tmp_path / "my.toml", on(tiny_config, made(model_type, auto_class), kind))
+    for verb in ("check", "run"):
+        said = cli(verb, path, "--set", f"model.max_tokens={usable + 1}")
+        assert said.code == 1 and f"has {usable} positions" in said.err and f"max_tokens={usable}" in said.err
+    assert found(set_all(on(tiny_config, made(model_type, auto_class), kind), model={
+        "name": str(made(model_type, auto_class)), "max_tokens": usable})).alone is None or model_type == "opt"  # fmt: skip
+
+
+def test_a_rotary_model_beyond_its_positions_is_a_warning(tiny_config: dict[str, Any], made: Make) -> None:
+    model = {"name": str(made("llama", LM)), "max_tokens": 2 * POSITIONS}
+    engine = opened(set_all(tiny_config, model=model, task={"kind": "text"}))
+    reason = next(choice.reason for choice in engine.choices if choice.key == "model.max_tokens")
+    assert reason == f"warning: the model was made for {POSITIONS} positions; longer rows may be read badly"
+
+
+def test_a_padding_token_that_only_the_tokenizer_has_is_replaced(tiny_config: dict[str, Any], tmp_path: Path) -> None:
+    folder = with_new_token(tmp_path / "model", {"pad_token": "<pad>"})
+    engine = opened(on(tiny_config, folder, "text"))
+    assert engine.tokenizer.pad_token == "[EOS]"
+    assert (
+        engine.task.collate([{"input_ids": [9], "labels": [9]}, {"input_ids": [9] * 9, "labels": [9] * 9}])[
+            "input_ids"
+        ].max()
+        < engine.base.model.get_input_embeddings().num_embeddings
+    )
+
+
+def test_a_token_without_an_embedding_is_an_error(
+    tiny_config: dict[str, Any], tmp_path: Path, cli: Callable[..., Any]
+) -> None:
+    from conftest import write_rows, write_toml
+
+    folder = with_new_token(tmp_path / "model", {"additional_special_tokens": ["<new>"]})
+    data = write_rows(
+        tmp_path / "rows.jsonl", [{"text": f"red{i} <new> blue{i}", "label": str(i % 2)} for i in range(9)]
+    )
+    config = on(tiny_config, folder, data={"train": str(data)}, clients={"count": 2})
+    path = write_toml(tmp_path / "my.toml", config)
+    for verb in ("check", "run"):
+        said = cli(verb, path)
+        assert said.code == 1 and "'<new>'), but the model has embeddings for 54 tokens only" in said.err
+
+
+def with_new_token(folder: Path, special: dict[str, Any]) -> Path:
+    """A Llama whose tokenizer was given a token that the model has no embedding for."""
+    from transformers import AutoTokenizer
+
+    build(folder, "llama", LM)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens(special)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_model_that_fails_on_any_batch_is_refused_in_words(tiny_config: dict[str, Any], made: Make) -> None:
+    with pytest.raises(UserError, match=r"fails on a made-up batch of rows of up to 16 tokens: RuntimeError"):
+        opened(on(tiny_config, made("nystromformer")))
+
+
+# --- the probes read no row ---
+
+
+def test_the_probes_read_no_row(tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The forwards of the preflight hold the same tokens whatever the data."""
+    from fedsb.data.tasks import classification
+
+    seen: list[Any] = []
+    real = classification.Classification.made_up
+
+    def spy(self: Task, tokens: int, draw: np.random.Generator) -> Any:
+        seen.append(real(self, tokens, draw))  # type: ignore[arg-type]
+        return seen[-1]
+
+    monkeypatch.setattr(classification.Classification, "made_up", spy)
+    opened(tiny_config)
+    first, seen[:] = list(seen), []
+    opened(set_all(tiny_config, data={"train": tiny_config["data"]["test"]}))
+    assert first == seen and len(first) == 3
+
+
+def test_the_private_ledger_is_empty_where_the_preflight_refuses(
+    tiny_config: dict[str, Any], made: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = on(tiny_config, made("yoso"), privacy=PRIVATE)
+    with pytest.raises(UserError):
+        federate(load_config(config))
+    assert [read_ledger(path) for path in Path(config["out"]).rglob("privacy/*.jsonl")] == []
