@@ -2,9 +2,9 @@
 
     python benchmarks/architectures/run.py [--only bert,gpt2] [--out FOLDER]
 
-A cell is "ok", "refused" with the reason (before anything was trained or charged), or a "fault": an exception that is not
-meant for the user, an adapter that PEFT reads differently, a merged model with other logits. Writes results.json and
-table.md beside this file.
+A cell is "ok", "refused" with the reason (before anything was trained or charged), or a "fault": an exception that is
+not meant for the user, an adapter that PEFT reads differently, a merged model with other logits. Writes results.json
+and table.md beside this file.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -33,10 +32,10 @@ TOLERANCE = 1e-4  # of a merged model's logits, relative
 
 def main() -> None:
     import torch
-    from support.architectures import ARCHITECTURES
     from transformers import logging
 
     from fedsb.environment import describe_machine, git_hash
+    from support.architectures import ARCHITECTURES
 
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", help="model types, separated by commas")
@@ -46,7 +45,7 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.set_num_threads(1)
-    names = asked.only.split(",") if asked.only else list(ARCHITECTURES)
+    names = asked.only.split(",") if asked.only else ARCHITECTURES
     rows: list[dict[str, Any]] = []
     for model_type in names:
         for task, auto_class in TASKS.items():
@@ -102,10 +101,9 @@ def cell(run: Any) -> str:
 
 def train(folder: Path, model: Path, task: str, more: dict[str, Any]) -> None:
     """Two clients, two rounds; PEFT's reload is part of a run."""
-    from support.architectures import WORDS, write_rows
-
     from fedsb.config import load_config
     from fedsb.run import federate
+    from support.architectures import WORDS, write_rows
 
     words = [" ".join(WORDS[(7 * i + j) % len(WORDS)] for j in range(3 + i % 11)) for i in range(24)]
     rows = [{"text": text, "label": ("red", "blue", "green")[i % 3]} for i, text in enumerate(words)]
@@ -153,7 +151,8 @@ def merged(folder: Path, auto_class: str) -> None:
 def table(rows: list[dict[str, Any]], commit: str | None) -> str:
     """A line for each model and task, the reasons of refusals below."""
     lines = [
-        f"Made by `python benchmarks/architectures/run.py` at commit {commit}: tiny random models, two clients, two rounds.",
+        f"Made by `python benchmarks/architectures/run.py` at commit {commit}: tiny random models, two clients, two "
+        "rounds.",
         "",
         "| model | task | plain | private (per row) | merged |",
         "|---|---|---|---|---|",

@@ -108,23 +108,31 @@ def test_a_model_that_reads_padding_is_refused_in_a_private_run_before_anything_
     assert opened(on(tiny_config, made("fnet"))).cohort_size == 1
 
 
-def test_a_rotary_embedding_that_grows_with_the_batch_is_refused(tiny_config: dict[str, Any], made: Make) -> None:
-    scaled = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
-    model = made("llama", LM, rope_parameters=scaled, max_position_embeddings=8)
-    with pytest.raises(UserError, match="cannot be kept with this model"):
-        opened(on(tiny_config, model, "text", privacy=PRIVATE))
-
-
-class Mean(nn.Module):
-    """Subtracts the mean over the batch: a row's result depends on the other rows, not on their lengths."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self.inner(x)
-        return y - 0.1 * y.mean(dim=(0, 1), keepdim=True)
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0},
+        {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "factor": 2.0,
+            "short_factor": [1.0] * 4,
+            "long_factor": [2.0] * 4,
+            "original_max_position_embeddings": 8,
+        },
+    ],
+    ids=["dynamic", "longrope"],
+)
+def test_a_rotary_embedding_that_depends_on_the_batch(
+    tiny_config: dict[str, Any], made: Make, rope: dict[str, Any]
+) -> None:
+    """Only where rows may be longer than the original window."""
+    positions = 8 if rope["rope_type"] == "dynamic" else 64
+    config = on(tiny_config, made("llama", LM, rope_parameters=rope, max_position_embeddings=positions), "text")
+    with pytest.raises(UserError, match=rf"its rotary embedding \({rope['rope_type']}\) changes for all rows"):
+        opened(set_all(config, privacy=PRIVATE))
+    assert opened(config).cohort_size == 1
+    assert found(set_all(config, model={**config["model"], "max_tokens": 8})).mixing is None
 
 
 def test_a_layer_that_looks_at_the_whole_batch_is_found(tiny_config: dict[str, Any]) -> None:
@@ -246,8 +254,8 @@ def test_a_window_beyond_the_positions_is_an_error_in_check_and_run(
     for verb in ("check", "run"):
         said = cli(verb, path, "--set", f"model.max_tokens={usable + 1}")
         assert said.code == 1 and f"has {usable} positions" in said.err and f"max_tokens={usable}" in said.err
-    assert found(set_all(on(tiny_config, made(model_type, auto_class), kind), model={
-        "name": str(made(model_type, auto_class)), "max_tokens": usable})).alone is None or model_type == "opt"  # fmt: skip
+    model = {"name": str(made(model_type, auto_class)), "max_tokens": usable}
+    opened(set_all(tiny_config, model=model, task={"kind": kind}))  # a row of that length is read
 
 
 def test_a_rotary_model_beyond_its_positions_is_a_warning(tiny_config: dict[str, Any], made: Make) -> None:

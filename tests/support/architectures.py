@@ -1,7 +1,7 @@
 """Tiny random models of many architectures, built from transformers configurations: nothing is downloaded.
 
-`ARCHITECTURES` lists them by model type. `build` writes one as a model folder with a word-level tokenizer, in float32, in a
-fraction of a second; sizes are those of `SMALL` where the configuration knows the key.
+`ARCHITECTURES` lists them by model type. `build` writes one as a model folder with a word-level tokenizer, in float32,
+in a fraction of a second. Sizes are those of `SMALL` where the configuration knows the key.
 """
 
 from __future__ import annotations
@@ -86,41 +86,100 @@ MLA = {
 }
 SSM = {"state_size": 8, "expand": 2, "conv_kernel": 4, "time_step_rank": 4}
 
-ARCHITECTURES: dict[str, dict[str, Any]] = {
-    # encoders
-    "albert": {}, "bert": {}, "big_bird": {"attention_type": "original_full"}, "camembert": {}, "canine": {"vocab_size": None},
-    "convbert": {}, "data2vec-text": {}, "deberta": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
-    "deberta-v2": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]}, "distilbert": {}, "electra": {}, "ernie": {},
-    "esm": {"mask_token_id": 5, "position_embedding_type": "absolute"}, "eurobert": {}, "flaubert": {}, "fnet": {},
-    "ibert": {}, "longformer": {"attention_window": [8, 8]}, "luke": {"entity_vocab_size": 10}, "megatron-bert": {},
-    "mobilebert": {"intra_bottleneck_size": 16, "num_feedforward_networks": 1, "trigram_input": False}, "modernbert": {},
-    "mpnet": {}, "mra": {}, "nystromformer": {"num_landmarks": 8, "segment_means_seq_len": POSITIONS}, "rembert": {},
-    "roberta": {}, "roberta-prelayernorm": {}, "roc_bert": {"enable_pronunciation": False, "enable_shape": False, "shape_vocab_size": 8, "pronunciation_vocab_size": 8},
-    "roformer": {}, "squeezebert": {}, "xlm": {}, "xlm-roberta": {}, "xlm-roberta-xl": {}, "xlnet": {}, "xmod": {"default_language": "en_XX"},
-    "yoso": {}, "funnel": {"block_sizes": [1, 1], "num_decoder_layers": 1}, "layoutlm": {}, "nomic_bert": {},
-    # encoder-decoders
-    "bart": {}, "mbart": {}, "led": {"attention_window": 8, "max_encoder_position_embeddings": POSITIONS, "max_decoder_position_embeddings": POSITIONS},
-    "mt5": {}, "t5": {"decoder_start_token_id": 0}, "umt5": {}, "plbart": {}, "bigbird_pegasus": {"attention_type": "original_full"},
-    # decoders
-    "apertus": {}, "arcee": {}, "bitnet": {}, "bloom": {}, "cohere": {}, "cohere2": {}, "codegen": {"rotary_dim": 4}, "ctrl": {"dff": 48}, "diffllama": {},
-    "ernie4_5": {}, "exaone4": {}, "falcon": {"new_decoder_architecture": False, "multi_query": True},
-    "gemma": {}, "gemma2": {}, "gemma3_text": {}, "glm": {}, "glm4": {}, "gpt2": {}, "gpt_bigcode": {}, "gpt_neo": {
-        "attention_types": [[["global", "local"], 1]], "max_position_embeddings": POSITIONS},
-    "gpt_neox": {}, "gpt_neox_japanese": {}, "gptj": {"rotary_dim": 4}, "granite": {}, "helium": {}, "hunyuan_v1_dense": {}, "llama": {}, "lfm2": {},
-    "mistral": {}, "ministral": {}, "mpt": {"max_seq_len": POSITIONS}, "nemotron": {}, "olmo": {}, "olmo2": {}, "olmo3": {}, "openai-gpt": {}, "opt": {
-        "word_embed_proj_dim": 32}, "persimmon": {}, "phi": {}, "phi3": {}, "qwen2": {}, "qwen3": {}, "seed_oss": {}, "smollm3": {}, "stablelm": {},
-    "starcoder2": {}, "vaultgemma": {}, "xglm": {"attention_heads": 4}, "youtu": MLA,
-    # mixtures of experts
-    "deepseek_v2": MOE | MLA, "deepseek_v3": MOE | MLA, "ernie4_5_moe": MOE, "glm4_moe": MOE | {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
-    "gpt_oss": MOE, "granitemoe": MOE, "jetmoe": MOE | {"kv_channels": 8}, "minimax": MOE | {"block_size": 8}, "mixtral": MOE, "olmoe": MOE, "phimoe": MOE, "qwen2_moe": MOE, "qwen3_moe": MOE,
-    # state spaces and recurrences
-    "bamba": {"mamba_d_state": 8, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "attn_layer_indices": [1]},
+NAMES = {
+    "encoders": """
+        albert bert big_bird camembert canine convbert data2vec-text deberta deberta-v2 distilbert electra
+        ernie esm eurobert flaubert fnet ibert longformer luke megatron-bert mobilebert modernbert mpnet mra
+        nystromformer rembert roberta roberta-prelayernorm roc_bert roformer squeezebert xlm xlm-roberta
+        xlm-roberta-xl xlnet xmod yoso funnel layoutlm nomic_bert
+    """,
+    "encoder-decoders": """
+        bart mbart led mt5 t5 umt5 plbart bigbird_pegasus
+    """,
+    "decoders": """
+        apertus arcee bitnet bloom cohere cohere2 codegen ctrl diffllama ernie4_5 exaone4 falcon gemma
+        gemma2 gemma3_text glm glm4 gpt2 gpt_bigcode gpt_neo gpt_neox gpt_neox_japanese gptj granite helium
+        hunyuan_v1_dense llama lfm2 mistral ministral mpt nemotron olmo olmo2 olmo3 openai-gpt opt persimmon
+        phi phi3 qwen2 qwen3 seed_oss smollm3 stablelm starcoder2 vaultgemma xglm youtu
+    """,
+    "mixtures of experts": """
+        deepseek_v2 deepseek_v3 ernie4_5_moe glm4_moe gpt_oss granitemoe jetmoe minimax mixtral olmoe phimoe
+        qwen2_moe qwen3_moe
+    """,
+    "state spaces and recurrences": """
+        bamba falcon_h1 falcon_mamba jamba mamba mamba2 nemotron_h recurrent_gemma rwkv qwen3_next
+    """,
+}
+
+# What a type needs in addition to SMALL.
+OWN: dict[str, dict[str, Any]] = {
+    "big_bird": {"attention_type": "original_full"},
+    "canine": {"vocab_size": None},
+    "deberta": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
+    "deberta-v2": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
+    "esm": {"mask_token_id": 5, "position_embedding_type": "absolute"},
+    "longformer": {"attention_window": [8, 8]},
+    "luke": {"entity_vocab_size": 10},
+    "mobilebert": {"intra_bottleneck_size": 16, "num_feedforward_networks": 1, "trigram_input": False},
+    "nystromformer": {"num_landmarks": 8, "segment_means_seq_len": 64},
+    "roc_bert": {
+        "enable_pronunciation": False,
+        "enable_shape": False,
+        "shape_vocab_size": 8,
+        "pronunciation_vocab_size": 8,
+    },
+    "xmod": {"default_language": "en_XX"},
+    "funnel": {"block_sizes": [1, 1], "num_decoder_layers": 1},
+    "led": {"attention_window": 8, "max_encoder_position_embeddings": 64, "max_decoder_position_embeddings": 64},
+    "t5": {"decoder_start_token_id": 0},
+    "bigbird_pegasus": {"attention_type": "original_full"},
+    "codegen": {"rotary_dim": 4},
+    "ctrl": {"dff": 48},
+    "falcon": {"new_decoder_architecture": False, "multi_query": True},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "max_position_embeddings": 64},
+    "gptj": {"rotary_dim": 4},
+    "mpt": {"max_seq_len": POSITIONS},
+    "opt": {"word_embed_proj_dim": 32},
+    "xglm": {"attention_heads": 4},
+    "youtu": MLA,
+    "deepseek_v2": MOE | MLA,
+    "deepseek_v3": MOE | MLA,
+    "ernie4_5_moe": MOE,
+    "glm4_moe": MOE | {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
+    "gpt_oss": MOE,
+    "granitemoe": MOE,
+    "jetmoe": MOE | {"kv_channels": 8},
+    "minimax": MOE | {"block_size": 8},
+    "mixtral": MOE,
+    "olmoe": MOE,
+    "phimoe": MOE,
+    "qwen2_moe": MOE,
+    "qwen3_moe": MOE,
+    "bamba": {
+        "mamba_d_state": 8,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 16,
+        "mamba_n_groups": 1,
+        "attn_layer_indices": [1],
+    },
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8},
-    "falcon_mamba": SSM, "jamba": MOE | {"mamba_d_state": 8, "mamba_dt_rank": 4, "attn_layer_offset": 1, "attn_layer_period": 2, "use_mamba_kernels": False},
-    "mamba": SSM, "mamba2": SSM | {"num_heads": 4, "head_dim": 16, "n_groups": 1, "chunk_size": 16},
-    "nemotron_h": {}, "recurrent_gemma": {"lru_width": 32, "block_types": ["recurrent", "attention"], "attention_window_size": 16}, "rwkv": {"attention_hidden_size": 32, "context_length": POSITIONS},
+    "falcon_mamba": SSM,
+    "jamba": MOE
+    | {
+        "mamba_d_state": 8,
+        "mamba_dt_rank": 4,
+        "attn_layer_offset": 1,
+        "attn_layer_period": 2,
+        "use_mamba_kernels": False,
+    },
+    "mamba": SSM,
+    "mamba2": SSM | {"num_heads": 4, "head_dim": 16, "n_groups": 1, "chunk_size": 16},
+    "recurrent_gemma": {"lru_width": 32, "block_types": ["recurrent", "attention"], "attention_window_size": 16},
+    "rwkv": {"attention_hidden_size": 32, "context_length": 64},
     "qwen3_next": MOE | {"layer_types": ["linear_attention", "full_attention"]},
-}  # fmt: skip
+}
+
+ARCHITECTURES = [name for names in NAMES.values() for name in names.split()]
 
 
 def config_of(model_type: str, **changes: Any) -> Any:
@@ -130,7 +189,7 @@ def config_of(model_type: str, **changes: Any) -> Any:
     known = AutoConfig.for_model(model_type)
     names = set(known.to_dict()) | set(getattr(type(known), "attribute_map", {}))
     facts = {key: value for key, value in SMALL.items() if key in names}
-    own = {**ARCHITECTURES.get(model_type, {}), **changes}
+    own = {**OWN.get(model_type, {}), **changes}
     facts = {key: value for key, value in {**facts, **own}.items() if value is not None}
     return AutoConfig.for_model(model_type, **facts)
 

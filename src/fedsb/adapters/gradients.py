@@ -55,8 +55,8 @@ def weight_gradients(
             done = sums.pop(name)
             if done.calls and not done.calls_with_graph:
                 raise RunError(
-                    f"No gradient can come back to layer {name!r}: it was called without a graph. Re-entrant activation "
-                    "checkpointing needs model.enable_input_require_grads()."
+                    f"No gradient can come back to layer {name!r}: it was called without a graph. Re-entrant "
+                    "activation checkpointing needs model.enable_input_require_grads()."
                 )
             yield name, done.G
 

@@ -131,8 +131,8 @@ class HeadLinear(nn.Module):
 def check_rows(x: Tensor, routing: Routing, key: str) -> None:
     if routing.rows is not None and x.shape[0] != routing.rows:
         raise RoutingError(
-            f"Layer {key!r} sees {x.shape[0]} rows where the batch has {routing.rows}, so its rows cannot be assigned to "
-            "their clients or examples. Train one client at a time: engine.cohort_size = 1."
+            f"Layer {key!r} sees {x.shape[0]} rows where the batch has {routing.rows}, so its rows cannot be "
+            "assigned to their clients or examples. Train one client at a time: engine.cohort_size = 1."
         )
 
 

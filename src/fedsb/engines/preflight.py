@@ -5,7 +5,7 @@ Every probe reads made-up tokens: no row of anyone's data. In order:
     forward, backward   the loss is finite, and the model calls every layer whose weight it reads
     causality           next-token tasks: a logit does not depend on later tokens
     routing             every adapted layer sees one row per example, so that clients and examples can share a forward
-    independence        a row's gradient is the same alone and in company, whatever the others are and however far they pad
+    independence        a row's gradient is the same alone and in company, whatever the other rows are
 
 Shapes: b rows, t tokens.
 """
@@ -27,6 +27,7 @@ from fedsb.data.tasks.causal import CausalTask
 from fedsb.draws import generator
 from fedsb.errors import UserError
 from fedsb.federation.scoring import forward
+from fedsb.models.limits import batch_dependent_positions
 from fedsb.settings import Choice
 
 RANK = 2  # of the adapter that the probes train
@@ -175,8 +176,8 @@ def _try_training(adapted: AdaptedModel, task: Task, tensors: Tensors, rows: Seq
     if read:
         raise UserError(
             f"model.targets: the model reads the weights of {', '.join(kinds(read))} and never calls these layers, so "
-            "that an adapter on them has no effect while training and changes the outputs when it is merged. Leave them "
-            "out of model.targets"
+            "that an adapter on them has no effect while training and changes the outputs when it is merged. Leave "
+            "them out of model.targets"
         )
     return tuple(sorted(set(kinds(list(adapted.layers))) - set(kinds(sorted(moved & adapted.layers.keys())))))
 
@@ -193,7 +194,8 @@ def _try_causality(adapted: AdaptedModel, task: Task, tensors: Tensors, row: Exa
     logits = [forward(adapted.model, task, [one])[0][0, : len(tokens) - 1].float() for one in (row, changed)]
     if _difference(logits[0], logits[1]) > _tolerance(adapted):
         raise UserError(
-            "The model is not causal: what it predicts for a token depends on the tokens after it, so that a next-token "
+            "The model is not causal: what it predicts for a token depends on the tokens after it, so that a "
+            "next-token "
             "loss or perplexity of it means nothing. Take a decoder-only model (Llama, Qwen, Gemma, GPT-2) for this "
             "task, or task.kind = 'classification' for an encoder"
         )
@@ -224,6 +226,8 @@ def _mixing(
     """
     if any(type(module).__name__ == "Linear8bitLt" for module in adapted.model.modules()):
         return "its 8-bit layers (LLM.int8()) look for outliers in the whole batch"
+    if known := batch_dependent_positions(adapted.model, task.max_tokens):
+        return known
     alone = _gradient(adapted, task, tensors, [row])
     for other in others:
         if together:
@@ -275,7 +279,8 @@ def _explained(adapted: AdaptedModel, task: Task) -> Iterator[None]:
         kind = type(getattr(adapted.model, "base_model", adapted.model)).__name__
         raise UserError(
             f"The model ({kind}) fails on a made-up batch of rows of up to {task.max_tokens} tokens: "
-            f"{type(error).__name__}: {first:.300}. Nothing was trained. If rows of that length are too long for it, set "
+            f"{type(error).__name__}: {first:.300}. Nothing was trained. If rows of that length are too long for it, "
+            "set "
             "model.max_tokens lower; if layers that it adapts are at fault, name others in model.targets; else take "
             "another model"
         ) from error

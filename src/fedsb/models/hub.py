@@ -86,8 +86,8 @@ def hub_errors(name: str) -> Iterator[None]:
             ) from error
         if "Unrecognized configuration class" in said:
             raise UserError(
-                f"transformers has no class for this task for the model {name!r}: {first}. Take another model, or another "
-                "task.kind"
+                f"transformers has no class for this task for the model {name!r}: {first}. Take another model, or "
+                "another task.kind"
             ) from error
         if "sentencepiece" in said.lower():
             raise UserError(

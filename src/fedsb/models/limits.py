@@ -20,7 +20,7 @@ POSITIONS = re.compile(
 )
 
 
-def usable_positions(model: nn.Module) -> int | None:
+def usable_positions(model: Any) -> int | None:
     """Returns how many tokens a row may have; None for a model without a table of positions (RoPE, ALiBi, T5).
 
     A table may reserve entries: RoBERTa starts behind the position of its padding token, OPT and BART at an offset.
@@ -39,7 +39,7 @@ def usable_positions(model: nn.Module) -> int | None:
                 reserved = max(reserved, pad + 1)
             found.append(len(weight) - reserved)
     found += [len(x) for name, x in model.named_buffers() if x.dim() >= 2 and is_table(name)]
-    text: Any = model.config.get_text_config() if hasattr(model, "config") else None
+    text = model.config.get_text_config() if hasattr(model, "config") else None
     if getattr(text, "model_type", None) == "mpt":  # ALiBi, made for so many positions
         found.append(text.max_seq_len)
     if found and isinstance(stated := getattr(text, "max_position_embeddings", None), int):
@@ -55,8 +55,8 @@ def check_positions(model: Any, config: ModelConfig) -> list[Choice]:
     usable = usable_positions(model)
     if usable is not None and config.max_tokens > usable:
         raise UserError(
-            f"model.max_tokens = {config.max_tokens}, but {config.name!r} has {usable} positions, so that it fails on a "
-            f"longer row. Set it to {usable} or less: --set model.max_tokens={usable}"
+            f"model.max_tokens = {config.max_tokens}, but {config.name!r} has {usable} positions, so that it fails "
+            f"on a longer row. Set it to {usable} or less: --set model.max_tokens={usable}"
         )
     trained = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if usable is None and isinstance(trained, int) and config.max_tokens > trained:
@@ -76,7 +76,27 @@ def check_tokens(model: Any, tokenizer: Any, examples: Iterable[Sequence[int]]) 
     largest = max((max(tokens) for tokens in examples if tokens), default=0)
     if largest >= table.num_embeddings:
         raise UserError(
-            f"The rows hold token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}), but the model has embeddings "
-            f"for {table.num_embeddings:,} tokens only. The tokenizer has more tokens than the model: take the tokenizer "
+            f"The rows hold token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}), but the model has "
+            "embeddings "
+            f"for {table.num_embeddings:,} tokens only. The tokenizer has more tokens than the model: take the "
+            "tokenizer "
             "that belongs to it, or resize the model's embeddings and save it again (model.resize_token_embeddings)."
         )
+
+
+def batch_dependent_positions(model: Any, max_tokens: int) -> str | None:
+    """Returns why a row's positions depend on the longest row of its batch; None where they do not.
+
+    The rotary types "dynamic" and "longrope" change their frequencies once any row is longer than the original window.
+    """
+    text = model.config.get_text_config()
+    found = getattr(text, "rope_parameters", None) or {}
+    for rope in (found, *(inner for inner in found.values() if isinstance(inner, dict))):
+        kind = rope.get("rope_type")
+        window = rope.get("original_max_position_embeddings") or getattr(text, "max_position_embeddings", None)
+        if kind in ("dynamic", "longrope") and isinstance(window, int) and max_tokens > window:
+            return (
+                f"its rotary embedding ({kind}) changes for all rows of a batch once one is longer than {window:,} "
+                f"tokens (model.max_tokens = {max_tokens})"
+            )
+    return None
