@@ -70,7 +70,7 @@ BAD = [
     pytest.param(update("bad", samples=0), "claims 0 samples", id="no samples"),
     pytest.param(update("bad", samples=10**400), "samples, allowed are 1 to 1,000,000,000", id="absurd samples"),
     pytest.param(update("bad", samples=-5), "claims -5 samples", id="negative samples"),
-    pytest.param(update("bad", change=1000.0), "its change has norm 2.45e+03, over 30 times", id="norm"),
+    pytest.param(update("bad", change=1000.0), "its change has norm 2.45e+03 after 1 steps, 2.45e+03 per step. That is over 30 times", id="norm"),
     pytest.param(("bad", update("bad")[1][:-1]), "not an envelope of fedsb", id="torn"),
     pytest.param(("bad", b""), "not an envelope of fedsb", id="nothing"),
 ]
@@ -162,3 +162,20 @@ def test_a_client_of_another_rank_is_measured_by_its_own_shapes() -> None:
     updates, dropped = admit([update("a"), update("b", tensors=tensors), update("c", tensors=tensors)], mixed)
     assert [u.client for u in updates] == ["a", "b"]
     assert "'x.R' has shape (1, 1), wanted (2, 3)" in dropped[0].reason
+
+
+def test_a_change_is_judged_per_step() -> None:
+    """A client with a hundred times the rows takes a hundred times the steps of the others, and moves as much "
+    "further."""
+    replies = [update("small", 1.0, samples=7), update("other", 1.0, samples=7), update("large", 100.0, samples=700)]
+    rules = dataclasses.replace(RULES, steps={"small": 1, "other": 1, "large": 100})
+    assert not admit(replies, rules)[1]
+    (dropped,) = admit(replies, dataclasses.replace(RULES, steps={"small": 1, "other": 1, "large": 2}))[1]
+    assert dropped.client == "large" and "after 2 steps" in dropped.reason
+
+
+def test_a_client_claims_the_rows_that_it_has() -> None:
+    rules = dataclasses.replace(RULES, rows={"a": 10, "b": 10})
+    updates, (dropped,) = admit([update("a"), update("b", samples=999_999)], rules)
+    assert [u.client for u in updates] == ["a"]
+    assert dropped.reason == "claims 999999 samples, but it has 10 training rows in this run"

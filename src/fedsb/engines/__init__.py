@@ -9,6 +9,7 @@ from typing import Literal, Protocol
 from fedsb.adapters.adapted import Shapes, Tensors
 from fedsb.adapters.basis import Basis
 from fedsb.data.sites import Site
+from fedsb.federation.client import LocalTraining
 from fedsb.federation.server import Dropped
 from fedsb.methods.contract import Method, State
 from fedsb.privacy.setup import Promise
@@ -130,6 +131,9 @@ class Engine(Protocol):
 
     @property
     def sites(self) -> Sequence[Site]: ...
+
+    @property
+    def local(self) -> LocalTraining: ...
 
     @property
     def shapes(self) -> Shapes: ...

@@ -61,6 +61,8 @@ def play(
         engine.run,
         engine.ranks,
         judge_norms=config.privacy.unit != "client",
+        rows={site.name: site.rows for site in engine.sites},
+        steps={site.name: engine.local.steps_for(site.rows) for site in engine.sites},
     )
     updates, dropped = admit(replies.envelopes, wanted, spool, replies.dropped)
     after = method.aggregate(heard, engine.promise.noised(updates, state.round), server)

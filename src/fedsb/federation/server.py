@@ -46,7 +46,9 @@ class Rules:
     at_rank: Mapping[str, Wanted] = field(default_factory=dict)  # of clients whose rank is not the method's
     codec: Codec = "float32"
     weighting: Literal["samples", "uniform"] = "samples"
-    norm_factor: float = 30.0  # an update whose change is so many times the cohort's median is dropped
+    norm_factor: float = 30.0  # an update whose change per step is so many times the cohort's median is dropped
+    rows: Mapping[str, int] = field(default_factory=dict)  # of each client, where they are known: what it may claim
+    steps: Mapping[str, int] = field(default_factory=dict)  # of each client's local training; 1 where not given
     min_clients: int = 1
 
     def of(self, client: str) -> Wanted:
@@ -67,8 +69,12 @@ def rules(
     ranks: Mapping[str, int],
     *,
     judge_norms: bool = True,
+    rows: Mapping[str, int] | None = None,
+    steps: Mapping[str, int] | None = None,
 ) -> Rules:
     """The rules of the round that starts at `state`; `ranks` are those of clients that differ from the method's.
+
+    `rows` are the clients' training rows, `steps` the optimiser steps that they take in a round.
 
     `judge_norms` is off where clients' changes are clipped and noised in sum: who is left out for its norm would depend
     on the others' rows.
@@ -85,6 +91,8 @@ def rules(
         weighting=server.weighting,
         norm_factor=server.norm_factor if judge_norms else math.inf,
         min_clients=1 if method.facts.pools_data else server.min_clients,
+        rows=rows or {},
+        steps=steps or {},
     )
 
 
@@ -161,6 +169,9 @@ def fault(client: str, payload: Payload, rules: Rules) -> str | None:
     for what, value, wanted in claims:
         if value != wanted:
             return f"its {what} is {value!r:.80}, this round's is {wanted!r}"
+    known = rules.rows.get(client)
+    if known is not None and payload.samples != known:
+        return f"claims {payload.samples!s:.20} samples, but it has {known:,} training rows in this run"
     if not 0 < payload.samples <= MAX_SAMPLES:
         return f"claims {payload.samples!s:.20} samples, allowed are 1 to {MAX_SAMPLES:,}"
     return fault_of_tensors(payload.tensors, rules.of(client).shapes)
@@ -198,18 +209,23 @@ def change_norm_l2(payload: Payload, wanted: Wanted) -> float:
 
 
 def _outliers(norms: Mapping[str, float], rules: Rules) -> list[Dropped]:
-    """Those whose change is far above the cohort's median."""
+    """Those whose change per step is far above the cohort's median.
+
+    A change grows with the number of steps, and with `train.epochs` a client with more rows takes more of them.
+    """
     if len(norms) < 2:
         return []
-    median = statistics.median_low(norms.values())
+    steps = {client: rules.steps.get(client, 1) for client in norms}
+    by_step = {client: norm / steps[client] for client, norm in norms.items()}
+    median = statistics.median_low(by_step.values())
     limit = rules.norm_factor * median
     return [
         Dropped(
             client=client,
-            reason=f"its change has norm {norm:.3g}, over {rules.norm_factor:g} times the cohort's median "
-            f"{median:.3g} (server.norm_factor)",
+            reason=f"its change has norm {norms[client]:.3g} after {steps[client]} steps, {norm:.3g} per step. That is "
+            f"over {rules.norm_factor:g} times the cohort's median {median:.3g} (server.norm_factor)",
         )
-        for client, norm in norms.items()
+        for client, norm in by_step.items()
         if norm > limit > 0
     ]
 

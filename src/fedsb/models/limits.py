@@ -40,7 +40,7 @@ def usable_positions(model: Any) -> int | None:
             found.append(len(weight) - reserved)
     found += [len(x) for name, x in model.named_buffers() if x.dim() >= 2 and is_table(name)]
     text = model.config.get_text_config() if hasattr(model, "config") else None
-    if getattr(text, "model_type", None) == "mpt":  # ALiBi, made for so many positions
+    if text is not None and text.model_type == "mpt":  # ALiBi, made for so many positions
         found.append(text.max_seq_len)
     if found and isinstance(stated := getattr(text, "max_position_embeddings", None), int):
         found.append(stated)
