@@ -105,7 +105,7 @@ def _evaluate(
         if backend != "transformers":
             raise UserError(f"--backend {backend} writes answers; this run is scored by {task.scoring}: leave it out")
         with matmul_precision(config.model.matmul):
-            return {**found, "cut": cut, **measured(opened.model(), task, examples, config.eval.batch_size)}
+            return {**found, "cut": cut, **measured(opened.model(), task, examples, config.eval.batch_size).figures}
 
     def answering(left: Sequence[Example]) -> Iterator[Answered]:
         if not left:

@@ -30,6 +30,7 @@ from fedsb.privacy.statement import promised, spent, why_not_private
 from fedsb.record import Record, read_result
 from fedsb.report import summary, write_report
 from fedsb.settings import Choice, Config
+from fedsb.warnings import counted_rounds, run_warnings
 
 RunEngine = EmbeddedEngine | RemoteEngine
 
@@ -104,7 +105,11 @@ def describe_start(
                 whole=whole_broadcasts([site.name for site in engine.sites], config, method, engine.ranks),
             )
         ],
-        "before": {"score": before.value if before else None, "majority": data.baseline},
+        "before": {
+            "score": before.value if before else None,
+            "majority": data.baseline,
+            "majority_of_test": data.best_guess,
+        },
         "privacy": promised(engine.promise, config, sum(tensors[key].numel() for key in trained)),
         "not_private": why_not_private(engine.promise),
     }
@@ -140,6 +145,7 @@ def round_row(
         "loss": sum(losses) / len(losses) if losses else None,
         "score": score.value if score else None,
         "beside": dict(score.beside) if score else {},
+        **({"confusion": score.confusion} if score and score.confusion else {}),
         "cohort": list(cohort),
         "dropped": [asdict(drop) for drop in played.dropped],
         "up_bytes": sum(sent.bytes for sent in replies.sent if sent.direction == "up"),
@@ -193,7 +199,6 @@ def write_adapters(
 def finish(record: Record, engine: RunEngine, sites: Mapping[str, Score], adapter: Path) -> float | None:
     """Writes result.json and the report; gives back the last score."""
     rounds = record.rows("rounds.jsonl")
-    took_part = [name for row in rounds for name in row["cohort"]]
     last = rounds[-1]
     before = read_result(record.folder)  # of a finished run that is taken up again
     one = adapter if engine.method.facts.global_model else adapter / safe_name(engine.sites[0].name)
@@ -203,12 +208,15 @@ def finish(record: Record, engine: RunEngine, sites: Mapping[str, Score], adapte
         "score": last["score"],
         "beside": last.get("beside", {}),
         "loss": last["loss"],
+        "warnings": run_warnings(record.manifest, rounds),
+        "confusion": last.get("confusion"),
         "clients": [
             {
                 "name": site.name,
                 "score": sites[site.name].value if site.name in sites else None,
                 "rows": sites[site.name].count if site.name in sites else 0,
-                "rounds": took_part.count(site.name),
+                "rounds": sum(site.name in row["cohort"] for row in rounds),
+                "counted": counted_rounds(rounds, site.name),
                 "unseen": site.unseen,
             }
             for site in engine.data.sites
@@ -258,7 +266,7 @@ def _basis_facts(basis: Basis | None) -> dict[str, Any] | None:
 
 
 def _card_facts(config: Config, method: Method, record: Record) -> dict[str, str]:
-    facts = summary(record.folder)
+    facts, warnings = summary(record.folder), run_warnings(record.manifest, record.rows("rounds.jsonl"))
     tables = record.manifest["data"].values()
     score = facts["score"]
     return {
@@ -271,4 +279,5 @@ def _card_facts(config: Config, method: Method, record: Record) -> dict[str, str
         "Privacy": record.manifest["privacy"]["says"]
         if record.manifest["not_private"] is None
         else f"not private: {record.manifest['not_private']}",
+        **{f"Warning {i}": found["text"] for i, found in enumerate(warnings, start=1)},
     }

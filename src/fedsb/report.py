@@ -22,6 +22,7 @@ from fedsb import charts
 from fedsb.charts import Json, number
 from fedsb.disk import write_atomic
 from fedsb.errors import UserError
+from fedsb.warnings import run_warnings
 
 if TYPE_CHECKING:
     import jinja2
@@ -108,6 +109,8 @@ def _headline(run: RunFiles) -> Json:
         "beside": (run.result or {}).get("beside") or {},
         "before": number(before.get("score")),
         "majority": number(before.get("majority")),
+        "majority_of_test": number(before.get("majority_of_test")),
+        "warnings": run_warnings(run.manifest, run.rounds) if run.rounds else [],
         "bytes": byte_totals(run.traffic),
         "epsilon": number(run.rounds[-1].get("epsilon")) if run.rounds else None,
         "privacy": _privacy(run),
@@ -182,6 +185,7 @@ def write_report(run_dir: Path) -> Path:
         scores=_client_scores((run.result or {}).get("clients") or [], metric),
         holdings=_holdings(run.manifest),
         dropped=_dropped(run.rounds),
+        confusion=_confusion(run),
     )
     path = run_dir / "report.html"
     write_atomic(path, page.encode())
@@ -264,6 +268,20 @@ def _holdings(manifest: Json) -> Json | None:
         cells = [(counts.get(label, 0), round((counts.get(label, 0) / whole) ** 0.5, 3)) for label in labels]
         rows.append({**client, "bar": round(100 * client["rows"] / most, 1), "cells": cells})
     return {"labels": labels, "rows": rows, "total": sum(client["rows"] for client in clients)}
+
+
+def _confusion(run: RunFiles) -> Json | None:
+    """The last scored round's table of true classes by predicted ones, with the recall of each class."""
+    table = next((row["confusion"] for row in reversed(run.rounds) if row.get("confusion")), None)
+    if table is None:
+        return None
+    names = (run.manifest.get("task") or {}).get("label_names") or []
+    rows = []
+    for i, (name, counts) in enumerate(zip(names, table, strict=True)):
+        whole = sum(counts)
+        cells = [(count, round((count / (whole or 1)) ** 0.5, 3)) for count in counts]
+        rows.append({"name": name, "rows": whole, "recall": counts[i] / whole if whole else None, "cells": cells})
+    return {"names": names, "rows": rows}
 
 
 def _dropped(rounds: Iterable[Json]) -> list[tuple[str, str, list[int]]]:

@@ -131,6 +131,8 @@ def print_summary(folder: Path, found: Mapping[str, Any]) -> None:
     if found["score"] is not None:
         against = [f"before federation {show(found['before'])}"] if found["before"] is not None else []
         against += [f"majority class {show(found['majority'])}"] if found["majority"] is not None else []
+        if found["majority_of_test"] not in (None, found["majority"]):
+            against.append(f"best single class of the test {show(found['majority_of_test'])}")
         console.print(
             f"  {found['metric']:<16}{show(found['score'])}" + (f"  ({', '.join(against)})" if against else "")
         )
@@ -144,6 +146,8 @@ def print_summary(folder: Path, found: Mapping[str, Any]) -> None:
     )
     if found["epsilon"] is not None:
         console.print(f"  privacy         {found['privacy']}")
+    for warning in found["warnings"]:
+        console.print(f"  warning         {warning['text']}", style="bold red")
     for price in manifest.get("prices", []):
         if not price["this_run"] and price["label"].startswith(("fedit ", "flora ")) and totals["total"]:
             console.print(

@@ -70,7 +70,11 @@ BAD = [
     pytest.param(update("bad", samples=0), "claims 0 samples", id="no samples"),
     pytest.param(update("bad", samples=10**400), "samples, allowed are 1 to 1,000,000,000", id="absurd samples"),
     pytest.param(update("bad", samples=-5), "claims -5 samples", id="negative samples"),
-    pytest.param(update("bad", change=1000.0), "its change has norm 2.45e+03 after 1 steps, 2.45e+03 per step. That is over 30 times", id="norm"),
+    pytest.param(
+        update("bad", change=1000.0),
+        "its change has norm 2.45e+03 after 1 steps, 2.45e+03 per step. That is over 30 times",
+        id="norm",
+    ),
     pytest.param(("bad", update("bad")[1][:-1]), "not an envelope of fedsb", id="torn"),
     pytest.param(("bad", b""), "not an envelope of fedsb", id="nothing"),
 ]

@@ -42,6 +42,7 @@ class Data:
     test_is: str  # in words
     test_is_public: bool  # a table of its own, which is taken as public; else rows of the clients
     baseline: float | None  # the score of a guess that reads no text
+    best_guess: float | None  # the best score of predicting one class always, known to who has the test rows
     tables: dict[str, dict[str, Any]]  # origin, rows and fingerprint, for the manifest
     choices: tuple[Choice, ...]
 
@@ -105,6 +106,7 @@ def open_data(config: Config, tokenizer: Tokenizer) -> Data:
         test_is=_scored(test, share),
         test_is_public=test is not None,
         baseline=task.baseline(pool, test_examples) if test_examples and not config.privacy.on else None,
+        best_guess=task.best_guess(test_examples) if test_examples and (test or not config.privacy.on) else None,
         tables={name: table_facts(table) for name, table in (("train", train), ("test", test)) if table is not None},
         choices=_choices(config, cut + cut_test, unused, partition.dropped, unseen),
     )

@@ -100,6 +100,7 @@ class Score:
     count: int
     beside: Mapping[str, float] = field(default_factory=dict)
     by_client: Mapping[str, float] = field(default_factory=dict)
+    confusion: list[list[int]] | None = None  # rows of each true class by predicted class; of one model, with classes
 
 
 def mean_of(scores: Mapping[str, Score]) -> Score:

@@ -117,8 +117,8 @@ class Bench:
         """The task's metric over the examples, with one client's tensors in the adapter."""
         self._load_one(tensors)
         with matmul_precision(self.config.model.matmul):
-            found = measured(self.adapted.model, self.task, examples, self.config.eval.batch_size)
-        return Score(value=found.pop(self.task.metric), count=len(examples), beside=found)
+            found, confusion = measured(self.adapted.model, self.task, examples, self.config.eval.batch_size)
+        return Score(value=found.pop(self.task.metric), count=len(examples), beside=found, confusion=confusion)
 
     @torch.no_grad()
     def logits(self, tensors: Tensors, examples: Sequence[Example]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:

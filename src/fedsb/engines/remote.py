@@ -304,6 +304,7 @@ class RemoteEngine(Bench):
             test_is=f"{test.origin}, {len(test.rows):,} rows" if test else "none",
             test_is_public=True,
             baseline=None,
+            best_guess=self.task.best_guess(examples) if examples else None,
             tables=tables | ({"test": table_facts(test)} if test else {}),
             choices=(*label_choices(looked), *cut_choices(self.config, cut, unused)),
         )

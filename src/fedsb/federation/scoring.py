@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -35,11 +36,19 @@ def forward(model: nn.Module, task: Task, examples: Sequence[Example]) -> tuple[
     return logits, batch
 
 
-def measured(model: nn.Module, task: Task, examples: Sequence[Example], batch_size: int) -> dict[str, float]:
-    """The task's metric over the examples, and what is shown beside it."""
+class Measured(NamedTuple):
+    """What a model reaches on some examples."""
+
+    figures: dict[str, float]  # the task's metric, and others to show with it
+    confusion: list[list[int]] | None = None  # rows of each true class by predicted class
+
+
+def measured(model: nn.Module, task: Task, examples: Sequence[Example], batch_size: int) -> Measured:
+    """Scores the examples as the task asks."""
     if isinstance(task, Answers) and task.scoring != "loss":
-        return figures(list(answers(model, task, examples, batch_size)), task.metric)
-    return task.measure((first, second) for _, first, second in batch_scores(model, task, examples, batch_size))
+        return Measured(figures(list(answers(model, task, examples, batch_size)), task.metric))
+    scored = [(first, second) for _, first, second in batch_scores(model, task, examples, batch_size)]
+    return Measured(task.measure(scored), task.confusion(scored))
 
 
 def figures(found: Collection[Answered], metric: str) -> dict[str, float]:

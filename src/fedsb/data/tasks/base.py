@@ -145,12 +145,20 @@ class Task(ABC):
             total, count = total + float(sums.sum()), count + float(counts.sum())
         return {self.metric: total / count}
 
+    def confusion(self, scored: Scored) -> list[list[int]] | None:
+        """Returns the rows of each true class by predicted class; None for a task without classes, or with many."""
+        return None
+
     def fit_labels(self, train_rows: list[Row], test_rows: list[Row]) -> None:
         """Fixes `label_names`; a task without classes has none."""
         self.label_names = []
 
     def baseline(self, examples_train: list[Example], examples_test: list[Example]) -> float | None:
         """The metric of a guess that reads no text, where there is one."""
+        return None
+
+    def best_guess(self, examples_test: list[Example]) -> float | None:
+        """Returns the best metric on these rows of predicting one class always, where there are classes."""
         return None
 
     def cut_in_pieces(self, rows: list[Row]) -> int:

@@ -13,7 +13,7 @@ Shapes: b examples, t tokens, c classes.
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
 
@@ -25,6 +25,8 @@ from fedsb.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+CONFUSION_CLASSES = 50  # a table of more is not kept
 
 
 class Classification(Task):
@@ -127,6 +129,14 @@ class Classification(Task):
         names = dict.fromkeys((self.metric, *self.metrics))
         return {name: self.of(name, predicted, true) for name in names}
 
+    def confusion(self, scored: Scored) -> list[list[int]] | None:
+        if len(self.label_names) > CONFUSION_CLASSES:
+            return None
+        predicted, true = together(scored)
+        table = np.zeros((len(self.label_names), len(self.label_names)), dtype=int)
+        np.add.at(table, (true.astype(int), predicted.astype(int)), 1)
+        return cast(list[list[int]], table.tolist())
+
     def of(self, metric: str, predicted: Values, true: Values) -> float:
         """One metric of the classes that were predicted (N,) and the true ones (N,)."""
         if metric == "f1":
@@ -141,6 +151,12 @@ class Classification(Task):
         majority = max(range(len(self.label_names)), key=lambda label: counts[label])
         true = np.array([example["labels"] for example in examples_test], dtype=np.float64)
         return self.of(self.metric, np.full_like(true, majority), true)
+
+    def best_guess(self, examples_test: list[Example]) -> float | None:
+        true = np.array([example["labels"] for example in examples_test], dtype=np.float64)
+        return max(
+            (self.of(self.metric, np.full_like(true, label), true) for label in set(true.tolist())), default=None
+        )
 
     def _fields(self, texts: list[list[str]], *, limit: int | None = None) -> dict[str, list[list[int]]]:
         """The tokenizer's lists for texts or pairs, without the attention mask, which collate makes."""

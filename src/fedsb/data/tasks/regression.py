@@ -66,6 +66,14 @@ class Regression(Classification):
         found = {"pearson": metrics.pearson(predicted, true), "spearman": metrics.spearman(predicted, true)}
         return {self.metric: found[self.metric]} | found
 
+    def confusion(self, scored: Scored) -> list[list[int]] | None:
+        """None: a number is no class."""
+        return None
+
+    def best_guess(self, examples_test: list[Example]) -> float | None:
+        """None: one number for all rows correlates with nothing."""
+        return None
+
     def baseline(self, examples_train: list[Example], examples_test: list[Example]) -> float | None:
         """None: one number for all rows correlates with nothing."""
         return None

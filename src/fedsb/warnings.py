@@ -1,0 +1,102 @@
+"""What a run has to say against itself, from its own records: said in terminal, report, model card and result.json.
+
+    one_class           the model predicts one class for every test row
+    not_above_majority  the score is not above that of predicting one class always
+    never_counted       clients whose updates were dropped in every round they took part in
+    loss_rose           the training loss ended above where it started
+
+Pure functions of the manifest and of rounds.jsonl: nothing is computed that the run has not written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Json = Mapping[str, Any]
+
+ROSE = 1.05  # times the first round's loss: less is the noise of small batches
+SHOWN = 5
+
+
+def run_warnings(manifest: Json, rounds: Sequence[Json]) -> list[dict[str, str]]:
+    """Returns {"kind", "text"} for each, the gravest first; empty for a run with nothing to say against itself."""
+    found = [
+        ("never_counted", _never_counted(manifest, rounds)),
+        ("one_class", _one_class(manifest, rounds)),
+        ("not_above_majority", _not_above_majority(manifest, rounds)),
+        ("loss_rose", _loss_rose(rounds)),
+    ]
+    return [{"kind": kind, "text": text} for kind, text in found if text]
+
+
+def counted_rounds(rounds: Sequence[Json], client: str) -> int:
+    """Returns in how many rounds the client's update was averaged."""
+    return sum(client in row["cohort"] and not _was_dropped(row, client) for row in rounds)
+
+
+def _was_dropped(row: Json, client: str) -> bool:
+    return any(drop["client"] == client for drop in row.get("dropped") or ())
+
+
+def _never_counted(manifest: Json, rounds: Sequence[Json]) -> str:
+    clients = [client for client in manifest.get("clients") or [] if not client.get("unseen")]
+    called = [client for client in clients if any(client["name"] in row["cohort"] for row in rounds)]
+    lost = [client for client in called if not counted_rounds(rounds, client["name"])]
+    if not lost:
+        return ""
+    rows, total = sum(client["rows"] for client in lost), sum(client["rows"] for client in clients) or 1
+    names = ", ".join(client["name"] for client in lost[:SHOWN]) + (", ..." if len(lost) > SHOWN else "")
+    reasons = {
+        drop["reason"] for row in rounds for drop in row.get("dropped") or () if drop["client"] == lost[0]["name"]
+    }
+    return (
+        f"The updates of {len(lost)} of {len(called)} clients ({names}) were dropped in every round: {rows:,} of "
+        f"{total:,} training rows ({rows / total:.0%}) never entered the model. Reason for {lost[0]['name']}: "
+        f"{min(reasons)}"
+    )
+
+
+def _last_scored(rounds: Sequence[Json]) -> Json | None:
+    return next((row for row in reversed(rounds) if row.get("score") is not None), None)
+
+
+def _one_class(manifest: Json, rounds: Sequence[Json]) -> str:
+    row = _last_scored(rounds)
+    table = row.get("confusion") if row else None
+    if not table:
+        return ""
+    names = (manifest.get("task") or {}).get("label_names") or []
+    predicted = [sum(line[i] for line in table) for i in range(len(table))]
+    true = [sum(line) for line in table]
+    said = [i for i, count in enumerate(predicted) if count]
+    if len(said) != 1:
+        return ""
+    if sum(count > 0 for count in true) == 1:
+        return f"All test rows are of the class {names[said[0]]!r}: the score says nothing of the other classes."
+    return (
+        f"The model predicts the class {names[said[0]]!r} for all {sum(true):,} test rows. It has not learned to tell "
+        "the classes apart: train longer, change train.lr or train.head_lr, or look at the class balance."
+    )
+
+
+def _not_above_majority(manifest: Json, rounds: Sequence[Json]) -> str:
+    row, before = _last_scored(rounds), manifest.get("before") or {}
+    known = [value for key in ("majority", "majority_of_test") if (value := before.get(key)) is not None]
+    if row is None or not known or row["score"] > max(known):
+        return ""
+    metric = str((manifest.get("task") or {}).get("metric") or "score").replace("_", " ")
+    return (
+        f"The {metric} of {row['score']:.4f} is not above {max(known):.4f}, which is reached by predicting one class "
+        "always."
+    )
+
+
+def _loss_rose(rounds: Sequence[Json]) -> str:
+    losses = [row["loss"] for row in rounds if row.get("loss") is not None]
+    if len(losses) < 2 or not losses[-1] > ROSE * losses[0]:
+        return ""
+    return (
+        f"The training loss rose from {losses[0]:.4g} in the first round to {losses[-1]:.4g} in the last: the learning "
+        "rate is probably too high (train.lr, train.head_lr)."
+    )
