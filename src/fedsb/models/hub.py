@@ -6,8 +6,10 @@ priced offline, without weights and without an account. Training always reads th
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -89,7 +91,8 @@ def hub_errors(name: str) -> Iterator[None]:
                 f"transformers has no class for this task for the model {name!r}: {first}. Take another model, or "
                 "another task.kind"
             ) from error
-        if "sentencepiece" in said.lower():
+        asks = re.search("sentencepiece|tiktoken", said, re.IGNORECASE)
+        if asks and importlib.util.find_spec("sentencepiece") is None:
             raise UserError(
                 f"The tokenizer of {name!r} is a SentencePiece model, and the package that reads it is not installed. "
                 "Install it: pip install 'fedsb[sentencepiece]'"

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +91,38 @@ def load_tokenizer(config: ModelConfig) -> Any:
     except (OSError, ValueError, KeyError):  # said by who loads the model
         vocabulary = None
     _choose_padding(tokenizer, vocabulary)
+    if config.template_date is not None and writes_date(tokenizer):
+        _fix_date(tokenizer, date.fromisoformat(config.template_date))
+        tokenizer.fixed_date = config.template_date
     return tokenizer
+
+
+def writes_date(tokenizer: Any) -> bool:
+    """Returns whether the chat template writes the current date: the same rows are then other tokens tomorrow."""
+    return "strftime_now(" in json.dumps(tokenizer.chat_template or "")
+
+
+NOW = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
+
+
+def _fix_date(tokenizer: Any, day: date) -> None:
+    """Makes the chat template write this day, in training, in scores, and when the run is resumed later.
+
+    Raises UserError for a template that does not name the date's form where it writes it.
+    """
+
+    def fixed(template: str) -> str:
+        written = NOW.sub(lambda call: json.dumps(day.strftime(call[2])), template)
+        if "strftime_now(" in written:
+            raise UserError(
+                "The chat template writes the current date in a form that it computes, so that no run could be resumed "
+                "or scored later with the same prompts. Give the tokenizer a chat_template with a fixed date."
+            )
+        return written
+
+    found = tokenizer.chat_template
+    several = isinstance(found, dict)
+    tokenizer.chat_template = {name: fixed(text) for name, text in found.items()} if several else fixed(found)
 
 
 def _choose_padding(tokenizer: Any, vocabulary: int | None) -> None:
