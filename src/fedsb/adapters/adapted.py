@@ -16,7 +16,15 @@ from torch import Tensor, nn
 
 from fedsb.adapters.core import CoreLinear
 from fedsb.adapters.factors import FactorLinear
-from fedsb.adapters.layer import AdaptedLinear, HeadLinear, Routing, base_weight, is_linear, linear_shape
+from fedsb.adapters.layer import (
+    AdaptedLinear,
+    HeadLinear,
+    Routing,
+    base_weight,
+    is_linear,
+    linear_shape,
+    reads_weight,
+)
 from fedsb.errors import UserError, did_you_mean
 
 Shapes = dict[str, tuple[int, int]]
@@ -30,7 +38,7 @@ def find_targets(model: nn.Module, targets: str | Sequence[str] = "blocks", head
     """The names of the layers to adapt, in the model's order.
 
     `targets` is "blocks" (every linear layer of the language model's blocks, the default; a tower for pictures or
-    sound beside it is left alone), a regular expression that a layer's whole name must match, or a list of name endings
+    sound beside it is left alone, and so are layers whose weight is read directly), a regular expression that a layer's whole name must match, or a list of name endings
     such as ["query", "value"]. Embeddings, the output embedding and the head are never adapted. Raises UserError with
     the list of what there is.
     """
@@ -42,7 +50,11 @@ def find_targets(model: nn.Module, targets: str | Sequence[str] = "blocks", head
     ]
     towers = other_towers(model)
     in_blocks = [
-        name for name in linear if re.search(r"\.\d+\.", name) and not any(is_inside(name, tower) for tower in towers)
+        name
+        for name in linear
+        if re.search(r"\.\d+\.", name)
+        and not any(is_inside(name, tower) for tower in towers)
+        and not reads_weight(model, name)
     ]
     if targets == "blocks":
         chosen = in_blocks
