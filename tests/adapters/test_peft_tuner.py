@@ -88,7 +88,7 @@ def moved(model: Any, adapter: str = "default", seed: int = 1) -> Any:
     """The model with a random R, as if it were trained."""
     draw = torch.Generator().manual_seed(seed)
     for layer in adapter_layers(model, adapter).values():
-        R = layer.lorasb_R[adapter]
+        R = layer.lorasb_R[adapter].weight
         R.data = 0.3 * torch.randn(R.shape, generator=draw)
     return model.eval()
 
@@ -111,7 +111,7 @@ def test_starts_at_the_base_model_and_trains_only_R(family: str, basis: str) -> 
     assert model.get_nb_trainable_parameters()[0] == len(layers) * 2 * 4**2
     labels = torch.tensor([0, 1, 2]) if family == "bert" else IDS
     model(input_ids=IDS, labels=labels).loss.backward()
-    assert all(layer.lorasb_R["default"].grad.any() for layer in layers.values())
+    assert all(layer.lorasb_R["default"].weight.grad.any() for layer in layers.values())
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
 
 
@@ -123,8 +123,8 @@ def test_bases_are_those_of_the_federation() -> None:
         ({"basis": "weights", "weights_side": "trailing"}, weight_pair(W0, 8, "trailing")),
     ]:
         layer = adapter_layers(get_peft_model(base(), LoraSBConfig(r=4, blocks=2, **settings)))[name]
-        assert torch.equal(layer.lorasb_A["default"], expected[0])
-        assert torch.equal(layer.lorasb_B["default"], expected[1])
+        assert torch.equal(layer.lorasb_A["default"].weight, expected[0])
+        assert torch.equal(layer.lorasb_B["default"].weight, expected[1])
 
 
 def test_one_sgd_step_is_the_projection_of_the_full_step() -> None:
@@ -135,8 +135,8 @@ def test_one_sgd_step_is_the_projection_of_the_full_step() -> None:
     model(input_ids=IDS, labels=IDS).loss.backward()
     layer = adapter_layers(model)[Q_PROJ]
     with torch.no_grad():
-        layer.lorasb_R["default"] -= 0.1 * layer.lorasb_R["default"].grad
-    A, B = layer.lorasb_A["default"], layer.lorasb_B["default"]
+        layer.lorasb_R["default"].weight -= 0.1 * layer.lorasb_R["default"].weight.grad
+    A, B = layer.lorasb_A["default"].weight, layer.lorasb_B["default"].weight
     torch.testing.assert_close(layer.get_delta_weight("default"), -0.1 * (B @ B.T @ G @ A.T @ A), rtol=1e-4, atol=1e-7)
 
 
@@ -319,17 +319,17 @@ def test_registered_once_and_copies_keep_the_type() -> None:
 def test_bfloat16_base_keeps_R_in_float32(tmp_path: Path) -> None:
     model = moved(get_peft_model(base().to(torch.bfloat16), LoraSBConfig(r=4)))
     layer = adapter_layers(model)[Q_PROJ]
-    R = layer.lorasb_R["default"].detach().clone()
+    R = layer.lorasb_R["default"].weight.detach().clone()
     assert R.dtype == torch.float32
     model.to(torch.bfloat16)
-    assert torch.equal(layer.lorasb_R["default"], R)
+    assert torch.equal(layer.lorasb_R["default"].weight, R)
     model(input_ids=IDS, labels=IDS).loss.backward()
-    assert layer.lorasb_R["default"].grad.dtype == torch.float32
+    assert layer.lorasb_R["default"].weight.grad.dtype == torch.float32
     assert logits(model).dtype == torch.bfloat16
     model.save_pretrained(tmp_path)
     for low_memory in (False, True):  # PEFT's own move to the device would cast R to bfloat16 here
         loaded = PeftModel.from_pretrained(base().to(torch.bfloat16), tmp_path, low_cpu_mem_usage=low_memory)
-        assert torch.equal(adapter_layers(loaded)[Q_PROJ].lorasb_R["default"], R)
+        assert torch.equal(adapter_layers(loaded)[Q_PROJ].lorasb_R["default"].weight, R)
 
 
 def test_autocast() -> None:
@@ -337,7 +337,7 @@ def test_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         loss = model(input_ids=IDS, labels=IDS).loss
     loss.backward()
-    assert adapter_layers(model)[Q_PROJ].lorasb_R["default"].grad.isfinite().all()
+    assert adapter_layers(model)[Q_PROJ].lorasb_R["default"].weight.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -349,7 +349,7 @@ def test_activation_checkpointing(reentrant: bool) -> None:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
             model.enable_input_require_grads()
         model(input_ids=IDS, labels=IDS).loss.backward()
-        gradients.append([layer.lorasb_R["default"].grad for layer in adapter_layers(model).values()])
+        gradients.append([layer.lorasb_R["default"].weight.grad for layer in adapter_layers(model).values()])
     torch.testing.assert_close(*gradients)
 
 
@@ -377,8 +377,8 @@ def test_merging_into_a_quantised_base_goes_through_its_backend() -> None:
     layer = LoraSBLinear(quantised)
     layer.quantization_backend = IntBackend()
     layer.add("default", LoraSBConfig(r=4, basis="weights"), "layer")
-    assert torch.equal(layer.lorasb_A["default"], weight_pair(W0, 4)[0])
-    layer.lorasb_R["default"].data.fill_(0.2)
+    assert torch.equal(layer.lorasb_A["default"].weight, weight_pair(W0, 4)[0])
+    layer.lorasb_R["default"].weight.data.fill_(0.2)
     delta = layer.get_delta_weight("default").detach()
     layer.merge()
     assert (quantised.weight / 64 - W0 - delta).abs().max() <= 0.5 / 64 + 1e-6

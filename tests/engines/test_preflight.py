@@ -194,7 +194,7 @@ def test_layers_whose_weight_a_model_reads_itself(tiny_config: dict[str, Any], m
 @pytest.mark.parametrize(
     ("model_type", "without"),
     [
-        ("mamba", {"mixer.dt_proj", "mixer.out_proj"}),
+        ("mamba", {"mixer.dt_proj", "mixer.out_proj", "mixer.x_proj"}),
         ("mamba2", {"mixer.out_proj"}),
         ("qwen2_moe", {"mlp.shared_expert_gate", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"}),
         ("phimoe", {"mlp.experts.gate_up_proj", "mlp.experts.down_proj"}),

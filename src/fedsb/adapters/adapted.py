@@ -16,7 +16,15 @@ from torch import Tensor, nn
 
 from fedsb.adapters.core import CoreLinear
 from fedsb.adapters.factors import FactorLinear
-from fedsb.adapters.layer import AdaptedLinear, HeadLinear, Routing, base_weight, is_linear, linear_shape
+from fedsb.adapters.layer import (
+    AdaptedLinear,
+    HeadLinear,
+    Routing,
+    base_weight,
+    is_linear,
+    linear_shape,
+    reads_weight,
+)
 from fedsb.errors import UserError, did_you_mean
 
 Shapes = dict[str, tuple[int, int]]
@@ -85,7 +93,7 @@ def left_out(model: nn.Module, head: Sequence[str] = ()) -> dict[str, str]:
     towers = other_towers(model)
     found: dict[str, str] = {}
     for name in _linear_layers(model, head):
-        parent, _, own = name.rpartition(".")
+        own = name.rpartition(".")[2]
         if not re.search(r"\.\d+\.", name):
             continue
         if any(is_inside(name, tower) for tower in towers):
@@ -94,8 +102,8 @@ def left_out(model: nn.Module, head: Sequence[str] = ()) -> dict[str, str]:
             found[name] = "it routes tokens to experts"
         elif min(linear_shape(model.get_submodule(name))) == 1:
             found[name] = "it has one input or one output"
-        elif own == "dt_proj" and hasattr(model.get_submodule(parent), "A_log"):
-            found[name] = "a state-space layer reads its weight and never calls it"
+        elif reads_weight(model, name):
+            found[name] = "the model reads its weight without calling it, at least in some of its kernels"
         elif own == "out_proj" and facts.get("model_type") in STATE_SPACE_MODELS:
             found[name] = "PEFT cannot adapt it in this model"
     found |= {

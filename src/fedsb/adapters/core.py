@@ -35,6 +35,8 @@ def core_forward(
     """
     K, h, r, _ = R_Khrr.shape
     z = nn.functional.linear(x, A)  # (b, ..., h r)
+    if K == h == 1:  # one client and one block: no reshaping
+        return nn.functional.linear(nn.functional.linear(z, R_Khrr[0, 0].to(z.dtype)), B) * scale
     z_Kphr = z.reshape(K, -1, h, r).transpose(1, 2)  # (K, h, p, r); p = the client's tokens
     u_Kphr = z_Kphr @ R_Khrr.to(z.dtype).mT  # (K, h, p, r)
     u = u_Kphr.transpose(1, 2).reshape(z.shape)

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -79,10 +80,12 @@ def lora_config(factors: Mapping[str, Factors], base: BaseFacts) -> dict[str, An
 
     rank = max(len(factor.A) for factor in factors.values())
     alpha = next(iter(factors.values())).scale * rank
+    target_modules, target_parameters = lora_targets(sorted(factors), base.model_type)
     config = LoraConfig(
         r=rank,
         lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
-        target_modules=sorted(factors),
+        target_modules=target_modules,
+        target_parameters=target_parameters,
         modules_to_save=list(base.head) or None,
         task_type=base.task_type,
         base_model_name_or_path=base.shared_name,
@@ -91,6 +94,30 @@ def lora_config(factors: Mapping[str, Factors], base: BaseFacts) -> dict[str, An
         inference_mode=True,
     ).to_dict()
     return {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+
+
+def lora_targets(layers: Sequence[str], model_type: str) -> tuple[list[str], list[str] | None]:
+    """Returns target_modules and target_parameters with which PEFT adapts exactly these linear layers.
+
+    In models with fused experts, such as DeepSeek-V3, PEFT takes every gate_proj, up_proj and down_proj for the experts',
+    those of dense and shared layers too, and adapts other weights than were trained. It leaves a layer alone that is
+    named by its parameter. The names of the tensors are the same either way.
+    """
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    model: Any = SimpleNamespace(config=SimpleNamespace(model_type=model_type))
+    parameters = []
+    for layer in layers:
+        config = LoraConfig(target_modules=[layer])
+        try:
+            convert_peft_config_for_transformers(config, model, None)
+        except ValueError:  # it would be fused with others that are not named
+            config.target_modules = set()
+        if layer not in (config.target_modules or ()):
+            parameters.append(layer)
+    modules = [layer for layer in layers if layer not in parameters]
+    return modules, [f"{layer}.weight" for layer in parameters] or None
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ the batch; a layer that sees anything else (a mixture of experts, packed rows) r
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -191,3 +192,14 @@ def is_linear(module: nn.Module) -> bool:
     except (RuntimeError, ValueError, IndexError, TypeError):
         return False
     return isinstance(y, Tensor) and y.shape == (1, module.out_features)
+
+
+def reads_weight(model: nn.Module, name: str) -> bool:
+    """Returns whether the model computes with the weight of this layer without calling the layer.
+
+    The state-space mixers of Mamba and its relatives do so with dt_proj, and some fused kernels with x_proj and
+    out_proj; PEFT refuses out_proj in these models. An adapter there has no effect until it is merged.
+    """
+    parent, _, child = name.removesuffix(".base_layer").rpartition(".")
+    mixer = model.get_submodule(parent)
+    return hasattr(mixer, "A_log") and f"self.{child}.weight" in inspect.getsource(type(mixer))

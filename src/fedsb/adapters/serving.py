@@ -31,7 +31,9 @@ class Serving:
 def serving(config: Mapping[str, Any], model_type: str) -> tuple[Serving, ...]:
     """vLLM's and llama.cpp's view of an adapter_config.json, on a base of that `model_type` (of its config.json)."""
     rank, names = int(config["r"]), config["target_modules"]
-    layers = sorted({name.rsplit(".", 1)[-1] for name in ([names] if isinstance(names, str) else names)})
+    names = [names] if isinstance(names, str) else [*names]
+    names += [name.removesuffix(".weight") for name in config.get("target_parameters") or ()]
+    layers = sorted({name.rsplit(".", 1)[-1] for name in names})
     if config["task_type"] != "CAUSAL_LM":
         only = "they serve causal language models, and this adapter has a task head: load it with PEFT"
         return tuple(Serving(name=name, loads=False, says=only) for name in ("vLLM", "llama.cpp"))
