@@ -57,6 +57,7 @@ class TaskConfig(Section):
     label: str = "label"
     prompt: str = "prompt"
     answer: str = "answer"
+    input: str = Field("input", description="of instruction: a column with more to read, where the table has it")
     pooling: Literal["model", "mean"] = Field("model", description="of classification: the model's own, or the tokens'")
     score: Literal["auto", "answers", "options", "loss"] = Field(
         "auto", description="of graded answers: those written, the likeliest option, or the loss; default: written"

@@ -12,8 +12,9 @@ class Plain:
     """A tokenizer with no special tokens: a token is a character's code."""
 
     pad_token_id = eos_token_id = bos_token_id = chat_template = eos_token = None
+    added_tokens_decoder = {}
 
-    def __call__(self, texts, add_special_tokens, verbose):
+    def __call__(self, texts, add_special_tokens, verbose, split_special_tokens):
         return {"input_ids": [[ord(letter) for letter in text] for text in texts]}
 
     def tokenize(self, text):
@@ -76,7 +77,7 @@ def test_holding_out_rows():
 
 @pytest.mark.parametrize("value", [None, 3])
 def test_a_text_that_is_none_names_its_row(value):
-    with pytest.raises(UserError, match=rf"row 2 holds {value} in the column 'text'"):
+    with pytest.raises(UserError, match=rf"row 2: the column 'text' contains {value}, where text is expected"):
         plain().encode([{"text": "a b"}, {"text": value}])
 
 

@@ -5,16 +5,19 @@ Shapes: b examples, t tokens, v vocabulary, c classes.
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import numpy as np
 
 from fedsb.data.metrics import Values
-from fedsb.data.sources import Row, Table, require_columns
-from fedsb.errors import UserError
+from fedsb.data.sources import Row, Table, place_of, require_columns
+from fedsb.errors import BadRowError, UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,6 +26,7 @@ Batch = dict[str, "Tensor"]
 Tokenizer = Any  # a transformers tokenizer, which ships no types
 
 NO_LOSS = -100  # the label that cross entropy leaves out
+MARK = "\U0010fffd"  # around the number of a special token that stands in a row's text; see Task.as_text
 Score = Literal["auto", "answers", "options", "loss"]
 MetricName = Literal["auto", "accuracy", "f1", "matthews", "pearson", "spearman"]
 Scored = Iterable[tuple["Tensor", "Tensor"]]  # what `Task.scores` gave, batch by batch, float64
@@ -54,6 +58,7 @@ class TaskOptions:
     label: str = "label"
     prompt: str = "prompt"
     answer: str = "answer"
+    input: str = "input"
     pooling: Literal["model", "mean"] = "model"
     score: Score = "auto"
     metric: MetricName = "auto"
@@ -106,8 +111,13 @@ class Task(ABC):
     def needs(self) -> list[str]:
         """The columns that a table must have."""
 
+    @property
+    def reads_also(self) -> tuple[str, ...]:
+        """The columns that are read where a table has them."""
+        return ()
+
     def columns_of(self, table: Table) -> list[str]:
-        """The columns of this table that are read. Raises UserError where one is missing."""
+        """The columns that are read, what is to be predicted last. Raises UserError where one is missing."""
         require_columns(table, self.needs)
         return self.needs
 
@@ -192,15 +202,73 @@ class Task(ABC):
     def _texts(self, rows: Sequence[Row], column: str) -> list[str]:
         for number, row in enumerate(rows, start=1):
             if not isinstance(row.get(column), str):
-                held = row.get(column, "nothing")
-                raise UserError(f"row {number} holds {held!r:.60} in the column {column!r}, where text is needed")
+                found = row.get(column, "nothing")
+                raise BadRowError(
+                    f"{place_of(row, number)}: the column {column!r} contains {found!r:.60}, where text is expected. "
+                    "Fill it in, or remove the row."
+                )
         return [row[column] for row in rows]
 
-    def _tokenize(self, texts: list[str]) -> list[list[int]]:
-        """The tokens of each text without any special token, uncut."""
+    @cached_property
+    def special(self) -> dict[str, int]:
+        """The tokenizer's special tokens, as they would stand in a text, with their ids; the longest first."""
+        found = {str(token): number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        return dict(sorted(found.items(), key=lambda pair: -len(pair[0])))
+
+    @cached_property
+    def _special_pattern(self) -> re.Pattern[str]:
+        """Matches a special token; nothing where there are none."""
+        return re.compile("|".join(map(re.escape, self.special)) or r"(?!)")
+
+    def has_special(self, text: str) -> bool:
+        """Whether a text contains what this tokenizer would read as a special token."""
+        return self._special_pattern.search(text) is not None
+
+    def as_text(self, text: str) -> str:
+        """Returns a row's text with its special tokens marked, so that `_tokenize` reads them as ordinary text.
+
+        For a text that is put between a template's own special tokens.
+        """
+        numbers = list(self.special)
+        return self._special_pattern.sub(lambda found: f"{MARK}{numbers.index(found.group())}{MARK}", text)
+
+    def _tokenize(self, texts: list[str], *, plain: bool = False) -> list[list[int]]:
+        """The tokens of each text, uncut, without any special token around it.
+
+        Special tokens in a text are recognised, but for those that `as_text` marked; with `plain` none is.
+        """
         if not texts:
             return []
-        return cast(list[list[int]], self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
+        made = self.tokenizer(texts, add_special_tokens=False, verbose=False, split_special_tokens=plain)
+        found = cast(list[list[int]], list(made["input_ids"]))
+        for position, text in enumerate(texts):
+            if MARK in text:
+                found[position] = self._tokenize_marked(text)
+        return found
+
+    def _tokenize_marked(self, text: str) -> list[int]:
+        numbers = list(self.special)
+        tokens: list[int] = []
+        at = 0
+        for found in [*self._special_pattern.finditer(text), None]:
+            piece = text[at : found.start() if found else None]
+            piece = re.sub(f"{MARK}(\\d+){MARK}", lambda mark: numbers[int(mark.group(1))], piece)
+            tokens += self._tokenize([piece], plain=True)[0] if piece else []
+            if found:
+                tokens.append(self.special[found.group()])
+                at = found.end()
+        return tokens
+
+
+@contextmanager
+def errors_at(row: Row, number: int) -> Iterator[None]:
+    """Puts the file and line of a row in front of what is raised inside."""
+    try:
+        yield
+    except BadRowError:
+        raise
+    except UserError as error:
+        raise BadRowError(f"{place_of(row, number)}: {error}") from error
 
 
 def ids(example: Example, name: str) -> list[int]:
