@@ -66,6 +66,7 @@ def describe_start(
             "trained_values": sum(tensors[key].numel() for key in trained),
         },
         "data": data.tables,
+        "data_card": data.card.as_dict(),
         "test": data.test_is if data.test else None,
         "task": {
             "kind": config.task.kind,
@@ -218,6 +219,7 @@ def finish(record: Record, engine: RunEngine, sites: Mapping[str, Score], adapte
         "adapter": str(adapter),
         "load": load_lines(base, one),
         "serving": [asdict(server) for server in serving(written, base.model_type)],
+        "data_card": record.manifest.get("data_card"),
     }
     write_atomic(record.folder / "result.json", json.dumps(result, indent=1).encode())
     write_report(record.folder)

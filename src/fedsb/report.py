@@ -111,6 +111,7 @@ def _headline(run: RunFiles) -> Json:
         "bytes": byte_totals(run.traffic),
         "epsilon": number(run.rounds[-1].get("epsilon")) if run.rounds else None,
         "privacy": _privacy(run),
+        "data_warnings": (run.manifest.get("data_card") or {}).get("warnings") or [],
     }
 
 

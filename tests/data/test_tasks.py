@@ -1,5 +1,7 @@
 """What every task shares: opening, padding, holding out."""
 
+from types import MappingProxyType
+
 import numpy as np
 import pytest
 
@@ -12,7 +14,7 @@ class Plain:
     """A tokenizer with no special tokens: a token is a character's code."""
 
     pad_token_id = eos_token_id = bos_token_id = chat_template = eos_token = None
-    added_tokens_decoder = {}
+    added_tokens_decoder = MappingProxyType({})
 
     def __call__(self, texts, add_special_tokens, verbose, split_special_tokens):
         return {"input_ids": [[ord(letter) for letter in text] for text in texts]}

@@ -6,6 +6,8 @@ import math
 import unicodedata
 from collections.abc import Callable, Iterable
 
+from fedsb.errors import UserError
+
 SHOWN = 5  # names in a message
 
 

@@ -199,8 +199,8 @@ def _decode(file: _Opened) -> str:
     if (at_null := text.find("\0")) >= 0:
         line = text.count("\n", 0, at_null) + 1
         raise UserError(
-            f"{path}, line {line}: the file contains a NUL byte. It may be UTF-16 (then set data.encoding = 'utf-16-le' "
-            "or 'utf-16-be'), or not a text file."
+            f"{path}, line {line}: the file contains a NUL byte. It may be UTF-16 (then set data.encoding = "
+            "'utf-16-le' or 'utf-16-be'), or not a text file."
         )
     return text
 
@@ -292,7 +292,10 @@ def _read_separated(file: _Opened, usual: str, quoted: bool) -> Iterator[tuple[P
         header = list(form.columns) or next(reader)
         if len(set(header)) < len(header):
             names = ", ".join(map(repr, header))
-            raise UserError(f"{path}: the header names a column twice: {names}. Name a file without one in data.columns.")
+            raise UserError(
+                f"{path}: the header names a column twice: {names}. If the file has no header, name its columns in "
+                "data.columns."
+            )
         begin = reader.line_num
         for fields in reader:
             line, begin = begin + 1, reader.line_num
@@ -318,11 +321,11 @@ def _read_separated(file: _Opened, usual: str, quoted: bool) -> Iterator[tuple[P
             if fields:
                 yield f"line {line}", dict(zip(header, fields, strict=True))
         if long:
-            file.notes.append(f"{path}: quoted fields of {len(long):,} rows span several lines, first in line {long[0]}.")
+            file.notes.append(f"{path}: fields of {len(long):,} rows span several lines, first in line {long[0]}.")
     except csv.Error as fault:
         raise UserError(
-            f"{path}, line {reader.line_num} cannot be read: {fault}; is a quote left open (since line {begin + 1})? If "
-            "the file does not quote its fields, set data.quoting = 'none'"
+            f"{path}, line {reader.line_num} cannot be read: {fault}; is a quote left open (since line {begin + 1})? "
+            "If the file does not quote its fields, set data.quoting = 'none'"
         ) from fault
     finally:
         csv.field_size_limit(limit)

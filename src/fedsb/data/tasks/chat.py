@@ -77,8 +77,8 @@ class Chat(CausalTask):
                 examples.append(example)
         if rows and not examples:
             raise UserError(
-                f"no assistant's turn begins within {self.max_tokens} tokens: raise max_tokens. Turns of weight 0 do not "
-                "count"
+                f"no assistant's turn begins within {self.max_tokens} tokens: raise max_tokens. Turns of weight 0 do "
+                "not count"
             )
         return examples, n_cut
 
@@ -88,7 +88,7 @@ class Chat(CausalTask):
         if system:
             if not isinstance(system, str) or messages[0]["role"] == "system":
                 why = "which already begin with a system turn" if isinstance(system, str) else "which must be text"
-                raise BadRowError(f"{place}: the column 'system' is put before the messages, {why}. Remove one of them.")
+                raise BadRowError(f"{place}: the column 'system' is put before the messages, {why}. Remove one.")
             messages = [{"role": "system", "content": system}, *messages]
         tools = _tools(row.get("tools"), place)
         marked = [_marked(message, self.as_text) for message in messages]
@@ -166,7 +166,7 @@ def _is_message(found: object) -> bool:
 
 
 def _marked(message: Message, as_text: Callable[[str], str]) -> Message:
-    """Returns a turn for the template: its values without those that are null, special tokens in its content as text."""
+    """Returns a turn for the template, without values that are null and with special tokens in its content as text."""
     found = {key: value for key, value in message.items() if value is not None}
     return found | {"content": as_text(message.get("content") or "")}
 

@@ -78,10 +78,10 @@ class Classification(Task):
         if self.options.text_pair is not None:
             texts.append(self._texts(rows, self.options.text_pair))
         fields = self._fields(texts)
-        if empty := sum(not tokens for tokens in fields["input_ids"]):
-            raise UserError(
-                f"{empty} of {len(rows)} rows have no text that the tokenizer reads, in the column "
-                f"{self.options.text!r}: leave them out"
+        if empty := [i for i, tokens in enumerate(fields["input_ids"]) if not tokens]:
+            raise BadRowError(
+                f"{place_of(rows[empty[0]], empty[0] + 1)}: {len(empty)} of {len(rows)} rows have no text that the "
+                f"tokenizer reads, in the column {self.options.text!r}: leave them out"
             )
         too_long = [i for i, tokens in enumerate(fields["input_ids"]) if len(tokens) > self.max_tokens]
         if too_long:  # tokenised again, so that the tokenizer cuts around its own special tokens
@@ -102,7 +102,8 @@ class Classification(Task):
         for number, (row, label) in enumerate(zip(rows, labels, strict=True), start=1):
             if str(label) not in classes:
                 raise BadRowError(
-                    f"{place_of(row, number)}: the label {label!r} is none of this model's classes: {did_you_mean(str(label), self.label_names)}"
+                    f"{place_of(row, number)}: the label {label!r} is none of this model's classes: "
+                    f"{did_you_mean(str(label), self.label_names)}"
                 )
         return [classes[str(label)] for label in labels]
 
