@@ -66,18 +66,17 @@ class DataCard:
     test_in_train: int | None  # test rows whose text is also a training row's; None: not known, or private
     alike: tuple[tuple[str, ...], ...] = field(default=())  # names of classes or of clients that differ by case alone
 
-    def lines(self) -> list[str]:
-        """Returns the card in five lines."""
+    def headline(self) -> dict[str, str]:
+        """Returns the card in five lines, each with its name."""
         sizes = sorted(self.clients.values())
         of_clients = f"{len(sizes)}, {_span(sizes)} training rows" if sizes else "none"
-        rows = {
+        return {
             "rows": self._train_line(),
             "classes" if self.label_names else "columns": self._classes_line(),
             "clients": of_clients,
             "test": self._test_line(),
             "length": self._length_line(),
         }
-        return [f"{name:<9}{text}" for name, text in rows.items()]
 
     def warnings(self) -> list[str]:
         """Returns what looks wrong, a sentence or two for each."""
@@ -85,6 +84,12 @@ class DataCard:
         for name, table in (("training", self.train), ("test", self.test)):
             if table is not None:
                 found += [*table.warnings, *_table_warnings(name, table)]
+        forgotten = [name for name in self._not_read() if name.lower() in MEANT_TO_BE_READ]
+        if forgotten:
+            found.append(
+                f"The task does not read the column {', '.join(map(repr, forgotten))}. docs/tasks.md says which columns "
+                "each task reads."
+            )
         found += self._length_warnings()
         if self.test is not None and self.test_in_train:
             found.append(
@@ -106,8 +111,8 @@ class DataCard:
         return found
 
     def as_dict(self) -> dict[str, Any]:
-        """Returns the card for JSON, with its lines, warnings and notes."""
-        return {**asdict(self), "lines": self.lines(), "warnings": self.warnings(), "notes": self.notes()}
+        """Returns the card for JSON, with its five lines, warnings and notes."""
+        return {**asdict(self), "headline": self.headline(), "warnings": self.warnings(), "notes": self.notes()}
 
     def _train_line(self) -> str:
         table = self.train
@@ -116,8 +121,8 @@ class DataCard:
         return f"{table.rows:,} of {Path(table.origin).name}" + (f" ({', '.join(more)})" if more else "")
 
     def _classes_line(self) -> str:
-        unread = f"not read: {', '.join(name or repr(name) for name in self.train.not_read)}"
-        unread = f"; {unread}" if self.train.not_read else ""
+        not_read = ", ".join(name or repr(name) for name in self._not_read())
+        unread = f"; not read: {not_read}" if not_read else ""
         if not self.label_names:
             return f"read: {', '.join(self.train.read) or 'those of the sites'}{unread}"
         counts = self.train.classes
@@ -126,6 +131,10 @@ class DataCard:
         more = f" and {len(named) - CLASSES_SHOWN} more" if len(named) > CLASSES_SHOWN else ""
         hidden = " (a private run shows no counts)" if self.private and not counts else ""
         return f"{len(named)}: {shown}{more}{hidden}{unread}"
+
+    def _not_read(self) -> list[str]:
+        """The columns of either table that nothing reads."""
+        return list(dict.fromkeys([*self.train.not_read, *(self.test.not_read if self.test else ())]))
 
     def _test_line(self) -> str:
         table = self.test
@@ -170,8 +179,9 @@ class DataCard:
 
 def shown_lines(card: Mapping[str, Any]) -> list[str]:
     """Returns a card, as `as_dict` gives it, as a person reads it: five lines, then warnings and notes."""
+    lines = [f"{name:<9}{text}" for name, text in card["headline"].items()]
     warnings = [f"{WARNING} {text}" for text in card["warnings"]]
-    return [*card["lines"], *warnings, *(f"Note: {text}" for text in card["notes"]), ""]
+    return [*lines, *warnings, *(f"Note: {text}" for text in card["notes"]), ""]
 
 
 def make_card(
@@ -230,11 +240,10 @@ def _of_table(
         unused=lost[1] if lost else None,
         read=tuple(name for name in table.columns if name in {*read, *task.reads_also}),
         not_read=tuple(unread),
-        notes=table.notes,
-        warnings=table.warnings,
     )
     if hidden:
         return card, None
+    card = replace(card, notes=table.notes, warnings=table.warnings)
     counted, keys = count(task, table.rows, read)
     of_class = Counter(str(row[read[-1]]) for row in table.rows) if task.classes else None
     classes = {name: of_class[name] for name in task.classes} if of_class else None
@@ -281,12 +290,6 @@ def count(task: Task, rows: Sequence[Row], read: Sequence[str]) -> tuple[Counted
 def _table_warnings(name: str, table: TableCard) -> list[str]:
     """Returns what looks wrong in one table."""
     found = []
-    forgotten = [column for column in table.not_read if column.lower() in MEANT_TO_BE_READ]
-    if forgotten:
-        found.append(
-            f"The task does not read the column {', '.join(map(repr, forgotten))} of the {name} rows (docs/tasks.md "
-            "says which columns each task reads)."
-        )
     what, classes = f"{name} rows", table.classes or {}
     present = [label for label, rows in classes.items() if rows]
     if len(present) == 1:

@@ -362,15 +362,10 @@ def _read_parquet(file: _Opened) -> Iterator[tuple[Place, Row]]:
 
     path = file.path
     try:
-        table = pyarrow.parquet.read_table(io.BytesIO(file.content))
-        if twice := sorted({name for name in table.column_names if table.column_names.count(name) > 1}):
-            raise UserError(f"{path} has several columns of the name {', '.join(twice)}. Rename them.")
-        rows = table.to_pylist()
+        rows = pyarrow.parquet.read_table(io.BytesIO(file.content)).to_pylist()
     except pyarrow.ArrowException as fault:
         raise UserError(f"{path} is not a readable parquet file: {fault}") from fault
     except (ValueError, OverflowError) as fault:  # text that is not UTF-8, a date that Python does not have
-        if isinstance(fault, UserError):
-            raise
         raise UserError(f"{path} contains a value that cannot be read: {fault}. Write it as text.") from fault
     for number, row in enumerate(rows, start=1):
         yield f"item {number}", row
