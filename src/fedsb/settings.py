@@ -58,6 +58,7 @@ class TaskConfig(Section):
     prompt: str = "prompt"
     answer: str = "answer"
     input: str = Field("input", description="of instruction: a column with more to read, where the table has it")
+    names: dict[str, str] = Field({}, description="of classification: a class's name for its label, as 0 = 'negative'")
     pooling: Literal["model", "mean"] = Field("model", description="of classification: the model's own, or the tokens'")
     score: Literal["auto", "answers", "options", "loss"] = Field(
         "auto", description="of graded answers: those written, the likeliest option, or the loss; default: written"

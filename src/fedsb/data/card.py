@@ -61,6 +61,7 @@ class DataCard:
     test: TableCard | None
     clients: Mapping[str, int]  # rows of each that takes part
     label_names: tuple[str, ...]
+    class_names: tuple[str, ...]  # as label_names, by the names that are shown
     max_tokens: int
     private: bool
     test_in_train: int | None  # test rows whose text is also a training row's; None: not known, or private
@@ -126,7 +127,8 @@ class DataCard:
         if not self.label_names:
             return f"read: {', '.join(self.train.read) or 'those of the sites'}{unread}"
         counts = self.train.classes
-        named = [f"{name} {counts[name]:,}" if counts else name for name in self.label_names]
+        labels = zip(self.label_names, self.class_names, strict=True)
+        named = [f"{name} {counts[label]:,}" if counts else name for label, name in labels]
         shown = ", ".join(named[:CLASSES_SHOWN])
         more = f" and {len(named) - CLASSES_SHOWN} more" if len(named) > CLASSES_SHOWN else ""
         hidden = " (a private run shows no counts)" if self.private and not counts else ""
@@ -216,6 +218,7 @@ def make_card(
         test=test_card,
         clients=dict(clients),
         label_names=names,
+        class_names=tuple(task.class_names) if names else (),
         max_tokens=task.max_tokens,
         private=private,
         test_in_train=in_train,

@@ -78,6 +78,7 @@ def open_data(config: Config, tokenizer: Tokenizer) -> Data:
         if table is not None:
             task.columns_of(table)
     task.fit_labels(train.rows, test.rows if test else [])
+    task.name_classes(train.class_names.get(task.options.label, ()))
     partition = _partition(config, task, train)
     clients = config.clients
     if clients.unseen >= len(partition.shards):
@@ -253,7 +254,7 @@ def load_own(
     ours = {theirs: name for name, theirs in columns.items()}
     rows = [with_values(row, {ours.get(key, key): value for key, value in row.items()}) for row in table.rows]
     if columns or allowed is not None:
-        table = replace(make_table(rows, table.origin), notes=table.notes, warnings=table.warnings)
+        table = replace(table, rows=rows, fingerprint=make_table(rows, table.origin).fingerprint, class_names={})
     table = _dropped(table, config.data.drop)[0]
     task.columns_of(table)
     return table
@@ -345,7 +346,7 @@ def _dropped(table: Table, drop: Mapping[str, Any]) -> tuple[Table, dict[tuple[s
             left.append(row)
     made = make_table(left, table.origin)
     dropped = len(table.rows) - len(left)
-    return replace(made, notes=table.notes, warnings=table.warnings, dropped=dropped), counts
+    return replace(table, rows=left, fingerprint=made.fingerprint, dropped=dropped), counts
 
 
 def _is_value(cell: object, value: object) -> bool:

@@ -77,6 +77,7 @@ class Table:
     notes: tuple[str, ...] = ()  # what was decided while the file was read, in sentences
     warnings: tuple[str, ...] = ()  # what looks wrong in the file, in sentences
     dropped: int = 0  # rows that data.drop left out
+    class_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # column -> names of its labels 0, 1, ...
     total: int = 0  # rows before data.train_rows or data.test_rows drew some; 0: all are here
 
     @property
@@ -410,4 +411,9 @@ def _load_hub(source: str, revision: str | None, split: str) -> Table:
         raise UserError(f"{source!r}, revision {revision!r}, split {split!r} cannot be loaded: {fault}") from fault
     origin = f"{name}{f':{config}' if config else ''}@{revision or 'main'}"
     rows: list[Row] = [PlacedRow(row, f"{origin}, row {number}") for number, row in enumerate(loaded, start=1)]
-    return make_table(rows, origin)
+    names = {
+        column: tuple(feature.names)
+        for column, feature in loaded.features.items()
+        if isinstance(feature, datasets.ClassLabel)
+    }
+    return replace(make_table(rows, origin), class_names=names)

@@ -23,7 +23,11 @@ def labels_of(looked: Mapping[str, Looked]) -> list[Any]:
         said = "; ".join(f"{kind}: {', '.join(sites)}" for kind, sites in sorted(kinds.items()))
         raise UserError(f"the sites' labels are of different types ({said}): write them alike everywhere")
     labels = sorted({label for site in looked.values() for label in site.labels})
-    refuse_same_names([str(label) for label in labels], "the sites' labels")
+    try:
+        refuse_same_names([str(label) for label in labels], "the sites' labels")
+    except UserError as error:
+        has = {name: sorted(map(str, site.labels)) for name, site in looked.items()}
+        raise UserError(f"{error} They have: {'; '.join(f'{name}: {of}' for name, of in has.items())}") from error
     return labels
 
 

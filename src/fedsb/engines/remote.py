@@ -67,6 +67,7 @@ class RemoteEngine(Bench):
         else:
             labels = labels_of(looked)
             task.fit_labels([{task.options.label: label} for label in labels], test.rows if test else [])
+        task.name_classes(test.class_names.get(task.options.label, ()) if test else ())
         super().__init__(config, method, tokenizer, task)
         opened = {} if begun else self._open(tokenizer_fingerprint(tokenizer))
         self.sites = (

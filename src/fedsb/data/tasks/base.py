@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from fedsb.data.metrics import Values
 from fedsb.data.sources import Row, Table, place_of, require_columns
-from fedsb.errors import BadRowError, UserError
+from fedsb.errors import BadRowError, UserError, did_you_mean
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,6 +65,7 @@ class TaskOptions:
     new_tokens: int | None = None
     messages: str = "messages"
     run_code: bool = False
+    names: Mapping[str, str] = field(default_factory=dict)  # label -> the name of its class
 
 
 class Task(ABC):
@@ -87,6 +88,7 @@ class Task(ABC):
         self.options = options
         self.max_tokens = max_tokens
         self.label_names: list[str] = []  # of the head's outputs, none without a head; set by fit_labels
+        self.names = dict(options.names)  # label -> the name that is shown and exported; see name_classes
         self.scoring = self.scorings[0] if options.score == "auto" else options.score
         if self.scoring not in self.scorings:
             raise UserError(f"task.score = {options.score!r}: this task has {', '.join(self.scorings)}")
@@ -100,6 +102,25 @@ class Task(ABC):
     def classes(self) -> list[str]:
         """The classes that a row has one of, where rows have classes."""
         return self.label_names
+
+    @property
+    def class_names(self) -> list[str]:
+        """What the head's outputs are called for people and in exported models: `label_names`, or their names."""
+        return [self.names.get(label, label) for label in self.label_names]
+
+    def name_classes(self, of_table: Sequence[str] = ()) -> None:
+        """Names the classes as task.names says, else by the names that a table has of the labels 0, 1, ...
+
+        The labels are known. Raises UserError for a name of no label, and for two classes of one name.
+        """
+        if not self.options.names:
+            self.names = {str(label): name for label, name in enumerate(of_table)} if self.classes else {}
+        unknown = [label for label in self.options.names if label not in self.classes]
+        if unknown:
+            known = did_you_mean(unknown[0], self.classes)
+            raise UserError(f"task.names has a name for {unknown[0]!r}, which no row has as label: {known}.")
+        if len(set(self.class_names)) < len(self.class_names):
+            raise UserError(f"task.names gives two classes one name: {', '.join(self.class_names)}. Rename one.")
 
     @classmethod
     def higher_is_better_by(cls, score: str) -> bool:
@@ -178,7 +199,9 @@ class Task(ABC):
         return [r for i, r in enumerate(rows) if i not in held], [r for i, r in enumerate(rows) if i in held]
 
     def collate(self, examples: list[Example], *, multiple_of: int = 8) -> Batch:
-        """A right-padded batch: input_ids, attention_mask, labels, and token_type_ids where the tokenizer makes them.
+        """A padded batch: input_ids, attention_mask, labels, and token_type_ids where the tokenizer makes them.
+
+        Padded on the right; on the left for models that read a text's class at its last token (XLNet).
 
         All are (b, t) int64, t rounded up to `multiple_of` but not above max_tokens; labels of classes are (b,), and
         those that are numbers float32.
@@ -188,16 +211,31 @@ class Task(ABC):
         longest = max(len(ids(example, "input_ids")) for example in examples)
         width = max(longest, min(-(-longest // multiple_of) * multiple_of, self.max_tokens))
         ones = [{"attention_mask": [1] * len(ids(example, "input_ids"))} for example in examples]
-        fill = {"input_ids": pad_token(self.tokenizer), "labels": NO_LOSS}  # the others are padded with 0
+        fill = {
+            "input_ids": pad_token(self.tokenizer),
+            "labels": NO_LOSS,
+            "token_type_ids": getattr(self.tokenizer, "pad_token_type_id", 0),
+        }  # the others are padded with 0
+        left = self.pads_left
 
         def stack(name: str) -> Tensor:
             values = [(example | one)[name] for example, one in zip(examples, ones, strict=True)]
             if isinstance(values[0], (int, float)):
                 return torch.tensor(values)
             lists = cast(list[list[int]], values)
-            return torch.tensor([value + [fill.get(name, 0)] * (width - len(value)) for value in lists])
+            pads = [[fill.get(name, 0)] * (width - len(value)) for value in lists]
+            rows = zip(pads, lists, strict=True) if left else zip(lists, pads, strict=True)
+            return torch.tensor([first + second for first, second in rows])
 
         return {name: stack(name) for name in (*examples[0], "attention_mask") if name != "question"}
+
+    @cached_property
+    def pads_left(self) -> bool:
+        """Whether the tokenizer pads on the left and ends a text with its class token, as XLNet's does."""
+        if getattr(self.tokenizer, "padding_side", "right") != "left":
+            return False
+        tokens = self.tokenizer("a")["input_ids"]
+        return bool(tokens) and tokens[-1] == self.tokenizer.cls_token_id
 
     def _texts(self, rows: Sequence[Row], column: str) -> list[str]:
         for number, row in enumerate(rows, start=1):
