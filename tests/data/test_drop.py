@@ -9,7 +9,7 @@ import pytest
 
 from conftest import labelled_rows, set_all, write_rows
 from fedsb.config import load_config
-from fedsb.data.sites import open_data
+from fedsb.data.sites import open_data, rows_by_client
 from fedsb.errors import UserError
 from fedsb.models.load import load_tokenizer
 
@@ -78,11 +78,17 @@ def test_numbers_in_files_of_text_are_dropped_too(tiny_config: dict[str, Any], t
 def test_values_are_compared_as_labels_are(
     tiny_config: dict[str, Any], tmp_path: Path, cells: list[Any], value: Any, left: list[Any]
 ) -> None:
-    from fedsb.data.sites import _dropped
-    from fedsb.data.sources import make_table
-
-    table, _ = _dropped(make_table([{"label": cell} for cell in cells], "here"), {"label": value})
-    assert [row["label"] for row in table.rows] == left and table.dropped == len(cells) - len(left)
+    rows = [{**row, "note": cell} for row, cell in zip(labelled_rows(60, 0), cells * 10, strict=False)]
+    rows += [{**row, "note": "kept"} for row in labelled_rows(60, 0)]
+    config = set_all(
+        tiny_config,
+        data={"train": str(write_rows(tmp_path / "a.jsonl", rows)), "drop": {"note": value}},
+        clients={"split": "iid", "count": 1},
+    )
+    settings = load_config(config).config
+    ((_, found),) = rows_by_client(settings, load_tokenizer(settings.model))[0].items()
+    assert {repr(row["note"]) for row in found} == {repr(cell) for cell in [*left, "kept"]}
+    assert opened(config).card.train.dropped == len(rows) - len(found)
 
 
 def test_a_value_that_no_row_has(tiny_config: dict[str, Any]) -> None:

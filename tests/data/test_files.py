@@ -88,7 +88,7 @@ def test_a_row_knows_its_place(tmp_path: Path) -> None:
 def torn_gzip() -> bytes:
     """Valid at its beginning; then bytes that no deflate stream has."""
     packed = bytearray(gzip.compress(b'{"text": "a"}\n' * 200))
-    packed[12:30] = b"\xff" * 18
+    packed[10:30] = b"\xff" * 20
     return bytes(packed)
 
 
