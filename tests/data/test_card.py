@@ -244,3 +244,30 @@ def test_rows_are_drawn_by_the_seed(tiny_config: dict[str, Any], tmp_path: Path)
     assert found.test == again.test != other.test
     whole = opened(set_all(config, data={**config["data"], "train_rows": 10_000}))
     assert whole.card.train.rows == 300 and whole.card.train.drawn_from is None
+
+
+def test_the_public_rows_of_a_basis_are_drawn_too(tiny_config: dict[str, Any], tmp_path: Path) -> None:
+    from fedsb.engines.resolved import public_rows
+
+    rows = sorted(labelled_rows(300, 0), key=lambda row: str(row["label"]))
+    path = str(write_rows(tmp_path / "public.jsonl", rows))
+    config = set_all(tiny_config, basis={"kind": "update", "data": path, "samples": 60})
+    task = opened(config).task
+    examples = public_rows(load_config(config).config, task)
+    counts = [sum(example["labels"] == label for example in examples) for label in range(3)]
+    assert sum(counts) == 60 and min(counts) > 8
+
+
+def test_how_a_file_is_read_is_set_in_data(tiny_config: dict[str, Any], tmp_path: Path) -> None:
+    rows = labelled_rows(60, 0)
+    lines = [f"{row['text']} café;{row['label']};{row['client']}\n" for row in rows]
+    (tmp_path / "train.tsv").write_bytes("".join(lines).encode("cp1252"))
+    form = {"delimiter": ";", "encoding": "cp1252", "columns": ["text", "label", "client"]}
+    config = set_all(tiny_config, data={"train": str(tmp_path / "train.tsv"), **form})
+    found = opened(config)
+    assert found.card.train.rows == 60 and found.card.label_names == ("blue", "green", "red")
+    choices = {choice.key: choice.reason for choice in load_config(config).choices()}
+    assert choices["data.delimiter"] == "dict"
+    idle = load_config(set_all(tiny_config, data={**tiny_config["data"], **form})).choices()
+    reasons = {choice.key: choice.reason for choice in idle}
+    assert "has no effect: no .csv or .tsv file is read here" in reasons["data.delimiter"]
