@@ -69,7 +69,7 @@ def test_a_label_that_only_the_test_has(
     rows = [*rows_of(tiny_config["data"]["test"]), {"text": "red1", "label": "mauve", "client": "x"}]
     data = {**tiny_config["data"], "test": str(write_rows(tmp_path / "test.jsonl", rows))}
     said = refused(set_all(tiny_config, data=data))
-    assert "the test has the label 'mauve', which no training row has (there: blue, green, red)" in said
+    assert "the test has the label 'mauve', which no training row has: there are: blue, green, red. Add" in said
 
 
 def test_a_label_that_only_some_clients_have_is_fine(tiny_config: dict[str, Any], tmp_path: Path) -> None:

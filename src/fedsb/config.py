@@ -94,7 +94,12 @@ def idle(config: Config) -> dict[str, str]:
     note("clients", ["column"], clients.split == "column", f"clients.split is {clients.split}")
     note("clients", ["count"], clients.split != "column", "the column says how many clients there are")
     note("data", ["test", "test_split", "test_rows"], not config.data.tune_share, "data.tune_share takes training rows")
+    read = [Path(name.removesuffix(".gz")).suffix.lower() for name in (config.data.train, config.data.test) if name]
+    separated = not {".csv", ".tsv"}.isdisjoint(read)
+    note("data", ["delimiter", "quoting", "columns"], separated, "no .csv or .tsv file is read here")
+    note("data", ["encoding"], separated or not {".json", ".jsonl"}.isdisjoint(read), "no text file is read here")
     task = config.task
+    note("task", ["input"], task.kind == "instruction", f"task.kind is {task.kind}")
     graded = task.kind in ("arithmetic", "commonsense")
     note("task", ["new_tokens"], graded and task.score in ("auto", "answers"), "no answers are written")
     note("basis", ["outer", "outer_rank"], basis.kind == "core", f"basis.kind is {basis.kind}")

@@ -18,6 +18,10 @@ class RefusalError(UserError):
     may_leave = True
 
 
+class BadRowError(UserError):
+    """A row that cannot be used: the message begins with its file and line."""
+
+
 class NotAtHandError(UserError):
     """Something that is elsewhere, as weights and rows that were not downloaded; `fedsb check` does without it."""
 

@@ -203,7 +203,7 @@ def _make(manifest: Mapping[str, Any], config: Config, adapter: Path, folder: Pa
         auto_class=task["auto_class"],
         task_type=task["peft_task_type"],
         head=(),
-        label_names=task["label_names"] or [],
+        label_names=task.get("class_names") or task["label_names"] or [],
         conv1d=False,
         pad_token=manifest["model"]["pad_token"],
         problem_type=task["problem_type"],

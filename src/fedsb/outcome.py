@@ -67,12 +67,14 @@ def describe_start(
             "trained_values": sum(tensors[key].numel() for key in trained),
         },
         "data": data.tables,
+        "data_card": data.card.as_dict(),
         "test": data.test_is if data.test else None,
         "task": {
             "kind": config.task.kind,
             "metric": task.metric,
             "higher_is_better": task.higher_is_better,
             "label_names": task.label_names or None,
+            "class_names": task.class_names or None,
             "auto_class": task.auto_class,
             "peft_task_type": task.peft_task_type,
             "problem_type": task.problem_type,
@@ -226,6 +228,7 @@ def finish(record: Record, engine: RunEngine, sites: Mapping[str, Score], adapte
         "adapter": str(adapter),
         "load": load_lines(base, one),
         "serving": [asdict(server) for server in serving(written, base.model_type)],
+        "data_card": record.manifest.get("data_card"),
     }
     write_atomic(record.folder / "result.json", json.dumps(result, indent=1).encode())
     write_report(record.folder)
@@ -240,7 +243,7 @@ def base_facts(bench: Bench) -> BaseFacts:
         auto_class=bench.task.auto_class,
         task_type=bench.task.peft_task_type,
         head=bench.base.head,
-        label_names=bench.task.label_names,
+        label_names=bench.task.class_names,
         problem_type=bench.task.problem_type,
         conv1d=has_conv1d(bench.adapted.layers),
         pad_token=bench.base.pad_token,

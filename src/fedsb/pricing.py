@@ -118,6 +118,7 @@ def estimate(loaded: Loaded) -> dict[str, Any]:
     memory = _memory(config, method, base, adapted, blocks, weights, head, cohort)
     return {
         "settings": [asdict(choice) for choice in choices],
+        "data": data.card.as_dict() if data else None,
         "clients": {site.name: site.rows for site in data.sites} if data else None,
         "values_a_client_a_round": {
             "up": traffic.up,

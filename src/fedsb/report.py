@@ -114,6 +114,7 @@ def _headline(run: RunFiles) -> Json:
         "bytes": byte_totals(run.traffic),
         "epsilon": number(run.rounds[-1].get("epsilon")) if run.rounds else None,
         "privacy": _privacy(run),
+        "data_warnings": (run.manifest.get("data_card") or {}).get("warnings") or [],
     }
 
 
@@ -258,8 +259,10 @@ def _holdings(manifest: Json) -> Json | None:
     if not clients:
         return None
     held = {label for client in clients for label in client.get("labels") or ()}
-    names = (manifest.get("task") or {}).get("label_names") or []
+    task = manifest.get("task") or {}
+    names = task.get("label_names") or []
     labels = [*names, *sorted(held - set(names))] if held else []
+    shown = dict(zip(names, task.get("class_names") or names, strict=True))
     most = max(client["rows"] for client in clients) or 1
     rows = []
     for client in clients:
@@ -267,7 +270,11 @@ def _holdings(manifest: Json) -> Json | None:
         whole = sum(counts.values()) or 1
         cells = [(counts.get(label, 0), round((counts.get(label, 0) / whole) ** 0.5, 3)) for label in labels]
         rows.append({**client, "bar": round(100 * client["rows"] / most, 1), "cells": cells})
-    return {"labels": labels, "rows": rows, "total": sum(client["rows"] for client in clients)}
+    return {
+        "labels": [shown.get(label, label) for label in labels],
+        "rows": rows,
+        "total": sum(client["rows"] for client in clients),
+    }
 
 
 def _confusion(run: RunFiles) -> Json | None:

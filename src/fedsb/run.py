@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fedsb.config import Loaded, difference, load_config
+from fedsb.data.card import shown_lines
 from fedsb.engines import Engine, Sent
 from fedsb.engines.embedded import EmbeddedEngine
 from fedsb.engines.round import play, renew
@@ -125,6 +126,8 @@ def _carry_out(loaded: Loaded, engine: RunEngine, record: Record, display: Displ
     with record, closing(engine.promise), Interrupts().installed() as interrupts:
         record.check_same(engine.data.tables, engine.base.fingerprint)
         choices = [*loaded.choices(), *engine.choices]
+        for line in shown_lines(engine.data.card.as_dict()):
+            display.note(line)
         display.settings(choices)
 
         state = record.latest()

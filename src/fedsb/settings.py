@@ -60,6 +60,8 @@ class TaskConfig(Section):
     label: str = "label"
     prompt: str = "prompt"
     answer: str = "answer"
+    input: str = Field("input", description="of instruction: a column with more to read, where the table has it")
+    names: dict[str, str] = Field({}, description="of classification: a class's name for its label, as 0 = 'negative'")
     pooling: Literal["model", "mean"] = Field("model", description="of classification: the model's own, or the tokens'")
     score: Literal["auto", "answers", "options", "loss"] = Field(
         "auto", description="of graded answers: those written, the likeliest option, or the loss; default: written"
@@ -83,9 +85,19 @@ class DataConfig(Section):
     revision: str | None = Field(None, description="of a Hub data set: branch, tag or commit")
     train_split: str = "train"
     test_split: str = "test"
-    train_rows: Positive | None = Field(None, description="only the first so many rows")
-    test_rows: Positive | None = Field(None, description="only the first so many rows")
-    drop: dict[str, Any] = Field({}, description="rows left out: those that have this value in this column")
+    train_rows: Positive | None = Field(None, description="only so many rows, drawn by the seed")
+    test_rows: Positive | None = Field(None, description="only so many rows, drawn by the seed")
+    drop: dict[str, Any] = Field(
+        {}, description="rows left out: those that have this value, or one of these values, in this column"
+    )
+    delimiter: Annotated[str, Field(min_length=1, max_length=1)] | None = Field(
+        None, description="of .csv and .tsv; default: a comma (or what the header has instead), a tab"
+    )
+    quoting: Literal["auto", "standard", "none"] = Field(
+        "auto", description="of .csv and .tsv: whether fields are quoted; default: of .csv yes, of .tsv no"
+    )
+    encoding: str | None = Field(None, description="of text files; default: UTF-8")
+    columns: list[str] = Field([], description="the names of the columns of .csv and .tsv files without a header")
     classes: Annotated[int, Field(ge=2)] | None = Field(
         None, description="how many classes the rows must have; also prices a head without them"
     )

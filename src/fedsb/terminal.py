@@ -13,6 +13,7 @@ from rich.table import Column, Table
 
 from fedsb.adapters.serving import serving_lines
 from fedsb.charts import beside_text, bytes_text, counts_text, score_text, seconds_text
+from fedsb.data.card import WARNING, shown_lines
 from fedsb.settings import Choice
 
 PLAIN: dict[str, Any] = {"box": None, "padding": (0, 2, 0, 0)}  # tables without lines
@@ -60,7 +61,8 @@ class Terminal:
         self.console.print()
 
     def note(self, text: str) -> None:
-        self.console.print(text, soft_wrap=True)
+        """Prints a line; a warning in yellow."""
+        self.console.print(text, soft_wrap=True, style="yellow" if text.startswith(WARNING) else None)
 
     def round(self, row: Mapping[str, Any], rounds: int) -> None:
         self.seconds += row["seconds"]
@@ -155,6 +157,8 @@ def print_summary(folder: Path, found: Mapping[str, Any]) -> None:
             )
     if result:
         console.print(f"  adapter         {result['adapter']}")
+    for text in found["data_warnings"]:
+        console.print(f"  warning         {text}", style="yellow")
     if (folder / "report.html").exists():
         console.print(f"  report          {folder / 'report.html'}")
     for line in serving_lines((result or {}).get("serving", []), only_doubts=True):
@@ -180,8 +184,10 @@ def print_comparison(folder: Path, found: Mapping[str, Any]) -> None:
 
 def print_estimate(found: Mapping[str, Any]) -> None:
     """What `fedsb check` prints."""
-    console = _console()
-    Terminal().settings([Choice(**choice) for choice in found["settings"]])
+    console, terminal = _console(), Terminal()
+    for line in shown_lines(found["data"]) if found["data"] else ():
+        terminal.note(line)
+    terminal.settings([Choice(**choice) for choice in found["settings"]])
     table = Table(
         "method",
         "one-off",

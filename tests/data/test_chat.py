@@ -125,7 +125,7 @@ def test_a_template_that_refuses(chatty):
     "messages", ["hello", [], None, 5, [{"role": "user"}], [{"role": "assistant", "content": None}], ["hello"]]
 )
 def test_what_messages_must_be(chatty, messages):
-    with pytest.raises(UserError, match=r"row 2 holds .* in the column 'messages', where a list of messages is needed"):
+    with pytest.raises(UserError, match=r"row 2: the column 'messages' contains .* a list of messages is expected"):
         task_of(chatty()).encode([{"messages": TALK}, {"messages": messages}])
 
 

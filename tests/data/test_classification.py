@@ -35,7 +35,7 @@ def test_labels_are_sorted_by_value_or_alphabet(minilm, labels, names):
     ("train", "test", "message"),
     [
         ((0, 1), (0, 5), "the test has the label '5', which no training row has"),
-        ((0, 0), (0,), "every training row has the label 0"),
+        ((0, 0), (0,), "every training row has the label '0'"),
         ((0, "a"), (0,), "mixes labels of the types int, str"),
         ((0, 1, None), (0,), "row 3 has the label None"),
         ((0.5, 1.5), (0.5,), r"row 1 has the label 0\.5 \(float\)"),

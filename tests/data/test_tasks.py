@@ -1,5 +1,7 @@
 """What every task shares: opening, padding, holding out."""
 
+from types import MappingProxyType
+
 import numpy as np
 import pytest
 
@@ -12,8 +14,9 @@ class Plain:
     """A tokenizer with no special tokens: a token is a character's code."""
 
     pad_token_id = eos_token_id = bos_token_id = chat_template = eos_token = None
+    added_tokens_decoder = MappingProxyType({})
 
-    def __call__(self, texts, add_special_tokens, verbose):
+    def __call__(self, texts, add_special_tokens, verbose, split_special_tokens):
         return {"input_ids": [[ord(letter) for letter in text] for text in texts]}
 
     def tokenize(self, text):
@@ -76,7 +79,7 @@ def test_holding_out_rows():
 
 @pytest.mark.parametrize("value", [None, 3])
 def test_a_text_that_is_none_names_its_row(value):
-    with pytest.raises(UserError, match=rf"row 2 holds {value} in the column 'text'"):
+    with pytest.raises(UserError, match=rf"row 2: the column 'text' contains {value}, where text is expected"):
         plain().encode([{"text": "a b"}, {"text": value}])
 
 

@@ -21,7 +21,10 @@ from laws.test_engines import federation, remote_of
         ([], r"site 1/rows.jsonl is empty"),
         ([{"note": "red1", "label": "red"}], "has no column 'text'"),
         ([{"text": "", "label": "red"}, {"text": " ", "label": "blue"}], "rows have no text that the tokenizer reads"),
-        ([{"text": "red1", "label": None}], "refused: row 1 has the label None"),
+        (
+            [{"text": "red1", "label": None}],
+            r"refused: .*site 1/rows.jsonl, line 1 has the label None in the column 'label'",
+        ),
     ],
 )
 def test_rows_that_cannot_be_used(

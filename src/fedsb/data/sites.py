@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+from fedsb.data.card import DataCard, make_card
+from fedsb.data.names import SHOWN, is_missing, refuse_same_names
 from fedsb.data.partition import Partition, split_rows
-from fedsb.data.sources import Row, Table, load_table, make_table, require_columns
+from fedsb.data.sources import (
+    FileFormat,
+    Row,
+    Table,
+    load_table,
+    make_table,
+    place_of,
+    require_columns,
+    with_values,
+)
 from fedsb.data.tasks import Example, Task, TaskOptions, Tokenizer, open_task
 from fedsb.draws import generator
-from fedsb.errors import UserError
+from fedsb.errors import BadRowError, UserError, did_you_mean
 from fedsb.settings import Choice, ClientsConfig, Config
 
 
@@ -45,6 +57,7 @@ class Data:
     best_guess: float | None  # the best score of predicting one class always, known to who has the test rows
     tables: dict[str, dict[str, Any]]  # origin, rows and fingerprint, for the manifest
     choices: tuple[Choice, ...]
+    card: DataCard
 
     @property
     def taking_part(self) -> list[Site]:
@@ -66,6 +79,7 @@ def open_data(config: Config, tokenizer: Tokenizer) -> Data:
         if table is not None:
             task.columns_of(table)
     task.fit_labels(train.rows, test.rows if test else [])
+    task.name_classes(train.class_names.get(task.options.label, ()))
     partition = _partition(config, task, train)
     clients = config.clients
     if clients.unseen >= len(partition.shards):
@@ -78,12 +92,15 @@ def open_data(config: Config, tokenizer: Tokenizer) -> Data:
     cut = unused = 0
     sites: list[Site] = []
     tune: list[Example] = []
+    scored_rows: list[Row] = []  # of the clients, where no test table is
     for shard in partition.shards:
         rows = [train.rows[i] for i in shard.rows]
         kept, held = task.hold_out(rows, clients.held_out, generator(config.seed, "held out", shard.name))
         if shard.name not in unseen:
             kept, scored = task.hold_out(kept, share, generator(config.seed, "tune", shard.name))
-            scored_examples, cut_scored = task.encode_test(scored)
+            with _of_client(shard.name):
+                scored_examples, cut_scored = task.encode_test(scored)
+            scored_rows += scored if share else held
             tune, cut, unused = tune + scored_examples, cut + cut_scored, unused + _lost(scored, scored_examples)
         site, cut_here, unused_here = _encoded(config, task, shard.name, kept, held)
         if shard.name in unseen:
@@ -91,7 +108,7 @@ def open_data(config: Config, tokenizer: Tokenizer) -> Data:
         sites.append(site)
         cut, unused = cut + cut_here, unused + unused_here
     test_examples, cut_test = task.encode_test(test.rows) if test else ([], 0)
-    unused += _lost(test.rows, test_examples) if test else 0
+    unused_test = _lost(test.rows, test_examples) if test else 0
     if share and not tune:
         raise UserError(f"data.tune_share = {share} leaves no row of {len(train.rows):,} to score: raise it")
     if share:
@@ -99,6 +116,19 @@ def open_data(config: Config, tokenizer: Tokenizer) -> Data:
     elif not test:
         test_examples = [example for site in sites if not site.unseen for example in site.held_out]
     pool = [example for site in sites for example in site.train]
+    scored_table = test
+    if test is None and scored_rows:
+        scored_table = Table(rows=scored_rows, origin=_scored(None, share), fingerprint=train.fingerprint)
+    card = make_card(
+        task,
+        train,
+        scored_table,
+        clients={site.name: site.rows for site in sites if not site.unseen},
+        lost={"train": (cut, unused), **({"test": (cut_test, unused_test)} if test else {})},
+        also_read=_read_by_settings(config),
+        private=config.privacy.on,
+        held_out=test is None,
+    )
     return Data(
         task=task,
         sites=sites,
@@ -108,7 +138,8 @@ def open_data(config: Config, tokenizer: Tokenizer) -> Data:
         baseline=task.baseline(pool, test_examples) if test_examples and not config.privacy.on else None,
         best_guess=task.best_guess(test_examples) if test_examples and (test or not config.privacy.on) else None,
         tables={name: table_facts(table) for name, table in (("train", train), ("test", test)) if table is not None},
-        choices=_choices(config, cut + cut_test, unused, partition.dropped, unseen),
+        choices=_choices(config, cut + cut_test, unused + unused_test, partition.dropped, unseen),
+        card=card,
     )
 
 
@@ -124,6 +155,7 @@ def _partition(config: Config, task: Task, train: Table) -> Partition:
     clients = config.clients
     if clients.split == "column":
         require_columns(train, [clients.column])
+        _refuse_client_names(train, clients.column)
     partition = split_rows(
         clients.split,
         len(train.rows),
@@ -162,12 +194,33 @@ def open_own(config: Config, task: Task, name: str, table: Table) -> tuple[Site,
 def _encoded(config: Config, task: Task, name: str, kept: list[Row], held: list[Row]) -> tuple[Site, int, int]:
     if config.privacy.unit == "example":
         _refuse_pieces(task, name, kept)
-    (examples, cut_kept), (held_examples, cut_held) = task.encode(kept), task.encode_test(held)
+    with _of_client(name):
+        (examples, cut_kept), (held_examples, cut_held) = task.encode(kept), task.encode_test(held)
     if not examples:
         raise UserError(f"client {name!r} has no usable row of its {len(kept)}; raise clients.min_rows")
     labels = _count(task, kept, task.options.label)
     site = Site(name=name, rows=len(examples), train=examples, held_out=held_examples, labels=labels)
     return site, cut_kept + cut_held, _lost(kept, examples) + _lost(held, held_examples)
+
+
+@contextmanager
+def _of_client(name: str) -> Iterator[None]:
+    """Names the client in the error of a row."""
+    try:
+        yield
+    except BadRowError as error:
+        raise BadRowError(f"client {name!r}: {error}") from error
+
+
+def _refuse_client_names(train: Table, column: str) -> None:
+    """Raises UserError for rows without a client, and for names of clients that differ by spaces alone."""
+    for number, row in enumerate(train.rows, start=1):
+        if is_missing(row[column]):
+            raise BadRowError(
+                f"{place_of(row, number)}: the column {column!r} (clients.column) contains {row[column]!r}, which is "
+                "not a name. Fill it in, or leave such rows out with data.drop."
+            )
+    refuse_same_names(dict.fromkeys(str(row[column]) for row in train.rows), "the clients")
 
 
 def _refuse_pieces(task: Task, name: str, rows: list[Row]) -> None:
@@ -197,13 +250,14 @@ def load_own(
     """
     table = _load(source, revision, split)
     if allowed is not None:
-        table = replace(table, rows=[{key: row[key] for key in row if key in allowed} for row in table.rows])
+        kept = [with_values(row, {key: row[key] for key in row if key in allowed}) for row in table.rows]
+        table = replace(table, rows=kept)
     require_columns(table, list(columns.values()))
     ours = {theirs: name for name, theirs in columns.items()}
-    rows = [{ours.get(key, key): value for key, value in row.items()} for row in table.rows]
+    rows = [with_values(row, {ours.get(key, key): value for key, value in row.items()}) for row in table.rows]
     if columns or allowed is not None:
-        table = make_table(rows, table.origin)
-    table = _dropped(table, config.data.drop)
+        table = replace(table, rows=rows, fingerprint=make_table(rows, table.origin).fingerprint, class_names={})
+    table = _dropped(table, config.data.drop)[0]
     task.columns_of(table)
     return table
 
@@ -213,7 +267,8 @@ def load_test(config: Config, task: Task) -> Table | None:
     data = config.data
     if data.test is None:
         return None
-    table = _first(_dropped(_load(data.test, data.revision, data.test_split), data.drop), data.test_rows)
+    table = _dropped(_load(data.test, data.revision, data.test_split, format_of(config)), data.drop)[0]
+    table = draw_rows(table, data.test_rows, config.seed, "test rows")
     task.columns_of(table)
     return table
 
@@ -227,7 +282,7 @@ def open_task_of(config: Config, tokenizer: Tokenizer) -> Task:
 def load_rows(config: Config, task: Task, source: str | None) -> Table:
     """Rows to score: of `source`, or the run's own test. Raises UserError where there are neither."""
     if source is not None:
-        table: Table | None = _load(source, None, config.data.test_split)
+        table: Table | None = _load(source, None, config.data.test_split, format_of(config))
     else:
         table = load_test(config, task) if config.data.train is None else _tables(config)[1]
     if table is None:
@@ -249,34 +304,91 @@ def _tables(config: Config) -> tuple[Table, Table | None]:
 
         train, test = python_docs.tables()
     else:
-        train = _load(data.train, data.revision, data.train_split)
+        train = _load(data.train, data.revision, data.train_split, format_of(config))
     if data.tune_share:
         test = None  # not even read: what is tuned must not see it
     elif data.test is not None:
-        test = _load(data.test, data.revision, data.test_split)
-    train, test = _dropped(train, data.drop), None if test is None else _dropped(test, data.drop)
-    return _first(train, data.train_rows), None if test is None else _first(test, data.test_rows)
+        test = _load(data.test, data.revision, data.test_split, format_of(config))
+    train, test = _drop_from(train, test, data.drop)
+    train = draw_rows(train, data.train_rows, config.seed, "train rows")
+    return train, None if test is None else draw_rows(test, data.test_rows, config.seed, "test rows")
 
 
-def _dropped(table: Table, drop: Mapping[str, Any]) -> Table:
-    """The table without the rows that hold one of these values. Raises UserError where nothing is left."""
-    if not drop:
-        return table
+def _drop_from(train: Table, test: Table | None, drop: Mapping[str, Any]) -> tuple[Table, Table | None]:
+    """The tables without the rows that data.drop names. Raises UserError for a value that no row has."""
+    left, counts = _dropped(train, drop)
+    left_test, more = (None, {}) if test is None else _dropped(test, drop)
+    for (column, value), rows in counts.items():
+        if rows + more.get((column, value), 0) == 0:
+            names = list(dict.fromkeys("" if row[column] is None else str(row[column]) for row in train.rows))
+            known = did_you_mean(str(value), names) if len(names) <= 4 * SHOWN else f"as {', '.join(names[:SHOWN])} ..."
+            raise UserError(
+                f"data.drop leaves out rows with {value!r} in the column {column!r}, and no row has it: {known}. "
+                "Correct the value, or remove it from data.drop."
+            )
+    return left, left_test
+
+
+def _dropped(table: Table, drop: Mapping[str, Any]) -> tuple[Table, dict[tuple[str, str], int]]:
+    """(the table without the rows that have one of these values, how many rows have each).
+
+    Raises UserError where nothing is left.
+    """
+    wanted = [(key, value) for key, of in drop.items() for value in (of if isinstance(of, list) else [of])]
+    if not wanted:
+        return table, {}
     require_columns(table, list(drop))
-    return make_table(
-        [row for row in table.rows if all(row[key] != value for key, value in drop.items())], table.origin
+    counts = {(key, str(value)): 0 for key, value in wanted}
+    left = []
+    for row in table.rows:
+        has = [(key, str(value)) for key, value in wanted if _is_value(row[key], value)]
+        for each in has:
+            counts[each] += 1
+        if not has:
+            left.append(row)
+    made = make_table(left, table.origin)
+    dropped = len(table.rows) - len(left)
+    return replace(table, rows=left, fingerprint=made.fingerprint, dropped=dropped), counts
+
+
+def _is_value(cell: object, value: object) -> bool:
+    """Whether a cell has a value of the TOML, whose file may keep numbers and true or false as text; "" is null too."""
+    if isinstance(value, bool) or isinstance(cell, bool):
+        return str(cell).strip().lower() == str(value).lower()
+    if isinstance(value, int | float) and isinstance(cell, int | float | str):
+        try:
+            return float(cell) == float(value)
+        except (ValueError, OverflowError):
+            return False
+    return str("" if cell is None else cell) == str(value)
+
+
+def format_of(config: Config) -> FileFormat:
+    """How the files of the configuration are read."""
+    data = config.data
+    return FileFormat(
+        delimiter=data.delimiter, quoting=data.quoting, encoding=data.encoding, columns=tuple(data.columns)
     )
 
 
-def _load(source: str, revision: str | None, split: str) -> Table:
+def _load(source: str, revision: str | None, split: str, form: FileFormat | None = None) -> Table:
     """Revision and split are a Hub data set's; a local file has none."""
     if source.startswith("hub:"):
         return load_table(source, revision=revision, split=split)
-    return load_table(source)
+    return load_table(source, form=form)
 
 
-def _first(table: Table, rows: int | None) -> Table:
-    return replace(table, rows=table.rows[:rows])
+def draw_rows(table: Table, rows: int | None, seed: int, which: str) -> Table:
+    """So many rows of the table, drawn by the seed, in their order: a file may be sorted by label."""
+    if rows is None or rows >= len(table.rows):
+        return table
+    drawn = sorted(generator(seed, which).permutation(len(table.rows))[:rows].tolist())
+    return replace(table, rows=[table.rows[i] for i in drawn], total=len(table.rows))
+
+
+def _read_by_settings(config: Config) -> list[str]:
+    """The columns that are read for something else than the task."""
+    return [*config.data.drop, *([config.clients.column] if config.clients.split == "column" else [])]
 
 
 def _enough_text(partition: Partition, train: Table, task: Task, clients: ClientsConfig) -> Partition:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from fedsb.data.names import refuse_same_names
 from fedsb.engines.notes import Looked
 from fedsb.errors import UserError
 from fedsb.settings import Choice
@@ -21,7 +22,13 @@ def labels_of(looked: Mapping[str, Looked]) -> list[Any]:
     if len(kinds) > 1:
         said = "; ".join(f"{kind}: {', '.join(sites)}" for kind, sites in sorted(kinds.items()))
         raise UserError(f"the sites' labels are of different types ({said}): write them alike everywhere")
-    return sorted({label for site in looked.values() for label in site.labels})
+    labels = sorted({label for site in looked.values() for label in site.labels})
+    try:
+        refuse_same_names([str(label) for label in labels], "the sites' labels")
+    except UserError as error:
+        has = {name: sorted(map(str, site.labels)) for name, site in looked.items()}
+        raise UserError(f"{error} They have: {'; '.join(f'{name}: {of}' for name, of in has.items())}") from error
+    return labels
 
 
 def label_choices(looked: Mapping[str, Looked]) -> list[Choice]:

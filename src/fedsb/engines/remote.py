@@ -11,6 +11,7 @@ from typing import Any
 from fedsb.adapters.adapted import Tensors
 from fedsb.adapters.basis import Basis, Pair, basis_hash
 from fedsb.channel import Channel, Lost
+from fedsb.data.card import TableCard, make_card
 from fedsb.data.sites import Data, cut_choices, elsewhere, load_test, open_task_of, table_facts
 from fedsb.data.sources import Table
 from fedsb.data.tasks.base import Example
@@ -66,6 +67,7 @@ class RemoteEngine(Bench):
         else:
             labels = labels_of(looked)
             task.fit_labels([{task.options.label: label} for label in labels], test.rows if test else [])
+        task.name_classes(test.class_names.get(task.options.label, ()) if test else ())
         super().__init__(config, method, tokenizer, task)
         self.check_rows(task.encode_test(test.rows)[0] if test else [])
         opened = {} if begun else self._open(tokenizer_fingerprint(tokenizer))
@@ -288,15 +290,35 @@ class RemoteEngine(Bench):
         opened: Mapping[str, Opened],
         begun: Mapping[str, Any] | None,
     ) -> Data:
-        examples, cut = self.task.encode_test(test.rows) if test else ([], 0)
+        examples, cut_test = self.task.encode_test(test.rows) if test else ([], 0)
         tables = {
             name: {"origin": f"the site {name}", "rows": site.rows, "fingerprint": site.fingerprint}
             for name, site in looked.items()
         }
         if begun:
             tables = {name: table for name, table in begun["data"].items() if name != "test"}
-        cut += sum(site.cut or 0 for site in opened.values())
+        cut = cut_test + sum(site.cut or 0 for site in opened.values())
         unused = sum(site.unused or 0 for site in opened.values())
+        told = list(opened.values())
+        labels = [site.labels for site in told if site.labels is not None]
+        train = TableCard(
+            origin=f"{len(self.sites)} sites",
+            rows=sum(site.rows for site in self.sites),
+            cut=_sum_of(site.cut for site in told),
+            unused=_sum_of(site.unused for site in told),
+            classes={name: sum(of.get(name, 0) for of in labels) for name in self.task.classes}
+            if labels and len(labels) == len(told)
+            else None,
+        )
+        card = make_card(
+            self.task,
+            train,
+            test,
+            clients={site.name: site.rows for site in self.sites},
+            lost={"test": (cut_test, len(test.rows) - len(examples) if test else 0)},
+            also_read=self.config.data.drop,
+            private=self.config.privacy.on,
+        )
         return Data(
             task=self.task,
             sites=self.sites,
@@ -307,4 +329,11 @@ class RemoteEngine(Bench):
             best_guess=self.task.best_guess(examples) if examples else None,
             tables=tables | ({"test": table_facts(test)} if test else {}),
             choices=(*label_choices(looked), *cut_choices(self.config, cut, unused)),
+            card=card,
         )
+
+
+def _sum_of(counts: Iterable[int | None]) -> int | None:
+    """Returns the sum; None where a site keeps its count to itself, or none has been asked."""
+    known = list(counts)
+    return sum(count or 0 for count in known) if known and None not in known else None

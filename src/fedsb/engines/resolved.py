@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fedsb.adapters.adapted import kinds
-from fedsb.data.sites import Site
+from fedsb.data.sites import Site, draw_rows, format_of
 from fedsb.data.sources import load_table
 from fedsb.data.tasks.base import Example, Task
 from fedsb.errors import UserError
@@ -24,7 +24,7 @@ CPU_TOKENS, GPU_TOKENS = 4096, 16384  # that a joint forward may hold; see docs/
 
 
 def public_rows(config: Config, task: Task) -> list[Example]:
-    """Of `update`: the first basis.samples rows of the file that the user declared public."""
+    """Returns what `update` looks at: basis.samples rows of the file that the user declared public, by the seed."""
     basis = config.basis
     if basis.kind != "update":
         return []
@@ -33,9 +33,9 @@ def public_rows(config: Config, task: Task) -> list[Example]:
             "basis.kind = 'update' looks at data: name a file of public rows with basis.data = PATH. "
             "To look at the clients' own rows in a simulation, say basis.kind = 'update-pooled'"
         )
-    table = load_table(basis.data)
+    table = load_table(basis.data, form=format_of(config))
     task.columns_of(table)
-    return task.encode(table.rows[: basis.samples])[0]
+    return task.encode(draw_rows(table, basis.samples, config.seed, "basis rows").rows)[0]
 
 
 def auto_cohort_size(config: Config, device: torch.device) -> tuple[int, str]:

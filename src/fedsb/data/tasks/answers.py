@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 from fedsb.data.grading import Verdict
 from fedsb.data.sources import Row, Table
-from fedsb.data.tasks.base import NO_LOSS, Example, Question, TaskOptions, Tokenizer
+from fedsb.data.tasks.base import NO_LOSS, Example, Question, TaskOptions, Tokenizer, errors_at
 from fedsb.data.tasks.causal import CausalTask
 from fedsb.data.tasks.instruction import Instruction, answer_text
 from fedsb.errors import UserError
@@ -82,6 +82,14 @@ class Answers(Instruction):
         """The prompt, in training and in tests, before the template."""
         return str(row[layout.prompt])
 
+    @property
+    def reads_also(self) -> tuple[str, ...]:
+        return ()
+
+    def inputs(self, rows: list[Row]) -> list[str]:
+        """None: `asked` is the whole prompt."""
+        return [""] * len(rows)
+
     def pairs(self, rows: list[Row]) -> tuple[list[str], list[str]]:
         if not rows:
             return [], []
@@ -95,9 +103,10 @@ class Answers(Instruction):
             return self.encode(rows)
         layout = self.layout(list(rows[0]))
         examples: list[Example] = []
-        for row, (prompt, answer) in zip(rows, self.tokens(rows), strict=True):
+        for number, (row, (prompt, answer)) in enumerate(zip(rows, self.tokens(rows), strict=True), start=1):
             labels = [NO_LOSS] * len(prompt) + answer
-            question = replace(self.question(row, layout), prompt_ids=tuple(prompt))
+            with errors_at(row, number):
+                question = replace(self.question(row, layout), prompt_ids=tuple(prompt))
             example: Example = {
                 "input_ids": (prompt + answer)[: self.max_tokens],
                 "labels": labels[: self.max_tokens],

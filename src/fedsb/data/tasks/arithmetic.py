@@ -35,6 +35,10 @@ class Arithmetic(Answers):
         super().__init__(tokenizer=tokenizer, options=options, max_tokens=max_tokens)
         self.checker = MathChecker()
 
+    @property
+    def reads_also(self) -> tuple[str, ...]:
+        return ("type",)
+
     def told(self, row: Row, layout: Layout) -> str:
         text = str(row[layout.answer])
         if ANSWER in text:

@@ -5,16 +5,19 @@ Shapes: b examples, t tokens, v vocabulary, c classes.
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import numpy as np
 
 from fedsb.data.metrics import Values
-from fedsb.data.sources import Row, Table, require_columns
-from fedsb.errors import UserError
+from fedsb.data.sources import Row, Table, place_of, require_columns
+from fedsb.errors import BadRowError, UserError, did_you_mean
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,6 +27,7 @@ Tokenizer = Any  # a transformers tokenizer, which ships no types
 
 MADE_UP = 1000  # a made-up text takes its tokens from the first so many
 NO_LOSS = -100  # the label that cross entropy leaves out
+MARK = "\U0010fffd"  # around the number of a special token that stands in a row's text; see Task.as_text
 Score = Literal["auto", "answers", "options", "loss"]
 MetricName = Literal["auto", "accuracy", "f1", "matthews", "pearson", "spearman"]
 Scored = Iterable[tuple["Tensor", "Tensor"]]  # what `Task.scores` gave, batch by batch, float64
@@ -55,12 +59,14 @@ class TaskOptions:
     label: str = "label"
     prompt: str = "prompt"
     answer: str = "answer"
+    input: str = "input"
     pooling: Literal["model", "mean"] = "model"
     score: Score = "auto"
     metric: MetricName = "auto"
     new_tokens: int | None = None
     messages: str = "messages"
     run_code: bool = False
+    names: Mapping[str, str] = field(default_factory=dict)  # label -> the name of its class
 
 
 class Task(ABC):
@@ -83,6 +89,7 @@ class Task(ABC):
         self.options = options
         self.max_tokens = max_tokens
         self.label_names: list[str] = []  # of the head's outputs, none without a head; set by fit_labels
+        self.names = dict(options.names)  # label -> the name that is shown and exported; see name_classes
         self.scoring = self.scorings[0] if options.score == "auto" else options.score
         if self.scoring not in self.scorings:
             raise UserError(f"task.score = {options.score!r}: this task has {', '.join(self.scorings)}")
@@ -97,6 +104,25 @@ class Task(ABC):
         """The classes that a row has one of, where rows have classes."""
         return self.label_names
 
+    @property
+    def class_names(self) -> list[str]:
+        """What the head's outputs are called for people and in exported models: `label_names`, or their names."""
+        return [self.names.get(label, label) for label in self.label_names]
+
+    def name_classes(self, of_table: Sequence[str] = ()) -> None:
+        """Names the classes as task.names says, else by the names that a table has of the labels 0, 1, ...
+
+        The labels are known. Raises UserError for a name of no label, and for two classes of one name.
+        """
+        if not self.options.names:
+            self.names = {str(label): name for label, name in enumerate(of_table)} if self.classes else {}
+        unknown = [label for label in self.options.names if label not in self.classes]
+        if unknown:
+            known = did_you_mean(unknown[0], self.classes)
+            raise UserError(f"task.names has a name for {unknown[0]!r}, which no row has as label: {known}.")
+        if len(set(self.class_names)) < len(self.class_names):
+            raise UserError(f"task.names gives two classes one name: {', '.join(self.class_names)}. Rename one.")
+
     @classmethod
     def higher_is_better_by(cls, score: str) -> bool:
         """Whether a higher score is better, with that task.score."""
@@ -107,8 +133,13 @@ class Task(ABC):
     def needs(self) -> list[str]:
         """The columns that a table must have."""
 
+    @property
+    def reads_also(self) -> tuple[str, ...]:
+        """The columns that are read where a table has them."""
+        return ()
+
     def columns_of(self, table: Table) -> list[str]:
-        """The columns of this table that are read. Raises UserError where one is missing."""
+        """The columns that are read, what is to be predicted last. Raises UserError where one is missing."""
         require_columns(table, self.needs)
         return self.needs
 
@@ -187,7 +218,9 @@ class Task(ABC):
         return [r for i, r in enumerate(rows) if i not in held], [r for i, r in enumerate(rows) if i in held]
 
     def collate(self, examples: list[Example], *, multiple_of: int = 8) -> Batch:
-        """A right-padded batch: input_ids, attention_mask, labels, and token_type_ids where the tokenizer makes them.
+        """A padded batch: input_ids, attention_mask, labels, and token_type_ids where the tokenizer makes them.
+
+        Padded on the right; on the left for models that read a text's class at its last token (XLNet).
 
         All are (b, t) int64, t rounded up to `multiple_of` but not above max_tokens; labels of classes are (b,), and
         those that are numbers float32.
@@ -197,29 +230,102 @@ class Task(ABC):
         longest = max(len(ids(example, "input_ids")) for example in examples)
         width = max(longest, min(-(-longest // multiple_of) * multiple_of, self.max_tokens))
         ones = [{"attention_mask": [1] * len(ids(example, "input_ids"))} for example in examples]
-        fill = {"input_ids": pad_token(self.tokenizer), "labels": NO_LOSS}  # the others are padded with 0
+        fill = {
+            "input_ids": pad_token(self.tokenizer),
+            "labels": NO_LOSS,
+            "token_type_ids": getattr(self.tokenizer, "pad_token_type_id", 0),
+        }  # the others are padded with 0
+        left = self.pads_left
 
         def stack(name: str) -> Tensor:
             values = [(example | one)[name] for example, one in zip(examples, ones, strict=True)]
             if isinstance(values[0], (int, float)):
                 return torch.tensor(values)
             lists = cast(list[list[int]], values)
-            return torch.tensor([value + [fill.get(name, 0)] * (width - len(value)) for value in lists])
+            pads = [[fill.get(name, 0)] * (width - len(value)) for value in lists]
+            rows = zip(pads, lists, strict=True) if left else zip(lists, pads, strict=True)
+            return torch.tensor([first + second for first, second in rows])
 
         return {name: stack(name) for name in (*examples[0], "attention_mask") if name != "question"}
+
+    @cached_property
+    def pads_left(self) -> bool:
+        """Whether the tokenizer pads on the left and ends a text with its class token, as XLNet's does."""
+        if getattr(self.tokenizer, "padding_side", "right") != "left":
+            return False
+        tokens = self.tokenizer("a")["input_ids"]
+        return bool(tokens) and tokens[-1] == self.tokenizer.cls_token_id
 
     def _texts(self, rows: Sequence[Row], column: str) -> list[str]:
         for number, row in enumerate(rows, start=1):
             if not isinstance(row.get(column), str):
-                held = row.get(column, "nothing")
-                raise UserError(f"row {number} holds {held!r:.60} in the column {column!r}, where text is needed")
+                found = row.get(column, "nothing")
+                raise BadRowError(
+                    f"{place_of(row, number)}: the column {column!r} contains {found!r:.60}, where text is expected. "
+                    "Fill it in, or remove the row."
+                )
         return [row[column] for row in rows]
 
-    def _tokenize(self, texts: list[str]) -> list[list[int]]:
-        """The tokens of each text without any special token, uncut."""
+    @cached_property
+    def special(self) -> dict[str, int]:
+        """The tokenizer's special tokens, as they would stand in a text, with their ids; the longest first."""
+        found = {str(token): number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        return dict(sorted(found.items(), key=lambda pair: -len(pair[0])))
+
+    @cached_property
+    def _special_pattern(self) -> re.Pattern[str]:
+        """Matches a special token; nothing where there are none."""
+        return re.compile("|".join(map(re.escape, self.special)) or r"(?!)")
+
+    def has_special(self, text: str) -> bool:
+        """Whether a text contains what this tokenizer would read as a special token."""
+        return self._special_pattern.search(text) is not None
+
+    def as_text(self, text: str) -> str:
+        """Returns a row's text with its special tokens marked, so that `_tokenize` reads them as ordinary text.
+
+        For a text that is put between a template's own special tokens.
+        """
+        numbers = list(self.special)
+        return self._special_pattern.sub(lambda found: f"{MARK}{numbers.index(found.group())}{MARK}", text)
+
+    def _tokenize(self, texts: list[str], *, plain: bool = False) -> list[list[int]]:
+        """The tokens of each text, uncut, without any special token around it.
+
+        Special tokens in a text are recognised, but for those that `as_text` marked; with `plain` none is.
+        """
         if not texts:
             return []
-        return cast(list[list[int]], self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
+        made = self.tokenizer(texts, add_special_tokens=False, verbose=False, split_special_tokens=plain)
+        found = cast(list[list[int]], list(made["input_ids"]))
+        for position, text in enumerate(texts):
+            if MARK in text:
+                found[position] = self._tokenize_marked(text)
+        return found
+
+    def _tokenize_marked(self, text: str) -> list[int]:
+        numbers = list(self.special)
+        tokens: list[int] = []
+        at = 0
+        for found in [*self._special_pattern.finditer(text), None]:
+            piece = text[at : found.start() if found else None]
+            piece = re.sub(f"{MARK}(\\d+){MARK}", lambda mark: numbers[int(mark.group(1))], piece)
+            tokens += self._tokenize([piece], plain=True)[0] if piece else []
+            if found:
+                tokens.append(self.special[found.group()])
+                at = found.end()
+        return tokens
+
+
+@contextmanager
+def errors_at(row: Row, number: int) -> Iterator[None]:
+    """Puts the file and line of a row in front of what is raised inside."""
+    try:
+        yield
+    except BadRowError:
+        raise
+    except UserError as error:
+        raise BadRowError(f"{place_of(row, number)}: {error}") from error
 
 
 def ids(example: Example, name: str) -> list[int]:

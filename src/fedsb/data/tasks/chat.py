@@ -8,18 +8,24 @@ turn of the assistant is what the template writes after the turns before it and 
                                                                white space at its end
 
 The parts are tokenised apart and joined, so that what a model reads before a turn is what it was trained behind.
+Special tokens in a row's text are read as text; those that the template writes stay special.
+
+Where a table has them, two more columns are read: `system`, a text that becomes the first turn, and `tools`, a list (or
+JSON text) that the template is given. A turn of the assistant with "weight": 0 is read and is not a target.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-from fedsb.data.sources import Row
-from fedsb.data.tasks.base import NO_LOSS, Example, TaskOptions, Tokenizer
+from fedsb.data.sources import Row, place_of
+from fedsb.data.tasks.base import NO_LOSS, Example, TaskOptions, Tokenizer, errors_at
 from fedsb.data.tasks.causal import CausalTask
-from fedsb.errors import UserError
+from fedsb.errors import BadRowError, UserError
 
 ASSISTANT = "assistant"
 Message = dict[str, Any]
@@ -48,12 +54,16 @@ class Chat(CausalTask):
     def needs(self) -> list[str]:
         return [self.options.messages]
 
+    @property
+    def reads_also(self) -> tuple[str, ...]:
+        return ("system", "tools")
+
     def encode(self, rows: list[Row]) -> tuple[list[Example], int]:
         """One example a row, fewer where no word of the assistant's is in the window: those rows are dropped.
 
         The second number counts the dropped rows and those that were cut.
         """
-        talks = [parts_of(self.tokenizer, self._messages(row, number)) for number, row in enumerate(rows, start=1)]
+        talks = [self._parts(row, number) for number, row in enumerate(rows, start=1)]
         tokens = iter(self._tokenize([part.text for part in chain(*talks)]))
         examples: list[Example] = []
         n_cut = 0
@@ -66,24 +76,48 @@ class Chat(CausalTask):
             if self.weight(example):
                 examples.append(example)
         if rows and not examples:
-            raise UserError(f"no assistant's turn begins within {self.max_tokens} tokens: raise max_tokens")
+            raise UserError(
+                f"no assistant's turn begins within {self.max_tokens} tokens: raise max_tokens. Turns of weight 0 do "
+                "not count"
+            )
         return examples, n_cut
+
+    def _parts(self, row: Row, number: int) -> list[Part]:
+        place, messages = place_of(row, number), self._messages(row, number)
+        system = row.get("system")
+        if system:
+            if not isinstance(system, str) or messages[0]["role"] == "system":
+                why = "which already begin with a system turn" if isinstance(system, str) else "which must be text"
+                raise BadRowError(f"{place}: the column 'system' is put before the messages, {why}. Remove one.")
+            messages = [{"role": "system", "content": system}, *messages]
+        tools = _tools(row.get("tools"), place)
+        marked = [_marked(message, self.as_text) for message in messages]
+        with errors_at(row, number):
+            return parts_of(self.tokenizer, marked, tools)
 
     def _messages(self, row: Row, number: int) -> list[Message]:
         column = self.options.messages
         found = row.get(column)
+        place = place_of(row, number)
         if not isinstance(found, list) or not found or not all(map(_is_message, found)):
-            raise UserError(
-                f"row {number} holds {found!r:.80} in the column {column!r}, where a list of messages is needed, each "
+            raise BadRowError(
+                f"{place}: the column {column!r} contains {found!r:.80}, where a list of messages is expected, each "
                 'with a "role" and a "content" that are text'
             )
         if not any(message["role"] == ASSISTANT for message in found):
             roles = ", ".join(message["role"] for message in found)
-            raise UserError(f"row {number} has no turn of the role 'assistant' (its roles: {roles}): nothing to learn")
+            raise BadRowError(f"{place} has no turn of the role 'assistant' (its roles: {roles}): nothing to learn")
+        for turn, message in enumerate(found, start=1):
+            weight = message.get("weight")
+            if weight not in (None, 0, 1) or (weight == 1 and message["role"] != ASSISTANT):
+                raise BadRowError(
+                    f"{place}: turn {turn}, of the role {message['role']!r}, has the weight {weight!r:.40}. A turn of "
+                    "the assistant may have 0 (it is read only) or 1 (it is a target); other turns are never targets."
+                )
         return found
 
 
-def parts_of(tokenizer: Tokenizer, messages: list[Message]) -> list[Part]:
+def parts_of(tokenizer: Tokenizer, messages: list[Message], tools: list[Any] | None = None) -> list[Part]:
     """A conversation's text up to its last word of the assistant's, piece by piece.
 
     Raises UserError where the template refuses the conversation, or writes it otherwise once it goes on.
@@ -93,8 +127,13 @@ def parts_of(tokenizer: Tokenizer, messages: list[Message]) -> list[Part]:
     for i, message in enumerate(messages):
         if message["role"] != ASSISTANT:
             continue
-        before = _written(tokenizer, messages[:i], prompt=True)
-        after = _written(tokenizer, messages[: i + 1], prompt=False)
+        before = _written(tokenizer, messages[:i], tools, prompt=True)
+        after = _written(tokenizer, messages[: i + 1], tools, prompt=False)
+        if tools and not done and before == _written(tokenizer, messages[:i], None, prompt=True):
+            raise UserError(
+                "the rows have a column 'tools', but the chat template writes the same text with and without them. "
+                "Take a model whose template reads tools, or remove the column."
+            )
         for head, whole, what in ((done, before, "the turns before it"), (before, after, "its own prompt")):
             if not whole.startswith(head):
                 raise UserError(
@@ -104,18 +143,42 @@ def parts_of(tokenizer: Tokenizer, messages: list[Message]) -> list[Part]:
                     "turns with task.kind = 'instruction'"
                 )
         told = after[len(before) :].rstrip()  # the line's end after the end-of-turn token is not the model's to write
-        parts += [Part(text=before[len(done) :], told=False), Part(text=told, told=True)]
+        parts += [Part(text=before[len(done) :], told=False), Part(text=told, told=message.get("weight") != 0)]
         done = before + told
     return parts
 
 
-def _written(tokenizer: Tokenizer, messages: list[Message], *, prompt: bool) -> str:
+def _written(tokenizer: Tokenizer, messages: list[Message], tools: list[Any] | None, *, prompt: bool) -> str:
+    more = {"tools": tools} if tools else {}
+    turns = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt, **more))
     except Exception as error:  # a template raises what it likes, mostly jinja2's TemplateError
         roles = ", ".join(message["role"] for message in messages)
         raise UserError(f"the chat template refuses a conversation of the roles {roles or 'none'}: {error}") from error
 
 
 def _is_message(found: object) -> bool:
-    return isinstance(found, dict) and all(isinstance(found.get(key), str) for key in ("role", "content"))
+    """Whether this is a turn: a role and a content that are text, or a call of tools without a content."""
+    if not isinstance(found, dict) or not isinstance(found.get("role"), str):
+        return False
+    return isinstance(found.get("content"), str) or (found.get("content") is None and bool(found.get("tool_calls")))
+
+
+def _marked(message: Message, as_text: Callable[[str], str]) -> Message:
+    """Returns a turn for the template, without values that are null and with special tokens in its content as text."""
+    found = {key: value for key, value in message.items() if value is not None}
+    return found | {"content": as_text(message.get("content") or "")}
+
+
+def _tools(found: object, place: str) -> list[Any] | None:
+    """Returns the tools of a row, a list or the JSON text of one. Raises BadRowError for anything else."""
+    if found is None or found == "":
+        return None
+    try:
+        tools = json.loads(found) if isinstance(found, str) else found
+    except (ValueError, RecursionError):
+        tools = None
+    if not isinstance(tools, list):
+        raise BadRowError(f"{place}: the column 'tools' contains {found!r:.60}, where a list of tools is expected.")
+    return tools or None

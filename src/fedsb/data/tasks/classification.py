@@ -12,6 +12,7 @@ Shapes: b examples, t tokens, c classes.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -19,9 +20,10 @@ import numpy as np
 
 from fedsb.data import metrics
 from fedsb.data.metrics import Values
-from fedsb.data.sources import Row
+from fedsb.data.names import SHOWN, is_missing, refuse_same_names
+from fedsb.data.sources import Row, place_of
 from fedsb.data.tasks.base import Batch, Example, Scored, Task, TaskOptions, Tokenizer, together
-from fedsb.errors import UserError
+from fedsb.errors import BadRowError, UserError, did_you_mean
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,12 +59,14 @@ class Classification(Task):
         """
         names = [str(label) for label in self.labels_in(train_rows)]
         if len(names) < 2:
-            raise UserError(f"every training row has the label {', '.join(names)}: two classes are needed")
+            raise UserError(f"every training row has the label {', '.join(map(repr, names))}: two classes are needed")
+        refuse_same_names(names, "the labels")
         only_test = sorted({str(label) for label in self._labels(test_rows)} - set(names))
         if only_test:
+            shown = ", ".join(map(repr, only_test[:SHOWN])) + (" ..." if len(only_test) > SHOWN else "")
             raise UserError(
-                f"the test has the label {', '.join(map(repr, only_test))}, which no training row has (there: "
-                f"{', '.join(names)}): add such rows to train or drop them from the test"
+                f"the test has the label {shown}, which no training row has: {did_you_mean(only_test[0], names)}. Add "
+                "such rows to train, or drop them from the test with data.drop"
             )
         self.label_names = names
 
@@ -76,10 +80,10 @@ class Classification(Task):
         if self.options.text_pair is not None:
             texts.append(self._texts(rows, self.options.text_pair))
         fields = self._fields(texts)
-        if empty := sum(not tokens for tokens in fields["input_ids"]):
-            raise UserError(
-                f"{empty} of {len(rows)} rows have no text that the tokenizer reads, in the column "
-                f"{self.options.text!r}: leave them out"
+        if empty := [i for i, tokens in enumerate(fields["input_ids"]) if not tokens]:
+            raise BadRowError(
+                f"{place_of(rows[empty[0]], empty[0] + 1)}: {len(empty)} of {len(rows)} rows have no text that the "
+                f"tokenizer reads, in the column {self.options.text!r}: leave them out"
             )
         too_long = [i for i, tokens in enumerate(fields["input_ids"]) if len(tokens) > self.max_tokens]
         if too_long:  # tokenised again, so that the tokenizer cuts around its own special tokens
@@ -97,9 +101,12 @@ class Classification(Task):
         """The position of each row's class."""
         classes = {name: position for position, name in enumerate(self.label_names)}
         labels = self._labels(rows)
-        for label in labels:
+        for number, (row, label) in enumerate(zip(rows, labels, strict=True), start=1):
             if str(label) not in classes:
-                raise UserError(f"the label {label!r} is none of this model's classes: {', '.join(self.label_names)}")
+                raise BadRowError(
+                    f"{place_of(row, number)}: the label {label!r} is none of this model's classes: "
+                    f"{did_you_mean(str(label), self.label_names)}"
+                )
         return [classes[str(label)] for label in labels]
 
     def made_up(self, tokens: int, draw: np.random.Generator) -> Example:
@@ -161,17 +168,33 @@ class Classification(Task):
     def _fields(self, texts: list[list[str]], *, limit: int | None = None) -> dict[str, list[list[int]]]:
         """The tokenizer's lists for texts or pairs, without the attention mask, which collate makes."""
         how = False if limit is None else "longest_first" if len(texts) > 1 else "only_first"
-        made = self.tokenizer(*texts, truncation=how, max_length=limit, return_attention_mask=False, verbose=False)
+        made = self.tokenizer(
+            *texts,
+            truncation=how,
+            max_length=limit,
+            return_attention_mask=False,
+            verbose=False,
+            split_special_tokens=True,  # a row's "[SEP]" or "</s>" is text
+        )
         return {name: list(made[name]) for name in ("input_ids", "token_type_ids") if name in made}
 
     def _labels(self, rows: list[Row]) -> list[Any]:
         name = self.options.label
         labels = [row.get(name) for row in rows]
+        missing = [position for position, label in enumerate(labels) if is_missing(label)]
+        if missing:
+            kinds = list(dict.fromkeys("" if labels[i] is None else str(labels[i]) for i in missing))
+            first = missing[0]
+            raise BadRowError(
+                f"{place_of(rows[first], first + 1)} has the label {labels[first]!r} in the column {name!r}, as "
+                f"{len(missing)} of {len(rows)} rows have no label. Fill them in, or leave such rows out with "
+                f"data.drop = {{ {name} = {json.dumps(kinds[0] if len(kinds) == 1 else kinds)} }}."
+            )
         for number, label in enumerate(labels, start=1):
             if not isinstance(label, (int, str)):
-                raise UserError(
-                    f"row {number} has the label {label!r} ({type(label).__name__}) in the column {name!r}: a label is "
-                    "an integer, a string or true/false"
+                raise BadRowError(
+                    f"{place_of(rows[number - 1], number)} has the label {label!r:.60} ({type(label).__name__}) in the "
+                    f"column {name!r}: a label is an integer, a string or true/false"
                 )
         types = sorted({type(label).__name__ for label in labels})
         if len(types) > 1:

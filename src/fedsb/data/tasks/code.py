@@ -47,6 +47,10 @@ class Code(Answers):
                 "sandbox keeps out)"
             )
 
+    @property
+    def reads_also(self) -> tuple[str, ...]:
+        return ("test", "entry_point", "test_list", "test_imports", "test_setup_code")
+
     def told(self, row: Row, layout: Layout) -> str:
         text = str(row[layout.answer])
         if layout is HUMANEVAL:

@@ -10,10 +10,10 @@ from __future__ import annotations
 import re
 
 from fedsb.data.grading import Verdict, grade_choice
-from fedsb.data.sources import Row, Table
+from fedsb.data.sources import PlacedRow, Row, Table
 from fedsb.data.tasks.answers import Answers, Layout
 from fedsb.data.tasks.base import Question
-from fedsb.errors import UserError
+from fedsb.errors import BadRowError, UserError
 
 LLM_ADAPTERS = Layout(name="LLM-Adapters", prompt="instruction", answer="answer")
 NAMES: tuple[tuple[str, ...], ...] = (
@@ -34,13 +34,19 @@ class Commonsense(Answers):
 
     def columns_of(self, table: Table) -> list[str]:
         found = super().columns_of(table)
-        wrong = [row for row in table.rows if row.get("output") not in (None, output_of(str(row[found[1]])))]
-        if wrong:
-            raise UserError(
-                f"{table.origin}: the output {wrong[0]['output']!r:.80} is not {output_of(str(wrong[0][found[1]]))!r}, "
-                "which is what the options are compared by; mend it, or take the column output away"
-            )
+        for number, row in enumerate(table.rows, start=1):
+            told = output_of(str(row[found[1]]))
+            if row.get("output") not in (None, told):
+                place = row.place if isinstance(row, PlacedRow) else f"{table.origin}, row {number}"
+                raise BadRowError(
+                    f"{place}: the output {row['output']!r:.80} is not {told!r}, which is what the options are "
+                    "compared by; mend it, or take the column output away"
+                )
         return found
+
+    @property
+    def reads_also(self) -> tuple[str, ...]:
+        return ("input", "output")
 
     def asked(self, row: Row, layout: Layout) -> str:
         """The instruction, and behind an empty line the input, where there is one."""

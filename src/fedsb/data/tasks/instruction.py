@@ -1,13 +1,14 @@
 """A prompt and its answer: next-token loss on the answer and the end token only.
 
-Reads the columns prompt and answer. The prompt is the chat template's where the tokenizer has one, else the Alpaca
-prompt without input (Taori et al., "Stanford Alpaca", 2023). Prompt and answer are tokenised apart and joined, so the
-tokens that a model sees when it generates are an exact prefix of those it was trained on.
+Reads the columns prompt and answer, and input where the table has it (Taori et al., "Stanford Alpaca", 2023). The
+prompt is the chat template's where the tokenizer has one, with the input behind an empty line in the user's turn; else
+Alpaca's, with or without an input. Prompt and answer are tokenised apart and joined, so the tokens that a model sees
+when it generates are an exact prefix of those it was trained on. Special tokens in a row's text are read as text.
 """
 
 from __future__ import annotations
 
-from fedsb.data.sources import Row
+from fedsb.data.sources import Row, with_values
 from fedsb.data.tasks.base import NO_LOSS, Example, Tokenizer, start_tokens
 from fedsb.data.tasks.causal import CausalTask
 from fedsb.errors import UserError
@@ -15,6 +16,11 @@ from fedsb.errors import UserError
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{prompt}\n\n### Response:"
+)
+ALPACA_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+    "response that appropriately completes the request.\n\n### Instruction:\n{prompt}\n\n### Input:\n{input}\n\n"
+    "### Response:"
 )
 
 
@@ -24,6 +30,10 @@ class Instruction(CausalTask):
     @property
     def needs(self) -> list[str]:
         return [self.options.prompt, self.options.answer]
+
+    @property
+    def reads_also(self) -> tuple[str, ...]:
+        return (self.options.input,)
 
     def encode(self, rows: list[Row]) -> tuple[list[Example], int]:
         """One example a row, fewer where a prompt alone fills the window: those rows are dropped.
@@ -46,25 +56,36 @@ class Instruction(CausalTask):
         """(prompts, answers), as text. Raises UserError where a column holds none."""
         return self._texts(rows, self.options.prompt), self._texts(rows, self.options.answer)
 
+    def inputs(self, rows: list[Row]) -> list[str]:
+        """The input of each row, "" where it has none. Raises UserError where it is not text."""
+        column = self.options.input
+        if column in self.needs:
+            return [""] * len(rows)
+        return self._texts([with_values(row, {column: row.get(column) or ""}) for row in rows], column)
+
     def tokens(self, rows: list[Row]) -> list[tuple[list[int], list[int]]]:
         """For each row, what the model reads and what it should write, uncut."""
-        asked, told = self.pairs(rows)
-        prompts = self._tokenize([prompt_text(self.tokenizer, prompt) for prompt in asked])
-        answers = self._tokenize([answer_text(self.tokenizer, p, a) for p, a in zip(asked, told, strict=True)])
+        asked, told = ([self.as_text(text) for text in texts] for texts in self.pairs(rows))
+        given = [self.as_text(text) for text in self.inputs(rows)]
+        prompts = self._tokenize([prompt_text(self.tokenizer, *of) for of in zip(asked, given, strict=True)])
+        answers = self._tokenize([answer_text(self.tokenizer, *of) for of in zip(asked, told, given, strict=True)])
         # A chat template writes the begin token itself.
         start = [] if self.tokenizer.chat_template else start_tokens(self.tokenizer)
         return [(start + prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
 
 
-def prompt_text(tokenizer: Tokenizer, prompt: str) -> str:
-    """What the model reads before it answers, in training and in use; tokenise it without special tokens."""
+def prompt_text(tokenizer: Tokenizer, prompt: str, given: str = "") -> str:
+    """What the model reads before it answers, in training and in use; tokenise it without special tokens.
+
+    `given` is the input that the prompt is about, where there is one.
+    """
     if not tokenizer.chat_template:
-        return ALPACA.format(prompt=prompt)
-    asked = [{"role": "user", "content": prompt}]
+        return ALPACA_INPUT.format(prompt=prompt, input=given) if given else ALPACA.format(prompt=prompt)
+    asked = [_user_turn(prompt, given)]
     return str(tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True))
 
 
-def answer_text(tokenizer: Tokenizer, prompt: str, answer: str) -> str:
+def answer_text(tokenizer: Tokenizer, prompt: str, answer: str, given: str = "") -> str:
     """What the model should write after `prompt_text`, its end token included.
 
     Raises UserError: no end token, or a chat template whose answer does not follow its own prompt.
@@ -73,15 +94,19 @@ def answer_text(tokenizer: Tokenizer, prompt: str, answer: str) -> str:
         if tokenizer.eos_token is None:
             raise UserError("the tokenizer has no end token: set its eos_token, so that an answer can end")
         return f"{_space(tokenizer)}{answer}{tokenizer.eos_token}"
-    told = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+    told = [_user_turn(prompt, given), {"role": "assistant", "content": answer}]
     whole = str(tokenizer.apply_chat_template(told, tokenize=False))
-    before = prompt_text(tokenizer, prompt)
+    before = prompt_text(tokenizer, prompt, given)
     if not whole.startswith(before):
         raise UserError(
             f"the chat template gives {whole[-60:]!r} as answer, which does not follow the prompt {before[-60:]!r}: "
             "give the tokenizer a chat_template whose prompt is the head of the whole"
         )
     return whole[len(before) :].rstrip()  # the line's end after the end-of-turn token is not the model's to write
+
+
+def _user_turn(prompt: str, given: str) -> dict[str, str]:
+    return {"role": "user", "content": f"{prompt}\n\n{given}" if given else prompt}
 
 
 def _space(tokenizer: Tokenizer) -> str:

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from fedsb.data import metrics
-from fedsb.data.sources import Row
+from fedsb.data.sources import Row, place_of
 from fedsb.data.tasks.base import Batch, Example, Scored, together
 from fedsb.data.tasks.classification import Classification, pooled
-from fedsb.errors import UserError
+from fedsb.errors import BadRowError, UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,8 +86,9 @@ class Regression(Classification):
         found = [_number(row.get(name)) for row in rows]
         for number, (value, row) in enumerate(zip(found, rows, strict=True), start=1):
             if not math.isfinite(value):
-                raise UserError(
-                    f"row {number} has the label {row.get(name)!r:.60} in the column {name!r}, where a number is needed"
+                raise BadRowError(
+                    f"{place_of(row, number)} has the label {row.get(name)!r:.60} in the column {name!r}, where a "
+                    "number is needed"
                 )
         return found
 
@@ -98,5 +99,5 @@ def _number(value: object) -> float:
         return math.nan
     try:
         return float(value)
-    except ValueError:
+    except (ValueError, OverflowError):  # OverflowError: an integer beyond the range of floats
         return math.nan

@@ -57,7 +57,7 @@ class Text(CausalTask):
         """Of each row its windows, of two tokens or more."""
         start = start_tokens(self.tokenizer)
         step = self.max_tokens - len(start)
-        for tokens in self._tokenize(self._texts(rows, self.options.text)):
+        for tokens in self._tokenize(self._texts(rows, self.options.text), plain=True):
             windows = (start + tokens[at : at + step] for at in range(0, len(tokens), step))
             yield [window for window in windows if len(window) >= 2]
 

@@ -1,0 +1,39 @@
+"""Names of classes and of clients as they stand in cells: missing ones, and those that are meant to be the same."""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from collections.abc import Callable, Iterable
+
+from fedsb.errors import UserError
+
+SHOWN = 5  # names in a message
+
+
+def is_missing(label: object) -> bool:
+    """Whether a cell is empty: null, no text, or NaN as spreadsheets and pandas write it."""
+    if isinstance(label, str):
+        return label.strip().lower() in ("", "nan")
+    return label is None or (isinstance(label, float) and math.isnan(label))
+
+
+def refuse_same_names(names: Iterable[str], what: str) -> None:
+    """Raises UserError for names that differ by spaces, or by how an accent is encoded, alone."""
+    same = alike(names, lambda name: " ".join(unicodedata.normalize("NFC", name).split()))
+    if same:
+        said = "; ".join(" and ".join(map(repr, group)) for group in same[:SHOWN])
+        raise UserError(f"{what} {said} differ only by spaces or invisible characters. Write them the same way.")
+
+
+def differ_by_case(names: Iterable[str]) -> list[list[str]]:
+    """Returns the groups of names that differ by case alone."""
+    return alike(names, str.casefold)
+
+
+def alike(names: Iterable[str], key: Callable[[str], str]) -> list[list[str]]:
+    """Returns the groups of two or more names that have the same key."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(key(name), []).append(name)
+    return [group for group in groups.values() if len(group) > 1]
