@@ -141,13 +141,14 @@ def test_canaries_are_drawn_and_clipped_like_rows(tmp_path: Path) -> None:
     inside = canaries.inside
     assert 430 < len(inside) < 570
     guard = audited(guard, canaries)
+    guard.charge(1)
     rows = guard.draw()
     assert all(0 <= row < 32 for row in rows)
     assert 0.15 < len(canaries.drawn) / len(inside) < 0.35  # q = 1/4
 
     canaries.drawn = [3]
     sums = {"b": torch.randn(40, 5), "a": torch.randn(100)}
-    mean = guard.mean(sums)
+    mean = guard.mean(sums, 100)
     planted = {key: 8 * mean[key] - sums[key] for key in sums}
     length = torch.cat([x.flatten() for x in planted.values()]).norm()
     assert float(length) == pytest.approx(0.5, rel=1e-4)  # ten clips long before

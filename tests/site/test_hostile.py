@@ -165,7 +165,7 @@ def test_a_site_counts_its_own_rows(said: int | None, settings: Settings, tmp_pa
 def test_what_is_charged_is_what_runs(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sums: list[int] = []
     mean = Guard.mean
-    monkeypatch.setattr(Guard, "mean", lambda guard, total: sums.append(1) or mean(guard, total))
+    monkeypatch.setattr(Guard, "mean", lambda guard, total, rows: sums.append(1) or mean(guard, total, rows))
     world = Hostile(tmp_path)
     world.open(settings(EXAMPLE, train={"epochs": 1, "steps": None}))
     world.train(0, "a")
@@ -442,3 +442,38 @@ def test_a_round_between_two_phases_changes_no_sum(settings: Settings, tmp_path:
     other.train(0, "ab")
     with pytest.raises(SumError, match="is in a sum already"):
         other.sum(0, "ab")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e12])
+def test_a_broadcast_out_of_range_is_refused_before_a_row_is_drawn(
+    bad: float, settings: Settings, tmp_path: Path
+) -> None:
+    world = Hostile(tmp_path)
+    world.open(settings(EXAMPLE))
+    with pytest.raises(RefusalError, match="NaN, infinite or above 1e[+]06"):
+        world.train(0, "a", world.broadcast(0, lambda message: {key: x + bad for key, x in message.items()}))
+    assert world.ledgers("a") == []
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda x: x * 2e-22, "is not orthonormal"),
+        (lambda x: x * 3, "is not orthonormal"),
+        (lambda x: x[:, 1:], "do not fit layer"),
+        (lambda x: x * np.nan, "NaN, infinite or above"),
+    ],
+)
+def test_a_basis_of_another_scale_is_refused(
+    change: Callable[[Any], Any], words: str, settings: Settings, tmp_path: Path
+) -> None:
+    """It would scale every row's gradient, down to where a clip in float32 does nothing."""
+    world = Hostile(tmp_path)
+    world.open(settings(EXAMPLE))
+    part = world.part("a")
+    common = to_arrays(part._state(part._derived()).common)
+    told = pack(Payload(kind="basis-down", run=RUN, round=0, tensors={key: change(x) for key, x in common.items()}))
+    with pytest.raises(RefusalError, match=words):
+        world.ask("a", "hold", told)
+    whole = pack(Payload(kind="basis-down", run=RUN, round=0, tensors=common))
+    assert world.ask("a", "hold", whole).facts["holds"] == basis_hash(part._state(part._derived()).common)

@@ -177,8 +177,8 @@ class AuditedGuard(Guard):
         self.canaries.drawn = [i - self.plan.rows for i in drawn if i >= self.plan.rows]
         return [i for i in drawn if i < self.plan.rows]
 
-    def mean(self, sums: Tensors) -> Tensors:
-        mean = super().mean(self.canaries.add(sums, self.plan.clip))
+    def mean(self, sums: Tensors, rows: int) -> Tensors:
+        mean = super().mean(self.canaries.add(sums, self.plan.clip), rows + len(self.canaries.drawn))
         self.canaries.see({key: x.cpu().double() * self.plan.batch - sums[key].cpu() for key, x in mean.items()})
         return mean
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedsb.adapters.adapted import Tensors
+from fedsb.adapters.adapted import Shapes, Tensors
 from fedsb.adapters.basis import Basis, basis_hash
 from fedsb.adapters.carry import is_news
 from fedsb.data.sites import elsewhere, load_own, open_own, open_task_of
@@ -37,6 +38,9 @@ from fedsb.settings import Config
 from fedsb.site.settings import SiteConfig, cap_of, refuse_columns, refuse_labels
 from fedsb.site.store import Pending, Store
 from fedsb.site.sums import SiteSums
+
+LARGEST = 1e6  # of the values that a site is told
+ORTHONORMAL = 1e-3  # by which the entries of A A' and B'B may differ from those of the identity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +156,13 @@ class Participant:
         return self.hold(self._state(Basis(kind=kind, A=A, B=B)).common)
 
     def hold(self, common: Tensors) -> str:
-        """Takes `common` as what is held in common at the start."""
+        """Takes `common` as what is held in common at the start.
+
+        Raises RefusalError for values out of range, and for a basis that is not orthonormal.
+        """
+        refuse_values(common)
+        if self.method.adapter == "core":
+            refuse_basis(common, self.bench.shapes)
         self.store.save_common(common)
         return self._hold(common)
 
@@ -181,6 +191,7 @@ class Participant:
         with fitting():  # before a row is drawn for it
             before = turn.member(self.site, kept)
             self._check(before.tensors)
+        refuse_values(before.tensors)
         (after,) = self.bench.train_group(turn.method, [before], self.local, payload.round, self.promise)
         sending = turn.sending(
             before,
@@ -292,6 +303,32 @@ class Participant:
     def _outer(self) -> dict[str, Any]:
         rank = self.method.total_rank
         return outer_basis(self.config.basis, self.bench.adapted, rank, self.config.seed, 0)
+
+
+def refuse_values(tensors: Tensors) -> None:
+    """Raises RefusalError for what a coordinator sent, if it holds values that are not finite or out of range."""
+    for key, x in tensors.items():
+        if x.is_floating_point() and x.numel() and not float(x.abs().max()) <= LARGEST:
+            raise RefusalError(
+                f"a broadcast holds values of {key!r} that are NaN, infinite or above {LARGEST:g}. Nothing was made of "
+                "it; the coordinator may lower its learning rate"
+            )
+
+
+def refuse_basis(common: Tensors, shapes: Shapes) -> None:
+    """Raises RefusalError if a layer's B or A is missing, of another shape, or not orthonormal.
+
+    A basis of another scale would scale every row's gradient.
+    """
+    for layer, (m, n) in shapes.items():
+        B, A = common.get(f"{layer}.B"), common.get(f"{layer}.A")
+        if A is None or B is None or A.ndim != 2 or A.shape[1] != n or B.shape != (m, len(A)):
+            raise RefusalError(f"a basis whose tensors do not fit layer {layer!r}. It is not from this run")
+        for gram in (A @ A.T, B.T @ B):
+            if not float((gram - torch.eye(len(A))).abs().max()) <= ORTHONORMAL:
+                raise RefusalError(
+                    f"a basis that is not orthonormal in layer {layer!r}. This site accepts only orthonormal ones"
+                )
 
 
 @contextmanager
