@@ -184,8 +184,8 @@ def _faults(plan: PrivacyPlan) -> Iterable[str]:
         yield f"rounds = {plan.rounds}: at least 0"
     if basis and not (CLIPS[0] <= basis.clip <= CLIPS[1] and 0 <= basis.sigma < math.inf and 0 < basis.q <= 1):
         yield (
-            f"{basis} is not a valid plan for a basis. clip must be from {CLIPS[0]:g} to {CLIPS[1]:g}, sigma finite and "
-            "not negative, and q in (0, 1]"
+            f"{basis} is not a valid plan for a basis. clip must be from {CLIPS[0]:g} to {CLIPS[1]:g}, sigma finite "
+            "and not negative, and q in (0, 1]"
         )
     if basis and basis.every is not None and basis.every < 1:
         yield f"a new basis every {basis.every} rounds: at least 1"

@@ -135,11 +135,10 @@ class SiteHandle:
         done = part.round(note.parts[0], note.facts["rank"])
         if done is None:
             return Behind(holds=part.holds)
-        after, sending = done
-        loss = after.loss if self.settings.allow.tells and part.promise.shows("loss") else None
+        loss = done.loss if self.settings.allow.tells and part.promise.shows("loss") else None
         if part.sums is None:
-            return Trained(entries=part.entries(), loss=_finite(loss), parts=(sending.envelope,))
-        refuse_payload(self.settings.allow, unpack(sending.envelope), len(sending.envelope))
+            return Trained(entries=part.entries(), loss=_finite(loss), parts=(done.envelope,))
+        refuse_payload(self.settings.allow, unpack(done.envelope), len(done.envelope))
         if why := part.sums.fault():
             self.tell(f"{part.run[:12]}  leaves the sum: {why}")
             why = "its change is not finite, or above server.sum_limit; its own terminal says more"
