@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
+from fedsb.adapters.basis import Basis
 from fedsb.config import Loaded, difference, load_config
 from fedsb.engines import Engine, Sent
 from fedsb.engines.embedded import EmbeddedEngine
@@ -127,7 +128,7 @@ def _carry_out(loaded: Loaded, engine: RunEngine, record: Record, display: Displ
         state = record.latest()
         engine.promise.open_ledgers(record.folder, record.run, new=state is None)
         if state is None:
-            basis, sent = engine.build_basis(method)
+            basis, sent = _first_basis(engine)
             state = method.start(engine.shapes, basis, engine.head, config.seed)
             before = engine.score(method, state, {})
             record.save_manifest(describe_start(config, method, engine, basis, state, choices, before))
@@ -156,13 +157,30 @@ def _carry_out(loaded: Loaded, engine: RunEngine, record: Record, display: Displ
                 display.round(row, config.rounds)
         except PromiseSpentError as spent:
             if state.round == 0:
-                raise
+                raise _nothing_finished(spent) from spent
             display.note(f"The run ends after round {state.round}: {spent}.")
 
         sites = engine.score_sites(method, state, kept)
         adapter = export(config, method, engine, state, kept, record)
         score_at_end = finish(record, engine, sites, adapter)
     return Result(folder=record.folder, score=score_at_end, adapter=adapter)
+
+
+def _first_basis(engine: RunEngine) -> tuple[Basis | None, list[Sent]]:
+    """Raises PromiseSpentError with advice if a run was stopped while its basis was made from private rows."""
+    try:
+        return engine.build_basis(engine.method)
+    except PromiseSpentError as spent:
+        raise _nothing_finished(spent) from spent
+
+
+def _nothing_finished(spent: PromiseSpentError) -> PromiseSpentError:
+    """Returns the error with advice, for a run that cannot finish its first round within its epsilon."""
+    return PromiseSpentError(
+        f"{spent}. The run was stopped before its first round was finished. What it released until then stays charged, "
+        "so it cannot be resumed within the same epsilon. Start a new run under another name (--set name=other). For "
+        "rows that are in both runs the epsilons add up"
+    )
 
 
 def method_of(config: Config) -> Method:

@@ -512,3 +512,13 @@ def test_a_basis_of_another_scale_is_refused(
         world.ask("a", "hold", told)
     whole = pack(Payload(kind="basis-down", run=RUN, round=0, tensors=common))
     assert world.ask("a", "hold", whole).facts["holds"] == basis_hash(part._state(part._derived()).common)
+
+
+def test_a_site_tells_no_private_loss(settings: Settings, tmp_path: Path) -> None:
+    """Without a rule of its own it tells a loss in a plain run, and in a private one where the run releases it."""
+    released = {**EXAMPLE, "privacy": {**EXAMPLE["privacy"], "release": ["loss"]}}
+    for number, (changes, told) in enumerate([(EXAMPLE, False), (released, True), ({}, True)]):
+        world = Hostile(tmp_path / str(number))
+        world.open(settings(changes))
+        answer = world.ask("a", "round", world.broadcast(0), rank=None, versions=versions())
+        assert (answer.facts["loss"] is not None) is told
