@@ -65,7 +65,6 @@ def describe_start(
             "adapted_layers": len(engine.shapes),
             "trained_values": sum(tensors[key].numel() for key in trained),
         },
-        "data": data.tables,
         "test": data.test_is if data.test else None,
         "task": {
             "kind": config.task.kind,

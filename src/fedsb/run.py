@@ -121,7 +121,9 @@ def _carry_out(loaded: Loaded, engine: RunEngine, record: Record, display: Displ
     config, method = loaded.config, engine.method
     server = ServerOptimizer(**config.server.optimizer_settings)
     with record, closing(engine.promise), Interrupts().installed() as interrupts:
-        record.check_same(engine.data.tables, engine.base.fingerprint)
+        own_rows = engine.promise and config.engine.name == "embedded"  # a site keys the fingerprint of its own
+        tables = record.keyed(engine.data.tables) if own_rows else engine.data.tables
+        record.check_same(tables, engine.base.fingerprint)
         choices = [*loaded.choices(), *engine.choices]
         display.settings(choices)
 
@@ -131,7 +133,8 @@ def _carry_out(loaded: Loaded, engine: RunEngine, record: Record, display: Displ
             basis, sent = _first_basis(engine)
             state = method.start(engine.shapes, basis, engine.head, config.seed)
             before = engine.score(method, state, {})
-            record.save_manifest(describe_start(config, method, engine, basis, state, choices, before))
+            described = describe_start(config, method, engine, basis, state, choices, before)
+            record.save_manifest(described | {"data": tables})
             record.start(state, sent)
         for torn in record.skipped:
             display.note(torn)

@@ -1,4 +1,4 @@
-"""What leaves a private run: noise on everything, drawn after its line in the ledger, and nothing that is not covered."""
+"""What leaves a private run: noise drawn after its line in the ledger, and nothing that is not covered."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 from conftest import labelled_rows, set_all, write_rows
 from federation.opened import open_engine, started
 from fedsb.config import load_config
+from fedsb.data.sources import load_table
 from fedsb.data.tasks.classification import Classification
 from fedsb.errors import UserError
 from fedsb.federation.basis_round import core_sums, outer_basis
@@ -27,6 +28,7 @@ from fedsb.privacy.ledger import read_ledger
 from fedsb.privacy.noise import SeededNoise
 from fedsb.record import Record, read_manifest, read_result, read_rows
 from fedsb.run import federate, resume
+from laws.test_codecs import StopAfterOne
 
 CORE = {"kind": "core", "samples": 30, "R0": "zero", "outer_rank": 8}
 
@@ -185,7 +187,7 @@ def _at(state: Any, round: int) -> Any:
 def test_the_steps_do_not_depend_on_how_large_a_loss_is(
     tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only gradients are clipped and noised. With losses that rise and fall, and the same gradients, nothing changes."""
+    """Only gradients are clipped and noised: losses that rise and fall, with the same gradients, change nothing."""
     with_noise(monkeypatch, lambda client: SeededNoise(0, client))
     losses, calls = Classification.losses, iter(range(10**6))
 
@@ -284,3 +286,45 @@ def test_a_long_row_behind_short_ones_is_refused(tiny_config: dict[str, Any], ti
     )
     with pytest.raises(UserError, match=r"of the 6 rows of client 'a' 1 .* would be cut into several examples"):
         federate(load_config(config))
+
+
+# --- the data's fingerprints ---
+
+
+def test_no_fingerprint_of_private_rows_can_be_compared_with_a_guess(tiny_config: dict[str, Any]) -> None:
+    """Who knows all rows but one could try candidates for it against a plain hash."""
+    plain = {name: load_table(tiny_config["data"][name]).fingerprint for name in ("train", "test")}
+    found = []
+    for name in ("one", "two"):
+        done = federate(load_config(private(set_all(tiny_config, name=name))))
+        found += [table["fingerprint"] for table in read_manifest(done.folder)["data"].values()]
+        for path in done.folder.rglob("*"):
+            if path.is_file():
+                content = path.read_bytes()
+                assert not any(hash.encode() in content for hash in plain.values()), path
+        assert not any(hash in (done.folder / "report.html").read_text() for hash in found)
+        assert (done.folder / "privacy" / "tables.key").stat().st_mode & 0o077 == 0
+    assert len(set(found)) == 4
+    public = federate(load_config(set_all(tiny_config, name="public")))
+    assert read_manifest(public.folder)["data"]["train"]["fingerprint"] == plain["train"]
+    assert plain["train"] in (public.folder / "report.html").read_text()
+
+
+def test_a_private_run_is_not_resumed_with_other_rows(tiny_config: dict[str, Any], tmp_path: Path) -> None:
+    rows = labelled_rows(90, 0)
+    train = write_rows(tmp_path / "own.jsonl", rows)
+    config = private(set_all(tiny_config, data={**tiny_config["data"], "train": str(train)}))
+    with pytest.raises(KeyboardInterrupt):
+        federate(load_config(config), StopAfterOne())
+    folder = Path(tiny_config["out"]) / "tiny"
+    write_rows(train, [{**rows[0], "text": "green1 green2"}, *rows[1:]])
+    with pytest.raises(UserError, match=r"the train data of .* have changed since the run was started"):
+        resume(folder)
+    write_rows(train, rows)
+    key = folder / "privacy" / "tables.key"
+    kept = key.read_bytes()
+    key.unlink()
+    with pytest.raises(UserError, match=r"tables.key does not exist.* Restore the file"):
+        resume(folder)
+    key.write_bytes(kept)
+    assert len(read_rows(resume(folder).folder / "rounds.jsonl")) == 3

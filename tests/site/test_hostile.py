@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from conftest import labelled_rows, set_all
+from conftest import labelled_rows, set_all, write_rows
 from engines.in_process import Federation
 from fedsb.adapters.basis import basis_hash
 from fedsb.config import load_config
+from fedsb.data.sources import load_table
 from fedsb.engines.bench import Bench
 from fedsb.engines.notes import Note, Phase, pack_note, read_answer, read_note
 from fedsb.environment import versions
@@ -522,3 +523,19 @@ def test_a_site_tells_no_private_loss(settings: Settings, tmp_path: Path) -> Non
         world.open(settings(changes))
         answer = world.ask("a", "round", world.broadcast(0), rank=None, versions=versions())
         assert (answer.facts["loss"] is not None) is told
+
+
+def test_a_sites_fingerprint_confirms_no_guess_and_shows_the_site_a_change(settings: Settings, tmp_path: Path) -> None:
+    rows = labelled_rows(30, 0)
+    world = Hostile(tmp_path, rows=rows)
+    told = {name: world.look(name, settings()).facts["fingerprint"] for name in "ab"}
+    plain = load_table(str(tmp_path / "a" / "rows.jsonl")).fingerprint
+    assert len({plain, *told.values()}) == 3  # the sites have the same rows
+    assert world.look("a", settings()).facts["fingerprint"] == told["a"]
+    world.open(settings())
+    broadcast = world.broadcast(0)
+    write_rows(tmp_path / "a" / "rows.jsonl", [{**rows[0], "text": "green1 green2"}, *rows[1:]])
+    world.sites["a"]._let_go()
+    world.sites["a"] = world.federation.restarted("a")
+    with pytest.raises(RefusalError, match="this run began here with other data"):
+        world.train(0, "a", broadcast)

@@ -92,9 +92,9 @@ class SiteHandle:
         config, run = self._allowed(note.facts["config"]), str(note.facts["run"])
         self._let_go()
         part = Participant(self._folder(run), self.settings, self.identity, config, run)
-        self._remember(part, config=note.facts["config"], run=run)
+        self._remember(part, config=note.facts["config"], run=run, data=part.fingerprint)
         self.part = part
-        return Looked(labels=part.labels, rows=len(part.table.rows), fingerprint=part.table.fingerprint)
+        return Looked(labels=part.labels, rows=len(part.table.rows), fingerprint=part.fingerprint)
 
     def open(self, note: Note) -> Facts:
         part = self._part(note)
@@ -184,6 +184,7 @@ class SiteHandle:
             raise RefusalError(f"this site was never asked into the run {run!r:.40}")
         config = self._allowed(facts["config"])
         part = Participant(self._folder(run), self.settings, self.identity, config, run)
+        self._known(part, data=part.fingerprint)
         if "label_names" in facts:
             part.open(facts["label_names"])
         if "rows" in facts:

@@ -34,6 +34,7 @@ from fedsb.privacy.accounting import Release
 from fedsb.privacy.ledger import read_ledger
 from fedsb.privacy.setup import Promise, promise_of
 from fedsb.privacy.statement import spent
+from fedsb.record import keyed_fingerprint
 from fedsb.settings import Config
 from fedsb.site.settings import SiteConfig, cap_of, refuse_columns, refuse_labels
 from fedsb.site.store import Answer, Pending, Store
@@ -93,6 +94,12 @@ class Participant:
                 "this site has not started this run, so nothing protects its rows: ask it to start first"
             )
         return self._promise
+
+    @property
+    def fingerprint(self) -> str:
+        """The fingerprint of this site's rows in this run. Only this site can make it, so it confirms no guess."""
+        key = self.identity.key.private_bytes_raw()
+        return keyed_fingerprint(key, f"{self.run} {self.table.fingerprint}")
 
     # --- before the first round ---
 
