@@ -15,7 +15,7 @@ from conftest import set_all
 from fedsb.config import load_config
 from fedsb.errors import RunError
 from fedsb.privacy import per_example
-from fedsb.privacy.guard import Guard, SensitivityError
+from fedsb.privacy.guard import Guard, UnsafeReleaseError
 from fedsb.privacy.ledger import Ledger, read_ledger
 from fedsb.privacy.noise import SeededNoise
 from fedsb.privacy.per_example import add_clipped, norms
@@ -80,10 +80,12 @@ def test_a_sum_longer_than_its_rows_allow_is_not_released(tmp_path: Path) -> Non
     guard.charge(1)
     guard.mean({"a": torch.full((4,), 0.5)}, 2)  # exactly 2 x 0.5
     for sums, rows in ({"a": torch.full((4,), 0.51)}, 2), ({"a": torch.tensor([1e-20])}, 0):
-        with pytest.raises(SensitivityError, match=f"the sum of {rows} clipped gradients is longer than {rows} x 0.5"):
+        with pytest.raises(
+            UnsafeReleaseError, match=f"the sum of {rows} clipped gradients is longer than {rows} x 0.5"
+        ):
             guard.mean(sums, rows)
     guard.charge_basis(0)
-    with pytest.raises(SensitivityError, match="Nothing was released"):
+    with pytest.raises(UnsafeReleaseError, match="Nothing was released"):
         guard.basis_sum({"a": torch.tensor([math.nan])}, 2)
 
 
@@ -92,7 +94,7 @@ def test_a_private_run_whose_clip_does_nothing_ends(
 ) -> None:
     monkeypatch.setattr(per_example, "norms", lambda gradients: torch.zeros(len(next(iter(gradients.values())))))
     privacy = {"unit": "example", "epsilon": 8.0, "delta": 1e-3, "clip": 1e-3}
-    with pytest.raises(SensitivityError, match="its noise would not cover it"):
+    with pytest.raises(UnsafeReleaseError, match="its noise would not cover it"):
         federate(load_config(set_all(tiny_config, privacy=privacy)))
 
 

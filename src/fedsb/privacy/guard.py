@@ -28,8 +28,8 @@ SLACK = 1e-3  # relative: a sum of clipped gradients may be longer than rows x c
 What = Literal["training", "basis"]
 
 
-class SensitivityError(RunError):
-    """A sum is longer than its rows and their clip allow: its noise would not cover it."""
+class UnsafeReleaseError(RunError):
+    """A release that the ledger or its noise would not cover: it is not made."""
 
 
 class PromiseSpentError(RunError):
@@ -91,8 +91,7 @@ class Guard:
     def basis_sum(self, sums: Tensors, rows: int) -> Tensors:
         """Returns the clipped sums of a basis over `rows` rows with noise.
 
-        Raises RunError if it was not charged, and SensitivityError if the sums are longer than `rows` clipped gradients
-        can be.
+        Raises UnsafeReleaseError if it was not charged, or if the sums are longer than `rows` clipped gradients can be.
         """
         assert self.plan.basis is not None
         self._take("basis")
@@ -110,15 +109,17 @@ class Guard:
         return {key: self.noised(sums[key], self.plan.noise_std) / self.plan.batch for key in sorted(sums)}
 
     def noised_update(self, tensors: Tensors) -> Tensors:
-        """Returns one client's update with the noise of the sum of all clients' changes. Raises RunError if the round
-        was not charged."""
+        """Returns one client's update with the noise of the sum of all clients' changes.
+
+        Raises UnsafeReleaseError if the round was not charged.
+        """
         self._take("training")
         return {key: self.noised(tensors[key], self.plan.noise_std) for key in sorted(tensors)}
 
     def require_charged(self, what: What) -> None:
-        """Raises RunError if no noised sum of this kind is charged and still to be made."""
+        """Raises UnsafeReleaseError if no noised sum of this kind is charged and still to be made."""
         if not self._charged.get(what):
-            raise RunError(
+            raise UnsafeReleaseError(
                 f"{self.ledger.client}: the ledger has no line for a {what} sum that is about to be made. Nothing was "
                 "released. This is a fault of fedsb; please report it"
             )
@@ -152,10 +153,10 @@ class Guard:
 
 
 def _refuse_long(sums: Tensors, rows: int, clip: float) -> None:
-    """Raises SensitivityError if the sums are longer than `rows` gradients of length `clip` can be together."""
+    """Raises UnsafeReleaseError if the sums are longer than `rows` gradients of length `clip` can be together."""
     squares = sum(float(torch.linalg.vector_norm(x.detach().cpu(), dtype=torch.float64)) ** 2 for x in sums.values())
     if not math.sqrt(squares) <= rows * clip * (1 + SLACK):  # NaN is refused too
-        raise SensitivityError(
+        raise UnsafeReleaseError(
             f"the sum of {rows} clipped gradients is longer than {rows} x {clip:g}, so its noise would not cover it. "
             "Nothing was released. This is a fault of fedsb, or of the model's implementation; please report it"
         )
