@@ -84,6 +84,14 @@ def epsilon(releases: Iterable[Release], delta: float, accountant: Accountant = 
     return _pld(spent, delta) if accountant == "pld" else _rdp(spent, delta)
 
 
+def epsilon_text(value: float) -> str:
+    """Returns an epsilon with three digits, rounded up: the text never states less than was spent."""
+    if not 0 < value < math.inf:
+        return f"{value:g}"
+    step = 10.0 ** (math.floor(math.log10(value)) - 2)
+    return f"{math.ceil(value / step * (1 - 1e-9)) * step:.3g}"  # 3.00 stays 3
+
+
 def check_delta(delta: float) -> None:
     """Raises UserError where it is no probability between 0 and 1."""
     if not 0 < delta < 1:
