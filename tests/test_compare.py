@@ -23,10 +23,13 @@ from fedsb.comparison.compare import compare, final, plan_of, trial
 from fedsb.comparison.contenders import contenders_of
 from fedsb.comparison.figures import bytes_to_target, curve, paired, pareto_front, spread
 from fedsb.comparison.search import at_an_end, best_rate, next_rate, start_rate
+from fedsb.comparison.spent import together
 from fedsb.comparison.table import difference_text, spread_text
 from fedsb.config import load_config
 from fedsb.data.sites import open_data
 from fedsb.errors import ConfigError, RunError, UserError
+from fedsb.privacy.accounting import Release, epsilon
+from fedsb.privacy.ledger import Ledger, read_ledger
 
 Cli = Callable[..., Said]
 
@@ -332,24 +335,24 @@ def test_the_kept_cells(tiny_config: dict[str, Any], tmp_path: Path) -> None:
         pass
 
 
-def test_a_loss_that_is_not_finite_is_a_score(tiny_config: dict[str, Any]) -> None:
+def test_a_loss_that_is_not_finite_is_a_score(tiny_config: dict[str, Any], tmp_path: Path) -> None:
     """The real thing: a run that is driven to NaN, in its own process."""
     config = load_config(set_all(tiny_config, rounds=1), ["train.lr=1e38", "method.name=fedit"]).config
-    outcome = asyncio.run(run_cell(make_cell("nan", config.model_dump(mode="json"))))
+    outcome = asyncio.run(run_cell(make_cell("nan", config.model_dump(mode="json")), tmp_path / "ledgers"))
     assert outcome["score"] is None and "became nan in round 1" in outcome["diverged"]
 
 
-def test_a_cell_that_fails_says_why(tiny_config: dict[str, Any]) -> None:
+def test_a_cell_that_fails_says_why(tiny_config: dict[str, Any], tmp_path: Path) -> None:
     config = load_config(set_all(tiny_config, method={"name": "fed-sb", "rank": 33})).config
     with pytest.raises(CellError, match=r"^rank x blocks = 33 is above min\(m, n\) in 12 of 12 layers.*at most 32"):
-        asyncio.run(run_cell(make_cell("rank", config.model_dump(mode="json"))))
+        asyncio.run(run_cell(make_cell("rank", config.model_dump(mode="json")), tmp_path / "ledgers"))
 
 
 # --- a comparison, its cells made up ---
 
 
-def made_up(scores: Callable[[Cell], float | None]) -> Callable[[Cell], Any]:
-    async def run(cell: Cell) -> Outcome:
+def made_up(scores: Callable[[Cell], float | None]) -> Callable[[Cell, Path], Any]:
+    async def run(cell: Cell, ledgers: Path) -> Outcome:
         score = scores(cell)
         sizes = {"one_off": 0, "up": 500, "down": 500, "total": 1000 * cell.settings["method.rank"]}
         return {
@@ -572,3 +575,78 @@ def test_cut_off_and_taken_up_again(
     again = cli(*command)
     assert again.code == 0 and "fed-sb@4" in again.out and "comparison.html" in again.out
     assert json.loads((folder / "comparison.json").read_text()) == {k: v for k, v in found.items() if k != "comparison"}
+
+
+# --- private runs ---
+
+PRIVATE = {"unit": "example", "epsilon": 2.0, "delta": 1e-3, "clip": 0.5}
+
+
+def ledger(folder: Path, run: str, client: str, *releases: Release) -> None:
+    path = folder / "ledgers" / run / "cell" / "privacy" / f"{client}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with Ledger.create(path, run=run, client=client, unit="example") as made:
+        for release in releases:
+            made.charge(release, round=1, clip=1.0)
+
+
+def test_the_runs_of_a_private_comparison_add_up(tiny_config: dict[str, Any], tmp_path: Path) -> None:
+    """What it may come to is said before any run, and the ledgers of all runs stay, a failed one's too."""
+    config = asked(
+        set_all(tiny_config, privacy=PRIVATE, rounds=1),
+        methods=["fed-sb@4", "ffa-lora@2", "fed-sb@33"],
+        trials=0,
+        seeds=1,
+    )
+    notes: list[str] = []
+    found = compare(load_config(config), tmp_path / "out", notes.append)
+    assert set(found["failed"]) == {"fed-sb@33 seed 0"}  # before it is charged: the rank is above what fits
+    (ahead,) = [i for i, note in enumerate(notes) if note.startswith("privacy: 3 private runs")]
+    assert "together at most epsilon 6," in notes[ahead] and not any("seed 0:" in note for note in notes[:ahead])
+    kept = [path for path in (tmp_path / "out" / "ledgers").rglob("*") if path.is_file()]
+    assert len(kept) == 9 and {path.suffix for path in kept} == {".jsonl"}
+    wanted = max(
+        epsilon([e.release for path in kept if path.name == f"site {k}.jsonl" for e in read_ledger(path)], 1e-3)
+        for k in range(3)
+    )
+    assert found["privacy"]["epsilon"] == pytest.approx(wanted) and 2.0 < wanted < 4.0
+    assert found["privacy"]["runs"] == 2
+    assert "All 2 private runs together spent epsilon" in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_a_row_may_be_at_any_client_where_splits_differ(tiny_config: dict[str, Any], tmp_path: Path) -> None:
+    few, many = Release(q=0.1, sigma=2.0, count=10), Release(q=0.05, sigma=1.0, count=20)
+    for run in ("one", "two"):
+        ledger(tmp_path, run, "a", few)
+        ledger(tmp_path, run, "b", many)
+    ledger(tmp_path, "pooled", "central", few)
+    config = asked(set_all(tiny_config, privacy=PRIVATE), methods=["fed-sb@4", "fedit@2"], trials=0)
+    by_column = together(tmp_path, contenders_of(load_config(config)))
+    assert by_column is not None and by_column["runs"] == 3
+    each = [epsilon([release, release, few], 1e-3) for release in (few, many)]
+    assert by_column["epsilon"] == pytest.approx(max(each))
+    drawn = set_all(config, clients={"split": "iid", "count": 2})
+    anywhere = together(tmp_path, contenders_of(load_config(drawn)))
+    assert anywhere is not None
+    worst = Release(q=0.1, sigma=1.0, count=20)
+    assert anywhere["epsilon"] == pytest.approx(epsilon([worst, worst, few], 1e-3))
+    assert together(tmp_path / "empty", contenders_of(load_config(config))) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"compare": {"trials": 2}}, r"compare.trials = 2: trials score private rows.*Set compare.trials = 0"),
+        ({"data": {"test": None}}, r"a private run shows no scores of its clients' rows. Name a public test file"),
+    ],
+    ids=["trials", "no test file"],
+)
+def test_scores_of_private_rows_are_refused_before_any_run(
+    tiny_config: dict[str, Any], changes: dict[str, Any], words: str
+) -> None:
+    config = asked(set_all(tiny_config, privacy=PRIVATE), methods=["fed-sb@4", "ffa-lora@2"], trials=0)
+    config = {key: {**value, **changes.get(key, {})} if key in changes else value for key, value in config.items()}
+    with pytest.raises(ConfigError, match=words):
+        plan_of(load_config(config))
+    released = {**PRIVATE, "release": ["scores"]}
+    assert plan_of(load_config({**config, "privacy": released})).cells

@@ -24,10 +24,13 @@ from fedsb.errors import UserError, did_you_mean
 from fedsb.federation import schedule
 from fedsb.methods.averaging import ServerOptimizer
 from fedsb.privacy.audit import ERROR, SHARES, Canaries, audited, best_bound, ceiling
-from fedsb.privacy.guard import ROUNDING
+from fedsb.privacy.guard import ROUNDING, SLACK, UnsafeReleaseError
 from fedsb.privacy.plan import PrivacyPlan, worst_client
+from fedsb.privacy.release_checks import KINDS, Score, failed, limit
 from fedsb.run import method_of
 from fedsb.settings import Config
+
+PUBLISH_NOTHING = "Publish nothing that such a run made, and report it"
 
 
 def audit(
@@ -55,13 +58,20 @@ def audit(
     engine.promise.open_ledgers(folder, run, new=True)
     guard = engine.promise.guards[name]
     planted = Canaries(canaries, guard.noise, config.seed)
-    engine.promise.guards[name] = audited(guard, planted)
-    _train(engine, name, rounds, note)
+    engine.promise.guards[name] = watched = audited(guard, planted)
+    refused: UnsafeReleaseError | None = None
+    try:
+        _train(engine, name, rounds, note)
+    except UnsafeReleaseError as error:
+        refused = error
 
     bound = best_bound(planted.scores(), planted.taking_part, plan.delta)
     stated, booked = plan.epsilon(rounds), guard.ledger.epsilon(plan.delta)
-    most = ceiling(canaries, plan.delta)
+    most = ceiling(canaries, plan.delta, plan.q, rounds * plan.steps)
+    scores = watched.checks.scores(SLACK)
     broken, says = _verdict(bound.epsilon, stated, booked, most)
+    if faults := [*([str(refused)] if refused else []), *map(_in_words, failed(scores))]:
+        broken, says = True, "; ".join([*faults, PUBLISH_NOTHING])
     found = {
         "name": config.name,
         "folder": str(folder),
@@ -80,6 +90,11 @@ def audit(
         "epsilon_audited": bound.epsilon,
         "epsilon_most": most,
         "confidence": 1 - ERROR,
+        "tests": {
+            kind: {"tests": len(of_kind), "worst": max(of_kind, key=abs, default=None), "limit": limit(len(scores))}
+            for kind in KINDS
+            for of_kind in [[score.score for score in scores if score.kind == kind]]
+        },
         "canaries": canaries,
         "planted": len(planted.inside),
         "guesses": bound.guesses,
@@ -92,6 +107,21 @@ def audit(
     }
     write_atomic(folder / "audit.json", json.dumps(found, indent=1).encode())
     return found
+
+
+def _in_words(score: Score) -> str:
+    """Returns what a failed test says."""
+    fault = {
+        "size": "the noise does not have the planned size",
+        "mean": "the noise does not have mean 0",
+        "shape": "the noise is not normal",
+        "tensors": "two tensors share noise",
+        "steps": "steps share noise",
+        "draws": "rows are not drawn as planned",
+        "clip": "a gradient is longer than the clip after clipping",
+    }[score.kind]
+    size = f"{score.score / 1000:.4g} clips" if score.kind == "clip" else f"{score.score:.3g} standard deviations"
+    return f"{fault} ({score.what}; {size})"
 
 
 def _refuse(config: Config, canaries: int, folder: Path) -> None:
@@ -138,14 +168,15 @@ def _verdict(audited: float, stated: float, booked: float, most: float) -> tuple
     if audited > min(stated, booked):
         return True, (
             f"rows can be told apart better than epsilon {min(stated, booked):.3g} allows: noise, clipping or sampling "
-            "is not what is stated. Publish nothing that such a run made, and report it"
+            f"is not what is stated. {PUBLISH_NOTHING}"
         )
     if most <= stated:
         return False, (
-            f"it could not have failed: an audit with so many canaries shows an epsilon of {most:.3g} at most. Audit "
-            "fewer rounds (--rounds), or with more canaries (--canaries; some 10 000 are the most that helps)"
+            f"noise, clip and draws pass their tests. The canaries could not have shown a fault: without any noise so "
+            f"many show an epsilon of {most:.3g} at most. Audit fewer rounds (--rounds), or with more canaries "
+            "(--canaries; some 10 000 are the most that helps)"
         )
     return False, (
-        "nothing is seen to be broken. It is normal that an audit shows far less than the stated epsilon, which is a "
-        "bound for the worst case; it is no proof"
+        "nothing is seen to be broken: noise, clip and draws pass their tests. It is normal that an audit shows far "
+        "less than the stated epsilon, which is a bound for the worst case; it is no proof"
     )

@@ -66,7 +66,6 @@ def describe_start(
             "adapted_layers": len(engine.shapes),
             "trained_values": sum(tensors[key].numel() for key in trained),
         },
-        "data": data.tables,
         "data_card": data.card.as_dict(),
         "test": data.test_is if data.test else None,
         "task": {

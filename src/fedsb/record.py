@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import hmac
 import json
 import os
 import shutil
@@ -108,6 +109,28 @@ class Record:
         self.append("traffic.jsonl", [asdict(each) for each in sent])
         self.append("rounds.jsonl", [row])
         self.checkpoint(state, keep)
+
+    def keyed(self, tables: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the facts of private tables with their fingerprints under a key of this run.
+
+        With a plain hash, anyone who knows all rows but one could test candidates for it. The key is in the run
+        directory, and in nothing that is published. Raises UserError if it is gone.
+        """
+        path = self.folder / "privacy" / "tables.key"
+        if not path.exists():
+            if "data" in self.manifest:
+                raise UserError(
+                    f"{path} does not exist, so it is not known whether the data have changed. Restore the file, or "
+                    "start a new run"
+                )
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, os.urandom(32))
+            path.chmod(0o600)
+        key = path.read_bytes()
+        return {
+            name: {**facts, "fingerprint": keyed_fingerprint(key, facts["fingerprint"])}
+            for name, facts in tables.items()
+        }
 
     def check_same(self, tables: Mapping[str, Any], model: str) -> None:
         """Raises UserError where a run that is taken up would go on with other data or another base model."""
@@ -264,10 +287,17 @@ class Record:
 
     def _undo(self) -> None:
         """Takes back a start that the user's input made fail, so that the same name can be run again."""
-        for name in ("manifest.json", "traffic.jsonl", "common.safetensors", "lock"):
+        for name in ("manifest.json", "traffic.jsonl", "common.safetensors", "lock", "privacy/tables.key"):
             (self.folder / name).unlink(missing_ok=True)
+        with suppress(OSError):  # ledgers with a line stay
+            (self.folder / "privacy").rmdir()
         with suppress(OSError):  # what else is in there is the user's
             self.folder.rmdir()
+
+
+def keyed_fingerprint(key: bytes, fingerprint: str) -> str:
+    """Returns a fingerprint that only the holder of the key can make, and so compare with a guess."""
+    return hmac.new(key, f"fedsb table {fingerprint}".encode(), "sha256").hexdigest()
 
 
 def refuse_existing(folder: Path) -> None:

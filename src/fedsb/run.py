@@ -14,6 +14,7 @@ from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
+from fedsb.adapters.basis import Basis
 from fedsb.config import Loaded, difference, load_config
 from fedsb.data.card import shown_lines
 from fedsb.engines import Engine, Sent
@@ -124,7 +125,9 @@ def _carry_out(loaded: Loaded, engine: RunEngine, record: Record, display: Displ
     config, method = loaded.config, engine.method
     server = ServerOptimizer(**config.server.optimizer_settings)
     with record, closing(engine.promise), Interrupts().installed() as interrupts:
-        record.check_same(engine.data.tables, engine.base.fingerprint)
+        own_rows = engine.promise and config.engine.name == "embedded"  # a site keys the fingerprint of its own
+        tables = record.keyed(engine.data.tables) if own_rows else engine.data.tables
+        record.check_same(tables, engine.base.fingerprint)
         choices = [*loaded.choices(), *engine.choices]
         for line in shown_lines(engine.data.card.as_dict()):
             display.note(line)
@@ -133,10 +136,11 @@ def _carry_out(loaded: Loaded, engine: RunEngine, record: Record, display: Displ
         state = record.latest()
         engine.promise.open_ledgers(record.folder, record.run, new=state is None)
         if state is None:
-            basis, sent = engine.build_basis(method)
+            basis, sent = _first_basis(engine)
             state = method.start(engine.shapes, basis, engine.head, config.seed)
             before = engine.score(method, state, {})
-            record.save_manifest(describe_start(config, method, engine, basis, state, choices, before))
+            described = describe_start(config, method, engine, basis, state, choices, before)
+            record.save_manifest(described | {"data": tables})
             record.start(state, sent)
         for torn in record.skipped:
             display.note(torn)
@@ -162,7 +166,7 @@ def _carry_out(loaded: Loaded, engine: RunEngine, record: Record, display: Displ
                 display.round(row, config.rounds)
         except PromiseSpentError as spent:
             if state.round == 0:
-                raise
+                raise _nothing_finished(spent) from spent
             display.note(f"The run ends after round {state.round}: {spent}.")
 
         sites = engine.score_sites(method, state, kept)
@@ -178,6 +182,23 @@ def _dated(loaded: Loaded, day: str | None = None) -> Loaded:
         return loaded
     model = config.model.model_copy(update={"template_date": day or date.today().isoformat()})
     return replace(loaded, config=config.model_copy(update={"model": model}))
+
+
+def _first_basis(engine: RunEngine) -> tuple[Basis | None, list[Sent]]:
+    """Raises PromiseSpentError with advice if a run was stopped while its basis was made from private rows."""
+    try:
+        return engine.build_basis(engine.method)
+    except PromiseSpentError as spent:
+        raise _nothing_finished(spent) from spent
+
+
+def _nothing_finished(spent: PromiseSpentError) -> PromiseSpentError:
+    """Returns the error with advice, for a run that cannot finish its first round within its epsilon."""
+    return PromiseSpentError(
+        f"{spent}. The run was stopped before its first round was finished. What it released until then stays charged, "
+        "so it cannot be resumed within the same epsilon. Start a new run under another name (--set name=other). For "
+        "rows that are in both runs the epsilons add up"
+    )
 
 
 def method_of(config: Config) -> Method:

@@ -174,6 +174,7 @@ def test_the_noise_of_the_sum_is_as_planned_when_only_the_threshold_stays(
 ) -> None:
     engine, _ = _started_private(of_clients(tiny_config), tmp_path)
     guard = engine.promise.guards[setup.SERVER]
+    guard.charge(1)
     sites = {name: bytes([i]) * 32 for i, name in enumerate("abcde")}
     plan = SumPlan(run="r", round=0, sites=sites, threshold=3, size=60_000, clip=0.5)
     shares = [noise_share(plan, guard) * plan.grid.step for _ in range(5)]
@@ -193,6 +194,9 @@ def test_a_share_is_sized_for_the_threshold_and_for_the_rounding(
     engine, _ = _started_private(of_clients(tiny_config), tmp_path)
     sites = {name: bytes([i]) * 32 for i, name in enumerate("abcde")}
     plan = SumPlan(run="r", round=0, sites=sites, threshold=4, size=90_000, clip=2.0)
+    with pytest.raises(RunError, match="the ledger has no line for"):
+        module.noise_share(plan, engine.promise.guards[setup.SERVER])
+    engine.promise.guards[setup.SERVER].charge(1)
     module.noise_share(plan, engine.promise.guards[setup.SERVER])
     assert asked == [pytest.approx(1.5 * (0.5 / plan.grid.step + 300) / 2, rel=1e-12)]
 

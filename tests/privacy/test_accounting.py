@@ -303,6 +303,16 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
         epsilon(steps(1.2345), DELTA)
 
 
+def test_the_accountants_library_writes_nothing_to_the_terminal() -> None:
+    """RDP leaves out an order that does not converge, and would warn of it in the middle of a run's own lines."""
+    script = (
+        "from fedsb.privacy.accounting import Release, epsilon\n"
+        "print(epsilon([Release(q=0.266667, sigma=1.258019, count=9)], 1e-3, 'rdp') > 0)"
+    )
+    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert (said.stdout, said.stderr) == ("True\n", "")
+
+
 def test_imports_are_lazy() -> None:
     code = (
         "import sys, fedsb.privacy.ledger, fedsb.privacy.noise, fedsb.privacy.plan;"

@@ -24,6 +24,7 @@ from fedsb.privacy.guard import Guard
 from fedsb.privacy.ledger import Ledger
 from fedsb.privacy.noise import SeededNoise
 from fedsb.privacy.plan import PrivacyPlan
+from fedsb.privacy.release_checks import ReleaseChecks, failed, limit
 from fedsb.run import federate
 
 # --- the bound ---
@@ -141,13 +142,14 @@ def test_canaries_are_drawn_and_clipped_like_rows(tmp_path: Path) -> None:
     inside = canaries.inside
     assert 430 < len(inside) < 570
     guard = audited(guard, canaries)
+    guard.charge(1)
     rows = guard.draw()
     assert all(0 <= row < 32 for row in rows)
     assert 0.15 < len(canaries.drawn) / len(inside) < 0.35  # q = 1/4
 
     canaries.drawn = [3]
     sums = {"b": torch.randn(40, 5), "a": torch.randn(100)}
-    mean = guard.mean(sums)
+    mean = guard.mean(sums, 100)
     planted = {key: 8 * mean[key] - sums[key] for key in sums}
     length = torch.cat([x.flatten() for x in planted.values()]).norm()
     assert float(length) == pytest.approx(0.5, rel=1e-4)  # ten clips long before
@@ -187,11 +189,14 @@ def test_whole_code_passes(config: dict[str, Any]) -> None:
     assert not found["broken"]
     assert found["epsilon_audited"] < found["epsilon"] == found["epsilon_ledger"] <= 1.0
     assert (found["steps"], found["canaries"]) == (9, 1000)
+    tests = found["tests"]
+    assert set(tests) == {"size", "mean", "shape", "tensors", "steps", "draws", "clip"}
+    assert all(each["tests"] > 0 and abs(each["worst"]) < each["limit"] < 7 for each in tests.values())
 
 
 def test_whole_code_passes_where_canaries_are_heard(config: dict[str, Any]) -> None:
     found = audit(load_config(set_all(config, privacy=LOUD)))
-    assert not found["broken"] and "it could not have failed" in found["says"]
+    assert not found["broken"] and "The canaries could not have shown a fault" in found["says"]
     assert 1.0 < found["epsilon_audited"] < found["epsilon_most"] < found["epsilon"]
 
 
@@ -210,40 +215,151 @@ def thin_noise(share: float) -> Callable[[pytest.MonkeyPatch], None]:
     )
 
 
-def every_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Guard, "draw", lambda self: self.noise.poisson_sample(self.rows, 1.0))
+def shared(by: str) -> Callable[[pytest.MonkeyPatch], None]:
+    """Noise that all layers of one shape, or all steps, have in common."""
+
+    def install(monkeypatch: pytest.MonkeyPatch) -> None:
+        kept: dict[Any, torch.Tensor] = {}
+
+        def mean(self: Guard, sums: dict[str, torch.Tensor], rows: int) -> dict[str, torch.Tensor]:
+            self._take("training")
+            if by == "layers":
+                kept.clear()
+            made = {}
+            for key, x in sums.items():
+                place = tuple(x.shape) if by == "layers" else key
+                if place not in kept:
+                    kept[place] = self.noised(torch.zeros_like(x), self.plan.noise_std)
+                made[key] = (x + kept[place]) / self.plan.batch
+            return made
+
+        monkeypatch.setattr(Guard, "mean", mean)
+
+    return install
 
 
-@pytest.mark.parametrize(
-    ("mutant", "batch"),
-    [
-        pytest.param(no_noise, 8, id="no noise"),
-        pytest.param(no_clipping, 8, id="no clipping"),
-        pytest.param(thin_noise(1 / 10), 8, id="a tenth of the noise"),
-        pytest.param(thin_noise(1 / 8), 8, id="the noise is divided by the batch too"),
-        pytest.param(every_row, 2, id="every row in every step"),
-    ],
-)
-def test_broken_code_is_caught(
-    config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, mutant: Callable[[pytest.MonkeyPatch], None], batch: int
-) -> None:
-    mutant(monkeypatch)
-    found = audit(load_config(set_all(config, train={"steps": 3, "batch_size": batch, "lr": 0.02})))
-    assert found["epsilon_ledger"] == found["epsilon"] <= 1.0 < found["epsilon_audited"]
+def is_head(key: str) -> bool:
+    return not key.endswith(".R")
+
+
+def head_without_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    mean = Guard.mean
+
+    def partly(self: Guard, sums: dict[str, torch.Tensor], rows: int) -> dict[str, torch.Tensor]:
+        return {key: sums[key] / self.plan.batch if is_head(key) else x for key, x in mean(self, sums, rows).items()}
+
+    monkeypatch.setattr(Guard, "mean", partly)
+
+
+def head_outside_the_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    norms = per_example.norms
+    inside = lambda gradients: norms({key: g for key, g in gradients.items() if not is_head(key)})  # noqa: E731
+    monkeypatch.setattr(per_example, "norms", inside)
+    monkeypatch.setattr("fedsb.privacy.guard._refuse_long", lambda *_: None)
+
+
+def each_tensor_clipped_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = per_example.add_clipped
+
+    def alone(sums: Any, gradients: Any, owner_b: Any, clip: float) -> None:
+        for key in gradients:
+            whole({key: sums[key]}, {key: gradients[key]}, owner_b, clip)
+
+    monkeypatch.setattr(per_example, "add_clipped", alone)
+    monkeypatch.setattr(module, "add_clipped", alone)
+    monkeypatch.setattr("fedsb.privacy.guard._refuse_long", lambda *_: None)
+
+
+def drawn_at(times: float) -> Callable[[pytest.MonkeyPatch], None]:
+    draw = lambda self: self.noise.poisson_sample(self.rows, min(1.0, times * self.plan.q))  # noqa: E731
+    return lambda monkeypatch: monkeypatch.setattr(Guard, "draw", draw)
+
+
+def one_draw_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[list[int]] = []
+
+    def draw(self: Guard) -> list[int]:
+        kept[:] = kept or [self.noise.poisson_sample(self.rows, self.plan.q)]
+        return kept[0]
+
+    monkeypatch.setattr(Guard, "draw", draw)
+
+
+def uniform_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the planned size, and between two ends."""
+    flat = lambda self, shape: (self.uniform(math.prod(shape)).reshape(shape) - 0.5) * 12**0.5  # noqa: E731
+    monkeypatch.setattr(SeededNoise, "normal", flat)
+
+
+MUTANTS = {
+    "no noise": (no_noise, "the noise does not have the planned size"),
+    "a tenth of the noise": (thin_noise(1 / 10), "the noise does not have the planned size"),
+    "a quarter of the noise": (thin_noise(1 / 4), "the noise does not have the planned size"),
+    "half the noise": (thin_noise(1 / 2), "the noise does not have the planned size"),
+    "the noise is divided by the batch too": (thin_noise(1 / 8), "the noise does not have the planned size"),
+    "noise that layers share": (shared("layers"), "two tensors share noise"),
+    "noise that steps share": (shared("steps"), "steps share noise"),
+    "the head without noise": (head_without_noise, "the noise does not have the planned size (classifier"),
+    "uniform noise": (uniform_noise, "the noise is not normal"),
+    "no clipping": (no_clipping, "a gradient is longer than the clip after clipping"),
+    "the head outside the norm": (head_outside_the_norm, "longer than the clip after clipping (classifier"),
+    "each tensor clipped alone": (each_tensor_clipped_alone, "after clipping (all tensors together"),
+    "twice the rows": (drawn_at(2.0), "rows are not drawn as planned (rows drawn"),
+    "half the rows": (drawn_at(0.5), "rows are not drawn as planned (rows drawn"),
+    "one draw for all steps": (one_draw_for_all, "rows are not drawn as planned (rows drawn again"),
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_broken_code_is_caught(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, mutant: str) -> None:
+    install, words = MUTANTS[mutant]
+    install(monkeypatch)
+    found = audit(load_config(set_all(config, train={"steps": 3, "batch_size": 8, "lr": 0.02})), canaries=256)
     assert found["broken"] and "Publish nothing" in found["says"]
+    assert words in found["says"]
 
 
-def test_a_ledger_without_the_steps_is_caught(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Guard, "charge", lambda self, round: None)
-    found = audit(load_config(set_all(config, privacy=LOUD)))
-    assert found["epsilon_ledger"] == 0 < found["epsilon_audited"] < found["epsilon"]
-    assert found["broken"] and "the ledger lacks releases" in found["says"]
+@pytest.mark.parametrize("mutant", ["no noise", "half the noise"])
+def test_broken_code_is_caught_where_canaries_cannot_show_it(
+    config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, mutant: str
+) -> None:
+    """Epsilon 17 is more than any number of canaries shows."""
+    MUTANTS[mutant][0](monkeypatch)
+    found = audit(load_config(set_all(config, privacy=LOUD)), canaries=256)
+    assert found["epsilon_most"] < found["epsilon"] and found["broken"]
+    assert MUTANTS[mutant][1] in found["says"]
+
+
+@pytest.mark.parametrize("mutant", ["no noise", "a tenth of the noise"])
+def test_canaries_alone_catch_it_too(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, mutant: str) -> None:
+    MUTANTS[mutant][0](monkeypatch)
+    found = audit(load_config(set_all(config, train={"steps": 3, "batch_size": 8, "lr": 0.02})))
+    assert found["epsilon_ledger"] == found["epsilon"] <= 1.0 < found["epsilon_audited"]
+
+
+def test_noise_of_a_basis_is_tested(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Guard.basis_sum
+    monkeypatch.setattr(Guard, "basis_sum", lambda self, sums, rows: (whole(self, sums, rows), sums)[1])
+    found = audit(load_config(set_all(config, basis={"kind": "core", "samples": 30})), canaries=64)
+    assert found["broken"] and "the noise does not have the planned size (basis, " in found["says"]
+
+
+def test_a_round_that_is_not_charged_is_caught(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    charge = Guard.charge
+    monkeypatch.setattr(Guard, "charge", lambda self, round: charge(self, round) if round != 2 else None)
+    found = audit(load_config(config), canaries=64)
+    assert 0 < found["epsilon_ledger"] < found["epsilon"]
+    assert found["broken"] and "the ledger has no line for a training sum" in found["says"]
 
 
 def test_a_ledger_that_lacks_a_round_is_caught(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    charge = Guard.charge
-    monkeypatch.setattr(Guard, "charge", lambda self, round: charge(self, round) if round != 2 else None)
-    found = audit(load_config(config))
+    charge = Ledger.charge
+    monkeypatch.setattr(
+        Ledger,
+        "charge",
+        lambda self, release, round, clip: charge(self, release, round=round, clip=clip) if round != 2 else None,
+    )
+    found = audit(load_config(config), canaries=64)
     assert 0 < found["epsilon_ledger"] < found["epsilon"]
     assert found["broken"] and "the ledger lacks releases" in found["says"]
 
@@ -251,8 +367,39 @@ def test_a_ledger_that_lacks_a_round_is_caught(config: dict[str, Any], monkeypat
 def test_a_basis_that_is_not_in_the_ledger_is_caught(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Guard, "charge_basis", lambda self, round: self.noise.poisson_sample(self.plan.rows, 0.5))
     found = audit(load_config(set_all(config, basis={"kind": "core", "samples": 30})), canaries=64)
-    assert 0 < found["epsilon_ledger"] < found["epsilon"]
-    assert found["broken"] and "the ledger lacks releases" in found["says"]
+    assert found["broken"] and "the ledger has no line for a basis sum" in found["says"]
+
+
+def test_the_tests_of_a_release_hardly_ever_accuse_whole_code() -> None:
+    """Over 300 audits of small tensors, with rare draws and with steps that train other tensors."""
+    draw = np.random.default_rng(0)
+    worst = 0.0
+    for _ in range(300):
+        checks = ReleaseChecks(0.05)
+        for step in range(6):
+            checks.see_draw(np.flatnonzero(draw.random(400) < 0.05).tolist(), 400)
+            keys = {"bias": (3,), "a": (6, 6), "b": (6, 6), "c": (6, 6)} if step % 2 else {"bias": (3,), "d": (50, 4)}
+            noise = {key: torch.from_numpy(2.0 * draw.standard_normal(shape)) for key, shape in keys.items()}
+            checks.see_noise(noise, 2.0)
+        scores = checks.scores(1e-3)
+        assert failed(scores) == []
+        assert {score.kind for score in scores} == {"size", "mean", "shape", "tensors", "steps", "draws"}
+        worst = max(worst, *(abs(score.score) for score in scores))
+    assert worst < limit(len(scores)) < 6
+
+
+def test_canaries_that_no_step_draws_show_nothing() -> None:
+    """With q = 1 % and ten steps a tenth of those in are seen, and the others look like those out."""
+    assert ceiling(1000, 1e-5, 1.0, 1) == ceiling(1000, 1e-5)
+    seldom, often = ceiling(1000, 1e-5, 0.01, 10), ceiling(1000, 1e-5, 0.2, 10)
+    assert 0 == ceiling(1000, 1e-5, 0.001, 10) < seldom < often < ceiling(1000, 1e-5)
+    draw = np.random.default_rng(0)
+    found = []
+    for _ in range(20):
+        inside = draw.random(1000) < 0.5
+        seen = inside & (draw.random(1000) < 1 - 0.99**10)
+        found.append(best_bound(seen + 1e-3 * draw.random(1000), inside, 1e-5).epsilon)
+    assert np.mean(found) == pytest.approx(seldom, abs=0.5)
 
 
 @pytest.mark.parametrize(

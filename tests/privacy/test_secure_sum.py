@@ -8,6 +8,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from sums import ANSWERS, Sum, body, is_uniform, make_plan
 
 from fedsb.draws import generator
@@ -15,7 +16,7 @@ from fedsb.errors import RunError, UserError
 from fedsb.privacy.fixed_point import FixedPoint, Floats, flatten, unflatten
 from fedsb.privacy.primitives import SEED_BYTES, combine, fresh_seed, mask
 from fedsb.privacy.secure_sum import Phase, Simulated, SumClient, SumError, SumPlan, simulate
-from fedsb.privacy.sum_keys import mask_private, public_key, self_check, self_mask
+from fedsb.privacy.sum_keys import mask_private, pair_mask, public_key, self_check, self_mask
 
 LARGE = 50_000  # values where a test looks at the bytes' distribution
 
@@ -225,6 +226,17 @@ def test_one_seed_in_two_plans_makes_two_masks() -> None:
     assert self_check(plans[0], seed) != self_check(plans[1], seed)
     assert is_uniform(self_mask(plans[0], seed) - mask(self_check(plans[0], seed), LARGE))  # the server sees the check
     assert public_key(mask_private(plans[0], "a", seed)) != public_key(mask_private(plans[1], "a", seed))
+
+
+def test_one_pair_of_keys_makes_other_masks_in_another_plan_and_for_another_pair() -> None:
+    """Else the masks of one round could be taken off another's vectors."""
+    own, other = X25519PrivateKey.generate(), X25519PrivateKey.generate()
+    plans = [make_plan(), make_plan(round=8), make_plan(run="other"), make_plan(n=5)]
+    masks = [pair_mask(plan, own, "a", "b", public_key(other)) for plan in plans]
+    masks.append(pair_mask(plans[0], own, "a", "c", public_key(other)))
+    assert len({mask.tobytes() for mask in masks}) == len(masks)
+    back = pair_mask(plans[0], other, "b", "a", public_key(own))
+    assert not (masks[0] + back).any()
 
 
 def test_the_shares_travel_sealed() -> None:

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from conftest import labelled_rows, set_all
+from conftest import labelled_rows, set_all, write_rows
 from engines.in_process import Federation
 from fedsb.adapters.basis import basis_hash
 from fedsb.config import load_config
+from fedsb.data.sources import load_table
 from fedsb.engines.bench import Bench
 from fedsb.engines.notes import Note, Phase, pack_note, read_answer, read_note
 from fedsb.environment import versions
@@ -21,7 +22,6 @@ from fedsb.errors import RefusalError, UserError
 from fedsb.federation.payload import Payload, pack
 from fedsb.federation.tensors import to_arrays
 from fedsb.models.load import tokenizer_fingerprint
-from fedsb.privacy.accounting import epsilon
 from fedsb.privacy.guard import Guard, PromiseSpentError
 from fedsb.privacy.ledger import read_ledger
 from fedsb.privacy.secure_sum import MessageError, SumError, SumServer
@@ -165,7 +165,7 @@ def test_a_site_counts_its_own_rows(said: int | None, settings: Settings, tmp_pa
 def test_what_is_charged_is_what_runs(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sums: list[int] = []
     mean = Guard.mean
-    monkeypatch.setattr(Guard, "mean", lambda guard, total: sums.append(1) or mean(guard, total))
+    monkeypatch.setattr(Guard, "mean", lambda guard, total, rows: sums.append(1) or mean(guard, total, rows))
     world = Hostile(tmp_path)
     world.open(settings(EXAMPLE, train={"epochs": 1, "steps": None}))
     world.train(0, "a")
@@ -219,16 +219,52 @@ def test_a_run_keeps_what_it_began_with(settings: Settings, tmp_path: Path) -> N
         world.look("a", settings(EXAMPLE, rounds=2))
 
 
-def test_a_basis_asked_for_again_and_again_ends_at_the_sites_own_epsilon(settings: Settings, tmp_path: Path) -> None:
-    """A large delta of the run's leaves room for sums that the site's has not."""
-    private = {**EXAMPLE["privacy"], "delta": 0.003, "basis_share": 0.05}
-    world = Hostile(tmp_path, epsilon=6.6)
-    world.open(settings(privacy=private, basis={"kind": "core", "samples": 6, "share_samples": 0}))
-    with pytest.raises(PromiseSpentError, match=r"this site allows|the plan allows"):
-        for _ in range(1000):
-            world.ask("a", "sums")
-    (ledger,) = (tmp_path / "a").glob("runs/*/privacy/*.jsonl")
-    assert epsilon([entry.release for entry in read_ledger(ledger)], 1e-5) <= 6.6
+def test_a_basis_asked_for_again_and_again_is_the_same_and_charged_once(settings: Settings, tmp_path: Path) -> None:
+    """The mean of many noised sums of the same rows would have little noise left."""
+    world = Hostile(tmp_path)
+    world.open(settings(EXAMPLE, {"basis": {"kind": "core", "samples": 6, "share_samples": 0}}))
+    first = world.ask("a", "sums")
+    world.sites["a"]._let_go()
+    world.sites["a"] = world.federation.restarted("a")
+    for _ in range(3):
+        again = world.ask("a", "sums")
+        assert again.parts == first.parts and again.facts == first.facts
+    assert world.ledgers("a") == [0]
+
+
+@pytest.mark.parametrize("changes", [{}, EXAMPLE], ids=["plain", "private"])
+def test_a_round_is_done_once_and_for_one_broadcast(
+    changes: dict[str, Any], settings: Settings, tmp_path: Path
+) -> None:
+    """Several updates of the same rows, for weights of the coordinator's choice, tell more of the rows than one."""
+    world = Hostile(tmp_path)
+    world.open(settings(changes, {"rounds": 2}))
+    facts = {"rank": None, "versions": versions()}
+    broadcast, next_round = world.broadcast(0), world.broadcast(1)
+    other = world.broadcast(0, lambda told: {key: x + 0.01 for key, x in told.items()})
+    first = world.ask("a", "round", broadcast, **facts)
+    for restart in (False, True):
+        if restart:
+            world.sites["a"]._let_go()
+            world.sites["a"] = world.federation.restarted("a")
+        again = world.ask("a", "round", broadcast, **facts)
+        assert again.parts == first.parts and again.facts == first.facts
+        with pytest.raises(RefusalError, match="round 1 was done here for another broadcast"):
+            world.ask("a", "round", other, **facts)
+    world.train(1, "a", next_round)
+    assert world.ledgers("a") == ([1, 2] if changes else [])
+
+
+def test_a_round_is_summed_for_one_broadcast(settings: Settings, tmp_path: Path) -> None:
+    """The difference of two sums of one round would be the coordinator's to choose."""
+    world = Hostile(tmp_path, "abc")
+    world.open(settings(SUMS))
+    world.train(0, "abc")
+    first = world.sum(0, "abc")
+    world.train(0, "abc")
+    assert np.array_equal(world.sum(0, "abc"), first)
+    with pytest.raises(RefusalError, match="was done here for another broadcast"):
+        world.train(0, "abc", world.broadcast(0, lambda message: {key: x + 0.1 for key, x in message.items()}))
 
 
 # --- what is asked for ---
@@ -442,3 +478,64 @@ def test_a_round_between_two_phases_changes_no_sum(settings: Settings, tmp_path:
     other.train(0, "ab")
     with pytest.raises(SumError, match="is in a sum already"):
         other.sum(0, "ab")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e12])
+def test_a_broadcast_out_of_range_is_refused_before_a_row_is_drawn(
+    bad: float, settings: Settings, tmp_path: Path
+) -> None:
+    world = Hostile(tmp_path)
+    world.open(settings(EXAMPLE))
+    with pytest.raises(RefusalError, match=r"NaN, infinite or above 1e\+06"):
+        world.train(0, "a", world.broadcast(0, lambda message: {key: x + bad for key, x in message.items()}))
+    assert world.ledgers("a") == []
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda x: x * 2e-22, "is not orthonormal"),
+        (lambda x: x * 3, "is not orthonormal"),
+        (lambda x: x[:, 1:], "do not fit layer"),
+        (lambda x: x * np.nan, "NaN, infinite or above"),
+    ],
+)
+def test_a_basis_of_another_scale_is_refused(
+    change: Callable[[Any], Any], words: str, settings: Settings, tmp_path: Path
+) -> None:
+    """It would scale every row's gradient, down to where a clip in float32 does nothing."""
+    world = Hostile(tmp_path)
+    world.open(settings(EXAMPLE))
+    part = world.part("a")
+    common = to_arrays(part._state(part._derived()).common)
+    told = pack(Payload(kind="basis-down", run=RUN, round=0, tensors={key: change(x) for key, x in common.items()}))
+    with pytest.raises(RefusalError, match=words):
+        world.ask("a", "hold", told)
+    whole = pack(Payload(kind="basis-down", run=RUN, round=0, tensors=common))
+    assert world.ask("a", "hold", whole).facts["holds"] == basis_hash(part._state(part._derived()).common)
+
+
+def test_a_site_tells_no_private_loss(settings: Settings, tmp_path: Path) -> None:
+    """Without a rule of its own it tells a loss in a plain run, and in a private one where the run releases it."""
+    released = {**EXAMPLE, "privacy": {**EXAMPLE["privacy"], "release": ["loss"]}}
+    for number, (changes, told) in enumerate([(EXAMPLE, False), (released, True), ({}, True)]):
+        world = Hostile(tmp_path / str(number))
+        world.open(settings(changes))
+        answer = world.ask("a", "round", world.broadcast(0), rank=None, versions=versions())
+        assert (answer.facts["loss"] is not None) is told
+
+
+def test_a_sites_fingerprint_confirms_no_guess_and_shows_the_site_a_change(settings: Settings, tmp_path: Path) -> None:
+    rows = labelled_rows(30, 0)
+    world = Hostile(tmp_path, rows=rows)
+    told = {name: world.look(name, settings()).facts["fingerprint"] for name in "ab"}
+    plain = load_table(str(tmp_path / "a" / "rows.jsonl")).fingerprint
+    assert len({plain, *told.values()}) == 3  # the sites have the same rows
+    assert world.look("a", settings()).facts["fingerprint"] == told["a"]
+    world.open(settings())
+    broadcast = world.broadcast(0)
+    write_rows(tmp_path / "a" / "rows.jsonl", [{**rows[0], "text": "green1 green2"}, *rows[1:]])
+    world.sites["a"]._let_go()
+    world.sites["a"] = world.federation.restarted("a")
+    with pytest.raises(RefusalError, match="this run began here with other data"):
+        world.train(0, "a", broadcast)

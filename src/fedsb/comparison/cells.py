@@ -19,8 +19,9 @@ import os
 import re
 import sys
 import time
+import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -80,14 +81,14 @@ def make_cell(name: str, settings: Mapping[str, Any]) -> Cell:
     return Cell(name=name, settings={k: v for k, v in dotted(settings).items() if k not in ("name", "out")})
 
 
-async def run_cell(cell: Cell) -> Outcome:
+async def run_cell(cell: Cell, ledgers: Path) -> Outcome:
     """Runs a cell and gives back what is kept of it; a loss that is not finite gives a score of None.
 
-    Raises CellError where the run fails otherwise. Cancelled, it ends the run's process first.
+    The ledgers of a private run stay below `ledgers`, however the run ends. Raises CellError where the run fails
+    otherwise. Cancelled, it ends the run's process first.
     """
     started = time.monotonic()
-    with TemporaryDirectory(prefix="fedsb-cell-") as draft:
-        folder = Path(draft)
+    with _draft(cell, ledgers) as folder:
         toml = folder / "cell.toml"
         toml.write_text(to_toml({**cell.settings, "name": "cell", "out": str(folder)}), "utf-8")
         code, said = await _call(sys.executable, "-m", "fedsb", "run", str(toml), "--json")
@@ -96,6 +97,30 @@ async def run_cell(cell: Cell) -> Outcome:
         facts: Outcome = {"score": None, "diverged": _reason(code, said)} if code else read_run(folder / "cell")
     seconds = round(time.monotonic() - started, 1)
     return {"name": cell.name, **facts, "seconds": seconds, "settings": cell.portable, "content": cell.content}
+
+
+@contextmanager
+def _draft(cell: Cell, ledgers: Path) -> Iterator[Path]:
+    """A folder for a run, of which only a private run's ledgers are left at the end."""
+    if cell.settings.get("privacy.unit", "none") == "none":
+        with TemporaryDirectory(prefix="fedsb-cell-") as draft:
+            yield Path(draft)
+        return
+    folder = ledgers / f"{cell.key}-{uuid.uuid4().hex[:6]}"
+    with disk_errors(ledgers):
+        folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        kept = set((folder / "cell" / "privacy").glob("*.jsonl"))
+        for path in sorted(folder.rglob("*"), reverse=True):  # what is in a folder before the folder
+            if path.is_dir():
+                with suppress(OSError):  # one that holds ledgers
+                    path.rmdir()
+            elif path not in kept:
+                path.unlink()
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def read_run(folder: Path) -> Outcome:

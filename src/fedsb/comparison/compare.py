@@ -23,6 +23,7 @@ from fedsb.comparison.contenders import Contender, contenders_of
 from fedsb.comparison.figures import Entry, comparison_of
 from fedsb.comparison.page import write_page
 from fedsb.comparison.search import best_rate, next_rate, start_rate
+from fedsb.comparison.spent import ahead, together
 from fedsb.comparison.table import markdown
 from fedsb.config import Loaded, difference
 from fedsb.data.tasks import TASKS
@@ -66,12 +67,15 @@ def compare(loaded: Loaded, folder: Path, note: Note) -> dict[str, Any]:
             f"{plan.cells} runs, {plan.workers} at a time: for each {_count(plan.asked.trials, 'learning rate')} on "
             f"seed 0, then {_count(plan.asked.seeds, 'seed')}; what is finished is kept in {results.path}"
         )
+        if spends := ahead(plan.contenders, plan.asked.trials + plan.asked.seeds):
+            note(spends)
         work = Work(plan, results, note)
         try:
             entries = asyncio.run(work.all())
         except asyncio.CancelledError:  # SIGTERM or SIGHUP
             raise KeyboardInterrupt from None
     found = comparison_of(entries, loaded, work.failed, higher_is_better=plan.higher_is_better)
+    found["privacy"] = together(folder, plan.contenders)
     return write(found, folder)
 
 
@@ -174,7 +178,7 @@ class Work:
             changed = "; ".join(difference(stale["settings"], cell.portable)) or "its files' content"
             self.note(f"{cell.name}: a kept run has other settings and is not used ({changed})")
         async with self.slots:
-            outcome = await run_cell(cell)
+            outcome = await run_cell(cell, self.results.path.parent / "ledgers")
         self.results.add(cell, outcome)
         self.ran += 1
         score = "not finite" if outcome["score"] is None else score_text(outcome["metric"])(outcome["score"])

@@ -150,7 +150,25 @@ def _together(contenders: list[Contender], asked: CompareConfig) -> list[str]:
             faults.append("compare: there are no rows to train on: name data.train")
         elif data.test is None and data.train != "python-docs" and not contender.config.clients.held_out:
             faults.append("compare: there are no rows to score: name data.test, or set clients.held_out")
+        faults += _private_scores(contender.config, asked)
     return faults
+
+
+def _private_scores(config: Config, asked: CompareConfig) -> list[str]:
+    """What would fail in each run, after others were charged: scores of private rows that are not released."""
+    if not config.privacy.on or "scores" in config.privacy.release:
+        return []
+    if asked.trials:
+        return [
+            f"compare.trials = {asked.trials}: trials score private rows, which epsilon does not cover. Set "
+            "compare.trials = 0 and train.lr, or privacy.release = ['scores']"
+        ]
+    if config.data.test is None and config.data.train != "python-docs":
+        return [
+            "compare: a private run shows no scores of its clients' rows. Name a public test file with data.test, or "
+            "set privacy.release = ['scores']"
+        ]
+    return []
 
 
 def _scored_by(task: TaskConfig) -> str:

@@ -54,6 +54,8 @@ def notes(found: Json) -> list[str]:
         "Bytes: of the tensors, all clients, all rounds; less the head: without the task head that every method "
         "sends. Front: no other contender scores as well for as few bytes."
     )
+    if privacy := found.get("privacy"):
+        lines.append(privacy["says"])
     if len(found["versions"]) > 1:
         lines.append(f"The runs are of more than one version of fedsb: {'; '.join(found['versions'])}.")
     lines += [f"Failed: {name}: {' '.join(why.split())}" for name, why in found["failed"].items()]

@@ -209,5 +209,6 @@ def left(client: str, why: str) -> Dropped:
 
 def noise_share(plan: SumPlan, guard: Guard) -> NDArray[np.int64]:  # (plan.size,), in steps of the grid
     """One client's: with `plan.threshold` such shares the sum has the noise that `guard` books, else more."""
+    guard.require_charged("training")
     longest = guard.plan.clip / plan.grid.step + math.sqrt(plan.size)
     return discrete_gaussian(guard.noise, guard.plan.sigma * longest / math.sqrt(plan.threshold), plan.size)

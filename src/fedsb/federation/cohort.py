@@ -99,7 +99,7 @@ def train_together(
                     adapted, task, tensors, trainable, rows, own[0].plan.clip, local.batch_size * len(running)
                 )
                 losses.append([sum(one) / len(one) if one else 0.0 for one in each])
-                gradients = _noised(own, sums)
+                gradients = _noised(own, sums, [len(one) for one in rows])
             if watch:
                 _check_finite(running, losses[-1], round, step)
             factors = [local.lr_factor(round, step, steps[m.name]) for m in running]
@@ -175,9 +175,9 @@ def _gradients(adapted: AdaptedModel, local: LocalTraining) -> Tensors:
     return gradients
 
 
-def _noised(guards: Sequence[Guard], sums: Tensors) -> Tensors:
-    """Every client's noised mean, stacked."""
-    means = [guard.mean({key: total_K[k] for key, total_K in sums.items()}) for k, guard in enumerate(guards)]
+def _noised(guards: Sequence[Guard], sums: Tensors, rows: Sequence[int]) -> Tensors:
+    """Returns every client's noised mean, stacked; `rows` are those that each client drew."""
+    means = [guard.mean({key: total_K[k] for key, total_K in sums.items()}, rows[k]) for k, guard in enumerate(guards)]
     return {key: torch.stack([mean[key] for mean in means]) for key in sums}
 
 

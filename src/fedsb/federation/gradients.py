@@ -64,7 +64,7 @@ def private_core_gradients(
     tensors, cores = _outer_core(adapted, start, outer)
     assert guard.plan.basis is not None
     sums, _ = clipped_sums(adapted, task, tensors, cores, [rows], guard.plan.basis.clip, batch_size)
-    noised = guard.basis_sum(sums)
+    noised = guard.basis_sum(sums, len(rows))
     return {f"{key.removesuffix('.R')}.S": total[0, 0].cpu() / adapted.scale for key, total in noised.items()}
 
 

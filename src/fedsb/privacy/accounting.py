@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 from collections import Counter
@@ -81,6 +82,14 @@ def epsilon(releases: Iterable[Release], delta: float, accountant: Accountant = 
     if any(sigma < NO_NOISE for _, sigma, _ in spent):
         return math.inf
     return _pld(spent, delta) if accountant == "pld" else _rdp(spent, delta)
+
+
+def epsilon_text(value: float) -> str:
+    """Returns an epsilon with three digits, rounded up: the text never states less than was spent."""
+    if not 0 < value < math.inf:
+        return f"{value:g}"
+    step = 10.0 ** (math.floor(math.log10(value)) - 2)
+    return f"{math.ceil(value / step * (1 - 1e-9)) * step:.3g}"  # 3.00 stays 3
 
 
 def check_delta(delta: float) -> None:
@@ -189,11 +198,16 @@ def _rdp(spent: Spent, delta: float, orders: tuple[float, ...] = ORDERS) -> floa
 
 
 def _composed(accountant: Any, spent: Spent, delta: float) -> float:
-    dp = _dp_accounting()
-    for q, sigma, count in spent:
-        gaussian = dp.GaussianDpEvent(sigma)
-        accountant.compose(gaussian if q == 1 else dp.PoissonSampledDpEvent(q, gaussian), count)
-    return float(accountant.get_epsilon(delta))
+    dp, logger = _dp_accounting(), logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # an order of Renyi DP that does not converge is left out: the bound is looser
+    try:
+        for q, sigma, count in spent:
+            gaussian = dp.GaussianDpEvent(sigma)
+            accountant.compose(gaussian if q == 1 else dp.PoissonSampledDpEvent(q, gaussian), count)
+        return float(accountant.get_epsilon(delta))
+    finally:
+        logger.setLevel(level)
 
 
 def _dp_accounting() -> Any:

@@ -21,9 +21,11 @@ Scores are linear in what was released: only its sum over the steps is kept. Dir
 they are needed, a chunk at a time. With d trained values, m canaries and s steps an audit takes m d normals at its end
 and about s q m d / 2 on the way, some 15 ns each on one core; memory is a few times d and the chunk.
 
-Limits: a lower bound far below the stated epsilon proves nothing. At a delta of 1e-5 none is above 6.4, whatever m
-(`ceiling`). Canaries take no part in a noised basis. Which rows a step makes of the draw, and how a row's gradient
-comes about, is before the canaries and not seen.
+The noise itself, the draws and the clip are tested too (release_checks.py): those tests see much smaller faults.
+
+Limits: a lower bound far below the stated epsilon proves nothing. At a delta of 1e-5 none is above 6.4, whatever m, and
+a canary that no step draws cannot be told from one that is out (`ceiling`). Canaries take no part in a noised basis.
+Which rows a step makes of the draw, and how a row's gradient comes about, is before the canaries and not seen.
 """
 
 from __future__ import annotations
@@ -43,6 +45,7 @@ from fedsb.draws import Key, generator
 from fedsb.privacy.guard import Guard
 from fedsb.privacy.noise import Noise
 from fedsb.privacy.per_example import add_clipped
+from fedsb.privacy.release_checks import ReleaseChecks
 
 ERROR = 0.05  # the chance that a bound is above the true epsilon
 SHARES = (2, 8, 32)  # "in" is guessed for the highest m/2, m/8 or m/32; "out" for as many of the lowest, or none
@@ -102,10 +105,24 @@ def best_bound(scores: NDArray[np.float64], inside: NDArray[np.bool_], delta: fl
     return max(bounds, key=lambda bound: bound.epsilon)
 
 
-def ceiling(canaries: int, delta: float) -> float:
-    """What so many canaries can show at most: every one is guessed, and rightly."""
-    guesses = 2 * (canaries // 2)
-    return lower_bound(delta, canaries=canaries, guesses=guesses, correct=guesses, error=ERROR / (2 * len(SHARES)))
+def ceiling(canaries: int, delta: float, q: float = 1.0, steps: int = 1) -> float:
+    """Returns the epsilon that so many canaries can be expected to show at most, if there is no noise at all.
+
+    Who is drawn in any of the steps, each with probability q, is then known. The rest look like canaries that are out.
+    """
+    drawn = round(canaries / 2 * (1 - (1 - q) ** steps))
+    inside = (canaries / 2 - drawn) / (canaries - drawn)  # the share of canaries that are in, among those not drawn
+    splits = [(canaries // share, out) for share in SHARES for out in (canaries // share, 0)]
+    best = 0.0
+    for high, low in splits:
+        correct = min(high, drawn) + max(high - drawn, 0) * inside + low * (1 - inside)
+        best = max(
+            best,
+            lower_bound(
+                delta, canaries=canaries, guesses=high + low, correct=round(correct), error=ERROR / len(splits)
+            ),
+        )
+    return best
 
 
 Layout = tuple[tuple[str, tuple[int, ...]], ...]  # the tensors that a step trains, and their shapes
@@ -137,6 +154,23 @@ class Canaries:
             add_clipped(with_K, gradients, torch.zeros(len(g_bd), dtype=torch.long, device=g_bd.device), clip)
         return {key: x[0] for key, x in with_K.items()}
 
+    def clipped_lengths(self, like: Tensors, clip: float) -> dict[str, float]:
+        """Returns the lengths, in clips, of long gradients after clipping: of one over all tensors, and of one in each
+        tensor alone."""
+        found: dict[str, float] = {}
+        for only in (None, *sorted(like)):
+            g = {
+                key: (torch.ones_like(x) if only in (None, key) else torch.zeros_like(x))[None]
+                for key, x in like.items()
+            }
+            size = math.sqrt(sum(float(x.sum()) for x in g.values()))
+            g = {key: x * (LENGTH * clip / size) for key, x in g.items()}
+            sums = {key: torch.zeros_like(x)[None] for key, x in like.items()}
+            add_clipped(sums, g, torch.zeros(1, dtype=torch.long, device=next(iter(g.values())).device), clip)
+            total = sum(float(x.double().square().sum()) for x in sums.values())
+            found[only or "all tensors together"] = math.sqrt(total) / clip
+        return found
+
     def see(self, released: Tensors) -> None:
         """One step's noised sum, less what an attacker knows of it."""
         layout = tuple((key, tuple(released[key].shape)) for key in sorted(released))
@@ -166,6 +200,7 @@ class AuditedGuard(Guard):
     """A client's guard with canaries among the rows: drawn by its draw, clipped as rows are, under its noise."""
 
     canaries: Canaries
+    checks: ReleaseChecks
 
     @property
     def rows(self) -> int:
@@ -174,17 +209,30 @@ class AuditedGuard(Guard):
 
     def draw(self) -> list[int]:
         drawn = super().draw()
+        self.checks.see_draw(drawn, self.rows)
         self.canaries.drawn = [i - self.plan.rows for i in drawn if i >= self.plan.rows]
         return [i for i in drawn if i < self.plan.rows]
 
-    def mean(self, sums: Tensors) -> Tensors:
-        mean = super().mean(self.canaries.add(sums, self.plan.clip))
-        self.canaries.see({key: x.cpu().double() * self.plan.batch - sums[key].cpu() for key, x in mean.items()})
+    def mean(self, sums: Tensors, rows: int) -> Tensors:
+        with_canaries = self.canaries.add(sums, self.plan.clip)
+        self.checks.see_clipped(self.canaries.clipped_lengths(sums, self.plan.clip))
+        mean = super().mean(with_canaries, rows + len(self.canaries.drawn))
+        released = {key: x.cpu().double() * self.plan.batch for key, x in mean.items()}
+        self.canaries.see({key: x - sums[key].cpu() for key, x in released.items()})
+        self.checks.see_noise({key: x - with_canaries[key].cpu() for key, x in released.items()}, self.plan.noise_std)
         return mean
+
+    def basis_sum(self, sums: Tensors, rows: int) -> Tensors:
+        noised, basis = super().basis_sum(sums, rows), self.plan.basis
+        assert basis is not None
+        noise = {f"basis, {key}": x.cpu().double() - sums[key].cpu() for key, x in noised.items()}
+        self.checks.see_noise(noise, basis.sigma * basis.clip)
+        return noised
 
 
 def audited(guard: Guard, canaries: Canaries) -> AuditedGuard:
-    return AuditedGuard(plan=guard.plan, ledger=guard.ledger, noise=guard.noise, canaries=canaries)
+    checks = ReleaseChecks(guard.plan.q)
+    return AuditedGuard(plan=guard.plan, ledger=guard.ledger, noise=guard.noise, canaries=canaries, checks=checks)
 
 
 def _binomial(n: int, epsilon: float) -> NDArray[np.float64]:

@@ -2,13 +2,16 @@
 
     mean = (sum of clipped gradients + N(0, (sigma C)^2)) / expected batch          a step of DP-SGD
 
-A round is charged to the ledger, on disk, before any of its noise is drawn.
+A round is charged to the ledger, on disk, before any of its rows or its noise is drawn. A guard refuses to draw what
+was not charged, and to release a sum that is longer than its rows and their clip allow.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
@@ -20,6 +23,13 @@ from fedsb.privacy.noise import Noise
 from fedsb.privacy.plan import PrivacyPlan
 
 ROUNDING = 1e-6  # the same releases in another order compose alike but for this
+SLACK = 1e-3  # relative: a sum of clipped gradients may be longer than rows x clip by its rounding in float32
+
+What = Literal["training", "basis"]
+
+
+class UnsafeReleaseError(RunError):
+    """A release that the ledger or its noise would not cover: it is not made."""
 
 
 class PromiseSpentError(RunError):
@@ -49,6 +59,7 @@ class Guard:
     ledger: Ledger
     noise: Noise
     cap: Cap | None = None
+    _charged: dict[What, int] = field(default_factory=dict, init=False, repr=False)  # noised sums charged, not yet made
 
     @property
     def rows(self) -> int:
@@ -67,6 +78,7 @@ class Guard:
 
     def draw(self) -> list[int]:
         """The rows of a step, each for itself with probability q; there may be none."""
+        self.require_charged("training")
         return self.noise.poisson_sample(self.rows, self.plan.q)
 
     def charge_basis(self, round: int) -> list[int]:
@@ -76,15 +88,41 @@ class Guard:
         self._charge(Release(q=basis.q, sigma=basis.sigma, what="basis"), basis.clip, round)
         return self.noise.poisson_sample(self.plan.rows, basis.q)
 
-    def basis_sum(self, sums: Tensors) -> Tensors:
-        """The clipped sums of a basis, noised."""
+    def basis_sum(self, sums: Tensors, rows: int) -> Tensors:
+        """Returns the clipped sums of a basis over `rows` rows with noise.
+
+        Raises UnsafeReleaseError if it was not charged, or if the sums are longer than `rows` clipped gradients can be.
+        """
         assert self.plan.basis is not None
+        self._take("basis")
+        _refuse_long(sums, rows, self.plan.basis.clip)
         std = self.plan.basis.sigma * self.plan.basis.clip
         return {key: self.noised(sums[key], std) for key in sorted(sums)}
 
-    def mean(self, sums: Tensors) -> Tensors:
-        """Clipped sums of one step as a noised mean, float32. The divisor is public: it is the expected batch."""
+    def mean(self, sums: Tensors, rows: int) -> Tensors:
+        """Returns the clipped sums of one step over `rows` rows as a noised mean, float32.
+
+        The divisor is public: it is the expected batch. Raises as `basis_sum` does.
+        """
+        self._take("training")
+        _refuse_long(sums, rows, self.plan.clip)
         return {key: self.noised(sums[key], self.plan.noise_std) / self.plan.batch for key in sorted(sums)}
+
+    def noised_update(self, tensors: Tensors) -> Tensors:
+        """Returns one client's update with the noise of the sum of all clients' changes.
+
+        Raises UnsafeReleaseError if the round was not charged.
+        """
+        self._take("training")
+        return {key: self.noised(tensors[key], self.plan.noise_std) for key in sorted(tensors)}
+
+    def require_charged(self, what: What) -> None:
+        """Raises UnsafeReleaseError if no noised sum of this kind is charged and still to be made."""
+        if not self._charged.get(what):
+            raise UnsafeReleaseError(
+                f"{self.ledger.client}: the ledger has no line for a {what} sum that is about to be made. Nothing was "
+                "released. This is a fault of fedsb; please report it"
+            )
 
     def noised(self, total: torch.Tensor, std: float) -> torch.Tensor:
         """total + N(0, std^2), added in float64 and rounded to float32, on the tensor's device."""
@@ -107,6 +145,21 @@ class Guard:
                     f"delta of {cap.delta:g}; this site allows {cap.epsilon:g}"
                 )
         self.ledger.charge(release, round=round, clip=clip)
+        self._charged["basis" if release.what == "basis" else "training"] = release.count
+
+    def _take(self, what: What) -> None:
+        self.require_charged(what)
+        self._charged[what] -= 1
+
+
+def _refuse_long(sums: Tensors, rows: int, clip: float) -> None:
+    """Raises UnsafeReleaseError if the sums are longer than `rows` gradients of length `clip` can be together."""
+    squares = sum(float(torch.linalg.vector_norm(x.detach().cpu(), dtype=torch.float64)) ** 2 for x in sums.values())
+    if not math.sqrt(squares) <= rows * clip * (1 + SLACK):  # NaN is refused too
+        raise UnsafeReleaseError(
+            f"the sum of {rows} clipped gradients is longer than {rows} x {clip:g}, so its noise would not cover it. "
+            "Nothing was released. This is a fault of fedsb, or of the model's implementation; please report it"
+        )
 
 
 def clipped_change(sent: Tensors, unmoved: Tensors, clip: float) -> Tensors:

@@ -7,7 +7,11 @@ works for training (activation checkpointing, causal models, two-factor adapters
 
     g_i = dL_i / d(all trained tensors)      L_i is example i's own mean loss: no example enters another's
     sum = sum_i g_i min(1, C / ||g_i||)      the norm is over all trained tensors together: L2 sensitivity C;
-                                             0 for a row whose norm is NaN or infinite
+                                             0 for a row whose norm is NaN or above LONGEST
+
+Norms are computed in float64. In float32 the squares of entries below 1e-23 are 0, so that a row could pass unclipped,
+and a sum over 1e7 values is a tenth of a percent too small. The product of the clip is computed in full float32,
+whatever `model.matmul` says.
 
 (Abadi et al., "Deep Learning with Differential Privacy", CCS 2016, arXiv 1607.00133.) Shapes: K clients, b rows.
 """
@@ -23,6 +27,9 @@ from torch import Tensor
 from fedsb.adapters.adapted import AdaptedModel, Tensors
 from fedsb.data.tasks.base import Example, Task, ids
 from fedsb.federation.scoring import forward
+from fedsb.models.load import matmul_precision
+
+LONGEST = 1e19  # a gradient with a larger norm counts as 0; up to here, C over the norm is a normal float32
 
 
 def clipped_sums(
@@ -58,20 +65,21 @@ def clipped_sums(
 def add_clipped(sums: Tensors, gradients: Tensors, owner_b: Tensor, clip: float) -> None:
     """Adds each example's gradient (b, ...), cut to the clip, to its client's sums (K, ...), in place."""
     norm_b = norms(gradients)
-    finite_b = norm_b.isfinite()
-    if not finite_b.all():  # such a row counts as 0: NaN would tell of it through any noise
-        gradients = {key: g[finite_b] for key, g in gradients.items()}
-        norm_b, owner_b = norm_b[finite_b], owner_b[finite_b]
+    usable_b = norm_b <= LONGEST  # False for NaN
+    if not usable_b.all():  # such a row counts as 0: NaN would show through any noise
+        gradients = {key: g[usable_b] for key, g in gradients.items()}
+        norm_b, owner_b = norm_b[usable_b], owner_b[usable_b]
     factor_b = (clip / norm_b).clamp(max=1.0)  # a gradient of 0 stays 0
     weight_Kb = torch.zeros(len(next(iter(sums.values()))), len(owner_b), device=owner_b.device)
-    weight_Kb[owner_b, torch.arange(len(owner_b))] = factor_b
-    for key, g in gradients.items():
-        sums[key] += (weight_Kb @ g.reshape(len(g), math.prod(g.shape[1:]))).reshape(sums[key].shape)
+    weight_Kb[owner_b, torch.arange(len(owner_b))] = factor_b.float()
+    with matmul_precision("highest"):
+        for key, g in gradients.items():
+            sums[key] += (weight_Kb @ g.reshape(len(g), math.prod(g.shape[1:]))).reshape(sums[key].shape)
 
 
 def norms(gradients: Tensors) -> Tensor:
-    """(b,): the L2 norm of each example's gradient over all tensors (b, ...) together."""
-    each = [torch.linalg.vector_norm(g.reshape(len(g), -1), dim=1) for g in gradients.values()]
+    """Returns the L2 norm of each example's gradient over all tensors (b, ...) together: (b,), float64."""
+    each = [torch.linalg.vector_norm(g.reshape(len(g), -1), dim=1, dtype=torch.float64) for g in gradients.values()]
     together: Tensor = torch.linalg.vector_norm(torch.stack(each), dim=0)
     return together
 

@@ -25,6 +25,7 @@ from fedsb.privacy.accounting import RELATION, Accountant, Release, calibrate, e
 
 Unit = Literal["example", "client"]
 DELTA = 1e-5
+CLIPS = (1e-9, 1e9)  # the least and the largest clip; float32 gradients resolve no clip far beyond them
 RISE = 1.1  # how much more noise training may get for a private basis's sake
 
 
@@ -164,12 +165,10 @@ def _faults(plan: PrivacyPlan) -> Iterable[str]:
     who = "clients" if client else "rows"
     if plan.unit not in ("example", "client"):
         yield f"unit = {plan.unit!r}: there are 'example' and 'client'"
-    if not plan.clip > 0:
-        yield f"clip = {plan.clip}: nothing shorter than a positive length is left of an update"
+    if not (CLIPS[0] <= plan.clip <= CLIPS[1] or (plan.clip == math.inf and not plan.sigma)):
+        yield f"clip = {plan.clip} is out of range. Set it to a value from {CLIPS[0]:g} to {CLIPS[1]:g}"
     if not 0 <= plan.sigma < math.inf:
         yield f"sigma = {plan.sigma}: a noise multiplier is finite and not negative"
-    if plan.clip == math.inf and plan.sigma:
-        yield "clip = inf: noise is a multiple of the clip, so there is none without a clip"
     if plan.rows < 1 or not 1 <= plan.batch <= plan.rows:
         yield f"an expected batch of {plan.batch} from {plan.rows} {who}: it is between 1 and all of them"
     if not 0 < plan.delta < 1:
@@ -183,7 +182,10 @@ def _faults(plan: PrivacyPlan) -> Iterable[str]:
         yield f"steps = {plan.steps}: " + ("a round releases one sum of clients" if client else "at least 0")
     if plan.rounds < 0:
         yield f"rounds = {plan.rounds}: at least 0"
-    if basis and not (0 < basis.clip < math.inf and 0 <= basis.sigma < math.inf and 0 < basis.q <= 1):
-        yield f"{basis}: clip is positive, sigma not negative, both finite, and q in (0, 1]"
+    if basis and not (CLIPS[0] <= basis.clip <= CLIPS[1] and 0 <= basis.sigma < math.inf and 0 < basis.q <= 1):
+        yield (
+            f"{basis} is not a valid plan for a basis. clip must be from {CLIPS[0]:g} to {CLIPS[1]:g}, sigma finite "
+            "and not negative, and q in (0, 1]"
+        )
     if basis and basis.every is not None and basis.every < 1:
         yield f"a new basis every {basis.every} rounds: at least 1"

@@ -85,8 +85,7 @@ class Promise:
             return updates
         guard.charge(round + 1)
         first, *others = updates
-        tensors = {key: guard.noised(x, guard.plan.noise_std) for key, x in sorted(first.tensors.items())}
-        return [replace(first, tensors=tensors), *others]
+        return [replace(first, tensors=guard.noised_update(first.tensors)), *others]
 
     def _opened(self) -> Mapping[str, Guard]:
         if not self.guards:

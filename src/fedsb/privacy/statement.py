@@ -14,7 +14,7 @@ NOT_COVERED = (
     "how long anything takes",
     "the choice of settings, where it was made by looking at scores of private rows (tuning, `fedsb compare`)",
     "a person with rows at several clients, or several rows at one",
-    "manifest.json, which names data files and their fingerprints: do not publish it",
+    "manifest.json, which names data files and row counts: do not publish it, nor the key in privacy/",
 )
 RELEASED = {"loss": "the training loss of every round", "scores": "scores on private rows"}
 

@@ -92,9 +92,9 @@ class SiteHandle:
         config, run = self._allowed(note.facts["config"]), str(note.facts["run"])
         self._let_go()
         part = Participant(self._folder(run), self.settings, self.identity, config, run)
-        self._remember(part, config=note.facts["config"], run=run)
+        self._remember(part, config=note.facts["config"], run=run, data=part.fingerprint)
         self.part = part
-        return Looked(labels=part.labels, rows=len(part.table.rows), fingerprint=part.table.fingerprint)
+        return Looked(labels=part.labels, rows=len(part.table.rows), fingerprint=part.fingerprint)
 
     def open(self, note: Note) -> Facts:
         part = self._part(note)
@@ -135,11 +135,10 @@ class SiteHandle:
         done = part.round(note.parts[0], note.facts["rank"])
         if done is None:
             return Behind(holds=part.holds)
-        after, sending = done
-        loss = after.loss if self.settings.allow.tells and part.promise.shows("loss") else None
+        loss = done.loss if self.settings.allow.tells and part.promise.shows("loss") else None
         if part.sums is None:
-            return Trained(entries=part.entries(), loss=_finite(loss), parts=(sending.envelope,))
-        refuse_payload(self.settings.allow, unpack(sending.envelope), len(sending.envelope))
+            return Trained(entries=part.entries(), loss=_finite(loss), parts=(done.envelope,))
+        refuse_payload(self.settings.allow, unpack(done.envelope), len(done.envelope))
         if why := part.sums.fault():
             self.tell(f"{part.run[:12]}  leaves the sum: {why}")
             why = "its change is not finite, or above server.sum_limit; its own terminal says more"
@@ -185,6 +184,7 @@ class SiteHandle:
             raise RefusalError(f"this site was never asked into the run {run!r:.40}")
         config = self._allowed(facts["config"])
         part = Participant(self._folder(run), self.settings, self.identity, config, run)
+        self._known(part, data=part.fingerprint)
         if "label_names" in facts:
             part.open(facts["label_names"])
         if "rows" in facts:

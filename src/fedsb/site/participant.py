@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedsb.adapters.adapted import Tensors
+from fedsb.adapters.adapted import Shapes, Tensors
 from fedsb.adapters.basis import Basis, basis_hash
 from fedsb.adapters.carry import is_news
 from fedsb.data.sites import elsewhere, load_own, open_own, open_task_of
@@ -24,7 +25,7 @@ from fedsb.federation.link import link_of, read_change
 from fedsb.federation.payload import Payload, PayloadError, unpack
 from fedsb.federation.server import fault_of_shapes
 from fedsb.federation.tensors import change_of, to_tensors
-from fedsb.federation.turn import Sending, Turn, at_rank
+from fedsb.federation.turn import Turn, at_rank
 from fedsb.methods import build_method
 from fedsb.methods.contract import State
 from fedsb.models.load import load_tokenizer
@@ -33,10 +34,14 @@ from fedsb.privacy.accounting import Release
 from fedsb.privacy.ledger import read_ledger
 from fedsb.privacy.setup import Promise, promise_of
 from fedsb.privacy.statement import spent
+from fedsb.record import keyed_fingerprint
 from fedsb.settings import Config
 from fedsb.site.settings import SiteConfig, cap_of, refuse_columns, refuse_labels
-from fedsb.site.store import Pending, Store
+from fedsb.site.store import Answer, Pending, Store
 from fedsb.site.sums import SiteSums
+
+LARGEST = 1e6  # of the values that a site is told
+ORTHONORMAL = 1e-3  # by which the entries of A A' and B'B may differ from those of the identity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +95,12 @@ class Participant:
             )
         return self._promise
 
+    @property
+    def fingerprint(self) -> str:
+        """The fingerprint of this site's rows in this run. Only this site can make it, so it confirms no guess."""
+        key = self.identity.key.private_bytes_raw()
+        return keyed_fingerprint(key, f"{self.run} {self.table.fingerprint}")
+
     # --- before the first round ---
 
     def open(self, label_names: list[str]) -> None:
@@ -126,9 +137,14 @@ class Participant:
         return self.hold(self._state(self._derived() if self.method.adapter == "core" else None).common)
 
     def basis_sums(self) -> tuple[bytes, float]:
-        """(the envelope of this site's S, the rows behind it), of a `core` basis. Raises RefusalError for another."""
+        """Returns the envelope of this site's S of a `core` basis, and the number of rows in it.
+
+        It is made once: a second request gets the stored one. Raises RefusalError for a basis of another kind.
+        """
         if self.method.adapter != "core" or self.config.basis.kind != "core":
             raise RefusalError(f"basis.kind = {self.config.basis.kind!r} looks at no row of a site")
+        if (stored := self.store.basis_sums()) is not None:
+            return stored
         guards = self.promise.of_rows()
         own, rows = core_sums(
             self.config.basis,
@@ -143,7 +159,9 @@ class Participant:
             round=0,
             batch_size=self.config.train.batch_size,
         )
-        return self.link.basis("up", self.identity.name, 0, own, self.link.codec), rows
+        envelope = self.link.basis("up", self.identity.name, 0, own, self.link.codec)
+        self.store.save_basis_sums(envelope, rows)
+        return envelope, rows
 
     def basis(self, envelope: bytes) -> str:
         """Takes the basis as it was told to all sites; the hash of what is held in common from now on."""
@@ -153,7 +171,13 @@ class Participant:
         return self.hold(self._state(Basis(kind=kind, A=A, B=B)).common)
 
     def hold(self, common: Tensors) -> str:
-        """Takes `common` as what is held in common at the start."""
+        """Takes `common` as what is held in common at the start.
+
+        Raises RefusalError for values out of range, and for a basis that is not orthonormal.
+        """
+        refuse_values(common)
+        if self.method.adapter == "core":
+            refuse_basis(common, self.bench.shapes)
         self.store.save_common(common)
         return self._hold(common)
 
@@ -164,10 +188,11 @@ class Participant:
 
     # --- a round ---
 
-    def round(self, envelope: bytes, rank: int | None) -> tuple[Member, Sending] | None:
-        """The client after its training, and what it sends; None where this site lacks what the broadcast adds to.
+    def round(self, envelope: bytes, rank: int | None) -> Answer | None:
+        """Trains for one round and returns what this site sends; None if it lacks what the broadcast adds to.
 
-        Raises RefusalError for a round that the run does not have.
+        A round is done once. A request for the same broadcast gets the stored answer; another broadcast for a round
+        that was done, or a round that the run does not have, raises RefusalError.
         """
         payload = unpack(envelope)
         if not 0 <= payload.round < self.config.rounds:
@@ -178,11 +203,38 @@ class Participant:
         if self._hash(common) != payload.basis:
             return None
         turn = Turn(at_rank(self.method, rank), common, message, payload.round, payload.basis)
-        kept = self.store.kept(payload.round)
+        kept, after = self.store.kept(payload.round), payload.round + 1
         with fitting():  # before a row is drawn for it
             before = turn.member(self.site, kept)
             self._check(before.tensors)
-        (after,) = self.bench.train_group(turn.method, [before], self.local, payload.round, self.promise)
+            told = basis_hash(turn.method.receive(common, message, {}, payload.round)) + f" {rank}"
+        refuse_values(before.tensors)
+        answer = self._answer(payload.round, told)
+        if answer is None:
+            answer, own = self._train(turn, before, kept)
+            changed = {key: x for key, x in common.items() if x is not self._start.get(key)}
+            self.store.save_round(after, own, changed, held_tensors, answer)
+        self._heard = after, common, held_tensors
+        if answer.change is not None:
+            self.store.save_pending(Pending(payload.round, turn.basis, turn.against, answer.change))
+        return answer
+
+    def _answer(self, round: int, told: str) -> Answer | None:
+        """Returns the stored answer to this broadcast; None if there is none yet. Raises RefusalError if the round was
+        done for another broadcast: a second update of the same rows would let a coordinator compare the two."""
+        if (known := self.store.answered(round)) is None:
+            self.store.save_answered(round, told)
+            return None
+        if known != told:
+            raise RefusalError(
+                f"round {round + 1} was done here for another broadcast, and a site does each round once. If the "
+                "coordinator lost its newest checkpoint, start a new run"
+            )
+        return self.store.answer(round + 1)
+
+    def _train(self, turn: Turn, before: Member, kept: Tensors) -> tuple[Answer, Tensors]:
+        """Returns what this site sends after its training, and what it keeps."""
+        (after,) = self.bench.train_group(turn.method, [before], self.local, turn.round, self.promise)
         sending = turn.sending(
             before,
             after,
@@ -192,13 +244,8 @@ class Participant:
             promise=self.promise,
             keep_optimizer=self.local.keep_optimizer,
         )
-        self._heard = payload.round + 1, common, held_tensors
-        changed = {key: x for key, x in common.items() if x is not self._start.get(key)}
-        self.store.save_round(payload.round + 1, sending.kept, changed, held_tensors)
-        if self.sums is not None:
-            change = change_of(sending.tensors, turn.unmoved)
-            self.store.save_pending(Pending(payload.round, turn.basis, turn.against, change))
-        return after, sending
+        change = None if self.sums is None else change_of(sending.tensors, turn.unmoved)
+        return Answer(sending.envelope, after.loss, change), sending.kept
 
     # --- the end ---
 
@@ -293,6 +340,32 @@ class Participant:
     def _outer(self) -> dict[str, Any]:
         rank = self.method.total_rank
         return outer_basis(self.config.basis, self.bench.adapted, rank, self.config.seed, 0)
+
+
+def refuse_values(tensors: Tensors) -> None:
+    """Raises RefusalError for what a coordinator sent, if it holds values that are not finite or out of range."""
+    for key, x in tensors.items():
+        if x.is_floating_point() and x.numel() and not float(x.abs().max()) <= LARGEST:
+            raise RefusalError(
+                f"a broadcast holds values of {key!r} that are NaN, infinite or above {LARGEST:g}. Nothing was made of "
+                "it; the coordinator may lower its learning rate"
+            )
+
+
+def refuse_basis(common: Tensors, shapes: Shapes) -> None:
+    """Raises RefusalError if a layer's B or A is missing, of another shape, or not orthonormal.
+
+    A basis of another scale would scale every row's gradient.
+    """
+    for layer, (m, n) in shapes.items():
+        B, A = common.get(f"{layer}.B"), common.get(f"{layer}.A")
+        if A is None or B is None or A.ndim != 2 or A.shape[1] != n or B.shape != (m, len(A)):
+            raise RefusalError(f"a basis whose tensors do not fit layer {layer!r}. It is not from this run")
+        for gram in (A @ A.T, B.T @ B):
+            if not float((gram - torch.eye(len(A))).abs().max()) <= ORTHONORMAL:
+                raise RefusalError(
+                    f"a basis that is not orthonormal in layer {layer!r}. This site accepts only orthonormal ones"
+                )
 
 
 @contextmanager

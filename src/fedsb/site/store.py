@@ -2,7 +2,10 @@
 
 run.json                            the notes that opened the run
 common.safetensors                  what the site holds in common with all others, as of the start
-rounds/round-0003.safetensors       after the third round: its own state, what changed in common, the last broadcast
+rounds/round-0003.safetensors       after the third round: its own state, what changed in common, the last broadcast,
+                                    and the answer that it sent
+answered.json                       for each round, the hash of the broadcast that it trained on
+basis_sums.safetensors              what it sent for a `core` basis
 pending.safetensors                 its change, for a secure sum
 encoded.safetensors                 the same with its share of the noise, where clients are what is protected
 privacy/<name>.jsonl                its ledger
@@ -28,6 +31,15 @@ from fedsb.federation.tensors import under, within
 from fedsb.privacy.fixed_point import Floats, Ring
 
 KEEP = 2  # rounds: the coordinator may fall back to the one before
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What this site sent in a round, or puts into its sum."""
+
+    envelope: bytes
+    loss: float
+    change: Floats | None  # for a secure sum
 
 
 @dataclass(frozen=True)
@@ -58,11 +70,36 @@ class Store:
         path = self.folder / "common.safetensors"
         return load(path.read_bytes()) if path.is_file() else None
 
-    def save_round(self, round: int, kept: Tensors, changed: Tensors, message: Tensors) -> None:
+    def answered(self, round: int) -> str | None:
+        """Returns the hash of the broadcast that this site trained on in this round, counted from 0; None for none."""
+        return self._answered().get(str(round))
+
+    def save_answered(self, round: int, told: str) -> None:
+        """Notes a broadcast before it is trained on: a round is never done for a second one."""
+        write_atomic(self.folder / "answered.json", json.dumps({**self._answered(), str(round): told}).encode())
+
+    def _answered(self) -> dict[str, str]:
+        path = self.folder / "answered.json"
+        return dict(json.loads(path.read_text())) if path.is_file() else {}
+
+    def save_basis_sums(self, envelope: bytes, rows: float) -> None:
+        write_atomic(self.folder / "basis_sums.safetensors", save({"envelope": _bytes(envelope)}, {"rows": repr(rows)}))
+
+    def basis_sums(self) -> tuple[bytes, float] | None:
+        path = self.folder / "basis_sums.safetensors"
+        if not path.is_file():
+            return None
+        with safe_open(path, "pt") as file:
+            return file.get_tensor("envelope").numpy().tobytes(), float(file.metadata()["rows"])
+
+    def save_round(self, round: int, kept: Tensors, changed: Tensors, message: Tensors, answer: Answer) -> None:
         """After so many rounds. `changed` is of what is held in common, as against the start."""
         parts = under("kept", kept) | under("common", changed)
         parts |= {key: x.clone() for key, x in under("message", message).items()}  # some are in common too
-        write_atomic(self._path(round), save(_whole(parts)))
+        parts["envelope"] = _bytes(answer.envelope)
+        if answer.change is not None:
+            parts["change"] = torch.from_numpy(answer.change)
+        write_atomic(self._path(round), save(_whole(parts), {"loss": repr(answer.loss)}))
         for path in (self.folder / "rounds").glob("round-*.safetensors"):
             if _round_of(path) <= round - KEEP:
                 path.unlink()
@@ -77,6 +114,16 @@ class Store:
         except Exception as error:
             raise RunError(f"{path}, what this site keeps between rounds, cannot be read: {error}") from error
         return within("kept", parts), within("common", parts), within("message", parts)
+
+    def answer(self, round: int) -> Answer | None:
+        """Returns what was sent in the last of so many rounds; None if it is not stored any more."""
+        path = self._path(round)
+        if not path.is_file():
+            return None
+        with safe_open(path, "pt") as file:
+            change = file.get_tensor("change").numpy() if "change" in file.keys() else None  # noqa: SIM118
+            envelope = file.get_tensor("envelope").numpy().tobytes()
+            return Answer(envelope, float(file.metadata()["loss"]), change)
 
     def save_pending(self, pending: Pending) -> None:
         tensors = {"change": torch.from_numpy(pending.change)}
@@ -111,6 +158,10 @@ class Store:
 
     def _path(self, round: int) -> Path:
         return self.folder / "rounds" / f"round-{round:04d}.safetensors"
+
+
+def _bytes(data: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
 def _round_of(path: Path) -> int:

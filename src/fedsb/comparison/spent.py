@@ -1,0 +1,108 @@
+"""What the private runs of a comparison spend together: each trains on the same rows, so their releases compose.
+
+The ledgers of every run that was begun stay in the comparison's folder, finished or not:
+
+    ledgers/<cell>-<attempt>/cell/privacy/<client>.jsonl
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedsb.comparison.contenders import Contender
+from fedsb.privacy.accounting import Release, epsilon, epsilon_text
+from fedsb.privacy.ledger import merged, read_ledger
+from fedsb.privacy.plan import DELTA
+
+Json = dict[str, Any]
+Run = dict[str, tuple[Release, ...]]  # client -> what it released
+
+
+def ahead(contenders: Sequence[Contender], cells: int) -> str | None:
+    """Returns what the private runs can spend together, in words, before any is begun; None if none is private.
+
+    `cells` are those of one contender. By simple addition: what the ledgers say in the end is less.
+    """
+    private = [contender.config.privacy for contender in contenders if contender.config.privacy.on]
+    if not private:
+        return None
+    runs = cells * len(private)
+    if any(privacy.epsilon is None for privacy in private):
+        total = "the sum of what `fedsb check` states for each"
+    else:
+        total = f"epsilon {cells * sum(privacy.epsilon or 0.0 for privacy in private):.4g}"
+    return (
+        f"privacy: {runs} private runs on the same rows, whose epsilons add up: together at most {total}, at {runs} "
+        "times the delta. The choice among them by scores on private rows is not covered"
+    )
+
+
+def together(folder: Path, contenders: Sequence[Contender]) -> Json | None:
+    """Returns what all ledgers below the folder come to together; None if there are none.
+
+    If the clients are the same in all runs (clients.split = "column"), the releases of each client compose, and the
+    worst client counts. Otherwise a row may be at any client of a run: the largest sampling rate, the least noise and
+    the most steps of a run's clients count together.
+    """
+    runs = [run for path in sorted((folder / "ledgers").glob("*")) if (run := _run(path))]
+    if not runs:
+        return None
+    fixed = all(contender.config.clients.split == "column" for contender in contenders)
+    rows = list(_by_client(runs) if fixed else [[release for run in runs for release in _worst(run)]])
+    delta = _delta(contenders)
+    spent = max(epsilon(releases, delta) for releases in rows)
+    units = sorted({contender.config.privacy.unit for contender in contenders if contender.config.privacy.on})
+    return {
+        "runs": len(runs),
+        "units": units,
+        "epsilon": spent,
+        "delta": delta,
+        "says": f"All {len(runs)} private runs together spent epsilon {epsilon_text(spent)} at delta {delta:.2g}, by "
+        "their ledgers in ledgers/. That bounds what several of them, or a choice among them, tell of one "
+        f"{' or '.join(units)}.",
+    }
+
+
+def _run(folder: Path) -> Run:
+    paths = sorted((folder / "cell" / "privacy").glob("*.jsonl"))
+    return {
+        json.loads(path.read_text().split("\n", 1)[0])["client"]: releases
+        for path in paths
+        if (releases := merged(read_ledger(path)))
+    }
+
+
+def _by_client(runs: Sequence[Run]) -> Iterator[list[Release]]:
+    """All that each client's rows were in; rows that a run pooled, or its server noised, were in its one ledger."""
+    for client in {client for run in runs for client in run}:
+        yield [
+            release
+            for run in runs
+            for release in (run.get(client) or (next(iter(run.values())) if len(run) == 1 else ()))
+        ]
+
+
+def _worst(run: Run) -> Iterator[Release]:
+    """Releases that spend at least as much as those of any client."""
+    by_what: dict[str, list[tuple[Release, ...]]] = defaultdict(list)
+    for releases in run.values():
+        for what in {release.what for release in releases}:
+            by_what[what].append(tuple(release for release in releases if release.what == what))
+    for what, clients in by_what.items():
+        each = [release for releases in clients for release in releases]
+        yield Release(
+            what=what,
+            q=max(release.q for release in each),
+            sigma=min(release.sigma for release in each),
+            count=max(sum(release.count for release in releases) for releases in clients),
+        )
+
+
+def _delta(contenders: Sequence[Contender]) -> float:
+    """The smallest that was asked for; a smaller delta makes epsilon larger."""
+    asked = [contender.config.privacy.delta for contender in contenders if contender.config.privacy.on]
+    return min([delta for delta in asked if isinstance(delta, float)], default=DELTA)

@@ -1,0 +1,162 @@
+"""Tests of what an audited run released: its noise, its clip and its draws, each against what the plan says.
+
+An audit knows the clipped sums beneath each release, so the noise itself is at hand: released - sums. If the code keeps
+to the plan, z = noise / (sigma C) is standard normal and independent over values, tensors and steps. Each test gives a
+score that is then standard normal too; with many tests the limit is raised so that correct code fails in one of
+1 / FALSE_ALARM audits.
+
+    size          of each tensor's noise: chi-square of its sum of squares, over all steps
+    mean, shape   of all noise: its mean, and its fourth moment (3 for a normal)
+    tensors       the correlation of each pair of tensors of one shape: noise that layers share
+    steps         the correlation of a step with the one before, and the size of each tensor's noise summed over all
+                  steps: noise that steps share
+    draws         how many rows were drawn, and how many of them in two steps in a row
+    clip          the length of a long gradient after clipping: over all tensors, and in each tensor alone
+
+Limits: only what is between the clipped gradients and their release. Gradients that depend on other rows are not seen.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import torch
+from torch import Tensor
+
+from fedsb.adapters.adapted import Tensors
+
+FALSE_ALARM = 1e-6  # the probability that an audit of correct code fails any of these tests
+FEWEST = 20.0  # rows expected: with fewer a count is not nearly normal and is not tested
+KINDS = ("size", "mean", "shape", "tensors", "steps", "draws", "clip")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """The result of one test."""
+
+    kind: str  # of KINDS
+    what: str  # a tensor's name, or what was counted
+    score: float  # standard normal if the code keeps to the plan; of a clip, its length in thousands of clips, or 0
+
+
+@dataclass
+class _Noise:
+    """What is known of one tensor's noise, in units of its planned standard deviation."""
+
+    total: Tensor  # (n,) over the steps
+    last: Tensor  # (n,)
+    steps: int = 1
+    squares: float = 0.0
+    with_last: float = 0.0  # sum over the steps of <z, the step before>
+    last_squares: float = 0.0
+
+
+class ReleaseChecks:
+    """Collects the noise and the draws of a client, step by step."""
+
+    def __init__(self, q: float) -> None:
+        self.q = q
+        self._noise: dict[str, _Noise] = {}
+        self._pairs: dict[tuple[str, ...], Tensor] = {}  # tensors of one shape -> (L, L) inner products, all steps
+        self._values, self._sum, self._fourth = 0, 0.0, 0.0
+        self._steps, self._rows, self._drawn, self._again = 0, 0, 0, 0
+        self._before: frozenset[int] = frozenset()
+        self._lengths: dict[str, float] = {}  # of a clipped gradient, over the clip
+
+    def see_noise(self, noise: Tensors, std: float) -> None:
+        """Takes the noise of one release, float64 on the CPU, and its planned standard deviation."""
+        shapes: dict[tuple[int, ...], list[str]] = defaultdict(list)
+        for key in sorted(noise):
+            z = noise[key].double().flatten() / std
+            self._values += len(z)
+            self._sum += float(z.sum())
+            self._fourth += float(z.pow(4).sum())
+            shapes[tuple(noise[key].shape)].append(key)
+            if (seen := self._noise.get(key)) is None:
+                self._noise[key] = _Noise(total=z, last=z, squares=float(z @ z))
+            else:
+                seen.with_last += float(z @ seen.last)
+                seen.last_squares += float(seen.last @ seen.last)
+                seen.total, seen.last = seen.total + z, z
+                seen.steps, seen.squares = seen.steps + 1, seen.squares + float(z @ z)
+        for keys in shapes.values():
+            if len(keys) > 1:
+                z_Ln = torch.stack([self._noise[key].last for key in keys])
+                self._pairs[tuple(keys)] = self._pairs.get(tuple(keys), 0.0) + z_Ln @ z_Ln.T
+
+    def see_draw(self, drawn: Sequence[int], rows: int) -> None:
+        """Takes the rows that a step drew of so many."""
+        now = frozenset(drawn)
+        if self._steps:
+            self._again += len(now & self._before)
+        self._before, self._rows = now, rows
+        self._steps, self._drawn = self._steps + 1, self._drawn + len(drawn)
+
+    def see_clipped(self, lengths: Mapping[str, float]) -> None:
+        """Takes the lengths of long gradients after clipping, in clips, by the tensors that they were in."""
+        for what, length in lengths.items():
+            self._lengths[what] = max(length, self._lengths.get(what, 0.0))
+
+    def scores(self, slack: float) -> list[Score]:
+        """Returns the results of all tests; a clipped gradient may be longer than the clip by `slack`, relative."""
+        return [*self._sizes(), *self._all_noise(), *self._shared(), *self._draws(), *self._clips(slack)]
+
+    def _sizes(self) -> Iterable[Score]:
+        for key, noise in self._noise.items():
+            yield Score(kind="size", what=key, score=_chi_square(noise.squares, noise.steps * len(noise.last)))
+
+    def _all_noise(self) -> Iterable[Score]:
+        n, squares = self._values, sum(noise.squares for noise in self._noise.values())
+        if n:
+            yield Score(kind="mean", what="all noise", score=self._sum / math.sqrt(n))
+        if squares:
+            excess = n * self._fourth / squares**2 - 3
+            yield Score(kind="shape", what="all noise", score=excess / math.sqrt(24 / n))
+
+    def _shared(self) -> Iterable[Score]:
+        for keys, products in self._pairs.items():
+            own = products.diagonal().clamp(min=1e-300)
+            score_LL = products / own.sqrt()[:, None]  # normal, whatever the first of the two
+            for i, first in enumerate(keys):
+                for j in range(i + 1, len(keys)):
+                    yield Score(kind="tensors", what=f"{first}, {keys[j]}", score=float(score_LL[i, j]))
+        for key, noise in self._noise.items():
+            if noise.steps > 1:
+                score = noise.with_last / math.sqrt(max(noise.last_squares, 1e-300))
+                yield Score(kind="steps", what=f"{key}, one after another", score=score)
+                size = float(noise.total @ noise.total) / noise.steps
+                yield Score(kind="steps", what=f"{key}, summed", score=_chi_square(size, len(noise.total)))
+
+    def _draws(self) -> Iterable[Score]:
+        q, n, steps = self.q, self._rows, self._steps
+        if (expected := n * steps * q) >= FEWEST and q < 1:
+            yield Score(kind="draws", what="rows drawn", score=(self._drawn - expected) / math.sqrt(expected * (1 - q)))
+        if (expected := n * (steps - 1) * q**2) >= FEWEST and q < 1:
+            variance = expected * (1 - q**2) + 2 * n * (steps - 2) * (q**3 - q**4)
+            yield Score(kind="draws", what="rows drawn again", score=(self._again - expected) / math.sqrt(variance))
+
+    def _clips(self, slack: float) -> Iterable[Score]:
+        for what, length in self._lengths.items():
+            yield Score(kind="clip", what=what, score=0.0 if length <= 1 + slack else 1000 * length)
+
+
+def limit(tests: int) -> float:
+    """Returns the absolute score above which one of so many tests is failed."""
+    return -NormalDist().inv_cdf(FALSE_ALARM / (2 * max(tests, 1)))
+
+
+def failed(scores: Sequence[Score]) -> list[Score]:
+    """Returns the worst failed test of each kind."""
+    most = limit(len(scores))
+    worst = (max((s for s in scores if s.kind == kind), key=lambda s: abs(s.score), default=None) for kind in KINDS)
+    return [score for score in worst if score is not None and not abs(score.score) <= most]
+
+
+def _chi_square(squares: float, values: int) -> float:
+    """Returns a normal score of a sum of squares of so many standard normals (Wilson and Hilferty, PNAS 1931)."""
+    spread = 2 / (9 * values)
+    return (math.cbrt(squares / values) - (1 - spread)) / math.sqrt(spread)

@@ -1,0 +1,330 @@
+"""What leaves a private run: noise drawn after its line in the ledger, and nothing that is not covered."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import labelled_rows, set_all, write_rows
+from federation.opened import open_engine, started
+from fedsb.config import load_config
+from fedsb.data.sources import load_table
+from fedsb.data.tasks.classification import Classification
+from fedsb.errors import UserError
+from fedsb.federation.basis_round import core_sums, outer_basis
+from fedsb.federation.cohort import join_tensors
+from fedsb.federation.gradients import core_gradients
+from fedsb.federation.payload import unpack
+from fedsb.federation.scoring import forward
+from fedsb.privacy import setup
+from fedsb.privacy.guard import PromiseSpentError
+from fedsb.privacy.ledger import read_ledger
+from fedsb.privacy.noise import SeededNoise
+from fedsb.record import Record, read_manifest, read_result, read_rows
+from fedsb.run import federate, resume
+from laws.test_codecs import StopAfterOne
+
+CORE = {"kind": "core", "samples": 30, "R0": "zero", "outer_rank": 8}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    yield
+
+
+def private(config: dict[str, Any], **privacy: Any) -> dict[str, Any]:
+    return set_all(config, privacy={"unit": "example", "epsilon": 8.0, "delta": 1e-3, "clip": 0.5, **privacy})
+
+
+class Quiet(SeededNoise):
+    """The same draws, and no noise."""
+
+    def normal(self, shape: Any) -> Any:
+        return np.zeros(shape)
+
+
+def with_noise(monkeypatch: pytest.MonkeyPatch, noise: Any) -> None:
+    monkeypatch.setattr(setup, "noise_for", noise)
+
+
+# --- what is drawn, and when ---
+
+
+def test_rows_and_noise_are_drawn_after_their_line_is_on_disk(
+    tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The basis's line, then one for each round; a step's rows are drawn anew for every step."""
+    folder = Path(tiny_config["out"]) / "tiny" / "privacy"
+    seen: dict[str, list[tuple[str, int]]] = {}
+
+    class Watching(SeededNoise):
+        def __init__(self, client: str) -> None:
+            super().__init__(0, client)
+            self.client = client
+
+        def note(self, what: str) -> None:
+            path = folder / f"{self.client}.jsonl"
+            seen.setdefault(self.client, []).append((what, len(read_ledger(path)) if path.exists() else 0))
+
+        def poisson_sample(self, rows: int, q: float) -> list[int]:
+            self.note("rows")
+            return super().poisson_sample(rows, q)
+
+        def normal(self, shape: Any) -> Any:
+            self.note("noise")
+            return super().normal(shape)
+
+    with_noise(monkeypatch, Watching)
+    federate(load_config(set_all(private(tiny_config), basis=CORE)))
+    assert len(seen) == 3
+    for drawn in seen.values():
+        assert [lines for what, lines in drawn if what == "rows"] == [1, *[2] * 3, *[3] * 3, *[4] * 3]
+        lines = [lines for _, lines in drawn]
+        assert lines == sorted(lines)  # the noise of a step follows its rows
+        assert {lines for what, lines in drawn if what == "noise"} == {1, 2, 3, 4}
+
+
+def test_each_step_is_of_the_rows_drawn_for_it(
+    tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Row 3 in the first step and row 1 in the second: two steps of SGD, each along one row's gradient."""
+
+    class InTurn(Quiet):
+        turns = iter((3, 1))
+
+        def poisson_sample(self, rows: int, q: float) -> list[int]:
+            return [next(self.turns)]
+
+    with_noise(monkeypatch, lambda client: InTurn(0, client))
+    train = {"steps": 2, "batch_size": 4, "lr": 0.5, "head_lr": 0.5, "optimizer": "sgd", "clip_norm": 0}
+    config = set_all(private(tiny_config, clip=1e6, epsilon=None, noise_multiplier=1.0), train=train)
+    engine, state = started(set_all(config, privacy={}))
+    tensors = engine.method.model(state)
+    trainable = engine.method.trainable(tensors, 0)
+    site = engine.sites[0]
+    for row in (3, 1):
+        engine.adapted.load(join_tensors(engine.adapted, [tensors]), trainable=trainable)
+        logits, batch = forward(engine.adapted.model, engine.task, [site.train[row]])
+        engine.task.losses(logits, batch)[0].sum().backward()
+        steps = {key: 0.5 * p.grad[0] / 4 for key, p in engine.adapted.parameters().items()}
+        tensors = {key: x - steps[key] if key in steps else x for key, x in tensors.items()}
+    guarded = open_engine(config)
+    guarded.promise.open_ledgers(tmp_path, "test", new=True)
+    (reply,) = guarded.train(guarded.method, state, [site.name], {}).each
+    for key, x in unpack(reply.envelope).tensors.items():
+        assert torch.allclose(torch.tensor(x), tensors[key], atol=1e-5), key
+
+
+def test_a_basis_is_made_of_the_rows_drawn_for_it(
+    tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    class Some(Quiet):
+        def poisson_sample(self, rows: int, q: float) -> list[int]:
+            return [5, rows - 2, rows - 1]
+
+    with_noise(monkeypatch, lambda client: Some(0, client))
+    engine = open_engine(set_all(private(tiny_config, clip=1e6), basis=CORE))
+    engine.promise.open_ledgers(tmp_path, "test", new=True)
+    site, basis = engine.sites[0], engine.config.basis
+    outer = outer_basis(basis, engine.adapted, engine.method.total_rank, 0, 0)
+    common = (engine.adapted, engine.task)
+    found, _ = core_sums(
+        basis,
+        *common,
+        site,
+        1000,
+        engine.head,
+        outer,
+        engine.promise.guards[site.name],
+        seed=0,
+        round=0,
+        batch_size=4,
+    )
+    drawn = [site.train[i] for i in (5, site.rows - 2, site.rows - 1)]
+    wanted = core_gradients(*common, engine.head, outer, drawn, 4)
+    for key, S in wanted.items():
+        assert torch.allclose(found[key], S, atol=1e-5 * float(S.abs().max())), key
+
+
+# --- the noise ---
+
+
+def test_every_tensor_and_every_step_has_noise_of_its_own(
+    tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With noise shared by tensors of one shape their difference would be without."""
+    train = {"steps": 1, "batch_size": 4, "lr": 1.0, "head_lr": 1.0, "optimizer": "sgd"}
+    config = set_all(private(tiny_config, clip=0.05), train=train, method={"name": "fed-sb", "rank": 16})
+    ends: list[dict[str, torch.Tensor]] = []
+    for noise in (Quiet, SeededNoise):
+        with_noise(monkeypatch, lambda client, noise=noise: noise(0, client))
+        engine, state = started(set_all(config, privacy={}))
+        engine = open_engine(config)
+        engine.promise.open_ledgers(tmp_path / noise.__name__, "test", new=True)
+        for round in (0, 1):
+            (reply,) = engine.train(engine.method, _at(state, round), [engine.sites[0].name], {}).each
+            ends.append({f"{round} {k}": torch.tensor(x) for k, x in unpack(reply.envelope).tensors.items()})
+    quiet, noisy = ends[0] | ends[1], ends[2] | ends[3]
+    parts = [(noisy[key] - quiet[key]).flatten().double() for key in sorted(noisy) if key.endswith(".R")]
+    assert len(parts) > 20 and len({len(part) for part in parts}) == 1
+    correlations = torch.corrcoef(torch.stack(parts)) - torch.eye(len(parts))
+    assert float(correlations.abs().max()) < 5 / len(parts[0]) ** 0.5  # 256 values each
+
+
+def _at(state: Any, round: int) -> Any:
+    from dataclasses import replace
+
+    return replace(state, round=round)
+
+
+def test_the_steps_do_not_depend_on_how_large_a_loss_is(
+    tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only gradients are clipped and noised: losses that rise and fall, with the same gradients, change nothing."""
+    with_noise(monkeypatch, lambda client: SeededNoise(0, client))
+    losses, calls = Classification.losses, iter(range(10**6))
+
+    def shifted(task: Any, logits: Any, batch: Any) -> Any:
+        loss_b, weight_b = losses(task, logits, batch)
+        return loss_b + 100.0 * (next(calls) % 3), weight_b
+
+    plain = federate(load_config(private(tiny_config)))
+    monkeypatch.setattr(Classification, "losses", shifted)
+    other = federate(load_config(private(set_all(tiny_config, name="other"))))
+    files = [(run.folder / "adapter" / "adapter_model.safetensors").read_bytes() for run in (plain, other)]
+    assert files[0] == files[1]
+
+
+# --- the ledgers ---
+
+
+@pytest.mark.parametrize("small", ["a", "c"], ids=["the first is worst", "the last is worst"])
+def test_epsilon_is_that_of_the_worst_client(tiny_config: dict[str, Any], tmp_path: Path, small: str) -> None:
+    """All have one noise multiplier, so the client with the fewest rows has the largest epsilon."""
+    counts = {"a": 30, "b": 30, "c": 30, small: 12}
+    names = [name for name, count in counts.items() for _ in range(count)]
+    rows = [{**row, "client": name} for row, name in zip(labelled_rows(len(names), 0), names, strict=True)]
+    config = set_all(
+        private(tiny_config, epsilon=None, noise_multiplier=1.0),
+        data={**tiny_config["data"], "train": str(write_rows(tmp_path / "uneven.jsonl", rows))},
+        clients={"split": "column", "column": "client", "held_out": 0.0},
+    )
+    done = federate(load_config(config))
+    plans, result = read_manifest(done.folder)["privacy"]["plans"], read_result(done.folder)
+    assert result is not None
+    each = {name: plan["epsilon"] for name, plan in plans.items()}
+    assert each[small] > 1.5 * each["b"]
+    assert result["epsilon"] == pytest.approx(each[small], rel=1e-6)
+    assert read_rows(done.folder / "rounds.jsonl")[-1]["epsilon"] == pytest.approx(each[small], rel=1e-6)
+    assert read_manifest(done.folder)["privacy"]["epsilon"] == pytest.approx(each[small], rel=1e-6)
+
+
+@pytest.mark.parametrize("share", [0.9, "auto"])
+def test_a_kill_before_the_first_checkpoint_leaves_the_ledgers(
+    tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, share: Any
+) -> None:
+    """The basis is charged by then. If it cannot be made again within epsilon, the error says how to go on; else the
+    run ends a round early."""
+
+    def killed(self: Record, *_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Record, "start", killed)
+        with pytest.raises(KeyboardInterrupt):
+            federate(load_config(set_all(private(tiny_config, basis_share=share), basis=CORE)))
+    folder = Path(tiny_config["out"]) / "tiny"
+    before = {path: path.read_bytes() for path in (folder / "privacy").glob("*.jsonl")}
+    assert len(before) == 3 and all(len(read_ledger(path)) == 1 for path in before)
+    if share == "auto":
+        result = read_result(resume(folder).folder)
+        assert result is not None and result["epsilon"] <= 8.0
+        assert 0 < len(read_rows(folder / "rounds.jsonl")) < 3
+    else:
+        with pytest.raises(PromiseSpentError, match=r"before its first round was finished.*--set name=other.*add up"):
+            resume(folder)
+    for path, content in before.items():
+        assert path.read_bytes().startswith(content)
+
+
+# --- what is not told ---
+
+
+def test_scores_on_held_out_private_rows_are_not_told(tiny_config: dict[str, Any]) -> None:
+    """Without a test file the held-out rows of the clients would be scored, round by round and at the end."""
+    config = set_all(private(tiny_config), data={"train": tiny_config["data"]["train"]})
+    done = federate(load_config(config))
+    manifest, result = read_manifest(done.folder), read_result(done.folder)
+    rows = read_rows(done.folder / "rounds.jsonl")
+    assert result is not None and sum(client["held_out_rows"] for client in manifest["clients"]) > 3
+    assert [row["score"] for row in rows] == [None] * 3 and manifest["before"]["score"] is None
+    assert result["score"] is None and all(client["score"] is None for client in result["clients"])
+    told = json.dumps([manifest, result, rows])
+    assert "global_score" not in told
+    released = federate(load_config(set_all(config, name="told", privacy={**config["privacy"], "release": ["scores"]})))
+    assert all(row["score"] is not None for row in read_rows(released.folder / "rounds.jsonl"))
+
+
+def test_a_long_row_behind_short_ones_is_refused(tiny_config: dict[str, Any], tiny_llama: Path, tmp_path: Path) -> None:
+    """Every row is looked at: each window of a long one would be protected for itself."""
+    rows = [{"text": "red1 red2", "client": "a"}] * 5 + [{"text": " ".join(["red1"] * 40), "client": "a"}]
+    rows += [{"text": "red1 red2", "client": "b"}] * 6
+    config = set_all(
+        private(tiny_config, epsilon=None, noise_multiplier=1.0),
+        model={"name": str(tiny_llama), "max_tokens": 16},
+        task={"kind": "text"},
+        data={"train": str(write_rows(tmp_path / "long.jsonl", rows))},
+        clients={"split": "column", "column": "client", "held_out": 0.0},
+        train={"steps": 1, "batch_size": 2},
+    )
+    with pytest.raises(UserError, match=r"of the 6 rows of client 'a' 1 .* would be cut into several examples"):
+        federate(load_config(config))
+
+
+# --- the data's fingerprints ---
+
+
+def test_no_fingerprint_of_private_rows_can_be_compared_with_a_guess(tiny_config: dict[str, Any]) -> None:
+    """Who knows all rows but one could try candidates for it against a plain hash."""
+    plain = {name: load_table(tiny_config["data"][name]).fingerprint for name in ("train", "test")}
+    found = []
+    for name in ("one", "two"):
+        done = federate(load_config(private(set_all(tiny_config, name=name))))
+        found += [table["fingerprint"] for table in read_manifest(done.folder)["data"].values()]
+        for path in done.folder.rglob("*"):
+            if path.is_file():
+                content = path.read_bytes()
+                assert not any(hash.encode() in content for hash in plain.values()), path
+        assert not any(hash in (done.folder / "report.html").read_text() for hash in found)
+        assert (done.folder / "privacy" / "tables.key").stat().st_mode & 0o077 == 0
+    assert len(set(found)) == 4
+    public = federate(load_config(set_all(tiny_config, name="public")))
+    assert read_manifest(public.folder)["data"]["train"]["fingerprint"] == plain["train"]
+    assert plain["train"] in (public.folder / "report.html").read_text()
+
+
+def test_a_private_run_is_not_resumed_with_other_rows(tiny_config: dict[str, Any], tmp_path: Path) -> None:
+    rows = labelled_rows(90, 0)
+    train = write_rows(tmp_path / "own.jsonl", rows)
+    config = private(set_all(tiny_config, data={**tiny_config["data"], "train": str(train)}))
+    with pytest.raises(KeyboardInterrupt):
+        federate(load_config(config), StopAfterOne())
+    folder = Path(tiny_config["out"]) / "tiny"
+    write_rows(train, [{**rows[0], "text": "green1 green2"}, *rows[1:]])
+    with pytest.raises(UserError, match=r"the train data of .* have changed since the run was started"):
+        resume(folder)
+    write_rows(train, rows)
+    key = folder / "privacy" / "tables.key"
+    kept = key.read_bytes()
+    key.unlink()
+    with pytest.raises(UserError, match=r"tables.key does not exist.* Restore the file"):
+        resume(folder)
+    key.write_bytes(kept)
+    assert len(read_rows(resume(folder).folder / "rounds.jsonl")) == 3
