@@ -34,6 +34,7 @@ Json = Annotated[bool, typer.Option("--json", help="Machine-readable output on s
 Set = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, as in train.lr=0.01.")]
 ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="A TOML file, or the name of a recipe.")]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, such as runs/quickstart.")]
+EVAL = {"--lm-eval": ("--json",), "": ("--data", "--backend", "--json")}  # options that each way of scoring uses
 
 
 class Listed(StrEnum):
@@ -205,6 +206,7 @@ def audit(
 
 @app.command("eval")
 def evaluate(
+    context: typer.Context,
     folder: RunArgument,
     data: Annotated[
         list[str],
@@ -222,6 +224,7 @@ def evaluate(
     from fedsb.models.hub import stay_offline_without_network
     from fedsb.terminal import Terminal, print_scores, print_table
 
+    cli_federation.check_options(context, EVAL)
     stay_offline_without_network()
     if lm_eval is not None:
         found = evaluate_by_lm_eval(folder, lm_eval)

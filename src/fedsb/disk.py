@@ -12,18 +12,28 @@ from pathlib import Path
 from fedsb.errors import DiskError
 
 
-def write_atomic(path: Path, content: bytes) -> None:
-    """Writes a file under a temporary name, flushes it to disk and renames it: it is there whole or not at all."""
+def write_atomic(path: Path, content: bytes, *, private: bool = False) -> None:
+    """Writes a file under a temporary name, flushes it to disk and renames it: it is there whole or not at all.
+
+    A private file can be read by its owner alone, from its first byte on.
+    """
     with disk_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            write(temporary, content)
+            write(temporary, content, private=private)
             temporary.replace(path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
         flush(path.parent)
+
+
+def remove_temporary(path: Path) -> None:
+    """Deletes what a `write_atomic` of this file left under a temporary name, where its process was killed."""
+    for left in path.parent.glob(f".{path.name}.*"):
+        if left.suffix.removeprefix(".").isdigit():
+            left.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -44,9 +54,9 @@ def safe_name(client: str) -> str:
     return client if client and kept == client else f"{kept}-{hashlib.sha256(client.encode()).hexdigest()[:8]}"
 
 
-def write(path: Path, content: bytes) -> None:
+def write(path: Path, content: bytes, *, private: bool = False) -> None:
     """Returns when the file is on the disk."""
-    with path.open("wb") as file:
+    with open(path, "wb", opener=lambda name, flags: os.open(name, flags, 0o600 if private else 0o666)) as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())

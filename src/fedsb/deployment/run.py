@@ -32,14 +32,15 @@ def serve(
     program: str | None = None,
     run: Path | None = None,
     *,
-    listen: str = "0.0.0.0",
+    listen: str | None = None,
     port: int | None = None,
 ) -> None:
     """Opens the door to the sites and, with a program, runs `program(channel, run)` until it ends.
 
     `program` is "module:function", `run` the folder it is given (the coordinator's where none is said), `port` the one
-    to listen on where it is not the one that sites dial (behind a forwarding router). A program that is killed is run
-    again: it takes up its own checkpoint. Raises its UserError or RunError; KeyboardInterrupt when stopped.
+    to listen on where it is not the one that sites dial (behind a forwarding router). `listen` is the local address;
+    by default all of them, those of IPv6 if one of the federation's hosts is an IPv6 address. A program that is killed
+    is run again: it takes up its own checkpoint. Raises its UserError or RunError; KeyboardInterrupt when stopped.
     """
     _check_flower()
     federation = read_federation(folder)
@@ -48,7 +49,7 @@ def serve(
     certificates.check_dates((folder / SERVER).read_text(), "the server's certificate", remedy)
     with _private_folder() as sockets:
         local = str(sockets / "link")
-        address = [listen, str(federation.port if port is None else port)]
+        address = [listen or federation.all_addresses, str(federation.port if port is None else port)]
         children = [
             Child(name="superlink", module="fedsb.deployment.superlink", arguments=[str(folder), local, *address])
         ]
