@@ -188,6 +188,18 @@ def test_a_name_that_exists_is_refused(record: Record) -> None:
     assert (record.folder / "manifest.json").read_bytes() == before
 
 
+def test_a_start_that_is_refused_leaves_the_folder_free(record: Record) -> None:
+    """Also while the error is alive, which keeps what it was raised from."""
+    record.__exit__(None)
+    with pytest.raises(UserError, match="holds a run already") as error:
+        Record.create(record.folder, {**MANIFEST, "run": "new"})
+    Record.open(record.folder).__exit__(None)
+    with Record.open(record.folder), pytest.raises(UserError, match="in use") as held:
+        Record.open(record.folder)
+    Record.open(record.folder).__exit__(None)
+    assert error and held
+
+
 def test_a_start_that_the_user_made_fail_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(UserError), Record.create(tmp_path / "run", MANIFEST):
         raise UserError("rank")
@@ -234,7 +246,7 @@ def test_a_write_that_fails_keeps_the_old_file(tmp_path: Path, monkeypatch: pyte
     path = tmp_path / "file"
     write_atomic(path, b"old")
 
-    def torn(path: Path, content: bytes) -> None:
+    def torn(path: Path, content: bytes, *, private: bool = False) -> None:
         path.write_bytes(content[:1])
         raise KeyboardInterrupt
 

@@ -58,9 +58,13 @@ class Record:
             folder.mkdir(parents=True, exist_ok=True)
             record = cls(folder, manifest)
             record._hold()
-            refuse_existing(folder)
-            record._new = True
-            record.save_manifest({})
+            try:
+                refuse_existing(folder)
+                record._new = True
+                record.save_manifest({})
+            except BaseException:
+                record._release()
+                raise
         return record
 
     @classmethod
@@ -74,11 +78,11 @@ class Record:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self._new and kind is not None and issubclass(kind, UserError) and not self._checkpoints():
-            self._undo()
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        try:
+            if self._new and kind is not None and issubclass(kind, UserError) and not self._checkpoints():
+                self._undo()
+        finally:
+            self._release()
 
     # --- the life of a run ---
 
@@ -259,8 +263,19 @@ class Record:
             self._lock = (self.folder / "lock").open("a+")
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(f"{self.folder} is in use by another fedsb process; wait for it, or end it") from error
+            except BaseException as error:
+                self._release()
+                if isinstance(error, BlockingIOError):
+                    raise UserError(
+                        f"{self.folder} is in use by another fedsb process; wait for it, or end it"
+                    ) from error
+                raise
+
+    def _release(self) -> None:
+        """Lets go of the lock."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def _undo(self) -> None:
         """Takes back a start that the user's input made fail, so that the same name can be run again."""

@@ -91,7 +91,8 @@ def federate(loaded: Loaded, display: Display | None = None, open_engine: OpenEn
         "config": config.model_dump(mode="json"),
         "origin": dict(loaded.origin),
     }
-    return _carry_out(loaded, engine, Record.create(folder, manifest), display or Silent())
+    with Record.create(folder, manifest) as record:
+        return _carry_out(loaded, engine, record, display or Silent())
 
 
 def resume(
@@ -111,15 +112,15 @@ def resume(
             f"{folder} was started with other settings. Resume it without them, or start a new run:\n  "
             + "\n  ".join(lines)
         )
-    record = Record.open(folder)
-    engine = open_engine(loaded.config, method_of(loaded.config), record.run)
-    return _carry_out(loaded, engine, record, display or Silent())
+    with Record.open(folder) as record:
+        engine = open_engine(loaded.config, method_of(loaded.config), record.run)
+        return _carry_out(loaded, engine, record, display or Silent())
 
 
 def _carry_out(loaded: Loaded, engine: RunEngine, record: Record, display: Display) -> Result:
     config, method = loaded.config, engine.method
     server = ServerOptimizer(**config.server.optimizer_settings)
-    with record, closing(engine.promise), Interrupts().installed() as interrupts:
+    with closing(engine.promise), Interrupts().installed() as interrupts:
         record.check_same(engine.data.tables, engine.base.fingerprint)
         choices = [*loaded.choices(), *engine.choices]
         display.settings(choices)
