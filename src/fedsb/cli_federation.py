@@ -141,14 +141,16 @@ def serve(
             "federation is made with --init."
         )
     from fedsb.catalogue import load
-    from fedsb.deployment.coordinate import PROGRAM, prepare
+    from fedsb.deployment.coordinate import PROGRAM, prepare, run_folder
 
     register.read_federation(folder)
-    where = prepare(folder, load(config, overrides))
+    loaded = load(config, overrides)
+    where = run_folder(folder, loaded)
     try:
-        run.serve(folder, PROGRAM, where, listen=listen, port=port)
+        run.serve(folder, PROGRAM, lambda: prepare(folder, loaded), listen=listen, port=port)
     except (KeyboardInterrupt, RunError):
-        typer.echo(f"what was finished is in {where}; to go on, the same command again", err=True)
+        if where.exists():
+            typer.echo(f"What was finished is in {where}. The same command continues the run.", err=True)
         raise
     typer.echo(f"the federation is done; everything is in {where}")
 
@@ -205,7 +207,11 @@ def join(
             typer.echo(line)
         return
     typer.echo(f"joining as {site}; logs in {here / 'logs'}, what leaves in {here / 'outbox.jsonl'}")
-    run.join(join_file, here, HANDLE)
+    try:
+        run.join(join_file, here, HANDLE)
+    except KeyboardInterrupt:
+        typer.echo(f"{site} is stopped. The same command lets it take part again.", err=True)
+        raise typer.Exit(130) from None
 
 
 def _to_whom(site: str, join_file: Path) -> str:

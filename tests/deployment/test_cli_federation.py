@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -92,3 +93,28 @@ def test_a_newer_directory_needs_no_rows(cli: Callable[..., Said], folder: Path)
     cli("serve", folder, "--add", "c")
     said = cli("join", folder / "joins" / "a.join", "--directory", folder / "directory.json")
     assert said.code == 0 and "a knows 3 sites: a, b, c" in said.out
+
+
+def test_a_serve_that_is_refused_because_another_one_runs_writes_nothing(
+    cli: Callable[..., Said], folder: Path
+) -> None:
+    """`fedsb status` takes what was asked for last for what is being run."""
+    Path("my.toml").write_text("name = 'other'\nrounds = 14\n")
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        said = cli("serve", folder, "my.toml")
+    assert said.code == 1 and "fed is in use by another process" in said.err
+    assert "continues the run" not in said.err
+    assert not (folder / "runs").exists()
+
+
+def test_a_site_that_is_stopped_says_so(
+    cli: Callable[..., Said], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(self: object) -> None:
+        raise KeyboardInterrupt
+
+    Path("rows.jsonl").write_text('{"text": "x", "label": "y"}\n')
+    monkeypatch.setattr("fedsb.deployment.supervise.Supervisor.watch", interrupted)
+    said = cli("join", folder / "joins" / "a.join", "--data", "rows.jsonl")
+    assert said.code == 130 and "a is stopped. The same command lets it take part again." in said.err
