@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
 
 from fedsb.errors import ConfigError, UserError, did_you_mean
-from fedsb.settings import BasisConfig, Choice, Config, MethodConfig, Positive, Rate
+from fedsb.settings import Choice, Config, MethodConfig, Positive, Rate, UsedIf
 
 OPTIONS: dict[str, Any] = {"rank": Positive, "blocks": Positive, "alpha": Rate | None}  # one meaning everywhere
 
@@ -79,33 +80,26 @@ def _with_method_defaults(config: Config) -> Config:
 
 
 def idle(config: Config) -> dict[str, str]:
-    """Settings that do nothing beside the others, with the reason; they are shown where the user has set them."""
-    from fedsb.methods import build_method
+    """Returns the settings that have no effect with the others, with the reason.
 
+    They are shown where the user has set them. What a setting needs is written beside it, in settings.py (`UsedIf`).
+    """
     found: dict[str, str] = {}
-
-    def note(section: str, keys: Sequence[str], needed: bool, why: str) -> None:
-        if not needed:
-            found.update({f"{section}.{key}": why for key in keys})
-
-    clients, basis, train, server = config.clients, config.basis, config.train, config.server
-    note("clients", ["alpha"], clients.split == "dirichlet", f"clients.split is {clients.split}")
-    note("clients", ["sizes"], clients.split == "size", f"clients.split is {clients.split}")
-    note("clients", ["column"], clients.split == "column", f"clients.split is {clients.split}")
-    note("clients", ["count"], clients.split != "column", "the column says how many clients there are")
-    note("data", ["test", "test_split", "test_rows"], not config.data.tune_share, "data.tune_share takes training rows")
-    task = config.task
-    graded = task.kind in ("arithmetic", "commonsense")
-    note("task", ["new_tokens"], graded and task.score in ("auto", "answers"), "no answers are written")
-    note("basis", ["outer", "outer_rank"], basis.kind == "core", f"basis.kind is {basis.kind}")
-    note("basis", ["side"], basis.kind in ("weights", "core"), f"basis.kind is {basis.kind}")
-    note("basis", ["data"], basis.kind == "update", f"basis.kind is {basis.kind}")
-    note("train", ["momentum"], train.optimizer == "sgd", f"train.optimizer is {train.optimizer}")
-    note("server", ["lr", "beta1", "beta2", "tau"], server.optimizer != "none", "server.optimizer is none")
-    method = build_method(config.method.name, config.method.options)
-    note("server", ["codec"], not method.facts.pools_data, "all data are in one place, nothing travels")
-    note("basis", list(BasisConfig.model_fields), method.adapter == "core", f"{config.method.name} has no basis")
+    for name, section in Config.model_fields.items():
+        value = getattr(config, name)
+        if isinstance(value, BaseModel):
+            whole = _unused(section, config)
+            reasons = ((key, whole or _unused(field, config)) for key, field in type(value).model_fields.items())
+            found |= {f"{name}.{key}": why for key, why in reasons if why is not None}
     return found
+
+
+def _unused(setting: FieldInfo, config: Config) -> str | None:
+    """Returns why a setting has no effect; None if it has one."""
+    for used in setting.metadata:
+        if isinstance(used, UsedIf) and not used.condition(config):
+            return used.otherwise.format(config)
+    return None
 
 
 def method_faults(section: Mapping[str, Any]) -> list[str]:
