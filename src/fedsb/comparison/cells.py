@@ -30,6 +30,7 @@ from fedsb.comparison.contenders import dotted
 from fedsb.config import load_config, set_key
 from fedsb.disk import disk_errors, write_atomic
 from fedsb.errors import ConfigError, RunError, UserError
+from fedsb.models.load import choose_device
 from fedsb.record import read_manifest, read_result, read_rows
 from fedsb.report import summary
 
@@ -90,7 +91,9 @@ async def run_cell(cell: Cell) -> Outcome:
         folder = Path(draft)
         toml = folder / "cell.toml"
         toml.write_text(to_toml({**cell.settings, "name": "cell", "out": str(folder)}), "utf-8")
-        code, said = await _call(sys.executable, "-m", "fedsb", "run", str(toml), "--json")
+        device = choose_device(str(cell.settings["model.device"]))[0]
+        environment = {"OMP_NUM_THREADS": "1"} if device.type == "cpu" else {}  # side by side, one a core
+        code, said = await _call(sys.executable, "-m", "fedsb", "run", str(toml), "--json", environment=environment)
         if code and not (code == 2 and DIVERGED.search(said)):
             raise CellError(_reason(code, said))
         facts: Outcome = {"score": None, "diverged": _reason(code, said)} if code else read_run(folder / "cell")
@@ -109,6 +112,7 @@ def read_run(folder: Path) -> Outcome:
         "scores_by_round": [row["score"] for row in rounds],
         "losses_by_round": [row["loss"] if row["loss"] and math.isfinite(row["loss"]) else None for row in rounds],
         "bytes_by_round": [row["up_bytes"] + row["down_bytes"] for row in rounds],
+        "test_rows": _test_rows(manifest),
         "metric": found["metric"],
         "before": found["before"],
         "majority": found["majority"],
@@ -119,6 +123,13 @@ def read_run(folder: Path) -> Outcome:
         "fedsb": manifest["fedsb"],
         "git": manifest["git"],
     }
+
+
+def _test_rows(manifest: Mapping[str, Any]) -> int | None:
+    """Returns how many rows a run was scored on: those of its test, else what clients hold out; None if not known."""
+    if (test := manifest["data"].get("test")) is not None:
+        return int(test["rows"])
+    return sum(client["held_out_rows"] for client in manifest["clients"] if not client["unseen"]) or None
 
 
 class Results:
@@ -213,15 +224,15 @@ def _as_of_today(settings: Mapping[str, Any]) -> Mapping[str, Any]:
         return settings
 
 
-async def _call(*command: str) -> tuple[int, str]:
-    """(exit code, stderr) of a process on one thread, in a session of its own: Ctrl-C reaches it through us alone."""
+async def _call(*command: str, environment: Mapping[str, str]) -> tuple[int, str]:
+    """(exit code, stderr) of a process in a session of its own: Ctrl-C reaches it through us alone."""
     process = await asyncio.create_subprocess_exec(
         *command,
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.PIPE,
         start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, **environment},
     )
     try:
         _, said = await process.communicate()
