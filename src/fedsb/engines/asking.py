@@ -48,7 +48,7 @@ class Asking:
         def watch() -> None:
             pause = NOTE_S
             while not done.wait(pause):
-                if names := sorted(tuple(waiting)):
+                if names := sorted(waiting):
                     self.note(f"{what} waits for {', '.join(names)} ({time.monotonic() - started:.0f} s)")
                 pause *= 2
 
