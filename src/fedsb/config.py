@@ -7,6 +7,7 @@ import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -16,12 +17,16 @@ from pydantic.fields import FieldInfo
 from fedsb.errors import ConfigError, UserError, did_you_mean
 from fedsb.settings import Choice, Config, MethodConfig, Positive, Rate, UsedIf
 
+RECIPES = Path(str(files("fedsb") / "recipes"))
 OPTIONS: dict[str, Any] = {"rank": Positive, "blocks": Positive, "alpha": Rate | None}  # one meaning everywhere
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """A checked configuration, and where each of its values comes from ("my.toml", "--set", or else "default")."""
+    """A checked configuration, and where each of its values comes from.
+
+    That is "my.toml", "recipe trec", "--set rounds", or else "default".
+    """
 
     config: Config
     origin: Mapping[str, str]
@@ -47,7 +52,7 @@ def load_config(source: Path | str | Mapping[str, Any], overrides: Sequence[str]
     out of range.
     """
     source = Path(source) if isinstance(source, str) else source
-    raw, label = (_read_toml(source), source.name) if isinstance(source, Path) else (dict(source), "dict")
+    raw, label = (_read_toml(source), _label(source)) if isinstance(source, Path) else (dict(source), "dict")
     origin = {key: label for key, _ in flatten(raw)}
     faults: list[str] = []
     for text in overrides:
@@ -69,6 +74,10 @@ def load_config(source: Path | str | Mapping[str, Any], overrides: Sequence[str]
     if faults or config is None:
         raise ConfigError(faults)
     return Loaded(config=_with_method_defaults(config), origin=origin, given=raw)
+
+
+def _label(path: Path) -> str:
+    return f"recipe {path.stem}" if path.parent == RECIPES else path.name
 
 
 def _with_method_defaults(config: Config) -> Config:

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from fedsb.config import Loaded, difference, load_config
 from fedsb.engines import Engine, Sent
 from fedsb.engines.embedded import EmbeddedEngine
+from fedsb.engines.resolved import batch_warnings
 from fedsb.engines.round import play, renew
 from fedsb.environment import versions
 from fedsb.errors import UserError
@@ -124,6 +125,8 @@ def _carry_out(loaded: Loaded, engine: RunEngine, record: Record, display: Displ
         record.check_same(engine.data.tables, engine.base.fingerprint)
         choices = [*loaded.choices(), *engine.choices]
         display.settings(choices)
+        for warning in batch_warnings(config, engine.local, engine.sites):
+            display.note(f"Warning: {warning}.")
 
         state = record.latest()
         engine.promise.open_ledgers(record.folder, record.run, new=state is None)
