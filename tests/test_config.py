@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fedsb.config import difference, idle, load_config, parse_override, set_key
+from fedsb.config import KNOWN_ELSEWHERE, difference, flatten, idle, load_config, parse_override, set_key
 from fedsb.data.sources import make_table
 from fedsb.data.tasks import TASKS, TaskOptions, open_task
 from fedsb.errors import ConfigError, UserError
@@ -29,6 +29,18 @@ def faults(raw: dict[str, Any], overrides: list[str] | None = None) -> list[str]
         pytest.param({"strategy": 1}, "strategy: there is no such key", id="top key like a type's name"),
         pytest.param({"lr": 0.1}, "lr: there is no such key; did you mean train.lr or server.lr?", id="wrong place"),
         pytest.param({"method": {"name": "fed_sb"}}, "method.name: unknown method 'fed_sb'; did you mean 'fed-sb'?"),
+        pytest.param({"method": {"name": "lora"}}, "unknown method 'lora'; did you mean 'fedit'"),
+        pytest.param({"method": {"name": "FedAvg"}}, "unknown method 'FedAvg'; did you mean 'fedit'"),
+        pytest.param({"method": {"name": "lora_sb"}}, "unknown method 'lora_sb'; did you mean 'fed-sb'"),
+        pytest.param(
+            {"train": {"learning_rate": ""}}, "train.learning_rate: there is no such key; did you mean train.lr?"
+        ),
+        pytest.param({"method": {"lora_alpha": 4, "name": "fedit"}}, "fedit has no such option; did you mean 'alpha'?"),
+        pytest.param({"method": {"r": 4}}, "method.r: fed-sb has no such option; did you mean 'rank'?"),
+        pytest.param({"num_rounds": 4}, "num_rounds: there is no such key; did you mean rounds?"),
+        pytest.param({"name": float("nan")}, """Write it in quotes: name = "nan" in a TOML, --set 'name="nan"'"""),
+        pytest.param({"model": {"name": 7}}, """Write it in quotes: model.name = "7" in a TOML"""),
+        pytest.param({"data": {"train": True}}, """Write it in quotes: data.train = "true" in a TOML"""),
         pytest.param({"method": {"name": 3}}, "method.name: it must be a valid string (it is 3)"),
         pytest.param({"method": "fedit"}, "method: it must be a section, [method] with keys below it (it is 'fedit')"),
         pytest.param({"method": {"rnk": 4}}, "method.rnk: fed-sb has no such option; did you mean 'rank'?"),
@@ -52,6 +64,12 @@ def faults(raw: dict[str, Any], overrides: list[str] | None = None) -> list[str]
 def test_a_fault_names_its_key(raw: dict[str, Any], said: str) -> None:
     (fault,) = faults(raw)
     assert said in fault
+
+
+def test_names_of_other_libraries_lead_to_settings_that_exist() -> None:
+    settings = {key for key, _ in flatten(load_config({}).config.model_dump())}
+    assert set(KNOWN_ELSEWHERE.values()) <= settings | {"method.alpha"}  # of the methods on LoRA's factors
+    assert not {key for key in KNOWN_ELSEWHERE if key in settings}
 
 
 def test_all_faults_come_at_once() -> None:

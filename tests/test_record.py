@@ -297,6 +297,29 @@ def test_hostile_client_names_round_trip(tiny_config: dict[str, Any], tables: An
     assert [client["name"] for client in read_manifest(broken.folder)["clients"]] == names
 
 
+# --- a folder that goes away ---
+
+
+@pytest.mark.parametrize("method", [{"name": "fed-sb", "rank": 4}, {"name": "fedsa-lora", "rank": 2}])
+def test_a_folder_that_is_deleted_while_the_run_goes_on(
+    cli: Callable[..., Said], tiny_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: Any
+) -> None:
+    """It is not made again in part, and what is said is one thing only."""
+    folder, whole = tmp_path / "runs" / "tiny", Record.round
+
+    def deleted(self: Record, state: State, *arguments: Any, **options: Any) -> None:
+        if state.round == 2:
+            shutil.rmtree(self.folder)
+        whole(self, state, *arguments, **options)
+
+    monkeypatch.setattr(Record, "round", deleted)
+    said = cli("run", write_toml(tmp_path / "my.toml", set_all(tiny_config, method=method)))
+    assert said.code == 2 and f"{folder} was deleted or moved while the run went on" in said.err
+    assert f"there is no run in {folder}: start it again" in said.err
+    assert "kept" not in said.err and "room" not in said.err
+    assert not folder.exists()
+
+
 # --- a full disk ---
 
 
@@ -329,7 +352,7 @@ def check_refused(said: Said, folder: Path) -> None:
     if (folder / "manifest.json").exists():
         assert f"fedsb resume {folder}" in said.err
     else:
-        assert "nothing was written: run it again" in said.err
+        assert f"there is no run in {folder}: start it again" in said.err
 
 
 @pytest.mark.parametrize("room", [4, 40, 80, 112])

@@ -183,7 +183,9 @@ def compare(
 
 @app.command()
 def audit(
-    config: ConfigArgument,
+    config: Annotated[
+        str, typer.Argument(metavar="CONFIG", help="A TOML file, the name of a recipe, or a run directory.")
+    ],
     client: Annotated[str | None, typer.Option("--client", help="Default: the one with the largest epsilon.")] = None,
     rounds: Annotated[int | None, typer.Option("--rounds", help="Default: all of the client's.")] = None,
     canaries: Annotated[int, typer.Option("--canaries", help="How many canaries there are.")] = 1000,
@@ -303,7 +305,7 @@ def _watched(folder: Path, as_json: bool) -> Iterator[Terminal]:
 
 def _how_to_go_on(folder: Path) -> str:
     if not (folder / "manifest.json").exists():
-        return "  nothing was written: run it again"
+        return f"  there is no run in {folder}: start it again"
     return f"  what was finished is in {folder}; to go on:\n    fedsb resume {shlex.quote(str(folder))}"
 
 

@@ -111,6 +111,45 @@ def _unused(setting: FieldInfo, config: Config) -> str | None:
     return None
 
 
+KNOWN_ELSEWHERE = {  # how other libraries call a setting of ours
+    "learning_rate": "train.lr",
+    "per_device_train_batch_size": "train.batch_size",
+    "train_batch_size": "train.batch_size",
+    "gradient_accumulation_steps": "train.accumulate",
+    "num_train_epochs": "train.epochs",
+    "num_epochs": "train.epochs",
+    "local_epochs": "train.epochs",
+    "max_steps": "train.steps",
+    "local_steps": "train.steps",
+    "max_grad_norm": "train.clip_norm",
+    "lr_scheduler_type": "train.schedule",
+    "warmup_ratio": "train.warmup",
+    "optim": "train.optimizer",
+    "lora_dropout": "train.dropout",
+    "lora_r": "method.rank",
+    "lora_rank": "method.rank",
+    "r": "method.rank",
+    "lora_alpha": "method.alpha",
+    "target_modules": "model.targets",
+    "max_length": "model.max_tokens",
+    "max_seq_length": "model.max_tokens",
+    "model_name_or_path": "model.name",
+    "base_model": "model.name",
+    "torch_dtype": "model.dtype",
+    "attn_implementation": "model.attention",
+    "gradient_checkpointing": "model.activation_checkpointing",
+    "load_in_4bit": "model.quantize",
+    "load_in_8bit": "model.quantize",
+    "num_clients": "clients.count",
+    "n_clients": "clients.count",
+    "dirichlet_alpha": "clients.alpha",
+    "num_rounds": "rounds",
+    "output_dir": "out",
+    "dataset": "data.train",
+    "train_file": "data.train",
+}
+
+
 def method_faults(section: Mapping[str, Any]) -> list[str]:
     """What is wrong with a [method] section: an unknown name, unknown options, values of a wrong type."""
     from fedsb.methods import method_type
@@ -124,8 +163,11 @@ def method_faults(section: Mapping[str, Any]) -> list[str]:
     except UserError as error:
         return [f"method.name: {error}"]
     fields = {field.name: field for field in dataclasses.fields(cls)}
+    meant = {key: KNOWN_ELSEWHERE.get(key, "").removeprefix("method.") for key in options}
     unknown = [
-        f"method.{key}: {name} has no such option; {did_you_mean(key, fields)}" for key in options if key not in fields
+        f"method.{key}: {name} has no such option; {did_you_mean(meant[key] if meant[key] in fields else key, fields)}"
+        for key in options
+        if key not in fields
     ]
     if unknown:
         return unknown
@@ -213,10 +255,15 @@ def explain(errors: Sequence[Any], top: type[BaseModel] = Config) -> list[str]:
         if error["type"] == "extra_forbidden":
             key = str(error["loc"][-1])
             elsewhere = [other for other, _ in flatten(top.model_construct().model_dump()) if other.endswith(f".{key}")]
+            elsewhere += [KNOWN_ELSEWHERE[key]] if top is Config and key in KNOWN_ELSEWHERE else []
             hint = f"did you mean {' or '.join(elsewhere)}?" if elsewhere else did_you_mean(key, section.model_fields)
             error = {**error, "msg": f"there is no such key; {hint}", "input": {}}
         elif error["type"] == "model_type":
             error = {**error, "msg": f"it must be a section, [{where}] with keys below it"}
+        elif error["type"] == "string_type" and isinstance(error["input"], bool | int | float):
+            text = str(error["input"]).lower() if isinstance(error["input"], bool) else str(error["input"])
+            quoted = f"""Write it in quotes: {where} = "{text}" in a TOML, --set '{where}="{text}"' in a shell"""
+            error = {**error, "hint": f". {quoted}"}
         placed.append((where, error))
     return _joined(placed)
 
@@ -224,12 +271,15 @@ def explain(errors: Sequence[Any], top: type[BaseModel] = Config) -> list[str]:
 def _joined(placed: Iterable[tuple[str, Any]]) -> list[str]:
     """`train.lr: it must be greater than 0 (it is -1)`; what each branch of a union asks for is joined by "or"."""
     said: dict[str, tuple[list[str], Any]] = {}
+    hints: dict[str, str] = {}
     for where, error in placed:
         message = re.sub("^(Input|String) should", "it must", error["msg"].removeprefix("Value error, "))
         said.setdefault(where, ([], error["input"]))[0].append(message)
+        hints[where] = hints.get(where, "") + error.get("hint", "")
     return [
         f"{where}: {' or '.join([first, *(other.removeprefix('it must be ') for other in others)])}"
         + ("" if isinstance(value, dict) else f" (it is {value!r:.80})")
+        + hints[where]
         for where, ((first, *others), value) in said.items()
     ]
 

@@ -42,10 +42,13 @@ def disk_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        what = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else str(error)
-        raise DiskError(
-            f"cannot write below {folder}: {what}. What was finished is kept: make room and try again"
-        ) from error
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            why = "the disk is full. What was finished is kept. Free some space, then try again."
+        elif error.errno in (errno.ENOENT, errno.ENOTDIR):
+            why = f"a folder or a file in it was deleted or moved in the meantime ({error})."
+        else:
+            why = f"{error}. What was finished is kept. Check the permissions of the folder, then try again."
+        raise DiskError(f"cannot write below {folder}: {why}") from error
 
 
 def safe_name(client: str) -> str:

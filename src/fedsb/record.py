@@ -104,7 +104,14 @@ class Record:
     def round(
         self, state: State, row: Mapping[str, Any], sent: Sequence[Sent], kept: Mapping[str, Tensors], *, keep: int
     ) -> None:
-        """Finishes a round. The checkpoint is written last: until it is there, the round did not happen."""
+        """Finishes a round. The checkpoint is written last: until it is there, the round did not happen.
+
+        Raises RunError if the directory was deleted in the meantime: writing would make a part of it again.
+        """
+        if not (self.folder / "manifest.json").exists():
+            raise RunError(
+                f"{self.folder} was deleted or moved while the run went on. If it was moved, put it back and resume it"
+            )
         for name, tensors in kept.items():
             if tensors:
                 path = self.folder / "clients" / safe_name(name) / f"{PREFIX}{state.round:04d}.safetensors"
@@ -288,6 +295,11 @@ class Record:
 def refuse_existing(folder: Path) -> None:
     """Raises UserError where there is a run already: nothing is ever overwritten."""
     if (folder / "manifest.json").exists():
+        if (folder / "result.json").exists():
+            raise UserError(
+                f"{folder} holds a finished run. To run it again, choose another name (--set name=other), or move the "
+                "folder away first"
+            )
         raise UserError(
             f"{folder} holds a run already: take it up with `fedsb resume {folder}`, or give another name "
             "(--set name=other)"
