@@ -136,6 +136,10 @@ def test_run(cli: Callable[..., Said], toml: Path, tmp_path: Path) -> None:
     code = said.out.split("Load it:")[1]
     compile("\n".join(line.strip() for line in code.splitlines()), "load", "exec")
     again = cli("run", toml)
+    assert again.code == 1 and f"{folder} holds a finished run. To run it again, choose another name" in again.err
+    assert "resume" not in again.err
+    (folder / "result.json").unlink()  # as where it was stopped
+    again = cli("run", toml)
     assert again.code == 1 and f"{folder} holds a run already: take it up with `fedsb resume {folder}`" in again.err
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["tiny"]
 

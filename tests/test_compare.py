@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from conftest import Said, set_all, tiny_settings, write_rows, write_toml
+from fedsb.comparison import cells, figures
 from fedsb.comparison import compare as story
 from fedsb.comparison.cells import Cell, CellError, Outcome, Results, make_cell, run_cell, to_toml
 from fedsb.comparison.compare import compare, final, plan_of, trial
@@ -194,6 +196,72 @@ def test_what_a_contender_is(tiny_config: dict[str, Any]) -> None:
     assert epochs.config.train.epochs == 1 and epochs.config.train.lr == 0.03
 
 
+@pytest.mark.parametrize(
+    ("methods", "control", "options", "of"),
+    [
+        (["fed-sb@16", "central"], "central", {"adapter": "core", "rank": 16, "blocks": 1}, "fed-sb@16"),
+        (["fedit@4", "fed-sb@16", "central"], "central", {"adapter": "factors", "rank": 4, "alpha": None}, "fedit@4"),
+        (["fedit@4", "fed-sb@16", "local@16"], "local@16", {"adapter": "core", "rank": 16}, "fed-sb@16"),
+        (["fedit@4", "central@8"], "central@8", {"adapter": "factors", "rank": 8}, "fedit@4"),
+        (["ravan@8", "local"], "local", {"rank": 8, "blocks": 4, "scalars": True}, "ravan@8"),
+        (["central"], "central", {"adapter": "core", "rank": 32, "blocks": 1}, None),
+    ],
+)
+def test_a_control_has_the_adapter_of_a_method_beside_it(
+    tiny_config: dict[str, Any], methods: list[str], control: str, options: dict[str, Any], of: str | None
+) -> None:
+    found = {each.name: each for each in contenders_of(load_config(asked(tiny_config, methods=methods)))}
+    assert found[control].config.method.options.items() >= options.items()
+    assert found[control].control_of == of
+
+
+def test_a_control_follows_the_grid_and_says_its_rank(
+    tiny_config: dict[str, Any], fake: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    grid = {"method.rank": [4, 8]}
+    found = contenders_of(load_config(asked(tiny_config, methods=["fed-sb", "central"], grid=grid)))
+    assert [(each.name, each.method.total_rank, each.control_of) for each in found[2:]] == [
+        ("central method.rank=4", 4, "fed-sb method.rank=4"),
+        ("central method.rank=8", 8, "fed-sb method.rank=8"),
+    ]
+    own = [{"name": "all rows", "set": {"method.name": "central", "method.rank": 2}}]
+    result = fake(lambda cell: 0.5, methods=["fedit@4", "central"], contenders=own, trials=0, seeds=1)
+    assert [(row["contender"], row["rank"]) for row in result["contenders"]] == [
+        ("fedit@4", 4),
+        ("central", 4),
+        ("all rows", 2),  # its own settings, whatever is beside it
+    ]
+    for name in ("table.md", "comparison.html"):
+        assert (
+            "central is a control, and trains the adapter of fedit@4 (rank 4)" in (tmp_path / "out" / name).read_text()
+        )
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_cell_is_kept_to_one_thread_on_a_cpu_only(
+    tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    started = {}
+
+    async def start(*command: str, env: dict[str, str], **_: Any) -> Any:
+        started.update(env)
+        raise CellError("enough")
+
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(cells, "choose_device", lambda wanted: (torch.device(device), "as asked"))
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", start)
+    with pytest.raises(CellError, match="enough"):
+        asyncio.run(run_cell(make_cell("x", load_config(tiny_config).config.model_dump(mode="json"))))
+    assert started.get("OMP_NUM_THREADS") == ("1" if device == "cpu" else None)
+
+
+def test_task_settings_that_count_stay_in_a_grid(tiny_config: dict[str, Any]) -> None:
+    grid = {"task.new_tokens": [8, 16]}
+    code = asked(set_all(tiny_config, task={"kind": "code", "run_code": True}), methods=["fedit"], grid=grid)
+    assert names(code) == ["fedit task.new_tokens=8", "fedit task.new_tokens=16"]
+    assert names(asked(tiny_config, methods=["fedit"], grid=grid)) == ["fedit"]
+
+
 def test_a_run_knows_nothing_of_compare(tiny_config: dict[str, Any]) -> None:
     with_it, without = load_config(asked(tiny_config, methods=["fedit"])), load_config(tiny_config)
     assert with_it.config.model_dump() == without.config.model_dump()
@@ -351,7 +419,7 @@ def test_a_cell_that_fails_says_why(tiny_config: dict[str, Any], tmp_path: Path)
 # --- a comparison, its cells made up ---
 
 
-def made_up(scores: Callable[[Cell], float | None]) -> Callable[[Cell, Path], Any]:
+def made_up(scores: Callable[[Cell], float | None], rows: int | None = None) -> Callable[[Cell, Path], Any]:
     async def run(cell: Cell, ledgers: Path) -> Outcome:
         score = scores(cell)
         sizes = {"one_off": 0, "up": 500, "down": 500, "total": 1000 * cell.settings["method.rank"]}
@@ -361,6 +429,7 @@ def made_up(scores: Callable[[Cell], float | None]) -> Callable[[Cell, Path], An
             "scores_by_round": [None, score],
             "bytes_by_round": [500, 500],
             "metric": "accuracy",
+            **({} if rows is None else {"test_rows": rows}),
             "before": 0.25,
             "majority": 0.5,
             "bytes": {"federation": {"with_head": sizes, "without_head": sizes}},
@@ -397,6 +466,7 @@ def test_every_contender_gets_the_same_trials(fake: Callable[..., dict[str, Any]
     assert (fedit["lr"], fedit["lr_at_an_end"]) == (0.01, True)
     assert fed_sb["scores"] == [0.5, 0.51, 0.52] and fed_sb["score"] == {"mean": 0.51, "sd": pytest.approx(0.01)}
     assert fedit["difference"] == {
+        "test_error": None,  # these cells do not say how many rows they were scored on
         "mean": pytest.approx(-0.02),
         "sd": pytest.approx(0),
         "wins": 0,
@@ -406,6 +476,29 @@ def test_every_contender_gets_the_same_trials(fake: Callable[..., dict[str, Any]
     assert (fed_sb["bytes"]["total"], fed_sb["on_front"]) == (8000, True)
     assert (fedit["bytes"]["total"], fedit["on_front"]) == (2000, True)
     assert found["failed"] == {}
+
+
+def test_the_tests_own_error_stands_beside_a_score_and_a_difference(
+    cli: Cli, tiny_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By hand: sqrt(0.8 0.2 / 300) = 2.31 points, sqrt(0.75 0.25 / 300) = 2.5, and 3.40 of their difference."""
+    scored = {"fed-sb": 0.8, "fedit": 0.75}
+    monkeypatch.setattr(story, "run_cell", made_up(lambda cell: scored[cell.settings["method.name"]], rows=300))
+    config = load_config(asked(tiny_config, methods=["fed-sb@8", "fedit@2"], seeds=1, trials=0))
+    found = compare(config, tmp_path / "out", lambda text: None)
+    fed_sb, fedit = found["contenders"]
+    assert found["test_rows"] == 300
+    assert fed_sb["test_error"] == pytest.approx(math.sqrt(0.8 * 0.2 / 300))
+    assert fedit["difference"]["test_error"] == pytest.approx(math.sqrt((0.8 * 0.2 + 0.75 * 0.25) / 300))
+    for name in ("table.md", "comparison.html"):
+        page = (tmp_path / "out" / name).read_text().replace("\N{NO-BREAK SPACE}", " ")
+        assert "2.3 points" in page and "better in 0 of 1, test error 3.4 points" in page
+        assert "a test of 300 rows" in page
+
+
+def test_a_metric_that_is_no_share_of_rows_has_no_error_of_the_test() -> None:
+    assert figures.test_error([{**kept_cell([0.5]), "test_rows": 300, "score": 0.5, "metric": "matthews"}]) is None
+    assert figures.test_error([]) is None
 
 
 def test_without_trials_the_rate_is_as_it_stands(fake: Callable[..., dict[str, Any]]) -> None:

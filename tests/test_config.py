@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fedsb.config import difference, load_config, parse_override, set_key
+from fedsb.config import KNOWN_ELSEWHERE, difference, flatten, idle, load_config, parse_override, set_key
+from fedsb.data.sources import make_table
+from fedsb.data.tasks import TASKS, TaskOptions, open_task
 from fedsb.errors import ConfigError, UserError
 
 
@@ -26,6 +29,18 @@ def faults(raw: dict[str, Any], overrides: list[str] | None = None) -> list[str]
         pytest.param({"strategy": 1}, "strategy: there is no such key", id="top key like a type's name"),
         pytest.param({"lr": 0.1}, "lr: there is no such key; did you mean train.lr or server.lr?", id="wrong place"),
         pytest.param({"method": {"name": "fed_sb"}}, "method.name: unknown method 'fed_sb'; did you mean 'fed-sb'?"),
+        pytest.param({"method": {"name": "lora"}}, "unknown method 'lora'; did you mean 'fedit'"),
+        pytest.param({"method": {"name": "FedAvg"}}, "unknown method 'FedAvg'; did you mean 'fedit'"),
+        pytest.param({"method": {"name": "lora_sb"}}, "unknown method 'lora_sb'; did you mean 'fed-sb'"),
+        pytest.param(
+            {"train": {"learning_rate": ""}}, "train.learning_rate: there is no such key; did you mean train.lr?"
+        ),
+        pytest.param({"method": {"lora_alpha": 4, "name": "fedit"}}, "fedit has no such option; did you mean 'alpha'?"),
+        pytest.param({"method": {"r": 4}}, "method.r: fed-sb has no such option; did you mean 'rank'?"),
+        pytest.param({"num_rounds": 4}, "num_rounds: there is no such key; did you mean rounds?"),
+        pytest.param({"name": float("nan")}, """Write it in quotes: name = "nan" in a TOML, --set 'name="nan"'"""),
+        pytest.param({"model": {"name": 7}}, """Write it in quotes: model.name = "7" in a TOML"""),
+        pytest.param({"data": {"train": True}}, """Write it in quotes: data.train = "true" in a TOML"""),
         pytest.param({"method": {"name": 3}}, "method.name: it must be a valid string (it is 3)"),
         pytest.param({"method": "fedit"}, "method: it must be a section, [method] with keys below it (it is 'fedit')"),
         pytest.param({"method": {"rnk": 4}}, "method.rnk: fed-sb has no such option; did you mean 'rank'?"),
@@ -49,6 +64,12 @@ def faults(raw: dict[str, Any], overrides: list[str] | None = None) -> list[str]
 def test_a_fault_names_its_key(raw: dict[str, Any], said: str) -> None:
     (fault,) = faults(raw)
     assert said in fault
+
+
+def test_names_of_other_libraries_lead_to_settings_that_exist() -> None:
+    settings = {key for key, _ in flatten(load_config({}).config.model_dump())}
+    assert set(KNOWN_ELSEWHERE.values()) <= settings | {"method.alpha"}  # of the methods on LoRA's factors
+    assert not {key for key in KNOWN_ELSEWHERE if key in settings}
 
 
 def test_all_faults_come_at_once() -> None:
@@ -145,3 +166,95 @@ def test_a_byte_order_mark_is_no_fault(tmp_path: Path) -> None:
     path = tmp_path / "my.toml"
     path.write_bytes(b"\xef\xbb\xbfrounds = 3\n")
     assert load_config(path).config.rounds == 3
+
+
+ROWS: dict[str, list[dict[str, Any]]] = {  # of each task, as its tables are
+    "classification": [{"text": "red1", "other": "blue1", "label": label} for label in ("a", "b")],
+    "regression": [{"text": "red1", "other": "blue1", "label": label} for label in (0.5, 1.5)],
+    "text": [{"text": "red1 blue1"}],
+    "instruction": [{"prompt": "red1", "answer": "blue1"}],
+    "chat": [{"messages": [{"role": "user", "content": "red1"}, {"role": "assistant", "content": "blue1"}]}],
+    "arithmetic": [{"question": "red1", "answer": "blue1 #### 3"}],
+    "commonsense": [{"instruction": "red1 Answer format: true/false", "answer": "true"}],
+    "code": [
+        {"prompt": "def f():", "canonical_solution": "    return 1", "test": "def check(f): f()", "entry_point": "f"}
+    ],
+}
+
+
+class Recorded:
+    """Task options that remember which of them were read."""
+
+    def __init__(self, options: TaskOptions) -> None:
+        self._options, self.read = options, set[str]()
+
+    def __getattr__(self, name: str) -> Any:
+        self.read.add(name)
+        return getattr(self._options, name)
+
+
+@pytest.mark.parametrize("score", ["auto", "loss", "options"])
+@pytest.mark.parametrize("kind", TASKS)
+def test_a_tasks_settings_have_an_effect_where_the_task_reads_them(kind: str, score: str, tiny_llama: Path) -> None:
+    """Every kind of task opens and encodes its rows; the settings that it never read are those that are named idle."""
+    from transformers import AutoTokenizer
+
+    if score != "auto" and score not in TASKS[kind].scorings:
+        pytest.skip("a task without this score")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    options = Recorded(TaskOptions(text_pair="other", score=score, run_code=True))  # type: ignore[arg-type]
+    task = open_task(kind, tokenizer=tokenizer, options=options, max_tokens=32)  # type: ignore[arg-type]
+    rows = ROWS[kind]
+    task.columns_of(make_table(rows, "here"))
+    if task.problem_type is not None or kind == "classification":
+        task.fit_labels(rows, rows)
+    task.encode(rows)
+    task.encode_test(rows)
+    config = load_config({"task": {"kind": kind, "score": score, "run_code": kind == "code"}}).config
+    unused = {key.removeprefix("task.") for key in idle(config) if key.startswith("task.")}
+    everything = {field.name for field in dataclasses.fields(TaskOptions)}
+    if not TASKS[kind].metrics:
+        everything -= {"metric"}  # any but "auto" is refused
+    if kind == "code":
+        options.read.add("run_code")  # also where only a loss is scored: a site's rules read it
+    if score == "options":
+        options.read.discard("new_tokens")  # it is written into the question, and nothing is generated
+    assert options.read & unused == set(), "an option that is read is called idle"
+    assert everything - options.read == unused
+
+
+@pytest.mark.parametrize(
+    ("raw", "key", "why"),
+    [
+        ({"clients": {"split": "iid"}}, "clients.alpha", "clients.split is iid"),
+        ({"clients": {"split": "dirichlet"}}, "clients.alpha", None),
+        ({"clients": {"split": "column"}}, "clients.count", "the column says how many clients there are"),
+        ({"data": {"tune_share": 0.1}}, "data.test", "data.tune_share takes training rows"),
+        ({"basis": {"kind": "random"}}, "basis.outer", "basis.kind is random"),
+        ({"basis": {"kind": "core"}}, "basis.outer", None),
+        ({"method": {"name": "fedit"}}, "basis.kind", "fedit has no basis"),
+        ({"method": {"name": "fedit"}}, "basis.samples", "fedit has no basis"),
+        ({"method": {"name": "central"}}, "server.codec", "all data are in one place, nothing travels"),
+        ({"method": {"name": "central"}}, "basis.samples", None),
+        ({"train": {"optimizer": "adamw"}}, "train.momentum", "train.optimizer is adamw"),
+        ({"server": {"optimizer": "adam"}}, "server.tau", None),
+        ({}, "server.tau", "server.optimizer is none"),
+        ({}, "server.sum_limit", "server.secure_sum is false"),
+        ({}, "privacy.clip", "privacy.unit is none"),
+        ({"privacy": {"unit": "example", "epsilon": 3}}, "privacy.clip", None),
+        ({}, "engine.deadline_s", "engine.name is embedded"),
+        ({"engine": {"name": "flower"}}, "engine.cohort_size", "engine.name is flower"),
+        ({"task": {"kind": "code", "run_code": True}}, "task.new_tokens", None),
+        ({"task": {"kind": "code", "score": "loss"}}, "task.new_tokens", "no answers are written"),
+        ({"task": {"kind": "text"}}, "task.pooling", "task.kind is text"),
+    ],
+)
+def test_what_has_no_effect_beside_other_settings(raw: dict[str, Any], key: str, why: str | None) -> None:
+    assert idle(load_config(raw).config).get(key) == why
+
+
+def test_a_setting_without_effect_is_shown_as_such() -> None:
+    choices = {choice.key: choice.reason for choice in load_config({"server": {"tau": 0.1}}).choices()}
+    assert choices["server.tau"] == "dict; has no effect: server.optimizer is none"
+    assert choices["server.lr"] == "default"

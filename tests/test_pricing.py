@@ -14,6 +14,7 @@ from conftest import Said, labelled_rows, set_all, write_rows, write_toml
 from fedsb.adapters.adapted import find_targets
 from fedsb.config import load_config
 from fedsb.data.sites import load_rows, open_task_of
+from fedsb.environment import memory_of
 from fedsb.errors import UserError
 from fedsb.memory import trained_values, training_memory
 from fedsb.methods import build_method
@@ -374,6 +375,83 @@ def test_a_missing_local_file_is_not_known_and_a_misspelt_one_is_a_fault(
     write_rows(tmp_path / "data" / "trian.jsonl", labelled_rows(9, 0))
     said = cli("check", toml)
     assert said.code == 1 and "near it there is trian.jsonl" in said.err
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"data": {"train": "rows/train.jsonl"}}, "data.train"),
+        ({"data": {"train": "train.jsonl"}}, "data.train"),
+        ({"data": {"test": "test.jsonl"}}, "data.test"),
+        ({"basis": {"kind": "update", "data": "public.jsonl"}}, "basis.data"),
+    ],
+)
+def test_a_relative_path_that_does_not_exist_is_a_fault_of_check_as_of_run(
+    cli: Callable[..., Said],
+    tiny_config: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, dict[str, Any]],
+    key: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = {**tiny_config, **{name: {**tiny_config.get(name, {}), **of} for name, of in changes.items()}}
+    toml = write_toml(tmp_path / "my.toml", config)
+    for command in ("check", "run"):
+        said = cli(command, toml)
+        assert said.code == 1 and "there is no file" in said.err, command
+    said = cli("check", toml)
+    assert f"{key} = " in said.err and f"--set {key}=none" in said.err
+    if key != "basis.data":  # without its public rows that basis cannot be
+        assert cli("check", toml, "--set", f"{key}=none", "--set", "clients.split=iid").code == 0
+
+
+def test_a_recipe_is_checked_without_its_rows(
+    cli: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its files are examples. A path of the user's own is not."""
+    monkeypatch.chdir(tmp_path)
+    assert cli("check", "trec").code == 0
+    said = cli("check", "trec", "--set", "data.train=mine.jsonl")
+    assert said.code == 1 and "data.train = 'mine.jsonl': there is no file mine.jsonl" in said.err
+    (tmp_path / "my.toml").write_text(cli("init", "trec").out)
+    assert cli("check", "my.toml").code == 1
+
+
+def test_a_batch_that_is_larger_than_a_client_is_priced_by_its_rows_and_warned_of(
+    cli: Callable[..., Said], tiny_config: dict[str, Any], tmp_path: Path
+) -> None:
+    """90 rows of three clients, a fifth held out: the largest trains on 32, and no forward has more."""
+    toml = write_toml(tmp_path / "my.toml", set_all(tiny_config, train={"steps": 1, "batch_size": 100_000}))
+    found = estimate(load_config(toml))
+    most = max(found["clients"].values())
+    exact = estimate(load_config(toml, [f"train.batch_size={most}"]))
+    assert found["client_memory_bytes"] == exact["client_memory_bytes"]
+    (warning,) = found["warnings"]
+    assert warning.startswith("train.batch_size = 100,000, but every client has fewer rows than that")
+    assert f"has {most:,})" in warning
+    said = cli("check", toml)
+    assert said.code == 0 and "Warnings:" in said.out and "100,000, but every client" in " ".join(said.out.split())
+    said = cli("run", toml, "--set", "rounds=1")
+    assert said.code == 0 and "Warning: train.batch_size = 100,000, but every client" in said.out
+    assert estimate(load_config(tiny_config))["warnings"] == []
+
+
+def test_an_estimate_above_this_machines_memory_is_warned_of(
+    cli: Callable[..., Said], tiny_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = estimate(load_config(tiny_config))["memory_bytes"]
+    monkeypatch.setattr("fedsb.pricing.memory_of", lambda device: needed)
+    assert estimate(load_config(tiny_config))["warnings"] == []
+    monkeypatch.setattr("fedsb.pricing.memory_of", lambda device: needed - 1)
+    (warning,) = estimate(load_config(tiny_config))["warnings"]
+    assert "is more than this machine has" in warning and "train.batch_size" in warning
+    said = cli("check", write_toml(tmp_path / "my.toml", tiny_config))
+    assert said.code == 0 and "Warnings:" in said.out
+
+
+def test_the_memory_of_this_machine() -> None:
+    assert 2**28 < (memory_of(torch.device("cpu")) or 0) < 2**50
 
 
 def served(config: dict[str, Any], **changes: Any) -> dict[str, Any]:

@@ -188,6 +188,18 @@ def test_a_name_that_exists_is_refused(record: Record) -> None:
     assert (record.folder / "manifest.json").read_bytes() == before
 
 
+def test_a_start_that_is_refused_leaves_the_folder_free(record: Record) -> None:
+    """Also while the error is alive, which keeps what it was raised from."""
+    record.__exit__(None)
+    with pytest.raises(UserError, match="holds a run already") as error:
+        Record.create(record.folder, {**MANIFEST, "run": "new"})
+    Record.open(record.folder).__exit__(None)
+    with Record.open(record.folder), pytest.raises(UserError, match="in use") as held:
+        Record.open(record.folder)
+    Record.open(record.folder).__exit__(None)
+    assert error and held
+
+
 def test_a_start_that_the_user_made_fail_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(UserError), Record.create(tmp_path / "run", MANIFEST):
         raise UserError("rank")
@@ -234,7 +246,7 @@ def test_a_write_that_fails_keeps_the_old_file(tmp_path: Path, monkeypatch: pyte
     path = tmp_path / "file"
     write_atomic(path, b"old")
 
-    def torn(path: Path, content: bytes) -> None:
+    def torn(path: Path, content: bytes, *, private: bool = False) -> None:
         path.write_bytes(content[:1])
         raise KeyboardInterrupt
 
@@ -285,6 +297,29 @@ def test_hostile_client_names_round_trip(tiny_config: dict[str, Any], tables: An
     assert [client["name"] for client in read_manifest(broken.folder)["clients"]] == names
 
 
+# --- a folder that goes away ---
+
+
+@pytest.mark.parametrize("method", [{"name": "fed-sb", "rank": 4}, {"name": "fedsa-lora", "rank": 2}])
+def test_a_folder_that_is_deleted_while_the_run_goes_on(
+    cli: Callable[..., Said], tiny_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: Any
+) -> None:
+    """It is not made again in part, and what is said is one thing only."""
+    folder, whole = tmp_path / "runs" / "tiny", Record.round
+
+    def deleted(self: Record, state: State, *arguments: Any, **options: Any) -> None:
+        if state.round == 2:
+            shutil.rmtree(self.folder)
+        whole(self, state, *arguments, **options)
+
+    monkeypatch.setattr(Record, "round", deleted)
+    said = cli("run", write_toml(tmp_path / "my.toml", set_all(tiny_config, method=method)))
+    assert said.code == 2 and f"{folder} was deleted or moved while the run went on" in said.err
+    assert f"there is no run in {folder}: start it again" in said.err
+    assert "kept" not in said.err and "room" not in said.err
+    assert not folder.exists()
+
+
 # --- a full disk ---
 
 
@@ -317,7 +352,7 @@ def check_refused(said: Said, folder: Path) -> None:
     if (folder / "manifest.json").exists():
         assert f"fedsb resume {folder}" in said.err
     else:
-        assert "nothing was written: run it again" in said.err
+        assert f"there is no run in {folder}: start it again" in said.err
 
 
 @pytest.mark.parametrize("room", [4, 40, 80, 112])

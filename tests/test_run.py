@@ -139,6 +139,21 @@ def test_a_resume_on_another_base_model_is_refused(
         resume(done.folder)
 
 
+def test_a_resume_whose_engine_does_not_open_leaves_the_run_free(tiny_config: dict[str, Any]) -> None:
+    """Also while the error is alive, as a notebook keeps the last one."""
+    done = federate(load_config(set_all(tiny_config, rounds=1)))
+
+    def fails(config: Config, method: Any, run: str) -> Any:
+        raise UserError("the rows are gone")
+
+    errors = []
+    for _ in range(2):
+        with pytest.raises(UserError, match="the rows are gone") as caught:
+            resume(done.folder, open_engine=fails)
+        errors.append(caught)
+    assert resume(done.folder).folder == done.folder
+
+
 def test_the_local_to_global_gap(tiny_config: dict[str, Any]) -> None:
     """Both scores are on the clients' held-out rows; the last global one is the mean of those in result.json."""
     finished = federate(load_config(set_all(tiny_config, eval={"every": 2, "gap": True})))

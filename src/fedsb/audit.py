@@ -10,6 +10,7 @@ import json
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -55,15 +56,16 @@ def audit(
     if not 1 <= rounds <= plan.rounds:
         raise UserError(f"--rounds {rounds}: {name!r} takes part in {plan.rounds}, so from 1 to {plan.rounds}")
 
-    engine.promise.open_ledgers(folder, run, new=True)
-    guard = engine.promise.guards[name]
-    planted = Canaries(canaries, guard.noise, config.seed)
-    engine.promise.guards[name] = watched = audited(guard, planted)
     refused: UnsafeReleaseError | None = None
-    try:
-        _train(engine, name, rounds, note)
-    except UnsafeReleaseError as error:
-        refused = error
+    with closing(engine.promise):
+        engine.promise.open_ledgers(folder, run, new=True)
+        guard = engine.promise.guards[name]
+        planted = Canaries(canaries, guard.noise, config.seed)
+        engine.promise.guards[name] = watched = audited(guard, planted)
+        try:
+            _train(engine, name, rounds, note)
+        except UnsafeReleaseError as error:
+            refused = error
 
     bound = best_bound(planted.scores(), planted.taking_part, plan.delta)
     stated, booked = plan.epsilon(rounds), guard.ledger.epsilon(plan.delta)

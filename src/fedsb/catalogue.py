@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,13 +93,25 @@ def recipe_path(name: str) -> Path:
 
 
 def load(config: str, overrides: Sequence[str]) -> Loaded:
-    """A TOML file by path; a recipe by name where there is no such file. Raises ConfigError with all that is wrong."""
+    """Reads a TOML file, a run directory's settings, or a recipe by its name. Raises ConfigError with all faults."""
     from fedsb.config import load_config
     from fedsb.models.hub import stay_offline_without_network
 
     stay_offline_without_network()
     path = Path(config)
+    if (path / "manifest.json").is_file():
+        return _settings_of(path, overrides)
     return load_config(path if path.suffix == ".toml" or path.is_file() else recipe_path(config), overrides)
+
+
+def _settings_of(run: Path, overrides: Sequence[str]) -> Loaded:
+    from fedsb.config import load_config
+    from fedsb.record import read_manifest
+
+    manifest = read_manifest(run)
+    loaded = load_config(manifest["config"], overrides)
+    asked = {key: where for key, where in loaded.origin.items() if where.startswith("--set ")}
+    return replace(loaded, origin={**manifest["origin"], **asked})
 
 
 def _folder() -> Path:

@@ -34,6 +34,7 @@ Json = Annotated[bool, typer.Option("--json", help="Machine-readable output on s
 Set = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, as in train.lr=0.01.")]
 ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="A TOML file, or the name of a recipe.")]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, such as runs/quickstart.")]
+EVAL = {"--lm-eval": ("--json",), "": ("--data", "--backend", "--json")}  # options that each way of scoring uses
 
 
 class Listed(StrEnum):
@@ -182,7 +183,9 @@ def compare(
 
 @app.command()
 def audit(
-    config: ConfigArgument,
+    config: Annotated[
+        str, typer.Argument(metavar="CONFIG", help="A TOML file, the name of a recipe, or a run directory.")
+    ],
     client: Annotated[str | None, typer.Option("--client", help="Default: the one with the largest epsilon.")] = None,
     rounds: Annotated[int | None, typer.Option("--rounds", help="Default: all of the client's.")] = None,
     canaries: Annotated[int, typer.Option("--canaries", help="How many canaries there are.")] = 1000,
@@ -205,6 +208,7 @@ def audit(
 
 @app.command("eval")
 def evaluate(
+    context: typer.Context,
     folder: RunArgument,
     data: Annotated[
         list[str],
@@ -222,6 +226,7 @@ def evaluate(
     from fedsb.models.hub import stay_offline_without_network
     from fedsb.terminal import Terminal, print_scores, print_table
 
+    cli_federation.check_options(context, EVAL)
     stay_offline_without_network()
     if lm_eval is not None:
         found = evaluate_by_lm_eval(folder, lm_eval)
@@ -300,7 +305,7 @@ def _watched(folder: Path, as_json: bool) -> Iterator[Terminal]:
 
 def _how_to_go_on(folder: Path) -> str:
     if not (folder / "manifest.json").exists():
-        return "  nothing was written: run it again"
+        return f"  there is no run in {folder}: start it again"
     return f"  what was finished is in {folder}; to go on:\n    fedsb resume {shlex.quote(str(folder))}"
 
 

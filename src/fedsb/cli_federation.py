@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -14,8 +15,57 @@ from fedsb.interrupts import Interrupts
 FolderArgument = Annotated[Path, typer.Argument(metavar="FEDERATION", help="The coordinator's folder.")]
 HANDLE = "fedsb.site.handle:open_handle"
 
+# What a command does, by the option that asks for it ("": no such option), and the other options that this uses.
+SERVE = {
+    "--init": ("--site", "--host", "--port"),
+    "--add": (),
+    "--revoke": (),
+    "--renew": ("--host",),
+    "--sign": (),
+    "": ("CONFIG", "--port", "--listen", "--set"),
+}
+JOIN = {
+    "--new": ("--folder",),
+    "--directory": ("--folder",),
+    "--dry-run": ("--data", "--folder", "--config"),
+    "": ("--data", "--folder"),
+}
+STATUS = {"--web": ("--port",), "--watch": ("--json",), "": ("--json",)}
+
+
+def check_options(context: typer.Context, actions: Mapping[str, Collection[str]]) -> None:
+    """Raises UserError where a command line asks for two actions, or has an option that its action does not use."""
+    given = []
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if source is not None and source.name == "COMMANDLINE" and parameter.required is False:
+            is_option = parameter.param_type_name == "option"
+            given.append(parameter.opts[0] if is_option else str(parameter.name).upper())
+    chosen = [option for option in given if option in actions]
+    command = f"fedsb {context.info_name}"
+    if len(chosen) > 1:
+        raise UserError(
+            f"{command} does one thing at a time. This command asks for {' and '.join(chosen)}. Run a command for each."
+        )
+    action = chosen[0] if chosen else ""
+    for option in given:
+        if option != action and option not in actions[action]:
+            users = [f"`{_usage(command, context, other)}`" for other, used in actions.items() if option in used]
+            raise UserError(
+                f"`{_usage(command, context, action)}` does not use {option}. Leave it out. It is for "
+                f"{' and '.join(users)}."
+            )
+
+
+def _usage(command: str, context: typer.Context, action: str) -> str:
+    """`fedsb serve FEDERATION --init`, or `fedsb serve FEDERATION CONFIG` without an action."""
+    arguments = [each for each in context.command.params if each.param_type_name == "argument"]
+    shown = [str(each.metavar or each.name).strip("[]") for each in arguments if each.required or not action]
+    return " ".join([command, *shown, *([action] if action else [])])
+
 
 def serve(
+    context: typer.Context,
     folder: FolderArgument,
     config: Annotated[
         str | None, typer.Argument(metavar="[CONFIG]", help="The run: a TOML file, or the name of a recipe.")
@@ -29,7 +79,10 @@ def serve(
         list[str], typer.Option("--host", help="With --init: the name or address under which sites reach this machine.")
     ] = [],  # noqa: B006
     port: Annotated[int | None, typer.Option("--port", help="The one port that sites reach; default 9443.")] = None,
-    listen: Annotated[str, typer.Option("--listen", help="The address that the door opens on.")] = "0.0.0.0",
+    listen: Annotated[
+        str | None,
+        typer.Option("--listen", help="The local address to listen on; default: all of this machine's addresses."),
+    ] = None,
     add: Annotated[
         str | None, typer.Option("--add", metavar="SITE", help="Make one more site's join file; as --site.")
     ] = None,
@@ -42,6 +95,7 @@ def serve(
     from fedsb.deployment import federation as register
     from fedsb.deployment import run
 
+    check_options(context, SERVE)
     if init:
         paths = register.serve_init(folder, site, host, register.PORT if port is None else port)
         for name, path in zip(site, paths, strict=True):
@@ -59,35 +113,50 @@ def serve(
         )
         return
     if revoke is not None:
-        register.revoke(folder, revoke)
-        typer.echo(
-            f"{revoke} is shut out; a coordinator that is serving refuses its next request. The others take the new "
-            f"{folder / register.DIRECTORY}"
-        )
+        signed = register.revoke(folder, revoke)
+        typer.echo(f"{revoke} is revoked. A coordinator that is serving refuses its next request.")
+        directory = folder / register.DIRECTORY
+        if signed:
+            typer.echo(f"Send the new {directory} to the other sites: fedsb join FILE --directory directory.json")
+        else:
+            typer.echo(
+                f"{directory} still lists {revoke}, because it is signed with {folder / register.CA_KEY}, which is not "
+                f"here. Do not send it out. Put {register.CA_KEY} back and run\n    fedsb serve {folder} --sign\n"
+                f"Then send the new {directory} to the other sites: fedsb join FILE --directory directory.json"
+            )
         return
     if renew:
         register.renew(folder, host)
-        typer.echo("a new server certificate; a coordinator that is serving takes it when it is started again")
+        typer.echo("The server certificate is renewed. A coordinator that is serving uses it after a restart.")
         return
     if sign:
-        typer.echo(f"{register.sign_directory(folder)} is signed; each site takes it: fedsb join FILE --directory it")
+        typer.echo(
+            f"{register.sign_directory(folder)} is signed. Send it to the sites: fedsb join FILE --directory "
+            "directory.json"
+        )
         return
     if config is None:
-        raise UserError(f"what to run? fedsb serve {folder} my.toml; or make the federation first, with --init")
+        raise UserError(
+            f"fedsb serve needs the run's TOML file or the name of a recipe: fedsb serve {folder} my.toml. A new "
+            "federation is made with --init."
+        )
     from fedsb.catalogue import load
-    from fedsb.deployment.coordinate import PROGRAM, prepare
+    from fedsb.deployment.coordinate import PROGRAM, prepare, run_folder
 
     register.read_federation(folder)
-    where = prepare(folder, load(config, overrides))
+    loaded = load(config, overrides)
+    where = run_folder(folder, loaded)
     try:
-        run.serve(folder, PROGRAM, where, listen=listen, port=port)
+        run.serve(folder, PROGRAM, lambda: prepare(folder, loaded), listen=listen, port=port)
     except (KeyboardInterrupt, RunError):
-        typer.echo(f"what was finished is in {where}; to go on, the same command again", err=True)
+        if where.exists():
+            typer.echo(f"What was finished is in {where}. The same command continues the run.", err=True)
         raise
     typer.echo(f"the federation is done; everything is in {where}")
 
 
 def join(
+    context: typer.Context,
     join_file: Annotated[
         Path, typer.Argument(metavar="FILE", help="The join file that the coordinator made; with --new: NAME.site.")
     ],
@@ -115,6 +184,7 @@ def join(
     from fedsb.deployment.join_file import CARD, keep_join_file, make_keys, update_directory
     from fedsb.site.settings import fingerprint
 
+    check_options(context, JOIN)
     here = folder or Path(join_file.name.removesuffix(".join").removesuffix(CARD))
     if new:
         card = make_keys(join_file, here)
@@ -125,11 +195,11 @@ def join(
         )
         return
     site = keep_join_file(join_file, here).site
-    _say_what_there_is(here, data)
     if directory is not None:
         found = update_directory(here, directory)
         typer.echo(f"{here} knows {len(found.sites)} sites: {', '.join(found.sites)}")
         return
+    _say_what_there_is(here, data)
     if dry_run:
         from fedsb.deployment.dry_run import try_out
 
@@ -137,7 +207,11 @@ def join(
             typer.echo(line)
         return
     typer.echo(f"joining as {site}; logs in {here / 'logs'}, what leaves in {here / 'outbox.jsonl'}")
-    run.join(join_file, here, HANDLE)
+    try:
+        run.join(join_file, here, HANDLE)
+    except KeyboardInterrupt:
+        typer.echo(f"{site} is stopped. The same command lets it take part again.", err=True)
+        raise typer.Exit(130) from None
 
 
 def _to_whom(site: str, join_file: Path) -> str:
@@ -175,6 +249,7 @@ def _say_what_there_is(folder: Path, data: str | None) -> None:
 
 
 def status(
+    context: typer.Context,
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A coordinator's folder, or a site's.")],
     watched: Annotated[bool, typer.Option("--watch", help="Again every two seconds, until Ctrl-C.")] = False,
     web: Annotated[
@@ -186,19 +261,16 @@ def status(
     """Show what a coordinator or a site is at. Exit code 2 where something is wrong there; it changes nothing."""
     from fedsb.status import show, state_of
 
+    check_options(context, STATUS)
     if web:
         from fedsb.status.web import PORT, open_web
 
-        if watched or as_json:
-            raise UserError("--web is a page that refreshes itself, and /state.json: leave out --watch and --json")
         state_of(folder)  # what cannot be read is said now
         with open_web(lambda: state_of(folder), PORT if port is None else port) as server:
             typer.echo(f"http://localhost:{server.server_port} (also /metrics, /health, /state.json); Ctrl-C ends it")
             with Interrupts().installed():
                 server.serve_forever()
         return
-    if port is not None:
-        raise UserError("--port is that of --web")
     if watched:
         with Interrupts().installed():
             show.watch(lambda: state_of(folder), as_json=as_json)

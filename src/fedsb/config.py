@@ -7,20 +7,26 @@ import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
 
 from fedsb.errors import ConfigError, UserError, did_you_mean
-from fedsb.settings import BasisConfig, Choice, Config, MethodConfig, Positive, Rate
+from fedsb.settings import Choice, Config, MethodConfig, Positive, Rate, UsedIf
 
+RECIPES = Path(str(files("fedsb") / "recipes"))
 OPTIONS: dict[str, Any] = {"rank": Positive, "blocks": Positive, "alpha": Rate | None}  # one meaning everywhere
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """A checked configuration, and where each of its values comes from ("my.toml", "--set", or else "default")."""
+    """A checked configuration, and where each of its values comes from.
+
+    That is "my.toml", "recipe trec", "--set rounds", or else "default".
+    """
 
     config: Config
     origin: Mapping[str, str]
@@ -46,7 +52,7 @@ def load_config(source: Path | str | Mapping[str, Any], overrides: Sequence[str]
     out of range.
     """
     source = Path(source) if isinstance(source, str) else source
-    raw, label = (_read_toml(source), source.name) if isinstance(source, Path) else (dict(source), "dict")
+    raw, label = (_read_toml(source), _label(source)) if isinstance(source, Path) else (dict(source), "dict")
     origin = {key: label for key, _ in flatten(raw)}
     faults: list[str] = []
     for text in overrides:
@@ -70,6 +76,10 @@ def load_config(source: Path | str | Mapping[str, Any], overrides: Sequence[str]
     return Loaded(config=_with_method_defaults(config), origin=origin, given=raw)
 
 
+def _label(path: Path) -> str:
+    return f"recipe {path.stem}" if path.parent == RECIPES else path.name
+
+
 def _with_method_defaults(config: Config) -> Config:
     """Writes the method's own defaults out, so that they are shown, recorded, and the same in a later version."""
     from fedsb.methods import build_method
@@ -79,38 +89,65 @@ def _with_method_defaults(config: Config) -> Config:
 
 
 def idle(config: Config) -> dict[str, str]:
-    """Settings that do nothing beside the others, with the reason; they are shown where the user has set them."""
-    from fedsb.methods import build_method
+    """Returns the settings that have no effect with the others, with the reason.
 
+    They are shown where the user has set them. What a setting needs is written beside it, in settings.py (`UsedIf`).
+    """
     found: dict[str, str] = {}
-
-    def note(section: str, keys: Sequence[str], needed: bool, why: str) -> None:
-        if not needed:
-            found.update({f"{section}.{key}": why for key in keys})
-
-    clients, basis, train, server = config.clients, config.basis, config.train, config.server
-    note("clients", ["alpha"], clients.split == "dirichlet", f"clients.split is {clients.split}")
-    note("clients", ["sizes"], clients.split == "size", f"clients.split is {clients.split}")
-    note("clients", ["column"], clients.split == "column", f"clients.split is {clients.split}")
-    note("clients", ["count"], clients.split != "column", "the column says how many clients there are")
-    note("data", ["test", "test_split", "test_rows"], not config.data.tune_share, "data.tune_share takes training rows")
-    read = [Path(name.removesuffix(".gz")).suffix.lower() for name in (config.data.train, config.data.test) if name]
-    separated = not {".csv", ".tsv"}.isdisjoint(read)
-    note("data", ["delimiter", "quoting", "columns"], separated, "no .csv or .tsv file is read here")
-    note("data", ["encoding"], separated or not {".json", ".jsonl"}.isdisjoint(read), "no text file is read here")
-    task = config.task
-    note("task", ["input"], task.kind == "instruction", f"task.kind is {task.kind}")
-    graded = task.kind in ("arithmetic", "commonsense")
-    note("task", ["new_tokens"], graded and task.score in ("auto", "answers"), "no answers are written")
-    note("basis", ["outer", "outer_rank"], basis.kind == "core", f"basis.kind is {basis.kind}")
-    note("basis", ["side"], basis.kind in ("weights", "core"), f"basis.kind is {basis.kind}")
-    note("basis", ["data"], basis.kind == "update", f"basis.kind is {basis.kind}")
-    note("train", ["momentum"], train.optimizer == "sgd", f"train.optimizer is {train.optimizer}")
-    note("server", ["lr", "beta1", "beta2", "tau"], server.optimizer != "none", "server.optimizer is none")
-    method = build_method(config.method.name, config.method.options)
-    note("server", ["codec"], not method.facts.pools_data, "all data are in one place, nothing travels")
-    note("basis", list(BasisConfig.model_fields), method.adapter == "core", f"{config.method.name} has no basis")
+    for name, section in Config.model_fields.items():
+        value = getattr(config, name)
+        if isinstance(value, BaseModel):
+            whole = _unused(section, config)
+            reasons = ((key, whole or _unused(field, config)) for key, field in type(value).model_fields.items())
+            found |= {f"{name}.{key}": why for key, why in reasons if why is not None}
     return found
+
+
+def _unused(setting: FieldInfo, config: Config) -> str | None:
+    """Returns why a setting has no effect; None if it has one."""
+    for used in setting.metadata:
+        if isinstance(used, UsedIf) and not used.condition(config):
+            return used.otherwise.format(config)
+    return None
+
+
+KNOWN_ELSEWHERE = {  # how other libraries call a setting of ours
+    "learning_rate": "train.lr",
+    "per_device_train_batch_size": "train.batch_size",
+    "train_batch_size": "train.batch_size",
+    "gradient_accumulation_steps": "train.accumulate",
+    "num_train_epochs": "train.epochs",
+    "num_epochs": "train.epochs",
+    "local_epochs": "train.epochs",
+    "max_steps": "train.steps",
+    "local_steps": "train.steps",
+    "max_grad_norm": "train.clip_norm",
+    "lr_scheduler_type": "train.schedule",
+    "warmup_ratio": "train.warmup",
+    "optim": "train.optimizer",
+    "lora_dropout": "train.dropout",
+    "lora_r": "method.rank",
+    "lora_rank": "method.rank",
+    "r": "method.rank",
+    "lora_alpha": "method.alpha",
+    "target_modules": "model.targets",
+    "max_length": "model.max_tokens",
+    "max_seq_length": "model.max_tokens",
+    "model_name_or_path": "model.name",
+    "base_model": "model.name",
+    "torch_dtype": "model.dtype",
+    "attn_implementation": "model.attention",
+    "gradient_checkpointing": "model.activation_checkpointing",
+    "load_in_4bit": "model.quantize",
+    "load_in_8bit": "model.quantize",
+    "num_clients": "clients.count",
+    "n_clients": "clients.count",
+    "dirichlet_alpha": "clients.alpha",
+    "num_rounds": "rounds",
+    "output_dir": "out",
+    "dataset": "data.train",
+    "train_file": "data.train",
+}
 
 
 def method_faults(section: Mapping[str, Any]) -> list[str]:
@@ -126,8 +163,11 @@ def method_faults(section: Mapping[str, Any]) -> list[str]:
     except UserError as error:
         return [f"method.name: {error}"]
     fields = {field.name: field for field in dataclasses.fields(cls)}
+    meant = {key: KNOWN_ELSEWHERE.get(key, "").removeprefix("method.") for key in options}
     unknown = [
-        f"method.{key}: {name} has no such option; {did_you_mean(key, fields)}" for key in options if key not in fields
+        f"method.{key}: {name} has no such option; {did_you_mean(meant[key] if meant[key] in fields else key, fields)}"
+        for key in options
+        if key not in fields
     ]
     if unknown:
         return unknown
@@ -215,10 +255,15 @@ def explain(errors: Sequence[Any], top: type[BaseModel] = Config) -> list[str]:
         if error["type"] == "extra_forbidden":
             key = str(error["loc"][-1])
             elsewhere = [other for other, _ in flatten(top.model_construct().model_dump()) if other.endswith(f".{key}")]
+            elsewhere += [KNOWN_ELSEWHERE[key]] if top is Config and key in KNOWN_ELSEWHERE else []
             hint = f"did you mean {' or '.join(elsewhere)}?" if elsewhere else did_you_mean(key, section.model_fields)
             error = {**error, "msg": f"there is no such key; {hint}", "input": {}}
         elif error["type"] == "model_type":
             error = {**error, "msg": f"it must be a section, [{where}] with keys below it"}
+        elif error["type"] == "string_type" and isinstance(error["input"], bool | int | float):
+            text = str(error["input"]).lower() if isinstance(error["input"], bool) else str(error["input"])
+            quoted = f"""Write it in quotes: {where} = "{text}" in a TOML, --set '{where}="{text}"' in a shell"""
+            error = {**error, "hint": f". {quoted}"}
         placed.append((where, error))
     return _joined(placed)
 
@@ -226,12 +271,15 @@ def explain(errors: Sequence[Any], top: type[BaseModel] = Config) -> list[str]:
 def _joined(placed: Iterable[tuple[str, Any]]) -> list[str]:
     """`train.lr: it must be greater than 0 (it is -1)`; what each branch of a union asks for is joined by "or"."""
     said: dict[str, tuple[list[str], Any]] = {}
+    hints: dict[str, str] = {}
     for where, error in placed:
         message = re.sub("^(Input|String) should", "it must", error["msg"].removeprefix("Value error, "))
         said.setdefault(where, ([], error["input"]))[0].append(message)
+        hints[where] = hints.get(where, "") + error.get("hint", "")
     return [
         f"{where}: {' or '.join([first, *(other.removeprefix('it must be ') for other in others)])}"
         + ("" if isinstance(value, dict) else f" (it is {value!r:.80})")
+        + hints[where]
         for where, ((first, *others), value) in said.items()
     ]
 

@@ -12,18 +12,28 @@ from pathlib import Path
 from fedsb.errors import DiskError
 
 
-def write_atomic(path: Path, content: bytes) -> None:
-    """Writes a file under a temporary name, flushes it to disk and renames it: it is there whole or not at all."""
+def write_atomic(path: Path, content: bytes, *, private: bool = False) -> None:
+    """Writes a file under a temporary name, flushes it to disk and renames it: it is there whole or not at all.
+
+    A private file can be read by its owner alone, from its first byte on.
+    """
     with disk_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            write(temporary, content)
+            write(temporary, content, private=private)
             temporary.replace(path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
         flush(path.parent)
+
+
+def remove_temporary(path: Path) -> None:
+    """Deletes what a `write_atomic` of this file left under a temporary name, where its process was killed."""
+    for left in path.parent.glob(f".{path.name}.*"):
+        if left.suffix.removeprefix(".").isdigit():
+            left.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -32,10 +42,13 @@ def disk_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        what = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else str(error)
-        raise DiskError(
-            f"cannot write below {folder}: {what}. What was finished is kept: make room and try again"
-        ) from error
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            why = "the disk is full. What was finished is kept. Free some space, then try again."
+        elif error.errno in (errno.ENOENT, errno.ENOTDIR):
+            why = f"a folder or a file in it was deleted or moved in the meantime ({error})."
+        else:
+            why = f"{error}. What was finished is kept. Check the permissions of the folder, then try again."
+        raise DiskError(f"cannot write below {folder}: {why}") from error
 
 
 def safe_name(client: str) -> str:
@@ -44,9 +57,9 @@ def safe_name(client: str) -> str:
     return client if client and kept == client else f"{kept}-{hashlib.sha256(client.encode()).hexdigest()[:8]}"
 
 
-def write(path: Path, content: bytes) -> None:
+def write(path: Path, content: bytes, *, private: bool = False) -> None:
     """Returns when the file is on the disk."""
-    with path.open("wb") as file:
+    with open(path, "wb", opener=lambda name, flags: os.open(name, flags, 0o600 if private else 0o666)) as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())

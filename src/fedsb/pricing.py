@@ -1,7 +1,8 @@
 """What a run will cost, before it starts: bytes for this method and the others, memory, time.
 
-Nothing is trained and no weights are loaded: layer shapes come from the model's config, on the meta device. Rows
-that are not at hand are no fault: bytes and memory are priced without them, and what cannot be known is said.
+Nothing is trained and no weights are loaded: layer shapes come from the model's config, on the meta device. Rows that
+are elsewhere are no fault: bytes and memory are priced without them, and what cannot be known is said. A relative path
+that does not exist is a fault, unless it is that of a packaged recipe: `fedsb run` would fail in this folder.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,11 +22,20 @@ from fedsb.adapters.layer import is_linear, linear_shape
 from fedsb.at_hand import at_hand
 from fedsb.charts import bytes_text
 from fedsb.comparison.contenders import Contender, contenders_of
-from fedsb.config import Loaded
+from fedsb.config import Loaded, idle
 from fedsb.data.sites import Data, elsewhere
+from fedsb.data.sources import load_table
 from fedsb.data.tasks import TASKS
 from fedsb.data.tasks.base import Task, ids, pad_token
-from fedsb.engines.resolved import auto_cohort_size, local_training, open_sums, public_rows, targets_choice
+from fedsb.engines.resolved import (
+    auto_cohort_size,
+    batch_warnings,
+    local_training,
+    open_sums,
+    public_rows,
+    targets_choice,
+)
+from fedsb.environment import memory_of
 from fedsb.errors import NotAtHandError, UserError
 from fedsb.federation.basis_round import basis_values
 from fedsb.federation.client import LocalTraining
@@ -55,6 +66,7 @@ def estimate(loaded: Loaded) -> dict[str, Any]:
     refuse_what_would_leak(config, method)
     if config.engine.name == "flower":
         refuse_what_needs_one_place(config, method)
+    _refuse_missing_files(loaded)
     here = at_hand(config)
     data, unknown = here.data, [*here.unknown]
     base = load_base(
@@ -115,7 +127,10 @@ def estimate(loaded: Loaded) -> dict[str, Any]:
         open_sums(config, promise, "check", sites)  # refuses a sum that hides nothing
         privacy = promised(promise, config, trained_values(method, adapted.shapes, head))
         choices += promise.choices
-    memory = _memory(config, method, base, adapted, blocks, weights, head, cohort)
+    warnings = batch_warnings(config, local, sites) if data is not None else []
+    most = max((site.rows for site in sites), default=0) if data is not None else None
+    memory = _memory(config, method, base, adapted, blocks, weights, head, cohort, most)
+    warnings += _warnings(config, choose_device(config.model.device)[0], memory["memory_bytes"])
     return {
         "settings": [asdict(choice) for choice in choices],
         "data": data.card.as_dict() if data else None,
@@ -136,8 +151,39 @@ def estimate(loaded: Loaded) -> dict[str, Any]:
         **memory,
         "seconds": seconds,
         "seconds_reason": seconds_reason,
+        "warnings": warnings,
         "unknown": unknown,
     }
+
+
+def _refuse_missing_files(loaded: Loaded) -> None:
+    config, unused = loaded.config, idle(loaded.config)
+    paths = {"data.train": config.data.train, "data.test": config.data.test, "basis.data": config.basis.data}
+    for key, path in paths.items():
+        if path is None or key in unused or path.startswith("hub:") or path == "python-docs":
+            continue
+        place = Path(path).expanduser()
+        if place.is_absolute() or place.exists() or loaded.origin.get(key, "").startswith("recipe "):
+            continue
+        try:
+            load_table(path)
+        except NotAtHandError as error:
+            raise UserError(
+                f"{key} = {path!r}: {error}. The path is relative to the current folder. Correct it, or run this where "
+                f"the file is. To check the run without its rows, add --set {key}=none."
+            ) from error
+
+
+def _warnings(config: Config, device: torch.device, memory_bytes: int) -> list[str]:
+    """Returns what the user should change before the run starts."""
+    there = memory_of(device)
+    if there is None or memory_bytes <= there:
+        return []
+    lower = "train.batch_size, model.max_tokens or engine.cohort_size"
+    return [
+        f"the estimate of memory, {bytes_text(memory_bytes)}, is more than this machine has: {bytes_text(there)} on "
+        f"{device.type}. Lower {lower}, or run it on a larger machine"
+    ]
 
 
 def _as_served(loaded: Loaded) -> Loaded:
@@ -196,8 +242,10 @@ def _memory(
     weights: int,
     head: int,
     cohort: int,
+    most_rows: int | None,  # of one client, where it is known: a forward never has more
 ) -> dict[str, Any]:
     """Bytes of training, their parts and their reason, where as many clients train together as would; and of one."""
+    batch = min(config.train.batch_size, most_rows or config.train.batch_size)
     device = choose_device(config.model.device)[0]
     wanted = 1 if config.engine.name == "flower" else config.engine.cohort_size
     together = min(cohort, auto_cohort_size(config, device)[0] if wanted == "auto" else wanted)
@@ -217,9 +265,9 @@ def _memory(
             head=head,
             together=clients,
             cohort=cohort,
-            tokens=clients * config.train.batch_size * config.model.max_tokens,
+            tokens=clients * batch * config.model.max_tokens,
             vocabulary=vocabulary,
-            private_rows=clients * config.train.batch_size if config.privacy.unit == "example" else 0,
+            private_rows=clients * batch if config.privacy.unit == "example" else 0,
             dtype=choose_dtype(config.model.dtype, device)[0],
             activation_checkpointing=config.model.activation_checkpointing,
         )
@@ -227,7 +275,7 @@ def _memory(
     found = of(together)
     parts = {key: value for key, value in asdict(found).items() if value}
     said = ", ".join(f"{key} {bytes_text(value)}" for key, value in parts.items())
-    tokens = together * config.train.batch_size * config.model.max_tokens
+    tokens = together * batch * config.model.max_tokens
     return {
         "memory_bytes": found.total,
         "memory_parts": parts,

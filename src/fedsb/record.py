@@ -59,9 +59,13 @@ class Record:
             folder.mkdir(parents=True, exist_ok=True)
             record = cls(folder, manifest)
             record._hold()
-            refuse_existing(folder)
-            record._new = True
-            record.save_manifest({})
+            try:
+                refuse_existing(folder)
+                record._new = True
+                record.save_manifest({})
+            except BaseException:
+                record._release()
+                raise
         return record
 
     @classmethod
@@ -75,11 +79,11 @@ class Record:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self._new and kind is not None and issubclass(kind, UserError) and not self._checkpoints():
-            self._undo()
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        try:
+            if self._new and kind is not None and issubclass(kind, UserError) and not self._checkpoints():
+                self._undo()
+        finally:
+            self._release()
 
     # --- the life of a run ---
 
@@ -101,7 +105,14 @@ class Record:
     def round(
         self, state: State, row: Mapping[str, Any], sent: Sequence[Sent], kept: Mapping[str, Tensors], *, keep: int
     ) -> None:
-        """Finishes a round. The checkpoint is written last: until it is there, the round did not happen."""
+        """Finishes a round. The checkpoint is written last: until it is there, the round did not happen.
+
+        Raises RunError if the directory was deleted in the meantime: writing would make a part of it again.
+        """
+        if not (self.folder / "manifest.json").exists():
+            raise RunError(
+                f"{self.folder} was deleted or moved while the run went on. If it was moved, put it back and resume it"
+            )
         for name, tensors in kept.items():
             if tensors:
                 path = self.folder / "clients" / safe_name(name) / f"{PREFIX}{state.round:04d}.safetensors"
@@ -282,8 +293,19 @@ class Record:
             self._lock = (self.folder / "lock").open("a+")
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(f"{self.folder} is in use by another fedsb process; wait for it, or end it") from error
+            except BaseException as error:
+                self._release()
+                if isinstance(error, BlockingIOError):
+                    raise UserError(
+                        f"{self.folder} is in use by another fedsb process; wait for it, or end it"
+                    ) from error
+                raise
+
+    def _release(self) -> None:
+        """Lets go of the lock."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def _undo(self) -> None:
         """Takes back a start that the user's input made fail, so that the same name can be run again."""
@@ -303,6 +325,11 @@ def keyed_fingerprint(key: bytes, fingerprint: str) -> str:
 def refuse_existing(folder: Path) -> None:
     """Raises UserError where there is a run already: nothing is ever overwritten."""
     if (folder / "manifest.json").exists():
+        if (folder / "result.json").exists():
+            raise UserError(
+                f"{folder} holds a finished run. To run it again, choose another name (--set name=other), or move the "
+                "folder away first"
+            )
         raise UserError(
             f"{folder} holds a run already: take it up with `fedsb resume {folder}`, or give another name "
             "(--set name=other)"

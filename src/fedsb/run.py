@@ -19,6 +19,7 @@ from fedsb.config import Loaded, difference, load_config
 from fedsb.data.card import shown_lines
 from fedsb.engines import Engine, Sent
 from fedsb.engines.embedded import EmbeddedEngine
+from fedsb.engines.resolved import batch_warnings
 from fedsb.engines.round import play, renew
 from fedsb.environment import versions
 from fedsb.errors import UserError
@@ -94,7 +95,8 @@ def federate(loaded: Loaded, display: Display | None = None, open_engine: OpenEn
         "config": config.model_dump(mode="json"),
         "origin": dict(loaded.origin),
     }
-    return _carry_out(loaded, engine, Record.create(folder, manifest), display or Silent())
+    with Record.create(folder, manifest) as record:
+        return _carry_out(loaded, engine, record, display or Silent())
 
 
 def resume(
@@ -116,15 +118,15 @@ def resume(
             f"{folder} was started with other settings. Resume it without them, or start a new run:\n  "
             + "\n  ".join(lines)
         )
-    record = Record.open(folder)
-    engine = open_engine(loaded.config, method_of(loaded.config), record.run)
-    return _carry_out(loaded, engine, record, display or Silent())
+    with Record.open(folder) as record:
+        engine = open_engine(loaded.config, method_of(loaded.config), record.run)
+        return _carry_out(loaded, engine, record, display or Silent())
 
 
 def _carry_out(loaded: Loaded, engine: RunEngine, record: Record, display: Display) -> Result:
     config, method = loaded.config, engine.method
     server = ServerOptimizer(**config.server.optimizer_settings)
-    with record, closing(engine.promise), Interrupts().installed() as interrupts:
+    with closing(engine.promise), Interrupts().installed() as interrupts:
         own_rows = engine.promise and config.engine.name == "embedded"  # a site keys the fingerprint of its own
         tables = record.keyed(engine.data.tables) if own_rows else engine.data.tables
         record.check_same(tables, engine.base.fingerprint)
@@ -132,6 +134,8 @@ def _carry_out(loaded: Loaded, engine: RunEngine, record: Record, display: Displ
         for line in shown_lines(engine.data.card.as_dict()):
             display.note(line)
         display.settings(choices)
+        for warning in batch_warnings(config, engine.local, engine.sites):
+            display.note(f"Warning: {warning}.")
 
         state = record.latest()
         engine.promise.open_ledgers(record.folder, record.run, new=state is None)

@@ -1,13 +1,20 @@
-"""A run's settings as frozen pydantic models: what a TOML may say, with defaults and ranges. `config.py` reads it."""
+"""A run's settings as frozen pydantic models: what a TOML may say, with defaults and ranges. `config.py` reads it.
+
+A setting, or a section, that has an effect only with certain others says so in its own annotation, by `UsedIf`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fedsb.federation.codec import Codec
+
+if TYPE_CHECKING:
+    from fedsb.methods.contract import Method
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -23,6 +30,57 @@ class Choice:
     key: str
     value: Any
     reason: str
+
+
+@dataclass(frozen=True)
+class UsedIf:
+    """Says when a setting has an effect, beside its type."""
+
+    condition: Callable[[Config], bool]
+    otherwise: str  # why it has none where the condition is false; the configuration is {0}
+
+
+def method_of(config: Config) -> Method:
+    """Returns the method of a checked configuration."""
+    from fedsb.methods import build_method
+
+    return build_method(config.method.name, config.method.options)
+
+
+def _if_kind(*kinds: str) -> UsedIf:
+    return UsedIf(lambda config: config.task.kind in kinds, "task.kind is {0.task.kind}")
+
+
+def _writes_answers(config: Config) -> bool:
+    from fedsb.data.tasks import TASKS
+
+    score = config.task.score
+    return (TASKS[config.task.kind].scorings[0] if score == "auto" else score) == "answers"
+
+
+def _if_split(*splits: str) -> UsedIf:
+    return UsedIf(lambda config: config.clients.split in splits, "clients.split is {0.clients.split}")
+
+
+def _if_basis(*kinds: str) -> UsedIf:
+    return UsedIf(lambda config: config.basis.kind in kinds, "basis.kind is {0.basis.kind}")
+
+
+def _if_read(*extensions: str) -> UsedIf:
+    def is_read(config: Config) -> bool:
+        names = [name.removesuffix(".gz") for name in (config.data.train, config.data.test) if name]
+        return any(name.lower().endswith(extensions) for name in names)
+
+    return UsedIf(is_read, f"no {' or '.join(extensions)} file is read here")
+
+
+ENCODES = ("classification", "regression")
+GRADES = ("arithmetic", "commonsense", "code")
+SEPARATED = _if_read(".csv", ".tsv")
+TEXTUAL = _if_read(".csv", ".tsv", ".json", ".jsonl")
+TESTED = UsedIf(lambda config: not config.data.tune_share, "data.tune_share takes training rows")
+PRIVATE = UsedIf(lambda config: config.privacy.on, "privacy.unit is none")
+SERVER_STEPS = UsedIf(lambda config: config.server.optimizer != "none", "server.optimizer is none")
 
 
 class Section(BaseModel):
@@ -55,23 +113,33 @@ class TaskConfig(Section):
     kind: Literal[
         "classification", "regression", "text", "instruction", "chat", "arithmetic", "commonsense", "code"
     ] = "classification"
-    text: str = "text"
-    text_pair: str | None = None
-    label: str = "label"
-    prompt: str = "prompt"
-    answer: str = "answer"
-    input: str = Field("input", description="of instruction: a column with more to read, where the table has it")
-    names: dict[str, str] = Field({}, description="of classification: a class's name for its label, as 0 = 'negative'")
-    pooling: Literal["model", "mean"] = Field("model", description="of classification: the model's own, or the tokens'")
+    text: Annotated[str, _if_kind(*ENCODES, "text")] = "text"
+    text_pair: Annotated[str | None, _if_kind(*ENCODES)] = None
+    label: Annotated[str, _if_kind(*ENCODES)] = "label"
+    prompt: Annotated[str, _if_kind("instruction", *GRADES)] = "prompt"
+    answer: Annotated[str, _if_kind("instruction", *GRADES)] = "answer"
+    input: Annotated[str, _if_kind("instruction")] = Field(
+        "input", description="of instruction: a column with more to read, where the table has it"
+    )
+    names: Annotated[dict[str, str], _if_kind("classification")] = Field(
+        {}, description="of classification: a class's name for its label, as 0 = 'negative'"
+    )
+    pooling: Annotated[Literal["model", "mean"], _if_kind(*ENCODES)] = Field(
+        "model", description="of classification: the model's own, or the tokens'"
+    )
     score: Literal["auto", "answers", "options", "loss"] = Field(
         "auto", description="of graded answers: those written, the likeliest option, or the loss; default: written"
     )
     metric: Literal["auto", "accuracy", "f1", "matthews", "pearson", "spearman"] = Field(
         "auto", description="of classification and regression; default: accuracy, pearson"
     )
-    new_tokens: Positive | None = Field(None, description="of a written answer; default: the family's own")
-    messages: str = "messages"
-    run_code: bool = Field(False, description="of code: run what the model writes, in a sandbox, to score it")
+    new_tokens: Annotated[Positive | None, UsedIf(_writes_answers, "no answers are written")] = Field(
+        None, description="of a written answer; default: the family's own"
+    )
+    messages: Annotated[str, _if_kind("chat")] = "messages"
+    run_code: Annotated[bool, _if_kind("code")] = Field(
+        False, description="of code: run what the model writes, in a sandbox, to score it"
+    )
 
 
 class DataConfig(Section):
@@ -81,23 +149,27 @@ class DataConfig(Section):
         None,
         description="a file, 'hub:owner/name[:config]', or 'python-docs'; none where the sites have the rows",
     )
-    test: str | None = Field(None, description="a file or 'hub:...'; scored every round, never trained on")
+    test: Annotated[str | None, TESTED] = Field(
+        None, description="a file or 'hub:...'; scored every round, never trained on"
+    )
     revision: str | None = Field(None, description="of a Hub data set: branch, tag or commit")
     train_split: str = "train"
-    test_split: str = "test"
+    test_split: Annotated[str, TESTED] = "test"
     train_rows: Positive | None = Field(None, description="only so many rows, drawn by the seed")
-    test_rows: Positive | None = Field(None, description="only so many rows, drawn by the seed")
+    test_rows: Annotated[Positive | None, TESTED] = Field(None, description="only so many rows, drawn by the seed")
     drop: dict[str, Any] = Field(
         {}, description="rows left out: those that have this value, or one of these values, in this column"
     )
-    delimiter: Annotated[str, Field(min_length=1, max_length=1)] | None = Field(
+    delimiter: Annotated[str | None, SEPARATED, Field(min_length=1, max_length=1)] = Field(
         None, description="of .csv and .tsv; default: a comma (or what the header has instead), a tab"
     )
-    quoting: Literal["auto", "standard", "none"] = Field(
+    quoting: Annotated[Literal["auto", "standard", "none"], SEPARATED] = Field(
         "auto", description="of .csv and .tsv: whether fields are quoted; default: of .csv yes, of .tsv no"
     )
-    encoding: str | None = Field(None, description="of text files; default: UTF-8")
-    columns: list[str] = Field([], description="the names of the columns of .csv and .tsv files without a header")
+    encoding: Annotated[str | None, TEXTUAL] = Field(None, description="of text files; default: UTF-8")
+    columns: Annotated[list[str], SEPARATED] = Field(
+        [], description="the names of the columns of .csv and .tsv files without a header"
+    )
     classes: Annotated[int, Field(ge=2)] | None = Field(
         None, description="how many classes the rows must have; also prices a head without them"
     )
@@ -108,10 +180,17 @@ class ClientsConfig(Section):
     """Who holds what."""
 
     split: Literal["iid", "dirichlet", "column", "size"] = "iid"
-    count: Positive = Field(8, description="number of clients; 'column' has its own")
-    alpha: Rate = Field(0.5, description="of dirichlet: small is uneven")
-    column: str = Field("client", description="of the split by column: a client for each value")
-    sizes: list[Rate] | None = Field(None, description="of the split by size: relative sizes; default 1, 2, 3, ...")
+    count: Annotated[
+        Positive,
+        UsedIf(lambda config: config.clients.split != "column", "the column says how many clients there are"),
+    ] = Field(8, description="number of clients; 'column' has its own")
+    alpha: Annotated[Rate, _if_split("dirichlet")] = Field(0.5, description="of dirichlet: small is uneven")
+    column: Annotated[str, _if_split("column")] = Field(
+        "client", description="of the split by column: a client for each value"
+    )
+    sizes: Annotated[list[Rate] | None, _if_split("size")] = Field(
+        None, description="of the split by size: relative sizes; default 1, 2, 3, ..."
+    )
     min_rows: Positive = Field(1, description="of the split by column: smaller clients are left out; else an error")
     min_characters: Count = Field(0, description="of the split by column: clients with less text are left out")
     held_out: Share = Field(0.0, description="share of each client's rows kept for its own score")
@@ -139,11 +218,19 @@ class BasisConfig(Section):
     """Where a core's B and A come from. See adapters/basis.py."""
 
     kind: Literal["random", "weights", "update", "update-pooled", "core"] = "weights"
-    side: Literal["leading", "trailing"] = Field("leading", description="of weights, and of core's outer basis")
-    outer: Literal["weights", "random"] = Field("weights", description="of core: the data-free basis around it")
-    outer_rank: Positive | None = Field(None, description="of core: k; default 4 h r, at most half of min(m, n)")
+    side: Annotated[Literal["leading", "trailing"], _if_basis("weights", "core")] = Field(
+        "leading", description="of weights, and of core's outer basis"
+    )
+    outer: Annotated[Literal["weights", "random"], _if_basis("core")] = Field(
+        "weights", description="of core: the data-free basis around it"
+    )
+    outer_rank: Annotated[Positive | None, _if_basis("core")] = Field(
+        None, description="of core: k; default 4 h r, at most half of min(m, n)"
+    )
     samples: Positive = Field(256, description="rows that the gradient is summed over, of all clients together")
-    data: str | None = Field(None, description="of update: a file of rows that are declared public")
+    data: Annotated[str | None, _if_basis("update")] = Field(
+        None, description="of update: a file of rows that are declared public"
+    )
     R0: Literal["auto", "zero", "step"] = Field("auto", description="start at 0, or one approximate full step ahead")
     eta: Rate | Auto = Field("auto", description="of that step; default: the first local step's learning rate")
     refresh: Positive | None = Field(None, description="a new one every so many rounds, from where the run has come")
@@ -170,7 +257,9 @@ class TrainConfig(Section):
     lr: Rate = 0.01
     head_lr: Rate = Field(0.01, description="of the task head")
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    momentum: Share = 0.0
+    momentum: Annotated[
+        Share, UsedIf(lambda config: config.train.optimizer == "sgd", "train.optimizer is {0.train.optimizer}")
+    ] = 0.0
     clip_norm: Annotated[float, Field(ge=0)] = Field(1.0, description="L2 over a client's gradients; 0: none")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="over all rounds")
     warmup: Share = 0.0
@@ -197,17 +286,22 @@ class ServerConfig(Section):
     clients_per_round: Positive | None = Field(None, description="drawn afresh each round; default: all")
     min_clients: Positive = Field(1, description="fewer good updates than this end the run")
     weighting: Literal["samples", "uniform"] = "samples"
-    codec: Codec = Field("float32", description="of what travels in a round: 4, 2, 1 or half a byte a value")
+    codec: Annotated[
+        Codec,
+        UsedIf(lambda config: not method_of(config).facts.pools_data, "all data are in one place, nothing travels"),
+    ] = Field("float32", description="of what travels in a round: 4, 2, 1 or half a byte a value")
     secure_sum: bool = Field(False, description="the server learns the sum of the clients' changes only")
-    sum_limit: Rate = Field(4.0, description="of a secure sum: the largest change of a single value")
+    sum_limit: Annotated[Rate, UsedIf(lambda config: config.server.secure_sum, "server.secure_sum is false")] = Field(
+        4.0, description="of a secure sum: the largest change of a single value"
+    )
     norm_factor: Annotated[float, Field(gt=1, allow_inf_nan=False)] = Field(
         30.0, description="an update whose change is so many times the cohort's median is dropped"
     )
     optimizer: Literal["none", "momentum", "adam"] = "none"
-    lr: Rate = 1.0
-    beta1: Share = 0.9
-    beta2: Share = 0.99
-    tau: Rate = 1e-3
+    lr: Annotated[Rate, SERVER_STEPS] = 1.0
+    beta1: Annotated[Share, SERVER_STEPS] = 0.9
+    beta2: Annotated[Share, SERVER_STEPS] = 0.99
+    tau: Annotated[Rate, SERVER_STEPS] = 1e-3
 
     @model_validator(mode="after")
     def _enough(self) -> Self:
@@ -229,12 +323,18 @@ class PrivacyConfig(Section):
     )
     epsilon: Rate | None = Field(None, description="the target; the noise is calibrated to it before any work")
     noise_multiplier: Rate | None = Field(None, description="instead of a target: the noise over the clip")
-    delta: Annotated[float, Field(gt=0, lt=1)] | Auto = Field(
+    delta: Annotated[Annotated[float, Field(gt=0, lt=1)] | Auto, PRIVATE] = Field(
         "auto", description="default: 1e-5, or a tenth of 1 / rows"
     )
-    clip: Rate = Field(1.0, description="L2 over all trained tensors: of a row's gradient, or of a client's update")
-    basis_share: Annotated[float, Field(gt=0, lt=1)] | Auto = Field("auto", description="of epsilon, for a core basis")
-    release: list[Literal["loss", "scores"]] = Field([], description="computed on private rows, shown, and not covered")
+    clip: Annotated[Rate, PRIVATE] = Field(
+        1.0, description="L2 over all trained tensors: of a row's gradient, or of a client's update"
+    )
+    basis_share: Annotated[Annotated[float, Field(gt=0, lt=1)] | Auto, PRIVATE] = Field(
+        "auto", description="of epsilon, for a core basis"
+    )
+    release: Annotated[list[Literal["loss", "scores"]], PRIVATE] = Field(
+        [], description="computed on private rows, shown, and not covered"
+    )
 
     @property
     def on(self) -> bool:
@@ -256,8 +356,12 @@ class EngineConfig(Section):
     """What runs the clients."""
 
     name: Literal["embedded", "flower"] = "embedded"
-    cohort_size: Positive | Auto = Field("auto", description="of embedded: clients trained in one forward")
-    deadline_s: Rate = Field(3600.0, description="of flower: a site that has not answered by then misses the round")
+    cohort_size: Annotated[
+        Positive | Auto, UsedIf(lambda config: config.engine.name == "embedded", "engine.name is {0.engine.name}")
+    ] = Field("auto", description="of embedded: clients trained in one forward")
+    deadline_s: Annotated[
+        Rate, UsedIf(lambda config: config.engine.name == "flower", "engine.name is {0.engine.name}")
+    ] = Field(3600.0, description="of flower: a site that has not answered by then misses the round")
 
 
 class EvalConfig(Section):
@@ -305,7 +409,9 @@ class Config(Section):
     data: DataConfig = DataConfig()
     clients: ClientsConfig = ClientsConfig()
     method: MethodConfig = MethodConfig()
-    basis: BasisConfig = BasisConfig()
+    basis: Annotated[
+        BasisConfig, UsedIf(lambda config: method_of(config).adapter == "core", "{0.method.name} has no basis")
+    ] = BasisConfig()
     train: TrainConfig = TrainConfig()
     server: ServerConfig = ServerConfig()
     privacy: PrivacyConfig = PrivacyConfig()

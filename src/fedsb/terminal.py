@@ -224,6 +224,10 @@ def print_estimate(found: Mapping[str, Any]) -> None:
         console.print(f"Time: {found['seconds_reason']}")
     else:
         console.print(f"Time: about {seconds_text(found['seconds'])} ({found['seconds_reason']})")
+    if found["warnings"]:
+        console.print("\nWarnings:")
+        for line in found["warnings"]:
+            console.print(f"  - {line}")
     if found["unknown"]:
         console.print("\nNot known here:")
         for line in found["unknown"]:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import ssl
 import stat
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -88,7 +91,7 @@ def test_keys_that_are_not_the_sites(own: Path, tmp_path: Path) -> None:
         keep_join_file(join, other)
     with pytest.raises(UserError, match="keys that the coordinator made, and this site has made its own"):
         keep_join_file(own / "joins" / "south.join", other)
-    with pytest.raises(UserError, match="keys are never overwritten"):
+    with pytest.raises(UserError, match="Keys are never overwritten"):
         make_keys(tmp_path / "north.site", tmp_path / "site")
     assert not (other / "site.join").exists()
 
@@ -167,6 +170,134 @@ def test_without_the_authority_key_nobody_is_added(folder: Path) -> None:
     assert "south" in (folder / "directory.json").read_text()
     (folder / "elsewhere").rename(folder / "ca.key")
     assert "south" not in sign_directory(folder).read_text()
+
+
+def test_revoking_says_whether_the_directory_was_signed_and_can_be_repeated(folder: Path) -> None:
+    (folder / "ca.key").rename(folder / "elsewhere")
+    assert revoke(folder, "south") is False
+    (folder / "elsewhere").rename(folder / "ca.key")
+    assert revoke(folder, "south") is True
+    assert read_federation(folder).serial == 2  # one of the start, one of the revocation
+    assert "south" not in (folder / "directory.json").read_text()
+
+
+WRITES = ("os.rename", "os.remove", "os.mkdir", "open")
+KILLED = 99
+
+
+def killed_at(step: int, work: Callable[[], object]) -> bool:
+    """Runs `work` in a process that ends, as by kill -9, before its `step`-th change of the disk.
+
+    Returns whether it was killed; not where there are fewer changes.
+    """
+    if (pid := os.fork()) == 0:
+        left = [step]
+
+        def hook(event: str, arguments: tuple[object, ...]) -> None:
+            writes = event in WRITES and not (event == "open" and not int(str(arguments[2])) & os.O_CREAT)
+            left[0] -= writes
+            if writes and left[0] < 0:
+                os._exit(KILLED)
+
+        sys.addaudithook(hook)
+        try:
+            work()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert code in (0, KILLED)
+    return code == KILLED
+
+
+def assert_whole(folder: Path, sites: list[str]) -> None:
+    """The register, the join files, the signed directory and the server's certificate belong together."""
+    federation = read_federation(folder)
+    assert list(federation.members) == sites
+    directory = json.loads((folder / "directory.json").read_text())
+    assert (directory["serial"], sorted(directory["sites"])) == (federation.serial, sites)
+    for name in sites:
+        join = read_join_file(folder / "joins" / f"{name}.join")
+        assert join.federation == federation.id
+        if join.identity:
+            assert certificates.public_identity(join.identity) == federation.sites[name].identity
+    ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(folder / "server.pem", folder / "server.key")
+    left = {path.name for path in folder.rglob("*") if path.is_file()} - {f"{name}.join" for name in sites}
+    made = {"ca.key", "ca.pem", "directory.json", "federation.json", "server.key", "server.pem"}
+    assert left == made, "an interrupted command left files, which may hold keys"
+
+
+def test_making_a_federation_can_be_repeated_wherever_it_was_killed(tmp_path: Path) -> None:
+    step = 0
+    while True:
+        folder = tmp_path / str(step)
+        make_keys(folder / "north.site", folder / "north")
+
+        def make(folder: Path = folder) -> list[Path]:
+            return serve_init(folder / "co", [str(folder / "north.site"), "south"], ["localhost"])
+
+        killed = killed_at(step, make)
+        if not killed:
+            break
+        assert [path.name for path in make()] == ["north.join", "south.join"]
+        assert_whole(folder / "co", ["north", "south"])
+        keep_join_file(folder / "co" / "joins" / "north.join", folder / "north")
+        step += 1
+    assert step > 15
+    with pytest.raises(UserError, match="holds a federation already"):
+        make()
+
+
+def test_adding_a_site_can_be_repeated_wherever_it_was_killed(tmp_path: Path) -> None:
+    for other in ("east", "west"):  # the same command again, or another one
+        step = 0
+        while True:
+            folder = tmp_path / f"{other}-{step}"
+            serve_init(folder, ["north"], ["localhost"])
+            if not killed_at(step, lambda folder=folder: add_site(folder, "east")):  # type: ignore[misc]
+                break
+            assert add_site(folder, other) == folder / "joins" / f"{other}.join"
+            done = {"north", other} | ({"east"} & read_federation(folder).sites.keys())
+            assert_whole(folder, sorted(done))
+            step += 1
+        assert step > 5
+
+
+def test_a_site_can_make_its_keys_again_wherever_that_was_killed(tmp_path: Path) -> None:
+    step = 0
+    while True:
+        card, here = tmp_path / f"{step}.site", tmp_path / str(step)
+        if not killed_at(step, lambda card=card, here=here: make_keys(card, here)):  # type: ignore[misc]
+            break
+        if not (here / "site.keys").exists():
+            make_keys(card, here)
+        keys = json.loads((here / "site.keys").read_text())
+        assert certificates.public_identity(keys["identity"]) == json.loads(card.read_text())["identity"]
+        assert [path.name for path in here.iterdir()] == ["site.keys"]
+        step += 1
+    assert step > 3
+
+
+def test_renewing_can_be_repeated_wherever_it_was_killed(tmp_path: Path) -> None:
+    step = 0
+    while True:
+        folder = tmp_path / str(step)
+        serve_init(folder, ["north"], ["localhost"])
+        if not killed_at(step, lambda folder=folder: renew(folder, ["10.0.0.5"])):  # type: ignore[misc]
+            break
+        renew(folder, ["10.0.0.5"])
+        assert_whole(folder, ["north"])
+        step += 1
+    assert step > 3
+
+
+def test_keys_that_no_interrupted_command_left_are_not_deleted(tmp_path: Path) -> None:
+    serve_init(tmp_path / "co", ["north"], ["localhost"])
+    (tmp_path / "co" / "federation.json").unlink()  # lost, and to be restored from a backup
+    before = {path: path.read_bytes() for path in (tmp_path / "co").rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=r"ca.key exists. Keys are never overwritten"):
+        serve_init(tmp_path / "co", ["north"], ["localhost"])
+    assert {path: path.read_bytes() for path in (tmp_path / "co").rglob("*") if path.is_file()} == before
 
 
 def test_renewing_keeps_join_files_good(folder: Path) -> None:

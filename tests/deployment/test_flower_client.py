@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
+from flwr.proto.node_pb2 import Node as Node_
 
 from fedsb.deployment import flower_client
 from fedsb.deployment.flower_client import FlowerNode, pause_after
-from fedsb.errors import UserError
+from fedsb.errors import DiskError, UserError
 
 ASKED = httpx.Request("POST", "https://localhost:1/v1/fleet/activate-node")
 
@@ -84,6 +86,52 @@ def test_a_coordinator_that_is_back_is_met_at_once_again(course: Any) -> None:
 def test_a_coordinator_that_takes_a_site_in_and_then_fails_is_not_hammered(course: Any) -> None:
     pauses, _ = course(["up", "lost"] * 20)
     assert min(pauses[5:]) >= 2.5
+
+
+def test_a_coordinator_that_is_not_reached_is_named_once_with_what_to_check(
+    course: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    course([*["down"] * 20, "up", "idle", *["down"] * 3, "up"])
+    first, *others = capsys.readouterr().out.splitlines()
+    assert first.startswith("cannot reach the coordinator at localhost:1 (ConnectError: down)")
+    for check in ("the coordinator is serving", "this address is right", "firewall"):
+        assert check in first
+    assert [line.split(",")[0] for line in others] == [
+        "at the coordinator",
+        "lost the coordinator (ConnectError)",
+        "at the coordinator",
+    ]
+
+
+@pytest.mark.parametrize(
+    "error", [DiskError("the disk is full"), UserError("refused"), httpx.ReadTimeout("late"), ValueError("bad answer")]
+)
+def test_no_error_ends_the_heartbeat(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first heartbeat finds a coordinator that does not know this node, and the activation fails: it goes on."""
+    node, said, left = object.__new__(FlowerNode), [], [3]
+
+    class Client:
+        def SendNodeHeartbeat(self, beat: object) -> SimpleNamespace:
+            return SimpleNamespace(success=False)
+
+    def activate() -> None:
+        raise error
+
+    def sleep(seconds: float) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise EndedError
+
+    node._client, node._node = Client(), Node_(node_id=7)  # type: ignore[assignment]
+    monkeypatch.setattr(node, "_activate", activate)
+    monkeypatch.setattr(flower_client.time, "sleep", sleep)
+    monkeypatch.setattr(flower_client, "say", lambda event, **facts: said.append((event, facts["reason"])))
+    with pytest.raises(EndedError):
+        node._beat()
+    assert said == [("no heartbeat", f"{type(error).__name__}: {error}")] * 3
+    assert capsys.readouterr().out.count("no heartbeat reached the coordinator") == 1
 
 
 def test_a_second_node_with_the_same_keys_ends_with_words(course: Any) -> None:

@@ -17,7 +17,7 @@ from fedsb.deployment.supervise import Child, Supervisor
 from fedsb.errors import RunError, UserError
 
 CHILD = """
-import os, sys, time
+import os, signal, sys, time
 from pathlib import Path
 from fedsb.deployment.child import run_child
 from fedsb.errors import RunError, UserError
@@ -34,7 +34,10 @@ def main():
             raise RunError("the disk is full")
         if what == "crash":
             raise ValueError("a bug")
-        if what == "stay":
+        if what == "busy":
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            (Path(sys.argv[1]) / "busy").touch()
+        if what in ("stay", "busy"):
             time.sleep(60)
 run_child(main)
 """
@@ -94,6 +97,32 @@ def test_children_end_with_a_supervisor_that_is_killed(supervisor, tmp_path: Pat
     while Path(f"/proc/{child}").exists() and _state(child) != "Z" and time.monotonic() < end:
         time.sleep(0.05)
     assert not Path(f"/proc/{child}").exists() or _state(child) == "Z"
+
+
+def test_a_second_interrupt_ends_it_at_once_and_leaves_nothing_behind(  # type: ignore[no-untyped-def]
+    supervisor, tmp_path: Path
+) -> None:
+    """The first waits for what the children are doing."""
+    code = (
+        "from pathlib import Path; from fedsb.deployment.supervise import *\n"
+        "from fedsb.interrupts import Interrupts\n"
+        f"folder = {str(tmp_path)!r}\n"
+        "with Interrupts().installed():\n"
+        "    Supervisor(Path(folder), [Child(name='one', module='a_child', arguments=[folder, 'busy'])]).watch()"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "busy").exists():
+        time.sleep(0.05)
+    child = json.loads((tmp_path / "pids.json").read_text())["one"]
+    parent.send_signal(signal.SIGINT)
+    time.sleep(1.0)
+    assert parent.poll() is None and _state(child) != "Z"
+    parent.send_signal(signal.SIGINT)
+    assert parent.wait(10) != 0
+    assert parent.stderr is not None and "KeyboardInterrupt" in (said := parent.stderr.read())
+    assert "Ctrl-C again stops at once" in said
+    assert not (tmp_path / "pids.json").exists(), "status would take it for killed"
+    assert _state(child) == "Z"
 
 
 def test_who_comes_after_a_killed_supervisor_waits_for_its_children(  # type: ignore[no-untyped-def]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 
+from conftest import set_all
 from engines.in_process import Federation
 from fedsb.config import load_config
 from fedsb.engines.notes import Note, Trained, pack_note, read_answer, read_note
+from fedsb.engines.remote import RemoteEngine
 from fedsb.errors import RunError, UserError
 from fedsb.federation.payload import PayloadError, pack, unpack
+from fedsb.methods.contract import Method
 from fedsb.record import read_rows
 from fedsb.run import federate
+from fedsb.settings import Config
 from laws.test_engines import federation, merged, remote_of
 
 Spoil = Callable[[Note], Note | bytes]
@@ -100,6 +106,28 @@ def test_a_bad_answer_before_the_first_round_ends_the_run(
     spoiled(sites, "site 0", verb, spoil)
     with pytest.raises(RunError, match=rf"site 0: its answer to '{verb}' is not one"):
         federate(load_config(remote_of(tiny_config, {})), open_engine=sites.open_engine)
+
+
+def test_who_watches_learns_which_site_a_round_waits_for(
+    tiny_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Site 0 is slow in every round, and is asked last: by then the others have answered."""
+    monkeypatch.setattr("fedsb.engines.asking.NOTE_S", 0.3)
+    sites, notes = federation(tmp_path), list[str]()
+
+    def slowly(note: Note) -> Note:
+        time.sleep(1.0)
+        return note
+
+    spoiled(sites, "site 0", "round", slowly)
+
+    def open_engine(config: Config, method: Method, run: str) -> RemoteEngine:
+        return RemoteEngine(config, method, run, sites.channel, sites.directory, notes.append)
+
+    federate(load_config(remote_of(set_all(tiny_config, rounds=2), {})), open_engine=open_engine)
+    for round in (1, 2):
+        said = [note for note in notes if note.startswith(f"Round {round} waits")]
+        assert re.fullmatch(rf"Round {round} waits for site 0 \([0-9]+ s\)", said[-1]), notes
 
 
 def test_labels_of_different_types_are_refused(tiny_config: dict[str, Any], tmp_path: Path) -> None:

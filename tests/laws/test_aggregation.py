@@ -47,10 +47,14 @@ GLOBAL = [
     pytest.param(FedRotLoRA(rank=4, alpha=12), id="fedrot-lora"),
     pytest.param(Central(rank=4), id="central"),
     pytest.param(Central(rank=4, adapter="factors"), id="central, factors"),
+    pytest.param(Central(rank=2, blocks=3, scalars=True), id="central, scalars"),
+    pytest.param(Central(rank=4, adapter="factors", alpha=12), id="central, factors with alpha"),
 ]
 OWN = [
     pytest.param(Local(rank=4), id="local"),
     pytest.param(Local(rank=4, adapter="factors"), id="local, factors"),
+    pytest.param(Local(rank=2, blocks=3, scalars=True), id="local, scalars"),
+    pytest.param(Local(rank=4, adapter="factors", alpha=12), id="local, factors with alpha"),
     pytest.param(FedSALoRA(rank=4, alpha=12), id="fedsa-lora"),
 ]
 ALL = [*GLOBAL, *OWN]

@@ -49,6 +49,12 @@ METHODS = [
     pytest.param({"name": "local", "rank": 2, "adapter": "factors"}, id="local, factors"),
     pytest.param({"name": "central", "rank": 3}, id="central"),
     pytest.param({"name": "central", "rank": 2, "adapter": "factors"}, id="central, factors"),
+    pytest.param({"name": "local", "rank": 3, "blocks": 2}, id="local, two blocks"),
+    pytest.param({"name": "local", "rank": 3, "blocks": 2, "scalars": True}, id="local, scalars"),
+    pytest.param({"name": "local", "rank": 2, "adapter": "factors", "alpha": 6}, id="local, factors with alpha"),
+    pytest.param({"name": "central", "rank": 3, "blocks": 2}, id="central, two blocks"),
+    pytest.param({"name": "central", "rank": 3, "blocks": 2, "scalars": True}, id="central, scalars"),
+    pytest.param({"name": "central", "rank": 2, "adapter": "factors", "alpha": 6}, id="central, factors with alpha"),
 ]
 
 
@@ -99,9 +105,9 @@ def twin_of(asked: dict[str, Any], engine: EmbeddedEngine, state: State, lab: tw
     if engine.method.adapter == "core":
         B, h = drawn(engine, state, "B"), asked.get("blocks", 1)
         zeros = {layer: torch.zeros(h, r, r).double() for layer in lab.W0}
-        if name == "ravan":
+        if name == "ravan" or asked.get("scalars"):
             moving = "H scalars head" if asked.get("scalars", True) else "H head"
-            return twins.ravan(lab, A, B, zeros, head, moving)
+            return alone_or_together(name, lab, lambda lab: twins.ravan(lab, A, B, zeros, head, moving))
         R = {layer: torch.block_diag(*x) for layer, x in zeros.items()}
         mask = torch.block_diag(*[torch.ones(r, r)] * h)
         return alone_or_together(name, lab, lambda lab: twins.fed_sb(lab, A, B, R, mask, head))
@@ -181,7 +187,7 @@ def test_no_two_twins_agree(tiny_config: dict[str, Any]) -> None:
     """Law 9 tells the methods apart: from one start, their second rounds end far further apart than its tolerance."""
     ends: dict[str, twins.Tensors] = {}
     methods = [p.values[0] for p in METHODS]
-    for method in (m for m in methods if (m["rank"], m.get("alpha")) == (2, 6)):
+    for method in (m for m in methods if (m["rank"], m.get("alpha"), m.get("adapter")) == (2, 6, None)):
         engine, state = open_engine(set_all(tiny_config, method=method))
         *_, last = twin_of(method, engine, state, lab_of(engine))
         ends[method["name"]], _ = last.models[engine.sites[0].name]

@@ -9,15 +9,18 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any, ClassVar
 
 import pytest
+import torch
 
 import fedsb.methods
 from conftest import set_all
+from fedsb.adapters.basis import Basis
 from fedsb.config import load_config
 from fedsb.errors import ConfigError, UserError
 from fedsb.federation.facts import fitting_rank
 from fedsb.federation.prices import price_list
 from fedsb.methods import GROUP, build_method, method_type, method_types
 from fedsb.methods.contract import Facts, Method
+from fedsb.methods.control import control_options
 from fedsb.methods.fed_sb import FedSB
 from fedsb.pricing import estimate
 from fedsb.record import read_rows
@@ -103,6 +106,46 @@ def test_scales_and_ranks() -> None:
     assert (build("fedit", {"rank": 4}).scale, build("fedit", {"rank": 4, "alpha": 6}).scale) == (2, 1.5)
     assert build("fedit", {"rank": 4, "alpha": 6}).total_rank == 4
     assert build("central", {"adapter": "factors"}).scale == 2 and build("local", {}).scale == 1
+    assert build("central", {"adapter": "factors", "rank": 4, "alpha": 6}).scale == 1.5
+    assert build("local", {"rank": 4, "blocks": 3}).total_rank == 12
+
+
+@pytest.mark.parametrize("name", [name for name in OURS if OURS[name].facts.adapter is not None])
+@pytest.mark.parametrize("control", ["central", "local"])
+def test_the_control_of_a_method_has_its_adapter(control: str, name: str) -> None:
+    """The same scale, number of directions and trained tensors, at settings that are no defaults."""
+    options = {"rank": 3, "blocks": 2} if OURS[name].facts.adapter == "core" else {"rank": 3, "alpha": 7.5}
+    method = build_method(name, options)
+    built = build_method(control, control_options(method))
+    assert (built.adapter, built.scale, built.rank, built.total_rank) == (
+        method.adapter,
+        method.scale,
+        method.rank,
+        method.total_rank,
+    )
+    basis = None
+    if method.adapter == "core":
+        A = {layer: torch.zeros(6, n) for layer, (_, n) in SHAPES.items()}
+        basis = Basis(kind="random", A=A, B={layer: torch.zeros(m, 6) for layer, (m, _) in SHAPES.items()})
+    trained = []
+    for each in (method, built):
+        state = each.start(SHAPES, basis, {}, 0)
+        own = each.receive(state.common, each.broadcast(state), {}, 0)
+        trained.append({key: tuple(own[key].shape) for key in own})
+    assert trained[0] == trained[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"alpha": 6.0}, "method.alpha scales LoRA's two factors"),
+        ({"adapter": "factors", "blocks": 2}, "method.blocks and method.scalars are of a core"),
+        ({"adapter": "factors", "scalars": True}, "method.blocks and method.scalars are of a core"),
+    ],
+)
+def test_a_control_refuses_options_of_the_other_adapter(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        load_config({"method": {"name": "central", **options}})
 
 
 @pytest.mark.parametrize(("wrong", "right"), [("fedsb", "fed-sb"), ("fed_it", "fedit"), ("Local", "local")])

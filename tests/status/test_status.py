@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -157,13 +158,81 @@ def test_stopped_killed_failed_and_finished_are_told_apart(coordinator: Path) ->
     assert state_of(coordinator)["health"]["faults"] == [health.KILLED]
     (coordinator / "pids.json").unlink()
     assert "stopped after round 3 of 5" in state_of(coordinator)["health"]["faults"][0]
-    (coordinator / "logs" / "server.fault").write_text("b does not answer")
-    assert state_of(coordinator)["run"]["state"] == "failed"
-    assert state_of(coordinator)["health"]["faults"] == ["ended: b does not answer"]
-    (coordinator / "logs" / "server.fault").unlink()
+    assert state_of(coordinator)["run"]["state"] == "stopped"
     (coordinator / "runs" / "trec" / "result.json").write_text(json.dumps({"score": 0.5}))
     state = state_of(coordinator)
     assert state["run"]["state"] == "finished" and state["health"]["ok"]
+
+
+SERVE = "import sys; from pathlib import Path; from fedsb.deployment import serve\n"
+SERVE += "serve(Path(sys.argv[1]), sys.argv[2], listen='127.0.0.1', port=0)"
+
+
+def serve_in_a_process(folder: Path, program: str) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, "-c", SERVE, str(folder), program], stderr=subprocess.PIPE, text=True)
+
+
+def test_the_reason_of_a_serve_that_failed_is_shown_until_the_next_one(coordinator: Path) -> None:
+    """Through the real supervisor: its program does not exist, and the reason that it gives is what `status` shows."""
+    pytest.importorskip("flwr")
+    (coordinator / "pids.json").unlink()
+    ended = serve_in_a_process(coordinator, "nowhere:run")
+    assert ended.wait(120) == 1
+    state = state_of(coordinator)
+    assert state["run"]["state"] == "failed"
+    (fault,) = state["health"]["faults"]
+    assert fault.startswith("ended: 'nowhere:run' names no function: No module named 'nowhere'")
+    assert ended.stderr is not None and fault.removeprefix("ended: ") in ended.stderr.read()
+    stopped = serve_in_a_process(coordinator, "time:sleep")
+    wait_for(coordinator / "pids.json")
+    stopped.send_signal(signal.SIGINT)
+    stopped.wait(120)
+    assert state_of(coordinator)["run"]["state"] == "stopped"
+    assert "stopped after round 3 of 5" in state_of(coordinator)["health"]["faults"][0]
+
+
+def wait_for(path: Path) -> None:
+    end = time.monotonic() + 60
+    while not path.exists() and time.monotonic() < end:
+        time.sleep(0.02)
+
+
+def test_a_run_that_was_refused_does_not_hide_the_one_before(coordinator: Path) -> None:
+    """A second `serve` writes what it was asked for, and may then be refused, stopped, or fail to start."""
+    (coordinator / "pids.json").unlink()
+    (coordinator / "runs" / "trec" / "result.json").write_text(json.dumps({"score": 0.5}))
+    later = coordinator / "runs" / "cola.json"
+    later.write_text(json.dumps({"name": "cola", "rounds": 14}))
+    os.utime(later, (NOW + 60, NOW + 60))
+    log(coordinator, "supervisor", ["started", "ended"], how="failed", reason="b: its rules refuse this run")
+    state = state_of(coordinator)
+    assert (state["run"]["name"], state["run"]["state"], state["run"]["rounds"]) == ("trec", "finished", 3)
+    assert state["health"] == {
+        "ok": True,
+        "faults": [],
+        "silence": [],
+        "warnings": ["cola did not start: b: its rules refuse this run"],
+    }
+    (coordinator / "runs" / "trec" / "result.json").unlink()
+    state = state_of(coordinator)
+    assert state["run"]["state"] == "stopped"
+    assert [kind for kind in ("faults", "warnings") if state["health"][kind]] == ["faults", "warnings"]
+    assert "trec was stopped after round 3 of 5" in state["health"]["faults"][0]
+    alive(coordinator, "superlink", "server")
+    assert state_of(coordinator)["run"]["state"] == "asking the sites"
+    assert state_of(coordinator)["run"]["name"] == "cola"
+
+
+def test_a_first_run_that_was_refused_is_a_fault(tmp_path: Path) -> None:
+    serve_init(tmp_path / "fed", ["a"], ["localhost"])
+    (tmp_path / "fed" / "runs").mkdir()
+    (tmp_path / "fed" / "runs" / "cola.json").write_text(json.dumps({"name": "cola", "rounds": 14}))
+    log(tmp_path / "fed", "supervisor", ["started", "ended"], how="failed", reason="a: its rules refuse this run")
+    state = state_of(tmp_path / "fed")
+    assert (state["run"]["name"], state["run"]["state"]) == ("cola", "failed")
+    assert state["health"]["faults"] == ["ended: a: its rules refuse this run"]
+    log(tmp_path / "fed", "supervisor", ["started", "ended"], how="stopped")
+    assert "cola was stopped before the first round ended" in state_of(tmp_path / "fed")["health"]["faults"][0]
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="only there is a process's start known")

@@ -31,6 +31,7 @@ from fedsb.comparison.contenders import dotted
 from fedsb.config import load_config, set_key
 from fedsb.disk import disk_errors, write_atomic
 from fedsb.errors import ConfigError, RunError, UserError
+from fedsb.models.load import choose_device
 from fedsb.record import read_manifest, read_result, read_rows
 from fedsb.report import summary
 
@@ -91,7 +92,9 @@ async def run_cell(cell: Cell, ledgers: Path) -> Outcome:
     with _draft(cell, ledgers) as folder:
         toml = folder / "cell.toml"
         toml.write_text(to_toml({**cell.settings, "name": "cell", "out": str(folder)}), "utf-8")
-        code, said = await _call(sys.executable, "-m", "fedsb", "run", str(toml), "--json")
+        device = choose_device(str(cell.settings["model.device"]))[0]
+        environment = {"OMP_NUM_THREADS": "1"} if device.type == "cpu" else {}  # side by side, one a core
+        code, said = await _call(sys.executable, "-m", "fedsb", "run", str(toml), "--json", environment=environment)
         if code and not (code == 2 and DIVERGED.search(said)):
             raise CellError(_reason(code, said))
         facts: Outcome = {"score": None, "diverged": _reason(code, said)} if code else read_run(folder / "cell")
@@ -134,6 +137,7 @@ def read_run(folder: Path) -> Outcome:
         "scores_by_round": [row["score"] for row in rounds],
         "losses_by_round": [row["loss"] if row["loss"] and math.isfinite(row["loss"]) else None for row in rounds],
         "bytes_by_round": [row["up_bytes"] + row["down_bytes"] for row in rounds],
+        "test_rows": _test_rows(manifest),
         "metric": found["metric"],
         "before": found["before"],
         "majority": found["majority"],
@@ -144,6 +148,13 @@ def read_run(folder: Path) -> Outcome:
         "fedsb": manifest["fedsb"],
         "git": manifest["git"],
     }
+
+
+def _test_rows(manifest: Mapping[str, Any]) -> int | None:
+    """Returns how many rows a run was scored on: those of its test, else what clients hold out; None if not known."""
+    if (test := manifest["data"].get("test")) is not None:
+        return int(test["rows"])
+    return sum(client["held_out_rows"] for client in manifest["clients"] if not client["unseen"]) or None
 
 
 class Results:
@@ -238,15 +249,15 @@ def _as_of_today(settings: Mapping[str, Any]) -> Mapping[str, Any]:
         return settings
 
 
-async def _call(*command: str) -> tuple[int, str]:
-    """(exit code, stderr) of a process on one thread, in a session of its own: Ctrl-C reaches it through us alone."""
+async def _call(*command: str, environment: Mapping[str, str]) -> tuple[int, str]:
+    """(exit code, stderr) of a process in a session of its own: Ctrl-C reaches it through us alone."""
     process = await asyncio.create_subprocess_exec(
         *command,
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.PIPE,
         start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, **environment},
     )
     try:
         _, said = await process.communicate()
@@ -260,6 +271,6 @@ async def _call(*command: str) -> tuple[int, str]:
 def _reason(code: int, said: str) -> str:
     """What a failed run said, less how to go on with it: its folder is gone."""
     text = said.rpartition("fedsb: ")[2].strip() or f"it ended with exit code {code} and said nothing"
-    for advice in ("\n  what was finished is in", "\n  nothing was written:"):
+    for advice in ("\n  what was finished is in", "\n  there is no run in"):
         text = text.partition(advice)[0]
     return text[-2000:] if code > 0 else f"it was ended by signal {-code} (out of memory?)"

@@ -140,6 +140,8 @@ class Work:
             name=contender.name,
             set=contender.set,
             is_control=contender.is_control,
+            control_of=contender.control_of,
+            rank=contender.method.total_rank,
             lr=lr,
             tried=tried,
             seeds=seeds,

@@ -1,6 +1,7 @@
 """What is compared: methods at ranks, a grid over any settings, and whatever else a TOML's [compare] names.
 
     methods = ["fed-sb", "fedit@4"], ranks = [8, 32]         fed-sb@8, fed-sb@32, fedit@4
+    methods = ["fedit@4", "central"]                         central with the adapter of fedit@4
     grid = { "basis.kind" = ["random", "weights"] }          fed-sb@8 basis.kind=random, ..., fedit@4
 
 Every contender is a whole checked configuration before anything runs, and all faults come at once.
@@ -11,14 +12,16 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fedsb.config import Loaded, idle, load_config, set_key
 from fedsb.errors import ConfigError, UserError, did_you_mean
 from fedsb.methods import build_method
 from fedsb.methods.contract import Method
+from fedsb.methods.control import control_options
 from fedsb.settings import CompareConfig, Config, TaskConfig
 
 OURS = ("seed", "name", "out")  # what the comparison sets for each run
@@ -31,6 +34,7 @@ class Contender:
     name: str
     set: Mapping[str, Any]  # what makes it what it is, by dotted key
     config: Config
+    control_of: str | None = None  # of a control: the contender whose adapter it trains
 
     @property
     def method(self) -> Method:
@@ -45,7 +49,9 @@ class Contender:
 def contenders_of(loaded: Loaded) -> list[Contender]:
     """The contenders of a configuration, in the order of its [compare].
 
-    A contender that names a method starts from that method's defaults: the other keys of [method] are not its own.
+    A contender that names a method starts from that method's defaults: the other keys of [method] are not its own. A
+    control that [compare] methods names has the adapter of a method beside it: of the first one that has the control's
+    rank, else of the first.
     A grid's key that does nothing for a contender (a basis, for a method without one) is left out of it.
 
     Raises ConfigError with everything that is wrong with any of them.
@@ -53,11 +59,14 @@ def contenders_of(loaded: Loaded) -> list[Contender]:
     asked = loaded.config.compare
     faults: list[str] = []
     found: list[Contender] = []
-    for name, what in _named(asked, faults):
+    named = list(_named(asked, faults))
+    for name, what in named:
         own: list[Contender] = []
         for values in _grid(asked, faults):
             try:
                 contender = _contender(name, what, values, loaded.given)
+                if contender.is_control and name not in {each.name for each in asked.contenders}:
+                    contender = _as_control(name, what, values, named, loaded.given) or contender
                 own += [contender] if contender not in own else []  # the grid may do nothing to it
             except ConfigError as error:
                 faults += [f"contender {name!r}: {fault}" for fault in error.faults]
@@ -107,6 +116,26 @@ def _contender(name: str, what: Mapping[str, Any], values: Mapping[str, Any], gi
     shown = [f"{key}={value}" for key, value in effective.items()]
     settings = {**what, **effective}
     return Contender(name=" ".join([name, *shown]), set=settings, config=_load(given, settings))
+
+
+def _as_control(
+    name: str,
+    what: Mapping[str, Any],
+    values: Mapping[str, Any],
+    named: Sequence[tuple[str, Mapping[str, Any]]],
+    given: Mapping[str, Any],
+) -> Contender | None:
+    """Returns the control with the adapter of a contender, at its own rank if `what` has one; None without any."""
+    rivals: list[Contender] = []
+    for other, its in named:
+        with suppress(UserError):  # which is reported with that contender
+            rivals += [rival for rival in [_contender(other, its, values, given)] if not rival.is_control]
+    if not rivals:
+        return None
+    rank = what.get("method.rank")
+    rival = next((each for each in rivals if each.method.rank == rank), rivals[0])
+    options = {f"method.{key}": value for key, value in control_options(rival.method).items()}
+    return replace(_contender(name, {**options, **what}, values, given), control_of=rival.name)
 
 
 def dotted(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ sample (n - 1), None for a single seed. A contender's bytes, seconds and memory 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -17,6 +18,7 @@ from fedsb.comparison.search import Tried, at_an_end
 from fedsb.config import Loaded
 
 Json = dict[str, Any]
+SHARES = ("accuracy", "exact_match", "pass@1")  # metrics that are a share of the test's rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +28,8 @@ class Entry:
     name: str
     set: Mapping[str, Any]
     is_control: bool  # left out of the front
+    control_of: str | None  # the contender whose adapter a control trains
+    rank: int  # of the exported LoRA
     lr: float | None  # the best rate; None where the search failed
     tried: Tried
     seeds: Sequence[Outcome | None]
@@ -51,6 +55,7 @@ def comparison_of(
         "metric": cells[0]["metric"] if cells else None,
         "higher_is_better": higher_is_better,
         "before": spread([cell["before"] for cell in cells if cell["before"] is not None]),
+        "test_rows": max((cell.get("test_rows") or 0 for cell in cells), default=0) or None,
         "majority": spread([cell["majority"] for cell in cells if cell["majority"] is not None]),
         "reference": reference.name,
         "target": asked.target,
@@ -75,13 +80,16 @@ def row_of(entry: Entry, reference: Entry, target: float | None, higher_is_bette
         "contender": entry.name,
         "set": dict(entry.set),
         "is_control": entry.is_control,
+        "control_of": entry.control_of,
+        "rank": entry.rank,
         "lr": entry.lr,
         "lr_at_an_end": entry.lr in entry.tried and at_an_end(entry.tried, entry.lr) if entry.lr else False,
         "tried": [{"lr": lr, "score": entry.tried[lr]} for lr in sorted(entry.tried)],
         "scores": [None if cell is None else cell["score"] for cell in entry.seeds],
         "score": spread([cell["score"] for cell in cells]),
+        "test_error": test_error(cells),
         "beside": beside(cells),
-        "difference": paired(scores_of(entry), scores_of(reference), higher_is_better) if entry != reference else None,
+        "difference": difference(entry, reference, higher_is_better) if entry != reference else None,
         "bytes": {
             key: mean([total["with_head"][key] for total in totals]) for key in ("one_off", "up", "down", "total")
         }
@@ -131,6 +139,35 @@ def paired(mine: Mapping[int, float], theirs: Mapping[int, float], higher_is_bet
         return None
     wins = sum(gap > 0 if higher_is_better else gap < 0 for gap in gaps.values())
     return {**(spread(list(gaps.values())) or {}), "wins": wins, "of": len(gaps), "by_seed": gaps}
+
+
+def difference(entry: Entry, reference: Entry, higher_is_better: bool) -> Json | None:
+    """Returns the paired difference, with the sampling error that the test's rows leave in it, at most.
+
+    Both are scored on the same rows, which makes their difference more exact than two independent scores. How much
+    more is not known from the scores, so the error is that of independent ones.
+    """
+    found = paired(scores_of(entry), scores_of(reference), higher_is_better)
+    if found is None:
+        return None
+    errors = [test_error(each.cells) for each in (entry, reference)]
+    error = None if None in errors else math.hypot(*(error for error in errors if error is not None))
+    return {**found, "test_error": error}
+
+
+def test_error(cells: Sequence[Outcome]) -> float | None:
+    """Returns the standard error of the mean score that comes from the size of the test, sqrt(p (1 - p) / n).
+
+    More seeds do not make it smaller: all of them are scored on the same rows. None for a metric that is not a share
+    of rows, and where the number of rows is not known.
+    """
+    if not cells or cells[0]["metric"] not in SHARES:
+        return None
+    rows = [cell.get("test_rows") for cell in cells]
+    if None in rows or not all(rows):
+        return None
+    p, n = fmean(cell["score"] for cell in cells), fmean(row for row in rows if row is not None)
+    return math.sqrt(p * (1 - p) / n)
 
 
 def running_bytes(cell: Outcome) -> list[int]:

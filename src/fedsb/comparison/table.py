@@ -15,7 +15,9 @@ def score_table(found: Json) -> list[dict[str, str]]:
     name = (found["metric"] or "score").replace("_", " ")
     rows = []
     for row in found["contenders"]:
-        cells = {"contender": row["contender"], "lr": _rate(row), name: _score(row, found)}
+        cells = {"contender": row["contender"], "rank": str(row["rank"]), "lr": _rate(row), name: _score(row, found)}
+        if any(other["test_error"] is not None for other in found["contenders"]):
+            cells["test error"] = _test_error(row["test_error"], found)
         if len(found["contenders"]) > 1:
             cells[f"against {found['reference']}"] = _difference(row, found)
         cells |= {"time": seconds_text(row["seconds"]), "memory": bytes_text(row["peak_memory_bytes"])}
@@ -43,6 +45,17 @@ def notes(found: Json) -> list[str]:
     many = f"mean ± standard deviation over {found['seeds']} seeds" if found["seeds"] > 1 else "one seed"
     lower = "" if found["higher_is_better"] else " (lower is better)"
     lines = [f"{metric.capitalize()}{lower} of the last round, {many}{_context(found)}."]
+    if any(row["test_error"] is not None for row in found["contenders"]):
+        lines.append(
+            f"Test error: the standard error that comes from a test of {found['test_rows']:,} rows. It does not shrink "
+            "with more seeds. A difference below twice its own test error can be chance, even if all seeds agree; this "
+            "error counts the two scores as independent, so it is an upper bound."
+        )
+    lines += [
+        f"{row['contender']} is a control, and trains the adapter of {row['control_of']} (rank {row['rank']})."
+        for row in found["contenders"]
+        if row["control_of"] is not None
+    ]
     if found["trials"]:
         lines.append(
             f"lr: the best of {found['trials']} tried for each contender on seed 0, scored on {found['tune_share']:g} "
@@ -104,7 +117,16 @@ def _difference(row: Json, found: Json) -> str:
         return "reference"
     gap = row["difference"]
     text = difference_text(found["metric"] or "", gap)
-    return text if gap is None else f"{text}, better in {gap['wins']} of {gap['of']}"
+    if gap is None:
+        return text
+    error = "" if gap["test_error"] is None else f", test error {_test_error(gap['test_error'], found)}"
+    return f"{text}, better in {gap['wins']} of {gap['of']}{error}"
+
+
+def _test_error(error: float | None, found: Json) -> str:
+    if error is None:
+        return "–"
+    return f"{100 * error:.1f} points".replace(" ", GLUE) if found["metric"] in PERCENT else f"{error:.3f}"
 
 
 def _to_target(row: Json) -> str:

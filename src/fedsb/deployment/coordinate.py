@@ -25,12 +25,17 @@ from fedsb.terminal import Terminal
 PROGRAM = "fedsb.deployment.coordinate:coordinate"
 
 
+def run_folder(federation: Path, loaded: Loaded) -> Path:
+    """Returns where a coordinator keeps this run."""
+    return federation / "runs" / loaded.config.name
+
+
 def prepare(federation: Path, loaded: Loaded) -> Path:
     """Writes down what a run is asked for; gives back its folder, for `coordinate`.
 
     Raises UserError where the run is there already with other settings.
     """
-    folder = federation / "runs" / loaded.config.name
+    folder = run_folder(federation, loaded)
     asked = {**loaded.given, "out": str(folder.parent), "engine": {**loaded.given.get("engine", {}), "name": "flower"}}
     path = _asked(folder)
     config = load_config(asked).config  # all faults now, before any process starts

@@ -133,6 +133,8 @@ class FlowerNode:
                     ) from error
                 if active:
                     print(f"lost the coordinator ({type(error).__name__}), trying every few seconds", flush=True)
+                elif failures == 0 and elsewhere is None:
+                    print(_unreachable(self._address, error), flush=True)
                 active, failures = False, failures + 1
                 if failures == 1 or now - said_at > SAY_SECONDS:
                     say("trouble", reason=f"{type(error).__name__}: {error}", failures=failures)
@@ -153,20 +155,27 @@ class FlowerNode:
             say("active", address=self._address)
 
     def _beat(self) -> None:
-        """Keeps this node online, also while its trainer works."""
+        """Keeps this node online, also while its trainer works. No error ends it: the next heartbeat may succeed."""
+        failing = False
         while True:
             time.sleep(BEAT_SECONDS)
             try:
-                beat = SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=HEARTBEAT_MIN_INTERVAL)
-                if self._node.node_id and not self._client.SendNodeHeartbeat(beat).success:
-                    self._activate()
-            except httpx.HTTPStatusError:  # a SuperLink that was restarted, if it is not a refusal
-                try:
-                    self._activate()
-                except Exception as error:  # the main thread will meet it too
-                    say("no heartbeat", reason=str(error))
-            except httpx.TransportError as error:
-                say("no heartbeat", reason=str(error))
+                self._send_beat()
+                failing = False
+            except Exception as error:  # a refusal too: the main thread meets it, and ends with it
+                say("no heartbeat", reason=f"{type(error).__name__}: {error}")
+                if not failing:
+                    print(f"no heartbeat reached the coordinator ({type(error).__name__}: {error})", flush=True)
+                failing = True
+
+    def _send_beat(self) -> None:
+        beat = SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=HEARTBEAT_MIN_INTERVAL)
+        try:
+            known = not self._node.node_id or self._client.SendNodeHeartbeat(beat).success
+        except httpx.HTTPStatusError:  # a SuperLink that was restarted, if it is not a refusal
+            known = False
+        if not known:
+            self._activate()
 
     def _answer_next(self, answer: Answer) -> bool:
         """Whether there was a request."""
@@ -215,6 +224,17 @@ class FlowerNode:
                 make_push_object_fn_protobuf(self._client.PushObject, node, reply.metadata.run_id, pushed.session_id),
                 object_ids_to_push=set(pushed.objects_to_push),
             )
+
+
+def _unreachable(address: str, error: Exception) -> str:
+    """Returns what a site's terminal says when it does not get to the coordinator."""
+    if not isinstance(error, httpx.TransportError):
+        return f"not at the coordinator yet ({type(error).__name__}: {error}), trying every few seconds"
+    return (
+        f"cannot reach the coordinator at {address} ({type(error).__name__}: {error}). Trying again every few seconds. "
+        "If this lasts, check that the coordinator is serving, that this address is right (it is in the join file), "
+        "and that a firewall on either side lets TCP to this port through"
+    )
 
 
 def _is_elsewhere(error: Exception) -> bool:

@@ -9,7 +9,6 @@ out a newer one, signed by the federation's authority (`directory.json`).
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -26,7 +25,7 @@ from fedsb.deployment.certificates import (
     public_identity,
     signed,
 )
-from fedsb.disk import disk_errors, safe_name, write_atomic
+from fedsb.disk import remove_temporary, safe_name, write_atomic
 from fedsb.errors import UserError
 
 VERSION = 1  # of all files here
@@ -111,10 +110,13 @@ def make_keys(path: Path, folder: Path) -> Card:
     if path.name != name + CARD:
         raise UserError(f"{path}: the file for the coordinator is named NAME{CARD}, after the site")
     check_names([name])
+    refuse_overwriting(folder / KEYS)
     (node_private, node_public), (private, public) = new_node_key(), new_identity()
     card = Card(site=name, node_key=node_public, identity=public)
-    write_secret(folder / KEYS, Keys(node_key=node_private, identity=private).model_dump_json(indent=2) + "\n")
+    # The keys are written last. If the process is killed before, the same command makes both files again.
     write_atomic(path, (card.model_dump_json(indent=2) + "\n").encode())
+    remove_temporary(folder / KEYS)
+    write_secret(folder / KEYS, Keys(node_key=node_private, identity=private).model_dump_json(indent=2) + "\n")
     return card
 
 
@@ -183,17 +185,15 @@ def update_directory(folder: Path, directory_file: Path) -> Directory:
 
 
 def write_secret(path: Path, text: str) -> None:
-    """A new file that only its owner can read. Raises UserError where there is one already."""
-    with disk_errors(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        except FileExistsError:
-            raise UserError(f"{path} is there already, and keys are never overwritten: move it away first") from None
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+    """Writes a new file that only its owner can read. Raises UserError if the file exists."""
+    refuse_overwriting(path)
+    write_atomic(path, text.encode(), private=True)
+
+
+def refuse_overwriting(path: Path) -> None:
+    """Raises UserError if a file of keys exists."""
+    if path.exists():
+        raise UserError(f"{path} exists. Keys are never overwritten: move it away first.")
 
 
 def _with_keys(join: JoinFile, path: Path, folder: Path) -> JoinFile:
@@ -221,11 +221,7 @@ def _with_keys(join: JoinFile, path: Path, folder: Path) -> JoinFile:
 
 
 def _replace(path: Path, join: JoinFile) -> None:
-    old = os.umask(0o077)  # a moment in which others could read it would be one too many
-    try:
-        write_atomic(path, (join.model_dump_json(indent=2) + "\n").encode())
-    finally:
-        os.umask(old)
+    write_atomic(path, (join.model_dump_json(indent=2) + "\n").encode(), private=True)
 
 
 def _check_signed(join: JoinFile, directory: Directory, path: Path) -> None:

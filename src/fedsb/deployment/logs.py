@@ -9,6 +9,7 @@ from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
 FILE_BYTES, FILES = 16 * 2**20, 3  # strangers at the door fill no disk
+ENDED = "ended"  # the supervisor's last event: how ("done", "stopped", "failed"), and the reason
 LOGGER = logging.getLogger("fedsb.deployment")
 
 

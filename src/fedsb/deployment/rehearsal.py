@@ -17,7 +17,7 @@ from pathlib import Path
 from fedsb.config import Loaded
 from fedsb.data.sites import rows_by_client
 from fedsb.data.sources import Row
-from fedsb.deployment.coordinate import PROGRAM, prepare
+from fedsb.deployment.coordinate import PROGRAM, prepare, run_folder
 from fedsb.deployment.federation import serve_init
 from fedsb.deployment.join_file import CARD, make_keys
 from fedsb.deployment.run import serve
@@ -49,10 +49,9 @@ def rehearse(loaded: Loaded) -> Path:
         write_atomic(folder / "test.jsonl", json_lines(test))
         data = {**loaded.given.get("data", {}), "test": str(folder / "test.jsonl")}
         loaded = replace(loaded, given={**loaded.given, "data": data})
-    run = prepare(folder / "coordinator", loaded)
     with _sites(folder, joins, rows):
-        serve(folder / "coordinator", PROGRAM, run, listen=LOCALHOST)
-    return run
+        serve(folder / "coordinator", PROGRAM, lambda: prepare(folder / "coordinator", loaded), listen=LOCALHOST)
+    return run_folder(folder / "coordinator", loaded)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from __future__ import annotations
 import fcntl
 import secrets
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,9 +19,9 @@ from pathlib import Path
 from fedsb.deployment import certificates
 from fedsb.deployment.federation import CA, SERVER, read_federation
 from fedsb.deployment.join_file import keep_join_file
-from fedsb.deployment.logs import open_log, say
+from fedsb.deployment.logs import ENDED, open_log, say
 from fedsb.deployment.supervise import Child, Supervisor
-from fedsb.errors import UserError
+from fedsb.errors import RunError, UserError
 from fedsb.interrupts import Interrupts
 
 TOKEN_BYTES = 32
@@ -30,30 +30,33 @@ TOKEN_BYTES = 32
 def serve(
     folder: Path,
     program: str | None = None,
-    run: Path | None = None,
+    run: Path | Callable[[], Path] | None = None,
     *,
-    listen: str = "0.0.0.0",
+    listen: str | None = None,
     port: int | None = None,
 ) -> None:
     """Opens the door to the sites and, with a program, runs `program(channel, run)` until it ends.
 
-    `program` is "module:function", `run` the folder it is given (the coordinator's where none is said), `port` the one
-    to listen on where it is not the one that sites dial (behind a forwarding router). A program that is killed is run
-    again: it takes up its own checkpoint. Raises its UserError or RunError; KeyboardInterrupt when stopped.
+    `program` is "module:function", `run` the folder it is given (the coordinator's where none is said), or what makes
+    that folder, which is called when no other process serves this federation. `port` is the one
+    to listen on where it is not the one that sites dial (behind a forwarding router). `listen` is the local address;
+    by default all of them, those of IPv6 if one of the federation's hosts is an IPv6 address. A program that is killed
+    is run again: it takes up its own checkpoint. Raises its UserError or RunError; KeyboardInterrupt when stopped.
     """
     _check_flower()
     federation = read_federation(folder)
     remedy = f"renew it, `fedsb serve {folder} --renew`"
     certificates.check_dates((folder / CA).read_text(), "the federation's authority", "make a new federation")
     certificates.check_dates((folder / SERVER).read_text(), "the server's certificate", remedy)
-    with _private_folder() as sockets:
+    with _alone(folder), _private_folder() as sockets:
         local = str(sockets / "link")
-        address = [listen, str(federation.port if port is None else port)]
+        address = [listen or federation.all_addresses, str(federation.port if port is None else port)]
         children = [
             Child(name="superlink", module="fedsb.deployment.superlink", arguments=[str(folder), local, *address])
         ]
         if program is not None:
-            arguments = [str(folder), local, program, str(run or folder)]
+            where = run() if callable(run) else run or folder
+            arguments = [str(folder), local, program, str(where)]
             children.append(
                 Child(
                     name="server",
@@ -74,7 +77,7 @@ def join(join_file: Path, folder: Path, handle: str) -> None:
     """
     _check_flower()
     keep_join_file(join_file, folder)
-    with _private_folder() as sockets:
+    with _alone(folder), _private_folder() as sockets:
         path, token = str(sockets / "trainer"), {"FEDSB_TOKEN": secrets.token_hex(TOKEN_BYTES)}
         trainer = Child(
             name="trainer",
@@ -94,13 +97,17 @@ def join(join_file: Path, folder: Path, handle: str) -> None:
 
 
 def _keep(folder: Path, children: list[Child]) -> None:
-    with _alone(folder), Interrupts().installed():
+    with Interrupts().installed():
         open_log(folder / "logs" / "supervisor.jsonl")
         try:
             Supervisor(folder, children).watch()
         except KeyboardInterrupt:
-            say("stopped")
+            say(ENDED, how="stopped")
             raise
+        except (UserError, RunError) as error:
+            say(ENDED, how="failed", reason=str(error))
+            raise
+        say(ENDED, how="done")
 
 
 @contextmanager

@@ -64,6 +64,9 @@ class Supervisor:
                             return
                         self._died(child, code)
                 time.sleep(LOOK_SECONDS)
+        except KeyboardInterrupt:
+            print("stopping; Ctrl-C again stops at once", file=sys.stderr, flush=True)
+            raise
         finally:
             self._stop()
 
@@ -116,12 +119,17 @@ class Supervisor:
                 other.process, other.start_at = None, child.start_at
 
     def _stop(self) -> None:
-        """The last first: what needs another ends before it."""
-        for child in reversed(self._children):
-            if child.process is not None and child.process.poll() is None:
-                say("stopping", child=child.name)
-                _end([child.process])
-            child.process = None
+        """Ends the last process first: what needs another ends before it. A second Ctrl-C kills them at once."""
+        for seconds in (STOP_SECONDS, 0.0):
+            try:
+                for child in reversed(self._children):
+                    if child.process is not None and child.process.poll() is None:
+                        say("stopping", child=child.name, seconds=seconds)
+                        _end([child.process], seconds)
+                    child.process = None
+                break
+            except KeyboardInterrupt:
+                continue
         self._pids.unlink(missing_ok=True)
 
     @property

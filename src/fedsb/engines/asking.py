@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from fedsb.channel import AWAY, Channel, Lost
@@ -12,6 +14,7 @@ from fedsb.errors import RunError
 from fedsb.federation.payload import PayloadError
 
 PATIENT_S = 3600.0  # at least: a model is loaded, an adapter written
+NOTE_S = 30.0  # before it is said which sites are waited for; then after twice as long each time
 
 
 class Asking:
@@ -24,15 +27,36 @@ class Asking:
         return pack_note(Note(kind.verb, {"run": self.run, **facts}, parts))
 
     def each(
-        self, kind: type[F], requests: Mapping[str, bytes], *, patient: bool = False
+        self, kind: type[F], requests: Mapping[str, bytes], *, patient: bool = False, what: str | None = None
     ) -> Iterator[tuple[str, F | Behind | Lost]]:
         """As they come; a site whose answer is not one is lost, with the reason. The deadline is of a round: a patient
-        asker, who needs every site, waits longer."""
-        for name, answer in self.channel.ask(requests, max(self.deadline_s, PATIENT_S) if patient else self.deadline_s):
-            try:
-                yield name, answer if isinstance(answer, Lost) else read_answer(answer, kind)
-            except PayloadError as error:
-                yield name, Lost(str(error))
+        asker, who needs every site, waits longer. `what` waits, in the notes about sites that take long."""
+        seconds = max(self.deadline_s, PATIENT_S) if patient else self.deadline_s
+        with self._noting(requests, what or f"The request {kind.verb!r}") as waiting:
+            for name, answer in self.channel.ask(requests, seconds):
+                waiting.pop(name, None)
+                try:
+                    yield name, answer if isinstance(answer, Lost) else read_answer(answer, kind)
+                except PayloadError as error:
+                    yield name, Lost(str(error))
+
+    @contextmanager
+    def _noting(self, sites: Iterable[str], what: str) -> Iterator[dict[str, None]]:
+        """Notes from time to time which sites are still in the given dict."""
+        waiting, done, started = dict.fromkeys(sites), threading.Event(), time.monotonic()
+
+        def watch() -> None:
+            pause = NOTE_S
+            while not done.wait(pause):
+                if names := sorted(waiting):
+                    self.note(f"{what} waits for {', '.join(names)} ({time.monotonic() - started:.0f} s)")
+                pause *= 2
+
+        threading.Thread(target=watch, daemon=True).start()
+        try:
+            yield waiting
+        finally:
+            done.set()
 
     def all(
         self, kind: type[F], parts: Sequence[bytes] = (), *, among: Sequence[str] | None = None, **facts: Any

@@ -133,7 +133,7 @@ class RemoteEngine(Bench):
                 requests[name] = self.asking.request(Trained, (envelope,), rank=ranks.get(name), versions=versions())
                 wire = len(requests[name])
                 sent[name] = [self._count(envelope, state.round + 1, name, "down", wire=wire)]
-            for name, answer in self.asking.each(Trained, requests):
+            for name, answer in self.asking.each(Trained, requests, what=f"Round {state.round + 1}"):
                 yield name, answer, sent[name]
 
         def answers() -> Iterator[tuple[str, Trained | Behind | Lost, list[Sent]]]:
@@ -183,7 +183,8 @@ class RemoteEngine(Bench):
         }
         request = self.asking.request(Finished, (pack(whole),), card=card)
         scores: dict[str, Score] = {}
-        for name, answer in self.asking.each(Finished, {site.name: request for site in self.sites}, patient=True):
+        last = {site.name: request for site in self.sites}
+        for name, answer in self.asking.each(Finished, last, patient=True, what="The end of the run"):
             try:
                 if not isinstance(answer, Finished):
                     raise PayloadError(lost(answer).reason)
@@ -264,7 +265,7 @@ class RemoteEngine(Bench):
 
         def ask(messages: Mapping[str, bytes], **facts: Any) -> Iterator[tuple[str, int, Phase | Lost]]:
             requests = {name: self.asking.request(Phase, (message,), **facts) for name, message in messages.items()}
-            for name, answer in self.asking.each(Phase, requests):
+            for name, answer in self.asking.each(Phase, requests, what=f"The secure sum of round {turn.round + 1}"):
                 yield name, len(requests[name]), answer if isinstance(answer, Phase) else lost(answer)
 
         assert self.sums is not None

@@ -77,6 +77,23 @@ def targets_choice(config: Config, targets: Sequence[str], without: Mapping[str,
     return Choice(key="model.targets", value=f"{len(targets)} layers", reason=reason)
 
 
+def batch_warnings(config: Config, local: LocalTraining, sites: Sequence[Site]) -> list[str]:
+    """Returns a warning where clients have fewer rows than one step takes, of which each step then takes all."""
+    short = [site for site in sites if site.rows < local.rows_a_step]
+    if not short:
+        return []
+    train = config.train
+    asked = f"train.batch_size = {train.batch_size:,}"
+    if train.accumulate > 1:
+        asked += f" with train.accumulate = {train.accumulate} ({local.rows_a_step:,} rows a step)"
+    largest = max(sites, key=lambda site: site.rows)
+    which = "every client" if len(short) == len(sites) else f"{len(short)} of {len(sites)} clients"
+    return [
+        f"{asked}, but {which} has fewer rows than that (the largest client, {largest.name}, has {largest.rows:,}). "
+        "Each step of such a client uses all of its rows"
+    ]
+
+
 def local_training(config: Config, *, clients: int = 1) -> LocalTraining:
     """The settings of [train], resolved. A pooled client takes the steps of all clients of a round, of `clients`."""
     train = config.train

@@ -11,6 +11,13 @@ from fedsb.errors import UserError, did_you_mean
 from fedsb.methods.contract import Method
 
 GROUP = "fedsb.methods"
+KNOWN_ELSEWHERE = {  # names that no other name here is like
+    "lora": "'fedit', which averages LoRA's factors",
+    "fedavg": "'fedit', which averages LoRA's factors",
+    "fedlora": "'fedit', which averages LoRA's factors",
+    "fed-lora": "'fedit', which averages LoRA's factors",
+    "lora-sb": "'fed-sb', which is LoRA-SB with one client too",
+}
 NEEDED = ("traffic", "start", "trainable")  # of the contract, without a default
 
 
@@ -44,6 +51,8 @@ def method_type(name: str) -> type[Method]:
     methods = method_types()
     if name in methods:
         return methods[name]
+    if (meant := KNOWN_ELSEWHERE.get(name.lower().replace("_", "-"))) is not None:
+        raise UserError(f"unknown method {name!r}; did you mean {meant}? There are: {', '.join(sorted(methods))}")
     raise UserError(f"unknown method {name!r}; {did_you_mean(name, methods)}")
 
 

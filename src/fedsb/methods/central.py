@@ -2,8 +2,8 @@
 
     one client holds every client's rows and takes as many steps in a round as a cohort does (or the same epochs).
 
-Shapes as in fed-sb (`adapter = "core"`) or fedit (`adapter = "factors"`). Nothing travels but the data themselves,
-which is what federation is there to avoid.
+Shapes as in fed-sb or ravan (`adapter = "core"`, with `blocks` and `scalars`) or fedit (`adapter = "factors"`, with
+`alpha`). Nothing travels but the data themselves, which is what federation is there to avoid.
 """
 
 from __future__ import annotations

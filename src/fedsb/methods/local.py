@@ -2,7 +2,8 @@
 
     dW_k stays with client k, from round to round; nothing travels.
 
-Shapes as in fed-sb (`adapter = "core"`) or fedit (`adapter = "factors"`).
+Shapes as in fed-sb or ravan (`adapter = "core"`, with `blocks` and `scalars`) or fedit (`adapter = "factors"`, with
+`alpha`).
 Limits: no global model. It is scored as the mean over the clients' own models, and exports one adapter a client.
 """
 
@@ -38,7 +39,7 @@ class Local(Control):
         return State(tensors={}, common={**first.common, **first.tensors})
 
     def receive(self, common: Tensors, message: Tensors, kept: Tensors, round: int) -> Tensors:
-        return {**common, **kept}
+        return super().receive({**common, **kept}, {}, {}, round)
 
     def upload(self, received: Tensors, trained: Tensors, round: int) -> tuple[Tensors, Tensors]:
         return {}, self.twin.upload(received, trained, round)[0]

@@ -25,7 +25,11 @@ def coordinator_state(folder: Path, now: float) -> Json:
     wire = folder / "traffic.json"  # sites that are there change it every few seconds
     both, logs = of_both(folder, now, PROCESSES, TROUBLES, wire)
     asked = by_age((folder / "runs").glob("*.json"))  # what was to be run; the last one counts
-    run, part = _run(asked[-1], both) if asked else (None, {})
+    refused = None  # a run that `serve` was asked for last, and that did not start, where an earlier one did
+    if not both["running"] and (begun := [path for path in asked if (path.with_suffix("") / "manifest.json").exists()]):
+        refused = asked[-1].stem if asked[-1] != begun[-1] else None
+        asked = begun
+    run, part = _run(asked[-1], both, refused) if asked else (None, {})
     told = document(wire) or {}
     sites = []
     for name, entry in sorted(federation.sites.items()):
@@ -54,6 +58,7 @@ def coordinator_state(folder: Path, now: float) -> Json:
             "certificates": certificates,
         },
         "run": run,
+        "not_started": refused,
         "sites": sites,
     }
 
@@ -65,7 +70,7 @@ def _doing(site: str, ago: float | None, log: Sequence[Json]) -> str:
     return "working" if told and told[-1] == "asked" else "ready"
 
 
-def _run(asked: Path, both: Json) -> tuple[Json, dict[str, Json]]:
+def _run(asked: Path, both: Json, refused: str | None) -> tuple[Json, dict[str, Json]]:
     """(the run that was asked for in this file, the part of each of its sites in it)."""
     folder = asked.with_suffix("")
     run = {"name": folder.name, "id": None, "rounds": 0, "finished": False}
@@ -80,7 +85,7 @@ def _run(asked: Path, both: Json) -> tuple[Json, dict[str, Json]]:
         state = "finished"
     elif both["running"]:
         state = "running" if run["id"] else "asking the sites"
-    elif both["last_words"] is not None:
+    elif both["last_words"] is not None and refused is None:
         state = "failed"
     else:
         state = "stopped" if run["id"] else "not started"

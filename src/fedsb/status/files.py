@@ -13,6 +13,7 @@ from pathlib import Path
 from cryptography import x509
 
 from fedsb.charts import Json
+from fedsb.deployment.logs import ENDED
 from fedsb.errors import RunError, UserError
 from fedsb.privacy.accounting import epsilon
 from fedsb.privacy.ledger import merged, read_ledger
@@ -42,7 +43,7 @@ def of_both(folder: Path, now: float, names: Sequence[str], events: Sequence[str
         "processes": children,
         "last_event_seconds": None if youngest is None else max(0.0, now - youngest),
         "troubles": _troubles(logs, events),
-        "last_words": None if running else _last_words(folder),
+        "last_words": None if running else _last_words(logs["supervisor"]),
     }
     return state, logs
 
@@ -127,10 +128,10 @@ def _begun(pid: int) -> float | None:
     return int(boot.split()[1]) + int(fields[19]) / os.sysconf("SC_CLK_TCK")
 
 
-def _last_words(folder: Path) -> str | None:
-    """Why a process ended for good, where it said so."""
-    texts = (path.read_text().strip() for path in sorted((folder / "logs").glob("*.fault")))
-    return next(filter(None, texts), None)
+def _last_words(supervisor: Sequence[Json]) -> str | None:
+    """Returns the reason for which the last `serve` or `join` failed; None if it was stopped, or ended well."""
+    last = next((line for line in reversed(supervisor) if line.get("event") in ("started", ENDED)), {})
+    return str(last.get("reason")) if last.get("how") == "failed" else None
 
 
 def _troubles(logs: Logs, events: Sequence[str]) -> list[Json]:

@@ -36,9 +36,18 @@ def _of_processes(state: Json) -> Found:
     if not state["running"]:
         if state["processes"]:
             yield "faults", KILLED
-        elif state["last_words"]:
-            yield "faults", f"ended: {state['last_words']}"
-        elif idle := _idle(state):
+            return
+        refused = state.get("not_started")
+        if state["last_words"] and not refused:
+            kind = "warnings" if state["run"] and state["run"].get("state") == "finished" else "faults"
+            yield kind, f"ended: {state['last_words']}"
+            return
+        if refused:
+            yield (
+                "warnings",
+                f"{refused} did not start: {state['last_words'] or 'it was stopped before its first round'}",
+            )
+        if idle := _idle(state):
             yield "faults", idle
         return
     for child in state["processes"]:
@@ -59,7 +68,10 @@ def _idle(state: Json) -> str | None:
         return f"nothing was ever served: fedsb serve {folder} my.toml"
     if run["state"] == "finished":
         return None
-    return f"stopped after round {run['rounds']} of {run['rounds_planned']}: fedsb serve {folder} again"
+    when = (
+        f"after round {run['rounds']} of {run['rounds_planned']}" if run["rounds"] else "before the first round ended"
+    )
+    return f"{run['name']} was stopped {when}: start the same `fedsb serve {folder}` again"
 
 
 def _of_certificates(state: Json) -> Found:

@@ -15,7 +15,7 @@ from fedsb.report import document, lines
 from fedsb.status.files import by_age, of_both, seconds_left, spent
 
 PROCESSES = ("supervisor", "node", "trainer")
-TROUBLES = ("died", "refused", "failed", "crashed", "trouble", "trainer gone", "not wanted")
+TROUBLES = ("died", "refused", "failed", "crashed", "trouble", "trainer gone", "not wanted", "no heartbeat")
 SITE = "site.toml"
 BEAT_SECONDS = 7.0  # as flower_client.py has it
 
