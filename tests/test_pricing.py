@@ -60,6 +60,7 @@ def priced(name: str, method: str, rank: int, clients: int, **more: Any) -> dict
         "clients": {"count": clients},
         "method": {"name": method, "rank": rank},
         "train": {"batch_size": 1},
+        "engine": more.get("engine", {}),
     }
     return estimate(load_config(config))
 
@@ -172,8 +173,9 @@ def test_the_one_off_basis_of_mistral() -> None:
 
 def test_memory_of_mistral_part_by_part() -> None:
     """By hand: 7.24G weights of 2 bytes; r (m + n) = 2.62M x 200 of 4 and 8.96M of 16; 512 tokens of 2.62M of 2."""
-    parts = priced(MISTRAL, "fed-sb", 200, 25, model={"max_tokens": 512, "device": "cpu"})["memory_parts"]
-    clients = 4096 // 512
+    clients = 8
+    model, engine = {"max_tokens": 512, "device": "cpu"}, {"cohort_size": clients}
+    parts = priced(MISTRAL, "fed-sb", 200, 25, model=model, engine=engine)["memory_parts"]
     assert parts["base"] == 2 * PARAMETERS[MISTRAL]
     assert parts["adapter"] == 4 * 200 * 2_621_440 + clients * 16 * 8_960_000
     assert parts["activations"] == clients * 512 * 2_621_440 * 2

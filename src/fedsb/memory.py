@@ -17,13 +17,18 @@ matrices of "eager", what the allocator wastes, the framework itself (half a gig
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from fedsb.adapters.adapted import Shapes
+from fedsb.data.tasks import TASKS
 from fedsb.federation.facts import BYTES_A_TRAINED_VALUE
 from fedsb.methods.contract import Method
+from fedsb.models.load import choose_dtype
+from fedsb.settings import Config
 
 FACTORS_KEEP = 1.25  # activations beside LoRA's factors over those beside a core, as counted
 
@@ -52,6 +57,43 @@ def trained_values(method: Method, shapes: Shapes, head: int) -> int:
     if method.adapter == "core":
         return len(shapes) * method.total_rank * method.rank + head
     return sum(method.rank * (m + n) for m, n in shapes.values()) + head
+
+
+def memory_by_clients(
+    config: Config,
+    method: Method,
+    model: Any,
+    shapes: Shapes,
+    block_shapes: Shapes,
+    *,
+    base: int,
+    head: int,
+    cohort: int,
+    batch: int,
+    device: torch.device,
+) -> Callable[[int], Memory]:
+    """Returns the estimate as a function of the number of clients in one forward, each with `batch` rows."""
+    vocabulary = 0
+    if TASKS[config.task.kind].auto_class == "AutoModelForCausalLM":
+        vocabulary = int(model.config.get_text_config().vocab_size)
+
+    def of(clients: int) -> Memory:
+        return training_memory(
+            method,
+            shapes,
+            block_shapes,
+            base=base,
+            head=head,
+            together=clients,
+            cohort=cohort,
+            tokens=clients * batch * config.model.max_tokens,
+            vocabulary=vocabulary,
+            private_rows=clients * batch if config.privacy.unit == "example" else 0,
+            dtype=choose_dtype(config.model.dtype, device)[0],
+            activation_checkpointing=config.model.activation_checkpointing,
+        )
+
+    return of
 
 
 def training_memory(

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from fedsb.adapters.adapted import AdaptedModel, Shapes, find_targets, left_out
+from fedsb.adapters.adapted import AdaptedModel, Shapes, block_layers, find_targets, left_out
 from fedsb.adapters.basis import check_rank
 from fedsb.adapters.layer import is_linear, linear_shape
 from fedsb.at_hand import at_hand
@@ -25,7 +25,6 @@ from fedsb.comparison.contenders import Contender, contenders_of
 from fedsb.config import Loaded, idle
 from fedsb.data.sites import Data, elsewhere
 from fedsb.data.sources import load_table
-from fedsb.data.tasks import TASKS
 from fedsb.data.tasks.base import Task, ids, pad_token
 from fedsb.engines.resolved import (
     auto_cohort_size,
@@ -43,11 +42,11 @@ from fedsb.federation.codec import payload_bytes
 from fedsb.federation.facts import client_ranks, refuse_what_facts_forbid, refuse_what_needs_one_place
 from fedsb.federation.prices import price_list
 from fedsb.federation.schedule import refreshes, whole_broadcasts
-from fedsb.memory import Memory, trained_values, training_memory
+from fedsb.memory import memory_by_clients, trained_values
 from fedsb.methods import build_method
 from fedsb.methods.contract import Method
 from fedsb.models.limits import check_positions, check_tokens
-from fedsb.models.load import BaseModel, choose_device, choose_dtype, load_base
+from fedsb.models.load import BaseModel, choose_device, load_base
 from fedsb.models.quantise import missing_package, weight_bytes
 from fedsb.privacy.setup import promise_of, refuse_what_would_leak
 from fedsb.privacy.statement import promised
@@ -84,10 +83,10 @@ def estimate(loaded: Loaded) -> dict[str, Any]:
         unknown.append(said)
     weights = weight_bytes(base.model, config.model.quantize, base.head)
     linear = sum(math.prod(linear_shape(module)) for module in base.model.modules() if is_linear(module))
-    blocks = {
-        name: linear_shape(base.model.get_submodule(name)) for name in find_targets(base.model, "blocks", base.head)
-    }
     targets = find_targets(base.model, config.model.targets, base.head)
+    blocks = {
+        name: linear_shape(base.model.get_submodule(name)) for name in block_layers(base.model, base.head) or targets
+    }
     without = left_out(base.model, base.head)
     adapted = AdaptedModel(base.model, kind=method.adapter, targets=targets, head=base.head, scale=method.scale)
     if method.adapter == "core":
@@ -247,31 +246,20 @@ def _memory(
     """Bytes of training, their parts and their reason, where as many clients train together as would; and of one."""
     batch = min(config.train.batch_size, most_rows or config.train.batch_size)
     device = choose_device(config.model.device)[0]
-    wanted = 1 if config.engine.name == "flower" else config.engine.cohort_size
-    together = min(cohort, auto_cohort_size(config, device)[0] if wanted == "auto" else wanted)
-    model: Any = base.model
-    vocabulary = (
-        0
-        if TASKS[config.task.kind].auto_class != "AutoModelForCausalLM"
-        else int(model.config.get_text_config().vocab_size)
+    of = memory_by_clients(
+        config,
+        method,
+        base.model,
+        adapted.shapes,
+        blocks,
+        base=weights,
+        head=head,
+        cohort=cohort,
+        batch=batch,
+        device=device,
     )
-
-    def of(clients: int) -> Memory:
-        return training_memory(
-            method,
-            adapted.shapes,
-            blocks,
-            base=weights,
-            head=head,
-            together=clients,
-            cohort=cohort,
-            tokens=clients * batch * config.model.max_tokens,
-            vocabulary=vocabulary,
-            private_rows=clients * batch if config.privacy.unit == "example" else 0,
-            dtype=choose_dtype(config.model.dtype, device)[0],
-            activation_checkpointing=config.model.activation_checkpointing,
-        )
-
+    wanted = 1 if config.engine.name == "flower" else config.engine.cohort_size
+    together = min(cohort, auto_cohort_size(config, device, of)[0] if wanted == "auto" else wanted)
     found = of(together)
     parts = {key: value for key, value in asdict(found).items() if value}
     said = ", ".join(f"{key} {bytes_text(value)}" for key, value in parts.items())

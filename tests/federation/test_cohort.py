@@ -261,6 +261,19 @@ def test_the_cohort_size_and_its_reason(tiny_config: dict[str, Any]) -> None:
     assert choice(open_engine(alone)) == (1, "there is one client")
 
 
+def test_the_cohort_size_fits_the_memory(tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The estimate for the clients of one forward stays below the device's memory, and the reason says so."""
+    from fedsb.engines import resolved
+
+    engine = open_engine(tiny_config)
+    sizes = {}
+    for mib in (64, 2, 1):
+        monkeypatch.setattr(resolved, "memory_of", lambda _, mib=mib: mib << 20)
+        sizes[mib], reason = choice(open_engine(tiny_config))
+        assert ("as many as fit the memory" in reason) == (mib < 64)
+    assert engine.cohort_size == sizes[64] > sizes[2] > sizes[1] >= 1
+
+
 def test_a_pooled_client_takes_the_steps_of_a_rounds_clients(tiny_config: dict[str, Any]) -> None:
     """10 clients of which 4 take part in a round, 3 steps each: 12."""
     config = load_config(set_all(tiny_config, server={"clients_per_round": 4})).config

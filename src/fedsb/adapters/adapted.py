@@ -44,8 +44,7 @@ def find_targets(model: nn.Module, targets: str | Sequence[str] = "blocks", head
     """
     linear = _linear_layers(model, head)
     if targets == "blocks":
-        without = left_out(model, head)
-        chosen = [name for name in linear if re.search(r"\.\d+\.", name) and name not in without]
+        chosen = block_layers(model, head)
     elif isinstance(targets, str):
         try:
             pattern = regex.compile(targets)
@@ -65,6 +64,12 @@ def find_targets(model: nn.Module, targets: str | Sequence[str] = "blocks", head
     if not chosen:
         raise UserError(f"model.targets = {targets!r} matches no linear layer. There are: {', '.join(kinds(linear))}")
     return chosen
+
+
+def block_layers(model: nn.Module, head: Sequence[str] = ()) -> list[str]:
+    """Returns the linear layers that "blocks" adapts; none in a model whose blocks have other kinds of layers."""
+    without = left_out(model, head)
+    return [name for name in _linear_layers(model, head) if re.search(r"\.\d+\.", name) and name not in without]
 
 
 def _linear_layers(model: nn.Module, head: Sequence[str]) -> list[str]:

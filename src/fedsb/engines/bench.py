@@ -7,8 +7,9 @@ from typing import Literal
 
 import torch
 
-from fedsb.adapters.adapted import AdaptedModel, Tensors, find_targets, left_out
+from fedsb.adapters.adapted import AdaptedModel, Tensors, block_layers, find_targets, left_out
 from fedsb.adapters.basis import Basis
+from fedsb.adapters.layer import linear_shape
 from fedsb.data.tasks.base import Example, Task, Tokenizer, ids, pad_token
 from fedsb.engines import Direction, Score, Sent
 from fedsb.engines.preflight import preflight
@@ -39,6 +40,8 @@ class Bench:
         )
         positions = check_positions(self.base.model, config.model)
         targets = find_targets(self.base.model, config.model.targets, self.base.head)
+        blocks = block_layers(self.base.model, self.base.head) or targets
+        self.block_shapes = {name: linear_shape(self.base.model.get_submodule(name)) for name in blocks}
         without = left_out(self.base.model, self.base.head)
         self.adapted = AdaptedModel(
             self.base.model, kind=method.adapter, targets=targets, head=self.base.head, scale=method.scale

@@ -25,6 +25,7 @@ from fedsb.federation.link import link_of
 from fedsb.federation.payload import unpack
 from fedsb.federation.tensors import to_tensors, within
 from fedsb.federation.turn import Turn, at_rank
+from fedsb.memory import memory_by_clients
 from fedsb.methods.contract import Method, State
 from fedsb.models.load import load_tokenizer
 from fedsb.privacy.setup import promise_of, refuse_what_would_leak
@@ -250,4 +251,17 @@ class EmbeddedEngine(Bench):
             return 1, f"auto: {fault}"
         if wanted != "auto":
             return wanted, "as asked"
-        return auto_cohort_size(self.config, self.adapted.device)
+        config, largest = self.config, max(site.rows for site in self.sites)
+        memory = memory_by_clients(
+            config,
+            self.method,
+            self.base.model,
+            self.shapes,
+            self.block_shapes,
+            base=sum(x.nbytes for x in self.base.model.parameters()),
+            head=sum(x.numel() for x in self.head.values()),
+            cohort=min(config.server.clients_per_round or len(self.sites), len(self.sites)),
+            batch=min(config.train.batch_size, largest),
+            device=self.adapted.device,
+        )
+        return auto_cohort_size(config, self.adapted.device, memory)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from fedsb.adapters.adapted import kinds
+from fedsb.charts import bytes_text
 from fedsb.data.sites import Site, draw_rows, format_of
 from fedsb.data.sources import load_table
 from fedsb.data.tasks.base import Example, Task
+from fedsb.environment import memory_of
 from fedsb.errors import UserError
 from fedsb.federation.client import LocalTraining
+from fedsb.memory import Memory
 from fedsb.privacy.extra import needs_extra
 from fedsb.privacy.setup import Promise
 from fedsb.settings import Choice, Config, ServerConfig
@@ -20,6 +23,7 @@ from fedsb.settings import Choice, Config, ServerConfig
 if TYPE_CHECKING:
     from fedsb.engines.secure import SecureSums
 
+MEMORY_SHARE = 0.8  # of a device's memory, that the estimate for clients in one forward may take
 CPU_TOKENS, GPU_TOKENS = 4096, 16384  # that a joint forward may hold; see docs/decisions.md
 
 
@@ -38,12 +42,24 @@ def public_rows(config: Config, task: Task) -> list[Example]:
     return task.encode(draw_rows(table, basis.samples, config.seed, "basis rows").rows)[0]
 
 
-def auto_cohort_size(config: Config, device: torch.device) -> tuple[int, str]:
-    """(clients in one forward, reason): as many as fit a budget of tokens, at least one."""
+def auto_cohort_size(
+    config: Config, device: torch.device, memory_by_clients: Callable[[int], Memory]
+) -> tuple[int, str]:
+    """(clients in one forward, reason): as many as fit a budget of tokens and the device's memory, at least one.
+
+    The memory is all that the device has, not what is free now: a run that is resumed must round as before.
+    """
     if config.model.quantize == "8bit":
         return 1, "auto: 8-bit products look at the whole batch, which must be one client's"
     tokens = CPU_TOKENS if device.type == "cpu" else GPU_TOKENS
     size = max(1, tokens // (config.train.batch_size * config.model.max_tokens))
+    there = memory_of(device)
+    limit = None if there is None else MEMORY_SHARE * there
+    if limit is not None and size > 1 and memory_by_clients(size).total > limit:
+        while size > 1 and memory_by_clients(size).total > limit:
+            size -= 1
+        why = f"{bytes_text(memory_by_clients(size).total)} of the {bytes_text(there)} on {device.type}"
+        return size, f"auto: as many as fit the memory, an estimate of {why}"
     return size, f"auto: up to {tokens:,} tokens in one forward on {device.type}"
 
 
