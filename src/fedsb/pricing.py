@@ -19,13 +19,14 @@ import torch
 from fedsb.adapters.adapted import AdaptedModel, Shapes, block_layers, find_targets, left_out
 from fedsb.adapters.basis import check_rank
 from fedsb.adapters.layer import is_linear, linear_shape
-from fedsb.at_hand import at_hand
+from fedsb.at_hand import AtHand, at_hand
 from fedsb.charts import bytes_text
 from fedsb.comparison.contenders import Contender, contenders_of
 from fedsb.config import Loaded, idle
 from fedsb.data.sites import Data, elsewhere
 from fedsb.data.sources import load_table
 from fedsb.data.tasks.base import Task, ids, pad_token
+from fedsb.engines.bench import Bench
 from fedsb.engines.resolved import (
     auto_cohort_size,
     batch_warnings,
@@ -45,13 +46,15 @@ from fedsb.federation.schedule import refreshes, whole_broadcasts
 from fedsb.memory import memory_by_clients, trained_values
 from fedsb.methods import build_method
 from fedsb.methods.contract import Method
+from fedsb.models.hub import has_weights
 from fedsb.models.limits import check_positions, check_tokens
-from fedsb.models.load import BaseModel, choose_device, load_base
+from fedsb.models.load import BaseModel, choose_device, load_base, resolve_name
 from fedsb.models.quantise import missing_package, weight_bytes
 from fedsb.privacy.setup import promise_of, refuse_what_would_leak
 from fedsb.privacy.statement import promised
 from fedsb.settings import Choice, Config
 
+TRIED_SHARE = 0.5  # of the device's memory: a model whose weights take more is not loaded to be checked
 OVERHEAD = 1.5  # of a real step over its matrix products, as seen with MiniLM on two cores
 
 
@@ -129,7 +132,12 @@ def estimate(loaded: Loaded) -> dict[str, Any]:
     warnings = batch_warnings(config, local, sites) if data is not None else []
     most = max((site.rows for site in sites), default=0) if data is not None else None
     memory = _memory(config, method, base, adapted, blocks, weights, head, cohort, most)
-    warnings += _warnings(config, choose_device(config.model.device)[0], memory["memory_bytes"])
+    device = choose_device(config.model.device)[0]
+    warnings += _warnings(config, device, memory["memory_bytes"])
+    if why := _not_tried(config, here, weights, device):
+        unknown.append(f"whether the model passes the probes that a run makes first: {why}")
+    else:
+        choices += Bench(config, method, here.tokenizer, here.task).preflight.choices
     return {
         "settings": [asdict(choice) for choice in choices],
         "data": data.card.as_dict() if data else None,
@@ -171,6 +179,20 @@ def _refuse_missing_files(loaded: Loaded) -> None:
                 f"{key} = {path!r}: {error}. The path is relative to the current folder. Correct it, or run this where "
                 f"the file is. To check the run without its rows, add --set {key}=none."
             ) from error
+
+
+def _not_tried(config: Config, here: AtHand, weights: int, device: torch.device) -> str | None:
+    """Returns why the model cannot be loaded for the preflight; None where it can."""
+    name = resolve_name(config.model.name)[0]
+    if said := missing_package(config.model.quantize):
+        return said
+    if here.tokenizer is None or not has_weights(name, config.model.revision):
+        return f"the weights of {name} are not here"
+    if here.data is None and here.task.auto_class != "AutoModelForCausalLM":
+        return "the number of classes is not known"
+    if (there := memory_of(device)) is not None and weights > TRIED_SHARE * there:
+        return f"its weights take {bytes_text(weights)} of the {bytes_text(there)} on {device.type}"
+    return None
 
 
 def _warnings(config: Config, device: torch.device, memory_bytes: int) -> list[str]:

@@ -337,3 +337,71 @@ def test_the_private_ledger_is_empty_where_the_preflight_refuses(
     with pytest.raises(UserError):
         federate(load_config(config))
     assert [read_ledger(path) for path in Path(config["out"]).rglob("privacy/*.jsonl")] == []
+
+
+# --- `fedsb check` ---
+
+
+def test_check_tries_the_model_where_its_weights_are(
+    tiny_config: dict[str, Any], made: Make, cli: Callable[..., Any], tmp_path: Path
+) -> None:
+    from conftest import write_toml
+
+    said = cli("check", write_toml(tmp_path / "fnet.toml", on(tiny_config, made("fnet"), privacy=PRIVATE)))
+    assert said.code == 1 and "privacy.unit = 'example' cannot be kept with this model" in said.err
+    found = cli("check", write_toml(tmp_path / "bert.toml", on(tiny_config, made("bert"))), "--json")
+    settings = {choice["key"]: choice["reason"] for choice in json.loads(found.out)["settings"]}
+    assert settings["preflight"].startswith("the adapter trains")
+
+
+def test_check_without_weights_says_what_it_could_not_try(
+    tiny_config: dict[str, Any], made: Make, cli: Callable[..., Any], tmp_path: Path
+) -> None:
+    import shutil
+
+    from conftest import write_toml
+
+    shutil.copytree(made("bert"), folder := tmp_path / "bare")
+    (folder / "model.safetensors").unlink()
+    said = cli("check", write_toml(tmp_path / "my.toml", on(tiny_config, folder)), "--json")
+    assert said.code == 0
+    assert (
+        f"whether the model passes the probes that a run makes first: the weights of {folder} are not here"
+        in (json.loads(said.out)["unknown"])
+    )
+
+
+# --- checkpoints that are quantised themselves ---
+
+
+def quantised(made: Make, tmp_path: Path, **how: Any) -> Path:
+    """A Llama's folder whose weights are stored in 4 or 8 bits."""
+    pytest.importorskip("bitsandbytes")
+    import shutil
+
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    source = made("llama", LM, hidden_size=64, intermediate_size=64, tie_word_embeddings=False)
+    model = AutoModelForCausalLM.from_pretrained(source, quantization_config=BitsAndBytesConfig(**how))
+    shutil.copytree(source, folder := tmp_path / "quantised")
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_a_checkpoint_in_8_bits_mixes_rows_too(tiny_config: dict[str, Any], made: Make, tmp_path: Path) -> None:
+    config = on(tiny_config, quantised(made, tmp_path, load_in_8bit=True), "text")
+    with pytest.raises(UserError, match=r"cannot be kept with this model: its 8-bit layers"):
+        opened(set_all(config, privacy=PRIVATE))
+    assert opened(config).cohort_size == 1
+
+
+def test_a_checkpoint_in_4_bits_trains_and_merges_or_says_why_not(
+    tiny_config: dict[str, Any], made: Make, tmp_path: Path
+) -> None:
+    from fedsb.evaluate import export_to
+
+    config = on(tiny_config, quantised(made, tmp_path, load_in_4bit=True, bnb_4bit_quant_type="nf4"), "text", rounds=1)
+    folder = federate(load_config(config)).folder
+    with pytest.raises(UserError, match=r"is quantised itself .*merge"):
+        export_to(folder, str(tmp_path / "merged"), merged=True)

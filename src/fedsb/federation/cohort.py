@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -210,8 +209,29 @@ class Dropout:
     def __call__(self, layer: str, x: Tensor) -> Tensor:  # (K b, ..., n)
         if len(x) == self.rows:
             numbers = range(self.first, self.first + self.rows // len(self.keys))
-            shape = x.shape[1:]
-            drawn = np.stack([generator(*k, layer, i).random(shape, "float32") for k in self.keys for i in numbers])
+            keys = [word(*k, layer, i) for k in self.keys for i in numbers]
+            bits = random_words(x[0].numel(), keys, x.device).reshape(x.shape)
         else:
-            drawn = generator(*self.keys[0], layer, self.first).random(x.shape, "float32")
-        return x * torch.from_numpy(drawn >= self.p).to(x.device, x.dtype) / (1 - self.p)
+            bits = random_words(x.numel(), [word(*self.keys[0], layer, self.first)], x.device).reshape(x.shape)
+        return x * (bits >= round(self.p * 2**32) - 2**31).to(x.dtype) / (1 - self.p)
+
+
+def word(*key: int | str) -> int:
+    """Returns the key as a signed 32-bit number."""
+    return int(generator(*key).integers(-(2**31), 2**31))
+
+
+def random_words(count: int, keys: Sequence[int], device: torch.device) -> Tensor:
+    """Returns (len(keys), count) signed 32-bit words, made on the device: word i of a key is mix(mix(i) ^ key).
+
+    A function of key and position alone: longer rows and other company change no word.
+    """
+    counter = mix(torch.arange(count, dtype=torch.int32, device=device))
+    return mix(counter ^ torch.tensor(keys, dtype=torch.int32, device=device).unsqueeze(1))
+
+
+def mix(x: Tensor) -> Tensor:
+    """Returns a bijective hash of 32-bit words ("lowbias32" of Wellons' hash prospector), element by element."""
+    x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D
+    x = (x ^ ((x >> 15) & 0x1FFFF)) * (0x846CA68B - 2**32)
+    return x ^ ((x >> 16) & 0xFFFF)

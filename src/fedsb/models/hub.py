@@ -116,6 +116,19 @@ def hub_errors(name: str) -> Iterator[None]:
         ) from error
 
 
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def has_weights(name: str, revision: str | None) -> bool:
+    """Returns whether a model's weights are in its folder, or in the Hub's cache. The network is not asked."""
+    if Path(name).is_dir():
+        return any((Path(name) / file).is_file() for file in WEIGHTS)
+    from huggingface_hub import try_to_load_from_cache
+
+    found = (try_to_load_from_cache(name, file, revision=revision) for file in WEIGHTS)
+    return any(isinstance(path, str) for path in found)
+
+
 def refuse_no_model(folder: Path) -> None:
     """Raises UserError for a folder without a config.json: it holds no model."""
     if (folder / "config.json").is_file():

@@ -22,7 +22,7 @@ from fedsb.models.activations import checkpoint_activations
 from fedsb.models.heads import find_fresh, find_head
 from fedsb.models.hub import config_for_shapes, hub_errors, read_config, refuse_no_model
 from fedsb.models.quantise import choice as quantize_choice
-from fedsb.models.quantise import count_values, loading_options, quantization_keys, settle
+from fedsb.models.quantise import count_values, loading_options, quantization_keys, quantised_itself, settle
 from fedsb.settings import Choice, ModelConfig
 
 MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"
@@ -230,10 +230,10 @@ def load_base(
                     ignore_mismatched_sizes=True,  # refused below, in words
                     trust_remote_code=False,
                     **attention,
-                    **loading_options(keys, device),
+                    **loading_options(keys, device, itself=quantised_itself(settings)),
                 )
                 missing = set(info["missing_keys"])
-                if keys:
+                if keys or quantised_itself(settings):
                     settle(model)
                 else:
                     model.to(device)

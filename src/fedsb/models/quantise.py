@@ -75,10 +75,20 @@ def left_modules(quantize: str, model: nn.Module, head: Sequence[str]) -> list[s
     return [*towers, *(name for name in linear if not any(is_inside(name, tower) for tower in towers))]
 
 
-def loading_options(keys: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """What `from_pretrained` must be told beside. Raises UserError where bitsandbytes is not installed."""
+def quantised_itself(config: Any) -> bool:
+    """Returns whether a checkpoint's weights are stored quantised, by its own config."""
+    return getattr(config, "quantization_config", None) is not None
+
+
+def loading_options(keys: Mapping[str, Any], device: torch.device, *, itself: bool) -> dict[str, Any]:
+    """What `from_pretrained` must be told beside; `itself`: the checkpoint is quantised already.
+
+    Raises UserError where bitsandbytes is not installed, or where a quantised checkpoint would be quantised again.
+    """
     if not keys:
-        return {}
+        return {"device_map": {"": device}} if itself else {}
+    if itself:
+        raise UserError("model.quantize: this checkpoint is quantised already. Leave model.quantize out")
     if said := missing_package("4bit" if "load_in_4bit" in keys else "8bit"):
         raise UserError(said)
     from transformers import BitsAndBytesConfig
