@@ -32,6 +32,7 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout; logs go to stderr.")]
 Set = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, as in train.lr=0.01.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Show every setting with its reason, and all prices.")]
 ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="A TOML file, or the name of a recipe.")]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, such as runs/quickstart.")]
 EVAL = {"--lm-eval": ("--json",), "": ("--data", "--backend", "--json")}  # options that each way of scoring uses
@@ -80,7 +81,12 @@ def init(
 
 
 @app.command()
-def check(config: ConfigArgument, overrides: Set = [], as_json: Json = False) -> None:  # noqa: B006
+def check(
+    config: ConfigArgument,
+    overrides: Set = [],  # noqa: B006
+    verbose: Verbose = False,
+    as_json: Json = False,
+) -> None:
     """Check a run and price it. Bytes, memory and time before it starts; exit code 1 with all faults."""
     from fedsb.pricing import estimate
     from fedsb.terminal import print_estimate
@@ -89,7 +95,7 @@ def check(config: ConfigArgument, overrides: Set = [], as_json: Json = False) ->
     if as_json:
         _print_json(found)
     else:
-        print_estimate(found)
+        print_estimate(found, verbose=verbose)
 
 
 @app.command()
@@ -99,6 +105,7 @@ def run(
         Engine, typer.Option("--engine", help="In this process, or as processes of a real federation, all here.")
     ] = Engine.embedded,
     overrides: Set = [],  # noqa: B006
+    verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
     """Run a federation, from the start to the adapter."""
@@ -110,7 +117,7 @@ def run(
 
         _print_result(rehearse(loaded), as_json)
         return
-    with _watched(Path(loaded.config.out) / loaded.config.name, as_json) as display:
+    with _watched(Path(loaded.config.out) / loaded.config.name, as_json, verbose=verbose) as display:
         result = federate(loaded, display)
     _print_result(result.folder, as_json)
 
@@ -122,9 +129,10 @@ def resume(
         str | None, typer.Option("--config", help="A TOML to compare with the run's own settings.")
     ] = None,
     overrides: Set = [],  # noqa: B006
+    verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
-    """Take up a run behind its last finished round."""
+    """Resume a run after its last completed round."""
     from fedsb.config import load_config
     from fedsb.models.hub import stay_offline_without_network
     from fedsb.record import read_manifest
@@ -136,7 +144,7 @@ def resume(
         changed = load(config, overrides)
     elif overrides:
         changed = load_config(read_manifest(folder)["config"], overrides)
-    with _watched(folder, as_json) as display:
+    with _watched(folder, as_json, verbose=verbose) as display:
         result = take_up(folder, display, changed)
     _print_result(result.folder, as_json)
 
@@ -290,12 +298,12 @@ app.command()(cli_federation.status)
 
 
 @contextmanager
-def _watched(folder: Path, as_json: bool) -> Iterator[Terminal]:
+def _watched(folder: Path, as_json: bool, *, verbose: bool) -> Iterator[Terminal]:
     """Shows a run; where it stops early, says how to go on with it."""
     from fedsb.terminal import Terminal
 
     try:
-        with Terminal(quiet=as_json) as display:
+        with Terminal(quiet=as_json, verbose=verbose) as display:
             yield display
     except RunError as error:
         raise typer.Exit(_fail(f"{error}\n{_how_to_go_on(folder)}", 2)) from error

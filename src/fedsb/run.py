@@ -24,6 +24,7 @@ from fedsb.engines.round import play, renew
 from fedsb.environment import versions
 from fedsb.errors import UserError
 from fedsb.federation import schedule
+from fedsb.federation.prices import bytes_line
 from fedsb.federation.spool import Spool
 from fedsb.interrupts import Interrupts
 from fedsb.methods import build_method
@@ -145,6 +146,7 @@ def _carry_out(loaded: Loaded, engine: RunEngine, record: Record, display: Displ
             before = engine.score(method, state, {})
             described = describe_start(config, method, engine, basis, state, choices, before)
             record.save_manifest(described | {"data": tables})
+            display.note(bytes_line(described["prices"]) + "\n")
             record.start(state, sent)
         for torn in record.skipped:
             display.note(torn)

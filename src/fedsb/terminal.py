@@ -14,6 +14,7 @@ from rich.table import Column, Table
 from fedsb.adapters.serving import serving_lines
 from fedsb.charts import beside_text, bytes_text, counts_text, score_text, seconds_text
 from fedsb.data.card import WARNING, shown_lines
+from fedsb.federation.prices import bytes_line
 from fedsb.settings import Choice
 
 PLAIN: dict[str, Any] = {"box": None, "padding": (0, 2, 0, 0)}  # tables without lines
@@ -23,9 +24,9 @@ COLUMNS = ("round", "loss", "score", "up", "down", "seconds", "left", "dropped")
 class Terminal:
     """Watches a run: a table that grows by a row a round; on anything but a terminal, a line a round."""
 
-    def __init__(self, *, quiet: bool = False) -> None:
+    def __init__(self, *, quiet: bool = False, verbose: bool = False) -> None:
         self.console = _console(stderr=quiet)
-        self.quiet = quiet
+        self.quiet, self.verbose = quiet, verbose
         self.rows: list[list[str]] = []
         self.live: Live | None = None
         self.seconds = 0.0  # of the rounds that were shown
@@ -38,11 +39,18 @@ class Terminal:
             self.live.stop()
 
     def settings(self, choices: Sequence[Choice]) -> None:
-        """Every resolved setting with its reason, those at their default together at the end.
+        """Shows every resolved setting with its reason, those at their default together at the end.
 
-        A later choice replaces an earlier one of the same name.
+        A later choice replaces an earlier one of the same name. Without `verbose` only those are shown that warn of
+        something; all are in the manifest and in the report.
         """
         if self.quiet:
+            return
+        if not self.verbose:
+            for choice in {choice.key: choice for choice in choices}.values():
+                if choice.reason.startswith("warning: ") or "has no effect" in choice.reason:
+                    reason = choice.reason.removeprefix("warning: ")
+                    self.note(f"{WARNING} {choice.key} = {_setting(choice.value)}: {reason}.")
             return
         table = Table("setting", Column("value", overflow="fold"), "reason", **PLAIN)
         defaults: dict[str, list[str]] = {}
@@ -182,12 +190,39 @@ def print_comparison(folder: Path, found: Mapping[str, Any]) -> None:
     console.print(f"  as data         {folder / 'comparison.json'}, {folder / 'cells.json'}")
 
 
-def print_estimate(found: Mapping[str, Any]) -> None:
-    """What `fedsb check` prints."""
-    console, terminal = _console(), Terminal()
+def print_estimate(found: Mapping[str, Any], *, verbose: bool) -> None:
+    """Prints what `fedsb check` found: data, bytes, memory, time, privacy, warnings; all settings with `verbose`."""
+    console, terminal = _console(), Terminal(verbose=verbose)
     for line in shown_lines(found["data"]) if found["data"] else ():
         terminal.note(line)
     terminal.settings([Choice(**choice) for choice in found["settings"]])
+    if verbose:
+        _print_prices(console, found)
+    terminal.note(bytes_line(found["prices"]))
+    one, sizes = found["values_a_client_a_round"], found["bytes_a_client_a_round"]
+    terminal.note(
+        f"{'':<9}per client and round {bytes_text(sizes['up'])} up, {bytes_text(sizes['down'])} down; {one['up']:,} "
+        f"values up, {one['down']:,} down, and the head's {one['head']:,} each way"
+        + (f"; once {one['one_off']:,} values" if one["one_off"] else "")
+    )
+    alone = f"; a site that trains alone {bytes_text(found['client_memory_bytes'])}"
+    terminal.note(f"{'memory':<9}about {bytes_text(found['memory_bytes'])} ({found['memory_reason']}{alone})")
+    about = "" if found["seconds"] is None else f"about {seconds_text(found['seconds'])} "
+    reason = found["seconds_reason"]
+    terminal.note(f"{'time':<9}{about}{f'({reason})' if about else reason}")
+    if found["privacy"]:
+        print_promise(console, found["privacy"])
+    for line in found["warnings"]:
+        terminal.note(f"{WARNING} {line}.")
+    if found["unknown"]:
+        console.print("\nNot known here:")
+        for line in found["unknown"]:
+            console.print(f"  - {line}")
+    if not verbose:
+        console.print("\n--verbose shows every setting with its reason, and what other methods would send.")
+
+
+def _print_prices(console: Console, found: Mapping[str, Any]) -> None:
     table = Table(
         "method",
         "one-off",
@@ -203,12 +238,6 @@ def print_estimate(found: Mapping[str, Any]) -> None:
         table.add_row(label, *(bytes_text(price[key]) for key in keys))
     console.print("Bytes, the whole federation, all rounds:")
     console.print(table)
-    one, sizes = found["values_a_client_a_round"], found["bytes_a_client_a_round"]
-    console.print(
-        f"\nA client, a round: {one['up']:,} values up, {one['down']:,} down, and the head's {one['head']:,} each way; "
-        f"once: {one['one_off']:,}"
-    )
-    console.print(f"In bytes, with the head: {bytes_text(sizes['up'])} up, {bytes_text(sizes['down'])} down")
     if found["compared"]:
         named = {price["label"]: price for price in found["prices"]}
         rivals = Table("a client, a round after the first", "values up", "values down", **PLAIN)
@@ -216,22 +245,7 @@ def print_estimate(found: Mapping[str, Any]) -> None:
             if label in named:
                 rivals.add_row(label, f"{named[label]['up_values']:,}", f"{named[label]['down_values']:,}")
         console.print(rivals)
-    if found["privacy"]:
-        print_promise(console, found["privacy"])
-    alone = f"; a site that trains alone {bytes_text(found['client_memory_bytes'])}"
-    console.print(f"Memory: about {bytes_text(found['memory_bytes'])} ({found['memory_reason']}{alone})")
-    if found["seconds"] is None:
-        console.print(f"Time: {found['seconds_reason']}")
-    else:
-        console.print(f"Time: about {seconds_text(found['seconds'])} ({found['seconds_reason']})")
-    if found["warnings"]:
-        console.print("\nWarnings:")
-        for line in found["warnings"]:
-            console.print(f"  - {line}")
-    if found["unknown"]:
-        console.print("\nNot known here:")
-        for line in found["unknown"]:
-            console.print(f"  - {line}")
+    console.print()
 
 
 def print_promise(console: Console, promised: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fedsb.adapters.adapted import Shapes
+from fedsb.charts import bytes_text
 from fedsb.federation.codec import Codec, payload_bytes
 from fedsb.methods import method_types
 from fedsb.methods.contract import Method
@@ -34,6 +35,18 @@ class Price:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+RIVALS = ("fedit (rank 1)", "fedit (rank 4)")
+
+
+def bytes_line(prices: Sequence[Mapping[str, Any]]) -> str:
+    """Returns in one line what a run will send, and FedIT in its place; `prices` as `as_dict` gives them."""
+    own = next(price for price in prices if price["this_run"])
+    others = [price for price in prices if price["label"] in RIVALS and not price["this_run"]]
+    said = ", ".join(f"{price['label']} {bytes_text(price['total_bytes'])}" for price in reversed(others))
+    instead = f" (instead of {said})" if said else ""
+    return f"{'bytes':<9}{bytes_text(own['total_bytes'])} by all clients in all rounds{instead}"
 
 
 def price(

@@ -22,7 +22,7 @@ from fedsb.models.activations import checkpoint_activations
 from fedsb.models.heads import find_fresh, find_head
 from fedsb.models.hub import config_for_shapes, hub_errors, read_config, refuse_no_model
 from fedsb.models.quantise import choice as quantize_choice
-from fedsb.models.quantise import count_values, loading_options, quantization_keys, quantised_itself, settle
+from fedsb.models.quantise import count_values, loading_options, quantised_itself, quantization_keys, settle
 from fedsb.settings import Choice, ModelConfig
 
 MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"
