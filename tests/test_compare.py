@@ -239,7 +239,7 @@ def test_a_control_follows_the_grid_and_says_its_rank(
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_cell_is_kept_to_one_thread_on_a_cpu_only(
-    tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, device: str
+    tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, device: str
 ) -> None:
     started = {}
 
@@ -251,7 +251,7 @@ def test_a_cell_is_kept_to_one_thread_on_a_cpu_only(
     monkeypatch.setattr(cells, "choose_device", lambda wanted: (torch.device(device), "as asked"))
     monkeypatch.setattr(asyncio, "create_subprocess_exec", start)
     with pytest.raises(CellError, match="enough"):
-        asyncio.run(run_cell(make_cell("x", load_config(tiny_config).config.model_dump(mode="json"))))
+        asyncio.run(run_cell(make_cell("x", load_config(tiny_config).config.model_dump(mode="json")), tmp_path))
     assert started.get("OMP_NUM_THREADS") == ("1" if device == "cpu" else None)
 
 

@@ -92,6 +92,11 @@ def score_tick(metric: str) -> Show:
     return _shown(lambda x: f"{100 * x:.4g} %") if metric in PERCENT else plain_text
 
 
+def score_range(metric: str) -> tuple[float, float] | None:
+    """Returns the lowest and the highest value of a metric that is a share; None for others."""
+    return (0.0, 1.0) if metric in PERCENT else None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Axis:
     """A linear map from [low, high] to the pixels [start, end]."""
@@ -102,9 +107,12 @@ class Axis:
     end: float
 
     @staticmethod
-    def around(values: Sequence[float], start: float, end: float) -> Axis:
+    def around(values: Sequence[float], start: float, end: float, *, within: tuple[float, float] | None = None) -> Axis:
+        """Returns an axis with some room around the values, but not beyond what a value can be (`within`)."""
         pad = (max(values) - min(values)) * 0.06 or abs(values[0]) * 0.1 or 1.0
-        return Axis(low=min(values) - pad, high=max(values) + pad, start=start, end=end)
+        lowest, highest = within or (-math.inf, math.inf)
+        low, high = max(min(values) - pad, lowest), min(max(values) + pad, highest)
+        return Axis(low=low, high=high if high > low else low + 1.0, start=start, end=end)
 
     def __call__(self, value: float) -> float:
         return round(self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start), 1)
@@ -125,6 +133,7 @@ def line_chart(
     *,
     levels: Mapping[str, float | None] | None = None,  # dashed, to compare with
     from_zero: bool = False,
+    within: tuple[float, float] | None = None,  # that no value can leave
 ) -> Json | None:
     """A line over the rounds; None if there is no value at all."""
     known = {x: y for x, y in values.items() if y is not None}
@@ -133,7 +142,7 @@ def line_chart(
     marks = {name: y for name, y in (levels or {}).items() if y is not None}
     low, high = min(values), max(values)
     x_axis = Axis(low=low - 0.02, high=max(high, low + 1), start=LEFT + 6, end=RIGHT - 6)
-    y_axis = Axis.around([*known.values(), *marks.values()], BOTTOM, TOP)
+    y_axis = Axis.around([*known.values(), *marks.values()], BOTTOM, TOP, within=within)
     y_axis = Axis(low=0, high=y_axis.high, start=BOTTOM, end=TOP) if from_zero else y_axis
     pieces: list[list[str]] = [[]]
     for x, y in values.items():

@@ -199,7 +199,13 @@ def _curves(run: RunFiles, metric: str) -> Json:
     scores = {row["round"]: number(row["score"]) for row in run.rounds if row.get("score") is not None}
     losses = {row["round"]: number(row.get("loss")) for row in run.rounds}
     return {
-        "score": charts.line_chart(scores, charts.score_text(metric), charts.score_tick(metric), levels=levels),
+        "score": charts.line_chart(
+            scores,
+            charts.score_text(metric),
+            charts.score_tick(metric),
+            levels=levels,
+            within=charts.score_range(metric),
+        ),
         "loss": charts.line_chart(losses, charts.plain_text, charts.plain_text),
     }
 
@@ -240,7 +246,7 @@ def _client_scores(clients: Sequence[Json], metric: str) -> Json | None:
     known = [client for client in scored if number(client.get("score")) is not None]
     if not known:
         return None
-    axis = charts.Axis.around([client["score"] for client in known], 12, 348)
+    axis = charts.Axis.around([client["score"] for client in known], 12, 348, within=charts.score_range(metric))
     lanes: list[Json] = []
     score = charts.score_text(metric)
     for unseen in (False, True):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from fedsb.charts import PERCENT, Axis, bytes_text, bytes_tick, number, score_text, score_tick
+from fedsb.charts import PERCENT, Axis, bytes_text, bytes_tick, number, score_range, score_text, score_tick
 from fedsb.comparison.table import difference_text, spread_text
 
 Json = dict[str, Any]
@@ -41,7 +41,7 @@ def pareto_plot(found: Json) -> Json | None:
         return None
     x_axis, x_ticks = _bytes_axis([row["bytes"]["total"] for row in known], frame, room=0.12)
     scores = [row["score"]["mean"] + side * (row["score"]["sd"] or 0) for row in known for side in (-1, 1)]
-    y_axis = Axis.around(scores, frame.bottom, TOP)
+    y_axis = Axis.around(scores, frame.bottom, TOP, within=score_range(found["metric"] or ""))
     points: list[Json] = []
     for i, row in enumerate(found["contenders"]):
         if row["score"] is None:
@@ -85,7 +85,8 @@ def curve_plot(found: Json) -> Json | None:
         return None
     x_axis, x_ticks = _bytes_axis([sent for _, row in curves for sent, _ in row["curve"]], frame, room=0.04)
     levels = [found["target"]] if found["target"] is not None else []
-    y_axis = Axis.around([*(score for _, row in curves for _, score in row["curve"]), *levels], frame.bottom, TOP)
+    scores = [*(score for _, row in curves for _, score in row["curve"]), *levels]
+    y_axis = Axis.around(scores, frame.bottom, TOP, within=score_range(found["metric"] or ""))
     return {
         "frame": frame,
         "lines": [
@@ -109,7 +110,7 @@ def tuning_plot(found: Json) -> Json | None:
         return None
     rates = [math.log2(trial["lr"]) for _, _, trials in tried for trial in trials]
     x_axis = Axis(low=min(rates) - 0.5, high=max(rates) + 0.5, start=LEFT, end=frame.right)
-    y_axis = Axis.around(scores, frame.bottom - 10, TOP)
+    y_axis = Axis.around(scores, frame.bottom - 10, TOP, within=score_range(found["metric"] or ""))
     lines = []
     for i, row, trials in tried:
         finite = [trial for trial in trials if trial["score"] is not None]

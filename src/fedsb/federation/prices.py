@@ -44,7 +44,8 @@ def bytes_line(prices: Sequence[Mapping[str, Any]]) -> str:
     """Returns in one line what a run will send, and FedIT in its place; `prices` as `as_dict` gives them."""
     own = next(price for price in prices if price["this_run"])
     others = [price for price in prices if price["label"] in RIVALS and not price["this_run"]]
-    said = ", ".join(f"{price['label']} {bytes_text(price['total_bytes'])}" for price in reversed(others))
+    others.sort(key=lambda price: price["total_bytes"])
+    said = ", ".join(f"{price['label']} {bytes_text(price['total_bytes'])}" for price in others)
     instead = f" (instead of {said})" if said else ""
     return f"{'bytes':<9}{bytes_text(own['total_bytes'])} by all clients in all rounds{instead}"
 
