@@ -173,7 +173,8 @@ def clipped_change(sent: Tensors, unmoved: Tensors, clip: float) -> Tensors:
     if (rounding := FLOAT32_ROUNDING * (length + clip)) > SLACK * clip:
         raise UserError(
             f"privacy.clip = {clip:g} is too small: the tensors that a client sends have length {length:.3g}, and "
-            f"float32 rounds them by up to {rounding:.2g}. Set it to at least {FLOAT32_ROUNDING / SLACK * length * 1.01:.2g}"
+            f"float32 rounds them by up to {rounding:.2g}. Set it to at least "
+            f"{FLOAT32_ROUNDING / SLACK * length * 1.01:.2g}"
         )
     change = {key: x.double() - unmoved[key].double() for key, x in sent.items()}
     norm = torch.stack([d.square().sum() for d in change.values()]).sum().sqrt()
