@@ -36,6 +36,23 @@ def _three(x: float) -> str:
     return f"{x:,.0f}" if x >= 99.95 else f"{x:#.3g}"
 
 
+def epsilon_text(value: object) -> str:
+    """Returns an epsilon with three digits, rounded up: the text never states less than was spent."""
+    return "inf" if value == math.inf else "–" if (x := number(value)) is None else _up(x, 3)
+
+
+def delta_text(delta: float) -> str:
+    """Returns a delta with two digits, rounded up."""
+    return _up(delta, 2)
+
+
+def _up(x: float, digits: int) -> str:
+    if x <= 0:
+        return f"{x:g}"
+    exponent = math.floor(math.log10(x)) - digits + 1
+    return f"{math.ceil(x / 10.0**exponent * (1 - 1e-9)) * 10.0**exponent:.{digits}g}"  # 3.0000000001 stays 3
+
+
 def _in_bytes(x: float, digits: Callable[[float], str] = _three) -> str:
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if x < 999.5 or unit == "TB":

@@ -89,7 +89,7 @@ def describe_start(
             for site in data.sites
         ],
         "method": {"id": method.facts.id, "paper": method.facts.paper, "travels": method.facts.travels},
-        "basis": _basis_facts(basis),
+        "basis": _basis_facts(basis, private=bool(engine.promise)),
         "basis_hash": basis_hash(state.common),
         "prices": [
             price.as_dict()
@@ -223,7 +223,10 @@ def finish(record: Record, engine: RunEngine, sites: Mapping[str, Score], adapte
             for site in engine.data.sites
         ],
         "epsilon": spent(engine.promise) if engine.promise else None,
-        "peak_memory_bytes": (before or {}).get("peak_memory_bytes") or peak_memory_bytes(engine.adapted.device),
+        # Of a private run it is not told: it depends on how many rows were drawn, and on how long they are.
+        "peak_memory_bytes": None
+        if engine.promise
+        else (before or {}).get("peak_memory_bytes") or peak_memory_bytes(engine.adapted.device),
         "adapter": str(adapter),
         "load": load_lines(base, one),
         "serving": [asdict(server) for server in serving(written, base.model_type)],
@@ -251,7 +254,7 @@ def base_facts(bench: Bench) -> BaseFacts:
     )
 
 
-def _basis_facts(basis: Basis | None) -> dict[str, Any] | None:
+def _basis_facts(basis: Basis | None, *, private: bool) -> dict[str, Any] | None:
     if basis is None:
         return None
     shares = [share for share in basis.captured.values() if math.isfinite(share)]
@@ -263,7 +266,7 @@ def _basis_facts(basis: Basis | None) -> dict[str, Any] | None:
         "captured_share": sum(shares) / len(shares) if shares else None,
         "captured_by_layer": dict(basis.captured),
         "seconds": round(basis.seconds, 3),
-        "peak_memory_bytes": basis.peak_memory_bytes,
+        "peak_memory_bytes": None if private else basis.peak_memory_bytes,
     }
 
 

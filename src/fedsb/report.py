@@ -123,7 +123,8 @@ def _privacy(run: RunFiles) -> str | None:
     promised, spent = run.manifest.get("privacy"), run.rounds[-1].get("epsilon") if run.rounds else None
     if not promised or spent is None:
         return None
-    text = f"epsilon {spent:.3g} at delta {promised['delta']:.2g}, for {promised['unit']}s, by the ledgers"
+    epsilon, delta = charts.epsilon_text(spent), charts.delta_text(promised["delta"])
+    text = f"epsilon {epsilon} at delta {delta}, for {promised['unit']}s, by the ledgers"
     return text if run.manifest.get("not_private") is None else f"none: {run.manifest['not_private']} ({text})"
 
 
@@ -173,6 +174,7 @@ def write_report(run_dir: Path) -> Path:
     templates = open_templates()
     templates.filters |= {"score": score, "bare": charts.score_text(metric, unit=False), "percent": charts.percent_text}
     templates.filters["three"] = charts.three_text
+    templates.filters["epsilon"] = charts.epsilon_text
     templates.filters["beside"] = charts.beside_text
     templates.filters["gap"] = lambda gap: score(abs(gap)).replace("%", "points")
     page = templates.get_template("report.html.j2").render(

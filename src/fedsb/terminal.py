@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.table import Column, Table
 
 from fedsb.adapters.serving import serving_lines
-from fedsb.charts import beside_text, bytes_text, counts_text, score_text, seconds_text
+from fedsb.charts import beside_text, bytes_text, counts_text, epsilon_text, score_text, seconds_text
 from fedsb.data.card import WARNING, shown_lines
 from fedsb.federation.prices import bytes_line
 from fedsb.settings import Choice
@@ -251,12 +251,12 @@ def _print_prices(console: Console, found: Mapping[str, Any]) -> None:
 def print_promise(console: Console, promised: Mapping[str, Any]) -> None:
     """What `fedsb check` says of privacy: epsilon at the end and on the way, everyone's noise, what is not covered."""
     console.print(f"\nPrivacy: {promised['says']}")
-    course = ", ".join(f"{epsilon:.3g} after {round}" for round, epsilon in promised["epsilon_after"].items())
-    console.print(f"  epsilon by round: {course}; by RDP, a looser bound, {promised['epsilon_rdp']:.3g}")
+    course = ", ".join(f"{epsilon_text(epsilon)} after {round}" for round, epsilon in promised["epsilon_after"].items())
+    console.print(f"  epsilon by round: {course}; by RDP, a looser bound, {epsilon_text(promised['epsilon_rdp'])}")
     table = Table("who adds noise", "of", "sampled", "noise multiplier", "sums", "epsilon", "signal / noise", **PLAIN)
     for name, plan in promised["plans"].items():
         sums = plan["steps"] * plan["rounds"]
-        cells = (f"{plan['q']:.2%}", f"{plan['sigma']:.4g}", str(sums), f"{plan['epsilon']:.3g}")
+        cells = (f"{plan['q']:.2%}", f"{plan['sigma']:.4g}", str(sums), epsilon_text(plan["epsilon"]))
         table.add_row(name, str(plan["rows"]), *cells, f"{plan['signal_to_noise']:.3g}")
     console.print(table)
     console.print("  not covered: " + "; ".join(promised["not_covered"]) + "\n")
@@ -270,7 +270,8 @@ def print_audit(found: Mapping[str, Any]) -> None:
         f"{found['q']:.2%} sampled, noise multiplier {found['sigma']:.4g}, delta {found['delta']:.2g}"
     )
     console.print(
-        f"  epsilon         at most {found['epsilon']:.3g} by the plan, {found['epsilon_ledger']:.3g} by the ledger"
+        f"  epsilon         at most {epsilon_text(found['epsilon'])} by the plan, "
+        f"{epsilon_text(found['epsilon_ledger'])} by the ledger"
     )
     console.print(
         f"  audited         at least {found['epsilon_audited']:.3g}, with {found['confidence']:.0%} confidence "

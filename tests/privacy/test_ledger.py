@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from fedsb.errors import RunError, UserError
-from fedsb.privacy.accounting import Release, epsilon
+from fedsb.privacy.accounting import RELATION, Release, epsilon
 from fedsb.privacy.ledger import Ledger, merged, read_ledger
 
 STEP = Release(sigma=0.861, q=0.0128, count=46)
@@ -52,7 +52,7 @@ def recomputed(path: Path, delta: float) -> float:
 def test_a_line_for_each_charge(tmp_path: Path) -> None:
     path = after(tmp_path, 2)
     header, *lines = (json.loads(line) for line in path.read_text().splitlines())
-    assert header == {"ledger": 1, **WHOSE, "unit": "example", "relation": "add or remove one"}
+    assert header == {"ledger": 1, **WHOSE, "unit": "example", "relation": RELATION}
     assert [line.pop("time")[-6:] for line in lines] == ["+00:00"] * 3
     assert lines == [
         {**WHOSE, "round": 0, "what": "basis", "q": 1.0, "sigma": 4.0, "clip": 3.0, "count": 1},

@@ -35,7 +35,7 @@ def test_what_a_plan_releases() -> None:
     assert PLAN.releases() == (Release(q=0.0128, sigma=0.861, count=782),)
     assert PLAN.releases(rounds=3) == (Release(q=0.0128, sigma=0.861, count=138),)
     assert PLAN.releases(rounds=0) == ()
-    assert PLAN.relation == "add or remove one"
+    assert PLAN.relation == "zero out one: its place is left empty, and how many there are is public"
 
 
 def test_epsilon_is_known_beforehand() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import math
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import labelled_rows, set_all, write_rows
+from conftest import Said, labelled_rows, set_all, write_rows
 from federation.opened import open_engine, started
+from fedsb.charts import delta_text, epsilon_text
 from fedsb.config import load_config
 from fedsb.data.sources import load_table
 from fedsb.data.tasks.classification import Classification
@@ -22,10 +25,13 @@ from fedsb.federation.cohort import join_tensors
 from fedsb.federation.gradients import core_gradients
 from fedsb.federation.payload import unpack
 from fedsb.federation.scoring import forward
+from fedsb.federation.server import admit, rules
+from fedsb.methods.averaging import ServerOptimizer
 from fedsb.privacy import setup
 from fedsb.privacy.guard import PromiseSpentError
 from fedsb.privacy.ledger import read_ledger
 from fedsb.privacy.noise import SeededNoise
+from fedsb.privacy.statement import promised
 from fedsb.record import Record, read_manifest, read_result, read_rows
 from fedsb.run import federate, resume
 from laws.test_codecs import StopAfterOne
@@ -328,3 +334,70 @@ def test_a_private_run_is_not_resumed_with_other_rows(tiny_config: dict[str, Any
         resume(folder)
     key.write_bytes(kept)
     assert len(read_rows(resume(folder).folder / "rounds.jsonl")) == 3
+
+
+# --- what is said ---
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(2.999, "3"), (3.0, "3"), (3.0001, "3.01"), (1.2341, "1.24"), (0.12345, "0.124"), (123.4, "124")],
+)
+def test_an_epsilon_is_rounded_up(value: float, text: str) -> None:
+    assert epsilon_text(value) == text and float(text) >= value * (1 - 1e-6)
+    assert (epsilon_text(0.0), epsilon_text(math.inf), epsilon_text(None)) == ("0", "inf", "–")
+    assert (delta_text(1e-5), delta_text(1 / 30001)) == ("1e-05", "3.4e-05")
+
+
+def test_what_a_private_run_says_of_its_epsilon(tiny_config: dict[str, Any], cli: Callable[..., Said]) -> None:
+    """The relation it holds for, that runs add up, that what is printed is no less, and no memory in use."""
+    config = set_all(private(tiny_config, epsilon=None, noise_multiplier=1.0), basis=CORE | {"kind": "random"})
+    config["clients"] = {"split": "dirichlet", "count": 3, "held_out": 0.0}
+    done = federate(load_config(config))
+    manifest, result = read_manifest(done.folder), read_result(done.folder)
+    assert result is not None
+    says = manifest["privacy"]
+    assert says["relation"] == "zero out one: its place is left empty, and how many there are is public"
+    assert says["relation"] in says["says"] and says["relation"] in (done.adapter / "README.md").read_text()
+    uncovered = "; ".join(says["not_covered"])
+    assert "other runs on the same rows: their epsilons add up" in uncovered
+    assert "how many rows of each class there are" in uncovered and "which clients' updates arrive" not in uncovered
+    assert result["peak_memory_bytes"] is None and manifest["basis"]["peak_memory_bytes"] is None
+    printed = cli("report", done.folder).out
+    (stated,) = re.findall(r"epsilon ([0-9.]+) at delta", printed)
+    assert float(stated) >= result["epsilon"] * (1 - 1e-6)
+    plain = federate(load_config(set_all(tiny_config, name="plain", rounds=1)))
+    assert read_result(plain.folder)["peak_memory_bytes"] > 0  # type: ignore[index]
+
+
+# --- clients as the unit ---
+
+
+def test_the_mean_is_over_the_updates_that_arrived(
+    tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The noise is on their sum, whoever is missing: on a mean of two of three it is 3 / 2 times as large."""
+    with_noise(monkeypatch, lambda client: SeededNoise(0, client))
+    privacy = {"unit": "client", "epsilon": 20.0, "delta": 1e-3, "clip": 0.5}
+    config = set_all(
+        tiny_config, privacy=privacy, server={"weighting": "uniform"}, method={"name": "fed-sb", "rank": 16}
+    )
+    engine, state = started(set_all(config, privacy={}))
+    engine = open_engine(config)
+    engine.promise.open_ledgers(tmp_path, "test", new=True)
+    everyone = [site.name for site in engine.sites]
+    replies = engine.train(engine.method, state, everyone, {})
+    updates, _ = admit(replies.envelopes, rules(engine.method, state, engine.config.server, "test", {}))
+    plan = engine.promise.plans[setup.SERVER]
+    assert (plan.batch, len(updates)) == (3, 3)
+    for count in (3, 2):
+        arrived = updates[:count]
+        mean = engine.method.aggregate(state, arrived, ServerOptimizer())
+        noised = engine.method.aggregate(state, engine.promise.noised(arrived, 3 - count), ServerOptimizer())
+        noise = torch.cat([(noised.tensors[key] - mean.tensors[key]).flatten() for key in mean.tensors])
+        assert float(noise.std()) == pytest.approx(plan.sigma * plan.clip / count, rel=0.05)
+        assert torch.allclose(
+            mean.tensors["classifier.bias"], sum(u.tensors["classifier.bias"] for u in arrived) / count
+        )
+    said = promised(engine.promise, engine.config, 3)
+    assert said is not None and "which clients' updates arrive in a round" in "; ".join(said["not_covered"])

@@ -539,3 +539,30 @@ def test_a_sites_fingerprint_confirms_no_guess_and_shows_the_site_a_change(setti
     world.sites["a"] = world.federation.restarted("a")
     with pytest.raises(RefusalError, match="this run began here with other data"):
         world.train(0, "a", broadcast)
+
+
+def test_shares_that_are_not_due_leave_the_sum_as_it_is(settings: Settings, tmp_path: Path) -> None:
+    """Nothing is noted of who was in a sum before this site gives its shares for it."""
+    world = Hostile(tmp_path, "abc")
+    world.open(settings(SUMS))
+    world.train(0, "abc")
+    for early in ("before", "in the middle"):
+
+        def ask_for_shares() -> None:
+            for name in world.sites:
+                with pytest.raises(SumError):
+                    world.ask(name, "sum", b"", phase="shares", cohort=["a", "b", "c"])
+
+        if early == "before":
+            world.ask("a", "sum", b"", phase="advert", cohort=["a", "b", "c"])
+            ask_for_shares()
+            world.sum(0, "abc")
+        else:
+            world.sum(0, "abc", ask_for_shares)
+
+
+def test_a_private_run_does_not_tell_how_many_rows_a_site_has_read(settings: Settings, tmp_path: Path) -> None:
+    """Less the rows to train on it is how many have nothing to learn within the coordinator's max_tokens."""
+    world = Hostile(tmp_path)
+    assert world.look("a", settings(EXAMPLE)).facts["rows"] is None
+    assert Hostile(tmp_path / "plain").look("a", settings()).facts["rows"] == 30

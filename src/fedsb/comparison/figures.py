@@ -97,7 +97,9 @@ def row_of(entry: Entry, reference: Entry, target: float | None, higher_is_bette
         "bytes_to_target": {"mean": mean(done), "reached": len(done), "of": len(cells)} if target is not None else None,
         "captured_share": mean([cell["captured_share"] for cell in cells if cell["captured_share"] is not None]),
         "seconds": mean([cell["seconds"] for cell in cells]),
-        "peak_memory_bytes": mean([cell["peak_memory_bytes"] for cell in cells]),
+        "peak_memory_bytes": mean(
+            [cell["peak_memory_bytes"] for cell in cells if cell["peak_memory_bytes"] is not None]
+        ),
         "curve": curve(cells),
     }
 

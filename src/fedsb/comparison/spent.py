@@ -13,8 +13,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedsb.charts import delta_text, epsilon_text
 from fedsb.comparison.contenders import Contender
-from fedsb.privacy.accounting import Release, epsilon, epsilon_text
+from fedsb.privacy.accounting import Release, epsilon
 from fedsb.privacy.ledger import merged, read_ledger
 from fedsb.privacy.plan import DELTA
 
@@ -34,7 +35,7 @@ def ahead(contenders: Sequence[Contender], cells: int) -> str | None:
     if any(privacy.epsilon is None for privacy in private):
         total = "the sum of what `fedsb check` states for each"
     else:
-        total = f"epsilon {cells * sum(privacy.epsilon or 0.0 for privacy in private):.4g}"
+        total = f"epsilon {epsilon_text(cells * sum(privacy.epsilon or 0.0 for privacy in private))}"
     return (
         f"privacy: {runs} private runs on the same rows, whose epsilons add up: together at most {total}, at {runs} "
         "times the delta. The choice among them by scores on private rows is not covered"
@@ -61,9 +62,9 @@ def together(folder: Path, contenders: Sequence[Contender]) -> Json | None:
         "units": units,
         "epsilon": spent,
         "delta": delta,
-        "says": f"All {len(runs)} private runs together spent epsilon {epsilon_text(spent)} at delta {delta:.2g}, by "
-        "their ledgers in ledgers/. That bounds what several of them, or a choice among them, tell of one "
-        f"{' or '.join(units)}.",
+        "says": f"All {len(runs)} private runs together spent epsilon {epsilon_text(spent)} at delta "
+        f"{delta_text(delta)}, by their ledgers in ledgers/. That bounds what several of them, or a choice among them, "
+        f"tell of one {' or '.join(units)}.",
     }
 
 

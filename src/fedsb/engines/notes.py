@@ -83,7 +83,7 @@ class Facts(BaseModel):
 
 class Looked(Facts):
     verb = "look"
-    rows: Rows
+    rows: Rows | None  # None: not told, in a private run; less the rows to train on it is how many are left out
     labels: list[str | int | bool]
     fingerprint: str
 

@@ -8,8 +8,10 @@ arXiv 2207.04380). Renyi DP (Mironov, Talwar, Zhang, "Renyi Differential Privacy
 arXiv 1908.10530) is the cross-check, a tenth to a fifth above PLD. Both come from dp-accounting. There is no
 central-limit approximation: it reports up to a quarter too little.
 
-Two data sets are neighbours where one has a row (or client) that the other lacks. For neighbours that differ in the
-content of one row the sensitivity is 2 clip: halve sigma in the accounting.
+Two data sets are neighbours if the place of one row (or client) is empty in one of them: it adds 0 to every sum. How
+many places there are is public and the same for both, since splits, sampling rates and divisors depend on it. Such
+neighbours have the privacy losses of dp-accounting's add-or-remove relation at a fixed q. For neighbours that differ in
+the content of one row the sensitivity is 2 clip: halve sigma in the accounting.
 
 Limits: a delta below 1e-14 a release is refused, as the float64 transforms err by up to 5e-17 a release.
 """
@@ -34,7 +36,7 @@ from fedsb.errors import RunError, UserError, did_you_mean
 from fedsb.privacy.extra import needs_extra
 
 Accountant = Literal["pld", "rdp"]
-RELATION = "add or remove one"
+RELATION = "zero out one: its place is left empty, and how many there are is public"
 Spent = tuple[tuple[float, float, int], ...]  # (q, sigma, count), each (q, sigma) once
 
 TOLERANCE = 5e-4  # of a calibrated sigma, relative: so much less noise would no longer do
@@ -65,7 +67,7 @@ class Release:
 
 
 def epsilon(releases: Iterable[Release], delta: float, accountant: Accountant = "pld") -> float:
-    """Epsilon of all releases together, adding or removing one row: 0 where there are none, inf without noise.
+    """Epsilon of all releases together, zeroing out one row: 0 where there are none, inf without noise.
 
     With "pld" an upper bound, at most about 0.002 (or 0.02 %, if more) above the true one: the interval of privacy
     losses is halved until that changes epsilon by less. A thousand releases take 0.1 s on one core, ten thousand up to
@@ -82,14 +84,6 @@ def epsilon(releases: Iterable[Release], delta: float, accountant: Accountant = 
     if any(sigma < NO_NOISE for _, sigma, _ in spent):
         return math.inf
     return _pld(spent, delta) if accountant == "pld" else _rdp(spent, delta)
-
-
-def epsilon_text(value: float) -> str:
-    """Returns an epsilon with three digits, rounded up: the text never states less than was spent."""
-    if not 0 < value < math.inf:
-        return f"{value:g}"
-    step = 10.0 ** (math.floor(math.log10(value)) - 2)
-    return f"{math.ceil(value / step * (1 - 1e-9)) * step:.3g}"  # 3.00 stays 3
 
 
 def check_delta(delta: float) -> None:

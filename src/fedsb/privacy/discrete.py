@@ -5,10 +5,12 @@
 Canonne, Kamath, Steinke, "The Discrete Gaussian for Differential Privacy", NeurIPS 2020, arXiv 2004.00010: their
 Algorithm 3 for many values at once. Clients' shares add up to such noise but for a term of exp(-2 pi^2 sigma^2 / 2)
 (Kairouz, Liu, Steinke, "The Distributed Discrete Gaussian Mechanism for Federated Learning with Secure Aggregation",
-ICML 2021, arXiv 2102.06387, Theorem 1), which is below 1e-300 for each sigma from 10 on; so is what the sum differs by
-from a rounded Gaussian, whose epsilon is booked.
+ICML 2021, arXiv 2102.06387, Theorem 1), which is below 1e-300 for each sigma from 10 on.
 
-Limits: what is accepted is decided in float64, so that probabilities are right to some 1e-15, not to the last bit.
+Limits: the ledger books the continuous Gaussian of the same sigma. Both satisfy the same concentrated differential
+privacy (Theorem 4 of Canonne et al.), so the bound by Renyi DP holds for this noise as it stands. The PLD figure is
+that of the continuous noise; the discrete one's probabilities differ by up to a share of 1 / sigma, sigma in steps.
+What is accepted is decided in float64, so that probabilities are right to some 1e-15, not to the last bit.
 """
 
 from __future__ import annotations

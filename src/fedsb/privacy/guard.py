@@ -16,13 +16,14 @@ from typing import Literal
 import torch
 
 from fedsb.adapters.adapted import Tensors
-from fedsb.errors import RunError
+from fedsb.errors import RunError, UserError
 from fedsb.privacy.accounting import Release, epsilon
 from fedsb.privacy.ledger import Ledger
 from fedsb.privacy.noise import Noise
 from fedsb.privacy.plan import PrivacyPlan
 
 ROUNDING = 1e-6  # the same releases in another order compose alike but for this
+FLOAT32_ROUNDING = 2.0**-24  # relative, of each value
 SLACK = 1e-3  # relative: a sum of clipped gradients may be longer than rows x clip by its rounding in float32
 
 What = Literal["training", "basis"]
@@ -165,8 +166,16 @@ def _refuse_long(sums: Tensors, rows: int, clip: float) -> None:
 def clipped_change(sent: Tensors, unmoved: Tensors, clip: float) -> Tensors:
     """A client's bounded update: unmoved + d min(1, clip / ||d||), d = sent - unmoved over all tensors together.
 
-    d = 0 where its norm is NaN or infinite: a client that drops out for that would tell of its rows.
+    d = 0 where its norm is NaN or infinite: a client that drops out for that would tell of its rows. Raises UserError
+    if float32, in which the update travels, is too coarse for a change of this length. That depends on `unmoved` alone.
     """
+    length = math.sqrt(sum(float(x.double().square().sum()) for x in unmoved.values()))
+    if (rounding := FLOAT32_ROUNDING * (length + clip)) > SLACK * clip:
+        raise UserError(
+            f"privacy.clip = {clip:g} is too small: the tensors that a client sends have length {length:.3g}, and "
+            f"float32 rounds them by up to {rounding:.2g}. Set it to at least "
+            f"{FLOAT32_ROUNDING / SLACK * length * 1.01:.2g}"
+        )
     change = {key: x.double() - unmoved[key].double() for key, x in sent.items()}
     norm = torch.stack([d.square().sum() for d in change.values()]).sum().sqrt()
     if not norm.isfinite():

@@ -5,10 +5,13 @@
 `example`: DP-SGD (Abadi et al., "Deep Learning with Differential Privacy", CCS 2016, arXiv 1607.00133), where a step
 draws each row with probability q = batch / rows. `client`: DP-FedAvg with uniform weights (McMahan, Ramage, Talwar,
 Zhang, "Learning Differentially Private Recurrent Language Models", ICLR 2018, arXiv 1710.06963), where a round sums
-whole updates.
+whole updates. Neighbours differ in one row (or client) whose place is left empty (accounting.py).
 
 A site plans for itself, with its own rows and so its own sigma, and adds all of its own noise. A row is at one site
 only, hence the federation's epsilon is that of the worst client. Not covered: a person with rows at several sites.
+
+With `client` the noised sum is divided by the number of updates that arrived, which is public: dividing adds nothing
+to epsilon, and who arrives is not covered. With m of n updates the noise on the mean is n / m times as large.
 
 Limits: with `client` there is no amplification, q = 1: clients are drawn by a public seed.
 """
@@ -51,7 +54,7 @@ class PrivacyPlan:
     unit: Unit
     clip: float  # C, L2 over all trained tensors together
     delta: float
-    batch: int  # expected rows in a step; `client`: clients in a round. The sum is divided by it
+    batch: int  # expected rows in a step, by which their sum is divided; `client`: clients in a round
     rows: int  # the client's own; `client`: all clients
     steps: int  # noised sums in a round; `client`: 1
     rounds: int

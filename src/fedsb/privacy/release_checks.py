@@ -65,7 +65,7 @@ class ReleaseChecks:
         self._values, self._sum, self._fourth = 0, 0.0, 0.0
         self._steps, self._rows, self._drawn, self._again = 0, 0, 0, 0
         self._before: frozenset[int] = frozenset()
-        self._lengths: dict[str, float] = {}  # of a clipped gradient, over the clip
+        self.clipped: dict[tuple[str, ...], dict[str, float]] = {}  # tensors of a step -> lengths after clipping
 
     def see_noise(self, noise: Tensors, std: float) -> None:
         """Takes the noise of one release, float64 on the CPU, and its planned standard deviation."""
@@ -96,10 +96,9 @@ class ReleaseChecks:
         self._before, self._rows = now, rows
         self._steps, self._drawn = self._steps + 1, self._drawn + len(drawn)
 
-    def see_clipped(self, lengths: Mapping[str, float]) -> None:
-        """Takes the lengths of long gradients after clipping, in clips, by the tensors that they were in."""
-        for what, length in lengths.items():
-            self._lengths[what] = max(length, self._lengths.get(what, 0.0))
+    def see_clipped(self, layout: tuple[str, ...], lengths: Mapping[str, float]) -> None:
+        """Takes the lengths of long gradients of these tensors after clipping, in clips, by where they were long."""
+        self.clipped[layout] = dict(lengths)
 
     def scores(self, slack: float) -> list[Score]:
         """Returns the results of all tests; a clipped gradient may be longer than the clip by `slack`, relative."""
@@ -140,7 +139,7 @@ class ReleaseChecks:
             yield Score(kind="draws", what="rows drawn again", score=(self._again - expected) / math.sqrt(variance))
 
     def _clips(self, slack: float) -> Iterable[Score]:
-        for what, length in self._lengths.items():
+        for what, length in [pair for lengths in self.clipped.values() for pair in lengths.items()]:
             yield Score(kind="clip", what=what, score=0.0 if length <= 1 + slack else 1000 * length)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+from fedsb.charts import delta_text, epsilon_text
 from fedsb.privacy.plan import PrivacyPlan, signal_to_noise
 from fedsb.privacy.setup import Promise
 from fedsb.settings import Config
@@ -12,10 +13,13 @@ from fedsb.settings import Config
 NOT_COVERED = (
     "how many rows each client has, how many of them are cut or left out, and the names of the classes",
     "how long anything takes",
+    "other runs on the same rows: their epsilons add up",
     "the choice of settings, where it was made by looking at scores of private rows (tuning, `fedsb compare`)",
     "a person with rows at several clients, or several rows at one",
     "manifest.json, which names data files and row counts: do not publish it, nor the key in privacy/",
 )
+SPLIT_BY_LABEL = "how many rows of each class there are: clients.split = 'dirichlet' deals them out by class"
+ARRIVALS = "which clients' updates arrive in a round: their sum is divided by how many do"
 RELEASED = {"loss": "the training loss of every round", "scores": "scores on private rows"}
 
 
@@ -50,9 +54,9 @@ def promised(promise: Promise, config: Config, values: int) -> dict[str, Any] | 
             }
             for name, plan in plans.items()
         },
-        "says": f"({epsilon:.3g}, {one.delta:.2g})-differentially private for {unit} ({one.relation}): the adapter and "
-        "every message that made it",
-        "not_covered": [*(RELEASED[what] for what in config.privacy.release), *NOT_COVERED],
+        "says": f"({epsilon_text(epsilon)}, {delta_text(one.delta)})-differentially private for {unit} "
+        f"({one.relation}): the adapter and every message that made it",
+        "not_covered": [*(RELEASED[what] for what in config.privacy.release), *_not_covered(config)],
     }
 
 
@@ -68,6 +72,14 @@ def why_not_private(promise: Promise) -> str | None:
     if not all(guard.noise.secret for guard in promise.guards.values()):
         return "its noise came from a seed, for a test"
     return None
+
+
+def _not_covered(config: Config) -> Iterator[str]:
+    yield from NOT_COVERED
+    if config.clients.split == "dirichlet":
+        yield SPLIT_BY_LABEL
+    if config.privacy.unit == "client":
+        yield ARRIVALS
 
 
 def _after(plans: Iterable[PrivacyPlan], rounds: int) -> float:

@@ -94,7 +94,8 @@ class SiteHandle:
         part = Participant(self._folder(run), self.settings, self.identity, config, run)
         self._remember(part, config=note.facts["config"], run=run, data=part.fingerprint)
         self.part = part
-        return Looked(labels=part.labels, rows=len(part.table.rows), fingerprint=part.fingerprint)
+        rows = None if part.config.privacy.on else len(part.table.rows)
+        return Looked(labels=part.labels, rows=rows, fingerprint=part.fingerprint)
 
     def open(self, note: Note) -> Facts:
         part = self._part(note)

@@ -75,8 +75,9 @@ class SiteSums:
             case "confirm":
                 return client.confirm(message)
             case "shares":
+                shares = client.unmask(message)  # raises for one that is not due, or not of this sum
                 self._one_sum(client.plan.round, client.survivors)
-                return client.unmask(message)
+                return shares
         raise SumError(f"a secure sum has no phase {phase!r:.40}")
 
     # --- the inside ---

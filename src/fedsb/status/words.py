@@ -6,7 +6,17 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
-from fedsb.charts import Json, Show, bytes_text, count_text, plain_text, score_text, seconds_text, three_text
+from fedsb.charts import (
+    Json,
+    Show,
+    bytes_text,
+    count_text,
+    delta_text,
+    epsilon_text,
+    plain_text,
+    score_text,
+    seconds_text,
+)
 
 Row = dict[str, str]
 
@@ -35,7 +45,7 @@ def stage(run: Json) -> str:
 def epsilon_of(run: Json) -> str:
     """What belongs to an epsilon."""
     planned = run.get("epsilon_planned")
-    of = "" if planned is None else f"of {three_text(planned)} "
+    of = "" if planned is None else f"of {epsilon_text(planned)} "
     return f"{of}at delta {run['delta']:.2g}, by the ledgers"
 
 
@@ -77,7 +87,7 @@ def _of_run(state: Json) -> Iterator[tuple[str, str]]:
 
 def _epsilon(run: Json) -> Iterator[tuple[str, str]]:
     if run.get("epsilon") is not None:
-        yield "epsilon", f"{three_text(run['epsilon'])} {epsilon_of(run)}"
+        yield "epsilon", f"{epsilon_text(run['epsilon'])} {epsilon_of(run)}"
 
 
 def _of_site(state: Json) -> Iterator[tuple[str, str]]:
@@ -94,7 +104,10 @@ def _of_site(state: Json) -> Iterator[tuple[str, str]]:
         of = f" {last['round']}" if last["round"] else ""
         yield "last", f"{last['what']}{of}, {bytes_text(last['bytes'])}, {last['time'].replace('T', ' ')[:19]} UTC"
     if together is not None:
-        yield "all runs", f"epsilon {three_text(together['epsilon'])} at delta {together['delta']:.2g} on these rows"
+        yield (
+            "all runs",
+            f"epsilon {epsilon_text(together['epsilon'])} at delta {delta_text(together['delta'])} on these rows",
+        )
     rules = [f"{key} = {value}" for key, value in state["rules"].items() if key != "data"]
     yield "rows", str(state["rules"].get("data") or "?")
     yield "rules", ", ".join(rules) or "none: whatever is asked is done"
@@ -146,5 +159,5 @@ FORMS: dict[str, Show] = {  # of a table's cells
     "bytes": bytes_text,
     "up": bytes_text,
     "down": bytes_text,
-    "epsilon": three_text,
+    "epsilon": epsilon_text,
 }
