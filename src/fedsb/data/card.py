@@ -265,7 +265,7 @@ def count(task: Task, rows: Sequence[Row], read: Sequence[str]) -> tuple[Counted
     empty = duplicates = contradictions = special = 0
     empty_at = None
     for number, row in enumerate(rows, start=1):
-        values = [_key(row[name]) for name in texts] + [_key(row.get(name)) for name in task.reads_also]
+        values = [_key(row[name]) for name in texts] + [_key(row.get(name) or "") for name in task.prompt_also]
         key = values[0] if len(values) == 1 else tuple(values)
         keys.append(key)
         wanted = _key(row[target]) if target else None
