@@ -39,7 +39,7 @@ def test_what_a_clean_run_shows(tiny_config: dict[str, Any]) -> None:
     assert card.headline() == {
         "rows": "90 of train.jsonl",
         "classes": "3: " + ", ".join(f"{name} {count}" for name, count in counts.items()),
-        "clients": "3, 21 to 30 training rows",
+        "clients": "3, 21 to 30 training examples",
         "test": "40 of test.jsonl, 'red' the most frequent class with 35 %",
         "length": "0 of 130 rows (0 %) longer than 16 tokens",
     }

@@ -70,7 +70,7 @@ class DataCard:
     def headline(self) -> dict[str, str]:
         """Returns the card in five lines, each with its name."""
         sizes = sorted(self.clients.values())
-        of_clients = f"{len(sizes)}, {_span(sizes)} training rows" if sizes else "none"
+        of_clients = f"{len(sizes)}, {_span(sizes)} training examples" if sizes else "none"
         return {
             "rows": self._train_line(),
             "classes" if self.label_names else "columns": self._classes_line(),
@@ -95,7 +95,7 @@ class DataCard:
         if self.test is not None and self.test_in_train:
             found.append(
                 f"{_share(self.test_in_train, self.test.rows, 'test rows')} have a text that is also in the training "
-                "rows. The score then says little about new texts. Remove them from one of the tables."
+                "rows. The score on them says nothing about new texts. Remove them from one of the tables."
             )
         found += [
             f"{' and '.join(map(repr, group))} differ only by case. Write them the same way if they are the same."
@@ -145,7 +145,8 @@ class DataCard:
         text = f"{table.rows:,} of {Path(table.origin).name}"
         if table.classes:
             name, most = max(table.classes.items(), key=lambda pair: pair[1])
-            text += f", {name!r} the most frequent class with {_percent(most, table.rows)}"
+            shown = dict(zip(self.label_names, self.class_names, strict=True)).get(name, name)
+            text += f", {shown!r} the most frequent class with {_percent(most, table.rows)}"
         if self.test_in_train:
             text += f", {self.test_in_train:,} also in the training rows"
         return text
