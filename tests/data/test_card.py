@@ -39,7 +39,7 @@ def test_what_a_clean_run_shows(tiny_config: dict[str, Any]) -> None:
     assert card.headline() == {
         "rows": "90 of train.jsonl",
         "classes": "3: " + ", ".join(f"{name} {count}" for name, count in counts.items()),
-        "clients": "3, 21 to 30 training rows",
+        "clients": "3, 21 to 30 training examples",
         "test": "40 of test.jsonl, 'red' the most frequent class with 35 %",
         "length": "0 of 130 rows (0 %) longer than 16 tokens",
     }
@@ -271,3 +271,27 @@ def test_how_a_file_is_read_is_set_in_data(tiny_config: dict[str, Any], tmp_path
     idle = load_config(set_all(tiny_config, data={**tiny_config["data"], **form})).choices()
     reasons = {choice.key: choice.reason for choice in idle}
     assert "has no effect: no .csv or .tsv file is read here" in reasons["data.delimiter"]
+
+
+def test_tables_of_different_columns_are_compared_by_their_prompts(stories: Any) -> None:
+    """MetaMathQA to train on, GSM8K as the test; Alpaca rows with and without an input."""
+    from fedsb.data.card import make_card
+    from fedsb.data.sources import make_table
+    from fedsb.data.tasks import TaskOptions, open_task
+
+    def card(kind: str, train: list[dict[str, Any]], test: list[dict[str, Any]], **options: Any) -> Any:
+        task = open_task(kind, tokenizer=stories, options=TaskOptions(**options), max_tokens=64)
+        tables = make_table(train, "train.jsonl"), make_table(test, "test.jsonl")
+        return make_card(task, *tables, clients={"a": 1}, lost={"train": (0, 0), "test": (0, 0)})
+
+    train = [{"query": f"question {i}", "response": "The answer is: 1", "type": "GSM_AnsAug"} for i in range(9)]
+    test = [{"question": f"question {i}", "answer": "#### 1"} for i in range(7, 12)]
+    found = card("arithmetic", train, test)
+    assert found.test_in_train == 2 and found.train.not_read == found.test.not_read == ()
+    train = [{"prompt": "add", "input": f"{i}", "answer": "1", "id": i} for i in range(5)]
+    test = [{"prompt": "add", "input": "3", "answer": "1"}, {"prompt": "add", "input": "9", "answer": "1"}]
+    found = card("instruction", train, test)
+    assert found.test_in_train == 1 and found.train.not_read == ("id",)
+    assert (
+        found.headline()["classes" if found.label_names else "columns"] == "read: prompt, input, answer; not read: id"
+    )

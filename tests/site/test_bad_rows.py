@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
+from conftest import adapter_bytes
 from engines.in_process import Federation
 from fedsb.config import load_config
 from fedsb.errors import RunError
 from fedsb.run import federate
+from fedsb.site.settings import SiteConfig
 from laws.test_engines import federation, remote_of
 
 
@@ -40,3 +42,19 @@ def test_rows_that_cannot_be_used(
     reason = str(told.value).splitlines()[1].strip()
     assert reason == "site 1: refused: what it has does not fit this run (its own log says more)"
     assert re.search(said, capsys.readouterr().out)
+
+
+def test_a_sites_own_file_format(tiny_config: dict[str, Any], tmp_path: Path) -> None:
+    """A headerless file of another encoding and separator gives the adapter that the same rows give as .jsonl."""
+    sites = federation(tmp_path)
+    plain = federate(load_config(remote_of(tiny_config, {"rounds": 1})), open_engine=sites.open_engine).folder
+    own = Federation(tmp_path / "own", sites.rows)
+    for name, rows in sites.rows.items():
+        lines = [f"{row['text']};{row['label']};{row['client']}\n" for row in rows]
+        (tmp_path / "own" / name / "rows.csv").write_bytes("".join(lines).encode("utf-16"))
+    form = {"delimiter": ";", "encoding": "utf-16", "header": ["text", "label", "client"]}
+    for name, handle in own.channel.handles.items():
+        data = {"data": str(tmp_path / "own" / name / "rows.csv"), **form}
+        handle.settings = SiteConfig.model_validate(data)
+    config = remote_of(tiny_config, {"rounds": 1, "out": str(tmp_path / "other")})
+    assert adapter_bytes(federate(load_config(config), open_engine=own.open_engine).folder) == adapter_bytes(plain)

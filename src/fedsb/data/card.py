@@ -70,7 +70,7 @@ class DataCard:
     def headline(self) -> dict[str, str]:
         """Returns the card in five lines, each with its name."""
         sizes = sorted(self.clients.values())
-        of_clients = f"{len(sizes)}, {_span(sizes)} training rows" if sizes else "none"
+        of_clients = f"{len(sizes)}, {_span(sizes)} training examples" if sizes else "none"
         return {
             "rows": self._train_line(),
             "classes" if self.label_names else "columns": self._classes_line(),
@@ -95,7 +95,7 @@ class DataCard:
         if self.test is not None and self.test_in_train:
             found.append(
                 f"{_share(self.test_in_train, self.test.rows, 'test rows')} have a text that is also in the training "
-                "rows. The score then says little about new texts. Remove them from one of the tables."
+                "rows. The score on them says nothing about new texts. Remove them from one of the tables."
             )
         found += [
             f"{' and '.join(map(repr, group))} differ only by case. Write them the same way if they are the same."
@@ -145,7 +145,8 @@ class DataCard:
         text = f"{table.rows:,} of {Path(table.origin).name}"
         if table.classes:
             name, most = max(table.classes.items(), key=lambda pair: pair[1])
-            text += f", {name!r} the most frequent class with {_percent(most, table.rows)}"
+            shown = dict(zip(self.label_names, self.class_names, strict=True)).get(name, name)
+            text += f", {shown!r} the most frequent class with {_percent(most, table.rows)}"
         if self.test_in_train:
             text += f", {self.test_in_train:,} also in the training rows"
         return text
@@ -265,7 +266,7 @@ def count(task: Task, rows: Sequence[Row], read: Sequence[str]) -> tuple[Counted
     empty = duplicates = contradictions = special = 0
     empty_at = None
     for number, row in enumerate(rows, start=1):
-        values = [_key(row[name]) for name in texts] + [_key(row.get(name)) for name in task.reads_also]
+        values = [_key(row[name]) for name in texts] + [_key(row.get(name) or "") for name in task.prompt_also]
         key = values[0] if len(values) == 1 else tuple(values)
         keys.append(key)
         wanted = _key(row[target]) if target else None

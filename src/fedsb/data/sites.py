@@ -242,13 +242,14 @@ def load_own(
     allowed: Collection[str] | None = None,
     revision: str | None = None,
     split: str = "train",
+    form: FileFormat | None = None,
 ) -> Table:
     """A site's own table, with the columns that the task reads. `columns` are the site's names of them.
 
     Of the columns that are not `allowed` (None: all are) nothing is kept. Which rows there are is the site's to say:
     revision and split of a Hub data set are not the run's.
     """
-    table = _load(source, revision, split)
+    table = _load(source, revision, split, form)
     if allowed is not None:
         kept = [with_values(row, {key: row[key] for key in row if key in allowed}) for row in table.rows]
         table = replace(table, rows=kept)

@@ -34,7 +34,7 @@ def _rows(folder: Path, site: SiteConfig, config: str | None) -> Iterator[str]:
     if config is None:
         from fedsb.data.sources import load_table
 
-        table = load_table(site.data)
+        table = load_table(site.data, form=site.form)
         yield f"rows: {len(table.rows):,} with the columns {', '.join(table.columns)}"
         yield "not tried: the run's own needs; name its TOML with --config"
         return

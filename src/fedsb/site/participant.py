@@ -74,6 +74,7 @@ class Participant:
             allowed=settings.allow.columns,
             revision=settings.revision,
             split=settings.split,
+            form=settings.form,
         )
         self.labels = self.task.labels_in(table.rows)
         refuse_labels(settings.allow, self.labels, len(table.rows))

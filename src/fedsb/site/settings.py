@@ -7,10 +7,12 @@ import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError
 
 from fedsb.config import explain
+from fedsb.data.sources import FileFormat
 from fedsb.errors import ConfigError, RefusalError, UserError
 from fedsb.federation.facts import refuse_what_facts_forbid, refuse_what_needs_one_place
 from fedsb.federation.payload import Payload
@@ -64,7 +66,18 @@ class SiteConfig(Section):
     columns: dict[str, str] = Field({}, description="this site's name of a column: { text = 'note' }")
     model: str | None = Field(None, description="where the base model is here; default: where the run says")
     device: str = "auto"
+    delimiter: Annotated[str, Field(min_length=1, max_length=1)] | None = Field(None, description="of .csv and .tsv")
+    quoting: Literal["auto", "standard", "none"] = Field("auto", description="of .csv and .tsv, as data.quoting")
+    encoding: str | None = Field(None, description="of the file; default: UTF-8")
+    header: list[str] = Field([], description="the names of the columns of a .csv or .tsv without a header")
     allow: AllowConfig = AllowConfig()
+
+    @property
+    def form(self) -> FileFormat:
+        """How this site's file is read."""
+        return FileFormat(
+            delimiter=self.delimiter, quoting=self.quoting, encoding=self.encoding, columns=tuple(self.header)
+        )
 
 
 def load_site(path: Path) -> SiteConfig:

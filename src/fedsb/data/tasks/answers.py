@@ -83,7 +83,7 @@ class Answers(Instruction):
         return str(row[layout.prompt])
 
     @property
-    def reads_also(self) -> tuple[str, ...]:
+    def prompt_also(self) -> tuple[str, ...]:
         return ()
 
     def inputs(self, rows: list[Row]) -> list[str]:

@@ -134,9 +134,14 @@ class Task(ABC):
         """The columns that a table must have."""
 
     @property
-    def reads_also(self) -> tuple[str, ...]:
-        """The columns that are read where a table has them."""
+    def prompt_also(self) -> tuple[str, ...]:
+        """The columns that become a part of what the model reads, where a table has them."""
         return ()
+
+    @property
+    def reads_also(self) -> tuple[str, ...]:
+        """All columns that are read where a table has them."""
+        return self.prompt_also
 
     def columns_of(self, table: Table) -> list[str]:
         """The columns that are read, what is to be predicted last. Raises UserError where one is missing."""
@@ -286,8 +291,7 @@ class Task(ABC):
 
         For a text that is put between a template's own special tokens.
         """
-        numbers = list(self.special)
-        return self._special_pattern.sub(lambda found: f"{MARK}{numbers.index(found.group())}{MARK}", text)
+        return self._special_pattern.sub(lambda found: f"{MARK}{self.special[found.group()]}{MARK}", text)
 
     def _tokenize(self, texts: list[str], *, plain: bool = False) -> list[list[int]]:
         """The tokens of each text, uncut, without any special token around it.
@@ -304,12 +308,12 @@ class Task(ABC):
         return found
 
     def _tokenize_marked(self, text: str) -> list[int]:
-        numbers = list(self.special)
+        names = {number: name for name, number in self.special.items()}
         tokens: list[int] = []
         at = 0
         for found in [*self._special_pattern.finditer(text), None]:
             piece = text[at : found.start() if found else None]
-            piece = re.sub(f"{MARK}(\\d+){MARK}", lambda mark: numbers[int(mark.group(1))], piece)
+            piece = re.sub(f"{MARK}(\\d+){MARK}", lambda mark: names[int(mark.group(1))], piece)
             tokens += self._tokenize([piece], plain=True)[0] if piece else []
             if found:
                 tokens.append(self.special[found.group()])

@@ -55,7 +55,7 @@ class Chat(CausalTask):
         return [self.options.messages]
 
     @property
-    def reads_also(self) -> tuple[str, ...]:
+    def prompt_also(self) -> tuple[str, ...]:
         return ("system", "tools")
 
     def encode(self, rows: list[Row]) -> tuple[list[Example], int]:

@@ -45,6 +45,10 @@ class Commonsense(Answers):
         return found
 
     @property
+    def prompt_also(self) -> tuple[str, ...]:
+        return ("input",)
+
+    @property
     def reads_also(self) -> tuple[str, ...]:
         return ("input", "output")
 

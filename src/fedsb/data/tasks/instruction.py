@@ -32,7 +32,7 @@ class Instruction(CausalTask):
         return [self.options.prompt, self.options.answer]
 
     @property
-    def reads_also(self) -> tuple[str, ...]:
+    def prompt_also(self) -> tuple[str, ...]:
         return (self.options.input,)
 
     def encode(self, rows: list[Row]) -> tuple[list[Example], int]:
