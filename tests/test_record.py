@@ -320,6 +320,13 @@ def test_a_folder_that_is_deleted_while_the_run_goes_on(
     assert not folder.exists()
 
 
+def test_a_folder_that_is_gone_is_not_a_full_disk(record: Record) -> None:
+    shutil.rmtree(record.folder)
+    with pytest.raises(RunError, match="was deleted or moved in the meantime") as said:
+        record.append("rounds.jsonl", [{"round": 1}])
+    assert "space" not in str(said.value) and "kept" not in str(said.value)
+
+
 # --- a full disk ---
 
 

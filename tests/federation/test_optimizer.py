@@ -59,6 +59,16 @@ def test_one_client_is_torchs_optimiser(local: LocalTraining) -> None:
         torch.testing.assert_close(parameters[key][0], expected, rtol=1e-6, atol=1e-6)
 
 
+def test_a_step_reads_its_counts_from_the_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an accelerator each read waits for all that was queued there."""
+    read, cpu = [], Tensor.cpu
+    monkeypatch.setattr(Tensor, "cpu", lambda tensor: read.append(tensor) or cpu(tensor))
+    step_by_client(SETTINGS[0], start(2), gradients(2, 0), {}, torch.ones(2), heads={"bias"})
+    assert len(read) == 1
+    step_by_client(SETTINGS[1], start(2), gradients(2, 0), {}, torch.ones(2), heads={"bias"})
+    assert len(read) == 1
+
+
 @pytest.mark.parametrize("local", SETTINGS, ids=["adamw", "momentum", "sgd"])
 def test_three_clients_with_their_own_steps_and_rates(local: LocalTraining) -> None:
     """The first has done 0, 4 and 7 steps before they meet, at rates of 1, 0.5 and 0.1."""

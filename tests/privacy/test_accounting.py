@@ -289,6 +289,24 @@ def test_a_cache_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert calibrate(2.0, DELTA, lambda sigma: [Release(sigma=sigma)]) > 1
 
 
+def test_the_cache_can_be_turned_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gaussians(sigma: float) -> list[Release]:
+        return [Release(sigma=sigma)]
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    sigma = calibrate(2.0, DELTA, gaussians)
+    (file,) = tmp_path.rglob("*.json")
+    file.write_text(json.dumps({**json.loads(file.read_text()), "sigma": 2 * sigma}))  # enough, so it would be used
+    assert calibrate(2.0, DELTA, gaussians) == 2 * sigma
+    monkeypatch.setenv("FEDSB_CALIBRATION_CACHE", "off")
+    assert calibrate(2.0, DELTA, gaussians) == sigma
+    assert calibrate(2.5, DELTA, gaussians) < sigma
+    assert list(tmp_path.rglob("*.json")) == [file]
+    monkeypatch.setenv("FEDSB_CALIBRATION_CACHE", "0")
+    with pytest.raises(UserError, match="FEDSB_CALIBRATION_CACHE=0: set this environment variable to on or off"):
+        calibrate(2.0, DELTA, gaussians)
+
+
 def test_the_cache_is_where_the_user_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "not/absolute")  # to be ignored, by the XDG specification
     monkeypatch.setattr(Path, "home", lambda: tmp_path)

@@ -436,6 +436,11 @@ def test_the_command(config: dict[str, Any], cli: Callable[..., Said], tmp_path:
     again = cli("audit", toml)
     assert again.code == 1 and "tiny-audit is there already" in again.err
 
+    of_the_run = cli("audit", run, "--set", "name=same", "--client", "site 2", "--rounds", "2", "--canaries", "200")
+    assert of_the_run.code == 0, of_the_run.err
+    same = json.loads((run.parent / "same-audit" / "audit.json").read_text())
+    assert same["config"] == {**found["config"], "name": "same"}
+
 
 def test_the_command_fails_where_something_is_broken(
     config: dict[str, Any], cli: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

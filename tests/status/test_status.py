@@ -203,7 +203,7 @@ def test_a_run_that_was_refused_does_not_hide_the_one_before(coordinator: Path) 
     (coordinator / "runs" / "trec" / "result.json").write_text(json.dumps({"score": 0.5}))
     later = coordinator / "runs" / "cola.json"
     later.write_text(json.dumps({"name": "cola", "rounds": 14}))
-    os.utime(later, (NOW + 60, NOW + 60))
+    os.utime(later, (time.time() + 60,) * 2)
     log(coordinator, "supervisor", ["started", "ended"], how="failed", reason="b: its rules refuse this run")
     state = state_of(coordinator)
     assert (state["run"]["name"], state["run"]["state"], state["run"]["rounds"]) == ("trec", "finished", 3)

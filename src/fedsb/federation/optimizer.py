@@ -40,6 +40,9 @@ def step_by_client(
     """One optimiser step for every client, in place."""
     first = next(iter(parameters.values()))
     t_K = moments["steps"] = moments.get("steps", torch.zeros(len(first), device=first.device)) + 1
+    if local.optimizer == "adamw":  # read from the device once a step, not once a tensor
+        t = t_K.cpu().double()
+        m_correction_K, v_correction_K = 1 - local.beta1**t, 1 - local.beta2**t
     for key, x in parameters.items():
         g = gradients[key]
         lr = _along(factor_K * (local.head_lr if key in heads else local.lr), x)
@@ -53,8 +56,8 @@ def step_by_client(
         v = moments.setdefault(f"v.{key}", torch.zeros_like(x))
         m.lerp_(g, 1 - local.beta1)
         v.mul_(local.beta2).addcmul_(g, g, value=1 - local.beta2)
-        m_hat = m / _along(1 - local.beta1 ** t_K.cpu().double(), x)
-        v_hat = v / _along(1 - local.beta2 ** t_K.cpu().double(), x)
+        m_hat = m / _along(m_correction_K, x)
+        v_hat = v / _along(v_correction_K, x)
         x.sub_(lr * m_hat / (v_hat.sqrt() + 1e-8))
 
 

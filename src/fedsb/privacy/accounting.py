@@ -39,6 +39,7 @@ Accountant = Literal["pld", "rdp"]
 RELATION = "zero out one: its place is left empty, and how many there are is public"
 Spent = tuple[tuple[float, float, int], ...]  # (q, sigma, count), each (q, sigma) once
 
+CACHE = "FEDSB_CALIBRATION_CACHE"  # environment: "on" (the default) or "off"
 TOLERANCE = 5e-4  # of a calibrated sigma, relative: so much less noise would no longer do
 NO_NOISE = 0.02  # a sigma below it counts as none: one release of a row is epsilon 1000 and more
 LARGEST_SIGMA = 1e6
@@ -97,7 +98,8 @@ def calibrate(target: float, delta: float, releases_of: Callable[[float], Sequen
 
     `releases_of` gives the releases at a sigma; each one's own sigma is proportional to it or does not depend on it.
     A thousand releases take about a second on one core, a hundred thousand 6 s. The answer is kept in the user's cache
-    folder, and checked when it is read there.
+    folder (`$XDG_CACHE_HOME/fedsb/calibrations`, else `~/.cache/...`), and checked when it is read there. The
+    environment variable FEDSB_CALIBRATION_CACHE=off turns this off.
 
     Raises UserError: target not in (0, inf), or not reached by any noise; and as `epsilon` does.
     """
@@ -219,8 +221,18 @@ def _cache_file(text: str) -> Path:
     return folder / "fedsb" / "calibrations" / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
 
 
+def _cached() -> bool:
+    """Returns whether calibrations are kept. Raises UserError for a setting that is neither "on" nor "off"."""
+    asked = os.environ.get(CACHE, "on").lower()
+    if asked not in ("on", "off"):
+        raise UserError(f"{CACHE}={asked}: set this environment variable to on or off")
+    return asked == "on"
+
+
 def _recall(arguments: dict[str, Any]) -> float | None:
     """What was kept for the same arguments; None where there is nothing, or nothing that makes sense."""
+    if not _cached():
+        return None
     text = json.dumps(arguments)
     with suppress(OSError, RuntimeError, ValueError):
         kept = json.loads(_cache_file(text).read_text())
@@ -232,6 +244,8 @@ def _recall(arguments: dict[str, Any]) -> float | None:
 
 
 def _remember(arguments: dict[str, Any], sigma: float) -> None:
+    if not _cached():
+        return
     text = json.dumps(arguments)
     with suppress(OSError, RuntimeError, RunError):
         write_atomic(_cache_file(text), json.dumps({"arguments": arguments, "sigma": sigma}).encode())
