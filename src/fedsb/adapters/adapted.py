@@ -38,9 +38,9 @@ def find_targets(model: nn.Module, targets: str | Sequence[str] = "blocks", head
     """The names of the layers to adapt, in the model's order.
 
     `targets` is "blocks" (every linear layer of the language model's blocks, the default; a tower for pictures or
-    sound beside it is left alone, and so are layers whose weight is read directly), a regular expression that a layer's whole name must match, or a list of name endings
-    such as ["query", "value"]. Embeddings, the output embedding and the head are never adapted. Raises UserError with
-    the list of what there is.
+    sound beside it is left alone, and so are layers that `reads_weight` finds), a regular expression that a layer's
+    whole name must match, or a list of name endings such as ["query", "value"]. Embeddings, the output embedding and
+    the head are never adapted. Raises UserError with the list of what there is.
     """
     output = getattr(model, "get_output_embeddings", lambda: None)()
     linear = [

@@ -45,6 +45,7 @@ from peft.utils import (
     register_peft_method,
     resolve_quantization_backend,
 )
+from peft.utils.quantization_utils import quantization_extra_repr
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -133,6 +134,9 @@ class Weight(nn.Module):
     def __init__(self, value: Tensor, requires_grad: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(value, requires_grad=requires_grad)
+
+    def extra_repr(self) -> str:
+        return "x".join(str(size) for size in self.weight.shape)
 
 
 class CoreWeight(Weight):
@@ -277,6 +281,9 @@ class LoraSBLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             rows = torch.tensor([row for row, name in enumerate(names) if name == adapter], device=x.device)
             y = y.index_add(0, rows, self._output(adapter, x[rows]).to(y.dtype))
         return y
+
+    def extra_repr(self) -> str:
+        return str(quantization_extra_repr(self))
 
     def _oriented(self, weight: Tensor) -> Tensor:
         """(m, n) <-> what the base stores; GPT-2's Conv1D stores the transpose."""
