@@ -224,7 +224,7 @@ def test_a_pending_basis_is_computed_before_it_is_saved_or_merged(tmp_path: Path
     again = moved(PeftModel.from_pretrained(base(), tmp_path / "second"))
     assert torch.equal(logits(again), logits(tuned(basis="weights")))
     assert torch.equal(logits(get_peft_model(base(), config).merge_and_unload()), logits(base()))
-    lora, tensors = to_lora(get_peft_model(base(), config))
+    _, tensors = to_lora(get_peft_model(base(), config))
     assert all(tensor.isfinite().all() for tensor in tensors.values())
 
 
