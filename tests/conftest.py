@@ -79,6 +79,35 @@ def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _save(tmp_path_factory.mktemp("tiny-gpt2"), GPT2LMHeadModel(config))
 
 
+@pytest.fixture(scope="session")
+def tiny_deepseek(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """DeepSeek-V3: the first block is dense, the second has experts and a shared expert."""
+    import torch
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    torch.manual_seed(0)
+    config = DeepseekV3Config(
+        vocab_size=len(WORDS) + 3,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        moe_intermediate_size=12,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        first_k_dense_replace=1,
+        q_lora_rank=8,
+        kv_lora_rank=8,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=4,
+        v_head_dim=4,
+        n_group=1,
+        topk_group=1,
+        initializer_range=0.2,
+    )
+    return _save(tmp_path_factory.mktemp("tiny-deepseek"), DeepseekV3ForCausalLM(config))
+
+
 def labelled_rows(count: int, seed: int) -> list[dict[str, Any]]:
     """Texts whose most frequent colour is their label, of three clients."""
     draw = np.random.default_rng(seed)

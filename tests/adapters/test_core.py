@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 from fedsb.adapters.basis import random_pair
@@ -50,6 +53,20 @@ def test_forward_equals_the_dense_weight(h: int, K: int, shape: tuple[int, ...])
     for k in range(K):
         rows = slice(2 * k, 2 * k + 2)
         torch.testing.assert_close(got[rows], x[rows] @ dense(A, B, R_Khrr[k], SCALE).T)
+
+
+def test_one_client_and_one_block_take_three_plain_products() -> None:
+    A, B, R_Khrr, x = drawn(1, 1, shape=(5,))
+    seen: list[str] = []
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    with Seen():
+        core_forward(x, A, B, R_Khrr, SCALE)
+    assert seen.count("mm") == 3 and not {"bmm", "clone", "_unsafe_view_copy", "copy_"} & set(seen)
 
 
 def test_an_expert_that_got_no_tokens() -> None:

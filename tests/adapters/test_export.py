@@ -107,6 +107,7 @@ def exported(source: Path, auto_class: str, method: Method, folder: Path) -> Exp
         label_names=FACTS.label_names if labels else [],
         conv1d=has_conv1d(adapted.layers),
         pad_token=0,
+        model_type=plain.config.model_type,
     )
     own_head = {key: tensors[key] for key in adapted.head_keys}
     plain = adapted.unwrap()
@@ -119,6 +120,7 @@ CASES = [
     pytest.param("tiny_llama", "AutoModelForCausalLM", id="llama"),
     pytest.param("tiny_gpt2", "AutoModelForCausalLM", id="gpt2, Conv1D"),
     pytest.param("tiny_gpt2", "AutoModelForSequenceClassification", id="gpt2 classifier"),
+    pytest.param("tiny_deepseek", "AutoModelForCausalLM", id="deepseek, a mixture of experts"),
 ]
 
 

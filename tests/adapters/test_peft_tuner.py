@@ -181,10 +181,67 @@ def test_save_load_merge_and_plain_lora_agree(family: str, tmp_path: Path) -> No
 
 
 def test_loading_computes_no_basis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tuned(basis="weights").save_pretrained(tmp_path)
+    base().save_pretrained(tmp_path / "base")
+    model = tuned(basis="weights")
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    model.save_pretrained(tmp_path)
+    expected = logits(model)
     monkeypatch.setattr(tuner, "weight_pair", None)
     model = PeftModel.from_pretrained(base(), tmp_path, is_trainable=True)
     assert model.get_nb_trainable_parameters()[0] == 14 * 4**2
+    assert torch.equal(logits(model), expected)
+    model.load_adapter(tmp_path, "second")
+    model.set_adapter("second")
+    assert torch.equal(logits(model), expected)
+    plain = base()
+    plain.load_adapter(tmp_path)
+    assert torch.equal(logits(plain), expected)
+    assert torch.equal(logits(LlamaForCausalLM.from_pretrained(tmp_path)), expected)
+
+
+@pytest.mark.parametrize("basis", ["random", "weights"])
+def test_a_config_read_from_a_file_makes_new_adapters(basis: str, tmp_path: Path) -> None:
+    """As in SFT, save, load, then DPO: new adapters of that config get their bases, and no NaN."""
+    tuned(basis=basis).save_pretrained(tmp_path)
+    config = LoraSBConfig.from_pretrained(tmp_path)
+    model = get_peft_model(base(), config)
+    assert torch.equal(logits(model), logits(base()))
+    model.add_adapter("second", config)
+    model.set_adapter("second")
+    assert torch.equal(logits(model), logits(base()))
+    assert torch.equal(logits(moved(model, "second")), logits(tuned(basis=basis)))
+
+    loaded = PeftModel.from_pretrained(base(), tmp_path)
+    loaded.add_adapter("second", loaded.peft_config["default"])
+    loaded.set_adapter("second")
+    assert torch.equal(logits(loaded), logits(base()))
+
+
+def test_a_pending_basis_is_computed_before_it_is_saved_or_merged(tmp_path: Path) -> None:
+    tuned(basis="weights").save_pretrained(tmp_path / "first")
+    config = LoraSBConfig.from_pretrained(tmp_path / "first")
+    get_peft_model(base(), config).save_pretrained(tmp_path / "second")
+    again = moved(PeftModel.from_pretrained(base(), tmp_path / "second"))
+    assert torch.equal(logits(again), logits(tuned(basis="weights")))
+    assert torch.equal(logits(get_peft_model(base(), config).merge_and_unload()), logits(base()))
+    _, tensors = to_lora(get_peft_model(base(), config))
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+
+
+@pytest.mark.parametrize("basis", ["weights", "given"])
+def test_an_adapter_is_copied_by_its_parameter_names(basis: str, tmp_path: Path) -> None:
+    """TRL copies "default" to "ref" like this, for the reference of DPO and GRPO."""
+    source = get_peft_model(base(), LoraSBConfig(r=4, basis=basis))
+    for name, layer in adapter_layers(source).items():
+        layer.set_basis("default", *random_pair(layer.out_features, layer.in_features, 4, 3, name))
+    moved(source).save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(base(), tmp_path, is_trainable=True)
+    model.add_adapter("ref", model.peft_config["default"])
+    for name, parameter in model.named_parameters():
+        if ".default." in name:
+            model.get_parameter(name.replace(".default.", ".ref.")).data.copy_(parameter.data)
+    model.set_adapter("ref")
+    assert torch.equal(logits(model), logits(source))
 
 
 def test_pefts_own_lora_conversion(tmp_path: Path) -> None:
@@ -261,6 +318,42 @@ def test_default_targets_of_a_second_adapter() -> None:
     assert list(adapter_layers(model, "second")) == list(adapter_layers(model))
 
 
+def test_each_row_takes_the_adapter_named_for_it() -> None:
+    model = tuned()
+    model.add_adapter("second", LoraSBConfig(r=2, target_modules=["q_proj", "down_proj"]))
+    moved(model, "second", seed=2)
+    first, plain = logits(model), logits(base())
+    model.set_adapter("second")
+    second = logits(model)
+    with torch.no_grad():
+        mixed = model(input_ids=IDS, adapter_names=["second", "__base__", "default"]).logits
+    expected = torch.stack([second[0], plain[1], first[2]])
+    torch.testing.assert_close(mixed, expected, rtol=0, atol=1e-5)
+    assert (expected - first).abs().max() > 1e-3
+    assert torch.equal(logits(model), second)  # the names were for one forward only
+    for names, message in [
+        (["second"] * 2, "got 2 and 3"),
+        (["second", "thrid", "default"], "non-existing adapter.*thrid.*Known names: __base__, default, second"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            model(input_ids=IDS, adapter_names=names)
+    with pytest.raises(UserError, match="training mode"):
+        model.train()(input_ids=IDS, adapter_names=["second"] * 3)
+    model.eval().merge_adapter(["second"])
+    with pytest.raises(UserError, match="unmerge_adapter"):
+        model(input_ids=IDS, adapter_names=["second"] * 3)
+
+
+def test_generation_with_beams_takes_the_adapter_of_each_row() -> None:
+    model = tuned()
+    settings: dict[str, Any] = {"max_new_tokens": 3, "num_beams": 2, "do_sample": False, "pad_token_id": 0}
+    adapted = model.generate(input_ids=IDS, **settings)
+    plain = base().generate(input_ids=IDS, **settings)
+    assert not torch.equal(adapted, plain)
+    mixed = model.generate(input_ids=IDS, adapter_names=["default", "__base__", "default"], **settings)
+    assert torch.equal(mixed, torch.stack([adapted[0], plain[1], adapted[2]]))
+
+
 # --- what to adapt ---
 
 
@@ -272,6 +365,9 @@ def test_default_targets_of_a_second_adapter() -> None:
         ({"target_modules": ["q_proj", "v_proj"]}, 4),
         ({"target_modules": r".*self_attn\.(q|k)_proj"}, 4),
         ({"target_modules": ["q_proj"], "layers_to_transform": [1]}, 1),
+        ({"layers_to_transform": [1]}, 7),
+        ({"layers_to_transform": 0, "layers_pattern": "layers", "exclude_modules": ["q_proj"]}, 6),
+        ({"layers_to_transform": [1], "target_modules": [Q_PROJ, "v_proj"]}, 2),
         ({"exclude_modules": ["down_proj"]}, 12),
         ({"exclude_modules": r".*layers\.0\..*"}, 7),
     ],
@@ -286,7 +382,8 @@ def test_targets(settings: dict[str, Any], count: int) -> None:
         ({"basis": "weight"}, "did you mean 'weights'"),
         ({"r": 0}, "r = 0"),
         ({"weights_side": "left"}, "weights_side = 'left'"),
-        ({"layers_to_transform": [0]}, "list of target_modules"),
+        ({"layers_to_transform": [0], "target_modules": ".*q_proj"}, "cannot be used when `target_modules` is a str"),
+        ({"layers_pattern": "layers"}, "`layers_to_transform` must also be specified"),
     ],
 )
 def test_bad_settings(settings: dict[str, Any], message: str) -> None:
@@ -304,6 +401,18 @@ def test_bad_targets_leave_the_model_untouched() -> None:
         with pytest.raises(UserError, match=message):
             get_peft_model(model, LoraSBConfig(**{"r": 4, **settings}))
         assert not any(isinstance(module, LoraSBLinear) for module in model.modules())
+
+
+def test_a_model_without_blocks_needs_targets() -> None:
+    with pytest.raises(UserError, match="Please specify `target_modules`") as caught:
+        get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraSBConfig(r=2))
+    assert "model.targets" not in str(caught.value)
+
+
+def test_layers_show_their_base() -> None:
+    layer = adapter_layers(tuned("gpt2"))["transformer.h.0.mlp.c_fc"]
+    assert (layer.in_features, layer.out_features) == (16, 64)
+    assert layer.weight is layer.base_layer.weight and layer.bias is layer.base_layer.bias
 
 
 def test_registered_once_and_copies_keep_the_type() -> None:
@@ -378,6 +487,7 @@ def test_merging_into_a_quantised_base_goes_through_its_backend() -> None:
     layer.quantization_backend = IntBackend()
     layer.add("default", LoraSBConfig(r=4, basis="weights"), "layer")
     assert torch.equal(layer.lorasb_A["default"].weight, weight_pair(W0, 4)[0])
+    assert "quantization_backend='test'" in repr(layer)
     layer.lorasb_R["default"].weight.data.fill_(0.2)
     delta = layer.get_delta_weight("default").detach()
     layer.merge()

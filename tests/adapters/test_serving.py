@@ -27,6 +27,11 @@ PLAIN: dict[str, Any] = {
 MERGE = "; merge it: fedsb export RUN --to DIR --merged"
 
 
+def test_layers_named_by_their_parameter_count_too() -> None:
+    both = PLAIN | {"target_modules": [], "target_parameters": ["model.layers.1.mlp.strange_proj.weight"]}
+    assert all("not known for the layer strange_proj" in server.says for server in serving(both, "llama"))
+
+
 @pytest.mark.parametrize("model", ["llama", "mistral", "qwen3", "gemma2", "gemma3_text"])
 def test_a_plain_adapter_loads_in_both(model: str) -> None:
     vllm, gguf = serving(PLAIN, model)

@@ -99,9 +99,9 @@ def lora_config(factors: Mapping[str, Factors], base: BaseFacts) -> dict[str, An
 def lora_targets(layers: Sequence[str], model_type: str) -> tuple[list[str], list[str] | None]:
     """Returns target_modules and target_parameters with which PEFT adapts exactly these linear layers.
 
-    In models with fused experts, such as DeepSeek-V3, PEFT takes every gate_proj, up_proj and down_proj for the experts',
-    those of dense and shared layers too, and adapts other weights than were trained. It leaves a layer alone that is
-    named by its parameter. The names of the tensors are the same either way.
+    In models with fused experts, such as DeepSeek-V3, PEFT takes every gate_proj, up_proj and down_proj for one of the
+    experts', also in dense and shared layers, and then adapts other weights than were trained. A layer that is named
+    by its parameter is left alone. The names of the tensors are the same either way.
     """
     from peft import LoraConfig
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers

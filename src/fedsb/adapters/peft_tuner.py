@@ -12,8 +12,8 @@ Shapes: m out, n in, r rank, h blocks. A (h r, n) and B (m, h r) are frozen para
 stored in float32; A and B are cast to the input's dtype in the forward (to bfloat16 costs them about 0.4% an entry,
 not re-orthonormalised), R stays float32 through `model.to(torch.bfloat16)`, loading and moving.
 
-A and B are parameters and not buffers: DistributedDataParallel broadcasts buffers in every forward pass. Parameter names
-read "<layer>.lorasb_R.<adapter>.weight", as with LoRA, because TRL copies an adapter by that pattern.
+A and B are parameters and not buffers, because DistributedDataParallel broadcasts buffers in every forward pass.
+Parameter names read "<layer>.lorasb_R.<adapter>.weight", as with LoRA, because TRL copies an adapter by that pattern.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ from peft.utils import (
     register_peft_method,
     resolve_quantization_backend,
 )
+from peft.utils.quantization_utils import quantization_extra_repr
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -92,7 +93,7 @@ class LoraSBConfig(PeftConfig):  # type: ignore[misc]
     def __post_init__(self) -> None:
         super().__post_init__()
         # Only a config file names the type. Its tensors are probably about to be loaded: the basis can wait.
-        self.from_file = self.peft_type is not None
+        self.from_file = getattr(self, "peft_type", None) is not None
         self.peft_type = PeftType.LORASB
         if self.r < 1 or self.blocks < 1:
             raise UserError(f"r = {self.r} and blocks = {self.blocks}: both must be at least 1")
@@ -134,6 +135,9 @@ class Weight(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(value, requires_grad=requires_grad)
 
+    def extra_repr(self) -> str:
+        return "x".join(str(size) for size in self.weight.shape)
+
 
 class CoreWeight(Weight):
     """R (1, h, r, r) of one adapter. It is read in `forward`, so that FSDP can wrap it as a unit of its own."""
@@ -148,6 +152,12 @@ class LoraSBLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     adapter_layer_names = ("lorasb_R",)
     other_param_names = ("lorasb_A", "lorasb_B", "lorasb_scale", "lorasb_pending")
 
+    in_features: int
+    out_features: int
+    lorasb_R: Any  # ModuleDict of CoreWeight: (1, h, r, r)
+    lorasb_A: Any  # ModuleDict of Weight: (h r, n)
+    lorasb_B: Any  # ModuleDict of Weight: (m, h r)
+
     if TYPE_CHECKING:  # PEFT is untyped, and torch says that every attribute is a tensor or a module
 
         def __getattr__(self, name: str) -> Any: ...
@@ -157,9 +167,7 @@ class LoraSBLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self.base_layer = base_layer
         self.out_features, self.in_features = linear_shape(self.get_base_layer())
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **quantization)
-        self.lorasb_R = nn.ModuleDict()  # (1, h, r, r)
-        self.lorasb_A = nn.ModuleDict()  # (h r, n)
-        self.lorasb_B = nn.ModuleDict()  # (m, h r)
+        self.lorasb_R, self.lorasb_A, self.lorasb_B = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
         self.lorasb_scale: dict[str, float] = {}
         self.lorasb_pending: dict[str, tuple[LoraSBConfig, str]] = {}  # (config, key) where A and B may still be NaN
         self.merged_adapters: list[str] = []
@@ -278,6 +286,9 @@ class LoraSBLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             y = y.index_add(0, rows, self._output(adapter, x[rows]).to(y.dtype))
         return y
 
+    def extra_repr(self) -> str:
+        return str(quantization_extra_repr(self))
+
     def _oriented(self, weight: Tensor) -> Tensor:
         """(m, n) <-> what the base stores; GPT-2's Conv1D stores the transpose."""
         return weight.T if is_conv1d(self.get_base_layer()) else weight
@@ -288,8 +299,8 @@ class LoraSBLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         weight = (W0.float() + sign * self.get_delta_weight(adapter).to(W0.device)).to(W0.dtype)
         if check and not torch.isfinite(weight).all():
             raise UserError(  # the first sentence is PEFT's
-                f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken. With basis = 'update' or "
-                "'given', set its basis before merging; otherwise train it again, or merge with safe_merge=False."
+                f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken. "
+                "With basis = 'update' or 'given', set its basis before merging. Otherwise train it again."
             )
         self.set_base_weight(weight)
 
@@ -334,8 +345,8 @@ class LoraSBModel(BaseTuner):  # type: ignore[misc]
             found = find_targets(self.model)
         except UserError as error:
             raise UserError(
-                "Please specify `target_modules`. By default every linear layer inside a list of blocks is adapted, and "
-                f"this {type(self.model).__name__} has none."
+                "Please specify `target_modules`. By default every linear layer inside a list of blocks is adapted, "
+                f"and this {type(self.model).__name__} has none."
             ) from error
         names = {name.removesuffix(".base_layer") for name in found}  # a layer that another adapter wraps
         if config.layers_to_transform is not None:  # PEFT looks at indices only where a name is matched by its ending
@@ -361,8 +372,8 @@ class LoraSBModel(BaseTuner):  # type: ignore[misc]
                 )
             if reads_weight(model, key):
                 raise UserError(
-                    f"target_modules matches {key!r}. The model reads the weight of this layer without calling the layer, "
-                    "so an adapter would not be trained. Leave it out of target_modules."
+                    f"target_modules matches {key!r}. The model reads the weight of this layer without calling the "
+                    "layer, so an adapter would not be trained. Leave it out of target_modules."
                 )
             shapes[key] = linear_shape(base)
         check_rank(shapes, config.rank, "r x blocks", "exclude_modules")
