@@ -133,8 +133,7 @@ def test_run(cli: Callable[..., Said], toml: Path, tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "tiny"
     assert "round 3/3  loss 1." in said.out
     assert f"adapter         {folder / 'adapter'}" in said.out
-    code = said.out.split("Load it:")[1]
-    compile("\n".join(line.strip() for line in code.splitlines()), "load", "exec")
+    compile(said.out.split("Load it:")[1], "load", "exec")
     again = cli("run", toml)
     assert again.code == 1 and f"{folder} holds a run already: take it up with `fedsb resume {folder}`" in again.err
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["tiny"]

@@ -242,6 +242,9 @@ def export(
     folder: RunArgument,
     to: Annotated[str, typer.Option("--to", help="A new folder, or hub:owner/name (needs HF_TOKEN).")],
     merged: Annotated[bool, typer.Option("--merged", help="The base model with the adapter merged in.")] = False,
+    public: Annotated[
+        bool, typer.Option("--public", help="Make a new repository on the Hub public; default: private.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Copy the adapter or the merged model. To a new folder or to the Hub."""
@@ -249,7 +252,7 @@ def export(
     from fedsb.evaluate import export_to
     from fedsb.record import read_result
 
-    where = export_to(folder, to, merged=merged)
+    where = export_to(folder, to, merged=merged, public=public)
     servers = [] if merged else (read_result(folder) or {}).get("serving", [])  # of the plain adapter
     if as_json:
         _print_json({"exported": where, "serving": servers})

@@ -294,11 +294,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
-    """What a finished run says at its end; None for one that is not finished."""
+    """Returns what a finished run says at its end, None for one that is not finished.
+
+    The adapter's place, and the lines of Python that load it, are those of `folder` as it is now: it may have moved.
+    """
     try:
         result: dict[str, Any] = json.loads((folder / "result.json").read_text())
     except FileNotFoundError:
         return None
+    before, now = str(result.get("adapter", "")), str(folder / "adapter")
+    if before and before != now:
+        result |= {"adapter": now, "load": str(result.get("load", "")).replace(repr(before)[:-1], repr(now)[:-1])}
     return result
 
 

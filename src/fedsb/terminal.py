@@ -156,7 +156,7 @@ def print_summary(folder: Path, found: Mapping[str, Any]) -> None:
     for line in serving_lines((result or {}).get("serving", []), only_doubts=True):
         console.print(f"  elsewhere       {line}")
     if result:
-        console.print("\nLoad it:\n\n" + "\n".join("    " + line for line in result["load"].splitlines()) + "\n")
+        console.print(f"\nLoad it:\n\n{result['load']}\n")
 
 
 def print_comparison(folder: Path, found: Mapping[str, Any]) -> None:

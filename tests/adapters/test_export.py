@@ -16,15 +16,15 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from fedsb.adapters.adapted import AdaptedModel, find_targets, head_linears
 from fedsb.adapters.basis import make_basis, random_pair
+from fedsb.adapters.card import load_lines, model_card
 from fedsb.adapters.export import (
     BaseFacts,
     check_adapter,
     has_conv1d,
-    load_lines,
     lora_files,
     lora_tensors,
     merge,
-    model_card,
+    try_adapter,
 )
 from fedsb.adapters.serving import serving
 from fedsb.errors import RunError

