@@ -1,4 +1,4 @@
-"""What there is: methods, recipes, tasks and bases, with their facts, for `fedsb ls` and for tests; a recipe by name."""
+"""Lists methods, recipes, tasks and bases with their facts, for `fedsb ls` and tests, and finds a recipe by name."""
 
 from __future__ import annotations
 

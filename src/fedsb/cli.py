@@ -238,6 +238,40 @@ def evaluate(
 
 
 @app.command()
+def predict(
+    folder: RunArgument,
+    data: Annotated[str, typer.Option("--data", help="Rows, which need no label: a file or hub:owner/name.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Write them to a new file, .jsonl or .csv; default: print them.")
+    ] = None,
+    new_tokens: Annotated[
+        int | None, typer.Option("--new-tokens", help="Limit of a written answer; default: the run's own.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON lines on stdout; logs go to stderr.")] = False,
+) -> None:
+    """Predict rows with a run's adapter, loaded by PEFT. Classes with probabilities, numbers, or written answers."""
+    from fedsb.models.hub import stay_offline_without_network
+    from fedsb.predictions import json_lines, refuse_output, write_predictions
+    from fedsb.predictions import predict as predict_rows
+    from fedsb.terminal import print_predictions
+
+    stay_offline_without_network()
+    if out is not None:
+        refuse_output(out)
+    rows = predict_rows(folder, data, new_tokens=new_tokens)
+    if out is not None:
+        write_predictions(rows, out)
+        if as_json:
+            _print_json({"run": str(folder), "data": data, "rows": len(rows), "out": str(out)})
+        else:
+            typer.echo(f"{len(rows):,} predictions written to {out}")
+    elif as_json:
+        typer.echo(json_lines(rows), nl=False)
+    else:
+        print_predictions(rows)
+
+
+@app.command()
 def export(
     folder: RunArgument,
     to: Annotated[str, typer.Option("--to", help="A new folder, or hub:owner/name (needs HF_TOKEN).")],

@@ -22,6 +22,7 @@ from fedsb.backends import run_lm_eval, write_with_vllm
 from fedsb.config import load_config
 from fedsb.data.sites import load_rows, open_task_of
 from fedsb.data.sources import Table
+from fedsb.data.tasks import TASKS
 from fedsb.data.tasks.answers import Answers
 from fedsb.data.tasks.base import Example, Task, pad_token, question_of
 from fedsb.disk import disk_errors, safe_name, usual_modes, write_atomic
@@ -172,8 +173,20 @@ def _name(config: Config, table: Table, adapter: Path, backend: str) -> str:
     return f"{safe_name(Path(table.origin).name.split('.')[0])}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:8]}"
 
 
-def fitted_task(manifest: Mapping[str, Any], config: Config) -> Task:
-    """Returns the task of a run, with the classes that it was trained on."""
+def fitted_task(manifest: Mapping[str, Any], config: Config, new_tokens: int | None = None) -> Task:
+    """Returns the task of a run, with the classes that it was trained on.
+
+    `new_tokens` replaces the run's own limit. Raises UserError where the task writes nothing, or it is below 1.
+    """
+    if new_tokens is not None:
+        if TASKS[config.task.kind].auto_class != "AutoModelForCausalLM":
+            raise UserError(
+                f"--new-tokens {new_tokens} is for models that write, and this run's task is {config.task.kind!r}. "
+                "Leave it out"
+            )
+        if new_tokens < 1:
+            raise UserError(f"--new-tokens {new_tokens} must be at least 1")
+        config = config.model_copy(update={"task": config.task.model_copy(update={"new_tokens": new_tokens})})
     task = open_task_of(config, load_tokenizer(config.model))
     task.label_names = list(manifest["task"]["label_names"] or [])
     return task

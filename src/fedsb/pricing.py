@@ -24,7 +24,7 @@ from fedsb.config import Loaded
 from fedsb.data.sites import Data, elsewhere
 from fedsb.data.tasks import TASKS
 from fedsb.data.tasks.base import Task, ids, pad_token
-from fedsb.engines.resolved import auto_cohort_size, local_training, open_sums, public_rows, targets_choice
+from fedsb.engines.resolved import auto_cohort_size, end_choices, local_training, open_sums, public_rows, targets_choice
 from fedsb.errors import NotAtHandError, UserError
 from fedsb.federation.basis_round import basis_values
 from fedsb.federation.client import LocalTraining
@@ -97,7 +97,7 @@ def estimate(loaded: Loaded) -> dict[str, Any]:
     )
     traffic = method.traffic(adapted.shapes, head=head, clients=cohort)
     privacy, seconds, seconds_reason = None, None, "not known: it depends on the rows"
-    choices = [*loaded.choices(), *base.choices, targets_choice(config, targets)]
+    choices = [*loaded.choices(), *base.choices, targets_choice(config, targets), *end_choices(here.task)]
     sites = [elsewhere(name, 0) for name in names]
     local = local_training(config, clients=len(here.clients) if method.facts.pools_data else 1)
     if data is not None:

@@ -64,6 +64,17 @@ def load_table(source: str, *, revision: str | None = None, split: str | None = 
     return _load_file(Path(source).expanduser())
 
 
+def place_of(source: str, number: int) -> Place:
+    """Returns where the row of that number, from 1, stands: "data.csv, line 3"; by its number where that is unknown."""
+    path = Path(source).expanduser()
+    reader = _READERS.get(Path(path.name.removesuffix(".gz")).suffix.lower())
+    if reader is None or not path.is_file():
+        return f"{source}, row {number}"
+    content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    places = [place for place, _ in reader(content, path)]
+    return f"{source}, {places[number - 1]}"
+
+
 def require_columns(table: Table, wanted: Sequence[str]) -> None:
     """Raises UserError for the first wanted column that the table lacks."""
     for name in wanted:

@@ -11,7 +11,7 @@ from fedsb.adapters.adapted import AdaptedModel, Tensors, find_targets
 from fedsb.adapters.basis import Basis
 from fedsb.data.tasks.base import Example, Task, Tokenizer, pad_token
 from fedsb.engines import Direction, Score, Sent
-from fedsb.engines.resolved import targets_choice
+from fedsb.engines.resolved import end_choices, targets_choice
 from fedsb.federation.basis_round import Sums, Tell, build_basis, no_sums
 from fedsb.federation.client import LocalTraining
 from fedsb.federation.cohort import Member, join_tensors, train_together
@@ -41,7 +41,11 @@ class Bench:
         )
         self.shapes = self.adapted.shapes
         self.head = head_start(self.adapted.head_tensors(), config.seed)
-        self.bench_choices: tuple[Choice, ...] = (*self.base.choices, targets_choice(config, targets))
+        self.bench_choices: tuple[Choice, ...] = (
+            *self.base.choices,
+            targets_choice(config, targets),
+            *end_choices(task),
+        )
 
     def make_basis(
         self,

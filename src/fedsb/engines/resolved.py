@@ -10,6 +10,8 @@ import torch
 from fedsb.data.sites import Site
 from fedsb.data.sources import load_table
 from fedsb.data.tasks.base import Example, Task
+from fedsb.data.tasks.chat import Chat
+from fedsb.data.tasks.instruction import Instruction
 from fedsb.errors import UserError
 from fedsb.federation.client import LocalTraining
 from fedsb.privacy.extra import needs_extra
@@ -66,6 +68,21 @@ def sum_threshold(server: ServerConfig, sites: int) -> tuple[int, int]:
 def targets_choice(config: Config, targets: Sequence[str]) -> Choice:
     reason = f"model.targets = {config.model.targets!r}"
     return Choice(key="model.targets", value=f"{len(targets)} layers", reason=reason)
+
+
+def end_choices(task: Task | None) -> list[Choice]:
+    """Returns the token that a trained answer ends with, and a warning where the chat template writes none."""
+    if not isinstance(task, Instruction | Chat) or task.tokenizer is None:
+        return []
+    end = task.trained_end
+    if end is None:
+        reason = (
+            "warning: the chat template writes no end token after an answer, so the model does not learn to stop, and "
+            "writes until its limit of new tokens. Put one in the tokenizer's chat_template, such as {{ eos_token }}"
+        )
+        return [Choice(key="task.end", value="none", reason=reason)]
+    source = "the chat template's" if task.tokenizer.chat_template else "the tokenizer's"
+    return [Choice(key="task.end", value=str(task.tokenizer.convert_ids_to_tokens(end)), reason=f"auto: {source}")]
 
 
 def local_training(config: Config, *, clients: int = 1) -> LocalTraining:

@@ -40,6 +40,7 @@ class Answers(Instruction):
     higher_is_better = True
     scorings: ClassVar[tuple[str, ...]] = ("answers", "loss")
     layouts: tuple[Layout, ...]
+    longest: ClassVar[int]  # new tokens of an answer that is not graded, where task.new_tokens is not set
 
     def __init__(self, *, tokenizer: Tokenizer, options: TaskOptions, max_tokens: int) -> None:
         super().__init__(tokenizer=tokenizer, options=options, max_tokens=max_tokens)
@@ -73,6 +74,35 @@ class Answers(Instruction):
             f"{origin} has the columns {', '.join(columns)}. Known are {known}. For another table name its columns: "
             "--set task.prompt=COLUMN --set task.answer=COLUMN"
         )
+
+    def asking_layout(self, columns: Sequence[str], origin: str = "the table") -> Layout:
+        """Returns how to read a table whose rows may lack their answers."""
+        own = Layout(name="own", prompt=self.options.prompt, answer=self.options.answer)
+        whole = (layout for layout in (own, *self.layouts) if {layout.prompt, layout.answer} <= set(columns))
+        asking = (layout for layout in (own, *self.layouts) if layout.prompt in columns)
+        return next(whole, None) or next(asking, None) or self.layout(columns, origin)
+
+    def questions(self, rows: list[Row]) -> list[Question]:
+        """Returns what rows ask; how long an answer may be is as in scoring, where a row has its answer."""
+        if not rows:
+            return []
+        layout = self.asking_layout(list(rows[0]))
+        self._texts(rows, layout.prompt)  # raises where there is none
+        asked = [self.asked(row, layout) for row in rows]
+        found = []
+        for number, (row, text, prompt) in enumerate(zip(rows, asked, self.prompts(asked), strict=True), start=1):
+            try:
+                question = self.question(row, layout) if row.get(layout.answer) else self.open_question(text, layout)
+            except UserError as error:
+                if self.scoring == "options":
+                    raise UserError(f"row {number}: {error}") from error
+                question = self.open_question(text, layout)  # its answer cannot be graded, and need not be
+            found.append(replace(question, prompt_ids=tuple(prompt)))
+        return found
+
+    def open_question(self, asked: str, layout: Layout) -> Question:
+        """Returns the question of a row without its answer."""
+        return replace(self._question(asked, ()), new_tokens=self.options.new_tokens or self.longest)
 
     def told(self, row: Row, layout: Layout) -> str:
         """What the model learns to write."""

@@ -106,6 +106,11 @@ class Task(ABC):
     def needs(self) -> list[str]:
         """The columns that a table must have."""
 
+    @property
+    @abstractmethod
+    def reads(self) -> list[str]:
+        """Returns the columns that the model reads: those that a row without its label or answer has too."""
+
     def columns_of(self, table: Table) -> list[str]:
         """The columns of this table that are read. Raises UserError where one is missing."""
         require_columns(table, self.needs)

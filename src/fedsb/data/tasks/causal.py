@@ -6,13 +6,17 @@ Shapes: b examples, t tokens, v vocabulary, n targets in the batch.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from fedsb.data.tasks.base import NO_LOSS, Batch, Example, Scored, Task, ids
+from fedsb.data.sources import Row
+from fedsb.data.tasks.base import NO_LOSS, Batch, Example, Question, Scored, Task, ids
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+NEW_TOKENS = 128  # of what is written and not graded
 LARGEST_EXPONENT = 700.0  # exp of more is no float
 
 
@@ -41,6 +45,14 @@ class CausalTask(Task):
 
     def scores(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         return self.losses(logits, batch)
+
+    @abstractmethod
+    def questions(self, rows: list[Row]) -> list[Question]:
+        """Returns what rows ask the model to write; they need no answer. Raises UserError at a row without text."""
+
+    def _question(self, asked: str, prompt: Sequence[int]) -> Question:
+        limit = self.options.new_tokens or NEW_TOKENS
+        return Question(asked=asked, gold="", kind="open", new_tokens=limit, prompt_ids=tuple(prompt))
 
     @property
     def trained_end(self) -> int | None:

@@ -17,7 +17,7 @@ from itertools import chain
 from typing import Any
 
 from fedsb.data.sources import Row
-from fedsb.data.tasks.base import NO_LOSS, Example, TaskOptions, Tokenizer
+from fedsb.data.tasks.base import NO_LOSS, Example, Question, TaskOptions, Tokenizer
 from fedsb.data.tasks.causal import CausalTask
 from fedsb.data.tasks.instruction import answer_end, stop_texts
 from fedsb.errors import UserError
@@ -46,8 +46,24 @@ class Chat(CausalTask):
             )
 
     @property
-    def needs(self) -> list[str]:
+    def reads(self) -> list[str]:
         return [self.options.messages]
+
+    @property
+    def needs(self) -> list[str]:
+        return self.reads
+
+    def questions(self, rows: list[Row]) -> list[Question]:
+        """Returns each conversation as it stands before the assistant's next turn; one that ends with a turn of the
+        assistant is asked for that turn again."""
+        asked: list[str] = []
+        for number, row in enumerate(rows, start=1):
+            turns = self._turns(row, number)
+            turns = turns[:-1] if turns[-1]["role"] == ASSISTANT else turns
+            if not turns:
+                raise UserError(f"row {number} has no turn before the assistant's: there is nothing to answer")
+            asked.append(_written(self.tokenizer, turns, prompt=True))
+        return [self._question(text, prompt) for text, prompt in zip(asked, self._tokenize(asked), strict=True)]
 
     def encode(self, rows: list[Row]) -> tuple[list[Example], int]:
         """One example a row, fewer where no word of the assistant's is in the window: those rows are dropped.
@@ -77,7 +93,8 @@ class Chat(CausalTask):
     def stops(self) -> list[str]:
         return stop_texts(self.tokenizer)
 
-    def _messages(self, row: Row, number: int) -> list[Message]:
+    def _turns(self, row: Row, number: int) -> list[Message]:
+        """Returns a row's messages. Raises UserError where they are not messages."""
         column = self.options.messages
         found = row.get(column)
         if not isinstance(found, list) or not found or not all(map(_is_message, found)):
@@ -85,6 +102,11 @@ class Chat(CausalTask):
                 f"row {number} holds {found!r:.80} in the column {column!r}, where a list of messages is needed, each "
                 'with a "role" and a "content" that are text'
             )
+        return found
+
+    def _messages(self, row: Row, number: int) -> list[Message]:
+        """Returns a row's messages, one of them the assistant's. Raises UserError where there is none."""
+        found = self._turns(row, number)
         if not any(message["role"] == ASSISTANT for message in found):
             roles = ", ".join(message["role"] for message in found)
             raise UserError(f"row {number} has no turn of the role 'assistant' (its roles: {roles}): nothing to learn")

@@ -8,7 +8,7 @@ tokens that a model sees when it generates are an exact prefix of those it was t
 from __future__ import annotations
 
 from fedsb.data.sources import Row
-from fedsb.data.tasks.base import NO_LOSS, Example, Tokenizer, start_tokens
+from fedsb.data.tasks.base import NO_LOSS, Example, Question, Tokenizer, start_tokens
 from fedsb.data.tasks.causal import CausalTask
 from fedsb.errors import UserError
 
@@ -22,8 +22,16 @@ class Instruction(CausalTask):
     """The answer to a prompt."""
 
     @property
+    def reads(self) -> list[str]:
+        return [self.options.prompt]
+
+    @property
     def needs(self) -> list[str]:
-        return [self.options.prompt, self.options.answer]
+        return [*self.reads, self.options.answer]
+
+    def questions(self, rows: list[Row]) -> list[Question]:
+        asked = self._texts(rows, self.options.prompt)
+        return [self._question(text, prompt) for text, prompt in zip(asked, self.prompts(asked), strict=True)]
 
     def encode(self, rows: list[Row]) -> tuple[list[Example], int]:
         """One example a row, fewer where a prompt alone fills the window: those rows are dropped.
@@ -56,11 +64,14 @@ class Instruction(CausalTask):
     def tokens(self, rows: list[Row]) -> list[tuple[list[int], list[int]]]:
         """For each row, what the model reads and what it should write, uncut."""
         asked, told = self.pairs(rows)
-        prompts = self._tokenize([prompt_text(self.tokenizer, prompt) for prompt in asked])
         answers = self._tokenize([answer_text(self.tokenizer, p, a) for p, a in zip(asked, told, strict=True)])
+        return list(zip(self.prompts(asked), answers, strict=True))
+
+    def prompts(self, asked: list[str]) -> list[list[int]]:
+        """Returns the tokens that the model reads of each prompt."""
         # A chat template writes the begin token itself.
         start = [] if self.tokenizer.chat_template else start_tokens(self.tokenizer)
-        return [(start + prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+        return [start + prompt for prompt in self._tokenize([prompt_text(self.tokenizer, text) for text in asked])]
 
 
 def prompt_text(tokenizer: Tokenizer, prompt: str) -> str:

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from fedsb.data.sources import Row
-from fedsb.data.tasks.base import NO_LOSS, Example, check_share, start_tokens
+from fedsb.data.tasks.base import NO_LOSS, Example, Question, check_share, start_tokens
 from fedsb.data.tasks.causal import CausalTask
+from fedsb.errors import UserError
 
 NEAR = 0.1  # of a text: how far from the wanted cut a line's end may lie
 
@@ -21,8 +22,21 @@ class Text(CausalTask):
     """The next token of plain text."""
 
     @property
-    def needs(self) -> list[str]:
+    def reads(self) -> list[str]:
         return [self.options.text]
+
+    @property
+    def needs(self) -> list[str]:
+        return self.reads
+
+    def questions(self, rows: list[Row]) -> list[Question]:
+        """Returns each text as a prompt to go on from."""
+        texts, start = self._texts(rows, self.options.text), start_tokens(self.tokenizer)
+        for number, text in enumerate(texts, start=1):
+            if not text.strip():
+                raise UserError(f"row {number} holds no text in the column {self.options.text!r}, to go on from")
+        prompts = self._tokenize(texts)
+        return [self._question(text, start + prompt) for text, prompt in zip(texts, prompts, strict=True)]
 
     def encode(self, rows: list[Row]) -> tuple[list[Example], int]:
         """The windows of all rows in order; no text is lost, so the second number is 0."""
