@@ -51,6 +51,9 @@ def config_of(kind: str, request: pytest.FixtureRequest, folder: Path) -> dict[s
     """Returns the settings of a run of one kind."""
     rows = [row | {"pair": "blue1 red2", "score": float(len(row["text"]))} for row in labelled_rows(60, 0)]
     tables = write_rows(folder / "train.jsonl", rows[:40]), write_rows(folder / "test.jsonl", rows[40:])
+    if kind == "two":  # as many classes as a config has that knows of none
+        rows = [row for row in rows if row["label"] != "green"]
+        tables = write_rows(folder / "train.jsonl", rows[:25]), write_rows(folder / "test.jsonl", rows[25:])
     causal = kind in WRITERS
     source: Path = request.getfixturevalue("tiny_llama" if causal else "tiny_bert")
     model = chat_model(source, folder / "chat-model") if kind == "chat" else source
@@ -68,6 +71,7 @@ def config_of(kind: str, request: pytest.FixtureRequest, folder: Path) -> dict[s
     tasks: dict[str, dict[str, Any]] = {
         "classes": {"kind": "classification"},
         "mean": {"kind": "classification", "pooling": "mean"},
+        "two": {"kind": "classification", "pooling": "mean"},
         "pair": {"kind": "classification", "pooling": "mean", "text_pair": "pair"},
         "number": {"kind": "regression", "label": "score", "pooling": "mean"},
         **{name: {"kind": name, "new_tokens": 6} for name in WRITERS},
@@ -244,7 +248,7 @@ def test_a_pipeline_cuts_long_texts_as_training_did(
     assert found["score"] == pytest.approx(predicted["probabilities"][found["label"]], abs=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["mean", "number"])
+@pytest.mark.parametrize("kind", ["mean", "two", "number"])
 def test_a_pipeline_refuses_a_classifier_that_averages(merged_of: Callable[[str], Path], kind: str) -> None:
     """No class of transformers averages logits: any that loads would have a random head."""
     from transformers import pipeline
@@ -253,7 +257,7 @@ def test_a_pipeline_refuses_a_classifier_that_averages(merged_of: Callable[[str]
         pipeline("text-classification", model=str(merged_of(kind)))
 
 
-@pytest.mark.parametrize("kind", ["classes", "mean", "number"])
+@pytest.mark.parametrize("kind", ["classes", "mean", "two", "number"])
 def test_a_pipeline_refuses_a_classifiers_adapter(run_of: Callable[[str], Path], kind: str) -> None:
     """It loads the base with a config that does not know the classes, and any pooler."""
     from transformers import pipeline

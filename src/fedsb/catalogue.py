@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 import tomllib
 from collections.abc import Sequence
 from importlib.resources import files
@@ -43,6 +45,7 @@ def recipes() -> list[dict[str, Any]]:
         rows.append(
             {
                 "recipe": path.stem,
+                "what": _what(path.read_text()),
                 "command": path.read_text().splitlines()[0].removeprefix("# "),
                 "method": settings["method"]["name"],
                 "model": settings["model"]["name"],
@@ -50,6 +53,20 @@ def recipes() -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _what(recipe: str) -> str:
+    """Returns what a recipe is, from its comment: the first words under its command."""
+    comment = itertools.takewhile(lambda line: line.startswith("#"), recipe.splitlines())
+    words = " ".join(line.removeprefix("#").strip() for line in list(comment)[1:])
+    return re.split(r" *[:;(]|\.\s", words.strip(), maxsplit=1)[0]
+
+
+def everything() -> list[dict[str, Any]]:
+    """Returns the names of all that can be listed, kind by kind."""
+    kinds = {"methods": methods, "recipes": recipes, "tasks": tasks, "bases": bases}
+    named = {kind: [str(next(iter(row.values()))) for row in of()] for kind, of in kinds.items()}
+    return [{"list": kind, "names": ", ".join(names)} for kind, names in named.items()]
 
 
 def tasks() -> list[dict[str, Any]]:
@@ -99,6 +116,18 @@ def load(config: str, overrides: Sequence[str]) -> Loaded:
     stay_offline_without_network()
     path = Path(config)
     return load_config(path if path.suffix == ".toml" or path.is_file() else recipe_path(config), overrides)
+
+
+def load_run_or_config(name: str, overrides: Sequence[str]) -> Loaded:
+    """Returns the settings of a run, where `name` is a run directory; else as `load`."""
+    from fedsb.config import load_config
+    from fedsb.models.hub import stay_offline_without_network
+    from fedsb.record import read_manifest
+
+    if not (Path(name) / "manifest.json").is_file():
+        return load(name, overrides)
+    stay_offline_without_network()
+    return load_config(read_manifest(Path(name))["config"], overrides)
 
 
 def _folder() -> Path:

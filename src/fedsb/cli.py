@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedsb import cli_federation
-from fedsb.catalogue import load, recipe_path
+from fedsb import __version__, cli_federation
+from fedsb.catalogue import load, load_run_or_config, recipe_path
 from fedsb.errors import RunError, UserError
 
 if TYPE_CHECKING:
@@ -53,13 +53,31 @@ class Backend(StrEnum):
     vllm = "vllm"
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"fedsb {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
 @app.command("ls")
-def list_things(what: Annotated[Listed, typer.Argument(help="What to list.")], as_json: Json = False) -> None:
-    """List what there is. Methods, recipes, tasks or bases, with their facts."""
+def list_things(
+    what: Annotated[Listed | None, typer.Argument(help="What to list; default: the names of all.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List methods, recipes, tasks or bases, with their facts."""
     from fedsb import catalogue
     from fedsb.terminal import print_table
 
-    rows = getattr(catalogue, what.value)()
+    rows = catalogue.everything() if what is None else getattr(catalogue, what.value)()
     if as_json:
         _print_json(rows)
     else:
@@ -182,7 +200,9 @@ def compare(
 
 @app.command()
 def audit(
-    config: ConfigArgument,
+    config: Annotated[
+        str, typer.Argument(metavar="CONFIG", help="A TOML file, the name of a recipe, or a run directory.")
+    ],
     client: Annotated[str | None, typer.Option("--client", help="Default: the one with the largest epsilon.")] = None,
     rounds: Annotated[int | None, typer.Option("--rounds", help="Default: all of the client's.")] = None,
     canaries: Annotated[int, typer.Option("--canaries", help="How many canaries there are.")] = 1000,
@@ -193,7 +213,7 @@ def audit(
     from fedsb.audit import audit as carry_out
     from fedsb.terminal import Terminal, print_audit
 
-    loaded = load(config, overrides)
+    loaded = load_run_or_config(config, overrides)
     found = carry_out(loaded, client=client, rounds=rounds, canaries=canaries, note=Terminal(quiet=as_json).note)
     if as_json:
         _print_json(found)
@@ -336,6 +356,8 @@ def _watched(folder: Path, as_json: bool) -> Iterator[Terminal]:
 
 
 def _how_to_go_on(folder: Path) -> str:
+    if not folder.is_dir():
+        return f"  there is no folder {folder}: if it was deleted or moved during the run, start the run again"
     if not (folder / "manifest.json").exists():
         return "  nothing was written: run it again"
     return f"  what was finished is in {folder}; to go on:\n    fedsb resume {shlex.quote(str(folder))}"

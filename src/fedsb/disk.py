@@ -42,6 +42,11 @@ def disk_errors(folder: Path) -> Iterator[None]:
     """Turns what a disk refuses into a message that says what is kept and how to go on."""
     try:
         yield
+    except FileNotFoundError as error:
+        raise DiskError(
+            f"cannot write below {folder}: {error.filename or folder} does not exist. Was it deleted or moved during "
+            "the run?"
+        ) from error
     except OSError as error:
         what = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else str(error)
         raise DiskError(

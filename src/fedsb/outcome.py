@@ -32,6 +32,7 @@ from fedsb.federation.prices import price_list
 from fedsb.federation.schedule import refreshes, whole_broadcasts
 from fedsb.methods import build_method
 from fedsb.methods.contract import Method, State
+from fedsb.models.load import quiet
 from fedsb.privacy.setup import Promise
 from fedsb.privacy.statement import promised, spent, why_not_private
 from fedsb.record import Record, read_manifest, read_result
@@ -176,7 +177,8 @@ def export(
         else {folder / safe_name(site.name): engine.tensors_of(method, state, kept, site.name) for site in engine.sites}
     )
     try:
-        write_adapters(engine, models, card_facts(record.folder), engine.probes)
+        with quiet():
+            write_adapters(engine, models, card_facts(record.folder), engine.probes)
     except DiskError:
         raise
     except (UserError, RunError) as fault:

@@ -272,6 +272,11 @@ class Record:
 
 def refuse_existing(folder: Path) -> None:
     """Raises UserError where there is a run already: nothing is ever overwritten."""
+    if (folder / "result.json").exists():
+        raise UserError(
+            f"{folder} holds a finished run. Give a new run another name (--set name=other); `fedsb report {folder}` "
+            "shows this one"
+        )
     if (folder / "manifest.json").exists():
         raise UserError(
             f"{folder} holds a run already: take it up with `fedsb resume {folder}`, or give another name "

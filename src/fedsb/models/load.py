@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any
 
@@ -267,14 +268,20 @@ def matmul_precision(precision: str) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars and no load report: what they would say is in the table of settings."""
+    """No progress bars and no load report: what they would say is in the table of settings.
+
+    Also without the warning of bitsandbytes, which PEFT imports, that faster kernels are not installed.
+    """
     from transformers.utils import logging
 
-    level = logging.get_verbosity()
+    level, kernels = logging.get_verbosity(), getLogger("bitsandbytes")
+    before = kernels.level
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    kernels.setLevel(ERROR)
     try:
         yield
     finally:
         logging.set_verbosity(level)
         logging.enable_progress_bar()
+        kernels.setLevel(before)
