@@ -104,9 +104,11 @@ def answer_text(tokenizer: Tokenizer, prompt: str, answer: str) -> str:
 
 def answer_end(tokenizer: Tokenizer) -> int | None:
     """Returns the token that ends every answer in training, None where the chat template writes none after it."""
-    last = int(tokenizer(answer_text(tokenizer, "a", "b"), add_special_tokens=False, verbose=False)["input_ids"][-1])
-    ends = special_tokens(tokenizer) - {tokenizer.unk_token_id} | {tokenizer.eos_token_id}
-    return last if last in ends else None
+    text = answer_text(tokenizer, "a", "zebra")
+    if not text.partition("zebra")[2].strip():
+        return None  # the answer's own text is the last
+    last = int(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][-1])
+    return last if last in special_tokens(tokenizer) | {tokenizer.eos_token_id} else None
 
 
 def stop_texts(tokenizer: Tokenizer) -> list[str]:
