@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -96,6 +97,38 @@ def test_a_run_and_its_reload(cli: Callable[..., Said], finished: dict[str, Any]
     assert json.loads((Path(found["answers"]).parent / "result.json").read_text()) == found
     manifest = json.loads((result.folder / "manifest.json").read_text())
     assert (manifest["task"]["metric"], manifest["task"]["higher_is_better"]) == ("accuracy", True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "score"), [("arithmetic", "answers"), ("commonsense", "answers"), ("commonsense", "options")]
+)
+def test_predictions_are_what_was_scored(
+    cli: Callable[..., Said], finished: dict[str, Any], tmp_path: Path, kind: str, score: str
+) -> None:
+    """Of rows with and without their answers."""
+    import fedsb
+
+    folder = finished[kind].folder
+    manifest = json.loads((folder / "manifest.json").read_text())
+    data = Path(manifest["config"]["data"]["test"])
+    rows = read_rows(data)
+    bare = write_rows(tmp_path / "bare.jsonl", [{k: v for k, v in row.items() if k != "answer"} for row in rows])
+    if score == "options":
+        scored = tmp_path / "run"
+        shutil.copytree(folder, scored)
+        manifest["config"]["task"]["score"] = "options"
+        (scored / "manifest.json").write_text(json.dumps(manifest))
+        found = json.loads(cli("eval", scored, "--json").out)
+        for table in (data, bare):
+            predicted = [row["prediction"] for row in fedsb.predict(scored, table)]
+            right = [prediction == row["answer"] for prediction, row in zip(predicted, rows, strict=True)]
+            assert sum(right) / len(rows) == found["accuracy"]
+        return
+    lines = read_rows(Path(json.loads(cli("eval", folder, "--json").out)["answers"]))
+    for table in (data, bare):
+        predicted = fedsb.predict(folder, table)
+        assert [row["prediction"] for row in predicted] == [line["generated"] for line in lines]
+        assert [row["ended"] for row in predicted] == [line["ended"] for line in lines]
 
 
 def test_an_evaluation_goes_on_and_grades_anew(

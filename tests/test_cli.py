@@ -17,7 +17,7 @@ from conftest import Said, set_all, tiny_settings, write_rows, write_toml
 from fedsb.config import load_config
 from fedsb.run import federate
 
-VERBS = ["ls", "init", "check", "run", "resume", "compare", "eval", "export", "report", "env"]
+VERBS = ["ls", "init", "check", "run", "resume", "compare", "eval", "predict", "export", "report", "env"]
 HEAVY = ["torch", "transformers", "peft", "datasets", "pydantic", "numpy", "jinja2"]
 
 
@@ -82,6 +82,51 @@ def test_ls(cli: Callable[..., Said], monkeypatch: pytest.MonkeyPatch, what: str
         assert str(next(iter(row.values()))) in flat
 
 
+def test_ls_alone_names_everything(cli: Callable[..., Said]) -> None:
+    found = {row["list"]: row["names"].split(", ") for row in json.loads(cli("ls", "--json").out)}
+    assert list(found) == ["methods", "recipes", "tasks", "bases"]
+    for what, names in found.items():
+        assert names == [next(iter(row.values())) for row in json.loads(cli("ls", what, "--json").out)]
+    assert "quickstart" in cli("ls").out
+
+
+def test_every_recipe_is_described(cli: Callable[..., Said]) -> None:
+    found = {row["recipe"]: row["what"] for row in json.loads(cli("ls", "recipes", "--json").out)}
+    assert found["trec"] == "The kind of answer that a question asks for, six classes"
+    assert all(10 < len(what) < 120 for what in found.values()), found
+
+
+def test_the_version(cli: Callable[..., Said]) -> None:
+    import fedsb
+
+    assert cli("--version") == Said(0, f"fedsb {fedsb.__version__}\n", "")
+
+
+def test_an_audit_of_a_run_directory_takes_the_runs_settings(cli: Callable[..., Said], finished: Path) -> None:
+    said = cli("audit", finished)
+    assert said.code == 1 and "privacy.unit = 'none'" in said.err
+
+
+def test_a_folder_that_is_deleted_during_a_run(
+    cli: Callable[..., Said], toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The advice is one: there is nothing to resume."""
+    import shutil
+
+    from fedsb.record import Record
+
+    append = Record.append
+
+    def delete(self: Record, *what: Any) -> None:
+        shutil.rmtree(self.folder)
+        append(self, *what)
+
+    monkeypatch.setattr(Record, "append", delete)
+    said = cli("run", toml)
+    assert said.code == 2 and "Was it deleted or moved during the run?" in said.err
+    assert "start the run again" in said.err and "resume" not in said.err and "make room" not in said.err
+
+
 def test_init_prints_a_recipe_that_loads(cli: Callable[..., Said], tmp_path: Path) -> None:
     for row in json.loads(cli("ls", "recipes", "--json").out):
         said = cli("init", row["recipe"])
@@ -133,8 +178,10 @@ def test_run(cli: Callable[..., Said], toml: Path, tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "tiny"
     assert "round 3/3  loss 1." in said.out
     assert f"adapter         {folder / 'adapter'}" in said.out
-    code = said.out.split("Load it:")[1]
-    compile("\n".join(line.strip() for line in code.splitlines()), "load", "exec")
+    compile(said.out.split("Load it:")[1], "load", "exec")
+    again = cli("run", toml)
+    assert again.code == 1 and f"{folder} holds a finished run. Give a new run another name" in again.err
+    (folder / "result.json").unlink()
     again = cli("run", toml)
     assert again.code == 1 and f"{folder} holds a finished run. To run it again, choose another name" in again.err
     assert "resume" not in again.err

@@ -64,11 +64,10 @@ def test_a_regression_from_training_to_the_adapter(
     assert found["pearson"] == pytest.approx(result.score, rel=1e-5) and -1 <= found["spearman"] <= 1
 
     load = json.loads((result.folder / "result.json").read_text())["load"]
-    assert "num_labels=1, problem_type='regression')" in load
+    assert "print(logits[:, 0].tolist())" in load
     rows = numbered(40, 1)
     script = (
-        load + "\nimport json, sys\nfrom transformers import AutoTokenizer\n"
-        f"tokenizer, model = AutoTokenizer.from_pretrained({regression['model']['name']!r}), model.eval()\n"
+        load + "\nimport json, sys\n"
         "rows = json.load(sys.stdin)\n"
         "outs = [model(**tokenizer(r, return_tensors='pt')).logits.tolist() for r in rows]\n"
         "print(json.dumps([out[0] for out in outs]))"

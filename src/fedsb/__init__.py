@@ -5,6 +5,7 @@
 
     result = fedsb.federate(fedsb.load_config(Path("my.toml"), ["train.lr=0.02"]))
     print(result.score, result.adapter)
+    print(fedsb.predict(result.folder, [{"text": "a new text"}]))
 
 On one machine, without a federation, Fed-SB's adapter is a PEFT tuner:
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from fedsb.config import load_config
     from fedsb.errors import ConfigError, RunError, UserError
     from fedsb.methods.contract import Facts, Method, State, Traffic, Update
+    from fedsb.predictions import predict
     from fedsb.report import summary, write_report
     from fedsb.run import Display, Result, federate, resume
 
@@ -42,6 +44,7 @@ _HOMES = {
     "State": "fedsb.methods.contract",
     "Traffic": "fedsb.methods.contract",
     "Update": "fedsb.methods.contract",
+    "predict": "fedsb.predictions",
     "summary": "fedsb.report",
     "write_report": "fedsb.report",
     "Display": "fedsb.run",
@@ -64,6 +67,7 @@ __all__ = [
     "UserError",
     "federate",
     "load_config",
+    "predict",
     "resume",
     "save_as_lora",
     "summary",

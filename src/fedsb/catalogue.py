@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 import tomllib
 from collections.abc import Sequence
 from dataclasses import replace
@@ -44,6 +46,7 @@ def recipes() -> list[dict[str, Any]]:
         rows.append(
             {
                 "recipe": path.stem,
+                "what": _what(path.read_text()),
                 "command": path.read_text().splitlines()[0].removeprefix("# "),
                 "method": settings["method"]["name"],
                 "model": settings["model"]["name"],
@@ -51,6 +54,20 @@ def recipes() -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _what(recipe: str) -> str:
+    """Returns what a recipe is, from its comment: the first words under its command."""
+    comment = itertools.takewhile(lambda line: line.startswith("#"), recipe.splitlines())
+    words = " ".join(line.removeprefix("#").strip() for line in list(comment)[1:])
+    return re.split(r" *[:;(]|\.\s", words.strip(), maxsplit=1)[0]
+
+
+def everything() -> list[dict[str, Any]]:
+    """Returns the names of all that can be listed, kind by kind."""
+    kinds = {"methods": methods, "recipes": recipes, "tasks": tasks, "bases": bases}
+    named = {kind: [str(next(iter(row.values()))) for row in of()] for kind, of in kinds.items()}
+    return [{"list": kind, "names": ", ".join(names)} for kind, names in named.items()]
 
 
 def tasks() -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedsb import cli_federation
+from fedsb import __version__, cli_federation
 from fedsb.catalogue import load, recipe_path
 from fedsb.errors import RunError, UserError
 
@@ -55,13 +55,31 @@ class Backend(StrEnum):
     vllm = "vllm"
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"fedsb {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
 @app.command("ls")
-def list_things(what: Annotated[Listed, typer.Argument(help="What to list.")], as_json: Json = False) -> None:
-    """List what there is. Methods, recipes, tasks or bases, with their facts."""
+def list_things(
+    what: Annotated[Listed | None, typer.Argument(help="What to list; default: the names of all.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List methods, recipes, tasks or bases, with their facts."""
     from fedsb import catalogue
     from fedsb.terminal import print_table
 
-    rows = getattr(catalogue, what.value)()
+    rows = catalogue.everything() if what is None else getattr(catalogue, what.value)()
     if as_json:
         _print_json(rows)
     else:
@@ -251,10 +269,47 @@ def evaluate(
 
 
 @app.command()
+def predict(
+    folder: RunArgument,
+    data: Annotated[str, typer.Option("--data", help="Rows, which need no label: a file or hub:owner/name.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Write them to a new file, .jsonl or .csv; default: print them.")
+    ] = None,
+    new_tokens: Annotated[
+        int | None, typer.Option("--new-tokens", help="Limit of a written answer; default: the run's own.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON lines on stdout; logs go to stderr.")] = False,
+) -> None:
+    """Predict rows with a run's adapter, loaded by PEFT. Classes with probabilities, numbers, or written answers."""
+    from fedsb.models.hub import stay_offline_without_network
+    from fedsb.predictions import json_lines, refuse_output, write_predictions
+    from fedsb.predictions import predict as predict_rows
+    from fedsb.terminal import print_predictions
+
+    stay_offline_without_network()
+    if out is not None:
+        refuse_output(out)
+    rows = predict_rows(folder, data, new_tokens=new_tokens)
+    if out is not None:
+        write_predictions(rows, out)
+        if as_json:
+            _print_json({"run": str(folder), "data": data, "rows": len(rows), "out": str(out)})
+        else:
+            typer.echo(f"{len(rows):,} predictions written to {out}")
+    elif as_json:
+        typer.echo(json_lines(rows), nl=False)
+    else:
+        print_predictions(rows)
+
+
+@app.command()
 def export(
     folder: RunArgument,
     to: Annotated[str, typer.Option("--to", help="A new folder, or hub:owner/name (needs HF_TOKEN).")],
     merged: Annotated[bool, typer.Option("--merged", help="The base model with the adapter merged in.")] = False,
+    public: Annotated[
+        bool, typer.Option("--public", help="Make a new repository on the Hub public; default: private.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Copy the adapter or the merged model. To a new folder or to the Hub."""
@@ -262,7 +317,7 @@ def export(
     from fedsb.evaluate import export_to
     from fedsb.record import read_result
 
-    where = export_to(folder, to, merged=merged)
+    where = export_to(folder, to, merged=merged, public=public)
     servers = [] if merged else (read_result(folder) or {}).get("serving", [])  # of the plain adapter
     if as_json:
         _print_json({"exported": where, "serving": servers})
@@ -312,6 +367,8 @@ def _watched(folder: Path, as_json: bool, *, verbose: bool) -> Iterator[Terminal
 
 
 def _how_to_go_on(folder: Path) -> str:
+    if not folder.is_dir():
+        return f"  there is no folder {folder}: if it was deleted or moved during the run, start the run again"
     if not (folder / "manifest.json").exists():
         return f"  there is no run in {folder}: start it again"
     return f"  what was finished is in {folder}; to go on:\n    fedsb resume {shlex.quote(str(folder))}"

@@ -36,6 +36,17 @@ def remove_temporary(path: Path) -> None:
             left.unlink(missing_ok=True)
 
 
+def usual_modes(folder: Path) -> None:
+    """Gives every file below a folder the mode of a new file: some libraries write files that only the owner reads."""
+    probe = folder / ".mode"
+    probe.touch()
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
+
+
 @contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
     """Turns what a disk refuses into a message that says what is kept and how to go on."""

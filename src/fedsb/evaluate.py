@@ -15,19 +15,24 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
+from fedsb.adapters.card import merged_card
 from fedsb.adapters.export import BaseFacts, merge
 from fedsb.answers import answer_all
 from fedsb.backends import run_lm_eval, write_with_vllm
 from fedsb.config import load_config
 from fedsb.data.sites import load_rows, open_task_of
 from fedsb.data.sources import Table
+from fedsb.data.tasks import TASKS
 from fedsb.data.tasks.answers import Answers
 from fedsb.data.tasks.base import Example, Task, pad_token, question_of
-from fedsb.disk import disk_errors, safe_name, write_atomic
+from fedsb.disk import disk_errors, safe_name, usual_modes, write_atomic
+from fedsb.engines.base_facts import task_facts
 from fedsb.errors import UserError
 from fedsb.federation.scoring import Answered, answers, graded, measured, prompts_of
 from fedsb.methods import method_type
-from fedsb.models.load import load_base, load_tokenizer, matmul_precision, quiet, resolve_name
+from fedsb.models.hub import hub_errors, licence_of
+from fedsb.models.load import load_base, load_tokenizer, matmul_precision, quiet, resolve_name, shared_name
+from fedsb.outcome import card_facts
 from fedsb.record import read_manifest, read_result
 from fedsb.settings import Config
 
@@ -54,9 +59,8 @@ def evaluate_tables(
 
     Every table is read before the first is scored. Raises UserError also for a table that is named twice.
     """
-    manifest, config, adapter = _finished(folder)
-    task = open_task_of(config, load_tokenizer(config.model))
-    task.label_names = list(manifest["task"]["label_names"] or [])
+    manifest, config, adapter = finished_run(folder)
+    task = fitted_task(manifest, config)
     if backend == "vllm" and len(sources) > 1:
         raise UserError("--backend vllm takes the whole device for one table: give one --data a command")
     tables = [load_rows(config, task, source) for source in sources]
@@ -69,7 +73,9 @@ def evaluate_tables(
         config=config,
         task=task,
         adapter=adapter,
-        model=cache(lambda: _adapted(config, task, adapter)),  # loaded once, and only where something is left to do
+        model=cache(
+            lambda: adapted_model(config, task, adapter)
+        ),  # loaded once, and only where something is left to do
     )
     found = []
     for table, (examples, cut) in zip(tables, encoded, strict=True):
@@ -124,16 +130,16 @@ def _evaluate(
 
 def evaluate_by_lm_eval(folder: Path, tasks: str) -> dict[str, Any]:
     """lm-eval's own `tasks` ("gsm8k,piqa") on the base with the adapter. Raises UserError as the other does."""
-    _, config, adapter = _finished(folder)
+    _, config, adapter = finished_run(folder)
     tokenizer = load_tokenizer(config.model)
     task = open_task_of(config, tokenizer)
     if task.auto_class != "AutoModelForCausalLM":
         raise UserError(f"--lm-eval asks models that write; this run's task is {config.task.kind!r}")
-    found = run_lm_eval(_adapted(config, task, adapter), tokenizer, tasks, config.eval.batch_size)
+    found = run_lm_eval(adapted_model(config, task, adapter), tokenizer, tasks, config.eval.batch_size)
     return {"run": str(folder), "lm_eval": found}
 
 
-def _adapted(config: Config, task: Task, adapter: Path) -> Any:
+def adapted_model(config: Config, task: Task, adapter: Path) -> Any:
     """The base with the plain adapter, by PEFT, in evaluation mode."""
     from peft import PeftModel
 
@@ -168,57 +174,92 @@ def _name(config: Config, table: Table, adapter: Path, backend: str) -> str:
     return f"{safe_name(Path(table.origin).name.split('.')[0])}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:8]}"
 
 
-def export_to(folder: Path, to: str, *, merged: bool) -> str:
-    """Copies the adapter, or the merged model, to a new folder or to `hub:owner/name`; gives back where it is.
+def fitted_task(manifest: Mapping[str, Any], config: Config, new_tokens: int | None = None) -> Task:
+    """Returns the task of a run, with the classes that it was trained on.
 
-    A folder is there whole or not at all. Raises UserError where it holds something, HF_TOKEN is missing, or the Hub
-    refuses.
+    `new_tokens` replaces the run's own limit. Raises UserError where the task writes nothing, or it is below 1.
     """
-    manifest, config, adapter = _finished(folder)
+    if new_tokens is not None:
+        if TASKS[config.task.kind].auto_class != "AutoModelForCausalLM":
+            raise UserError(
+                f"--new-tokens {new_tokens} is for models that write, and this run's task is {config.task.kind!r}. "
+                "Leave it out"
+            )
+        if new_tokens < 1:
+            raise UserError(f"--new-tokens {new_tokens} must be at least 1")
+        config = config.model_copy(update={"task": config.task.model_copy(update={"new_tokens": new_tokens})})
+    task = open_task_of(config, load_tokenizer(config.model))
+    task.take_classes(manifest["task"])
+    return task
+
+
+def export_to(folder: Path, to: str, *, merged: bool, public: bool = False) -> str:
+    """Copies the adapter, or the merged model, to a new folder or to `hub:owner/name`, and returns where it is.
+
+    A repository that this makes on the Hub is private unless `public`. A folder is there whole or not at all.
+    Raises UserError where the folder holds something, HF_TOKEN is missing, or the Hub refuses.
+    """
+    manifest, config, adapter = finished_run(folder)
+    if public and not to.startswith("hub:"):
+        raise UserError(f"--public is for a repository on the Hub, but --to {to} is a folder: leave --public out")
     if to.startswith("hub:"):
         if not os.environ.get("HF_TOKEN"):
             raise UserError(f"--to {to}: pushing to the Hub needs a token; set the environment variable HF_TOKEN")
         with disk_errors(folder), TemporaryDirectory(dir=folder, prefix=".export.") as draft:
-            made = _make(manifest, config, adapter, Path(draft) / "model", merged=merged)
-            return _push(made, to)
+            made = _make(folder, manifest, config, adapter, Path(draft) / "model", merged=merged)
+            if not merged:
+                _forget_local_base(made)
+            return _push(made, to, public=public)
     target = Path(to).expanduser()
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise UserError(f"--to {to} holds something already; name a new folder")
     with disk_errors(target.parent):
         target.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as draft:
-            _make(manifest, config, adapter, Path(draft) / "model", merged=merged).replace(target)
+            made = _make(folder, manifest, config, adapter, Path(draft) / "model", merged=merged)
+            usual_modes(made)
+            made.replace(target)
     return str(target)
 
 
-def _make(manifest: Mapping[str, Any], config: Config, adapter: Path, folder: Path, *, merged: bool) -> Path:
+def _make(run: Path, manifest: Mapping[str, Any], config: Config, adapter: Path, folder: Path, *, merged: bool) -> Path:
+    """Writes what is exported to `folder` and returns it."""
     if not merged:
         return Path(shutil.copytree(adapter, folder))
-    load_tokenizer(config.model)  # says what to do where the base is not at hand
-    task = manifest["task"]
+    name, _ = resolve_name(config.model.name)
     base = BaseFacts(
-        name=manifest["model"]["path"],
-        shared_name=manifest["model"]["path"],
+        name=name,
+        shared_name=shared_name(config.model.name, name),
         revision=config.model.revision,
-        auto_class=task["auto_class"],
-        task_type=task["peft_task_type"],
         head=(),
-        label_names=task.get("class_names") or task["label_names"] or [],
         conv1d=False,
         pad_token=manifest["model"]["pad_token"],
-        problem_type=task["problem_type"],
+        **task_facts(fitted_task(manifest, config)),
     )
-    with _silently():
+    with _silently(), hub_errors(name):
         merge(base, adapter, folder)
+    licence, files = licence_of(name, config.model.revision)
+    for path in files:
+        shutil.copy(path, folder)
+    (folder / "README.md").write_text(merged_card(base, card_facts(run), licence), encoding="utf-8")
     return folder
 
 
-def _push(folder: Path, to: str) -> str:
+def _forget_local_base(adapter: Path) -> None:
+    """Names a base that is a folder on this machine by the folder's name alone: its path says nothing to others."""
+    path = adapter / "adapter_config.json"
+    settings = json.loads(path.read_text())
+    if Path(settings["base_model_name_or_path"]).is_dir():
+        settings["base_model_name_or_path"] = Path(settings["base_model_name_or_path"]).name
+        path.write_text(json.dumps(settings, indent=2, sort_keys=True))
+
+
+def _push(folder: Path, to: str, *, public: bool) -> str:
     from huggingface_hub import HfApi
 
     api, name = HfApi(token=os.environ["HF_TOKEN"]), to.removeprefix("hub:")
     try:
-        api.create_repo(name, exist_ok=True)
+        api.create_repo(name, private=not public, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=folder)
     except Exception as error:  # the Hub's client raises its own kinds, those of its network library, and the system's
         raise UserError(f"--to {to}: the Hub refused it: {error}. The run and its adapter are as they were") from error
@@ -233,9 +274,13 @@ def _silently() -> Iterator[None]:
         yield
 
 
-def _finished(folder: Path) -> tuple[dict[str, Any], Config, Path]:
-    manifest = read_manifest(folder)
-    if read_result(folder) is None:
+def finished_run(folder: Path) -> tuple[dict[str, Any], Config, Path]:
+    """Returns the manifest, the settings and the adapter of a run.
+
+    Raises UserError for a run that is not finished, that has no one adapter, or whose adapter PEFT does not load.
+    """
+    manifest, result = read_manifest(folder), read_result(folder)
+    if result is None:
         raise UserError(f"{folder} is not finished: `fedsb resume {folder}` goes on")
     config, adapter = load_config(manifest["config"]).config, folder / "adapter"
     if not method_type(config.method.name).facts.global_model:
@@ -243,4 +288,6 @@ def _finished(folder: Path) -> tuple[dict[str, Any], Config, Path]:
         raise UserError(f"method {config.method.name!r} has no global model; its clients' adapters are {names}")
     if not (adapter / "adapter_config.json").exists():
         raise UserError(f"{adapter} is gone: `fedsb resume {folder}` writes it again")
+    if result.get("adapter_fault"):
+        raise UserError(f"The adapter of {folder} cannot be used. {result['adapter_fault']}")
     return manifest, config, adapter

@@ -11,8 +11,10 @@ from typing import Any
 
 from fedsb.adapters.adapted import Tensors
 from fedsb.adapters.basis import BASES, Basis, basis_hash
-from fedsb.adapters.export import BaseFacts, check_adapter, has_conv1d, load_lines, lora_config, lora_files, model_card
+from fedsb.adapters.card import load_lines, model_card
+from fedsb.adapters.export import check_adapter, companion_files, lora_config, lora_files
 from fedsb.adapters.serving import serving
+from fedsb.config import load_config
 from fedsb.data.tasks.base import Example
 from fedsb.disk import safe_name, write_atomic
 from fedsb.engines import Score
@@ -21,13 +23,16 @@ from fedsb.engines.embedded import EmbeddedEngine
 from fedsb.engines.remote import RemoteEngine
 from fedsb.engines.round import Played
 from fedsb.environment import git_hash, versions
+from fedsb.errors import DiskError, RunError, UserError
 from fedsb.federation.basis_round import peak_memory_bytes
 from fedsb.federation.prices import price_list
 from fedsb.federation.schedule import refreshes, whole_broadcasts
+from fedsb.methods import build_method
 from fedsb.methods.contract import Method, State
+from fedsb.models.load import quiet
 from fedsb.privacy.setup import Promise
 from fedsb.privacy.statement import promised, spent, why_not_private
-from fedsb.record import Record, read_result
+from fedsb.record import Record, read_manifest, read_result, read_rows
 from fedsb.report import summary, write_report
 from fedsb.settings import Choice, Config
 from fedsb.warnings import counted_rounds, run_warnings
@@ -160,11 +165,14 @@ def round_row(
 
 def export(
     config: Config, method: Method, engine: RunEngine, state: State, kept: Mapping[str, Tensors], record: Record
-) -> Path:
+) -> tuple[Path, UserError | RunError | None]:
     """Writes the adapter as plain LoRA below the run directory, loads it again with PEFT, and compares.
 
     A method without a global model writes one adapter for each client. Files are written one by one, each whole or
     not at all, the config last: a folder with an adapter_config.json is complete.
+
+    Returns the folder, and what is wrong with an adapter that PEFT does not load as it was trained. The run is finished
+    nevertheless: its trained tensors are on disk.
     """
     folder = record.folder / "adapter"
     models = (
@@ -172,38 +180,48 @@ def export(
         if method.facts.global_model
         else {folder / safe_name(site.name): engine.tensors_of(method, state, kept, site.name) for site in engine.sites}
     )
-    write_adapters(engine, models, _card_facts(config, method, record), engine.probes)
-    return folder
+    try:
+        with quiet():
+            write_adapters(engine, models, card_facts(record.folder), engine.probes)
+    except DiskError:
+        raise
+    except (UserError, RunError) as fault:
+        return folder, fault
+    return folder, None
 
 
 def write_adapters(
     bench: Bench, models: Mapping[Path, Tensors], facts: Mapping[str, str], probes: Sequence[Example]
 ) -> None:
-    """Each model as a plain LoRA adapter in its folder, loaded again with PEFT and compared on the probes.
+    """Writes each model as a plain LoRA adapter in its folder, loads it again with PEFT and compares on the probes.
 
-    Without probes (a coordinator without test rows) nothing is compared; sites compare on their own.
+    Without probes (a coordinator without test rows) nothing is compared; sites compare on their own. Every folder is
+    written before the first is loaded. Raises UserError and RunError as `check_adapter`.
     """
-    base = base_facts(bench)
+    base = bench.base_facts()
     logits = {path: bench.logits(tensors, probes) for path, tensors in models.items() if probes}
-    model = bench.adapted.unwrap()
+    model: Any = bench.adapted.unwrap()
+    companions = companion_files(bench.tokenizer, model.config, base)
+    factors = {path: bench.method.export(tensors) for path, tensors in models.items()}
     for path, tensors in models.items():
         head = {key: tensors[key] for key in bench.head}
-        factors = bench.method.export(tensors)
-        card = model_card(base, facts, "path/to/this/adapter", serving(lora_config(factors, base), base.model_type))
-        files = lora_files(factors, head, base, card)
+        card = model_card(base, facts, serving(lora_config(factors[path], base), base.model_type))
+        files = companions | lora_files(factors[path], head, base, card)
         for name in sorted(files, key=lambda name: name == "adapter_config.json"):
             write_atomic(path / name, files[name])
-        if path in logits:
-            check_adapter(path, model, *logits[path], factors, base)
+    for path in logits:
+        check_adapter(path, model, *logits[path], factors[path], base)
 
 
-def finish(record: Record, engine: RunEngine, sites: Mapping[str, Score], adapter: Path) -> float | None:
-    """Writes result.json and the report; gives back the last score."""
+def finish(
+    record: Record, engine: RunEngine, sites: Mapping[str, Score], adapter: Path, fault: Exception | None = None
+) -> float | None:
+    """Writes result.json and the report, and returns the last score. `fault` is what is wrong with the adapter."""
     rounds = record.rows("rounds.jsonl")
     last = rounds[-1]
     before = read_result(record.folder)  # of a finished run that is taken up again
     one = adapter if engine.method.facts.global_model else adapter / safe_name(engine.sites[0].name)
-    base = base_facts(engine)
+    base = engine.base_facts()
     written = json.loads((one / "adapter_config.json").read_bytes())
     result = {
         "score": last["score"],
@@ -228,6 +246,7 @@ def finish(record: Record, engine: RunEngine, sites: Mapping[str, Score], adapte
         if engine.promise
         else (before or {}).get("peak_memory_bytes") or peak_memory_bytes(engine.adapted.device),
         "adapter": str(adapter),
+        "adapter_fault": None if fault is None else str(fault),
         "load": load_lines(base, one),
         "serving": [asdict(server) for server in serving(written, base.model_type)],
         "data_card": record.manifest.get("data_card"),
@@ -235,23 +254,6 @@ def finish(record: Record, engine: RunEngine, sites: Mapping[str, Score], adapte
     write_atomic(record.folder / "result.json", json.dumps(result, indent=1).encode())
     write_report(record.folder)
     return last["score"] if last["score"] is None else float(last["score"])
-
-
-def base_facts(bench: Bench) -> BaseFacts:
-    return BaseFacts(
-        name=bench.base.name,
-        shared_name=bench.base.shared_name,
-        revision=bench.config.model.revision,
-        auto_class=bench.task.auto_class,
-        task_type=bench.task.peft_task_type,
-        head=bench.base.head,
-        label_names=bench.task.class_names,
-        problem_type=bench.task.problem_type,
-        conv1d=has_conv1d(bench.adapted.layers),
-        pad_token=bench.base.pad_token,
-        quantization=bench.base.quantization,
-        model_type=bench.base.model_type,
-    )
 
 
 def _basis_facts(basis: Basis | None, *, private: bool) -> dict[str, Any] | None:
@@ -270,23 +272,29 @@ def _basis_facts(basis: Basis | None, *, private: bool) -> dict[str, Any] | None
     }
 
 
-def _card_facts(config: Config, method: Method, record: Record) -> dict[str, str]:
-    facts, warnings = summary(record.folder), run_warnings(record.manifest, record.rows("rounds.jsonl"))
-    tables = record.manifest["data"].values()
-    settings = {choice["key"]: choice for choice in record.manifest["settings"]}
+def card_facts(folder: Path) -> dict[str, str]:
+    """Returns the rows of a model card's table: how the run in `folder` was made and what it scored."""
+    manifest, facts = read_manifest(folder), summary(folder)
+    chosen = load_config(manifest["config"]).config.method
+    method = build_method(chosen.name, chosen.options)
+    warnings = run_warnings(manifest, read_rows(folder / "rounds.jsonl"))
+    settings = {choice["key"]: choice for choice in manifest["settings"]}
     fixed = settings.get("model.template_date", {})
     dated = {"Date in the prompts": str(fixed["value"])} if "writes a date" in fixed.get("reason", "") else {}
-    score = facts["score"]
+    clients, score = manifest["clients"], facts["score"]
     return {
         "Method": f"{method.facts.id} ({method.facts.paper}), rank {method.rank}",
-        "Data": ", ".join(f"{Path(table['origin']).name} ({table['rows']:,} rows)" for table in tables),
-        "Clients": f"{sum(not client['unseen'] for client in record.manifest['clients'])}, {config.clients.split}",
-        "Rounds": str(facts["rounds"]) + (f" of {config.rounds} planned" if facts["rounds"] < config.rounds else ""),
+        "Data": ", ".join(
+            f"{Path(table['origin']).name} ({table['rows']:,} rows)" for table in manifest["data"].values()
+        ),
+        "Clients": f"{sum(not client['unseen'] for client in clients)}, {manifest['config']['clients']['split']}",
+        "Rounds": str(facts["rounds"])
+        + (f" of {manifest['rounds']} planned" if facts["rounds"] < manifest["rounds"] else ""),
         "Bytes sent": f"{facts['bytes']['federation']['with_head']['total']:,} by the whole federation",
-        "Score": "not scored" if score is None else f"{record.manifest['task']['metric']} {score:.4f}",
-        "Privacy": record.manifest["privacy"]["says"]
-        if record.manifest["not_private"] is None
-        else f"not private: {record.manifest['not_private']}",
+        "Score": "not scored" if score is None else f"{manifest['task']['metric']} {score:.4f}",
+        "Privacy": manifest["privacy"]["says"]
+        if manifest["not_private"] is None
+        else f"not private: {manifest['not_private']}",
         **dated,
         **{f"Warning {i}": found["text"] for i, found in enumerate(warnings, start=1)},
     }

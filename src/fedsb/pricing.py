@@ -30,6 +30,7 @@ from fedsb.engines.bench import Bench
 from fedsb.engines.resolved import (
     auto_cohort_size,
     batch_warnings,
+    end_choices,
     local_training,
     open_sums,
     public_rows,
@@ -118,6 +119,7 @@ def estimate(loaded: Loaded) -> dict[str, Any]:
     traffic = method.traffic(adapted.shapes, head=head, clients=cohort)
     privacy, seconds, seconds_reason = None, None, "not known: it depends on the rows"
     choices = [*loaded.choices(), *base.choices, *positions, targets_choice(config, targets, without)]
+    choices += end_choices(here.task)
     sites = [elsewhere(name, 0) for name in names]
     local = local_training(config, clients=len(here.clients) if method.facts.pools_data else 1)
     if data is not None:

@@ -324,6 +324,11 @@ def keyed_fingerprint(key: bytes, fingerprint: str) -> str:
 
 def refuse_existing(folder: Path) -> None:
     """Raises UserError where there is a run already: nothing is ever overwritten."""
+    if (folder / "result.json").exists():
+        raise UserError(
+            f"{folder} holds a finished run. Give a new run another name (--set name=other); `fedsb report {folder}` "
+            "shows this one"
+        )
     if (folder / "manifest.json").exists():
         if (folder / "result.json").exists():
             raise UserError(
@@ -351,11 +356,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
-    """What a finished run says at its end; None for one that is not finished."""
+    """Returns what a finished run says at its end, None for one that is not finished.
+
+    The adapter's place, and the lines of Python that load it, are those of `folder` as it is now: it may have moved.
+    """
     try:
         result: dict[str, Any] = json.loads((folder / "result.json").read_text())
     except FileNotFoundError:
         return None
+    before, now = str(result.get("adapter", "")), str(folder / "adapter")
+    if before and before != now:
+        result |= {"adapter": now, "load": str(result.get("load", "")).replace(repr(before)[:-1], repr(now)[:-1])}
     return result
 
 

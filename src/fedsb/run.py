@@ -176,8 +176,10 @@ def _carry_out(loaded: Loaded, engine: RunEngine, record: Record, display: Displ
             display.note(f"The run ends after round {state.round}: {spent}.")
 
         sites = engine.score_sites(method, state, kept)
-        adapter = export(config, method, engine, state, kept, record)
-        score_at_end = finish(record, engine, sites, adapter)
+        adapter, fault = export(config, method, engine, state, kept, record)
+        score_at_end = finish(record, engine, sites, adapter, fault)
+        if fault is not None:
+            raise fault
     return Result(folder=record.folder, score=score_at_end, adapter=adapter)
 
 

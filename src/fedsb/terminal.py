@@ -21,6 +21,9 @@ PLAIN: dict[str, Any] = {"box": None, "padding": (0, 2, 0, 0)}  # tables without
 COLUMNS = ("round", "loss", "score", "up", "down", "seconds", "left", "dropped")
 
 
+COLUMNS_OF_PREDICTIONS = ("prediction", "probabilities", "ended")
+
+
 class Terminal:
     """Watches a run: a table that grows by a row a round; on anything but a terminal, a line a round."""
 
@@ -122,6 +125,24 @@ def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
         console.print(table)
 
 
+def print_predictions(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Prints predictions with the rows that they are of: a line each, or two where the model wrote."""
+    console = _console()
+    shown = [_cell(row["prediction"]) for row in rows]
+    width, digits = max(map(len, shown)), len(str(len(rows)))
+    for number, (row, prediction) in enumerate(zip(rows, shown, strict=True), start=1):
+        of = " | ".join(
+            " ".join(str(value).split()) for name, value in row.items() if name not in COLUMNS_OF_PREDICTIONS
+        )
+        start = f"{number:>{digits}}  "
+        if "ended" in row:
+            console.print(start + of, no_wrap=True, overflow="ellipsis")
+            console.print(f"{' ' * len(start)}{prediction.strip()}{'' if row['ended'] else ' [cut]'}\n")
+            continue
+        share = f"{row['probabilities'][row['prediction']]:.3f}  " if "probabilities" in row else ""
+        console.print(f"{start}{prediction:<{width}}  {share}{of}", no_wrap=True, overflow="ellipsis")
+
+
 def print_scores(found: Mapping[str, Any]) -> None:
     """Several tables that one adapter was scored on, and the plain mean over them."""
     rows = [{key: value for key, value in of.items() if key not in ("run", "answers")} for of in found["tables"]]
@@ -172,7 +193,7 @@ def print_summary(folder: Path, found: Mapping[str, Any]) -> None:
     for line in serving_lines((result or {}).get("serving", []), only_doubts=True):
         console.print(f"  elsewhere       {line}")
     if result:
-        console.print("\nLoad it:\n\n" + "\n".join("    " + line for line in result["load"].splitlines()) + "\n")
+        console.print(f"\nLoad it:\n\n{result['load']}\n")
 
 
 def print_comparison(folder: Path, found: Mapping[str, Any]) -> None:

@@ -9,25 +9,25 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
 from safetensors.torch import load, load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from fedsb.adapters.adapted import AdaptedModel, find_targets, head_linears
 from fedsb.adapters.basis import make_basis, random_pair
+from fedsb.adapters.card import load_lines, model_card
 from fedsb.adapters.export import (
     BaseFacts,
     check_adapter,
     has_conv1d,
-    load_lines,
+    lora_config,
     lora_files,
     lora_tensors,
     merge,
-    model_card,
+    try_adapter,
 )
 from fedsb.adapters.serving import serving
-from fedsb.errors import RunError
+from fedsb.errors import RunError, UserError
 from fedsb.methods.contract import Factors, Method
 from fedsb.methods.fed_sb import FedSB
 from fedsb.methods.fedit import FedIT
@@ -271,27 +271,12 @@ def test_the_merged_model_answers_the_same(
 # --- what a user reads ---
 
 
-@pytest.mark.parametrize(("model", "auto_class"), CASES)
-def test_the_three_lines_load_the_adapter(
-    request: pytest.FixtureRequest, tmp_path: Path, model: str, auto_class: str
-) -> None:
-    made = exported(request.getfixturevalue(model), auto_class, FedIT(rank=2), tmp_path)
-    lines = load_lines(made.facts, made.folder)
-    assert len(lines.splitlines()) == 3
-    scope: dict[str, Any] = {}
-    exec(lines, scope)
-    assert isinstance(scope["model"], PeftModel)
-    with torch.no_grad():
-        got = scope["model"].eval()(**made.inputs).logits
-    assert float((got - made.logits).abs().max()) < 1e-5
-
-
 def test_the_lines_name_a_revision() -> None:
     assert "revision='abc'" in load_lines(dataclasses.replace(FACTS, revision="abc"), "adapter")
 
 
 def test_the_card() -> None:
-    card = model_card(dataclasses.replace(FACTS, shared_name='a "b"'), {"Method": "fed-sb"}, "adapter")
+    card = model_card(dataclasses.replace(FACTS, shared_name='a "b"'), {"Method": "fed-sb"})
     import yaml
 
     head = yaml.safe_load(card.split("---")[1])
@@ -299,7 +284,70 @@ def test_the_card() -> None:
     assert "| Method | fed-sb |" in card and "- 2: red" in card and "Elsewhere" not in card
     servers = serving({"r": 8, "target_modules": ["x"], "task_type": "SEQ_CLS"}, "bert")
     said = "- vLLM and llama.cpp will not load it: they serve causal language models, and this adapter has a task head"
-    assert f"## Elsewhere\n\n{said}" in model_card(FACTS, {}, "adapter", servers)
+    assert f"## Elsewhere\n\n{said}" in model_card(FACTS, {}, servers)
+
+
+PEFT_0_13 = {
+    *("alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "fan_in_fan_out", "inference_mode"),
+    *("init_lora_weights", "layer_replication", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha"),
+    *("lora_dropout", "megatron_config", "megatron_core", "modules_to_save", "peft_type", "r", "rank_pattern"),
+    *("revision", "runtime_config", "target_modules", "task_type", "use_dora", "use_rslora"),
+}
+
+
+def test_an_older_peft_knows_every_key_of_the_config() -> None:
+    """PEFT 0.13 makes a LoraConfig of all keys, and raises TypeError at one that it does not know."""
+    factor = Factors(A=torch.ones(2, 4), B=torch.ones(3, 2), scale=1)
+    assert lora_config({"a.b": factor}, FACTS).keys() <= PEFT_0_13
+
+
+# --- before training ---
+
+
+def test_an_adapter_of_zeros_is_tried_before_training(tiny_bert: Path) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_bert, num_labels=3).eval()
+    inputs = {"input_ids": torch.randint(3, 40, (3, 7))}
+    with torch.no_grad():
+        logits = model(**inputs).logits
+        targets = find_targets(model, "blocks", ["classifier"])
+        shapes = {name: model.get_submodule(name).weight.shape for name in targets}
+        factors = {name: Factors(A=torch.zeros(2, n), B=torch.zeros(m, 2), scale=1) for name, (m, n) in shapes.items()}
+        head = {f"classifier.{name}": tensor.clone() for name, tensor in model.classifier.state_dict().items()}
+        assert try_adapter(model, inputs, logits, factors, head, FACTS) < 1e-5
+        assert torch.equal(model(**inputs).logits, logits)
+        assert not any("lora" in name for name, _ in model.named_modules())
+
+
+def test_a_layer_that_peft_refuses_is_named() -> None:
+    from transformers import Mamba2Config, Mamba2ForCausalLM
+
+    config = Mamba2Config(
+        vocab_size=50, hidden_size=32, num_hidden_layers=2, num_heads=4, head_dim=16, state_size=8, n_groups=1
+    )
+    model = Mamba2ForCausalLM(config).eval()
+    layers = [name for name, _ in model.named_modules() if name.endswith(("in_proj", "out_proj"))]
+    factors = {
+        name: Factors(A=torch.zeros(2, n), B=torch.zeros(m, 2), scale=1)
+        for name in layers
+        for m, n in [model.get_submodule(name).weight.shape]
+    }
+    base = dataclasses.replace(FACTS, task_type="CAUSAL_LM", head=[], label_names=[])
+    inputs = {"input_ids": torch.randint(3, 40, (1, 7))}
+    with torch.no_grad(), pytest.raises(UserError) as raised:
+        try_adapter(model, inputs, model(**inputs).logits, factors, {}, base)
+    said = str(raised.value)
+    assert "PEFT loads no LoRA on the layers 'backbone.layers.0.mixer.out_proj'" in said and "model.targets" in said
+    assert "in_proj'" not in said.split(":")[0]
+
+
+def test_a_layer_that_peft_leaves_alone_is_named(tiny_bert: Path, tmp_path: Path) -> None:
+    made = exported(tiny_bert, "AutoModelForSequenceClassification", FedSB(rank=4), tmp_path)
+    path = tmp_path / "adapter_config.json"
+    config = json.loads(path.read_text())
+    left_out = config["target_modules"].pop()
+    path.write_text(json.dumps(config))
+    with pytest.raises(UserError, match=f"PEFT loads no LoRA on the layer '{left_out}'"):
+        made.check()
 
 
 def test_the_head_of_a_classifier_is_one_linear_layer(tiny_bert: Path) -> None:

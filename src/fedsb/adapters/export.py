@@ -1,18 +1,25 @@
-"""From a trained adapter to files that others load: plain PEFT LoRA, a merged model, a model card.
+"""From a trained adapter to files that others load: plain PEFT LoRA, and a merged model.
 
     lora_B = B R,  lora_A = A,  rank h r,  lora_alpha = rank * s           multiplied in float32; exact
 
 A trained head is saved with the adapter (PEFT's modules_to_save). Every adapter that is written is loaded again by
 PEFT, on the same base, and its logits are compared with those of the model that was trained.
+
+A classifier with mean pooling is trained as a token classifier whose logits are averaged over each text's tokens.
+transformers has no text classifier that does this: loaded as one, the folder would get a head of random weights. It
+is therefore merged into a folder of sentence-transformers (encoder, masked mean, linear layer), which has no
+config.json of its own, so that `pipeline("text-classification")` refuses it.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,11 +32,19 @@ from torch.nn.functional import pad
 from fedsb.adapters.adapted import Tensors
 from fedsb.adapters.factors import Factors
 from fedsb.adapters.layer import is_conv1d
-from fedsb.adapters.serving import Serving, serving_lines
-from fedsb.errors import RunError
+from fedsb.errors import RunError, UserError
 
 TOLERANCE = 1e-5  # of a layer's change, relative to its largest entry, in float32
 LOGITS_TOLERANCE = 1e-3  # of logits: B R first and R z first round differently, and deep layers make more of it
+OLD_PEFT_KEYS = frozenset(  # fields of LoraConfig in PEFT 0.13, which refuses a config with any other
+    (
+        *("alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "fan_in_fan_out", "inference_mode"),
+        *("init_lora_weights", "layer_replication", "layers_pattern", "layers_to_transform", "loftq_config"),
+        *("lora_alpha", "lora_dropout", "megatron_config", "megatron_core", "modules_to_save", "peft_type", "r"),
+        *("rank_pattern", "revision", "target_modules", "task_type", "use_dora", "use_rslora"),
+    )
+)
+ENCODER, POOLING, DENSE = "0_Transformer", "1_Pooling", "2_Dense"  # folders of a sentence-transformers model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +63,23 @@ class BaseFacts:
     problem_type: str | None = None  # "regression", where the head gives a number
     model_type: str = ""  # of its config.json
     quantization: Mapping[str, Any] = field(default_factory=dict)  # keys of BitsAndBytesConfig, of a quantised base
+    max_tokens: int = 512  # of a classifier: longer texts are cut
+    pair: bool = False  # of a classifier: it reads two texts
+    chat: bool = False  # of a model that writes: prompts are made by the tokenizer's chat template
+    template: str = "{prompt}"  # else what a prompt stands in
+    starts: bool = False  # and whether the begin-of-text token stands before it
+    ends: Sequence[int] = ()  # tokens that end what is written
+    stops: Sequence[str] = ()  # texts at which it is cut where none of them came
+
+    @property
+    def is_local(self) -> bool:
+        """Returns whether others know the base by no name: it is a folder on this machine."""
+        return Path(self.shared_name).is_dir()
+
+    @property
+    def averages(self) -> bool:
+        """Returns whether logits are averaged over a text's tokens."""
+        return self.task_type == "TOKEN_CLS"
 
 
 def lora_tensors(factors: Mapping[str, Factors], head: Tensors) -> Tensors:
@@ -66,7 +98,7 @@ def lora_tensors(factors: Mapping[str, Factors], head: Tensors) -> Tensors:
 
 
 def lora_files(factors: Mapping[str, Factors], head: Tensors, base: BaseFacts, card: str) -> dict[str, bytes]:
-    """The files of a plain LoRA adapter folder, by name."""
+    """Returns the files of a plain LoRA adapter folder that PEFT reads, by name, and its model card."""
     return {
         "adapter_model.safetensors": save(lora_tensors(factors, head), metadata={"format": "pt"}),
         "adapter_config.json": json.dumps(lora_config(factors, base), indent=2, sort_keys=True, default=str).encode(),
@@ -88,12 +120,76 @@ def lora_config(factors: Mapping[str, Factors], base: BaseFacts) -> dict[str, An
         target_parameters=target_parameters,
         modules_to_save=list(base.head) or None,
         task_type=base.task_type,
-        base_model_name_or_path=base.shared_name,
+        base_model_name_or_path=str(Path(base.shared_name).resolve()) if base.is_local else base.shared_name,
         revision=base.revision,
         fan_in_fan_out=base.conv1d,
         inference_mode=True,
     ).to_dict()
-    return {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    default = LoraConfig().to_dict()
+    return {
+        key: sorted(value) if isinstance(value, set) else value
+        for key, value in config.items()
+        if key in OLD_PEFT_KEYS or (key != "peft_version" and value != default[key])
+    }
+
+
+def companion_files(tokenizer: Any, config: Any, base: BaseFacts) -> dict[str, bytes]:
+    """Returns what a user of the adapter needs beside its weights, by name: the tokenizer and, for a classifier, the
+    base model's config with the classes.
+
+    A config.json also keeps `pipeline(task, model=folder)` of transformers from loading the adapter: without one it
+    loads the base with a config that does not know the classes, and with mean pooling under a random head.
+    """
+    with TemporaryDirectory(prefix="fedsb.") as folder:
+        ready_tokenizer(tokenizer, base).save_pretrained(folder)
+        if base.label_names:
+            labelled_config(config, base).save_pretrained(folder)
+        paths = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+def ready_tokenizer(tokenizer: Any, base: BaseFacts) -> Any:
+    """Returns a copy of the tokenizer that pads, and cuts a classifier's texts, as in training."""
+    ready = copy.deepcopy(tokenizer)
+    if ready.pad_token is None and ready.eos_token is not None:
+        ready.pad_token = ready.eos_token
+    elif ready.pad_token is None and base.label_names:
+        ready.pad_token = ready.convert_ids_to_tokens(0)
+    if base.label_names:
+        ready.model_max_length = base.max_tokens
+        ready.padding_side = "right"
+    return ready
+
+
+def labelled_config(config: Any, base: BaseFacts) -> Any:
+    """Returns a copy of a model's config with the classes, the pad token and the kind of problem."""
+    labelled = copy.deepcopy(config)
+    labelled.problem_type = base.problem_type
+    labelled.id2label = dict(enumerate(base.label_names))
+    labelled.label2id = {name: i for i, name in enumerate(base.label_names)}
+    if base.pad_token is not None and labelled.get_text_config().pad_token_id is None:
+        labelled.get_text_config().pad_token_id = base.pad_token
+    if hasattr(labelled, "quantization_config"):  # said where the base is loaded
+        del labelled.quantization_config
+    return labelled
+
+
+def try_adapter(
+    model: nn.Module,
+    inputs: Mapping[str, Tensor],
+    wanted: Tensor,
+    factors: Mapping[str, Factors],
+    head: Tensors,
+    base: BaseFacts,
+) -> float:
+    """Writes an adapter to a temporary folder, loads it with PEFT onto the bare base and compares, as `check_adapter`.
+
+    Needs no training: with factors of zeros, `wanted` are the base's own logits.
+    """
+    with TemporaryDirectory(prefix="fedsb.") as folder:
+        for name, content in lora_files(factors, head, base, "").items():
+            Path(folder, name).write_bytes(content)
+        return check_adapter(Path(folder), model, inputs, wanted, factors, base)
 
 
 def lora_targets(layers: Sequence[str], model_type: str) -> tuple[list[str], list[str] | None]:
@@ -134,7 +230,9 @@ def check_adapter(
     Compared are the change of every layer's weight, in float32, and the logits, where the base is float32: on another
     the logits of two right adapters differ by rounding. Returns the largest relative difference of a layer's change.
     The model is given back without the adapter, but with its head, as PEFT leaves it.
-    Raises RunError where PEFT cannot load it, or a difference is above TOLERANCE or LOGITS_TOLERANCE.
+    Raises:
+        UserError: PEFT has no LoRA for one of the layers. The message names the layer.
+        RunError: the files cannot be read, or a difference is above TOLERANCE or LOGITS_TOLERANCE.
     """
     from peft import PeftModel
 
@@ -142,26 +240,47 @@ def check_adapter(
         with warnings.catch_warnings():  # PEFT asks it
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
             loaded = PeftModel.from_pretrained(model, folder)
-    except (KeyError, RuntimeError, ValueError, SafetensorError) as error:
+    except (ValueError, NotImplementedError) as error:
+        raise _refused_by_peft(folder, [layer for layer in factors if _names(error, layer)], error) from error
+    except (KeyError, RuntimeError, SafetensorError) as error:
         raise RunError(f"PEFT cannot load the adapter in {folder}: {type(error).__name__}: {error}") from error
-    loaded.eval()
-    modules = dict(loaded.get_base_model().named_modules())
-    by_layer = [
-        _relative(modules[layer].get_delta_weight("default"), _stored(factor.scale * factor.B @ factor.A, base))
-        for layer, factor in factors.items()
-    ]
-    difference = float(torch.tensor(by_layer).max())  # NaN where one is
-    faults = [] if difference <= TOLERANCE else [f"the change of a layer differs by {difference:.2g}"]
-    if all(p.dtype == torch.float32 for p in model.parameters()):
-        logits = _relative(loaded(**inputs).logits, wanted)
-        faults += [] if logits <= LOGITS_TOLERANCE else [f"logits differ by {logits:.2g}"]
-    loaded.unload()
+    try:
+        loaded.eval()
+        modules = dict(loaded.get_base_model().named_modules())
+        if left_out := [layer for layer in factors if not hasattr(modules.get(layer), "get_delta_weight")]:
+            raise _refused_by_peft(folder, left_out, None)
+        by_layer = [
+            _relative(modules[layer].get_delta_weight("default"), _stored(factor.scale * factor.B @ factor.A, base))
+            for layer, factor in factors.items()
+        ]
+        difference = float(torch.tensor(by_layer).max())  # NaN where one is
+        faults = [] if difference <= TOLERANCE else [f"the change of a layer differs by {difference:.2g}"]
+        if all(p.dtype == torch.float32 for p in model.parameters()):
+            logits = _relative(loaded(**inputs).logits, wanted)
+            faults += [] if logits <= LOGITS_TOLERANCE else [f"logits differ by {logits:.2g}"]
+    finally:
+        loaded.unload()
     if faults:
         raise RunError(
             f"the adapter in {folder}, loaded by PEFT, is not the trained model: {' and '.join(faults)} of the largest "
             "value; this is a defect of fedsb, please report it with `fedsb env`"
         )
     return difference
+
+
+def _names(error: Exception, layer: str) -> bool:
+    return layer.rsplit(".", 1)[-1] in str(error)
+
+
+def _refused_by_peft(folder: Path, layers: Sequence[str], error: Exception | None) -> UserError:
+    """Returns the error for layers that PEFT does not adapt, with its own words where it has some."""
+    named = ", ".join(map(repr, layers[:3])) + (f" and {len(layers) - 3} more" if len(layers) > 3 else "")
+    what = f"the layer{'s' if len(layers) > 1 else ''} {named}" if layers else f"the adapter in {folder}"
+    said = f": {error}" if error is not None else ", and leaves the base model as it is there."
+    return UserError(
+        f"PEFT loads no LoRA on {what}{said} Leave such layers out in a new run with model.targets, for example "
+        '--set \'model.targets=["q_proj", "v_proj"]\''
+    )
 
 
 def _relative(got: Tensor, wanted: Tensor) -> float:
@@ -174,66 +293,101 @@ def _stored(delta: Tensor, base: BaseFacts) -> Tensor:
     return delta.T if base.conv1d else delta
 
 
-def load_lines(base: BaseFacts, adapter: Path | str) -> str:
-    """Three lines of Python that load the adapter, with transformers and peft alone; mean pooling needs a word more."""
-    labels = f", num_labels={len(base.label_names)}" if base.label_names else ""
-    if base.label_names and base.pad_token is not None:
-        labels += f", pad_token_id={base.pad_token}"
-    if base.problem_type is not None:
-        labels += f", problem_type={base.problem_type!r}"
-    revision = f", revision={base.revision!r}" if base.revision else ""
-    pooling = '\n# of a text: model(**tokenizer(text, return_tensors="pt")).logits.mean(1), the mean over its tokens'
-    quantised = ", ".join(f"{key}={value!r}" for key, value in base.quantization.items())
-    how = f", quantization_config=BitsAndBytesConfig({quantised})" if quantised else ""
-    return (
-        f"from transformers import {base.auto_class}{', BitsAndBytesConfig' if quantised else ''}; "
-        "from peft import PeftModel\n"
-        f"base = {base.auto_class}.from_pretrained({str(base.name)!r}{labels}{revision}{how})\n"
-        f"model = PeftModel.from_pretrained(base, {str(adapter)!r})"
-        + (pooling if base.task_type == "TOKEN_CLS" else "")
-    )
-
-
 def merge(base: BaseFacts, adapter: Path, folder: Path) -> None:
-    """Writes the base with the adapter merged into its weights, as an ordinary model folder."""
+    """Writes the base with the adapter merged into its weights, and its tokenizer, as an ordinary model folder.
+
+    With mean pooling the folder is one of sentence-transformers. Raises UserError as `_write_averaging`.
+    """
     import transformers
     from peft import PeftModel
 
-    labels: dict[str, Any] = {"num_labels": len(base.label_names)} if base.label_names else {}
+    labels: dict[str, Any] = (
+        {"num_labels": len(base.label_names), "ignore_mismatched_sizes": True} if base.label_names else {}
+    )
     model = getattr(transformers, base.auto_class).from_pretrained(base.name, revision=base.revision, **labels)
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise UserError(
+            f"--merged: the weights of {base.name} are stored quantised, and an adapter is merged into unquantised "
+            "ones only. Export the adapter, without --merged"
+        )
     merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base.name, revision=base.revision)
+    ready = ready_tokenizer(tokenizer, base)
+    if base.averages:
+        _write_averaging(base, merged.eval(), ready, folder)
+        return
     if base.label_names:
-        merged.config.problem_type = base.problem_type
-        merged.config.id2label = dict(enumerate(base.label_names))
-        merged.config.label2id = {name: i for i, name in enumerate(base.label_names)}
-        if merged.config.get_text_config().pad_token_id is None:
-            merged.config.get_text_config().pad_token_id = base.pad_token
+        merged.config = labelled_config(merged.config, base)
+    elif base.task_type == "CAUSAL_LM":
+        merged.generation_config = _ending(merged.generation_config, base, ready.pad_token_id)
     merged.save_pretrained(folder)
-    transformers.AutoTokenizer.from_pretrained(base.name, revision=base.revision).save_pretrained(folder)
+    ready.save_pretrained(folder)
+
+
+def _ending(settings: Any, base: BaseFacts, pad_token: int | None) -> Any:
+    """Returns a copy of a generation config that stops at the tokens which ended answers in training.
+
+    A config that contradicts itself, which transformers does not save, is replaced by one without its sampling.
+    """
+    from transformers import GenerationConfig
+
+    ending = copy.deepcopy(settings)
+    try:
+        ending.validate(strict=True)
+    except ValueError:
+        ending = GenerationConfig(bos_token_id=settings.bos_token_id, eos_token_id=settings.eos_token_id)
+    ending.eos_token_id = list(base.ends) or None
+    ending.pad_token_id = settings.pad_token_id if settings.pad_token_id is not None else pad_token
+    return ending
+
+
+@torch.no_grad()
+def _write_averaging(base: BaseFacts, model: Any, tokenizer: Any, folder: Path) -> None:
+    """Writes a token classifier as an encoder, a masked mean and a linear layer.
+
+    The mean of the tokens' logits is the linear layer of the mean of the tokens' states. Raises UserError for a
+    classifier that is not one linear layer on the encoder's last states.
+    """
+    from transformers import AutoModel
+
+    encoder, kind = model.base_model, model.config.model_type
+    heads = [part for part in model.children() if part is not encoder and any(True for _ in part.parameters())]
+    head, ids = heads[0], torch.arange(1, 5).unsqueeze(0)
+    plain = len(heads) == 1 and isinstance(head, nn.Linear)
+    if not plain or _relative(head(encoder(ids)[0]), model(ids).logits) > TOLERANCE:
+        raise UserError(
+            f"--merged with task.pooling = 'mean' is not available for a model of the type {kind!r}: its classifier "
+            "has more than one layer, and no format that others load averages its logits. Export the adapter, without "
+            "--merged, whose README shows how to load it"
+        )
+    whole = AutoModel.from_pretrained(base.name, revision=base.revision)  # with a pooler, where the base has one
+    if strange := whole.load_state_dict(encoder.state_dict(), strict=False).unexpected_keys:
+        raise RunError(f"the encoder of a {kind} model has no tensor {strange[0]!r}; please report it with `fedsb env`")
+    whole.save_pretrained(folder / ENCODER)
+    tokenizer.save_pretrained(folder / ENCODER)
+    (m, n), dense = head.weight.shape, "torch.nn.modules.linear.Identity"
+    types = ((ENCODER, "Transformer"), (POOLING, "Pooling"), (DENSE, "Dense"))
+    files: dict[str, Any] = {
+        "modules.json": [
+            {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+            for i, (path, kind) in enumerate(types)
+        ],
+        f"{ENCODER}/sentence_bert_config.json": {"max_seq_length": base.max_tokens, "do_lower_case": False},
+        f"{POOLING}/config.json": {"word_embedding_dimension": n, "pooling_mode_mean_tokens": True},
+        f"{DENSE}/config.json": {
+            "in_features": n,
+            "out_features": m,
+            "bias": head.bias is not None,
+            "activation_function": dense,
+        },
+        "labels.json": list(base.label_names),
+    }
+    for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(json.dumps(content, indent=2))
+    tensors = {f"linear.{name}": tensor.contiguous() for name, tensor in head.state_dict().items()}
+    (folder / DENSE / "model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
 
 
 def has_conv1d(layers: Mapping[str, Any]) -> bool:
     return any(is_conv1d(layer.base) for layer in layers.values())
-
-
-def model_card(base: BaseFacts, facts: Mapping[str, str], adapter: Path | str, servers: Sequence[Serving] = ()) -> str:
-    """A model card in Markdown: what it is, how it was made, what it scored, how to load it, where else."""
-    rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
-    labels = "".join(f"\n- {i}: {name}" for i, name in enumerate(base.label_names))
-    elsewhere = "\n".join(f"- {line}" for line in serving_lines([asdict(server) for server in servers]))
-    heading = "Output, a number" if base.problem_type == "regression" else "Classes"
-    quantised = (
-        "\nIt was trained on the base quantised as above. On the unquantised base it works too, but is not what was "
-        "scored.\n"
-        if base.quantization
-        else ""
-    )
-    return (
-        f"---\nbase_model: {json.dumps(base.shared_name)}\nlibrary_name: peft\n"
-        f"tags: [lora, federated-learning, fedsb]\n---\n\n"
-        f"# A LoRA adapter, trained by federation with fedsb\n\n| | |\n|---|---|\n{rows}\n\n"
-        f"## Load it\n\n```python\n{load_lines(replace(base, name=base.shared_name), adapter)}\n```\n"
-        + quantised
-        + (f"\n## Elsewhere\n\n{elsewhere}\n" if elsewhere else "")
-        + (f"\n## {heading}\n{labels}\n" if labels else "")
-    )

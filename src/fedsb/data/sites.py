@@ -22,6 +22,7 @@ from fedsb.data.sources import (
     with_values,
 )
 from fedsb.data.tasks import Example, Task, TaskOptions, Tokenizer, open_task
+from fedsb.data.tasks.answers import Answers
 from fedsb.draws import generator
 from fedsb.errors import BadRowError, UserError, did_you_mean
 from fedsb.settings import Choice, ClientsConfig, Config
@@ -290,6 +291,21 @@ def load_rows(config: Config, task: Task, source: str | None) -> Table:
         raise UserError("this run has no test file of its own: name one with --data PATH")
     task.columns_of(table)
     return table
+
+
+def load_unlabelled(config: Config, task: Task, source: str) -> Table:
+    """Returns rows to predict. Raises UserError where a column that the model reads is missing."""
+    table = _load(source, None, config.data.test_split)
+    require_read_columns(task, table)
+    return table
+
+
+def require_read_columns(task: Task, table: Table) -> None:
+    """Raises UserError where a table lacks a column that the model reads; it needs no labels."""
+    if isinstance(task, Answers):
+        task.asking_layout(table.columns, table.origin)
+    else:
+        require_columns(table, task.reads)
 
 
 def _tables(config: Config) -> tuple[Table, Table | None]:

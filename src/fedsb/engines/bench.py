@@ -9,11 +9,13 @@ import torch
 
 from fedsb.adapters.adapted import AdaptedModel, Tensors, block_layers, find_targets, left_out
 from fedsb.adapters.basis import Basis
+from fedsb.adapters.export import BaseFacts
 from fedsb.adapters.layer import linear_shape
 from fedsb.data.tasks.base import Example, Task, Tokenizer, ids, pad_token
 from fedsb.engines import Direction, Score, Sent
-from fedsb.engines.preflight import preflight
-from fedsb.engines.resolved import targets_choice
+from fedsb.engines.base_facts import base_facts
+from fedsb.engines.preflight import made_up_adapter, preflight, try_with_peft
+from fedsb.engines.resolved import end_choices, targets_choice
 from fedsb.federation.basis_round import Sums, Tell, build_basis, no_sums
 from fedsb.federation.client import LocalTraining
 from fedsb.federation.cohort import Member, join_tensors, train_together
@@ -43,19 +45,31 @@ class Bench:
         blocks = block_layers(self.base.model, self.base.head) or targets
         self.block_shapes = {name: linear_shape(self.base.model.get_submodule(name)) for name in blocks}
         without = left_out(self.base.model, self.base.head)
-        self.adapted = AdaptedModel(
-            self.base.model, kind=method.adapter, targets=targets, head=self.base.head, scale=method.scale
-        )
+        self.adapted = self._adapt(targets)
         self.shapes = self.adapted.shapes
         self.head = head_start(self.adapted.head_tensors(), config.seed)
         self.preflight = preflight(self.adapted, task, self.head, private_rows=config.privacy.unit == "example")
+        factors, head, inputs, logits = made_up_adapter(self.adapted, task, self.head)
+        try_with_peft(self.adapted.unwrap(), inputs, logits, factors, head, self.base_facts())
+        self.adapted = self._adapt(targets, one_by_one=self.preflight.unroutable is not None)
         self.bench_choices: tuple[Choice, ...] = (
             *self.base.choices,
             *positions,
             *self._date(),
             targets_choice(config, targets, without),
+            *end_choices(task),
             *self.preflight.choices,
         )
+
+    def _adapt(self, targets: Sequence[str], *, one_by_one: bool = False) -> AdaptedModel:
+        method, base = self.method, self.base
+        adapted = AdaptedModel(base.model, kind=method.adapter, targets=targets, head=base.head, scale=method.scale)
+        adapted.routing.one_by_one = one_by_one
+        return adapted
+
+    def base_facts(self) -> BaseFacts:
+        """Returns what an adapter of this run must say of its base, and of how it is used."""
+        return base_facts(self.base, self.task, self.adapted.layers, self.config.model.revision)
 
     def _date(self) -> tuple[Choice, ...]:
         if not hasattr(self.tokenizer, "fixed_date"):

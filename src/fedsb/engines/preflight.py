@@ -6,6 +6,7 @@ Every probe reads made-up tokens: no row of anyone's data. In order:
     causality           next-token tasks: a logit does not depend on later tokens
     routing             every adapted layer sees one row per example, so that clients and examples can share a forward
     independence        a row's gradient is the same alone and in company, whatever the other rows are
+    PEFT                a made-up adapter, written as plain LoRA and loaded by PEFT, gives the same logits
 
 Shapes: b rows, t tokens.
 """
@@ -13,7 +14,7 @@ Shapes: b rows, t tokens.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -21,11 +22,14 @@ import torch
 from torch import Tensor
 
 from fedsb.adapters.adapted import AdaptedModel, Tensors, kinds
+from fedsb.adapters.core import core_left
+from fedsb.adapters.export import BaseFacts, try_adapter
+from fedsb.adapters.factors import Factors
 from fedsb.adapters.layer import RoutingError
-from fedsb.data.tasks.base import Example, Task
+from fedsb.data.tasks.base import Batch, Example, Task
 from fedsb.data.tasks.causal import CausalTask
 from fedsb.draws import generator
-from fedsb.errors import UserError
+from fedsb.errors import RunError, UserError
 from fedsb.federation.scoring import forward
 from fedsb.models.limits import batch_dependent_positions
 from fedsb.settings import Choice
@@ -98,6 +102,40 @@ def preflight(adapted: AdaptedModel, task: Task, head: Tensors, *, private_rows:
             "padding and which reads each row by itself), or privacy.unit = 'client'"
         )
     return Preflight(unroutable=unroutable, mixing=mixing, untouched=untouched, seconds=time.monotonic() - started)
+
+
+def made_up_adapter(
+    adapted: AdaptedModel, task: Task, head: Tensors
+) -> tuple[dict[str, Factors], Tensors, Batch, Tensor]:
+    """Returns a made-up adapter as plain LoRA, its head, an input, and the logits with both in place."""
+    tensors = _made_up(adapted, head)
+    with torch.no_grad(), _explained(adapted, task):
+        adapted.load(tensors)
+        logits, batch = forward(adapted.model, task, [_rows(task)[0]])
+    factors = {}
+    for layer in adapted.shapes:
+        A, B = tensors[f"{layer}.A"], tensors[f"{layer}.B"]
+        if adapted.kind == "core":
+            B = core_left(B, tensors[f"{layer}.R"][0])
+        else:
+            A, B = A[0], B[0]
+        factors[layer] = Factors(A=A, B=B, scale=adapted.scale)
+    return factors, head, {key: x for key, x in batch.items() if key != "labels"}, logits
+
+
+def try_with_peft(
+    model: torch.nn.Module,
+    inputs: Batch,
+    logits: Tensor,
+    factors: Mapping[str, Factors],
+    head: Tensors,
+    base: BaseFacts,
+) -> None:
+    """Tries at the start what a run ends with. Raises UserError where PEFT does not load such an adapter as it is."""
+    try:
+        try_adapter(model, inputs, logits, factors, head, base)
+    except (UserError, RunError) as error:
+        raise UserError(f"The adapter of such a run could not be used. Nothing was trained. {error}") from error
 
 
 def _rows(task: Task) -> tuple[Example, Example, Example]:

@@ -63,7 +63,7 @@ class RemoteEngine(Bench):
         test = load_test(config, task)
         looked = {} if begun else self._look(config)
         if begun:
-            task.label_names = begun["task"]["label_names"] or []
+            task.take_classes(begun["task"])
         else:
             labels = labels_of(looked)
             task.fit_labels([{task.options.label: label} for label in labels], test.rows if test else [])

@@ -12,6 +12,8 @@ from fedsb.charts import bytes_text
 from fedsb.data.sites import Site, draw_rows, format_of
 from fedsb.data.sources import load_table
 from fedsb.data.tasks.base import Example, Task
+from fedsb.data.tasks.chat import Chat
+from fedsb.data.tasks.instruction import Instruction
 from fedsb.environment import memory_of
 from fedsb.errors import UserError
 from fedsb.federation.client import LocalTraining
@@ -108,6 +110,21 @@ def batch_warnings(config: Config, local: LocalTraining, sites: Sequence[Site]) 
         f"{asked}, but {which} has fewer rows than that (the largest client, {largest.name}, has {largest.rows:,}). "
         "Each step of such a client uses all of its rows"
     ]
+
+
+def end_choices(task: Task | None) -> list[Choice]:
+    """Returns the token that a trained answer ends with, and a warning where the chat template writes none."""
+    if not isinstance(task, Instruction | Chat) or task.tokenizer is None:
+        return []
+    end = task.trained_end
+    if end is None:
+        reason = (
+            "warning: the chat template writes no end token after an answer, so the model does not learn to stop, and "
+            "writes until its limit of new tokens. Put one in the tokenizer's chat_template, such as {{ eos_token }}"
+        )
+        return [Choice(key="task.end", value="none", reason=reason)]
+    source = "the chat template's" if task.tokenizer.chat_template else "the tokenizer's"
+    return [Choice(key="task.end", value=str(task.tokenizer.convert_ids_to_tokens(end)), reason=f"auto: {source}")]
 
 
 def local_training(config: Config, *, clients: int = 1) -> LocalTraining:

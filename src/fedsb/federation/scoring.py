@@ -71,11 +71,15 @@ def batch_scores(
     model: nn.Module, task: Task, examples: Sequence[Example], batch_size: int
 ) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
     """(positions, the two numbers that the task scores of each), from logits: float64, batch by batch, short first."""
-    by_length = sorted(range(len(examples)), key=lambda i: len(ids(examples[i], "input_ids")))
-    for start in range(0, len(examples), batch_size):
-        chosen = by_length[start : start + batch_size]
+    for chosen in batches_by_length(examples, batch_size):
         sums, counts = task.scores(*forward(model, task, [examples[i] for i in chosen]))
         yield chosen, sums.cpu().double(), counts.cpu().double()
+
+
+def batches_by_length(examples: Sequence[Example], batch_size: int) -> Iterator[list[int]]:
+    """Returns the positions of the examples, batch by batch, short first."""
+    by_length = sorted(range(len(examples)), key=lambda i: len(ids(examples[i], "input_ids")))
+    yield from (by_length[start : start + batch_size] for start in range(0, len(examples), batch_size))
 
 
 def answers(model: nn.Module, task: Answers, examples: Sequence[Example], batch_size: int) -> Iterator[Answered]:

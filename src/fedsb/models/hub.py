@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 
 from fedsb.errors import NotAtHandError, UserError
 
+LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")  # as they are called on the Hub
 SHIPPED = "auto: its own config is not here; the published shapes, which ship with fedsb"
 
 
@@ -127,6 +128,40 @@ def has_weights(name: str, revision: str | None) -> bool:
 
     found = (try_to_load_from_cache(name, file, revision=revision) for file in WEIGHTS)
     return any(isinstance(path, str) for path in found)
+
+
+def licence_of(name: str, revision: str | None) -> tuple[str | None, list[Path]]:
+    """Returns the licence that a model's card names, None where it is not known, and its files of licence texts.
+
+    `name` is a folder or a Hub name. A file of the Hub that is neither in the cache nor fetched counts as missing.
+    """
+    if Path(name).is_dir():
+        files = [path for path in sorted(Path(name).iterdir()) if path.is_file()]
+    else:
+        files = [path for file in ("README.md", *LICENCE_FILES) if (path := _from_hub(name, file, revision))]
+    card = next((path for path in files if path.name == "README.md"), None)
+    texts = [path for path in files if path.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE"))]
+    return None if card is None else _licence_in(card), texts
+
+
+def _from_hub(name: str, file: str, revision: str | None) -> Path | None:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(name, file, revision=revision))
+    except (OSError, ValueError):  # no such file, or no network
+        return None
+
+
+def _licence_in(card: Path) -> str | None:
+    """Returns the value of "license" in a model card's metadata."""
+    from huggingface_hub import metadata_load
+
+    try:
+        licence = (metadata_load(card) or {}).get("license")
+    except Exception:  # metadata that somebody wrote, which a parser of YAML may refuse in many ways
+        return None
+    return licence if isinstance(licence, str) else None
 
 
 def refuse_no_model(folder: Path) -> None:

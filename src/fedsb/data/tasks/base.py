@@ -109,6 +109,12 @@ class Task(ABC):
         """What the head's outputs are called for people and in exported models: `label_names`, or their names."""
         return [self.names.get(label, label) for label in self.label_names]
 
+    def take_classes(self, of_run: Mapping[str, Any]) -> None:
+        """Takes the classes and their names from the manifest of a run ("task")."""
+        self.label_names = list(of_run["label_names"] or [])
+        shown = of_run.get("class_names") or self.label_names
+        self.names = dict(zip(self.label_names, shown, strict=True))
+
     def name_classes(self, of_table: Sequence[str] = ()) -> None:
         """Names the classes as task.names says, else by the names that a table has of the labels 0, 1, ...
 
@@ -142,6 +148,11 @@ class Task(ABC):
     def reads_also(self) -> tuple[str, ...]:
         """All columns that are read where a table has them."""
         return self.prompt_also
+
+    @property
+    @abstractmethod
+    def reads(self) -> list[str]:
+        """Returns the columns that the model reads: those that a row without its label or answer has too."""
 
     def columns_of(self, table: Table) -> list[str]:
         """The columns that are read, what is to be predicted last. Raises UserError where one is missing."""

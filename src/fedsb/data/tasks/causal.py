@@ -6,14 +6,18 @@ Shapes: b examples, t tokens, v vocabulary, n targets in the batch.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, ClassVar
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from fedsb.data.tasks.base import NO_LOSS, Batch, Example, Scored, Task, ids, start_tokens
+from fedsb.data.sources import Row
+from fedsb.data.tasks.base import NO_LOSS, Batch, Example, Question, Scored, Task, ids, start_tokens
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+NEW_TOKENS = 128  # of what is written and not graded
 LARGEST_EXPONENT = 700.0  # exp of more is no float
 
 
@@ -46,6 +50,34 @@ class CausalTask(Task):
 
     def scores(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         return self.losses(logits, batch)
+
+    @abstractmethod
+    def questions(self, rows: list[Row]) -> list[Question]:
+        """Returns what rows ask the model to write; they need no answer. Raises UserError at a row without text."""
+
+    def _question(self, asked: str, prompt: Sequence[int]) -> Question:
+        limit = self.options.new_tokens or NEW_TOKENS
+        return Question(asked=asked, gold="", kind="open", new_tokens=limit, prompt_ids=tuple(prompt))
+
+    @property
+    def trained_end(self) -> int | None:
+        """Returns the token that training puts at the end of what the model writes, None where there is none."""
+        return None
+
+    def end_tokens(self, model: Any = None) -> list[int]:
+        """Returns the tokens that end a written text.
+
+        These are the token that training puts there, the tokenizer's end token and, where a model is given, the end
+        tokens of its own generation config.
+        """
+        own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+        named = own if isinstance(own, list) else [own]
+        found = {self.trained_end, self.tokenizer.eos_token_id, *named}
+        return sorted(int(token) for token in found if token is not None)
+
+    def stops(self) -> list[str]:
+        """Returns the texts at which a written text is cut where no end token ended it."""
+        return []
 
     def measure(self, scored: Scored) -> dict[str, float]:
         """Nats a token, and the perplexity, exp of it."""

@@ -23,8 +23,9 @@ from itertools import chain
 from typing import Any
 
 from fedsb.data.sources import Row, place_of
-from fedsb.data.tasks.base import NO_LOSS, Example, TaskOptions, Tokenizer, errors_at
+from fedsb.data.tasks.base import NO_LOSS, Example, Question, TaskOptions, Tokenizer, errors_at
 from fedsb.data.tasks.causal import CausalTask
+from fedsb.data.tasks.instruction import answer_end, stop_texts
 from fedsb.errors import BadRowError, UserError
 
 ASSISTANT = "assistant"
@@ -51,12 +52,32 @@ class Chat(CausalTask):
             )
 
     @property
-    def needs(self) -> list[str]:
+    def reads(self) -> list[str]:
         return [self.options.messages]
 
     @property
     def prompt_also(self) -> tuple[str, ...]:
         return ("system", "tools")
+
+    @property
+    def needs(self) -> list[str]:
+        return self.reads
+
+    def questions(self, rows: list[Row]) -> list[Question]:
+        """Returns each conversation as it stands before the assistant's next turn; one that ends with a turn of the
+        assistant is asked for that turn again."""
+        asked: list[str] = []
+        for number, row in enumerate(rows, start=1):
+            turns = self._turns(row, number)
+            turns = turns[:-1] if turns[-1]["role"] == ASSISTANT else turns
+            if not turns:
+                raise BadRowError(
+                    f"{place_of(row, number)} has no turn before the assistant's: there is nothing to answer"
+                )
+            messages, tools = self._conversation(row, number, turns)
+            with errors_at(row, number):
+                asked.append(_written(self.tokenizer, messages, tools, prompt=True))
+        return [self._question(text, prompt) for text, prompt in zip(asked, self._tokenize(asked), strict=True)]
 
     def encode(self, rows: list[Row]) -> tuple[list[Example], int]:
         """One example a row, fewer where no word of the assistant's is in the window: those rows are dropped.
@@ -83,19 +104,29 @@ class Chat(CausalTask):
         return examples, n_cut
 
     def _parts(self, row: Row, number: int) -> list[Part]:
-        place, messages = place_of(row, number), self._messages(row, number)
-        system = row.get("system")
+        messages, tools = self._conversation(row, number, self._messages(row, number))
+        with errors_at(row, number):
+            return parts_of(self.tokenizer, messages, tools)
+
+    def _conversation(self, row: Row, number: int, turns: list[Message]) -> tuple[list[Message], list[Any] | None]:
+        """Returns what the template takes: a row's turns after its system text, and its tools."""
+        place, messages, system = place_of(row, number), turns, row.get("system")
         if system:
             if not isinstance(system, str) or messages[0]["role"] == "system":
                 why = "which already begin with a system turn" if isinstance(system, str) else "which must be text"
                 raise BadRowError(f"{place}: the column 'system' is put before the messages, {why}. Remove one.")
             messages = [{"role": "system", "content": system}, *messages]
-        tools = _tools(row.get("tools"), place)
-        marked = [_marked(message, self.as_text) for message in messages]
-        with errors_at(row, number):
-            return parts_of(self.tokenizer, marked, tools)
+        return [_marked(message, self.as_text) for message in messages], _tools(row.get("tools"), place)
 
-    def _messages(self, row: Row, number: int) -> list[Message]:
+    @property
+    def trained_end(self) -> int | None:
+        return answer_end(self.tokenizer)
+
+    def stops(self) -> list[str]:
+        return stop_texts(self.tokenizer)
+
+    def _turns(self, row: Row, number: int) -> list[Message]:
+        """Returns a row's messages. Raises UserError where they are not messages."""
         column = self.options.messages
         found = row.get(column)
         place = place_of(row, number)
@@ -104,9 +135,17 @@ class Chat(CausalTask):
                 f"{place}: the column {column!r} contains {found!r:.80}, where a list of messages is expected, each "
                 'with a "role" and a "content" that are text'
             )
+        return found
+
+    def _messages(self, row: Row, number: int) -> list[Message]:
+        """Returns a row's messages, one of them the assistant's. Raises UserError where there is none."""
+        found = self._turns(row, number)
         if not any(message["role"] == ASSISTANT for message in found):
             roles = ", ".join(message["role"] for message in found)
-            raise BadRowError(f"{place} has no turn of the role 'assistant' (its roles: {roles}): nothing to learn")
+            raise BadRowError(
+                f"{place_of(row, number)} has no turn of the role 'assistant' (its roles: {roles}): nothing to learn"
+            )
+        place = place_of(row, number)
         for turn, message in enumerate(found, start=1):
             weight = message.get("weight")
             if weight not in (None, 0, 1) or (weight == 1 and message["role"] != ASSISTANT):

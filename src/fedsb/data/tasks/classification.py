@@ -48,9 +48,12 @@ class Classification(Task):
             self.peft_task_type = "TOKEN_CLS"
 
     @property
+    def reads(self) -> list[str]:
+        return [self.options.text, *([] if self.options.text_pair is None else [self.options.text_pair])]
+
+    @property
     def needs(self) -> list[str]:
-        pair = [] if self.options.text_pair is None else [self.options.text_pair]
-        return [self.options.text, *pair, self.options.label]
+        return [*self.reads, self.options.label]
 
     def fit_labels(self, train_rows: list[Row], test_rows: list[Row]) -> None:
         """The classes of train, integers by value and strings by alphabet.
@@ -74,12 +77,17 @@ class Classification(Task):
         return sorted(set(self._labels(rows)))
 
     def encode(self, rows: list[Row]) -> tuple[list[Example], int]:
+        examples, n_cut = self.inputs(rows)
+        return [
+            example | {"labels": target}
+            for example, target in zip(examples, self._targets(rows) if rows else [], strict=True)
+        ], n_cut
+
+    def inputs(self, rows: list[Row]) -> tuple[list[Example], int]:
+        """Returns the examples of rows that need no label, and how many rows lost text to max_tokens."""
         if not rows:
             return [], 0
-        texts = [self._texts(rows, self.options.text)]
-        if self.options.text_pair is not None:
-            texts.append(self._texts(rows, self.options.text_pair))
-        fields = self._fields(texts)
+        fields = self._fields([self._texts(rows, column) for column in self.reads])
         if empty := [i for i, tokens in enumerate(fields["input_ids"]) if not tokens]:
             raise BadRowError(
                 f"{place_of(rows[empty[0]], empty[0] + 1)}: {len(empty)} of {len(rows)} rows have no text that the "
@@ -87,14 +95,14 @@ class Classification(Task):
             )
         too_long = [i for i, tokens in enumerate(fields["input_ids"]) if len(tokens) > self.max_tokens]
         if too_long:  # tokenised again, so that the tokenizer cuts around its own special tokens
-            cut = self._fields([[of[i] for i in too_long] for of in texts], limit=self.max_tokens)
+            long = [rows[i] for i in too_long]
+            cut = self._fields([self._texts(long, column) for column in self.reads], limit=self.max_tokens)
             for name, values in cut.items():
                 for position, value in zip(too_long, values, strict=True):
                     fields[name][position] = value
-        examples: list[Example] = []
-        for position, target in enumerate(self._targets(rows)):
-            example: Example = {name: values[position] for name, values in fields.items()}
-            examples.append(example | {"labels": target})
+        examples: list[Example] = [
+            {name: values[position] for name, values in fields.items()} for position in range(len(rows))
+        ]
         return examples, len(too_long)
 
     def _targets(self, rows: list[Row]) -> list[int] | list[float]:

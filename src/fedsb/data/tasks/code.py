@@ -37,6 +37,7 @@ class Code(Answers):
 
     metric = "pass@1"
     layouts = (HUMANEVAL, MBPP, SANITIZED, CODEFEEDBACK)
+    longest = NEW_TOKENS
 
     def __init__(self, *, tokenizer: Tokenizer, options: TaskOptions, max_tokens: int) -> None:
         super().__init__(tokenizer=tokenizer, options=options, max_tokens=max_tokens)
@@ -50,6 +51,15 @@ class Code(Answers):
     @property
     def reads_also(self) -> tuple[str, ...]:
         return ("test", "entry_point", "test_list", "test_imports", "test_setup_code")
+
+    def asking_layout(self, columns: Sequence[str], origin: str = "the table") -> Layout:
+        """As for every family; tests tell HumanEval and MBPP from a table of prompts."""
+        tests = {"entry_point": (HUMANEVAL,), "test_list": (MBPP, SANITIZED)}
+        for column, layouts in tests.items():
+            found = next((layout for layout in layouts if {layout.prompt, column} <= set(columns)), None)
+            if found is not None:
+                return found
+        return super().asking_layout(columns, origin)
 
     def told(self, row: Row, layout: Layout) -> str:
         text = str(row[layout.answer])

@@ -8,6 +8,7 @@ ARC-c and openbookqa are scored by the first name that the model writes, or by w
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 from fedsb.data.grading import Verdict, grade_choice
 from fedsb.data.sources import PlacedRow, Row, Table
@@ -31,6 +32,7 @@ class Commonsense(Answers):
 
     scorings = ("answers", "options", "loss")
     layouts = (LLM_ADAPTERS,)
+    longest = NEW_TOKENS
 
     def columns_of(self, table: Table) -> list[str]:
         found = super().columns_of(table)
@@ -72,6 +74,10 @@ class Commonsense(Answers):
             written=tuple(map(output_of, options)),
             new_tokens=self.options.new_tokens or NEW_TOKENS,
         )
+
+    def open_question(self, asked: str, layout: Layout) -> Question:
+        options = options_of(asked) if self.scoring == "options" else ()
+        return replace(super().open_question(asked, layout), options=options, written=tuple(map(output_of, options)))
 
     def grade(self, question: Question, written: str) -> Verdict:
         family = next(names for names in NAMES if question.gold in names)

@@ -9,7 +9,7 @@ when it generates are an exact prefix of those it was trained on. Special tokens
 from __future__ import annotations
 
 from fedsb.data.sources import Row, with_values
-from fedsb.data.tasks.base import NO_LOSS, Example, Tokenizer, start_tokens
+from fedsb.data.tasks.base import NO_LOSS, Example, Question, Tokenizer, start_tokens
 from fedsb.data.tasks.causal import CausalTask
 from fedsb.errors import UserError
 
@@ -28,8 +28,17 @@ class Instruction(CausalTask):
     """The answer to a prompt."""
 
     @property
+    def reads(self) -> list[str]:
+        return [self.options.prompt]
+
+    @property
     def needs(self) -> list[str]:
-        return [self.options.prompt, self.options.answer]
+        return [*self.reads, self.options.answer]
+
+    def questions(self, rows: list[Row]) -> list[Question]:
+        asked = self._texts(rows, self.options.prompt)
+        prompts = self.prompts(asked, self.given(rows))
+        return [self._question(text, prompt) for text, prompt in zip(asked, prompts, strict=True)]
 
     @property
     def prompt_also(self) -> tuple[str, ...]:
@@ -52,11 +61,18 @@ class Instruction(CausalTask):
             raise UserError(f"every prompt fills the window of {self.max_tokens} tokens: raise max_tokens")
         return examples, n_cut
 
+    @property
+    def trained_end(self) -> int | None:
+        return answer_end(self.tokenizer)
+
+    def stops(self) -> list[str]:
+        return stop_texts(self.tokenizer)
+
     def pairs(self, rows: list[Row]) -> tuple[list[str], list[str]]:
         """(prompts, answers), as text. Raises UserError where a column holds none."""
         return self._texts(rows, self.options.prompt), self._texts(rows, self.options.answer)
 
-    def inputs(self, rows: list[Row]) -> list[str]:
+    def given(self, rows: list[Row]) -> list[str]:
         """The input of each row, "" where it has none. Raises UserError where it is not text."""
         column = self.options.input
         if column in self.needs:
@@ -65,13 +81,19 @@ class Instruction(CausalTask):
 
     def tokens(self, rows: list[Row]) -> list[tuple[list[int], list[int]]]:
         """For each row, what the model reads and what it should write, uncut."""
-        asked, told = ([self.as_text(text) for text in texts] for texts in self.pairs(rows))
-        given = [self.as_text(text) for text in self.inputs(rows)]
-        prompts = self._tokenize([prompt_text(self.tokenizer, *of) for of in zip(asked, given, strict=True)])
-        answers = self._tokenize([answer_text(self.tokenizer, *of) for of in zip(asked, told, given, strict=True)])
+        asked, told = self.pairs(rows)
+        given = self.given(rows)
+        texts = ([self.as_text(text) for text in column] for column in (asked, told, given))
+        answers = self._tokenize([answer_text(self.tokenizer, *of) for of in zip(*texts, strict=True)])
+        return list(zip(self.prompts(asked, given), answers, strict=True))
+
+    def prompts(self, asked: list[str], given: list[str]) -> list[list[int]]:
+        """Returns the tokens that the model reads of each prompt and its input."""
         # A chat template writes the begin token itself.
         start = [] if self.tokenizer.chat_template else start_tokens(self.tokenizer)
-        return [(start + prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+        texts = ([self.as_text(text) for text in column] for column in (asked, given))
+        whole = [prompt_text(self.tokenizer, *of) for of in zip(*texts, strict=True)]
+        return [start + prompt for prompt in self._tokenize(whole)]
 
 
 def prompt_text(tokenizer: Tokenizer, prompt: str, given: str = "") -> str:
@@ -107,6 +129,28 @@ def answer_text(tokenizer: Tokenizer, prompt: str, answer: str, given: str = "")
 
 def _user_turn(prompt: str, given: str) -> dict[str, str]:
     return {"role": "user", "content": f"{prompt}\n\n{given}" if given else prompt}
+
+
+def answer_end(tokenizer: Tokenizer) -> int | None:
+    """Returns the token that ends every answer in training, None where the chat template writes none after it."""
+    text = answer_text(tokenizer, "a", "zebra")
+    if not text.partition("zebra")[2].strip():
+        return None  # the answer's own text is the last
+    last = int(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][-1])
+    return last if last in special_tokens(tokenizer) | {tokenizer.eos_token_id} else None
+
+
+def stop_texts(tokenizer: Tokenizer) -> list[str]:
+    """Returns the texts at which an answer is cut that no end token ended."""
+    if not tokenizer.chat_template:
+        return ["### Instruction:"]
+    _, answer, tail = answer_text(tokenizer, "a", "zebra").partition("zebra")
+    return [tail.strip()] if answer and tail.strip() else []
+
+
+def special_tokens(tokenizer: Tokenizer) -> set[int]:
+    """Ids of tokens that are no text."""
+    return {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
 def _space(tokenizer: Tokenizer) -> str:

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from fedsb.data.sources import Row
-from fedsb.data.tasks.base import NO_LOSS, Example, check_share, start_tokens
+from fedsb.data.sources import Row, place_of
+from fedsb.data.tasks.base import NO_LOSS, Example, Question, check_share, start_tokens
 from fedsb.data.tasks.causal import CausalTask
+from fedsb.errors import BadRowError
 
 NEAR = 0.1  # of a text: how far from the wanted cut a line's end may lie
 
@@ -21,8 +22,22 @@ class Text(CausalTask):
     """The next token of plain text."""
 
     @property
-    def needs(self) -> list[str]:
+    def reads(self) -> list[str]:
         return [self.options.text]
+
+    @property
+    def needs(self) -> list[str]:
+        return self.reads
+
+    def questions(self, rows: list[Row]) -> list[Question]:
+        """Returns each text as a prompt to go on from."""
+        texts, start = self._texts(rows, self.options.text), start_tokens(self.tokenizer)
+        for number, (row, text) in enumerate(zip(rows, texts, strict=True), start=1):
+            if not text.strip():
+                place = place_of(row, number)
+                raise BadRowError(f"{place}: the column {self.options.text!r} has no text to continue from")
+        prompts = self._tokenize(texts, plain=True)
+        return [self._question(text, start + prompt) for text, prompt in zip(texts, prompts, strict=True)]
 
     def encode(self, rows: list[Row]) -> tuple[list[Example], int]:
         """The windows of all rows in order; no text is lost, so the second number is 0."""
