@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import set_all
 from fedsb.adapters.basis import Basis, core_pair, random_pair, svd, truncated_svd, weight_pair
+from fedsb.draws import generator
 from fedsb.engines import Sent
 from fedsb.engines.embedded import EmbeddedEngine
 from fedsb.errors import ConfigError, UserError
