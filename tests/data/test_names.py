@@ -89,7 +89,7 @@ def test_sites_that_write_a_class_in_several_ways(tiny_config: dict[str, Any], t
     assert any("'Red' and 'red' differ only by case" in line for line in manifest["data_card"]["warnings"])
     for row in own["site 2"]:
         row["label"] += " " if row["label"] == "blue" else ""
-    with pytest.raises((UserError, RunError), match="'blue' and 'blue ' differ only by spaces.*They have: site 0: "):
+    with pytest.raises((UserError, RunError), match=r"'blue' and 'blue ' differ only by spaces.*They have: site 0: "):
         federate(
             load_config(remote_of(tiny_config, {"out": str(tmp_path / "again")})),
             open_engine=Federation(tmp_path / "spaces", own).open_engine,

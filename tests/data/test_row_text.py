@@ -208,7 +208,7 @@ def test_a_system_column_is_the_first_turn(chatty: Any) -> None:
     assert text.replace("<s> ", "<s>").startswith("<s>system be kind</s>")
     for nothing in (None, ""):
         assert ids_of(task, {"messages": TALK, "system": nothing}) == ids_of(task, {"messages": TALK})
-    with pytest.raises(UserError, match="row 1: the column 'system' .* already begin with a system turn"):
+    with pytest.raises(UserError, match=r"row 1: the column 'system' .* already begin with a system turn"):
         task.encode([{"messages": [{"role": "system", "content": "a"}, *TALK], "system": "b"}])
 
 

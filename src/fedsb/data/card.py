@@ -88,8 +88,8 @@ class DataCard:
         forgotten = [name for name in self._not_read() if name.lower() in MEANT_TO_BE_READ]
         if forgotten:
             found.append(
-                f"The task does not read the column {', '.join(map(repr, forgotten))}. docs/tasks.md says which columns "
-                "each task reads."
+                f"The task does not read the column {', '.join(map(repr, forgotten))}. docs/tasks.md says which "
+                "columns each task reads."
             )
         found += self._length_warnings()
         if self.test is not None and self.test_in_train:
