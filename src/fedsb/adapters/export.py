@@ -337,6 +337,7 @@ def _ending(settings: Any, base: BaseFacts, pad_token: int | None) -> Any:
     except ValueError:
         ending = GenerationConfig(bos_token_id=settings.bos_token_id, eos_token_id=settings.eos_token_id)
     ending.eos_token_id = list(base.ends) or None
+    ending._from_model_config = False  # else transformers may take the end token of config.json instead
     ending.pad_token_id = settings.pad_token_id if settings.pad_token_id is not None else pad_token
     return ending
 
