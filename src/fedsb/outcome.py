@@ -259,13 +259,19 @@ def _basis_facts(basis: Basis | None, *, private: bool) -> dict[str, Any] | None
     }
 
 
+def _table_text(table: Mapping[str, Any]) -> str:
+    """Returns a table's name and its rows, where they are told."""
+    name = Path(table["origin"]).name
+    return name if table["rows"] is None else f"{name} ({table['rows']:,} rows)"
+
+
 def _card_facts(config: Config, method: Method, record: Record) -> dict[str, str]:
     facts = summary(record.folder)
     tables = record.manifest["data"].values()
     score = facts["score"]
     return {
         "Method": f"{method.facts.id} ({method.facts.paper}), rank {method.rank}",
-        "Data": ", ".join(f"{Path(table['origin']).name} ({table['rows']:,} rows)" for table in tables),
+        "Data": ", ".join(map(_table_text, tables)),
         "Clients": f"{sum(not client['unseen'] for client in record.manifest['clients'])}, {config.clients.split}",
         "Rounds": str(facts["rounds"]) + (f" of {config.rounds} planned" if facts["rounds"] < config.rounds else ""),
         "Bytes sent": f"{facts['bytes']['federation']['with_head']['total']:,} by the whole federation",
