@@ -456,7 +456,7 @@ def test_the_command_line_predicts(cli: Callable[..., Said], run_of: Callable[[s
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("a.jsonl", '{"text": "red1"}\n\n{"text": null}\n', "a.jsonl, line 3 holds None in the column 'text'"),
+        ("a.jsonl", '{"text": "red1"}\n\n{"text": null}\n', "a.jsonl, line 3: the column 'text' contains None"),
         ("a.csv", "words\nred1\n", "has no column 'text'"),
         ("a.csv", "text,prediction\nred1,x\n", "has a column 'prediction', which the predictions would overwrite"),
         ("a.csv", "text\n", "no rows"),
@@ -478,7 +478,7 @@ def test_what_predict_refuses(cli: Callable[..., Said], run_of: Callable[[str], 
     assert said.code == 1 and "must be at least 1" in said.err
     said = cli("predict", run_of("classes"), "--data", data, "--out", tmp_path / "a.xlsx")
     assert said.code == 1 and "are written as .jsonl or .csv" in said.err
-    with pytest.raises(UserError, match="row 2 holds 3 in the column 'text'"):
+    with pytest.raises(UserError, match="row 2: the column 'text' contains 3"):
         fedsb.predict(run_of("classes"), [{"text": "red1"}, {"text": 3}])
 
 

@@ -272,6 +272,12 @@ def _basis_facts(basis: Basis | None, *, private: bool) -> dict[str, Any] | None
     }
 
 
+def _table_text(table: Mapping[str, Any]) -> str:
+    """Returns a table's name and its rows, where they are told."""
+    name = Path(table["origin"]).name
+    return name if table["rows"] is None else f"{name} ({table['rows']:,} rows)"
+
+
 def card_facts(folder: Path) -> dict[str, str]:
     """Returns the rows of a model card's table: how the run in `folder` was made and what it scored."""
     manifest, facts = read_manifest(folder), summary(folder)
@@ -284,9 +290,7 @@ def card_facts(folder: Path) -> dict[str, str]:
     clients, score = manifest["clients"], facts["score"]
     return {
         "Method": f"{method.facts.id} ({method.facts.paper}), rank {method.rank}",
-        "Data": ", ".join(
-            f"{Path(table['origin']).name} ({table['rows']:,} rows)" for table in manifest["data"].values()
-        ),
+        "Data": ", ".join(map(_table_text, manifest["data"].values())),
         "Clients": f"{sum(not client['unseen'] for client in clients)}, {manifest['config']['clients']['split']}",
         "Rounds": str(facts["rounds"])
         + (f" of {manifest['rounds']} planned" if facts["rounds"] < manifest["rounds"] else ""),

@@ -156,7 +156,9 @@ class DataConfig(Section):
     train_split: str = "train"
     test_split: Annotated[str, TESTED] = "test"
     train_rows: Positive | None = Field(None, description="only so many rows, drawn by the seed")
-    test_rows: Annotated[Positive | None, TESTED] = Field(None, description="only so many rows, drawn by the seed")
+    test_rows: Annotated[Positive | None, TESTED] = Field(
+        None, description="only so many rows, drawn; the same for each seed"
+    )
     drop: dict[str, Any] = Field(
         {}, description="rows left out: those that have this value, or one of these values, in this column"
     )

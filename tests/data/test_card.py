@@ -232,7 +232,7 @@ def test_a_text_that_is_null_names_its_line_and_client(tiny_config: dict[str, An
     )
 
 
-def test_rows_are_drawn_by_the_seed(tiny_config: dict[str, Any], tmp_path: Path) -> None:
+def test_training_rows_are_drawn_by_the_seed_and_test_rows_once(tiny_config: dict[str, Any], tmp_path: Path) -> None:
     """Of a file that is sorted by label, every class is still there."""
     rows = sorted(labelled_rows(300, 0), key=lambda row: str(row["label"]))
     config = with_rows(tiny_config, tmp_path, rows, rows, train_rows=60, test_rows=50)
@@ -241,7 +241,8 @@ def test_rows_are_drawn_by_the_seed(tiny_config: dict[str, Any], tmp_path: Path)
     assert len(found.test) == 50 and min(found.card.test.classes.values()) > 5
     assert found.card.headline()["rows"] == "60 of own-train.jsonl (drawn from 300 by the seed)"
     again, other = opened(config), opened(set_all(config, seed=1))
-    assert found.test == again.test != other.test
+    assert found.test == again.test == other.test  # runs with other seeds are scored on the same rows
+    assert found.sites[0].train == again.sites[0].train != other.sites[0].train
     whole = opened(set_all(config, data={**config["data"], "train_rows": 10_000}))
     assert whole.card.train.rows == 300 and whole.card.train.drawn_from is None
 

@@ -222,8 +222,8 @@ class Task(ABC):
 
     def _ordinary_tokens(self, count: int, draw: np.random.Generator) -> list[int]:
         """Returns random tokens, none of them special."""
-        special = set(self.tokenizer.all_special_ids)
-        ordinary = [number for number in range(min(len(self.tokenizer), MADE_UP)) if number not in special]
+        added = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
+        ordinary = [number for number in range(min(len(self.tokenizer), MADE_UP)) if number not in added]
         return [int(number) for number in draw.choice(ordinary or [0], size=count)]
 
     def hold_out(self, rows: list[Row], share: float, rng: np.random.Generator) -> tuple[list[Row], list[Row]]:
