@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -258,3 +259,24 @@ def test_a_setting_without_effect_is_shown_as_such() -> None:
     choices = {choice.key: choice.reason for choice in load_config({"server": {"tau": 0.1}}).choices()}
     assert choices["server.tau"] == "dict; has no effect: server.optimizer is none"
     assert choices["server.lr"] == "default"
+
+
+# --- the reference of all settings ---
+
+
+def test_every_setting_is_described() -> None:
+    from fedsb.catalogue import settings
+
+    rows = settings()
+    assert len(rows) > 90 and len({row["setting"] for row in rows}) == len(rows)
+    assert [row["setting"] for row in rows if not row["what"]] == []
+
+
+def test_the_reference_in_the_docs_is_that_of_the_code() -> None:
+    """`python docs/settings.py` writes it anew."""
+    path = Path(__file__).parents[1] / "docs" / "settings.py"
+    spec = importlib.util.spec_from_file_location("settings_reference", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert path.with_suffix(".md").read_text() == module.reference()

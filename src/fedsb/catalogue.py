@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 import tomllib
 from collections.abc import Sequence
@@ -82,6 +83,45 @@ def tasks() -> list[dict[str, Any]]:
         }
         for name, cls in TASKS.items()
     ]
+
+
+def settings() -> list[dict[str, Any]]:
+    """Returns every key of a TOML, in the order of its sections: what it may be, its default, what it does."""
+    from pydantic import BaseModel
+
+    from fedsb.settings import Config
+
+    schema = Config.model_json_schema()
+    rows = []
+    for name, field in Config.model_fields.items():
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, BaseModel):
+            of = schema["$defs"][section.__name__]["properties"]
+            rows += [
+                _setting(f"{name}.{key}", of[key], inner.description) for key, inner in section.model_fields.items()
+            ]
+        else:
+            rows.append(_setting(name, schema["properties"][name], field.description))
+    return rows
+
+
+def _setting(key: str, schema: dict[str, Any], description: str | None) -> dict[str, Any]:
+    default = schema.get("default")
+    shown = "not set" if default is None else json.dumps(default)
+    return {"setting": key, "value": _values(schema), "default": shown, "what": description or ""}
+
+
+def _values(schema: dict[str, Any]) -> str:
+    """Returns what a value may be, from its JSON schema."""
+    if "anyOf" in schema:
+        return " or ".join(kind for of in schema["anyOf"] if (kind := _values(of)) != "nothing")
+    if "enum" in schema or "const" in schema:
+        return ", ".join(map(json.dumps, schema.get("enum", [schema.get("const")])))
+    limits = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+    kinds = {"string": "text", "integer": "whole number", "boolean": "true, false", "array": "list", "object": "table"}
+    kind = kinds.get(schema.get("type", ""), schema.get("type", "anything")).replace("null", "nothing")
+    bounds = [f"{sign} {schema[limit]:g}" for limit, sign in limits.items() if limit in schema]
+    return " ".join([kind, *bounds])
 
 
 def bases() -> list[dict[str, Any]]:

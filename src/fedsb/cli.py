@@ -43,6 +43,7 @@ class Listed(StrEnum):
     recipes = "recipes"
     tasks = "tasks"
     bases = "bases"
+    settings = "settings"
 
 
 class Engine(StrEnum):
@@ -75,7 +76,7 @@ def list_things(
     what: Annotated[Listed | None, typer.Argument(help="What to list; default: the names of all.")] = None,
     as_json: Json = False,
 ) -> None:
-    """List methods, recipes, tasks or bases, with their facts."""
+    """List methods, recipes, tasks or bases with their facts, or every setting of a TOML."""
     from fedsb import catalogue
     from fedsb.terminal import print_table
 

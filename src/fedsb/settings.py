@@ -92,15 +92,19 @@ class ModelConfig(Section):
 
     name: str = Field("minilm", description="a folder, a Hub name, or 'minilm'")
     revision: str | None = Field(None, description="branch, tag or commit on the Hub")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="of the frozen base; default: bfloat16 on a GPU that computes in it, else float32"
+    )
     quantize: Literal["none", "4bit", "8bit"] = Field("none", description="the blocks' layers, by bitsandbytes")
     device: str = Field("auto", description="'auto', 'cpu', 'cuda', 'cuda:1', 'mps'")
     targets: str | list[str] = Field("blocks", description="'blocks', a regular expression, or name endings")
-    max_tokens: Annotated[int, Field(ge=2)] = 128
+    max_tokens: Annotated[int, Field(ge=2)] = Field(128, description="a row is cut after so many tokens")
     template_date: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\d$")] | None = Field(
         None, description="the date that a chat template writes, as 2026-01-31; default: the day the run starts"
     )
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool = Field(
+        False, description="keeps one block's activations only, for one more forward"
+    )
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = Field("auto", description="who computes it")
     matmul: Literal["highest", "high", "medium"] = Field(
         "highest", description="torch's precision of float32 products while training and scoring"
@@ -112,12 +116,12 @@ class TaskConfig(Section):
 
     kind: Literal[
         "classification", "regression", "text", "instruction", "chat", "arithmetic", "commonsense", "code"
-    ] = "classification"
-    text: Annotated[str, _if_kind(*ENCODES, "text")] = "text"
-    text_pair: Annotated[str | None, _if_kind(*ENCODES)] = None
-    label: Annotated[str, _if_kind(*ENCODES)] = "label"
-    prompt: Annotated[str, _if_kind("instruction", *GRADES)] = "prompt"
-    answer: Annotated[str, _if_kind("instruction", *GRADES)] = "answer"
+    ] = Field("classification", description="what a row means, see docs/tasks.md")
+    text: Annotated[str, _if_kind(*ENCODES, "text")] = Field("text", description="the column with the text")
+    text_pair: Annotated[str | None, _if_kind(*ENCODES)] = Field(None, description="the column with a second text")
+    label: Annotated[str, _if_kind(*ENCODES)] = Field("label", description="the column with the class or the number")
+    prompt: Annotated[str, _if_kind("instruction", *GRADES)] = Field("prompt", description="the column with the prompt")
+    answer: Annotated[str, _if_kind("instruction", *GRADES)] = Field("answer", description="the column with the answer")
     input: Annotated[str, _if_kind("instruction")] = Field(
         "input", description="of instruction: a column with more to read, where the table has it"
     )
@@ -136,7 +140,7 @@ class TaskConfig(Section):
     new_tokens: Annotated[Positive | None, UsedIf(_writes_answers, "no answers are written")] = Field(
         None, description="of a written answer; default: the family's own"
     )
-    messages: Annotated[str, _if_kind("chat")] = "messages"
+    messages: Annotated[str, _if_kind("chat")] = Field("messages", description="the column with the conversation")
     run_code: Annotated[bool, _if_kind("code")] = Field(
         False, description="of code: run what the model writes, in a sandbox, to score it"
     )
@@ -153,8 +157,8 @@ class DataConfig(Section):
         None, description="a file or 'hub:...'; scored every round, never trained on"
     )
     revision: str | None = Field(None, description="of a Hub data set: branch, tag or commit")
-    train_split: str = "train"
-    test_split: Annotated[str, TESTED] = "test"
+    train_split: str = Field("train", description="of a Hub data set")
+    test_split: Annotated[str, TESTED] = Field("test", description="of a Hub data set")
     train_rows: Positive | None = Field(None, description="only so many rows, drawn by the seed")
     test_rows: Annotated[Positive | None, TESTED] = Field(
         None, description="only so many rows, drawn; the same for each seed"
@@ -181,7 +185,9 @@ class DataConfig(Section):
 class ClientsConfig(Section):
     """Who holds what."""
 
-    split: Literal["iid", "dirichlet", "column", "size"] = "iid"
+    split: Literal["iid", "dirichlet", "column", "size"] = Field(
+        "iid", description="how the rows are divided among clients"
+    )
     count: Annotated[
         Positive,
         UsedIf(lambda config: config.clients.split != "column", "the column says how many clients there are"),
@@ -209,7 +215,9 @@ class MethodConfig(BaseModel):
     """The method by name; the other keys are the method's own."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
-    name: str = "fed-sb"
+    name: str = Field(
+        "fed-sb", description="`fedsb ls methods` lists them; the method's own options stand beside it, as rank"
+    )
 
     @property
     def options(self) -> dict[str, Any]:
@@ -219,7 +227,9 @@ class MethodConfig(BaseModel):
 class BasisConfig(Section):
     """Where a core's B and A come from. See adapters/basis.py."""
 
-    kind: Literal["random", "weights", "update", "update-pooled", "core"] = "weights"
+    kind: Literal["random", "weights", "update", "update-pooled", "core"] = Field(
+        "weights", description="how B and A are made, see docs/bases.md"
+    )
     side: Annotated[Literal["leading", "trailing"], _if_basis("weights", "core")] = Field(
         "leading", description="of weights, and of core's outer basis"
     )
@@ -253,20 +263,20 @@ class TrainConfig(Section):
 
     steps: Positive | None = Field(None, description="optimiser steps a client takes in a round; 10 without epochs")
     epochs: Positive | None = Field(None, description="passes over a client's rows in a round, instead of steps")
-    batch_size: Positive = 8
-    accumulate: Positive = 1
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    lr: Rate = 0.01
+    batch_size: Positive = Field(8, description="rows in one forward of a client")
+    accumulate: Positive = Field(1, description="forwards in one optimiser step")
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="of a client")
+    lr: Rate = Field(0.01, description="of the adapter")
     head_lr: Rate = Field(0.01, description="of the task head")
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="decoupled, as in AdamW")
     momentum: Annotated[
         Share, UsedIf(lambda config: config.train.optimizer == "sgd", "train.optimizer is {0.train.optimizer}")
-    ] = 0.0
+    ] = Field(0.0, description="of sgd")
     clip_norm: Annotated[float, Field(ge=0)] = Field(1.0, description="L2 over a client's gradients; 0: none")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="over all rounds")
-    warmup: Share = 0.0
-    dropout: Share = 0.0
-    keep_optimizer: bool = False
+    warmup: Share = Field(0.0, description="share of all steps of all rounds")
+    dropout: Share = Field(0.0, description="on the adapter's input")
+    keep_optimizer: bool = Field(False, description="a client carries its optimiser's moments from round to round")
 
     @model_validator(mode="before")
     @classmethod
@@ -287,7 +297,9 @@ class ServerConfig(Section):
 
     clients_per_round: Positive | None = Field(None, description="drawn afresh each round; default: all")
     min_clients: Positive = Field(1, description="fewer good updates than this end the run")
-    weighting: Literal["samples", "uniform"] = "samples"
+    weighting: Literal["samples", "uniform"] = Field(
+        "samples", description="how updates are averaged: by rows, or all alike"
+    )
     codec: Annotated[
         Codec,
         UsedIf(lambda config: not method_of(config).facts.pools_data, "all data are in one place, nothing travels"),
@@ -299,11 +311,15 @@ class ServerConfig(Section):
     norm_factor: Annotated[float, Field(gt=1, allow_inf_nan=False)] = Field(
         30.0, description="an update whose change is so many times the cohort's median is dropped"
     )
-    optimizer: Literal["none", "momentum", "adam"] = "none"
-    lr: Annotated[Rate, SERVER_STEPS] = 1.0
-    beta1: Annotated[Share, SERVER_STEPS] = 0.9
-    beta2: Annotated[Share, SERVER_STEPS] = 0.99
-    tau: Annotated[Rate, SERVER_STEPS] = 1e-3
+    optimizer: Literal["none", "momentum", "adam"] = Field(
+        "none", description="what the server does with the mean change; none: it adds it"
+    )
+    lr: Annotated[Rate, SERVER_STEPS] = Field(1.0, description="of the server's optimiser")
+    beta1: Annotated[Share, SERVER_STEPS] = Field(0.9, description="of the server's optimiser")
+    beta2: Annotated[Share, SERVER_STEPS] = Field(0.99, description="of adam")
+    tau: Annotated[Rate, SERVER_STEPS] = Field(
+        1e-3, description="of adam: what is added to the root of the second moment"
+    )
 
     @model_validator(mode="after")
     def _enough(self) -> Self:
@@ -357,7 +373,9 @@ class PrivacyConfig(Section):
 class EngineConfig(Section):
     """What runs the clients."""
 
-    name: Literal["embedded", "flower"] = "embedded"
+    name: Literal["embedded", "flower"] = Field(
+        "embedded", description="all clients in this process, or sites over Flower"
+    )
     cohort_size: Annotated[
         Positive | Auto, UsedIf(lambda config: config.engine.name == "embedded", "engine.name is {0.engine.name}")
     ] = Field("auto", description="of embedded: clients trained in one forward")
@@ -368,7 +386,7 @@ class EngineConfig(Section):
 
 class EvalConfig(Section):
     every: Positive = Field(1, description="score the test rows every so many rounds, and after the last")
-    batch_size: Positive = 64
+    batch_size: Positive = Field(64, description="rows in one forward while scoring")
     gap: bool = Field(False, description="score each client's own model and the global one on its held-out rows too")
 
     def due(self, round: int, rounds: int) -> bool:
@@ -401,11 +419,13 @@ class CompareConfig(Section):
 class Config(Section):
     """A whole run."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
-    seed: Count = 0
-    rounds: Positive = 10
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
+        "run", description="the run's name, and that of its directory below `out`"
+    )
+    seed: Count = Field(0, description="every random draw follows from it, but the noise of a private run")
+    rounds: Positive = Field(10, description="rounds of the federation")
     out: str = Field("runs", description="the folder for run directories")
-    keep_checkpoints: Positive = 2
+    keep_checkpoints: Positive = Field(2, description="how many of the newest checkpoints are kept")
     model: ModelConfig = ModelConfig()
     task: TaskConfig = TaskConfig()
     data: DataConfig = DataConfig()

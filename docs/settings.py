@@ -1,0 +1,32 @@
+"""Writes docs/settings.md, the reference of all settings: python docs/settings.py"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fedsb.catalogue import settings
+
+HEAD = """# Settings
+
+Every key of a run's TOML. `fedsb ls settings` prints the same; `--set section.key=value` overrides a key on the command
+line, and `none` unsets one. `fedsb check --verbose` shows the value that each has in a run, and why. A section
+`[method]` also takes the options of its method (`rank`, `alpha`, `blocks`), which `fedsb check` names.
+"""
+
+
+def reference() -> str:
+    """Returns the page: a table for each section."""
+    lines, last = [HEAD], None
+    for row in settings():
+        section, _, key = row["setting"].rpartition(".")
+        if section != last:
+            title = f"[{section}]" if section else "The run"
+            lines.append(f"\n## {title}\n\n| key | value | default | what it does |\n|---|---|---|---|")
+            last = section
+        cells = [str(row[name]).replace("|", "\\|") for name in ("value", "default", "what")]
+        lines.append(f"| `{key}` | {cells[0]} | `{cells[1]}` | {cells[2]} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    Path(__file__).with_suffix(".md").write_text(reference())
