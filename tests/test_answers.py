@@ -215,7 +215,7 @@ def test_the_likeliest_option(stories: Path) -> None:
         right.append(max(sums, key=sums.__getitem__) == row["answer"])
     assert 0 < sum(right) < len(right)
     for batch_size in (1, 3, 64):
-        found = measured(model, task, examples, batch_size)
+        found = measured(model, task, examples, batch_size).figures
         assert found == {"accuracy": sum(right) / len(right)} | dict.fromkeys(COUNTS, 0)
 
 

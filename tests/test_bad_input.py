@@ -108,8 +108,8 @@ def test_text_that_is_too_long_is_counted_and_shown(
     for row in rows[:7]:
         row["text"] = "red1 " * 40
     data = {"train": str(write_rows(tmp_path / "train.jsonl", rows))}
-    said = cli("check", write_toml(tmp_path / "long.toml", set_all(tiny_config, data=data)))
-    assert said.code == 0
+    said = cli("check", write_toml(tmp_path / "long.toml", set_all(tiny_config, data=data)), "--verbose")
+    assert said.code == 0 and "7 of 106 rows (6.6 %) longer than 16 tokens" in " ".join(said.out.split())
     line = next(" ".join(line.split()) for line in said.out.splitlines() if line.startswith("data.cut"))
     assert line.startswith("data.cut 7 counted: rows longer than model.max_tokens = 16")
 
@@ -213,7 +213,7 @@ def test_a_model_folder_that_is_none(tiny_config: dict[str, Any], refused: Calla
 
 
 def test_torn_weights(tiny_config: dict[str, Any], tiny_bert: Path, cli: Cli, tmp_path: Path) -> None:
-    """A download that was cut off; `check` needs no weights, and says nothing of them."""
+    """A download that was cut off; `check` says so where there are weights, and prices a run without any."""
     folder = Path(shutil.copytree(tiny_bert, tmp_path / "torn"))
     weights = folder / "model.safetensors"
     for content in (weights.read_bytes()[:1000], None):
@@ -221,7 +221,7 @@ def test_torn_weights(tiny_config: dict[str, Any], tiny_bert: Path, cli: Cli, tm
         if content is not None:
             weights.write_bytes(content)
         toml = write_toml(tmp_path / "torn.toml", set_all(tiny_config, model={"name": str(folder), "max_tokens": 16}))
-        assert cli("check", toml).code == 0
+        assert cli("check", toml).code == (0 if content is None else 1)
         said = cli("run", toml)
         assert said.code == 1 and f"cannot load the model '{folder}'" in said.err
         assert (
@@ -238,7 +238,7 @@ def test_prompts_that_fill_the_window_are_counted_and_shown(
     train = str(write_rows(tmp_path / "train.jsonl", rows))
     model = {"name": str(tiny_llama), "max_tokens": 60}
     config = set_all(tiny_config, data={"train": train}, model=model, task={"kind": "instruction"})
-    said = cli("check", write_toml(tmp_path / "full.toml", config))
+    said = cli("check", write_toml(tmp_path / "full.toml", config), "--verbose")
     lines = [" ".join(line.split()) for line in said.out.splitlines()]
     assert "data.cut 3 counted: rows longer than model.max_tokens = 60, their end is not read" in lines
     assert "data.unused 3 counted: of these, rows with nothing to learn within 60 tokens, left out" in lines

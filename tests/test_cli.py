@@ -123,7 +123,7 @@ def test_a_folder_that_is_deleted_during_a_run(
 
     monkeypatch.setattr(Record, "append", delete)
     said = cli("run", toml)
-    assert said.code == 2 and "Was it deleted or moved during the run?" in said.err
+    assert said.code == 2 and "deleted or moved in the meantime" in said.err
     assert "start the run again" in said.err and "resume" not in said.err and "make room" not in said.err
 
 
@@ -148,15 +148,18 @@ def test_a_folder_of_a_recipes_name_hides_it_not(
 
 
 def test_check(cli: Callable[..., Said], toml: Path, tmp_path: Path) -> None:
-    said = cli("check", toml, "--set", "train.lr=0.5")
-    assert said.code == 0 and said.err == ""
-    assert max(map(len, said.out.splitlines())) <= 100
+    short = cli("check", toml, "--set", "train.lr=0.5")
+    assert short.code == 0 and short.err == ""
+    assert len(short.out.splitlines()) < 20 and max(map(len, short.out.splitlines())) <= 130
+    for name in ("rows", "classes", "clients", "test", "length", "bytes", "memory", "time"):
+        assert any(line.startswith(f"{name} ") for line in short.out.splitlines()), name
+    said = cli("check", toml, "--set", "train.lr=0.5", "--verbose")
     lines = [" ".join(line.split()) for line in said.out.splitlines()]
     assert "train.lr 0.5 --set train.lr" in lines
     assert "model.device cpu auto: no CUDA device" in lines
     assert any(line.startswith("fed-sb (rank 4) <- this run 0 B") for line in lines)
-    assert "A client, a round: 192 values up, 192 down, and the head's 99 each way; once: 0" in lines
-    assert "In bytes, with the head: 1.16 kB up, 1.16 kB down" in lines
+    assert "per client and round 192 values up, 192 down, and the head's 99 each way" in lines
+    assert "per client and round 1.16 kB up, 1.16 kB down" in lines
     assert not (tmp_path / "runs").exists()
 
 
@@ -180,7 +183,7 @@ def test_run(cli: Callable[..., Said], toml: Path, tmp_path: Path) -> None:
     assert f"adapter         {folder / 'adapter'}" in said.out
     compile(said.out.split("Load it:")[1], "load", "exec")
     again = cli("run", toml)
-    assert again.code == 1 and f"{folder} holds a finished run. Give a new run another name" in again.err
+    assert again.code == 1 and f"{folder} holds a finished run" in again.err
     (folder / "result.json").unlink()
     again = cli("run", toml)
     assert again.code == 1 and f"{folder} holds a finished run. To run it again, choose another name" in again.err

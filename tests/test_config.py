@@ -221,6 +221,8 @@ def test_a_tasks_settings_have_an_effect_where_the_task_reads_them(kind: str, sc
         options.read.add("run_code")  # also where only a loss is scored: a site's rules read it
     if score == "options":
         options.read.discard("new_tokens")  # it is written into the question, and nothing is generated
+    if kind != "classification":
+        options.read.discard("names")  # copied by every task, of use where there are classes
     assert options.read & unused == set(), "an option that is read is called idle"
     assert everything - options.read == unused
 

@@ -315,7 +315,7 @@ def test_a_folder_that_is_deleted_while_the_run_goes_on(
     monkeypatch.setattr(Record, "round", deleted)
     said = cli("run", write_toml(tmp_path / "my.toml", set_all(tiny_config, method=method)))
     assert said.code == 2 and f"{folder} was deleted or moved while the run went on" in said.err
-    assert f"there is no run in {folder}: start it again" in said.err
+    assert f"{folder}: if it was deleted or moved during the run, start the run again" in said.err
     assert "kept" not in said.err and "room" not in said.err
     assert not folder.exists()
 
@@ -359,7 +359,7 @@ def check_refused(said: Said, folder: Path) -> None:
     if (folder / "manifest.json").exists():
         assert f"fedsb resume {folder}" in said.err
     else:
-        assert f"there is no run in {folder}: start it again" in said.err
+        assert f"{folder}: if it was deleted or moved during the run, start the run again" in said.err
 
 
 @pytest.mark.parametrize("room", [4, 40, 80, 112])

@@ -76,7 +76,7 @@ def list_things(
     what: Annotated[Listed | None, typer.Argument(help="What to list; default: the names of all.")] = None,
     as_json: Json = False,
 ) -> None:
-    """List methods, recipes, tasks or bases with their facts, or every setting of a TOML."""
+    """List methods, recipes, tasks, bases or settings."""
     from fedsb import catalogue
     from fedsb.terminal import print_table
 

@@ -324,16 +324,11 @@ def keyed_fingerprint(key: bytes, fingerprint: str) -> str:
 
 def refuse_existing(folder: Path) -> None:
     """Raises UserError where there is a run already: nothing is ever overwritten."""
-    if (folder / "result.json").exists():
-        raise UserError(
-            f"{folder} holds a finished run. Give a new run another name (--set name=other); `fedsb report {folder}` "
-            "shows this one"
-        )
     if (folder / "manifest.json").exists():
         if (folder / "result.json").exists():
             raise UserError(
-                f"{folder} holds a finished run. To run it again, choose another name (--set name=other), or move the "
-                "folder away first"
+                f"{folder} holds a finished run, which `fedsb report {folder}` shows. To run it again, choose another "
+                "name (--set name=other), or move the folder away first"
             )
         raise UserError(
             f"{folder} holds a run already: take it up with `fedsb resume {folder}`, or give another name "

@@ -222,12 +222,16 @@ def print_estimate(found: Mapping[str, Any], *, verbose: bool) -> None:
     terminal.note(bytes_line(found["prices"]))
     one, sizes = found["values_a_client_a_round"], found["bytes_a_client_a_round"]
     terminal.note(
-        f"{'':<9}per client and round {bytes_text(sizes['up'])} up, {bytes_text(sizes['down'])} down; {one['up']:,} "
-        f"values up, {one['down']:,} down, and the head's {one['head']:,} each way"
+        f"{'':<9}per client and round {bytes_text(sizes['up'])} up, {bytes_text(sizes['down'])} down"
         + (f"; once {one['one_off']:,} values" if one["one_off"] else "")
     )
-    alone = f"; a site that trains alone {bytes_text(found['client_memory_bytes'])}"
-    terminal.note(f"{'memory':<9}about {bytes_text(found['memory_bytes'])} ({found['memory_reason']}{alone})")
+    if verbose:
+        head = f"and the head's {one['head']:,} each way"
+        terminal.note(f"{'':<9}per client and round {one['up']:,} values up, {one['down']:,} down, {head}")
+    alone = f"a site that trains alone {bytes_text(found['client_memory_bytes'])}"
+    terminal.note(f"{'memory':<9}about {bytes_text(found['memory_bytes'])}, an estimate; {alone}")
+    if verbose:
+        terminal.note(f"{'':<9}{found['memory_reason']}")
     about = "" if found["seconds"] is None else f"about {seconds_text(found['seconds'])} "
     reason = found["seconds_reason"]
     terminal.note(f"{'time':<9}{about}{f'({reason})' if about else reason}")

@@ -156,7 +156,7 @@ def test_a_row_whose_loss_is_none_ends_no_private_run(
 
     def broken(task: Any, logits: Any, batch: Any) -> Any:
         loss_b, weight_b = losses(task, logits, batch)
-        return loss_b * torch.where(batch["labels"] == 0, math.nan, 1.0), weight_b
+        return loss_b * torch.where(batch["labels"] == 1, math.nan, 1.0), weight_b
 
     monkeypatch.setattr(Classification, "losses", broken)
     config = private(tiny_config, unit=unit) if unit == "example" else of_clients(tiny_config)

@@ -271,6 +271,6 @@ async def _call(*command: str, environment: Mapping[str, str]) -> tuple[int, str
 def _reason(code: int, said: str) -> str:
     """What a failed run said, less how to go on with it: its folder is gone."""
     text = said.rpartition("fedsb: ")[2].strip() or f"it ended with exit code {code} and said nothing"
-    for advice in ("\n  what was finished is in", "\n  there is no run in"):
+    for advice in ("\n  what was finished is in", "\n  there is no run in", "\n  there is no folder"):
         text = text.partition(advice)[0]
     return text[-2000:] if code > 0 else f"it was ended by signal {-code} (out of memory?)"

@@ -17,6 +17,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import gettempdir
 
 import torch
 from torch import Tensor
@@ -28,8 +30,9 @@ from fedsb.adapters.factors import Factors
 from fedsb.adapters.layer import RoutingError
 from fedsb.data.tasks.base import Batch, Example, Task
 from fedsb.data.tasks.causal import CausalTask
+from fedsb.disk import disk_errors
 from fedsb.draws import generator
-from fedsb.errors import RunError, UserError
+from fedsb.errors import DiskError, RunError, UserError
 from fedsb.federation.scoring import forward
 from fedsb.models.limits import batch_dependent_positions
 from fedsb.settings import Choice
@@ -132,10 +135,17 @@ def try_with_peft(
     base: BaseFacts,
 ) -> None:
     """Tries at the start what a run ends with. Raises UserError where PEFT does not load such an adapter as it is."""
+    modes = [(module, module.training) for module in model.modules()]  # activation checkpointing is one of them
     try:
-        try_adapter(model, inputs, logits, factors, head, base)
+        with disk_errors(Path(gettempdir())):
+            try_adapter(model, inputs, logits, factors, head, base)
+    except DiskError:
+        raise
     except (UserError, RunError) as error:
         raise UserError(f"The adapter of such a run could not be used. Nothing was trained. {error}") from error
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def _rows(task: Task) -> tuple[Example, Example, Example]:
