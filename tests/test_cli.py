@@ -183,11 +183,7 @@ def test_run(cli: Callable[..., Said], toml: Path, tmp_path: Path) -> None:
     assert f"adapter         {folder / 'adapter'}" in said.out
     compile(said.out.split("Load it:")[1], "load", "exec")
     again = cli("run", toml)
-    assert again.code == 1 and f"{folder} holds a finished run" in again.err
-    (folder / "result.json").unlink()
-    again = cli("run", toml)
-    assert again.code == 1 and f"{folder} holds a finished run. To run it again, choose another name" in again.err
-    assert "resume" not in again.err
+    assert again.code == 1 and f"{folder} holds a finished run" in again.err and "resume" not in again.err
     (folder / "result.json").unlink()  # as where it was stopped
     again = cli("run", toml)
     assert again.code == 1 and f"{folder} holds a run already: take it up with `fedsb resume {folder}`" in again.err
