@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from support.architectures import WORDS, write_rows
+
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny shapes; and runs in processes of their own must round alike
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may ask a network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 collect_ignore_glob = [] if find_spec("flwr") else ["deployment/*"]  # needs the extra `flower`
 
-WORDS = [f"{kind}{i}" for kind in ("red", "blue", "green", "grey") for i in range(12)]
 CLASSES = ("red", "blue", "green")
 
 
@@ -118,11 +119,6 @@ def labelled_rows(count: int, seed: int) -> list[dict[str, Any]]:
         words = [*draw.choice(own, size=int(draw.integers(3, 9))), *draw.choice(WORDS, size=3)]
         rows.append({"text": " ".join(words), "label": label, "client": f"site {i % 7 % 3}"})
     return rows
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 WORDS = [f"{kind}{i}" for kind in ("red", "blue", "green", "grey") for i in range(12)]
 SPECIAL = ["[PAD]", "[UNK]", "[EOS]", "[CLS]", "[SEP]", "[MASK]"]
 VOCABULARY = len(SPECIAL) + len(WORDS)
@@ -218,6 +216,7 @@ def build(folder: Path, model_type: str, auto_class: str, *, seed: int = 0, **ch
 
     Raises ValueError where transformers has no such class for this type.
     """
+    import torch
     import transformers
 
     torch.manual_seed(seed)
