@@ -80,6 +80,7 @@ def try_out(folder: Path, model_type: str, task: str, auto_class: str) -> dict[s
     found = {"plain": cell(lambda: train(folder, model, task, {}))}
     private = {"privacy": {"unit": "example", "epsilon": 8.0}}
     found["private"] = cell(lambda: train(folder, model, task, private))
+    found = {mode: said.replace(f"{folder}/", "") for mode, said in found.items()}
     ran = found["plain"] == "ok"
     found["merged"] = cell(lambda: merged(folder, auto_class)) if ran else "not tried"
     return found
@@ -112,7 +113,7 @@ def train(folder: Path, model: Path, task: str, more: dict[str, Any]) -> None:
         "name": "private" if more else "plain",
         "rounds": 2,
         "out": str(folder / "runs"),
-        "model": {"name": str(model), "max_tokens": 16},
+        "model": {"name": str(model), "max_tokens": 48},
         "task": {"kind": task},
         "data": {"train": data, "test": data},
         "clients": {"count": 2},

@@ -211,6 +211,18 @@ def save_tokenizer(folder: Path, *, template: str | None = None, ends: bool = Fa
     tokenizer.save_pretrained(folder)
 
 
+def save_byte_tokenizer(folder: Path) -> None:
+    """Writes a byte-level BPE tokenizer trained on WORDS: Qwen2's class takes no other kind."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    inner.train_from_iterator([" ".join(WORDS)], trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=SPECIAL))
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "eos_token": "[EOS]"}
+    PreTrainedTokenizerFast(tokenizer_object=inner, model_max_length=POSITIONS, **special).save_pretrained(folder)
+
+
 def build(folder: Path, model_type: str, auto_class: str, *, seed: int = 0, **changes: Any) -> Path:
     """Writes a tiny random model of this type, as `auto_class` has it, with its tokenizer, and returns the folder.
 
@@ -226,7 +238,10 @@ def build(folder: Path, model_type: str, auto_class: str, *, seed: int = 0, **ch
     model = getattr(transformers, auto_class).from_config(config)
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
-    save_tokenizer(folder, ends=config.is_encoder_decoder)
+    if model_type == "qwen2":
+        save_byte_tokenizer(folder)
+    else:
+        save_tokenizer(folder, ends=config.is_encoder_decoder)
     return folder
 
 

@@ -61,6 +61,11 @@ def find_targets(model: nn.Module, targets: str | Sequence[str] = "blocks", head
                     f"model.targets: no linear layer is called {part!r}; {did_you_mean(part, kinds(linear))}"
                 )
         chosen = [name for name in linear if any(name in names for names in endings.values())]
+    if not linear:
+        raise UserError(
+            f"{type(model).__name__} has no linear layers that can be adapted: its layers are of other kinds. Take "
+            "another model"
+        )
     if not chosen:
         raise UserError(f"model.targets = {targets!r} matches no linear layer. There are: {', '.join(kinds(linear))}")
     return chosen
