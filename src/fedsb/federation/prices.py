@@ -45,9 +45,9 @@ def bytes_line(prices: Sequence[Mapping[str, Any]]) -> str:
     own = next(price for price in prices if price["this_run"])
     others = [price for price in prices if price["label"] in RIVALS and not price["this_run"]]
     others.sort(key=lambda price: price["total_bytes"])
-    said = ", ".join(f"{price['label']} {bytes_text(price['total_bytes'])}" for price in others)
-    instead = f" (instead of {said})" if said else ""
-    return f"{'bytes':<9}{bytes_text(own['total_bytes'])} by all clients in all rounds{instead}"
+    said = " and ".join(f"{bytes_text(one['total_bytes'])} {one['label'].removeprefix('fedit ')}" for one in others)
+    rival = f"; FedIT would send {said}" if said else ""
+    return f"{'bytes':<9}{bytes_text(own['total_bytes'])} by all clients in all rounds{rival}"
 
 
 def price(
