@@ -50,7 +50,13 @@ class Terminal:
         if self.quiet:
             return
         if not self.verbose:
-            for choice in {choice.key: choice for choice in choices}.values():
+            found = {choice.key: choice for choice in choices}
+            if (tried := found.get("preflight")) is not None:
+                name = Path(str(next(choice.value for choice in choices if choice.key == "model.name"))).name
+                self.note(
+                    f"{'model':<9}{name}, {found['model.targets'].value}; tried for {tried.value}: {tried.reason}"
+                )
+            for choice in found.values():
                 if choice.reason.startswith("warning: ") or "has no effect" in choice.reason:
                     reason = choice.reason.removeprefix("warning: ")
                     self.note(f"{WARNING} {choice.key} = {_setting(choice.value)}: {reason}.")

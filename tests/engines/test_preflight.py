@@ -404,3 +404,40 @@ def test_a_checkpoint_in_4_bits_trains_and_merges_or_says_why_not(
     folder = federate(load_config(config)).folder
     with pytest.raises(UserError, match=r"are stored quantised, and an adapter is merged into unquantised ones only"):
         export_to(folder, str(tmp_path / "merged"), merged=True)
+
+
+# --- what PEFT makes of the adapter ---
+
+
+def test_a_layer_that_peft_refuses_is_named_before_training(tiny_config: dict[str, Any], made: Make) -> None:
+    model = {"name": str(made("mamba2", LM)), "max_tokens": 16, "targets": ["in_proj", "out_proj"]}
+    config = set_all(tiny_config, model=model, task={"kind": "text"})
+    with pytest.raises(UserError, match=r"could not be used. Nothing was trained. PEFT .*out_proj"):
+        federate(load_config(config))
+    assert not (Path(config["out"]) / "tiny" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "qwen3_moe", "mamba2"])
+def test_models_whose_layers_peft_takes_for_others(tiny_config: dict[str, Any], made: Make, model_type: str) -> None:
+    """A run ends with an adapter that PEFT loads as it was trained: that is compared, before and after."""
+    config = on(tiny_config, made(model_type, LM), "text", rounds=1)
+    assert federate(load_config(config)).score is not None
+
+
+def test_the_trial_with_peft_leaves_the_model_as_it_was(tiny_config: dict[str, Any]) -> None:
+    """Same logits of the base, same modes of its modules, no trace of PEFT."""
+    from fedsb.models.load import load_base
+
+    engine = opened(tiny_config)
+    fresh = load_base(engine.config.model, auto_class=engine.task.auto_class, num_labels=3, pad_token=0)
+    names = {name for name, _ in engine.adapted.unwrap().named_modules()}
+    assert names == {name for name, _ in fresh.model.named_modules()}
+    assert not any("peft" in type(module).__module__ for module in engine.base.model.modules())
+    torch.testing.assert_close(features(engine.base.model, engine), features(fresh.model, engine), rtol=0, atol=0)
+
+
+def features(model: Any, engine: EmbeddedEngine) -> torch.Tensor:
+    batch = engine.task.collate(engine.data.test[:4])
+    with torch.no_grad():
+        found: torch.Tensor = model.bert(batch["input_ids"], attention_mask=batch["attention_mask"]).pooler_output
+    return found

@@ -92,10 +92,10 @@ def preflight(adapted: AdaptedModel, task: Task, head: Tensors, *, private_rows:
     short, long, other = _rows(task)
     tensors = _made_up(adapted, head)
     with _explained(adapted, task):
-        untouched = _try_training(adapted, task, tensors, [short, long, other])
+        untouched = _try_training(adapted, task, tensors, [short, long])
         if isinstance(task, CausalTask):
             _try_causality(adapted, task, tensors, short)
-    unroutable = _routing_fault(adapted, task, tensors, [short, long, other])
+    unroutable = _routing_fault(adapted, task, tensors, [short, other, short])
     adapted.routing.one_by_one = unroutable is not None
     mixing = _mixing(adapted, task, tensors, short, [long, other], together=unroutable is None)
     if mixing and private_rows:
@@ -149,13 +149,13 @@ def try_with_peft(
 
 
 def _rows(task: Task) -> tuple[Example, Example, Example]:
-    """A short row and two that fill the window, of made-up tokens, the same for every site."""
+    """A short row, one that fills the window and one of other tokens, all made up, the same for every site."""
     draw = generator(0, "preflight")
     window = task.max_tokens
     return (
         task.made_up(min(SHORT, window), draw),
         task.made_up(window, draw),
-        task.made_up(window, draw),
+        task.made_up(min(2 * SHORT, window), draw),
     )
 
 
