@@ -16,6 +16,7 @@ from conftest import Said, set_all, write_rows, write_toml
 from fedsb.deployment import serve_init
 from fedsb.deployment.federation import SERVER, SERVER_KEY
 from fedsb.record import read_rows
+from support.architectures import build
 
 
 @contextmanager
@@ -66,6 +67,18 @@ def test_all_is_well(
     ):
         assert line in said.out
     assert not (tmp_path / "fed" / "here" / "outbox.jsonl").exists()
+
+
+def test_a_model_that_cannot_protect_single_rows_is_refused_at_the_site(
+    cli: Callable[..., Said], tiny_config: dict[str, Any], tables: tuple[Path, Path], tmp_path: Path, port: int
+) -> None:
+    """Before it joins, with its own copy of the model: no ledger is there yet."""
+    model = {"name": str(build(tmp_path / "fnet", "fnet", "AutoModelForSequenceClassification")), "max_tokens": 16}
+    private = {"unit": "example", "epsilon": 8.0}
+    config = set_all(tiny_config, data={"test": str(tables[1])}, model=model, privacy=private)
+    said = cli(*site_of(tmp_path / "fed", port, tables[0]), "--config", write_toml(tmp_path / "my.toml", config))
+    assert said.code == 1 and "privacy.unit = 'example' cannot be kept with this model" in said.err
+    assert not list((tmp_path / "fed" / "here").rglob("privacy/*"))
 
 
 def test_the_door_must_be_of_this_federation(

@@ -65,6 +65,8 @@ def _rows(folder: Path, site: SiteConfig, config: str | None) -> Iterator[str]:
         yield f"labels: {len(part.labels)} here, which the coordinator is told: {told}"
     yield f"rows: {part.site.rows:,} to train on, {len(part.site.held_out):,} held out; {part.cut:,} are cut"
     yield f"base model: {part.bench.base.name}, {part.bench.base.parameters:,} parameters"
+    for choice in part.bench.preflight.choices:
+        yield f"{choice.key}: {choice.value}: {choice.reason}"
 
 
 def knock(address: str, ca: str) -> None:
