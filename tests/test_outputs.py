@@ -378,6 +378,23 @@ def test_a_merged_model_ends_as_it_was_trained_to(
     assert "Generation ends at the tokens 2, 51" in (run_of("chat") / "adapter" / "README.md").read_text()
 
 
+def test_a_merged_model_also_ends_where_its_base_does(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """As predictions do: an end token of the base's own generation config, here 7, is kept."""
+    from transformers import GenerationConfig
+
+    from fedsb.evaluate import export_to
+
+    folder = Path(shutil.copytree(request.getfixturevalue("tiny_llama"), tmp_path / "base"))
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": [2, 7]}))
+    settings = config_of("text", request, tmp_path)
+    run = federate(load_config(set_all(settings, model={"name": str(folder), "max_tokens": 16}, rounds=1))).folder
+    assert "Generation ends at the tokens 2, 7:" in (run / "adapter" / "README.md").read_text()
+    merged = export_to(run, str(tmp_path / "out"), merged=True)
+    assert GenerationConfig.from_pretrained(merged).eos_token_id == [2, 7]
+    assert "Generation ends at the tokens 2, 7:" in (Path(merged) / "README.md").read_text()
+
+
 def test_a_generation_config_that_contradicts_itself_does_not_stop_an_export(
     cli: Callable[..., Said], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -468,6 +485,22 @@ def test_rows_that_cannot_be_predicted(
     (tmp_path / name).write_text(content)
     got = cli("predict", run_of("classes"), "--data", tmp_path / name)
     assert (got.code, got.out) == (1, "") and said in got.err
+
+
+def test_a_file_to_predict_is_read_as_the_runs_files_are(
+    cli: Callable[..., Said], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    settings = config_of("classes", request, tmp_path)
+    settings = set_all(settings, rounds=1, data={**settings["data"], "encoding": "utf-16"})
+    for key in ("train", "test"):
+        path = Path(settings["data"][key])
+        path.write_text(path.read_text(), encoding="utf-16")
+    folder = federate(load_config(settings)).folder
+    data = tmp_path / "a.jsonl"
+    data.write_text('{"text": "red1"}\n', encoding="utf-16")
+    said = cli("predict", folder, "--data", data, "--json")
+    assert said.code == 0, said.err
+    assert json.loads(said.out)["text"] == "red1"
 
 
 def test_what_predict_refuses(cli: Callable[..., Said], run_of: Callable[[str], Path], tmp_path: Path) -> None:

@@ -297,7 +297,7 @@ def load_rows(config: Config, task: Task, source: str | None) -> Table:
 
 def load_unlabelled(config: Config, task: Task, source: str) -> Table:
     """Returns rows to predict. Raises UserError where a column that the model reads is missing."""
-    table = _load(source, None, config.data.test_split)
+    table = _load(source, None, config.data.test_split, format_of(config))
     require_read_columns(task, table)
     return table
 
