@@ -408,6 +408,29 @@ def test_a_generation_config_that_contradicts_itself_does_not_stop_an_export(
     assert "temperature" not in json.loads((tmp_path / "out" / "generation_config.json").read_text())
 
 
+def test_a_template_that_asks_for_a_system_turn(
+    cli: Callable[..., Said], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Conversations that have one are trained on; prompts, which have none, are refused in words."""
+    template = "{% if messages[0].role != 'system' %}{{ raise_exception('no system turn') }}{% endif %}" + TEMPLATE
+    model = chat_model(request.getfixturevalue("tiny_llama"), tmp_path / "model", template)
+    codes = {}
+    for kind in ("chat", "instruction"):
+        (tmp_path / kind).mkdir()
+        settings = config_of(kind, request, tmp_path / kind)
+        if kind == "chat":
+            for table in settings["data"].values():
+                rows = [json.loads(line)["messages"] for line in Path(table).read_text().splitlines()]
+                system = {"role": "system", "content": "red1"}
+                write_rows(Path(table), [{"messages": [system, *turns]} for turns in rows])
+        settings = set_all(settings, model={"name": str(model), "max_tokens": 64}, rounds=1)
+        codes[kind] = cli("run", write_toml(tmp_path / f"{kind}.toml", settings))
+    assert codes["chat"].code == 0, codes["chat"].err
+    assert "Generation ends at the tokens 2, 51" in (tmp_path / "chat/runs/chat/adapter/README.md").read_text()
+    assert codes["instruction"].code == 1
+    assert "the chat template refuses a conversation of the roles user" in codes["instruction"].err
+
+
 def test_check_warns_of_a_template_without_an_end(
     cli: Callable[..., Said], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
