@@ -21,7 +21,8 @@ from fedsb.engines.preflight import Preflight, preflight
 from fedsb.errors import UserError
 from fedsb.privacy.ledger import read_ledger
 from fedsb.privacy.per_example import clipped_sums
-from fedsb.run import federate, method_of
+from fedsb.run import federate
+from fedsb.settings import method_of
 from support.architectures import POSITIONS, build
 
 CLASSIFIER, LM = "AutoModelForSequenceClassification", "AutoModelForCausalLM"

@@ -19,8 +19,8 @@ from fedsb.errors import UserError
 from fedsb.evaluate import export_to
 from fedsb.models.load import load_base, load_tokenizer, tokenizer_fingerprint
 from fedsb.record import read_manifest
-from fedsb.run import federate, method_of, resume
-from fedsb.settings import ModelConfig
+from fedsb.run import federate, resume
+from fedsb.settings import ModelConfig, method_of
 from support.architectures import build, save_tokenizer, write_rows
 
 LM = "AutoModelForCausalLM"
