@@ -102,10 +102,10 @@ def test_a_model_that_reads_padding_is_refused_in_a_private_run_before_anything_
     tiny_config: dict[str, Any], made: Make, tmp_path: Path
 ) -> None:
     config = on(tiny_config, made("fnet"), privacy=PRIVATE)
-    with pytest.raises(UserError, match=r"cannot be kept with this model: a row's gradient changes by .*% beside"):
+    with pytest.raises(UserError, match=r"cannot be kept with this model: a row's gradient changes by .*% in a batch"):
         federate(load_config(config))
     assert not list(Path(config["out"]).rglob("*.jsonl"))  # no ledger
-    assert "beside a longer row" in str(found(on(tiny_config, made("fnet"))).mixing)  # trained, one client at a time
+    assert "with a longer row" in str(found(on(tiny_config, made("fnet"))).mixing)  # trained, one client at a time
     assert opened(on(tiny_config, made("fnet"))).cohort_size == 1
 
 
@@ -145,7 +145,7 @@ def test_a_layer_that_looks_at_the_whole_batch_is_found(tiny_config: dict[str, A
     adapted = AdaptedModel(
         model, kind="core", targets=find_targets(model, "blocks", engine.base.head), head=engine.base.head
     )
-    assert "beside a longer row" in str(preflight(adapted, engine.task, engine.head, private_rows=False).mixing)
+    assert "with a longer row" in str(preflight(adapted, engine.task, engine.head, private_rows=False).mixing)
 
 
 def wrapped(embeddings: nn.Module) -> nn.Module:

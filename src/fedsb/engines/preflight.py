@@ -58,7 +58,7 @@ class Preflight:
     """What the probes found. A reason is None where there is nothing to say."""
 
     unroutable: str | None  # why rows of several clients or examples cannot share a forward
-    mixing: str | None  # why a row's result depends on the rows beside it
+    mixing: str | None  # why a row's result depends on the other rows of its batch
     untouched: tuple[str, ...]  # kinds of adapted layers that got no gradient from the batch
     seconds: float
 
@@ -69,7 +69,7 @@ class Preflight:
 
     @property
     def choices(self) -> tuple[Choice, ...]:
-        said = self.alone or "the adapter trains, and a row's gradient does not depend on the rows beside it"
+        said = self.alone or "the adapter trains, and a row's gradient does not depend on the other rows of its batch"
         choices = [Choice(key="preflight", value=f"{self.seconds:.1f} s", reason=said)]
         if self.untouched:
             reason = "warning: no gradient reached these layers in a made-up batch; they are sent, perhaps for nothing"
@@ -149,7 +149,7 @@ def try_with_peft(
 
 
 def _rows(task: Task) -> tuple[Example, Example, Example]:
-    """A short row and two that fill the window, of made-up tokens, the same for every site."""
+    """Returns a short row and two that fill the window, of made-up tokens, the same for every site."""
     draw = generator(0, "preflight")
     window = task.max_tokens
     return (
@@ -160,7 +160,7 @@ def _rows(task: Task) -> tuple[Example, Example, Example]:
 
 
 def _made_up(adapted: AdaptedModel, head: Tensors) -> Tensors:
-    """A small random adapter of one client, with its axis, so that every factor gets a gradient."""
+    """Returns a small random adapter of one client, with its axis, so that every factor gets a gradient."""
     draw = generator(0, "preflight adapter")
 
     def drawn(*shape: int, scale: float) -> Tensor:
@@ -181,7 +181,7 @@ def _trained(adapted: AdaptedModel, tensors: Tensors) -> frozenset[str]:
 
 
 def _loss(adapted: AdaptedModel, task: Task, rows: Sequence[Example]) -> Tensor:
-    """The rows' own mean losses, (b,)."""
+    """Returns the mean loss of each row, (b,)."""
     logits, batch = forward(adapted.model, task, rows)
     loss_b, weight_b = task.losses(logits, batch)
     return loss_b / weight_b.clamp(min=1)
@@ -242,15 +242,17 @@ def _try_causality(adapted: AdaptedModel, task: Task, tensors: Tensors, row: Exa
     logits = [forward(adapted.model, task, [one])[0][0, : len(tokens) - 1].float() for one in (row, changed)]
     if _difference(logits[0], logits[1]) > _tolerance(adapted):
         raise UserError(
-            "The model is not causal: what it predicts for a token depends on the tokens after it, so that a "
-            "next-token "
-            "loss or perplexity of it means nothing. Take a decoder-only model (Llama, Qwen, Gemma, GPT-2) for this "
-            "task, or task.kind = 'classification' for an encoder"
+            "The model is not causal: what it predicts for a token depends on the tokens after it, so that its "
+            "next-token loss and perplexity mean nothing. Take a decoder-only model (Llama, Qwen, Gemma, GPT-2) for "
+            "this task, or task.kind = 'classification' for an encoder"
         )
 
 
 def _routing_fault(adapted: AdaptedModel, task: Task, tensors: Tensors, rows: Sequence[Example]) -> str | None:
-    """Why this model's layers do not see one row per example. The rows are not as many as their tokens."""
+    """Returns why this model's layers do not see one row per example; None if they do.
+
+    The number of rows that are tried differs from their number of tokens.
+    """
     width = max(len(row["input_ids"]) for row in rows)  # type: ignore[arg-type]
     rows = rows[:2] if width != 2 else rows
     adapted.load(tensors)
@@ -268,7 +270,7 @@ def _routing_fault(adapted: AdaptedModel, task: Task, tensors: Tensors, rows: Se
 def _mixing(
     adapted: AdaptedModel, task: Task, tensors: Tensors, row: Example, others: Sequence[Example], *, together: bool
 ) -> str | None:
-    """Why the row's gradient depends on what else the model reads; None where it does not.
+    """Returns why the row's gradient depends on what else the model reads; None where it does not.
 
     With `together` the others are in the same forward, else in one before it.
     """
@@ -281,7 +283,8 @@ def _mixing(
         if together:
             beside = _gradient(adapted, task, tensors, [row, other])
             if (by := _difference(beside, alone)) > _tolerance(adapted):
-                return f"a row's gradient changes by {by:.1%} beside a longer row (its padding, or the batch, is read)"
+                why = "its padding, or the batch, is read"
+                return f"a row's gradient changes by {by:.1%} in a batch with a longer row ({why})"
         else:
             _gradient(adapted, task, tensors, [other])
     if (by := _difference(_gradient(adapted, task, tensors, [row]), alone)) > _tolerance(adapted):
@@ -290,7 +293,7 @@ def _mixing(
 
 
 def _gradient(adapted: AdaptedModel, task: Task, tensors: Tensors, rows: Sequence[Example]) -> Tensor:
-    """The first row's gradient of all that trains, as one vector."""
+    """Returns the first row's gradient of all that trains, as one vector."""
     trained = _trained(adapted, tensors)
     adapted.load(
         {key: x.expand(len(rows), *x.shape[1:]) if key in trained else x for key, x in tensors.items()},
@@ -328,7 +331,6 @@ def _explained(adapted: AdaptedModel, task: Task) -> Iterator[None]:
         raise UserError(
             f"The model ({kind}) fails on a made-up batch of rows of up to {task.max_tokens} tokens: "
             f"{type(error).__name__}: {first:.300}. Nothing was trained. If rows of that length are too long for it, "
-            "set "
-            "model.max_tokens lower; if layers that it adapts are at fault, name others in model.targets; else take "
-            "another model"
+            "set model.max_tokens lower; if layers that it adapts are at fault, name others in model.targets; else "
+            "take another model"
         ) from error

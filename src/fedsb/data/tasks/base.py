@@ -209,7 +209,7 @@ class Task(ABC):
         return None
 
     def cut_in_pieces(self, rows: list[Row]) -> int:
-        """How many of these rows become several examples; of most tasks none does."""
+        """Returns how many of these rows become several examples; for most tasks none does."""
         return 0
 
     def labels_in(self, rows: list[Row]) -> list[Any]:
@@ -266,7 +266,7 @@ class Task(ABC):
 
     @cached_property
     def pads_left(self) -> bool:
-        """Whether the tokenizer pads on the left and ends a text with its class token, as XLNet's does."""
+        """Returns whether the tokenizer pads on the left and ends a text with its class token, as XLNet's does."""
         if getattr(self.tokenizer, "padding_side", "right") != "left":
             return False
         tokens = self.tokenizer("a")["input_ids"]
@@ -294,7 +294,7 @@ class Task(ABC):
         return re.compile("|".join(map(re.escape, self.special)) or r"(?!)")
 
     def has_special(self, text: str) -> bool:
-        """Whether a text contains what this tokenizer would read as a special token."""
+        """Returns whether a text contains what this tokenizer would read as a special token."""
         return self._special_pattern.search(text) is not None
 
     def as_text(self, text: str) -> str:

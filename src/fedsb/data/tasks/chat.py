@@ -188,7 +188,7 @@ def parts_of(tokenizer: Tokenizer, messages: list[Message], tools: list[Any] | N
 
 
 def _is_message(found: object) -> bool:
-    """Whether this is a turn: a role and a content that are text, or a call of tools without a content."""
+    """Returns whether this is a turn: a role and a content that are text, or a call of tools without a content."""
     if not isinstance(found, dict) or not isinstance(found.get("role"), str):
         return False
     return isinstance(found.get("content"), str) or (found.get("content") is None and bool(found.get("tool_calls")))
