@@ -314,7 +314,7 @@ class Task(ABC):
         made = self.tokenizer(texts, add_special_tokens=False, verbose=False, split_special_tokens=plain)
         found = cast(list[list[int]], list(made["input_ids"]))
         for position, text in enumerate(texts):
-            if MARK in text:
+            if MARK in text and not plain:
                 found[position] = self._tokenize_marked(text)
         return found
 
@@ -324,7 +324,8 @@ class Task(ABC):
         at = 0
         for found in [*self._special_pattern.finditer(text), None]:
             piece = text[at : found.start() if found else None]
-            piece = re.sub(f"{MARK}(\\d+){MARK}", lambda mark: names[int(mark.group(1))], piece)
+            # a row's own text may contain such marks: a number of no special token stays as it is
+            piece = re.sub(f"{MARK}(\\d{{1,9}}){MARK}", lambda mark: names.get(int(mark[1]), mark[0]), piece)
             tokens += self._tokenize([piece], plain=True)[0] if piece else []
             if found:
                 tokens.append(self.special[found.group()])
