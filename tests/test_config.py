@@ -251,6 +251,8 @@ def test_a_tasks_settings_have_an_effect_where_the_task_reads_them(kind: str, sc
         ({"task": {"kind": "code", "run_code": True}}, "task.new_tokens", None),
         ({"task": {"kind": "code", "score": "loss"}}, "task.new_tokens", "no answers are written"),
         ({"task": {"kind": "text"}}, "task.pooling", "task.kind is text"),
+        ({"basis": {"kind": "update", "data": "public.csv"}}, "data.delimiter", None),
+        ({"basis": {"kind": "random", "data": "public.csv"}}, "data.delimiter", "no .csv or .tsv file is read here"),
     ],
 )
 def test_what_has_no_effect_beside_other_settings(raw: dict[str, Any], key: str, why: str | None) -> None:

@@ -18,7 +18,8 @@ from fedsb.config import load_config
 from fedsb.data import metrics
 from fedsb.engines.embedded import EmbeddedEngine
 from fedsb.record import read_rows
-from fedsb.run import federate, method_of
+from fedsb.run import federate
+from fedsb.settings import method_of
 from test_answers import SHARED, real_rows
 
 CHAT = (

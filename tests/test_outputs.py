@@ -378,6 +378,23 @@ def test_a_merged_model_ends_as_it_was_trained_to(
     assert "Generation ends at the tokens 2, 51" in (run_of("chat") / "adapter" / "README.md").read_text()
 
 
+def test_a_merged_model_also_ends_where_its_base_does(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """As predictions do: an end token of the base's own generation config, here 7, is kept."""
+    from transformers import GenerationConfig
+
+    from fedsb.evaluate import export_to
+
+    folder = Path(shutil.copytree(request.getfixturevalue("tiny_llama"), tmp_path / "base"))
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": [2, 7]}))
+    settings = config_of("text", request, tmp_path)
+    run = federate(load_config(set_all(settings, model={"name": str(folder), "max_tokens": 16}, rounds=1))).folder
+    assert "Generation ends at the tokens 2, 7:" in (run / "adapter" / "README.md").read_text()
+    merged = export_to(run, str(tmp_path / "out"), merged=True)
+    assert GenerationConfig.from_pretrained(merged).eos_token_id == [2, 7]
+    assert "Generation ends at the tokens 2, 7:" in (Path(merged) / "README.md").read_text()
+
+
 def test_a_generation_config_that_contradicts_itself_does_not_stop_an_export(
     cli: Callable[..., Said], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -389,6 +406,29 @@ def test_a_generation_config_that_contradicts_itself_does_not_stop_an_export(
     said = cli("export", result.folder, "--to", tmp_path / "out", "--merged")
     assert said.code == 0, said.err
     assert "temperature" not in json.loads((tmp_path / "out" / "generation_config.json").read_text())
+
+
+def test_a_template_that_asks_for_a_system_turn(
+    cli: Callable[..., Said], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Conversations that have one are trained on; prompts, which have none, are refused in words."""
+    template = "{% if messages[0].role != 'system' %}{{ raise_exception('no system turn') }}{% endif %}" + TEMPLATE
+    model = chat_model(request.getfixturevalue("tiny_llama"), tmp_path / "model", template)
+    codes = {}
+    for kind in ("chat", "instruction"):
+        (tmp_path / kind).mkdir()
+        settings = config_of(kind, request, tmp_path / kind)
+        if kind == "chat":
+            for table in settings["data"].values():
+                rows = [json.loads(line)["messages"] for line in Path(table).read_text().splitlines()]
+                system = {"role": "system", "content": "red1"}
+                write_rows(Path(table), [{"messages": [system, *turns]} for turns in rows])
+        settings = set_all(settings, model={"name": str(model), "max_tokens": 64}, rounds=1)
+        codes[kind] = cli("run", write_toml(tmp_path / f"{kind}.toml", settings))
+    assert codes["chat"].code == 0, codes["chat"].err
+    assert "Generation ends at the tokens 2, 51" in (tmp_path / "chat/runs/chat/adapter/README.md").read_text()
+    assert codes["instruction"].code == 1
+    assert "the chat template refuses a conversation of the roles user" in codes["instruction"].err
 
 
 def test_check_warns_of_a_template_without_an_end(
@@ -468,6 +508,22 @@ def test_rows_that_cannot_be_predicted(
     (tmp_path / name).write_text(content)
     got = cli("predict", run_of("classes"), "--data", tmp_path / name)
     assert (got.code, got.out) == (1, "") and said in got.err
+
+
+def test_a_file_to_predict_is_read_as_the_runs_files_are(
+    cli: Callable[..., Said], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    settings = config_of("classes", request, tmp_path)
+    settings = set_all(settings, rounds=1, data={**settings["data"], "encoding": "utf-16"})
+    for key in ("train", "test"):
+        path = Path(settings["data"][key])
+        path.write_text(path.read_text(), encoding="utf-16")
+    folder = federate(load_config(settings)).folder
+    data = tmp_path / "a.jsonl"
+    data.write_text('{"text": "red1"}\n', encoding="utf-16")
+    said = cli("predict", folder, "--data", data, "--json")
+    assert said.code == 0, said.err
+    assert json.loads(said.out)["text"] == "red1"
 
 
 def test_what_predict_refuses(cli: Callable[..., Said], run_of: Callable[[str], Path], tmp_path: Path) -> None:

@@ -58,6 +58,9 @@ def test_one_class_for_all_rows() -> None:
         "All test rows are of the class 'yes'" in texts(manifest(), [row(1, confusion=[[0, 0], [0, 5]])])["one_class"]
     )
     assert "one_class" not in texts(manifest(), [row(1, confusion=[[1, 2], [0, 5]])])
+    named = manifest(task={"metric": "accuracy", "label_names": ["0", "1"], "class_names": ["no", "yes"]})
+    text = texts(named, [row(1, confusion=[[0, 3], [0, 5]])])["one_class"]
+    assert text.startswith("The model predicts the class 'yes' for all 8 test rows.")
 
 
 def test_a_score_that_one_class_reaches_too() -> None:

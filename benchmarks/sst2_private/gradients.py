@@ -30,8 +30,7 @@ from fedsb.engines.embedded import EmbeddedEngine
 from fedsb.federation.cohort import join_tensors
 from fedsb.models.load import matmul_precision
 from fedsb.privacy.per_example import clipped_sums
-from fedsb.run import method_of
-from fedsb.settings import Config
+from fedsb.settings import Config, method_of
 
 HERE = Path(__file__).parent
 ROWS = 768

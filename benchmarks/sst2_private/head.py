@@ -27,7 +27,7 @@ from fedsb.federation.gradients import load_nothing
 from fedsb.federation.scoring import forward
 from fedsb.models.load import matmul_precision
 from fedsb.privacy.plan import PrivacyPlan, default_delta
-from fedsb.run import method_of
+from fedsb.settings import method_of
 
 HERE = Path(__file__).parent
 Rows = tuple[Tensor, Tensor]  # states (b, d), the last of them 1; labels (b,)

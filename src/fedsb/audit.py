@@ -28,8 +28,7 @@ from fedsb.privacy.audit import ERROR, SHARES, Canaries, audited, best_bound, ce
 from fedsb.privacy.guard import ROUNDING, SLACK, UnsafeReleaseError
 from fedsb.privacy.plan import PrivacyPlan, worst_client
 from fedsb.privacy.release_checks import KINDS, Score, failed, limit
-from fedsb.run import method_of
-from fedsb.settings import Config
+from fedsb.settings import Config, method_of
 
 PUBLISH_NOTHING = "Publish nothing that such a run made, and report it"
 

@@ -227,6 +227,7 @@ def _make(run: Path, manifest: Mapping[str, Any], config: Config, adapter: Path,
     if not merged:
         return Path(shutil.copytree(adapter, folder))
     name, _ = resolve_name(config.model.name)
+    task = fitted_task(manifest, config)
     base = BaseFacts(
         name=name,
         shared_name=shared_name(config.model.name, name),
@@ -234,10 +235,10 @@ def _make(run: Path, manifest: Mapping[str, Any], config: Config, adapter: Path,
         head=(),
         conv1d=False,
         pad_token=manifest["model"]["pad_token"],
-        **task_facts(fitted_task(manifest, config)),
+        **task_facts(task),
     )
     with _silently(), hub_errors(name):
-        merge(base, adapter, folder)
+        base = merge(base, adapter, folder, task.tokenizer)
     licence, files = licence_of(name, config.model.revision)
     for path in files:
         shutil.copy(path, folder)

@@ -134,9 +134,7 @@ class Record:
                     f"{path} does not exist, so it is not known whether the data have changed. Restore the file, or "
                     "start a new run"
                 )
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(path, os.urandom(32))
-            path.chmod(0o600)
+            write_atomic(path, os.urandom(32), private=True)
         key = path.read_bytes()
         return {
             name: {**facts, "fingerprint": keyed_fingerprint(key, facts["fingerprint"])}

@@ -290,7 +290,8 @@ def _confusion(run: RunFiles) -> Json | None:
     table = next((row["confusion"] for row in reversed(run.rounds) if row.get("confusion")), None)
     if table is None:
         return None
-    names = (run.manifest.get("task") or {}).get("label_names") or []
+    task = run.manifest.get("task") or {}
+    names = task.get("class_names") or task.get("label_names") or []
     rows = []
     for i, (name, counts) in enumerate(zip(names, table, strict=True)):
         whole = sum(counts)

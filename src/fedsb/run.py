@@ -27,13 +27,12 @@ from fedsb.federation import schedule
 from fedsb.federation.prices import bytes_line
 from fedsb.federation.spool import Spool
 from fedsb.interrupts import Interrupts
-from fedsb.methods import build_method
 from fedsb.methods.averaging import ServerOptimizer
 from fedsb.methods.contract import Method
 from fedsb.outcome import RunEngine, describe_start, export, finish, round_row
 from fedsb.privacy.guard import PromiseSpentError
 from fedsb.record import Record, read_manifest, refuse_existing
-from fedsb.settings import Choice, Config
+from fedsb.settings import Choice, Config, method_of
 
 
 class Display(Protocol):
@@ -207,10 +206,6 @@ def _nothing_finished(spent: PromiseSpentError) -> PromiseSpentError:
         "so it cannot be resumed within the same epsilon. Start a new run under another name (--set name=other). For "
         "rows that are in both runs the epsilons add up"
     )
-
-
-def method_of(config: Config) -> Method:
-    return build_method(config.method.name, config.method.options)
 
 
 def sample(engine: Engine, round: int, config: Config) -> list[str]:

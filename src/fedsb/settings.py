@@ -34,7 +34,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class UsedIf:
-    """Says when a setting has an effect, beside its type."""
+    """Says when a setting has an effect. It stands in the annotation of the setting."""
 
     condition: Callable[[Config], bool]
     otherwise: str  # why it has none where the condition is false; the configuration is {0}
@@ -68,7 +68,8 @@ def _if_basis(*kinds: str) -> UsedIf:
 
 def _if_read(*extensions: str) -> UsedIf:
     def is_read(config: Config) -> bool:
-        names = [name.removesuffix(".gz") for name in (config.data.train, config.data.test) if name]
+        public = config.basis.data if config.basis.kind == "update" else None
+        names = [name.removesuffix(".gz") for name in (config.data.train, config.data.test, public) if name]
         return any(name.lower().endswith(extensions) for name in names)
 
     return UsedIf(is_read, f"no {' or '.join(extensions)} file is read here")
@@ -98,7 +99,7 @@ class ModelConfig(Section):
     quantize: Literal["none", "4bit", "8bit"] = Field("none", description="the blocks' layers, by bitsandbytes")
     device: str = Field("auto", description="'auto', 'cpu', 'cuda', 'cuda:1', 'mps'")
     targets: str | list[str] = Field("blocks", description="'blocks', a regular expression, or name endings")
-    max_tokens: Annotated[int, Field(ge=2)] = Field(128, description="a row is cut after so many tokens")
+    max_tokens: Annotated[int, Field(ge=2)] = Field(128, description="rows are cut to this many tokens")
     template_date: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\d$")] | None = Field(
         None, description="the date that a chat template writes, as 2026-01-31; default: the day the run starts"
     )
@@ -159,9 +160,9 @@ class DataConfig(Section):
     revision: str | None = Field(None, description="of a Hub data set: branch, tag or commit")
     train_split: str = Field("train", description="of a Hub data set")
     test_split: Annotated[str, TESTED] = Field("test", description="of a Hub data set")
-    train_rows: Positive | None = Field(None, description="only so many rows, drawn by the seed")
+    train_rows: Positive | None = Field(None, description="use only this many rows, drawn by the seed")
     test_rows: Annotated[Positive | None, TESTED] = Field(
-        None, description="only so many rows, drawn; the same for each seed"
+        None, description="use only this many rows, drawn; the same for each seed"
     )
     drop: dict[str, Any] = Field(
         {}, description="rows left out: those that have this value, or one of these values, in this column"
@@ -216,7 +217,8 @@ class MethodConfig(BaseModel):
 
     model_config = ConfigDict(extra="allow", frozen=True)
     name: str = Field(
-        "fed-sb", description="`fedsb ls methods` lists them; the method's own options stand beside it, as rank"
+        "fed-sb",
+        description="`fedsb ls methods` lists them; the method's own options, as rank, are set in the same section",
     )
 
     @property

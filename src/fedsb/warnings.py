@@ -66,7 +66,8 @@ def _one_class(manifest: Json, rounds: Sequence[Json]) -> str:
     table = row.get("confusion") if row else None
     if not table:
         return ""
-    names = (manifest.get("task") or {}).get("label_names") or []
+    task = manifest.get("task") or {}
+    names = task.get("class_names") or task.get("label_names") or []
     predicted = [sum(line[i] for line in table) for i in range(len(table))]
     true = [sum(line) for line in table]
     said = [i for i, count in enumerate(predicted) if count]

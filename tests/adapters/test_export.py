@@ -255,7 +255,8 @@ def test_the_merged_model_answers_the_same(
 ) -> None:
     """Loaded as any model is, without PEFT; a batch of three needs the pad token that GPT-2's config lacks."""
     made = exported(request.getfixturevalue(model), auto_class, FedSB(rank=2, blocks=3), tmp_path / "adapter")
-    merge(made.facts, made.folder, tmp_path / "merged")
+    tokenizer = AutoTokenizer.from_pretrained(request.getfixturevalue(model))
+    merge(made.facts, made.folder, tmp_path / "merged", tokenizer)
     auto: Any = AutoModelForCausalLM if auto_class == "AutoModelForCausalLM" else AutoModelForSequenceClassification
     plain = auto.from_pretrained(tmp_path / "merged").eval()
     with torch.no_grad():

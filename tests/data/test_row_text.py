@@ -119,6 +119,16 @@ def test_the_templates_own_tokens_stay_special(chatty: Any) -> None:
     assert chatty.decode(ids_of(task, {"messages": clean})).replace(" ", "") == whole.replace(" ", "")
 
 
+@pytest.mark.parametrize("number", ["999999", "9" * 5000])
+def test_a_text_that_looks_like_a_marked_token_is_text(stories: Any, number: str) -> None:
+    from fedsb.data.tasks.base import MARK
+
+    task = open_task("instruction", tokenizer=stories, options=TaskOptions(), max_tokens=60_000)
+    ids = ids_of(task, {"prompt": f"say {MARK}{number}{MARK} and </s>", "answer": "so"})
+    assert number in stories.decode(ids) and ids.count(stories.eos_token_id) == 1
+    assert MARK in stories.decode(ids_of(task_of("text", stories), {"text": f"once {MARK} upon </s>"}))
+
+
 def test_they_are_counted_and_said(chatty: Any) -> None:
     from fedsb.data.card import make_card
     from fedsb.data.sources import make_table

@@ -21,7 +21,8 @@ from fedsb.engines.preflight import Preflight, preflight
 from fedsb.errors import UserError
 from fedsb.privacy.ledger import read_ledger
 from fedsb.privacy.per_example import clipped_sums
-from fedsb.run import federate, method_of
+from fedsb.run import federate
+from fedsb.settings import method_of
 from support.architectures import POSITIONS, build
 
 CLASSIFIER, LM = "AutoModelForSequenceClassification", "AutoModelForCausalLM"
@@ -101,10 +102,10 @@ def test_a_model_that_reads_padding_is_refused_in_a_private_run_before_anything_
     tiny_config: dict[str, Any], made: Make, tmp_path: Path
 ) -> None:
     config = on(tiny_config, made("fnet"), privacy=PRIVATE)
-    with pytest.raises(UserError, match=r"cannot be kept with this model: a row's gradient changes by .*% beside"):
+    with pytest.raises(UserError, match=r"cannot be kept with this model: a row's gradient changes by .*% in a batch"):
         federate(load_config(config))
     assert not list(Path(config["out"]).rglob("*.jsonl"))  # no ledger
-    assert "beside a longer row" in str(found(on(tiny_config, made("fnet"))).mixing)  # trained, one client at a time
+    assert "with a longer row" in str(found(on(tiny_config, made("fnet"))).mixing)  # trained, one client at a time
     assert opened(on(tiny_config, made("fnet"))).cohort_size == 1
 
 
@@ -144,7 +145,7 @@ def test_a_layer_that_looks_at_the_whole_batch_is_found(tiny_config: dict[str, A
     adapted = AdaptedModel(
         model, kind="core", targets=find_targets(model, "blocks", engine.base.head), head=engine.base.head
     )
-    assert "beside a longer row" in str(preflight(adapted, engine.task, engine.head, private_rows=False).mixing)
+    assert "with a longer row" in str(preflight(adapted, engine.task, engine.head, private_rows=False, batch=4).mixing)
 
 
 def wrapped(embeddings: nn.Module) -> nn.Module:
@@ -441,3 +442,32 @@ def features(model: Any, engine: EmbeddedEngine) -> torch.Tensor:
     with torch.no_grad():
         found: torch.Tensor = model.bert(batch["input_ids"], attention_mask=batch["attention_mask"]).pooler_output
     return found
+
+
+def test_a_batch_of_one_row_is_tried_with_one_row(tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that just fits the memory must not fail in its probes: no forward has more long rows than the run's."""
+    from fedsb.engines import preflight as probes
+
+    seen: list[int] = []
+    real = probes.forward
+
+    def spy(model: Any, task: Task, rows: Any) -> Any:
+        seen.append(sum(len(row["input_ids"]) == task.max_tokens for row in rows))
+        return real(model, task, rows)
+
+    monkeypatch.setattr(probes, "forward", spy)
+    opened(set_all(tiny_config, train={**tiny_config["train"], "batch_size": 1}))
+    assert max(seen) == 1 and sum(seen) == 1
+
+
+def test_a_model_that_does_not_fit_the_memory_is_refused_in_words(
+    tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fedsb.engines import preflight as probes
+
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    monkeypatch.setattr(probes, "forward", full)
+    with pytest.raises(UserError, match=r"does not fit into the device's memory .* Lower train.batch_size"):
+        opened(tiny_config)

@@ -14,7 +14,7 @@ from fedsb.data.tasks.base import Example
 from fedsb.engines.embedded import EmbeddedEngine
 from fedsb.federation.cohort import Member
 from fedsb.methods.contract import State
-from fedsb.run import method_of
+from fedsb.settings import method_of
 
 
 def open_engine(config: dict[str, Any]) -> EmbeddedEngine:

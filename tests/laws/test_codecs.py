@@ -23,8 +23,8 @@ from fedsb.methods.contract import Method, State, Update
 from fedsb.methods.fed_sb import FedSB
 from fedsb.pricing import estimate
 from fedsb.record import Record, read_manifest
-from fedsb.run import federate, method_of, resume, sample
-from fedsb.settings import Config
+from fedsb.run import federate, resume, sample
+from fedsb.settings import Config, method_of
 
 LOSSY = ("bfloat16", "int8", "int4")
 

@@ -23,7 +23,8 @@ from fedsb.methods import method_type
 from fedsb.methods.averaging import ServerOptimizer
 from fedsb.methods.contract import State
 from fedsb.record import Record
-from fedsb.run import federate, method_of, resume
+from fedsb.run import federate, resume
+from fedsb.settings import method_of
 
 METHODS = [
     pytest.param({"name": "fed-sb", "rank": 4}, id="fed-sb"),

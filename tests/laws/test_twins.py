@@ -17,7 +17,7 @@ from fedsb.federation.server import admit, rules
 from fedsb.methods.averaging import ServerOptimizer
 from fedsb.methods.contract import State, Update
 from fedsb.methods.flora_na import FLoRANA
-from fedsb.run import method_of
+from fedsb.settings import method_of
 from laws import twins
 
 TOLERANCE = 2e-4

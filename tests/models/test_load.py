@@ -38,8 +38,8 @@ from fedsb.models.load import (
     load_base,
     resolve_name,
 )
-from fedsb.run import federate, method_of
-from fedsb.settings import Choice, ModelConfig
+from fedsb.run import federate
+from fedsb.settings import Choice, ModelConfig, method_of
 
 CLASSIFIER, LM = "AutoModelForSequenceClassification", "AutoModelForCausalLM"
 TINY = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}

@@ -259,7 +259,7 @@ def test_8_bits_mix_a_batchs_rows(tiny_config: dict[str, Any], more: dict[str, A
 @needs_bitsandbytes
 def test_8_bits_are_trained_a_client_at_a_time(folder: Path, tiny_config: dict[str, Any]) -> None:
     from fedsb.engines.embedded import EmbeddedEngine
-    from fedsb.run import method_of
+    from fedsb.settings import method_of
 
     model = {"name": str(folder), "max_tokens": 16, "quantize": "8bit"}
     config = load_config(set_all(tiny_config, model=model)).config

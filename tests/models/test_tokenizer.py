@@ -16,10 +16,11 @@ from conftest import set_all
 from fedsb.config import load_config
 from fedsb.engines.embedded import EmbeddedEngine
 from fedsb.errors import UserError
+from fedsb.evaluate import export_to
 from fedsb.models.load import load_base, load_tokenizer, tokenizer_fingerprint
 from fedsb.record import read_manifest
-from fedsb.run import federate, method_of, resume
-from fedsb.settings import ModelConfig
+from fedsb.run import federate, resume
+from fedsb.settings import ModelConfig, method_of
 from support.architectures import build, save_tokenizer, write_rows
 
 LM = "AutoModelForCausalLM"
@@ -107,6 +108,29 @@ def test_the_date_of_a_chat_template_is_that_of_the_runs_start(tiny_config: dict
     card = (result.folder / "adapter" / "README.md").read_text()
     assert f"| Date in the prompts | {date.today().isoformat()} |" in card
     assert resume(result.folder, changed=load_config(config)).score == result.score  # not set there: no difference
+
+
+def test_an_exported_model_writes_the_date_that_it_was_trained_with(
+    tiny_config: dict[str, Any], model: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    save_tokenizer(model, template=DATED)
+    rows = [{"prompt": f"red{i}", "answer": f"blue{i}"} for i in range(8)]
+    settings = set_all(
+        tiny_config,
+        model={"name": str(model), "max_tokens": 32, "template_date": "2020-01-02"},
+        task={"kind": "instruction"},
+        data={"train": str(write_rows(tmp_path / "rows.jsonl", rows))},
+        clients={"count": 2},
+        rounds=1,
+    )
+    folder = federate(load_config(settings)).folder
+    for made in (folder / "adapter", export_to(folder, str(tmp_path / "merged"), merged=True)):
+        text = AutoTokenizer.from_pretrained(made).apply_chat_template(
+            [{"role": "user", "content": "red1"}], tokenize=False
+        )
+        assert text == "02 Jan 2020 red1 [EOS]"
 
 
 def test_a_run_of_another_day_writes_its_own_date(tiny_config: dict[str, Any], model: Path) -> None:

@@ -275,7 +275,10 @@ def test_scores_on_held_out_private_rows_are_not_told(tiny_config: dict[str, Any
     told = json.dumps([manifest, result, rows])
     assert "global_score" not in told
     released = federate(load_config(set_all(config, name="told", privacy={**config["privacy"], "release": ["scores"]})))
-    assert all(row["score"] is not None for row in read_rows(released.folder / "rounds.jsonl"))
+    rows, result = read_rows(released.folder / "rounds.jsonl"), read_result(released.folder)
+    assert all(row["score"] is not None for row in rows)
+    assert result is not None and result["confusion"] is None  # its sums are how many rows each class has
+    assert all("confusion" not in row for row in rows)
 
 
 def test_a_long_row_behind_short_ones_is_refused(tiny_config: dict[str, Any], tiny_llama: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import copy
 import json
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -293,10 +293,11 @@ def _stored(delta: Tensor, base: BaseFacts) -> Tensor:
     return delta.T if base.conv1d else delta
 
 
-def merge(base: BaseFacts, adapter: Path, folder: Path) -> None:
-    """Writes the base with the adapter merged into its weights, and its tokenizer, as an ordinary model folder.
+def merge(base: BaseFacts, adapter: Path, folder: Path, tokenizer: Any) -> BaseFacts:
+    """Writes the base with the adapter merged into its weights, and the tokenizer, as an ordinary model folder.
 
-    With mean pooling the folder is one of sentence-transformers. Raises UserError as `_write_averaging`.
+    With mean pooling the folder is one of sentence-transformers. Returns `base` with the end tokens of the base model's
+    own generation config added. Raises UserError as `_write_averaging`.
     """
     import transformers
     from peft import PeftModel
@@ -311,21 +312,24 @@ def merge(base: BaseFacts, adapter: Path, folder: Path) -> None:
             "ones only. Export the adapter, without --merged"
         )
     merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(base.name, revision=base.revision)
     ready = ready_tokenizer(tokenizer, base)
     if base.averages:
         _write_averaging(base, merged.eval(), ready, folder)
-        return
+        return base
     if base.label_names:
         merged.config = labelled_config(merged.config, base)
     elif base.task_type == "CAUSAL_LM":
+        own = merged.generation_config.eos_token_id
+        named = own if isinstance(own, list) else [] if own is None else [own]
+        base = replace(base, ends=sorted({*base.ends, *named}))
         merged.generation_config = _ending(merged.generation_config, base, ready.pad_token_id)
     merged.save_pretrained(folder)
     ready.save_pretrained(folder)
+    return base
 
 
 def _ending(settings: Any, base: BaseFacts, pad_token: int | None) -> Any:
-    """Returns a copy of a generation config that stops at the tokens which ended answers in training.
+    """Returns a copy of a generation config that stops at the end tokens of `base`.
 
     A config that contradicts itself, which transformers does not save, is replaced by one without its sampling.
     """

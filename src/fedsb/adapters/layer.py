@@ -99,7 +99,7 @@ class AdaptedLinear(nn.Module):
 
 
 def length(own: Mapping[str, Tensor], name: str) -> int:
-    """Of the tensor's first axis; 1 where it has none or holds nothing, which no shape with that rank then fits."""
+    """Returns the length of the tensor's first axis; 1 if it is empty or missing, so that no shape fits."""
     return max([1, *own[name].shape[:1]]) if name in own else 1
 
 

@@ -64,7 +64,7 @@ def together(folder: Path, contenders: Sequence[Contender]) -> Json | None:
         "delta": delta,
         "says": f"All {len(runs)} private runs together spent epsilon {epsilon_text(spent)} at delta "
         f"{delta_text(delta)}, by their ledgers in ledgers/. That bounds what several of them, or a choice among them, "
-        f"tell of one {' or '.join(units)}.",
+        f"reveal about one {' or '.join(units)}.",
     }
 
 

@@ -12,7 +12,7 @@ SHOWN = 5  # names in a message
 
 
 def is_missing(label: object) -> bool:
-    """Whether a cell is empty: null, no text, or NaN as spreadsheets and pandas write it."""
+    """Returns whether a cell is empty: null, no text, or NaN as spreadsheets and pandas write it."""
     if isinstance(label, str):
         return label.strip().lower() in ("", "nan")
     return label is None or (isinstance(label, float) and math.isnan(label))

@@ -297,7 +297,7 @@ def load_rows(config: Config, task: Task, source: str | None) -> Table:
 
 def load_unlabelled(config: Config, task: Task, source: str) -> Table:
     """Returns rows to predict. Raises UserError where a column that the model reads is missing."""
-    table = _load(source, None, config.data.test_split)
+    table = _load(source, None, config.data.test_split, format_of(config))
     require_read_columns(task, table)
     return table
 
@@ -383,7 +383,7 @@ def _is_value(cell: object, value: object) -> bool:
 
 
 def format_of(config: Config) -> FileFormat:
-    """How the files of the configuration are read."""
+    """Returns how the files of the configuration are read."""
     data = config.data
     return FileFormat(
         delimiter=data.delimiter, quoting=data.quoting, encoding=data.encoding, columns=tuple(data.columns)
@@ -398,7 +398,7 @@ def _load(source: str, revision: str | None, split: str, form: FileFormat | None
 
 
 def draw_rows(table: Table, rows: int | None, seed: int, which: str) -> Table:
-    """So many rows of the table, drawn by the seed, in their order: a file may be sorted by label."""
+    """Returns `rows` rows of the table, drawn by the seed, in their order: a file may be sorted by label."""
     if rows is None or rows >= len(table.rows):
         return table
     drawn = sorted(generator(seed, which).permutation(len(table.rows))[:rows].tolist())

@@ -344,7 +344,7 @@ def _separator_of(text: str, usual: str, file: _Opened) -> str:
 
 
 def _swallowed(fields: Sequence[str], separator: str, width: int) -> bool:
-    """Whether the inner lines of a field are all whole rows, as those between two stray quotes."""
+    """Returns whether the inner lines of a field are all whole rows, as those between two stray quotes."""
     inner = [line.count(separator) for value in fields for line in value.split("\n")[1:-1]]
     return len(inner) >= 2 and width >= 2 and set(inner) == {width - 1}
 

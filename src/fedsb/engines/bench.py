@@ -48,7 +48,13 @@ class Bench:
         self.adapted = self._adapt(targets)
         self.shapes = self.adapted.shapes
         self.head = head_start(self.adapted.head_tensors(), config.seed)
-        self.preflight = preflight(self.adapted, task, self.head, private_rows=config.privacy.unit == "example")
+        self.preflight = preflight(
+            self.adapted,
+            task,
+            self.head,
+            private_rows=config.privacy.unit == "example",
+            batch=config.train.batch_size,
+        )
         factors, head, inputs, logits = made_up_adapter(self.adapted, task, self.head)
         try_with_peft(self.adapted.unwrap(), inputs, logits, factors, head, self.base_facts())
         self.adapted = self._adapt(targets, one_by_one=self.preflight.unroutable is not None)

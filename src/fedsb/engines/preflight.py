@@ -28,7 +28,7 @@ from fedsb.adapters.core import core_left
 from fedsb.adapters.export import BaseFacts, try_adapter
 from fedsb.adapters.factors import Factors
 from fedsb.adapters.layer import RoutingError
-from fedsb.data.tasks.base import Batch, Example, Task
+from fedsb.data.tasks.base import Batch, Example, Task, ids
 from fedsb.data.tasks.causal import CausalTask
 from fedsb.disk import disk_errors
 from fedsb.draws import generator
@@ -58,7 +58,7 @@ class Preflight:
     """What the probes found. A reason is None where there is nothing to say."""
 
     unroutable: str | None  # why rows of several clients or examples cannot share a forward
-    mixing: str | None  # why a row's result depends on the rows beside it
+    mixing: str | None  # why a row's result depends on the other rows of its batch
     untouched: tuple[str, ...]  # kinds of adapted layers that got no gradient from the batch
     seconds: float
 
@@ -69,7 +69,7 @@ class Preflight:
 
     @property
     def choices(self) -> tuple[Choice, ...]:
-        said = self.alone or "the adapter trains, and a row's gradient does not depend on the rows beside it"
+        said = self.alone or "the adapter trains, and a row's gradient does not depend on the other rows of its batch"
         choices = [Choice(key="preflight", value=f"{self.seconds:.1f} s", reason=said)]
         if self.untouched:
             reason = "warning: no gradient reached these layers in a made-up batch; they are sent, perhaps for nothing"
@@ -77,12 +77,13 @@ class Preflight:
         return tuple(choices)
 
 
-def preflight(adapted: AdaptedModel, task: Task, head: Tensors, *, private_rows: bool) -> Preflight:
+def preflight(adapted: AdaptedModel, task: Task, head: Tensors, *, private_rows: bool, batch: int) -> Preflight:
     """Tries the model. The adapter's tensors are replaced.
 
     Args:
         head: the head's first tensors, without the axis of clients.
         private_rows: whether the run protects single rows, which must then be independent of each other.
+        batch: the rows of one forward in the run; no probe fills the window with more.
 
     Raises:
         UserError: the model fails on a batch, is not causal where it must be, has targets that the adapter cannot
@@ -92,12 +93,13 @@ def preflight(adapted: AdaptedModel, task: Task, head: Tensors, *, private_rows:
     short, long, other = _rows(task)
     tensors = _made_up(adapted, head)
     with _explained(adapted, task):
-        untouched = _try_training(adapted, task, tensors, [short, long])
+        untouched = _try_training(adapted, task, tensors, [short, long] if batch > 1 else [long])
         if isinstance(task, CausalTask):
-            _try_causality(adapted, task, tensors, short)
+            _try_causality(adapted, task, tensors, short, other)
     unroutable = _routing_fault(adapted, task, tensors, [short, other, short])
     adapted.routing.one_by_one = unroutable is not None
-    mixing = _mixing(adapted, task, tensors, short, [long, other], together=unroutable is None)
+    others = [long, other] if batch > 1 else [other]
+    mixing = _mixing(adapted, task, tensors, short, others, together=unroutable is None)
     if mixing and private_rows:
         raise UserError(
             f"privacy.unit = 'example' cannot be kept with this model: {mixing}. So one row enters the gradients of "
@@ -149,7 +151,7 @@ def try_with_peft(
 
 
 def _rows(task: Task) -> tuple[Example, Example, Example]:
-    """A short row, one that fills the window and one of other tokens, all made up, the same for every site."""
+    """Returns a short row, one that fills the window and one of other tokens, all made up, the same for every site."""
     draw = generator(0, "preflight")
     window = task.max_tokens
     return (
@@ -160,7 +162,7 @@ def _rows(task: Task) -> tuple[Example, Example, Example]:
 
 
 def _made_up(adapted: AdaptedModel, head: Tensors) -> Tensors:
-    """A small random adapter of one client, with its axis, so that every factor gets a gradient."""
+    """Returns a small random adapter of one client, with its axis, so that every factor gets a gradient."""
     draw = generator(0, "preflight adapter")
 
     def drawn(*shape: int, scale: float) -> Tensor:
@@ -181,7 +183,7 @@ def _trained(adapted: AdaptedModel, tensors: Tensors) -> frozenset[str]:
 
 
 def _loss(adapted: AdaptedModel, task: Task, rows: Sequence[Example]) -> Tensor:
-    """The rows' own mean losses, (b,)."""
+    """Returns the mean loss of each row, (b,)."""
     logits, batch = forward(adapted.model, task, rows)
     loss_b, weight_b = task.losses(logits, batch)
     return loss_b / weight_b.clamp(min=1)
@@ -231,27 +233,29 @@ def _try_training(adapted: AdaptedModel, task: Task, tensors: Tensors, rows: Seq
 
 
 @torch.no_grad()
-def _try_causality(adapted: AdaptedModel, task: Task, tensors: Tensors, row: Example) -> None:
+def _try_causality(adapted: AdaptedModel, task: Task, tensors: Tensors, row: Example, other: Example) -> None:
     """Raises UserError where a logit depends on a later token."""
-    tokens = row["input_ids"]
-    assert isinstance(tokens, list)
-    if len(tokens) < 2 or tokens[0] == tokens[-1]:
+    tokens = ids(row, "input_ids")
+    last = next((token for token in [*ids(other, "input_ids"), *tokens] if token != tokens[-1]), None)
+    if len(tokens) < 2 or last is None:  # a vocabulary of one token
         return
     adapted.load(tensors)
-    changed: Example = {**row, "input_ids": [*tokens[:-1], tokens[0]]}  # another last token
+    changed: Example = {**row, "input_ids": [*tokens[:-1], last]}
     logits = [forward(adapted.model, task, [one])[0][0, : len(tokens) - 1].float() for one in (row, changed)]
     if _difference(logits[0], logits[1]) > _tolerance(adapted):
         raise UserError(
-            "The model is not causal: what it predicts for a token depends on the tokens after it, so that a "
-            "next-token "
-            "loss or perplexity of it means nothing. Take a decoder-only model (Llama, Qwen, Gemma, GPT-2) for this "
-            "task, or task.kind = 'classification' for an encoder"
+            "The model is not causal: what it predicts for a token depends on the tokens after it, so that its "
+            "next-token loss and perplexity mean nothing. Take a decoder-only model (Llama, Qwen, Gemma, GPT-2) for "
+            "this task, or task.kind = 'classification' for an encoder"
         )
 
 
 def _routing_fault(adapted: AdaptedModel, task: Task, tensors: Tensors, rows: Sequence[Example]) -> str | None:
-    """Why this model's layers do not see one row per example. The rows are not as many as their tokens."""
-    width = max(len(row["input_ids"]) for row in rows)  # type: ignore[arg-type]
+    """Returns why this model's layers do not see one row per example; None if they do.
+
+    The number of rows that are tried differs from their number of tokens.
+    """
+    width = max(len(ids(row, "input_ids")) for row in rows)
     rows = rows[:2] if width != 2 else rows
     adapted.load(tensors)
     adapted.routing.rows = len(rows)
@@ -268,7 +272,7 @@ def _routing_fault(adapted: AdaptedModel, task: Task, tensors: Tensors, rows: Se
 def _mixing(
     adapted: AdaptedModel, task: Task, tensors: Tensors, row: Example, others: Sequence[Example], *, together: bool
 ) -> str | None:
-    """Why the row's gradient depends on what else the model reads; None where it does not.
+    """Returns why the row's gradient depends on what else the model reads; None where it does not.
 
     With `together` the others are in the same forward, else in one before it.
     """
@@ -281,7 +285,8 @@ def _mixing(
         if together:
             beside = _gradient(adapted, task, tensors, [row, other])
             if (by := _difference(beside, alone)) > _tolerance(adapted):
-                return f"a row's gradient changes by {by:.1%} beside a longer row (its padding, or the batch, is read)"
+                why = "its padding, or the batch, is read"
+                return f"a row's gradient changes by {by:.1%} in a batch with a longer row ({why})"
         else:
             _gradient(adapted, task, tensors, [other])
     if (by := _difference(_gradient(adapted, task, tensors, [row]), alone)) > _tolerance(adapted):
@@ -290,7 +295,7 @@ def _mixing(
 
 
 def _gradient(adapted: AdaptedModel, task: Task, tensors: Tensors, rows: Sequence[Example]) -> Tensor:
-    """The first row's gradient of all that trains, as one vector."""
+    """Returns the first row's gradient of all that trains, as one vector."""
     trained = _trained(adapted, tensors)
     adapted.load(
         {key: x.expand(len(rows), *x.shape[1:]) if key in trained else x for key, x in tensors.items()},
@@ -322,13 +327,18 @@ def _explained(adapted: AdaptedModel, task: Task) -> Iterator[None]:
         yield
     except UserError:
         raise
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"The model does not fit into the device's memory with rows of {task.max_tokens} tokens: "
+            f"{str(error).splitlines()[0]:.200}. Nothing was trained. Lower train.batch_size or model.max_tokens, or "
+            "set model.activation_checkpointing or model.quantize; `fedsb check` estimates the memory"
+        ) from error
     except FAULTS as error:
         first = (str(error).strip().splitlines() or [""])[0]
         kind = type(getattr(adapted.model, "base_model", adapted.model)).__name__
         raise UserError(
             f"The model ({kind}) fails on a made-up batch of rows of up to {task.max_tokens} tokens: "
             f"{type(error).__name__}: {first:.300}. Nothing was trained. If rows of that length are too long for it, "
-            "set "
-            "model.max_tokens lower; if layers that it adapts are at fault, name others in model.targets; else take "
-            "another model"
+            "set model.max_tokens lower; if layers that it adapts are at fault, name others in model.targets; else "
+            "take another model"
         ) from error

@@ -23,7 +23,7 @@ POSITIONS = re.compile(
 def usable_positions(model: Any) -> int | None:
     """Returns how many tokens a row may have; None for a model without a table of positions (RoPE, ALiBi, T5).
 
-    A table may reserve entries: RoBERTa starts behind the position of its padding token, OPT and BART at an offset.
+    A table may reserve entries: RoBERTa starts after the position of its padding token, OPT and BART at an offset.
     """
     towers = other_towers(model)
 
@@ -40,7 +40,7 @@ def usable_positions(model: Any) -> int | None:
             found.append(len(weight) - reserved)
     found += [len(x) for name, x in model.named_buffers() if x.dim() >= 2 and is_table(name)]
     text = model.config.get_text_config() if hasattr(model, "config") else None
-    if text is not None and text.model_type == "mpt":  # ALiBi, made for so many positions
+    if text is not None and text.model_type == "mpt":  # ALiBi, made for this many positions
         found.append(text.max_seq_len)
     if found and isinstance(stated := getattr(text, "max_position_embeddings", None), int):
         found.append(stated)
@@ -76,11 +76,10 @@ def check_tokens(model: Any, tokenizer: Any, examples: Iterable[Sequence[int]]) 
     largest = max((max(tokens) for tokens in examples if tokens), default=0)
     if largest >= table.num_embeddings:
         raise UserError(
-            f"The rows hold token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}), but the model has "
-            "embeddings "
-            f"for {table.num_embeddings:,} tokens only. The tokenizer has more tokens than the model: take the "
-            "tokenizer "
-            "that belongs to it, or resize the model's embeddings and save it again (model.resize_token_embeddings)."
+            f"The rows contain token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}), but the model has "
+            f"embeddings for {table.num_embeddings:,} tokens only. The tokenizer has more tokens than the model: take "
+            "the tokenizer that belongs to it, or resize the model's embeddings and save it again "
+            "(model.resize_token_embeddings)."
         )
 
 

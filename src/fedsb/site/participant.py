@@ -348,8 +348,8 @@ def refuse_values(tensors: Tensors) -> None:
     for key, x in tensors.items():
         if x.is_floating_point() and x.numel() and not float(x.abs().max()) <= LARGEST:
             raise RefusalError(
-                f"a broadcast holds values of {key!r} that are NaN, infinite or above {LARGEST:g}. Nothing was made of "
-                "it; the coordinator may lower its learning rate"
+                f"a broadcast holds values of {key!r} that are NaN, infinite or above {LARGEST:g}. It was discarded. "
+                "The coordinator may lower its learning rate"
             )
 
 

@@ -118,7 +118,7 @@ class Answers(Instruction):
         return ()
 
     def given(self, rows: list[Row]) -> list[str]:
-        """None: `asked` is the whole prompt."""
+        """Returns no inputs: `asked` is the whole prompt."""
         return [""] * len(rows)
 
     def pairs(self, rows: list[Row]) -> tuple[list[str], list[str]]:

@@ -209,7 +209,7 @@ class Task(ABC):
         return None
 
     def cut_in_pieces(self, rows: list[Row]) -> int:
-        """How many of these rows become several examples; of most tasks none does."""
+        """Returns how many of these rows become several examples; for most tasks none does."""
         return 0
 
     def labels_in(self, rows: list[Row]) -> list[Any]:
@@ -266,7 +266,7 @@ class Task(ABC):
 
     @cached_property
     def pads_left(self) -> bool:
-        """Whether the tokenizer pads on the left and ends a text with its class token, as XLNet's does."""
+        """Returns whether the tokenizer pads on the left and ends a text with its class token, as XLNet's does."""
         if getattr(self.tokenizer, "padding_side", "right") != "left":
             return False
         tokens = self.tokenizer("a")["input_ids"]
@@ -294,7 +294,7 @@ class Task(ABC):
         return re.compile("|".join(map(re.escape, self.special)) or r"(?!)")
 
     def has_special(self, text: str) -> bool:
-        """Whether a text contains what this tokenizer would read as a special token."""
+        """Returns whether a text contains what this tokenizer would read as a special token."""
         return self._special_pattern.search(text) is not None
 
     def as_text(self, text: str) -> str:
@@ -314,7 +314,7 @@ class Task(ABC):
         made = self.tokenizer(texts, add_special_tokens=False, verbose=False, split_special_tokens=plain)
         found = cast(list[list[int]], list(made["input_ids"]))
         for position, text in enumerate(texts):
-            if MARK in text:
+            if MARK in text and not plain:
                 found[position] = self._tokenize_marked(text)
         return found
 
@@ -324,7 +324,8 @@ class Task(ABC):
         at = 0
         for found in [*self._special_pattern.finditer(text), None]:
             piece = text[at : found.start() if found else None]
-            piece = re.sub(f"{MARK}(\\d+){MARK}", lambda mark: names[int(mark.group(1))], piece)
+            # a row's own text may contain such marks: a number of no special token stays as it is
+            piece = re.sub(f"{MARK}(\\d{{1,9}}){MARK}", lambda mark: names.get(int(mark[1]), mark[0]), piece)
             tokens += self._tokenize([piece], plain=True)[0] if piece else []
             if found:
                 tokens.append(self.special[found.group()])

@@ -25,7 +25,7 @@ from typing import Any
 from fedsb.data.sources import Row, place_of
 from fedsb.data.tasks.base import NO_LOSS, Example, Question, TaskOptions, Tokenizer, errors_at
 from fedsb.data.tasks.causal import CausalTask
-from fedsb.data.tasks.instruction import answer_end, stop_texts
+from fedsb.data.tasks.instruction import answer_end, from_template, stop_texts
 from fedsb.errors import BadRowError, UserError
 
 ASSISTANT = "assistant"
@@ -76,7 +76,7 @@ class Chat(CausalTask):
                 )
             messages, tools = self._conversation(row, number, turns)
             with errors_at(row, number):
-                asked.append(_written(self.tokenizer, messages, tools, prompt=True))
+                asked.append(from_template(self.tokenizer, messages, tools, prompt=True))
         return [self._question(text, prompt) for text, prompt in zip(asked, self._tokenize(asked), strict=True)]
 
     def encode(self, rows: list[Row]) -> tuple[list[Example], int]:
@@ -166,9 +166,9 @@ def parts_of(tokenizer: Tokenizer, messages: list[Message], tools: list[Any] | N
     for i, message in enumerate(messages):
         if message["role"] != ASSISTANT:
             continue
-        before = _written(tokenizer, messages[:i], tools, prompt=True)
-        after = _written(tokenizer, messages[: i + 1], tools, prompt=False)
-        if tools and not done and before == _written(tokenizer, messages[:i], None, prompt=True):
+        before = from_template(tokenizer, messages[:i], tools, prompt=True)
+        after = from_template(tokenizer, messages[: i + 1], tools, prompt=False)
+        if tools and not done and before == from_template(tokenizer, messages[:i], None, prompt=True):
             raise UserError(
                 "the rows have a column 'tools', but the chat template writes the same text with and without them. "
                 "Take a model whose template reads tools, or remove the column."
@@ -187,18 +187,8 @@ def parts_of(tokenizer: Tokenizer, messages: list[Message], tools: list[Any] | N
     return parts
 
 
-def _written(tokenizer: Tokenizer, messages: list[Message], tools: list[Any] | None, *, prompt: bool) -> str:
-    more = {"tools": tools} if tools else {}
-    turns = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
-    try:
-        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt, **more))
-    except Exception as error:  # a template raises what it likes, mostly jinja2's TemplateError
-        roles = ", ".join(message["role"] for message in messages)
-        raise UserError(f"the chat template refuses a conversation of the roles {roles or 'none'}: {error}") from error
-
-
 def _is_message(found: object) -> bool:
-    """Whether this is a turn: a role and a content that are text, or a call of tools without a content."""
+    """Returns whether this is a turn: a role and a content that are text, or a call of tools without a content."""
     if not isinstance(found, dict) or not isinstance(found.get("role"), str):
         return False
     return isinstance(found.get("content"), str) or (found.get("content") is None and bool(found.get("tool_calls")))

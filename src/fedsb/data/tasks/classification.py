@@ -118,7 +118,7 @@ class Classification(Task):
         return [classes[str(label)] for label in labels]
 
     def made_up(self, tokens: int, draw: np.random.Generator) -> Example:
-        """Of a text, so that the tokenizer adds its special tokens: some models look for them."""
+        """Returns an example of a text, so that the tokenizer adds its special tokens: some models look for them."""
         text = self.tokenizer.decode(self._ordinary_tokens(2 * tokens, draw))  # may be fewer once it is read again
         fields = self._fields([[text]], limit=tokens)
         example: Example = {name: values[0] for name, values in fields.items()}

@@ -53,7 +53,7 @@ class Code(Answers):
         return ("test", "entry_point", "test_list", "test_imports", "test_setup_code")
 
     def asking_layout(self, columns: Sequence[str], origin: str = "the table") -> Layout:
-        """As for every family; tests tell HumanEval and MBPP from a table of prompts."""
+        """Returns how to read a table; the columns of tests distinguish HumanEval and MBPP from a table of prompts."""
         tests = {"entry_point": (HUMANEVAL,), "test_list": (MBPP, SANITIZED)}
         for column, layouts in tests.items():
             found = next((layout for layout in layouts if {layout.prompt, column} <= set(columns)), None)

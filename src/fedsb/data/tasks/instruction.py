@@ -8,6 +8,9 @@ when it generates are an exact prefix of those it was trained on. Special tokens
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from fedsb.data.sources import Row, with_values
 from fedsb.data.tasks.base import NO_LOSS, Example, Question, Tokenizer, start_tokens
 from fedsb.data.tasks.causal import CausalTask
@@ -22,6 +25,7 @@ ALPACA_INPUT = (
     "response that appropriately completes the request.\n\n### Instruction:\n{prompt}\n\n### Input:\n{input}\n\n"
     "### Response:"
 )
+PROBE = "zebra"  # an answer that no template writes by itself
 
 
 class Instruction(CausalTask):
@@ -103,8 +107,7 @@ def prompt_text(tokenizer: Tokenizer, prompt: str, given: str = "") -> str:
     """
     if not tokenizer.chat_template:
         return ALPACA_INPUT.format(prompt=prompt, input=given) if given else ALPACA.format(prompt=prompt)
-    asked = [_user_turn(prompt, given)]
-    return str(tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True))
+    return from_template(tokenizer, [_user_turn(prompt, given)], prompt=True)
 
 
 def answer_text(tokenizer: Tokenizer, prompt: str, answer: str, given: str = "") -> str:
@@ -117,7 +120,7 @@ def answer_text(tokenizer: Tokenizer, prompt: str, answer: str, given: str = "")
             raise UserError("the tokenizer has no end token: set its eos_token, so that an answer can end")
         return f"{_space(tokenizer)}{answer}{tokenizer.eos_token}"
     told = [_user_turn(prompt, given), {"role": "assistant", "content": answer}]
-    whole = str(tokenizer.apply_chat_template(told, tokenize=False))
+    whole = from_template(tokenizer, told, prompt=False)
     before = prompt_text(tokenizer, prompt, given)
     if not whole.startswith(before):
         raise UserError(
@@ -131,12 +134,40 @@ def _user_turn(prompt: str, given: str) -> dict[str, str]:
     return {"role": "user", "content": f"{prompt}\n\n{given}" if given else prompt}
 
 
+def from_template(
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], tools: list[Any] | None = None, *, prompt: bool
+) -> str:
+    """Returns a conversation as the chat template writes it; with `prompt`, up to the start of an answer.
+
+    Raises UserError where the template refuses the conversation.
+    """
+    more = {"tools": tools} if tools else {}
+    turns = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
+    try:
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt, **more))
+    except Exception as error:  # a template raises what it likes, mostly jinja2's TemplateError
+        roles = ", ".join(message["role"] for message in messages)
+        raise UserError(f"the chat template refuses a conversation of the roles {roles or 'none'}: {error}") from error
+
+
+def _after_answer(tokenizer: Tokenizer) -> str:
+    """Returns the text that follows every answer in training: the end token, or what the chat template writes."""
+    if not tokenizer.chat_template:
+        return answer_text(tokenizer, "a", PROBE).partition(PROBE)[2]
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": PROBE}]
+    try:
+        whole = from_template(tokenizer, turns, prompt=False)
+    except UserError:  # some templates ask for a system turn
+        whole = from_template(tokenizer, [{"role": "system", "content": "a"}, *turns], prompt=False)
+    return whole.partition(PROBE)[2].rstrip()
+
+
 def answer_end(tokenizer: Tokenizer) -> int | None:
     """Returns the token that ends every answer in training, None where the chat template writes none after it."""
-    text = answer_text(tokenizer, "a", "zebra")
-    if not text.partition("zebra")[2].strip():
+    tail = _after_answer(tokenizer)
+    if not tail.strip():
         return None  # the answer's own text is the last
-    last = int(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][-1])
+    last = int(tokenizer(PROBE + tail, add_special_tokens=False, verbose=False)["input_ids"][-1])
     return last if last in special_tokens(tokenizer) | {tokenizer.eos_token_id} else None
 
 
@@ -144,8 +175,8 @@ def stop_texts(tokenizer: Tokenizer) -> list[str]:
     """Returns the texts at which an answer is cut that no end token ended."""
     if not tokenizer.chat_template:
         return ["### Instruction:"]
-    _, answer, tail = answer_text(tokenizer, "a", "zebra").partition("zebra")
-    return [tail.strip()] if answer and tail.strip() else []
+    tail = _after_answer(tokenizer).strip()
+    return [tail] if tail else []
 
 
 def special_tokens(tokenizer: Tokenizer) -> set[int]:

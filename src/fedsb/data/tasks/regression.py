@@ -36,7 +36,7 @@ class Regression(Classification):
         return []
 
     def labels_in(self, rows: list[Row]) -> list[Any]:
-        """None: a number is no class."""
+        """Returns None: a number is not a class."""
         self._numbers(rows)
         return []
 
@@ -67,11 +67,11 @@ class Regression(Classification):
         return {self.metric: found[self.metric]} | found
 
     def confusion(self, scored: Scored) -> list[list[int]] | None:
-        """None: a number is no class."""
+        """Returns None: a number is not a class."""
         return None
 
     def best_guess(self, examples_test: list[Example]) -> float | None:
-        """None: one number for all rows correlates with nothing."""
+        """Returns None: one number for all rows correlates with nothing."""
         return None
 
     def baseline(self, examples_train: list[Example], examples_test: list[Example]) -> float | None:

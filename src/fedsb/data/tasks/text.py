@@ -69,7 +69,7 @@ class Text(CausalTask):
         return heads, tails
 
     def _windows(self, rows: list[Row]) -> Iterator[list[list[int]]]:
-        """Of each row its windows, of two tokens or more."""
+        """Returns the windows of each row, of two tokens or more."""
         start = start_tokens(self.tokenizer)
         step = self.max_tokens - len(start)
         for tokens in self._tokenize(self._texts(rows, self.options.text), plain=True):
