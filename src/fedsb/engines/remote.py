@@ -69,7 +69,6 @@ class RemoteEngine(Bench):
             task.fit_labels([{task.options.label: label} for label in labels], test.rows if test else [])
         task.name_classes(test.class_names.get(task.options.label, ()) if test else ())
         super().__init__(config, method, tokenizer, task)
-        self.check_rows(task.encode_test(test.rows)[0] if test else [])
         opened = {} if begun else self._open(tokenizer_fingerprint(tokenizer))
         self.sites = (
             [elsewhere(site["name"], site["rows"], site["labels"]) for site in begun["clients"]]
@@ -77,6 +76,7 @@ class RemoteEngine(Bench):
             else [elsewhere(name, site.rows, site.labels) for name, site in opened.items()]
         )
         self.data = self._data(test, looked, opened, begun)
+        self.check_rows(self.data.test)
         self.local = local_training(config)
         self.promise = promise_of(config, method, self.sites, self.local)
         self.ranks, rank_choices = client_ranks(config, method, self.shapes, [site.name for site in self.sites])
