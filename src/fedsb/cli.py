@@ -174,7 +174,9 @@ def compare(
     methods: Annotated[
         str | None,
         typer.Option(
-            "--methods", metavar="A,B@RANK,...", help="Compare these with the first, instead of what the TOML names."
+            "--methods",
+            metavar="A,B@RANK,...",
+            help="What to compare, not what the TOML names; the first is the reference.",
         ),
     ] = None,
     seeds: Annotated[int | None, typer.Option("--seeds", help="Runs of each, with the seeds 0, 1, ...")] = None,
