@@ -189,11 +189,13 @@ def _decode(file: _Opened) -> str:
     if file.form.encoding is None and file.content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
         raise UserError(f"{path} is UTF-16 text. Save it as UTF-8, or set data.encoding = 'utf-16'.")
     try:
-        if codecs.lookup(encoding).name.startswith("utf-16") and b"\0" not in file.content:  # not even a line's end
+        codec, marked = codecs.lookup(encoding).name, file.content.startswith(codecs.BOM_UTF8)
+        wide = codec.startswith("utf-16")
+        if (wide and b"\0" not in file.content) or (marked and not codec.startswith("utf-8")):  # no NUL: no line's end
             raise UserError(
                 f"{path} is not {encoding} text. data.encoding applies to every file: save all files in one encoding."
             )
-        text = file.content.decode(encoding)
+        text = file.content.decode("utf-8-sig" if marked else encoding)
     except LookupError as fault:
         raise UserError(
             f"data.encoding = {encoding!r} is not a known encoding. Use a name that Python knows, as 'utf-8', 'cp1252' "
