@@ -9,8 +9,9 @@ from fedsb.catalogue import settings
 HEAD = """# Settings
 
 Every key of a run's TOML. `fedsb ls settings` prints the same; `--set section.key=value` overrides a key on the command
-line, and `none` unsets one. `fedsb check --verbose` shows the value that each has in a run, and why. A section
-`[method]` also takes the options of its method (`rank`, `alpha`, `blocks`), which `fedsb check` names.
+line, and `none` unsets one, unless `none` is one of its values. `fedsb check --verbose` shows the value that each
+has in a run, and why. A section `[method]` also takes the options of its method (`rank`, `alpha`,
+`blocks`), which `fedsb check` names.
 """
 
 

@@ -403,5 +403,5 @@ def test_what_is_no_run(cli: Cli, done: Path, tmp_path: Path) -> None:
 def test_an_unwritable_place(cli: Cli, tiny_config: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     said = cli("run", write_toml(tmp_path / "tiny.toml", set_all(tiny_config, out=str(tmp_path / "file"))))
-    assert said.code == 2 and "cannot write below" in said.err and "Traceback" not in said.err
+    assert said.code == 1 and "Choose another place: --set out=FOLDER" in said.err and "Traceback" not in said.err
     assert (tmp_path / "file").read_text() == "mine"

@@ -42,6 +42,28 @@ def test_nothing_heavy_is_loaded_for_nothing(command: str) -> None:
     assert ran.stdout.endswith("loaded: []\n")
 
 
+def test_the_name_of_a_file_without_its_extension(
+    toml: Path, cli: Callable[..., Said], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(toml.parent)
+    said = cli("check", "tiny")
+    assert said.code == 1 and said.err == "fedsb: there is no recipe 'tiny'. For the file, write tiny.toml\n"
+
+
+def test_a_setting_without_effect_is_named_with_where_it_was_set(toml: Path, cli: Callable[..., Said]) -> None:
+    said = cli("check", toml, "--set", "server.tau=0.1")
+    assert "Warning: server.tau = 0.1 (--set server.tau) has no effect: server.optimizer is none." in said.out
+
+
+def test_the_bytes_of_other_methods_follow_the_bytes_of_the_run(toml: Path, cli: Callable[..., Said]) -> None:
+    said = cli("run", toml, "--set", "privacy.unit=example", "--set", "privacy.epsilon=8")
+    lines = said.out.splitlines()
+    after = next(number for number, line in enumerate(lines) if line.startswith("  bytes sent ")) + 1
+    prices = [line for line in lines if "would have sent" in line]
+    assert prices and lines[after : after + len(prices)] == prices
+    assert lines[after + len(prices)].startswith("  privacy ")
+
+
 def test_help(cli: Callable[..., Said]) -> None:
     said = cli("--help")
     assert said.code == 0 and "..." not in said.out.replace("[ARGS]...", ""), "a verb's first sentence is cut off"
@@ -392,3 +414,13 @@ def test_nothing_changes_the_processs_logging(cli: Callable[..., Said], finished
     level = logging.getLogger().level
     cli("report", finished)
     assert logging.getLogger().level == level
+
+
+def test_the_help_of_a_command_describes_its_arguments(cli: Callable[..., Said]) -> None:
+    assert "A TOML file, or the name of a recipe." in " ".join(cli("check", "--help").out.split())
+    assert "A run directory, such as runs/quickstart." in " ".join(cli("predict", "--help").out.split())
+
+
+def test_a_misspelt_verb_gets_one_suggestion(cli: Callable[..., Said]) -> None:
+    said = cli("chek", "quickstart")
+    assert said.code == 1 and said.err.count("Did you mean 'check'?") == 1

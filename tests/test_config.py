@@ -59,7 +59,12 @@ def faults(raw: dict[str, Any], overrides: list[str] | None = None) -> list[str]
         pytest.param({"train": {"steps": 5, "epochs": 1}}, "train: set steps or epochs, not both; --set"),
         pytest.param({"server": {"clients_per_round": 2, "min_clients": 3}}, "server: min_clients = 3 of 2"),
         pytest.param({"rounds": 0}, "rounds: it must be greater than or equal to 1 (it is 0)"),
-        pytest.param({"name": "../x"}, "name: it must match pattern"),
+        pytest.param({"name": "../x"}, "name: it must begin with a letter or digit and contain only letters, digits"),
+        pytest.param({"model": {"template_date": "31.1.2026"}}, "model.template_date: it must be a date such as 2026"),
+        pytest.param(
+            {"train": {"rounds": 3}},
+            "train.rounds: there is no such key; did you mean rounds at the top of the file, before the first [section",
+        ),
     ],
 )
 def test_a_fault_names_its_key(raw: dict[str, Any], said: str) -> None:
@@ -119,6 +124,14 @@ def test_none_takes_a_setting_back() -> None:
     assert (config.train.steps, config.train.epochs) == (None, 2)
 
 
+@pytest.mark.parametrize("key", ["data.quoting", "model.quantize", "server.optimizer", "privacy.unit"])
+def test_none_is_text_where_it_is_one_of_the_choices(key: str) -> None:
+    loaded = load_config({}, [f"{key}=none"])
+    section, _, name = key.partition(".")
+    assert getattr(getattr(loaded.config, section), name) == "none"
+    assert loaded.given[section][name] == "none"
+
+
 def test_each_value_knows_where_it_comes_from(tmp_path: Path) -> None:
     path = tmp_path / "my.toml"
     path.write_text("rounds = 4\n[train]\nlr = 0.5\n[method]\nrank = 4\n")
@@ -146,7 +159,7 @@ def test_difference() -> None:
     ("content", "said"),
     [
         (b"", "is empty; `fedsb init quickstart"),
-        (b"rounds = ", "is no TOML"),
+        (b"rounds = ", "is not valid TOML"),
         (b"name = '\xff'", "cannot read"),
     ],
 )

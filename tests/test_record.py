@@ -221,9 +221,21 @@ def test_a_failure_behind_the_first_checkpoint_takes_nothing_back(tmp_path: Path
     assert (tmp_path / "run" / "manifest.json").exists()
 
 
+@pytest.mark.parametrize("folder", ["rows.csv", "rows.csv/run"])
+def test_a_folder_that_cannot_be_made_is_the_users_to_change(tmp_path: Path, folder: str) -> None:
+    (tmp_path / "rows.csv").write_text("text,label\n")
+    with pytest.raises(UserError, match=r"cannot make the run's folder .*rows.csv.* Choose another place: --set out="):
+        Record.create(tmp_path / folder, MANIFEST)
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
-    [(None, "is no run directory"), ("", "cannot be read"), ("[]", "is not that of a run"), ("{}", "is not that of")],
+    [
+        (None, "is not a run directory"),
+        ("", "cannot be read"),
+        ("[]", "is not that of a run"),
+        ("{}", "is not that of"),
+    ],
 )
 def test_no_manifest_worth_the_name(tmp_path: Path, content: str | None, said: str) -> None:
     (tmp_path / "other").mkdir()

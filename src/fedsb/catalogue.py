@@ -158,7 +158,11 @@ def load(config: str, overrides: Sequence[str]) -> Loaded:
     path = Path(config)
     if (path / "manifest.json").is_file():
         return _settings_of(path, overrides)
-    return load_config(path if path.suffix == ".toml" or path.is_file() else recipe_path(config), overrides)
+    if path.suffix == ".toml" or path.is_file():
+        return load_config(path, overrides)
+    if Path(f"{config}.toml").is_file() and not (_folder() / f"{config}.toml").is_file():
+        raise UserError(f"there is no recipe {config!r}. For the file, write {config}.toml")
+    return load_config(recipe_path(config), overrides)
 
 
 def _settings_of(run: Path, overrides: Sequence[str]) -> Loaded:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shlex
 import sys
 import tomllib
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
@@ -174,7 +175,9 @@ def compare(
     methods: Annotated[
         str | None,
         typer.Option(
-            "--methods", metavar="A,B@RANK,...", help="Compare these with the first, instead of what the TOML names."
+            "--methods",
+            metavar="A,B@RANK,...",
+            help="What to compare, not what the TOML names; the first is the reference.",
         ),
     ] = None,
     seeds: Annotated[int | None, typer.Option("--seeds", help="Runs of each, with the seeds 0, 1, ...")] = None,
@@ -391,11 +394,22 @@ def _print_json(found: Any) -> None:
     typer.echo(json.dumps(found, indent=1, default=str))
 
 
+def _command() -> Any:
+    """Returns the command line with the help texts of its arguments, which click 8.4 and newer drop for typer 0.20."""
+    command: Any = typer.main.get_command(app)
+    for one in command.commands.values():
+        hints = get_type_hints(one.callback, include_extras=True)
+        for param in one.params:
+            if param.param_type_name == "argument" and param.help is None:
+                param.help = getattr(hints[param.name].__metadata__[0], "help", None)
+    return command
+
+
 def main() -> None:
     """Runs the command line. Exit codes: 0 done, 1 the user's input, 2 a run that failed, 130 interrupted."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it, and it would speak of faster kernels
     try:
-        code = app(prog_name="fedsb", standalone_mode=False)
+        code = _command().main(prog_name="fedsb", standalone_mode=False)
     except UserError as error:
         code = _fail(str(error), 1)
     except RunError as error:
@@ -407,6 +421,8 @@ def main() -> None:
     except Exception as error:
         if type(error).__module__.split(".")[0] not in ("click", "typer"):
             raise
+        if hasattr(error, "message"):  # typer and click both add it
+            error.message = re.sub(r"(Did you mean [^?]*\?)(?: \1)+", r"\1", str(error.message))
         show = getattr(error, "show", None)
         show() if show else _fail(str(error), 1)
         code = 1

@@ -58,6 +58,7 @@ def load_config(source: Path | str | Mapping[str, Any], overrides: Sequence[str]
     for text in overrides:
         try:
             key, value = parse_override(text)
+            value = "none" if value is None and _has_choice_none(key) else value
             raw = set_key(raw, key, value)
             origin[key] = f"--set {key}"
         except UserError as error:
@@ -111,6 +112,10 @@ def _unused(setting: FieldInfo, config: Config) -> str | None:
     return None
 
 
+PATTERNS = {  # what the settings with a pattern must look like
+    "name": "it must begin with a letter or digit and contain only letters, digits, '.', '_' and '-'",
+    "model.template_date": "it must be a date such as 2026-01-31",
+}
 KNOWN_ELSEWHERE = {  # how other libraries call a setting of ours
     "learning_rate": "train.lr",
     "per_device_train_batch_size": "train.batch_size",
@@ -201,6 +206,13 @@ def parse_override(text: str) -> tuple[str, Any]:
         return key.strip(), value
 
 
+def _has_choice_none(key: str) -> bool:
+    """Returns whether "none" is one of a setting's choices, as of `data.quoting`: `none` is then text."""
+    path = key.split(".")
+    field = _place(path, Config)[1].model_fields.get(path[-1])
+    return field is not None and "none" in get_args(field.annotation)
+
+
 def set_key(raw: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
     """A copy of `raw` with the dotted `key` set."""
     head, dot, rest = key.partition(".")
@@ -244,7 +256,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
     except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{path} is no TOML: {error}") from error
+        raise UserError(f"{path} is not valid TOML: {error}") from error
 
 
 def explain(errors: Sequence[Any], top: type[BaseModel] = Config) -> list[str]:
@@ -255,11 +267,15 @@ def explain(errors: Sequence[Any], top: type[BaseModel] = Config) -> list[str]:
         if error["type"] == "extra_forbidden":
             key = str(error["loc"][-1])
             elsewhere = [other for other, _ in flatten(top.model_construct().model_dump()) if other.endswith(f".{key}")]
+            if top is Config and key in Config.model_fields and len(error["loc"]) > 1:
+                elsewhere.insert(0, f"{key} at the top of the file, before the first [section]")
             elsewhere += [KNOWN_ELSEWHERE[key]] if top is Config and key in KNOWN_ELSEWHERE else []
             hint = f"did you mean {' or '.join(elsewhere)}?" if elsewhere else did_you_mean(key, section.model_fields)
             error = {**error, "msg": f"there is no such key; {hint}", "input": {}}
         elif error["type"] == "model_type":
             error = {**error, "msg": f"it must be a section, [{where}] with keys below it"}
+        elif error["type"] == "string_pattern_mismatch" and where in PATTERNS:
+            error = {**error, "msg": PATTERNS[where]}
         elif error["type"] == "string_type" and isinstance(error["input"], bool | int | float):
             text = str(error["input"]).lower() if isinstance(error["input"], bool) else str(error["input"])
             quoted = f"""Write it in quotes: {where} = "{text}" in a TOML, --set '{where}="{text}"' in a shell"""

@@ -54,9 +54,14 @@ class Record:
 
     @classmethod
     def create(cls, folder: Path, manifest: Mapping[str, Any]) -> Record:
-        """Makes the directory. Raises UserError where there is a run already."""
+        """Makes the directory. Raises UserError where it cannot be made, or contains a run already."""
         with disk_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except (FileExistsError, NotADirectoryError, FileNotFoundError, PermissionError) as error:
+                raise UserError(
+                    f"cannot make the run's folder {folder} ({error.strerror}). Choose another place: --set out=FOLDER"
+                ) from error
             record = cls(folder, manifest)
             record._hold()
             try:
@@ -340,7 +345,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
     except (FileNotFoundError, NotADirectoryError):
         there = {str(path.parent) for place in (folder.parent, Path("runs")) for path in place.glob("*/manifest.json")}
-        raise UserError(f"{folder} is no run directory; {did_you_mean(str(folder), there)}") from None
+        hint = did_you_mean(str(folder), there) if there else "change to the folder in which the run was started"
+        raise UserError(f"{folder} is not a run directory (no manifest.json); {hint}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{folder / 'manifest.json'} cannot be read: {error}") from error
     if not isinstance(manifest, dict) or not manifest.keys() >= {"run", "config", "origin"}:

@@ -57,9 +57,12 @@ class Terminal:
                     f"{'model':<9}{name}, {found['model.targets'].value}; tried for {tried.value}: {tried.reason}"
                 )
             for choice in found.values():
-                if choice.reason.startswith("warning: ") or "has no effect" in choice.reason:
-                    reason = choice.reason.removeprefix("warning: ")
-                    self.note(f"{WARNING} {choice.key} = {_setting(choice.value)}: {reason}.")
+                setting = f"{choice.key} = {_setting(choice.value)}"
+                given, no_effect, why = choice.reason.partition("; has no effect: ")
+                if no_effect:
+                    self.note(f"{WARNING} {setting} ({given}) has no effect: {why}.")
+                elif choice.reason.startswith("warning: "):
+                    self.note(f"{WARNING} {setting}: {choice.reason.removeprefix('warning: ')}.")
             return
         table = Table("setting", Column("value", overflow="fold"), "reason", **PLAIN)
         defaults: dict[str, list[str]] = {}
@@ -181,15 +184,15 @@ def print_summary(folder: Path, found: Mapping[str, Any]) -> None:
         f"  bytes sent      {bytes_text(totals['total'])} in all: one-off {bytes_text(totals['one_off'])}, "
         f"up {bytes_text(totals['up'])}, down {bytes_text(totals['down'])}"
     )
-    if found["epsilon"] is not None:
-        console.print(f"  privacy         {found['privacy']}")
-    for warning in found["warnings"]:
-        console.print(f"  warning         {warning['text']}", style="bold red")
     for price in manifest.get("prices", []):
         if not price["this_run"] and price["label"].startswith(("fedit ", "flora ")) and totals["total"]:
             console.print(
                 f"    {price['label']:<16} would have sent {bytes_text(price['total_bytes'])} for the planned rounds"
             )
+    if found["epsilon"] is not None:
+        console.print(f"  privacy         {found['privacy']}")
+    for warning in found["warnings"]:
+        console.print(f"  warning         {warning['text']}", style="bold red")
     if result:
         console.print(f"  adapter         {result['adapter']}")
     for text in found["data_warnings"]:

@@ -201,6 +201,19 @@ def test_labels_that_differ_by_spaces(tiny_config: dict[str, Any], tmp_path: Pat
         opened(with_rows(tiny_config, tmp_path, rows, []))
 
 
+def test_names_that_are_not_shown_are_counted(tiny_config: dict[str, Any], tmp_path: Path) -> None:
+    rows = labelled_rows(60, 0)
+    for number, row in enumerate(rows[:14]):
+        row["label"] = f"class {number // 2}" if number % 2 else f"CLASS {number // 2}"
+    said = opened(with_rows(tiny_config, tmp_path, rows, [])).card.warnings()
+    assert sum("differ only by case. Write" in line for line in said) == 5
+    assert "2 more groups of names differ only by case." in said
+    for number, row in enumerate(rows[:14]):
+        row["label"] = f"class {number // 2}" + " " * (number % 2)
+    with pytest.raises(UserError, match=r"; and 2 more differ only by spaces"):
+        opened(with_rows(tiny_config, tmp_path, rows, []))
+
+
 @pytest.mark.parametrize("name", [None, "", "NaN"])
 def test_a_client_without_a_name(tiny_config: dict[str, Any], tmp_path: Path, name: str | None) -> None:
     rows = labelled_rows(60, 0)

@@ -104,7 +104,7 @@ def test_a_long_answer_is_cut_and_a_long_prompt_dropped(stories):
     assert (len(examples), n_cut) == (2, 2)
     assert len(examples[1]["input_ids"]) == task.max_tokens
     assert stories.eos_token_id not in examples[1]["input_ids"]
-    with pytest.raises(UserError, match=f"every prompt fills the window of {task.max_tokens} tokens"):
+    with pytest.raises(UserError, match=rf"fills the window of {task.max_tokens} tokens. Raise model.max_tokens"):
         task.encode(rows[2:])
 
 

@@ -71,6 +71,27 @@ def test_a_file_without_a_header_and_in_another_encoding(tmp_path: Path) -> None
         load_table(str(path), form=FileFormat(encoding="latin-x"))
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "UTF-16-le", "utf_16_be"])
+def test_a_file_that_is_not_in_the_encoding_of_the_others(tmp_path: Path, encoding: str) -> None:
+    """Pairs of bytes of a UTF-8 file are characters of UTF-16: the file would be one line of Chinese."""
+    path = tmp_path / "rows.csv"
+    path.write_text("text,label\none,a\ntwo,bb\n")
+    with pytest.raises(UserError, match=rf"rows.csv is not {encoding} text. data.encoding applies to every file"):
+        load_table(str(path), form=FileFormat(encoding=encoding))
+    path.write_text("text,label\nthé,a\n", encoding=encoding)
+    assert load_table(str(path), form=FileFormat(encoding=encoding)).rows == [{"text": "thé", "label": "a"}]
+
+
+def test_a_byte_order_mark_is_never_part_of_a_column_name(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("text,label\nthé,a\n", encoding="utf-8-sig")
+    for encoding in (None, "utf-8", "UTF8", "utf-8-sig"):
+        assert load_table(str(path), form=FileFormat(encoding=encoding)).columns == ["text", "label"]
+    for encoding in ("cp1252", "utf-16"):
+        with pytest.raises(UserError, match=rf"rows.csv is not {encoding} text"):
+            load_table(str(path), form=FileFormat(encoding=encoding))
+
+
 def test_a_row_knows_its_place(tmp_path: Path) -> None:
     """Empty lines and lines inside a field count."""
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n\n{"text": "b"}\n')

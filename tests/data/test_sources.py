@@ -106,6 +106,8 @@ def test_a_missing_file_names_its_neighbours(tmp_path):
         load_table(str(tmp_path / "trian.jsonl.gz"))
     with pytest.raises(UserError, match=r"its folder .* does not exist either"):
         load_table(str(tmp_path / "no" / "train.jsonl"))
+    with pytest.raises(UserError, match="is a folder: name one file in it"):
+        load_table(str(tmp_path))
     (tmp_path / "folder.csv").mkdir()
     with pytest.raises(UserError, match="is a folder"):
         load_table(str(tmp_path / "folder.csv"))
@@ -121,6 +123,13 @@ def test_an_unknown_column_is_named_with_the_nearest():
     require_columns(table, ["label", "text"])
     with pytest.raises(UserError, match=r"rows.csv has no column 'txt': did you mean 'text'\? There are: label, text"):
         require_columns(table, ["label", "txt"])
+
+
+@pytest.mark.parametrize(("name", "hint"), [("rows.csv.gz", True), ("rows.tsv", True), ("rows.json", False)])
+def test_a_missing_column_may_be_a_missing_header(name: str, hint: bool) -> None:
+    with pytest.raises(UserError, match="has no column 'text'") as raised:
+        require_columns(make_table([{"2": "3", "How far is it?": "How much?"}], name), ["text"])
+    assert ("If the file has no header, name its columns in data.columns" in str(raised.value)) is hint
 
 
 def test_no_network_says_what_helps(tmp_path, monkeypatch):

@@ -101,6 +101,8 @@ class DataCard:
             f"{' and '.join(map(repr, group))} differ only by case. Write them the same way if they are the same."
             for group in self.alike[:SHOWN]
         ]
+        if len(self.alike) > SHOWN:
+            found.append(f"{len(self.alike) - SHOWN} more groups of names differ only by case.")
         return found
 
     def notes(self) -> list[str]:

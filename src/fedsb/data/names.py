@@ -23,6 +23,7 @@ def refuse_same_names(names: Iterable[str], what: str) -> None:
     same = alike(names, lambda name: " ".join(unicodedata.normalize("NFC", name).split()))
     if same:
         said = "; ".join(" and ".join(map(repr, group)) for group in same[:SHOWN])
+        said += f"; and {len(same) - SHOWN} more" if len(same) > SHOWN else ""
         raise UserError(f"{what} {said} differ only by spaces or invisible characters. Write them the same way.")
 
 

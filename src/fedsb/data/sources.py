@@ -117,13 +117,17 @@ def require_columns(table: Table, wanted: Sequence[str]) -> None:
     """Raises UserError for the first wanted column that the table lacks."""
     for name in wanted:
         if name not in table.columns:
+            separated = Path(table.origin.removesuffix(".gz")).suffix.lower() in (".csv", ".tsv")
             raise UserError(
                 f"{table.origin} has no column {name!r}: {did_you_mean(name, table.columns)}. The columns that are "
                 "read are set in [task] and [clients], as --set task.text=COLUMN, and at a site in columns of site.toml"
+                + (". If the file has no header, name its columns in data.columns, or header of site.toml" * separated)
             )
 
 
 def _load_file(path: Path, form: FileFormat) -> Table:
+    if path.is_dir():
+        raise _missing(path)
     extension = Path(path.name.removesuffix(".gz")).suffix.lower()
     if extension not in _READERS:
         near = did_you_mean(extension, _READERS) + ", each also with .gz"
@@ -185,7 +189,13 @@ def _decode(file: _Opened) -> str:
     if file.form.encoding is None and file.content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
         raise UserError(f"{path} is UTF-16 text. Save it as UTF-8, or set data.encoding = 'utf-16'.")
     try:
-        text = file.content.decode(encoding)
+        codec, marked = codecs.lookup(encoding).name, file.content.startswith(codecs.BOM_UTF8)
+        wide = codec.startswith("utf-16")
+        if (wide and b"\0" not in file.content) or (marked and not codec.startswith("utf-8")):  # no NUL: no line's end
+            raise UserError(
+                f"{path} is not {encoding} text. data.encoding applies to every file: save all files in one encoding."
+            )
+        text = file.content.decode("utf-8-sig" if marked else encoding)
     except LookupError as fault:
         raise UserError(
             f"data.encoding = {encoding!r} is not a known encoding. Use a name that Python knows, as 'utf-8', 'cp1252' "

@@ -210,7 +210,7 @@ class RemoteEngine(Bench):
     def _look(self, config: Config) -> dict[str, Looked]:
         shared = config.model_dump(mode="json", exclude={"out": True, "compare": True, "data": {"train", "test"}})
         sites = self.asking.channel.sites
-        self.note(f"asking {len(sites)} sites: {', '.join(sites)}")
+        self.note(f"asking {'1 site' if len(sites) == 1 else f'{len(sites)} sites'}: {', '.join(sites)}")
         return self.asking.all(Looked, config=shared, versions=versions())
 
     def _open(self, tokenizer: str) -> dict[str, Opened]:
@@ -303,7 +303,7 @@ class RemoteEngine(Bench):
         told = list(opened.values())
         labels = [site.labels for site in told if site.labels is not None]
         train = TableCard(
-            origin=f"{len(self.sites)} sites",
+            origin="1 site" if len(self.sites) == 1 else f"{len(self.sites)} sites",
             rows=sum(site.rows for site in self.sites),
             cut=_sum_of(site.cut for site in told),
             unused=_sum_of(site.unused for site in told),

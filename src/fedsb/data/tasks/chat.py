@@ -98,8 +98,8 @@ class Chat(CausalTask):
                 examples.append(example)
         if rows and not examples:
             raise UserError(
-                f"no assistant's turn begins within {self.max_tokens} tokens: raise max_tokens. Turns of weight 0 do "
-                "not count"
+                f"no assistant's turn begins within {self.max_tokens} tokens. Raise model.max_tokens. Turns of "
+                "weight 0 do not count"
             )
         return examples, n_cut
 

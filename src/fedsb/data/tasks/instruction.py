@@ -62,7 +62,7 @@ class Instruction(CausalTask):
                 labels = [NO_LOSS] * len(read) + answer
                 examples.append({"input_ids": whole[: self.max_tokens], "labels": labels[: self.max_tokens]})
         if rows and not examples:
-            raise UserError(f"every prompt fills the window of {self.max_tokens} tokens: raise max_tokens")
+            raise UserError(f"every prompt fills the window of {self.max_tokens} tokens. Raise model.max_tokens.")
         return examples, n_cut
 
     @property
