@@ -172,7 +172,7 @@ def test_a_folder_of_a_recipes_name_hides_it_not(
 def test_check(cli: Callable[..., Said], toml: Path, tmp_path: Path) -> None:
     short = cli("check", toml, "--set", "train.lr=0.5")
     assert short.code == 0 and short.err == ""
-    assert len(short.out.splitlines()) < 20 and max(map(len, short.out.splitlines())) <= 130
+    assert len(short.out.splitlines()) < 20 and max(map(len, short.out.splitlines())) <= 140
     for name in ("rows", "classes", "clients", "test", "length", "model", "bytes", "memory", "time"):
         assert any(line.startswith(f"{name} ") for line in short.out.splitlines()), name
     said = cli("check", toml, "--set", "train.lr=0.5", "--verbose")

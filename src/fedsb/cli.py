@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import shlex
 import sys
 import tomllib
@@ -398,6 +397,7 @@ def _command() -> Any:
     """Returns the command line with the help texts of its arguments, which click 8.4 and newer drop for typer 0.20."""
     command: Any = typer.main.get_command(app)
     for one in command.commands.values():
+        one.format_arguments = lambda *_: None  # typer writes the arguments itself
         hints = get_type_hints(one.callback, include_extras=True)
         for param in one.params:
             if param.param_type_name == "argument" and param.help is None:
@@ -421,8 +421,8 @@ def main() -> None:
     except Exception as error:
         if type(error).__module__.split(".")[0] not in ("click", "typer"):
             raise
-        if hasattr(error, "message"):  # typer and click both add it
-            error.message = re.sub(r"(Did you mean [^?]*\?)(?: \1)+", r"\1", str(error.message))
+        if getattr(error, "possibilities", None):  # click 8.4 and newer repeat what typer says already
+            error.possibilities = None  # type: ignore[attr-defined]
         show = getattr(error, "show", None)
         show() if show else _fail(str(error), 1)
         code = 1
