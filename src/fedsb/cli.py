@@ -421,7 +421,7 @@ def main() -> None:
     except Exception as error:
         if type(error).__module__.split(".")[0] not in ("click", "typer"):
             raise
-        if getattr(error, "possibilities", None):  # click 8.4 and newer repeat what typer says already
+        if type(error).__name__ == "NoSuchCommand":  # click 8.4 and newer repeat what typer says already
             error.possibilities = None  # type: ignore[attr-defined]
         show = getattr(error, "show", None)
         show() if show else _fail(str(error), 1)
