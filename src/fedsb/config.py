@@ -267,7 +267,9 @@ def explain(errors: Sequence[Any], top: type[BaseModel] = Config) -> list[str]:
         if error["type"] == "extra_forbidden":
             key = str(error["loc"][-1])
             elsewhere = [other for other, _ in flatten(top.model_construct().model_dump()) if other.endswith(f".{key}")]
-            if top is Config and key in Config.model_fields and len(error["loc"]) > 1:
+            value = Config.model_fields.get(key)  # not a section: those have headings of their own
+            is_value = value is not None and not isinstance(value.default, BaseModel)
+            if top is Config and is_value and len(error["loc"]) > 1:
                 elsewhere.insert(0, f"{key} at the top of the file, before the first [section]")
             elsewhere += [KNOWN_ELSEWHERE[key]] if top is Config and key in KNOWN_ELSEWHERE else []
             hint = f"did you mean {' or '.join(elsewhere)}?" if elsewhere else did_you_mean(key, section.model_fields)
