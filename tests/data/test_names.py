@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,29 @@ def test_a_real_federation_shows_what_its_sites_tell(tiny_config: dict[str, Any]
     card = json.loads((folder / "manifest.json").read_text())["data_card"]
     assert card["train"]["classes"] is card["train"]["cut"] is card["train"]["unused"] is None
     assert card["headline"]["classes"].startswith("3: blue, green, red (a private run shows no counts)")
+
+
+def test_sites_call_the_classes_as_the_coordinator_does(
+    tiny_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The names may come from the coordinator's own test table, which no site has; a killed site keeps them."""
+    from fedsb.engines import remote
+
+    numbers = {"blue": 0, "green": 1, "red": 2}
+    rows = [row | {"label": numbers[row["label"]]} for row in labelled_rows(60, 0)]
+    sites = Federation(tmp_path / "sites", {"a": rows[:30], "b": rows[30:]})
+    test = str(write_rows(tmp_path / "test.jsonl", rows[:20]))
+    real = remote.load_test
+
+    def named(*args: Any) -> Any:
+        return replace(real(*args), class_names={"label": ("Blau", "Grün", "Rot")})
+
+    monkeypatch.setattr(remote, "load_test", named)
+    config = remote_of(tiny_config, {"rounds": 1, "data": {"test": test}})
+    federate(load_config(config), open_engine=sites.open_engine)
+    for name in ("a", "b"):
+        (adapter,) = (tmp_path / "sites" / name / "runs").glob("*/adapter")
+        assert json.loads((adapter / "config.json").read_text())["id2label"] == {"0": "Blau", "1": "Grün", "2": "Rot"}
 
 
 def test_a_model_that_reads_the_last_token_is_padded_on_the_left() -> None:

@@ -215,7 +215,8 @@ class RemoteEngine(Bench):
 
     def _open(self, tokenizer: str) -> dict[str, Opened]:
         same = {"model": self.base.fingerprint, "tokenizer": tokenizer}
-        return self.asking.all(Opened, (), label_names=self.task.label_names, **same)
+        classes = {"label_names": self.task.label_names, "class_names": self.task.class_names}
+        return self.asking.all(Opened, (), **classes, **same)
 
     def _make_basis(self, method: Method, sent: list[Sent]) -> Basis:
         link = link_of(self.config, method, self.run)

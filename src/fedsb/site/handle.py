@@ -99,8 +99,9 @@ class SiteHandle:
 
     def open(self, note: Note) -> Facts:
         part = self._part(note)
-        self._remember(part, label_names=note.facts["label_names"])
-        part.open(note.facts["label_names"])
+        classes = {"label_names": note.facts["label_names"], "class_names": note.facts.get("class_names")}
+        self._remember(part, **classes)
+        part.open(**classes)
         refuse_base(note.facts, part)
         site = part.site
         private = part.config.privacy.on
@@ -187,7 +188,7 @@ class SiteHandle:
         part = Participant(self._folder(run), self.settings, self.identity, config, run)
         self._known(part, data=part.fingerprint)
         if "label_names" in facts:
-            part.open(facts["label_names"])
+            part.open(facts["label_names"], facts.get("class_names"))
         if "rows" in facts:
             part.start(facts["rows"])
         return part

@@ -104,9 +104,11 @@ class Participant:
 
     # --- before the first round ---
 
-    def open(self, label_names: list[str]) -> None:
+    def open(self, label_names: list[str], class_names: list[str] | None = None) -> None:
         """Reads rows and base model; the classes are those of all sites."""
-        self.task.label_names = label_names
+        if class_names is not None and len(class_names) != len(label_names):
+            raise RefusalError(f"The coordinator sends {len(class_names)} names for {len(label_names)} classes.")
+        self.task.take_classes({"label_names": label_names, "class_names": class_names})
         self.site, self.cut, self.unused = open_own(self.config, self.task, self.identity.name, self.table)
         self.bench = Bench(self.config, self.method, self.tokenizer, self.task)
         self.bench.check_rows([*self.site.train, *self.site.held_out])

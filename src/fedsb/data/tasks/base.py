@@ -112,8 +112,8 @@ class Task(ABC):
     def take_classes(self, of_run: Mapping[str, Any]) -> None:
         """Takes the classes and their names from the manifest of a run ("task")."""
         self.label_names = list(of_run["label_names"] or [])
-        shown = of_run.get("class_names") or self.label_names
-        self.names = dict(zip(self.label_names, shown, strict=True))
+        if shown := of_run.get("class_names"):
+            self.names = dict(zip(self.label_names, shown, strict=True))
 
     def name_classes(self, of_table: Sequence[str] = ()) -> None:
         """Names the classes as task.names says, else by the names that a table has of the labels 0, 1, ...
