@@ -1,4 +1,4 @@
-"""What a run says against itself: in the terminal, the report, the model card and result.json."""
+"""Tests what a run says against itself: in the terminal, the report, the model card and result.json."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run has to say against itself, from its own records: said in terminal, report, model card and result.json.
+"""Finds what speaks against a run, from its own records, for terminal, report, model card and result.json.
 
     one_class           the model predicts one class for every test row
     not_above_majority  the score is not above that of predicting one class always

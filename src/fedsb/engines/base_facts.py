@@ -1,4 +1,4 @@
-"""What a plain adapter must say of its base model and of its task, for its files, its card and its trial with PEFT."""
+"""Collects what a plain adapter says of its base model and its task, for its files, its card and its trial in PEFT."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a loaded model is tried for, with the adapter in place, before anything is charged or trained.
+"""Tries a loaded model, with the adapter in place, before anything is charged or trained.
 
 Every probe reads made-up tokens: no row of anyone's data. In order:
 
@@ -96,10 +96,10 @@ def preflight(adapted: AdaptedModel, task: Task, head: Tensors, *, private_rows:
         untouched = _try_training(adapted, task, tensors, [short, long] if batch > 1 else [long])
         if isinstance(task, CausalTask):
             _try_causality(adapted, task, tensors, short, other)
-    unroutable = _routing_fault(adapted, task, tensors, [short, other, short])
-    adapted.routing.one_by_one = unroutable is not None
-    others = [long, other] if batch > 1 else [other]
-    mixing = _mixing(adapted, task, tensors, short, others, together=unroutable is None)
+        unroutable = _routing_fault(adapted, task, tensors, [short, other, short])
+        adapted.routing.one_by_one = unroutable is not None
+        others = [long, other] if batch > 1 else [other]
+        mixing = _mixing(adapted, task, tensors, short, others, together=unroutable is None)
     if mixing and private_rows:
         raise UserError(
             f"privacy.unit = 'example' cannot be kept with this model: {mixing}. So one row enters the gradients of "

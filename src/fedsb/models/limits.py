@@ -1,4 +1,4 @@
-"""What a base model can read: how many positions it has, and which tokens.
+"""Finds what a base model can read: how many positions it has, and which tokens.
 
 Both are known from the architecture, so that `fedsb check` can say them without weights.
 """
