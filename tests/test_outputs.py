@@ -304,7 +304,7 @@ def test_a_classifier_of_several_layers_that_averages_is_not_merged(
     settings = config_of("mean", request, tmp_path)
     result = federate(load_config(set_all(settings, model={"name": str(folder), "max_tokens": 16}, rounds=1)))
     said = cli("export", result.folder, "--to", tmp_path / "out", "--merged")
-    assert said.code == 1 and "--merged with task.pooling = 'mean' is not available" in said.err
+    assert said.code == 1 and "--merged: task.pooling = 'mean' is not available" in said.err
     assert "'modernbert'" in said.err and not (tmp_path / "out").exists()
     assert cli("export", result.folder, "--to", tmp_path / "out").code == 0
 

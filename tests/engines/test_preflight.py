@@ -425,6 +425,19 @@ def test_models_whose_layers_peft_takes_for_others(tiny_config: dict[str, Any], 
     assert federate(load_config(config)).score is not None
 
 
+def test_what_a_merge_would_write_is_known_at_the_start(tiny_config: dict[str, Any], made: Make) -> None:
+    """A table of cases: task.pooling, the model, and what `fedsb export --merged` can do."""
+    for pooling, model_type, value, reason in (
+        ("model", "bert", "available", "an ordinary model folder"),
+        ("mean", "bert", "available", "a folder of sentence-transformers"),
+        ("mean", "modernbert", "not available", "its classifier has more than one layer"),
+    ):
+        config = on(tiny_config, made(model_type))
+        engine = opened(set_all(config, task={"kind": "classification", "pooling": pooling}))
+        (choice,) = (choice for choice in engine.choices if choice.key == "export --merged")
+        assert choice.value == value and reason in choice.reason
+
+
 def test_the_trial_with_peft_leaves_the_model_as_it_was(tiny_config: dict[str, Any]) -> None:
     """Same logits of the base, same modes of its modules, no trace of PEFT."""
     from fedsb.models.load import load_base

@@ -297,7 +297,7 @@ def merge(base: BaseFacts, adapter: Path, folder: Path, tokenizer: Any) -> BaseF
     """Writes the base with the adapter merged into its weights, and the tokenizer, as an ordinary model folder.
 
     With mean pooling the folder is one of sentence-transformers. Returns `base` with the end tokens of the base model's
-    own generation config added. Raises UserError as `_write_averaging`.
+    own generation config added. Raises UserError where `merged_plan` says that there is no such folder.
     """
     import transformers
     from peft import PeftModel
@@ -305,12 +305,12 @@ def merge(base: BaseFacts, adapter: Path, folder: Path, tokenizer: Any) -> BaseF
     labels: dict[str, Any] = (
         {"num_labels": len(base.label_names), "ignore_mismatched_sizes": True} if base.label_names else {}
     )
-    model = getattr(transformers, base.auto_class).from_pretrained(base.name, revision=base.revision, **labels)
-    if getattr(model.config, "quantization_config", None) is not None:
-        raise UserError(
-            f"--merged: the weights of {base.name} are stored quantised, and an adapter is merged into unquantised "
-            "ones only. Export the adapter, without --merged"
-        )
+    model = getattr(transformers, base.auto_class).from_pretrained(
+        base.name, revision=base.revision, trust_remote_code=False, **labels
+    )
+    available, why = merged_plan(base, model.eval())
+    if not available:
+        raise UserError(f"--merged: {why}. Export the adapter, without --merged. Its README shows how to load it")
     merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     ready = ready_tokenizer(tokenizer, base)
     if base.averages:
@@ -326,6 +326,36 @@ def merge(base: BaseFacts, adapter: Path, folder: Path, tokenizer: Any) -> BaseF
     merged.save_pretrained(folder)
     ready.save_pretrained(folder)
     return base
+
+
+@torch.no_grad()
+def merged_plan(base: BaseFacts, model: Any) -> tuple[bool, str]:
+    """Returns whether the adapter can be merged into this base model, and into what, or why not.
+
+    A classifier that averages its tokens' logits must be one linear layer on the encoder's last states: the mean of the
+    logits is then that layer of the mean of the states.
+    """
+    if getattr(model.config, "quantization_config", None) is not None:
+        return (
+            False,
+            f"the weights of {base.name} are stored quantised, and an adapter is merged into unquantised ones only",
+        )
+    if not base.averages:
+        return True, "an ordinary model folder"
+    encoder, ids = model.base_model, torch.arange(1, 5, device=model.device).unsqueeze(0)
+    heads = _heads(model)
+    plain = len(heads) == 1 and isinstance(heads[0], nn.Linear)
+    if plain and _relative(heads[0](encoder(ids)[0]), model(ids).logits) <= TOLERANCE:
+        return True, "a folder of sentence-transformers: no class of transformers averages a classifier's logits"
+    return False, (
+        f"task.pooling = 'mean' is not available for a model of the type {model.config.model_type!r}: its classifier "
+        "has more than one layer, and no format that others load averages its logits"
+    )
+
+
+def _heads(model: Any) -> list[nn.Module]:
+    """Returns the parts of a model outside its encoder that have parameters."""
+    return [part for part in model.children() if part is not model.base_model and any(True for _ in part.parameters())]
 
 
 def _ending(settings: Any, base: BaseFacts, pad_token: int | None) -> Any:
@@ -348,24 +378,14 @@ def _ending(settings: Any, base: BaseFacts, pad_token: int | None) -> Any:
 
 @torch.no_grad()
 def _write_averaging(base: BaseFacts, model: Any, tokenizer: Any, folder: Path) -> None:
-    """Writes a token classifier as an encoder, a masked mean and a linear layer.
-
-    The mean of the tokens' logits is the linear layer of the mean of the tokens' states. Raises UserError for a
-    classifier that is not one linear layer on the encoder's last states.
-    """
+    """Writes a token classifier, of which `merged_plan` approves, as an encoder, a masked mean and a linear layer."""
     from transformers import AutoModel
 
-    encoder, kind = model.base_model, model.config.model_type
-    heads = [part for part in model.children() if part is not encoder and any(True for _ in part.parameters())]
-    head, ids = heads[0], torch.arange(1, 5).unsqueeze(0)
-    plain = len(heads) == 1 and isinstance(head, nn.Linear)
-    if not plain or _relative(head(encoder(ids)[0]), model(ids).logits) > TOLERANCE:
-        raise UserError(
-            f"--merged with task.pooling = 'mean' is not available for a model of the type {kind!r}: its classifier "
-            "has more than one layer, and no format that others load averages its logits. Export the adapter, without "
-            "--merged, whose README shows how to load it"
-        )
-    whole = AutoModel.from_pretrained(base.name, revision=base.revision)  # with a pooler, where the base has one
+    encoder, kind, (head,) = model.base_model, model.config.model_type, _heads(model)
+    assert isinstance(head, nn.Linear)
+    whole = AutoModel.from_pretrained(  # with a pooler, where the base has one
+        base.name, revision=base.revision, trust_remote_code=False
+    )
     if strange := whole.load_state_dict(encoder.state_dict(), strict=False).unexpected_keys:
         raise RunError(f"the encoder of a {kind} model has no tensor {strange[0]!r}; please report it with `fedsb env`")
     whole.save_pretrained(folder / ENCODER)

@@ -9,7 +9,7 @@ import torch
 
 from fedsb.adapters.adapted import AdaptedModel, Tensors, block_layers, find_targets, left_out
 from fedsb.adapters.basis import Basis
-from fedsb.adapters.export import BaseFacts
+from fedsb.adapters.export import BaseFacts, merged_plan
 from fedsb.adapters.layer import linear_shape
 from fedsb.data.tasks.base import Example, Task, Tokenizer, ids, pad_token
 from fedsb.engines import Direction, Score, Sent
@@ -56,7 +56,9 @@ class Bench:
             batch=config.train.batch_size,
         )
         factors, head, inputs, logits = made_up_adapter(self.adapted, task, self.head)
-        try_with_peft(self.adapted.unwrap(), inputs, logits, factors, head, self.base_facts())
+        facts, model = self.base_facts(), self.adapted.unwrap()
+        try_with_peft(model, inputs, logits, factors, head, facts)
+        mergeable, why = merged_plan(facts, model)
         self.adapted = self._adapt(targets, one_by_one=self.preflight.unroutable is not None)
         self.bench_choices: tuple[Choice, ...] = (
             *self.base.choices,
@@ -65,6 +67,7 @@ class Bench:
             targets_choice(config, targets, without),
             *end_choices(task),
             *self.preflight.choices,
+            Choice(key="export --merged", value="available" if mergeable else "not available", reason=why),
         )
 
     def _adapt(self, targets: Sequence[str], *, one_by_one: bool = False) -> AdaptedModel:
