@@ -344,8 +344,12 @@ def merged_plan(base: BaseFacts, model: Any) -> tuple[bool, str]:
         return True, "an ordinary model folder"
     encoder, ids = model.base_model, torch.arange(1, 5, device=model.device).unsqueeze(0)
     heads = _heads(model)
-    plain = len(heads) == 1 and isinstance(heads[0], nn.Linear)
-    if plain and _relative(heads[0](encoder(ids)[0]), model(ids).logits) <= TOLERANCE:
+    try:
+        plain = len(heads) == 1 and isinstance(heads[0], nn.Linear)
+        plain = plain and _relative(heads[0](encoder(ids)[0]), model(ids).logits) <= TOLERANCE
+    except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError):
+        plain = False  # an encoder that cannot be called by itself
+    if plain:
         return True, "a folder of sentence-transformers: no class of transformers averages a classifier's logits"
     return False, (
         f"task.pooling = 'mean' is not available for a model of the type {model.config.model_type!r}: its classifier "
