@@ -25,6 +25,7 @@ from fedsb.methods.contract import State
 from fedsb.record import Record
 from fedsb.run import federate, resume
 from fedsb.settings import method_of
+from laws import CONTROLS
 
 METHODS = [
     pytest.param({"name": "fed-sb", "rank": 4}, id="fed-sb"),
@@ -37,16 +38,7 @@ METHODS = [
     ),
     pytest.param({"name": "fedrot-lora", "rank": 2, "alpha": 6}, id="fedrot-lora"),
     pytest.param({"name": "hetlora", "rank": 4, "alpha": 6, "gamma": 0.5, "penalty_weight": 0.1}, id="hetlora"),
-    pytest.param({"name": "local", "rank": 3}, id="local"),
-    pytest.param({"name": "local", "rank": 2, "adapter": "factors"}, id="local, factors"),
-    pytest.param({"name": "central", "rank": 3}, id="central"),
-    pytest.param({"name": "central", "rank": 2, "adapter": "factors"}, id="central, factors"),
-    pytest.param({"name": "local", "rank": 3, "blocks": 2}, id="local, two blocks"),
-    pytest.param({"name": "local", "rank": 3, "blocks": 2, "scalars": True}, id="local, scalars"),
-    pytest.param({"name": "local", "rank": 2, "adapter": "factors", "alpha": 6}, id="local, factors with alpha"),
-    pytest.param({"name": "central", "rank": 3, "blocks": 2}, id="central, two blocks"),
-    pytest.param({"name": "central", "rank": 3, "blocks": 2, "scalars": True}, id="central, scalars"),
-    pytest.param({"name": "central", "rank": 2, "adapter": "factors", "alpha": 6}, id="central, factors with alpha"),
+    *CONTROLS,
 ]
 
 

@@ -18,7 +18,7 @@ from fedsb.methods.averaging import ServerOptimizer
 from fedsb.methods.contract import State, Update
 from fedsb.methods.flora_na import FLoRANA
 from fedsb.settings import method_of
-from laws import twins
+from laws import CONTROLS, twins
 
 TOLERANCE = 2e-4
 METHODS = [
@@ -45,16 +45,7 @@ METHODS = [
     pytest.param({"name": "flora-na", "rank": 2, "alpha": 6}, id="flora-na"),
     pytest.param({"name": "fedsvd", "rank": 2, "alpha": 6}, id="fedsvd"),
     pytest.param({"name": "fedrot-lora", "rank": 2, "alpha": 6}, id="fedrot-lora"),
-    pytest.param({"name": "local", "rank": 3}, id="local"),
-    pytest.param({"name": "local", "rank": 2, "adapter": "factors"}, id="local, factors"),
-    pytest.param({"name": "central", "rank": 3}, id="central"),
-    pytest.param({"name": "central", "rank": 2, "adapter": "factors"}, id="central, factors"),
-    pytest.param({"name": "local", "rank": 3, "blocks": 2}, id="local, two blocks"),
-    pytest.param({"name": "local", "rank": 3, "blocks": 2, "scalars": True}, id="local, scalars"),
-    pytest.param({"name": "local", "rank": 2, "adapter": "factors", "alpha": 6}, id="local, factors with alpha"),
-    pytest.param({"name": "central", "rank": 3, "blocks": 2}, id="central, two blocks"),
-    pytest.param({"name": "central", "rank": 3, "blocks": 2, "scalars": True}, id="central, scalars"),
-    pytest.param({"name": "central", "rank": 2, "adapter": "factors", "alpha": 6}, id="central, factors with alpha"),
+    *CONTROLS,
 ]
 
 
