@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fedsb.catalogue import settings
+from fedsb.cli.listing import settings
 
 HEAD = """# Settings
 

@@ -185,7 +185,7 @@ class Said:
 @pytest.fixture
 def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Said]:
     """`cli("run", path)`: the real command line, `main` and all, in this process. A traceback fails the test."""
-    from fedsb.cli import main
+    from fedsb.cli.app import main
 
     def run(*arguments: object) -> Said:
         monkeypatch.setattr(sys, "argv", ["fedsb", *map(str, arguments)])

@@ -14,15 +14,15 @@ from typing import Any
 import pytest
 
 from conftest import Said, set_all, write_rows
-from fedsb.config import load_config
+from fedsb.config.load import load_config
+from fedsb.config.schema import ModelConfig
 from fedsb.data.tasks import TaskOptions, open_task
-from fedsb.federation import scoring
-from fedsb.federation.generation import Prompt, Written
-from fedsb.federation.scoring import measured
 from fedsb.models.load import load_base, load_tokenizer
-from fedsb.record import read_rows
-from fedsb.run import federate
-from fedsb.settings import ModelConfig
+from fedsb.reporting.run_directory import read_rows
+from fedsb.runs.run import federate
+from fedsb.training import scoring
+from fedsb.training.generation import Prompt, Written
+from fedsb.training.scoring import measured
 
 COUNTS = ("cut", "no_room", "without_answer", "grading_faults")
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -270,7 +270,7 @@ def test_vllm_is_asked_as_transformers_is(
 
 def test_what_was_written_is_kept_with_its_row() -> None:
     """Answers come in the order of their length; each goes to its own question."""
-    from fedsb.data.grading import Verdict
+    from fedsb.data.grading.verdict import Verdict
     from fedsb.data.tasks.base import Question
 
     class Echo:
@@ -286,10 +286,10 @@ def test_what_was_written_is_kept_with_its_row() -> None:
 
 def test_what_went_wrong_is_counted_and_shown() -> None:
     """By hand: right; cut and right; a full window; graded in vain. Counts are ints, shown but for zeros."""
-    from fedsb.charts import beside_text, counts_text
-    from fedsb.data.grading import Verdict
+    from fedsb.data.grading.verdict import Verdict
     from fedsb.data.tasks.base import Question
-    from fedsb.engines import Score, mean_of
+    from fedsb.training.score import Score, mean_of
+    from fedsb.utils.formatting import beside_text, counts_text
 
     def answered(written: Written, extracted: str | None, *, right: bool, fault: str | None = None) -> scoring.Answered:
         verdict = Verdict(right=right, extracted=extracted, fault=fault)

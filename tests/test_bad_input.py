@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from conftest import Said, adapter_bytes, set_all, write_rows, write_toml
-from fedsb.config import load_config
-from fedsb.record import read_rows
-from fedsb.run import federate
+from fedsb.config.load import load_config
+from fedsb.reporting.run_directory import read_rows
+from fedsb.runs.run import federate
 
 Cli = Callable[..., Said]
 
@@ -111,7 +111,7 @@ def test_text_that_is_too_long_is_counted_and_shown(
     said = cli("check", write_toml(tmp_path / "long.toml", set_all(tiny_config, data=data)), "--verbose")
     assert said.code == 0 and "7 of 90 rows (7.78 %) longer than 16 tokens" in " ".join(said.out.split())
     line = next(" ".join(line.split()) for line in said.out.splitlines() if line.startswith("data.cut"))
-    assert line.startswith("data.cut 7 counted: rows longer than model.max_tokens = 16")
+    assert line.startswith("data.cut 7 counted: rows longer than model.max_seq_length = 16")
 
 
 # --- the model and the method ---
@@ -133,12 +133,12 @@ def test_a_rank_above_the_layers(
 
 
 def test_an_unknown_target_module(tiny_config: dict[str, Any], refused: Callable[..., str]) -> None:
-    said = refused(tiny_config, "--set", 'model.targets=["querry"]')
+    said = refused(tiny_config, "--set", 'model.target_modules=["querry"]')
     assert "no linear layer is called 'querry'" in said
     assert "attention.self.key, attention.self.query, attention.self.value" in said
-    said = refused(tiny_config, "--set", "model.targets=.*nothing")
+    said = refused(tiny_config, "--set", "model.target_modules=.*nothing")
     assert "matches no linear layer. There are: attention.output.dense" in said
-    assert "is not a regular expression" in refused(tiny_config, "--set", "model.targets=[a-")
+    assert "is not a regular expression" in refused(tiny_config, "--set", "model.target_modules=[a-")
 
 
 def test_an_unknown_key_and_an_unknown_method(tiny_config: dict[str, Any], refused: Callable[..., str]) -> None:
@@ -240,7 +240,7 @@ def test_prompts_that_fill_the_window_are_counted_and_shown(
     config = set_all(tiny_config, data={"train": train}, model=model, task={"kind": "instruction"})
     said = cli("check", write_toml(tmp_path / "full.toml", config), "--verbose")
     lines = [" ".join(line.split()) for line in said.out.splitlines()]
-    assert "data.cut 3 counted: rows longer than model.max_tokens = 60, their end is not read" in lines
+    assert "data.cut 3 counted: rows longer than model.max_seq_length = 60, their end is not read" in lines
     assert "data.unused 3 counted: of these, rows with nothing to learn within 60 tokens, left out" in lines
 
 
@@ -302,7 +302,7 @@ def test_a_loss_that_is_nan_later(
     cli: Cli, tiny_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the second round; the first is kept, and the run goes on from it."""
-    from fedsb.federation import cohort
+    from fedsb.training import joint as cohort
 
     config = set_all(tiny_config, engine={"cohort_size": 1})
     whole = federate(load_config(set_all(config, out=str(tmp_path / "whole")))).folder

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from conftest import Said, set_all, tiny_settings, write_rows, write_toml
-from fedsb.config import load_config
-from fedsb.run import federate
+from fedsb.config.load import load_config
+from fedsb.runs.run import federate
 
 VERBS = ["ls", "init", "check", "run", "resume", "compare", "eval", "predict", "export", "report", "env"]
 HEAVY = ["torch", "transformers", "peft", "datasets", "pydantic", "numpy", "jinja2"]
@@ -135,7 +135,7 @@ def test_a_folder_that_is_deleted_during_a_run(
     """The advice is one: there is nothing to resume."""
     import shutil
 
-    from fedsb.record import Record
+    from fedsb.runs.record import Record
 
     append = Record.append
 
@@ -364,7 +364,7 @@ def test_a_run_that_is_not_finished(
 
     folder = tmp_path / "runs" / "tiny"
     with monkeypatch.context() as patch:
-        patch.setattr("fedsb.run.export", stop)
+        patch.setattr("fedsb.runs.run.export", stop)
         said = cli("run", toml)
     assert said.code == 130 and f"fedsb resume {folder}\n" in said.err
     for verb in (["eval", folder], ["export", folder, "--to", tmp_path / "copy"]):

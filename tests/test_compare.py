@@ -27,11 +27,11 @@ from fedsb.comparison.figures import bytes_to_target, curve, paired, pareto_fron
 from fedsb.comparison.search import at_an_end, best_rate, next_rate, start_rate
 from fedsb.comparison.spent import together
 from fedsb.comparison.table import difference_text, spread_text
-from fedsb.config import load_config
+from fedsb.config.load import load_config
 from fedsb.data.sites import open_data
-from fedsb.errors import ConfigError, RunError, UserError
 from fedsb.privacy.accounting import Release, epsilon
 from fedsb.privacy.ledger import Ledger, read_ledger
+from fedsb.utils.errors import ConfigError, RunError, UserError
 
 Cli = Callable[..., Said]
 
@@ -182,7 +182,7 @@ def test_what_a_contender_is(tiny_config: dict[str, Any]) -> None:
     """One that names a method starts from that method's defaults; another keeps the configuration's own."""
     own = [
         {"name": "core", "set": {"basis": {"kind": "core"}}},
-        {"name": "epochs", "set": {"train.epochs": 1, "train.steps": None}},
+        {"name": "epochs", "set": {"train.local_epochs": 1, "train.local_steps": None}},
     ]
     config = asked(
         set_all(tiny_config, method={"name": "fed-sb", "rank": 4, "blocks": 2}),
@@ -193,7 +193,7 @@ def test_what_a_contender_is(tiny_config: dict[str, Any]) -> None:
     assert fed_sb.config.method.options == {"rank": 32, "blocks": 1}
     assert fedit.config.method.options["rank"] == 2
     assert core.config.method.options == {"rank": 4, "blocks": 2} and core.config.basis.kind == "core"
-    assert epochs.config.train.epochs == 1 and epochs.config.train.lr == 0.03
+    assert epochs.config.train.local_epochs == 1 and epochs.config.train.lr == 0.03
 
 
 @pytest.mark.parametrize(
@@ -304,7 +304,9 @@ def test_all_faults_come_before_any_cell(cli: Cli, tiny_config: dict[str, Any], 
 
 def test_nothing_to_score(tiny_config: dict[str, Any]) -> None:
     bare = set_all(tiny_config, data={"train": "x.jsonl"}, clients={"split": "iid"})
-    with pytest.raises(ConfigError, match=r"there are no rows to score: name data.test, or set clients.held_out"):
+    with pytest.raises(
+        ConfigError, match=r"there are no rows to score: name data.test, or set clients.holdout_fraction"
+    ):
         contenders_of(load_config(asked(bare, methods=["fedit"])))
     with pytest.raises(ConfigError, match=r"there are no rows to train on: name data.train"):
         contenders_of(load_config(asked(set_all(bare, data={}), methods=["fedit"])))
@@ -334,7 +336,7 @@ def test_tuning_rows_are_training_rows_that_are_not_trained_on(tiny_config: dict
         assert all_of_it - trained <= scored
         assert len(site.train) == len(same.train) - round(0.25 * len(same.train))
         assert site.held_out == same.held_out, "what is held out is drawn apart"
-    with pytest.raises(UserError, match=r"data.tune_share = 0.001 leaves no row of 120 to score: raise it"):
+    with pytest.raises(UserError, match=r"data.validation_fraction = 0.001 leaves no row of 120 to score: raise it"):
         open_data(load_config(set_all(config, data={**data, "tune_share": 0.001})).config, tokenizer)
 
 
@@ -345,8 +347,13 @@ def test_a_trial_and_a_final_run(tiny_config: dict[str, Any]) -> None:
     loaded = load_config(asked(set_all(tiny_config, rounds=5), methods=["fed-sb@8"]))
     (contender,) = contenders_of(loaded)
     tuning, run = trial(contender, 0.5, 0.1).settings, final(contender, 0.25, 2).settings
-    assert (tuning["seed"], tuning["train.lr"], tuning["data.tune_share"], tuning["eval.every"]) == (0, 0.5, 0.1, 5)
-    assert (run["seed"], run["train.lr"], run["data.tune_share"], run["eval.every"]) == (2, 0.25, 0.0, 1)
+    assert (tuning["seed"], tuning["train.lr"], tuning["data.validation_fraction"], tuning["eval.every"]) == (
+        0,
+        0.5,
+        0.1,
+        5,
+    )
+    assert (run["seed"], run["train.lr"], run["data.validation_fraction"], run["eval.every"]) == (2, 0.25, 0.0, 1)
     assert "name" not in run and "out" not in run
 
 
@@ -560,7 +567,7 @@ def test_a_changed_recipe_makes_new_cells_and_says_so(fake: Callable[..., dict[s
         seeds=1,
         methods=["fedit@2", "fed-sb@8"],
         contenders=[],
-        grid={"train.steps": [5]},
+        grid={"train.local_steps": [5]},
     )
     assert [row["scores"] for row in found["contenders"]] == [[0.75], [0.75]]
     assert len(json.loads((tmp_path / "out" / "cells.json").read_text())["cells"]) == 4
@@ -571,9 +578,9 @@ def test_a_changed_recipe_makes_new_cells_and_says_so(fake: Callable[..., dict[s
         trials=0,
         seeds=1,
         methods=[],
-        contenders=[{"name": "fedit@2", "set": {"method": {"name": "fedit", "rank": 2}, "train.steps": 7}}],
+        contenders=[{"name": "fedit@2", "set": {"method": {"name": "fedit", "rank": 2}, "train.local_steps": 7}}],
     )
-    assert "fedit@2 seed 0: a kept run has other settings and is not used (train.steps: 3 -> 7)" in more
+    assert "fedit@2 seed 0: a kept run has other settings and is not used (train.local_steps: 3 -> 7)" in more
 
 
 def test_on_the_command_line(

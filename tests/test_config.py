@@ -9,10 +9,18 @@ from typing import Any
 
 import pytest
 
-from fedsb.config import KNOWN_ELSEWHERE, difference, flatten, idle, load_config, parse_override, set_key
+from fedsb.config.load import (
+    KNOWN_ELSEWHERE,
+    difference,
+    flatten,
+    load_config,
+    parse_override,
+    set_key,
+    unused_settings,
+)
 from fedsb.data.sources import make_table
 from fedsb.data.tasks import TASKS, TaskOptions, open_task
-from fedsb.errors import ConfigError, UserError
+from fedsb.utils.errors import ConfigError, UserError
 
 
 def faults(raw: dict[str, Any], overrides: list[str] | None = None) -> list[str]:
@@ -95,8 +103,8 @@ def test_all_faults_come_at_once() -> None:
     [
         ("train.lr=0.01", ("train.lr", 0.01)),
         ("rounds = 3", ("rounds", 3)),
-        ("train.keep_optimizer=true", ("train.keep_optimizer", True)),
-        ('model.targets=["query", "value"]', ("model.targets", ["query", "value"])),
+        ("train.persist_optimizer_state=true", ("train.persist_optimizer_state", True)),
+        ('model.target_modules=["query", "value"]', ("model.target_modules", ["query", "value"])),
         ("data.train=a b.csv", ("data.train", "a b.csv")),
         ("data.train=x=y.csv", ("data.train", "x=y.csv")),
         ("data.test=none", ("data.test", None)),
@@ -115,13 +123,13 @@ def test_an_override_without_a_key_or_a_value(text: str) -> None:
 
 def test_set_key_leaves_the_original_alone() -> None:
     raw = {"train": {"lr": 0.1}}
-    assert set_key(raw, "train.steps", 3) == {"train": {"lr": 0.1, "steps": 3}}
+    assert set_key(raw, "train.local_steps", 3) == {"train": {"lr": 0.1, "steps": 3}}
     assert raw == {"train": {"lr": 0.1}}
 
 
 def test_none_takes_a_setting_back() -> None:
-    config = load_config({"train": {"steps": 10}}, ["train.steps=none", "train.epochs=2"]).config
-    assert (config.train.steps, config.train.epochs) == (None, 2)
+    config = load_config({"train": {"steps": 10}}, ["train.local_steps=none", "train.local_epochs=2"]).config
+    assert (config.train.local_steps, config.train.local_epochs) == (None, 2)
 
 
 @pytest.mark.parametrize("key", ["data.quoting", "model.quantize", "server.optimizer", "privacy.unit"])
@@ -210,7 +218,8 @@ class Recorded:
 @pytest.mark.parametrize("score", ["auto", "loss", "options"])
 @pytest.mark.parametrize("kind", TASKS)
 def test_a_tasks_settings_have_an_effect_where_the_task_reads_them(kind: str, score: str, tiny_llama: Path) -> None:
-    """Every kind of task opens and encodes its rows; the settings that it never read are those that are named idle."""
+    """Every kind of task opens and encodes its rows; the settings that it never read are those that are named
+    unused_settings."""
     from transformers import AutoTokenizer
 
     if score != "auto" and score not in TASKS[kind].scorings:
@@ -226,7 +235,7 @@ def test_a_tasks_settings_have_an_effect_where_the_task_reads_them(kind: str, sc
     task.encode(rows)
     task.encode_test(rows)
     config = load_config({"task": {"kind": kind, "score": score, "run_code": kind == "code"}}).config
-    unused = {key.removeprefix("task.") for key in idle(config) if key.startswith("task.")}
+    unused = {key.removeprefix("task.") for key in unused_settings(config) if key.startswith("task.")}
     everything = {field.name for field in dataclasses.fields(TaskOptions)}
     if not TASKS[kind].metrics:
         everything -= {"metric"}  # any but "auto" is refused
@@ -236,17 +245,17 @@ def test_a_tasks_settings_have_an_effect_where_the_task_reads_them(kind: str, sc
         options.read.discard("new_tokens")  # it is written into the question, and nothing is generated
     if kind != "classification":
         options.read.discard("names")  # copied by every task, of use where there are classes
-    assert options.read & unused == set(), "an option that is read is called idle"
+    assert options.read & unused == set(), "an option that is read is called unused_settings"
     assert everything - options.read == unused
 
 
 @pytest.mark.parametrize(
     ("raw", "key", "why"),
     [
-        ({"clients": {"split": "iid"}}, "clients.alpha", "clients.split is iid"),
-        ({"clients": {"split": "dirichlet"}}, "clients.alpha", None),
+        ({"clients": {"split": "iid"}}, "clients.dirichlet_alpha", "clients.partition is iid"),
+        ({"clients": {"split": "dirichlet"}}, "clients.dirichlet_alpha", None),
         ({"clients": {"split": "column"}}, "clients.count", "the column says how many clients there are"),
-        ({"data": {"tune_share": 0.1}}, "data.test", "data.tune_share takes training rows"),
+        ({"data": {"tune_share": 0.1}}, "data.test", "data.validation_fraction takes training rows"),
         ({"basis": {"kind": "random"}}, "basis.outer", "basis.kind is random"),
         ({"basis": {"kind": "core"}}, "basis.outer", None),
         ({"method": {"name": "fedit"}}, "basis.kind", "fedit has no basis"),
@@ -256,11 +265,11 @@ def test_a_tasks_settings_have_an_effect_where_the_task_reads_them(kind: str, sc
         ({"train": {"optimizer": "adamw"}}, "train.momentum", "train.optimizer is adamw"),
         ({"server": {"optimizer": "adam"}}, "server.tau", None),
         ({}, "server.tau", "server.optimizer is none"),
-        ({}, "server.sum_limit", "server.secure_sum is false"),
+        ({}, "server.secagg_clip", "server.secure_aggregation is false"),
         ({}, "privacy.clip", "privacy.unit is none"),
         ({"privacy": {"unit": "example", "epsilon": 3}}, "privacy.clip", None),
         ({}, "engine.deadline_s", "engine.name is embedded"),
-        ({"engine": {"name": "flower"}}, "engine.cohort_size", "engine.name is flower"),
+        ({"engine": {"name": "flower"}}, "engine.clients_per_forward", "engine.name is flower"),
         ({"task": {"kind": "code", "run_code": True}}, "task.new_tokens", None),
         ({"task": {"kind": "code", "score": "loss"}}, "task.new_tokens", "no answers are written"),
         ({"task": {"kind": "text"}}, "task.pooling", "task.kind is text"),
@@ -269,7 +278,7 @@ def test_a_tasks_settings_have_an_effect_where_the_task_reads_them(kind: str, sc
     ],
 )
 def test_what_has_no_effect_beside_other_settings(raw: dict[str, Any], key: str, why: str | None) -> None:
-    assert idle(load_config(raw).config).get(key) == why
+    assert unused_settings(load_config(raw).config).get(key) == why
 
 
 def test_a_setting_without_effect_is_shown_as_such() -> None:
@@ -282,7 +291,7 @@ def test_a_setting_without_effect_is_shown_as_such() -> None:
 
 
 def test_every_setting_is_described() -> None:
-    from fedsb.catalogue import settings
+    from fedsb.cli.listing import settings
 
     rows = settings()
     assert len(rows) > 90 and len({row["setting"] for row in rows}) == len(rows)

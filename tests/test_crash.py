@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 
 from conftest import Said, adapter_bytes, set_all, tiny_settings, write_toml
-from fedsb.config import load_config
-from fedsb.record import read_rows
-from fedsb.run import federate, resume
+from fedsb.config.load import load_config
+from fedsb.reporting.run_directory import read_rows
+from fedsb.runs.run import federate, resume
 
 
 def short(config: dict[str, Any], **changes: Any) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def run_and_die(config: dict[str, Any], call: int | None, report: str) -> None:
 def start(config: dict[str, Any], call: int | None, report: Path) -> int | None:
     """The exit code of `run_and_die` in a process of its own; the imports are done once for all of them."""
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["fedsb.run", "transformers", "peft", "jinja2"])
+    server.set_forkserver_preload(["fedsb.runs.run", "transformers", "peft", "jinja2"])
     process = server.Process(target=run_and_die, args=(config, call, str(report)))
     process.start()
     process.join(120)
@@ -151,7 +151,7 @@ def test_a_signal_in_the_middle_of_a_round(
 
 
 def test_a_signal_during_a_write_comes_after_it(tmp_path: Path) -> None:
-    from fedsb.interrupts import Interrupts
+    from fedsb.utils.signals import Interrupts
 
     done = []
     before = signal.getsignal(signal.SIGTERM)
@@ -166,7 +166,7 @@ def test_a_signal_during_a_write_comes_after_it(tmp_path: Path) -> None:
 
 
 def test_a_write_that_fails_is_the_news_even_where_a_signal_came() -> None:
-    from fedsb.interrupts import Interrupts
+    from fedsb.utils.signals import Interrupts
 
     with pytest.raises(OSError, match="full"), Interrupts().installed() as interrupts, interrupts.hold():
         os.kill(os.getpid(), signal.SIGINT)

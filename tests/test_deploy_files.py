@@ -15,7 +15,7 @@ import pytest
 import typer
 import yaml
 
-from fedsb.cli import app
+from fedsb.cli.app import app
 
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy"

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 
 from conftest import CLASSES, Said, labelled_rows, set_all, write_rows, write_toml
-from fedsb.config import load_config
-from fedsb.data import metrics
-from fedsb.engines.embedded import EmbeddedEngine
-from fedsb.record import read_rows
-from fedsb.run import federate
-from fedsb.settings import method_of
+from fedsb.channels.in_process import EmbeddedEngine
+from fedsb.config.load import load_config
+from fedsb.config.schema import method_of
+from fedsb.data.grading import metrics
+from fedsb.reporting.run_directory import read_rows
+from fedsb.runs.run import federate
 from test_answers import SHARED, real_rows
 
 CHAT = (
@@ -127,7 +127,7 @@ def predictions(engine: EmbeddedEngine, examples: list[Any]) -> tuple[Any, Any]:
     import numpy as np
     import torch
 
-    from fedsb.federation.scoring import forward
+    from fedsb.training.scoring import forward
 
     with torch.no_grad():
         rows = [forward(engine.adapted.model, engine.task, [example]) for example in examples]
@@ -211,8 +211,8 @@ def test_programs_are_run_where_it_is_allowed(
     cli: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A tiny model writes no program; with the right one put into its mouth, one of three passes."""
-    from fedsb.federation import scoring
-    from fedsb.federation.generation import Written
+    from fedsb.training import scoring
+    from fedsb.training.generation import Written
 
     rows = real_rows("mbpp/mbpp.jsonl.gz", 9, lambda row: len(str(row["code"]) + str(row["test_list"])) < 230)
     files = [write_rows(tmp_path / f"{i}.jsonl", rows[6 * i : 6 + 3 * i]) for i in range(2)]

@@ -18,9 +18,9 @@ import torch
 import fedsb
 from conftest import Said, labelled_rows, set_all, tiny_settings, write_rows, write_toml
 from fedsb.adapters.card import merged_lines
-from fedsb.config import load_config
-from fedsb.errors import UserError
-from fedsb.run import federate
+from fedsb.config.load import load_config
+from fedsb.runs.run import federate
+from fedsb.utils.errors import UserError
 
 TEXTS = ["red1 red2 blue3", "grey0", "blue1 blue2 blue3 green4 blue5 red9 blue2", "green3 red1"]
 END = "[END]"
@@ -103,7 +103,7 @@ def run_of(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def merged_of(run_of: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    from fedsb.evaluate import export_to
+    from fedsb.runs.evaluate import export_to
 
     made: dict[str, Path] = {}
 
@@ -179,7 +179,7 @@ def snippets(
     run_of: Callable[[str], Path], merged_of: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[tuple[str, str], tuple[str, list[list[float]]]]:
     """Returns what every snippet printed: a run's, and those of the cards of folders that were moved."""
-    from fedsb.record import read_result
+    from fedsb.reporting.run_directory import read_result
 
     given: dict[tuple[str, str], tuple[Path, str]] = {}
     for kind in (*CLASSIFIERS, *WRITERS):
@@ -326,9 +326,9 @@ def test_the_files_of_an_adapter(run_of: Callable[[str], Path], tiny_bert: Path)
 
 def test_a_base_that_others_know_is_named_in_the_card(tiny_bert: Path) -> None:
     from fedsb.adapters.card import model_card
-    from fedsb.adapters.export import BaseFacts
+    from fedsb.adapters.export import BaseModelInfo
 
-    base = BaseFacts(
+    base = BaseModelInfo(
         name=str(tiny_bert),
         shared_name="owner/name",
         revision=None,
@@ -382,7 +382,7 @@ def test_a_merged_model_also_ends_where_its_base_does(tmp_path: Path, request: p
     """As predictions do: an end token of the base's own generation config, here 7, is kept."""
     from transformers import GenerationConfig
 
-    from fedsb.evaluate import export_to
+    from fedsb.runs.evaluate import export_to
 
     folder = Path(shutil.copytree(request.getfixturevalue("tiny_llama"), tmp_path / "base"))
     path = folder / "generation_config.json"
@@ -458,7 +458,7 @@ def test_predictions_score_as_eval_does(cli: Callable[..., Said], run_of: Callab
     rows = fedsb.predict(folder, data)
     found = json.loads(cli("eval", folder, "--json").out)
     if kind == "number":
-        from fedsb.data.metrics import pearson
+        from fedsb.data.grading.metrics import pearson
 
         predicted, true = (
             torch.tensor([row[name] for row in rows]).double().numpy() for name in ("prediction", "score")
@@ -571,7 +571,7 @@ def test_a_run_whose_adapter_is_not_loaded_is_finished(
     toml = write_toml(tmp_path / "a.toml", config_of("classes", request, tmp_path))
     folder = tmp_path / "runs" / "classes"
     with monkeypatch.context() as patch:
-        patch.setattr("fedsb.outcome.check_adapter", refuse)
+        patch.setattr("fedsb.runs.artifacts.check_adapter", refuse)
         for verb in (["run", toml], ["resume", folder]):
             said = cli(*verb)
             assert said.code == 1 and "'x.out_proj'" in said.err and "fedsb resume" not in said.err
@@ -618,9 +618,9 @@ def test_a_repository_is_private_unless_asked(
 
 
 def test_merged_lines_name_a_folder() -> None:
-    from fedsb.adapters.export import BaseFacts
+    from fedsb.adapters.export import BaseModelInfo
 
-    base = BaseFacts(
+    base = BaseModelInfo(
         name="x",
         shared_name="owner/x",
         revision=None,

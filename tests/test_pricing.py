@@ -12,19 +12,19 @@ import torch
 
 from conftest import Said, labelled_rows, set_all, write_rows, write_toml
 from fedsb.adapters.adapted import find_targets
-from fedsb.config import load_config
+from fedsb.config.load import load_config
+from fedsb.config.schema import ModelConfig
 from fedsb.data.sites import load_rows, open_task_of
-from fedsb.environment import memory_of
-from fedsb.errors import UserError
-from fedsb.memory import trained_values, training_memory
 from fedsb.methods import build_method
 from fedsb.methods.fed_sb import FedSB
 from fedsb.methods.fedit import FedIT
 from fedsb.methods.flora import FLoRA
 from fedsb.models.hub import SHIPPED, shipped_shapes
 from fedsb.models.load import load_base, load_tokenizer
-from fedsb.pricing import estimate
-from fedsb.settings import ModelConfig
+from fedsb.planning.estimate import estimate
+from fedsb.training.memory import trained_values, training_memory
+from fedsb.utils.environment import memory_of
+from fedsb.utils.errors import UserError
 
 MISTRAL, GEMMA, LLAMA = "mistralai/Mistral-7B-v0.1", "google/gemma-2-9b", "meta-llama/Llama-3.2-3B"
 BERT = "google-bert/bert-base-cased"
@@ -356,7 +356,7 @@ def test_real_faults_are_faults_without_rows_too(
     toml = write_toml(tmp_path / "far.toml", set_all(tiny_config, data={"train": "hub:nobody/nothing"}))
     for override, part in (
         ("method.rank=33", "is above min(m, n)"),
-        ('model.targets=["querry"]', "no linear layer is called"),
+        ('model.target_modules=["querry"]', "no linear layer is called"),
         ("model.name=nobody/nothing", "cannot load the model 'nobody/nothing'"),
         ("data.train=hub:nobody", "is not a Hub name"),
         ("train.lrr=1", "there is no such key"),
@@ -405,7 +405,7 @@ def test_a_relative_path_that_does_not_exist_is_a_fault_of_check_as_of_run(
     said = cli("check", toml)
     assert f"{key} = " in said.err and f"--set {key}=none" in said.err
     if key != "basis.data":  # without its public rows that basis cannot be
-        assert cli("check", toml, "--set", f"{key}=none", "--set", "clients.split=iid").code == 0
+        assert cli("check", toml, "--set", f"{key}=none", "--set", "clients.partition=iid").code == 0
 
 
 def test_a_recipe_is_checked_without_its_rows(
@@ -443,9 +443,9 @@ def test_an_estimate_above_this_machines_memory_is_warned_of(
     cli: Callable[..., Said], tiny_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     needed = estimate(load_config(tiny_config))["memory_bytes"]
-    monkeypatch.setattr("fedsb.pricing.memory_of", lambda device: needed)
+    monkeypatch.setattr("fedsb.planning.estimate.memory_of", lambda device: needed)
     assert estimate(load_config(tiny_config))["warnings"] == []
-    monkeypatch.setattr("fedsb.pricing.memory_of", lambda device: needed - 1)
+    monkeypatch.setattr("fedsb.planning.estimate.memory_of", lambda device: needed - 1)
     (warning,) = estimate(load_config(tiny_config))["warnings"]
     assert "is more than this machine has" in warning and "train.batch_size" in warning
     said = cli("check", write_toml(tmp_path / "my.toml", tiny_config))
@@ -503,15 +503,15 @@ def test_privacy_without_rows(tiny_config: dict[str, Any]) -> None:
     fixed = estimate(load_config(served(tiny_config, privacy={"unit": "example", "noise_multiplier": 1.0})))
     assert any(line.startswith("epsilon: it follows from privacy.noise_multiplier") for line in fixed["unknown"])
     whole = served(tiny_config, privacy={"unit": "client", "epsilon": 3.0}, server={"weighting": "uniform"})
-    promise = estimate(load_config(whole))["privacy"]  # hangs on how many sites there are, and on no row
-    assert promise == estimate(load_config(set_all(tiny_config, **{**whole, "data": tiny_config["data"]})))["privacy"]
+    policy = estimate(load_config(whole))["privacy"]  # hangs on how many sites there are, and on no row
+    assert policy == estimate(load_config(set_all(tiny_config, **{**whole, "data": tiny_config["data"]})))["privacy"]
 
 
 def test_without_rows_nothing_trains_on_others(
     cli: Callable[..., Said], tiny_config: dict[str, Any], tmp_path: Path
 ) -> None:
     toml = write_toml(tmp_path / "served.toml", served(tiny_config))
-    for command in (["run"], ["run", "--engine", "flower"], ["check", "--set", "engine.name=embedded"]):
+    for command in (["run"], ["run", "--engine", "flower"], ["check", "--set", "engine.name=in_process"]):
         said = cli(command[0], toml, *command[1:])
         assert said.code == 1 and "data.train is not set: name the rows to train on" in said.err, command
 

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from conftest import labelled_rows, write_rows
-from fedsb.catalogue import recipe_path, recipes
-from fedsb.charts import bytes_text
-from fedsb.config import Loaded, load_config
-from fedsb.pricing import estimate
+from fedsb.cli.listing import recipes
+from fedsb.config.find import recipe_path
+from fedsb.config.load import ResolvedConfig, load_config
+from fedsb.planning.estimate import estimate
+from fedsb.utils.formatting import bytes_text
 
 NAMES = [row["recipe"] for row in recipes()]
 PUBLISHED = {
@@ -25,7 +26,7 @@ PUBLISHED = {
 }
 
 
-def load(name: str, *overrides: str) -> Loaded:
+def load(name: str, *overrides: str) -> ResolvedConfig:
     return load_config(recipe_path(name), overrides)
 
 
@@ -135,7 +136,7 @@ def test_the_private_recipe_promises_what_it_says(tiny_bert: Path, tmp_path: Pat
     ]
     data = write_rows(tmp_path / "snli.jsonl", rows)
     here = [f"model.name={tiny_bert}", f"data.train={data}", f"data.test={data}", "method.rank=8", "train.batch_size=4"]
-    for more in ([], ["method.name=central", "train.epochs=3"]):
+    for more in ([], ["method.name=central", "train.local_epochs=3"]):
         found = estimate(load("snli-private-bert", *here, *more))
         assert found["unknown"] == []
         assert sum(found["clients"].values()) == 180

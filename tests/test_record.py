@@ -17,19 +17,20 @@ import torch
 
 from conftest import Said, adapter_bytes, set_all, tiny_settings, write_rows, write_toml
 from fedsb.adapters.basis import basis_hash
-from fedsb.config import load_config
-from fedsb.disk import safe_name, write_atomic
-from fedsb.errors import RunError, UserError
-from fedsb.methods.contract import State
-from fedsb.record import Record, read_manifest, read_rows
-from fedsb.run import Silent, federate, resume
+from fedsb.config.load import load_config
+from fedsb.methods.base import State
+from fedsb.reporting.run_directory import read_manifest, read_rows
+from fedsb.runs.record import Record
+from fedsb.runs.run import Silent, federate, resume
+from fedsb.utils.errors import RunError, UserError
+from fedsb.utils.files import safe_name, write_atomic
 
 COMMON = {"x.A": torch.arange(6.0).reshape(2, 3)}
 MANIFEST = {"run": "abc", "config": {}, "origin": {}, "basis_hash": basis_hash(COMMON)}
 
 
 def state_of(round: int) -> State:
-    return State(round=round, tensors={"x.R": torch.full((2, 2), float(round))}, common=COMMON)
+    return State(round=round, tensors={"x.R": torch.full((2, 2), float(round))}, shared=COMMON)
 
 
 @pytest.fixture
@@ -57,7 +58,7 @@ def test_a_state_comes_back_as_it_was(record: Record) -> None:
     assert state is not None and not record.skipped
     assert state.round == 2
     assert torch.equal(state.tensors["x.R"], torch.full((2, 2), 2.0))
-    assert torch.equal(state.common["x.A"], COMMON["x.A"])
+    assert torch.equal(state.shared["x.A"], COMMON["x.A"])
     assert checkpoints(record) == ["round-0001", "round-0002"]
     assert torch.equal(record.take_up(2)["a/b"]["x"], torch.ones(2))
 
@@ -155,10 +156,12 @@ def test_what_a_kill_left_is_cleared_and_nothing_else(record: Record) -> None:
 
 def test_a_start_that_was_cut_off_counts_its_bytes_once(tmp_path: Path) -> None:
     """Killed between the ledger and the first checkpoint, the start is done again; its basis travelled once."""
-    from fedsb.engines import Sent
+    from fedsb.protocol.traffic import TrafficRecord
 
     sent = [
-        Sent(round=0, client="a", direction="up", kind="basis", values=1, head_values=0, bytes=4, wire_bytes=9),
+        TrafficRecord(
+            round=0, client="a", direction="up", kind="basis", values=1, head_values=0, bytes=4, wire_bytes=9
+        ),
     ]
     with Record.create(tmp_path / "run", MANIFEST) as record:
         record.start(state_of(0), sent)
@@ -262,7 +265,7 @@ def test_a_write_that_fails_keeps_the_old_file(tmp_path: Path, monkeypatch: pyte
         path.write_bytes(content[:1])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fedsb.disk.write", torn)
+    monkeypatch.setattr("fedsb.utils.files.write", torn)
     with pytest.raises(KeyboardInterrupt):
         write_atomic(path, b"new")
     assert path.read_bytes() == b"old"

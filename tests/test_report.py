@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from fedsb import charts
-from fedsb.errors import UserError
-from fedsb.report import summary, write_report
+from fedsb.reporting import charts
+from fedsb.reporting.report import summary, write_report
+from fedsb.utils import formatting
+from fedsb.utils.errors import UserError
 
 NAMES = ("site-a", "site-b")
 HOSTILE = "<script>alert('x')</script>\"&"
@@ -145,7 +146,7 @@ class Page(HTMLParser):
         if "h2" in self.open:
             self.headings.append(data)
         if "td" in self.open or "th" in self.open:
-            self.rows[-1][-1] += data.replace(charts.GLUE, " ")
+            self.rows[-1][-1] += data.replace(formatting.GLUE, " ")
 
     def row(self, name: str) -> list[str]:
         return next(row for row in self.rows if row[0].startswith(name))
@@ -188,7 +189,7 @@ def test_every_section_with_its_numbers(tmp_path: Path) -> None:
     assert page.row("Never took part") == ["Never took part", "1", *["50.0 %"] * 4, "0.0 points"]
     assert ["site-b", "holds NaN", "2"] in page.rows
     assert ["site-a", "40", "4", "36", "4"] in page.rows
-    text = page.source.replace(charts.GLUE, " ")
+    text = page.source.replace(formatting.GLUE, " ")
     assert "50.0 points above the majority class (25.0 %)" in text
     assert "65.0 points above the model before federation (10.0 %)" in text
     assert "FedIT would have sent 2.90 kB, 5.80 times as much" in text
@@ -260,7 +261,7 @@ def test_any_size_makes_a_page(tmp_path: Path, clients: int, labels: int) -> Non
         tmp_path, about=about, rounds=ROUNDS[:1], traffic=[], result={**RESULT, "score": 3.0, "clients": scores}
     )
     page = Page(write_report(run))
-    assert f"1.000{charts.GLUE}nats/token below the model before" in page.source
+    assert f"1.000{formatting.GLUE}nats/token below the model before" in page.source
     assert ("Who holds what" in page.headings) == (clients > 0)
     assert "Bytes by round and in total" not in page.headings
     assert "Price against other methods" not in page.headings
@@ -281,9 +282,9 @@ def test_not_a_run_directory(tmp_path: Path, content: str | None) -> None:
 
 def test_numbers_as_text() -> None:
     sizes = [0, 999, 1000, 156696, 1_253_888, 15_000_000, 999_600_000, float("nan"), None]
-    shown = [charts.bytes_text(n).replace(charts.GLUE, " ") for n in sizes]
+    shown = [formatting.bytes_text(n).replace(formatting.GLUE, " ") for n in sizes]
     assert shown == ["0 B", "999 B", "1.00 kB", "157 kB", "1.25 MB", "15.0 MB", "1.00 GB", "–", "–"]
-    assert [charts.seconds_text(s).replace(charts.GLUE, " ") for s in (0.41, 11.2, 90, 3660)] == [
+    assert [formatting.seconds_text(s).replace(formatting.GLUE, " ") for s in (0.41, 11.2, 90, 3660)] == [
         "0.41 s",
         "11 s",
         "1 min 30 s",
@@ -293,8 +294,8 @@ def test_numbers_as_text() -> None:
 
 def test_ticks_are_round_and_inside() -> None:
     axis = charts.Axis(low=0.0, high=10.0, start=0.0, end=100.0)
-    assert axis.ticks(charts.plain_text) == [(0.0, "0"), (50.0, "5"), (100.0, "10")]
-    assert charts.Axis(low=1, high=3, start=0, end=100).ticks(charts.plain_text, least_step=1) == [
+    assert axis.ticks(formatting.plain_text) == [(0.0, "0"), (50.0, "5"), (100.0, "10")]
+    assert charts.Axis(low=1, high=3, start=0, end=100).ticks(formatting.plain_text, least_step=1) == [
         (0.0, "1"),
         (50.0, "2"),
         (100.0, "3"),

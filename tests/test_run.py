@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 
 from conftest import Said, adapter_bytes, set_all, write_toml
-from fedsb.config import load_config
-from fedsb.engines import Engine, Replies
-from fedsb.engines.embedded import EmbeddedEngine
-from fedsb.errors import ConfigError, UserError
-from fedsb.federation.payload import pack, unpack
-from fedsb.record import read_rows
-from fedsb.run import federate, resume, sample
-from fedsb.settings import Config
+from fedsb.channels.in_process import EmbeddedEngine
+from fedsb.config.load import load_config
+from fedsb.config.schema import Config
+from fedsb.protocol.payload import pack, unpack
+from fedsb.reporting.run_directory import read_rows
+from fedsb.runs.run import federate, resume, sample
+from fedsb.server.types import Engine, Replies
+from fedsb.utils.errors import ConfigError, UserError
 
 BAD_CLIENT, BAD_ROUND = "site 1", 1  # the second round
 
@@ -75,7 +75,7 @@ def test_a_bad_update_costs_its_client_the_round(
         return [name for name in sample(engine, round, settings) if (name, round) != (BAD_CLIENT, BAD_ROUND)]
 
     with monkeypatch.context() as patch:
-        patch.setattr("fedsb.run.sample", without)
+        patch.setattr("fedsb.runs.run.sample", without)
         wanted = federate(load_config(set_all(config, out=str(tmp_path / "without"))))
     spoil(monkeypatch, harm)
     got = federate(load_config(set_all(config, out=str(tmp_path / "with"))))

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from conftest import WORDS, labelled_rows, set_all, write_rows, write_toml
-from fedsb.config import load_config
+from fedsb.config.load import load_config
 from fedsb.data.tasks import TaskOptions
 from fedsb.data.tasks.classification import Classification
-from fedsb.run import federate
-from fedsb.warnings import counted_rounds, run_warnings
+from fedsb.reporting.warnings import counted_rounds, run_warnings
+from fedsb.runs.run import federate
 
 
 def row(number: int, **more: Any) -> dict[str, Any]:

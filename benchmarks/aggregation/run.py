@@ -93,7 +93,7 @@ def inputs(name: str, size: int, rank: int, clients: int) -> Any:
 
     from fedsb.adapters.basis import make_basis
     from fedsb.methods import build_method
-    from fedsb.methods.contract import Update
+    from fedsb.methods.base import Update
 
     options: dict[str, Any] = {"rank": rank}
     if name == "ravan":
@@ -104,7 +104,7 @@ def inputs(name: str, size: int, rank: int, clients: int) -> Any:
     draw = torch.Generator().manual_seed(0)
     pair = (torch.randn(rank, size, generator=draw), torch.randn(size, rank, generator=draw))
     state = method.start({"layer": (size, size)}, make_basis("random", [("layer", pair)]), {}, 0)
-    received = method.receive(state.common, method.broadcast(state), {}, 0)
+    received = method.init_client(state.shared, method.broadcast(state), {}, 0)
     updates = []
     for k in range(clients):
         trained = {key: x + 0.1 * torch.randn(x.shape, generator=draw) for key, x in received.items()}
@@ -129,7 +129,7 @@ def dense_mean(method: Any, state: Any, updates: Any) -> Any:
     """sum_k p_k dW_k from every client's m x n update."""
     M = 0
     for p, update in zip(shares(updates), updates, strict=True):
-        factors = method.export({**state.common, **state.tensors, **update.tensors})["layer"]
+        factors = method.export({**state.shared, **state.tensors, **update.tensors})["layer"]
         M = M + p * factors.scale * factors.B @ factors.A
     return M
 

@@ -34,7 +34,7 @@ def main() -> None:
     import torch
     from transformers import logging
 
-    from fedsb.environment import describe_machine, git_hash
+    from fedsb.utils.environment import describe_machine, git_hash
     from support.architectures import ARCHITECTURES
 
     parser = argparse.ArgumentParser()
@@ -51,7 +51,7 @@ def main() -> None:
         for task, auto_class in TASKS.items():
             started = time.monotonic()
             with tempfile.TemporaryDirectory() as folder:
-                row = try_out(Path(folder), model_type, task, auto_class)
+                row = check_site(Path(folder), model_type, task, auto_class)
             if row is not None:
                 rows.append({"model": model_type, "task": task, **row, "seconds": round(time.monotonic() - started, 1)})
                 print(model_type, task, *(f"{mode}: {row[mode]}" for mode in MODES), sep=" | ", flush=True)
@@ -67,7 +67,7 @@ def main() -> None:
 STATES = ("ok", "refused", "fault", "not tried")
 
 
-def try_out(folder: Path, model_type: str, task: str, auto_class: str) -> dict[str, str] | None:
+def check_site(folder: Path, model_type: str, task: str, auto_class: str) -> dict[str, str] | None:
     """The three cells of one model and task; None where transformers has no such class."""
     from support.architectures import build
 
@@ -87,7 +87,7 @@ def try_out(folder: Path, model_type: str, task: str, auto_class: str) -> dict[s
 
 
 def cell(run: Any) -> str:
-    from fedsb.errors import UserError
+    from fedsb.utils.errors import UserError
 
     try:
         run()
@@ -102,8 +102,8 @@ def cell(run: Any) -> str:
 
 def train(folder: Path, model: Path, task: str, more: dict[str, Any]) -> None:
     """Two clients, two rounds; PEFT's reload is part of a run."""
-    from fedsb.config import load_config
-    from fedsb.run import federate
+    from fedsb.config.load import load_config
+    from fedsb.runs.run import federate
     from support.architectures import WORDS, write_rows
 
     words = [" ".join(WORDS[(7 * i + j) % len(WORDS)] for j in range(3 + i % 11)) for i in range(24)]
@@ -130,7 +130,7 @@ def merged(folder: Path, auto_class: str) -> None:
     import transformers
     from peft import PeftModel
 
-    from fedsb.evaluate import export_to
+    from fedsb.runs.evaluate import export_to
 
     where = Path(export_to(folder / "runs" / "plain", str(folder / "merged"), merged=True))
     auto = getattr(transformers, auto_class)

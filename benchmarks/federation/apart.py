@@ -21,12 +21,12 @@ from typing import Any
 from namespaces import Network
 from rig import CO, said
 
-from fedsb.catalogue import recipe_path
-from fedsb.config import load_config
+from fedsb.config.find import recipe_path
+from fedsb.config.load import load_config
 from fedsb.data.sites import rows_by_client
-from fedsb.disk import write_atomic
 from fedsb.models.load import load_tokenizer
-from fedsb.record import json_lines, read_rows
+from fedsb.reporting.run_directory import read_rows
+from fedsb.utils.files import json_lines, write_atomic
 
 RECIPE, LOOK_SECONDS, STOP_SECONDS = "quickstart", 0.2, 60.0
 

@@ -27,21 +27,21 @@ from namespaces import why_not
 from safetensors.numpy import load_file
 
 SITES = 3
-SECURE = {"server.secure_sum": True}
+SECURE = {"server.secure_aggregation": True}
 HERE = Path(__file__).parent
 SETTINGS = {
     "rounds": 4,
     "model.name": "minilm",
-    "model.max_tokens": 32,
+    "model.max_seq_length": 32,
     "task.pooling": "mean",
-    "clients.split": "iid",
+    "clients.partition": "iid",
     "clients.count": SITES,
     "method.name": "fed-sb",
     "method.rank": 16,
     "basis.share_samples": 0,
-    "train.steps": 5,
+    "train.local_steps": 5,
     "train.lr": 0.02,
-    "engine.cohort_size": 1,
+    "engine.clients_per_forward": 1,
 }
 
 

@@ -22,10 +22,10 @@ from kills import HURT_ROUNDS, break_it
 from rig import CO, HERE, SITES, Rig, can_mount, now, running
 from world import OneProcess
 
-from fedsb.config import load_config
+from fedsb.config.load import load_config
 from fedsb.privacy.ledger import read_ledger
-from fedsb.record import read_rows
-from fedsb.run import federate
+from fedsb.reporting.run_directory import read_rows
+from fedsb.runs.run import federate
 
 DEADLINE = 8.0
 ANSWERS = {  # round -> (site, what it sends); the rounds between are for its return

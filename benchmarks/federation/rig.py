@@ -21,7 +21,7 @@ from namespaces import Network
 from world import make_model, make_rows, settings, write_rows, write_toml
 
 from fedsb.deployment import serve_init
-from fedsb.record import read_rows
+from fedsb.reporting.run_directory import read_rows
 
 HERE = Path(__file__).parent
 SITES = ("site-a", "site-b", "site-c")

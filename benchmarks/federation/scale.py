@@ -29,14 +29,14 @@ from typing import Any
 from rig import CO, HERE, Rig, running
 from world import OneProcess, make_model, make_rows, settings, write_rows
 
-from fedsb.channel import Lost
-from fedsb.config import load_config
-from fedsb.engines.notes import read_note
-from fedsb.engines.remote import RemoteEngine
-from fedsb.methods.contract import Method
-from fedsb.record import read_rows
-from fedsb.run import federate
-from fedsb.settings import Config
+from fedsb.config.load import load_config
+from fedsb.config.schema import Config
+from fedsb.methods.base import Method
+from fedsb.protocol.channel import NoResponse
+from fedsb.protocol.messages import read_note
+from fedsb.reporting.run_directory import read_rows
+from fedsb.runs.run import federate
+from fedsb.server.remote import RemoteEngine
 
 ROUNDS, FEW, COUNTS = 20, 6, (5, 10, 20, 40)
 SMALL, LARGE = {"width": 64, "layers": 2}, {"width": 512, "layers": 2}
@@ -105,7 +105,9 @@ class Elsewhere:
     def sites(self) -> list[str]:
         return sorted(self.directory)
 
-    def ask(self, requests: Mapping[str, bytes], timeout_s: float | None = None) -> Iterator[tuple[str, bytes | Lost]]:
+    def ask(
+        self, requests: Mapping[str, bytes], timeout_s: float | None = None
+    ) -> Iterator[tuple[str, bytes | NoResponse]]:
         for name, request in requests.items():
             begun = time.monotonic()
             self._pipe.send((name, request))

@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from fedsb.channel import Channel, Handle
-from fedsb.engines.notes import Note, pack_note, read_note
-from fedsb.errors import RunError, UserError
-from fedsb.federation.payload import Payload, pack, unpack
+from fedsb.protocol.channel import Channel, Handle
+from fedsb.protocol.messages import Note, pack_note, read_note
+from fedsb.protocol.payload import Payload, pack, unpack
+from fedsb.utils.errors import RunError, UserError
 
 PAUSE_SECONDS = float(os.environ.get("FEDSB_PAUSE", "0.4"))  # before what would be too short to hit: checkpoint, export
 
@@ -53,7 +53,7 @@ def verb_and_round(request: bytes) -> tuple[str, int]:
 
 def open_handle(folder: Path) -> Handle:
     """A real site's handle, whose answers are spoiled as spoil.json says."""
-    from fedsb.site.handle import open_handle as open_real
+    from fedsb.client.handler import open_handle as open_real
 
     real, announce, last = open_real(folder), announcer(folder), [b""]
     wanted = folder / "spoil.json"
@@ -131,11 +131,11 @@ def node_twice() -> None:
 
 def coordinate(channel: Channel, folder: Path) -> None:
     """The coordinator's program, slowed down where it is too fast to be hit."""
-    import fedsb.run
+    import fedsb.runs.run
     from fedsb.deployment import coordinate as real
-    from fedsb.record import Record
+    from fedsb.runs.record import Record
 
-    announce, checkpoint, export = announcer(folder.parent.parent), Record.checkpoint, fedsb.run.export
+    announce, checkpoint, export = announcer(folder.parent.parent), Record.checkpoint, fedsb.runs.run.export
 
     def slow_checkpoint(self: Record, state: Any, keep: int) -> None:
         announce("checkpoint", round=state.round, event="begin")
@@ -148,7 +148,7 @@ def coordinate(channel: Channel, folder: Path) -> None:
         time.sleep(PAUSE_SECONDS)
         return export(*arguments)
 
-    Record.checkpoint, fedsb.run.export = slow_checkpoint, slow_export  # type: ignore[method-assign]
+    Record.checkpoint, fedsb.runs.run.export = slow_checkpoint, slow_export  # type: ignore[method-assign]
     announce("program", round=0, event="begin")
     real.coordinate(channel, folder)
 
@@ -159,7 +159,7 @@ def main() -> None:
 
     try:
         if sys.argv[1] == "serve":
-            from fedsb.config import load_config
+            from fedsb.config.load import load_config
 
             folder = Path(sys.argv[2])
             serve(folder, "spoil:coordinate", prepare(folder, load_config(Path(sys.argv[3]))), listen=sys.argv[4])

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedsb.channel import Handle, Lost
-from fedsb.engines.remote import RemoteEngine
-from fedsb.errors import RunError, UserError
-from fedsb.methods.contract import Method
-from fedsb.settings import Config
-from fedsb.site.handle import SiteHandle
-from fedsb.site.participant import Identity
-from fedsb.site.settings import SiteConfig
+from fedsb.client.handler import SiteHandle
+from fedsb.client.policy import SiteConfig
+from fedsb.client.session import Identity
+from fedsb.config.schema import Config
+from fedsb.methods.base import Method
+from fedsb.protocol.channel import Handle, NoResponse
+from fedsb.server.remote import RemoteEngine
+from fedsb.utils.errors import RunError, UserError
 
 WORDS = [f"{kind}{i}" for kind in ("red", "blue", "green", "grey") for i in range(12)]
 CLASSES = ("red", "blue", "green")
@@ -111,17 +111,19 @@ class OneProcess:
     def sites(self) -> Sequence[str]:
         return sorted(self.keys)
 
-    def ask(self, requests: Mapping[str, bytes], timeout_s: float | None = None) -> Iterator[tuple[str, bytes | Lost]]:
+    def ask(
+        self, requests: Mapping[str, bytes], timeout_s: float | None = None
+    ) -> Iterator[tuple[str, bytes | NoResponse]]:
         from spoil import verb_and_round
 
         for name, request in requests.items():
             if (name, *verb_and_round(request)) in self.absent:
-                yield name, Lost("left out")
+                yield name, NoResponse("left out")
                 continue
             try:
                 yield name, (self.handles[name] if self.resident else self.open(name))(request)
             except (UserError, RunError) as error:
-                yield name, Lost(str(error))
+                yield name, NoResponse(str(error))
 
     def open_engine(self, config: Config, method: Method, run: str) -> RemoteEngine:
         return RemoteEngine(config, method, run, self, self.directory)

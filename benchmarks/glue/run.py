@@ -13,9 +13,9 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from fedsb.charts import bytes_text, score_text
 from fedsb.comparison.compare import compare
-from fedsb.config import Loaded, load_config
+from fedsb.config.load import ResolvedConfig, load_config
+from fedsb.utils.formatting import bytes_text, score_text
 
 HERE = Path(__file__).parent
 TASKS: dict[str, dict[str, str]] = {
@@ -40,7 +40,7 @@ COLUMNS = {
 }
 
 
-def loaded(task: str, overrides: list[str]) -> Loaded:
+def loaded(task: str, overrides: list[str]) -> ResolvedConfig:
     """compare.toml for a task; where RATES has it, every contender at its rate, without trials."""
     raw = tomllib.loads((HERE / "compare.toml").read_text())
     if task in RATES:

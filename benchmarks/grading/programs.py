@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fedsb.data.code_check import check_sandbox
+from fedsb.data.grading.code_check import check_sandbox
 from fedsb.data.sources import Row, load_table
 from fedsb.data.tasks import TaskOptions
 from fedsb.data.tasks.code import Code, code_of, fenced, ran_with

@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from fedsb.data import math_check
-from fedsb.data.grading import Verdict, as_number
+from fedsb.data.grading import math_check
+from fedsb.data.grading.verdict import Verdict, as_number
 from fedsb.data.sources import load_table
 from fedsb.data.tasks import TaskOptions
 from fedsb.data.tasks.arithmetic import Arithmetic

@@ -28,10 +28,10 @@ from torch import Tensor, nn
 
 from fedsb.adapters.adapted import AdaptedModel, find_targets
 from fedsb.adapters.basis import random_pair
-from fedsb.environment import git_hash
-from fedsb.federation.optimizer import clip_by_client
-from fedsb.federation.scoring import forward
-from fedsb.privacy.per_example import clipped_sums
+from fedsb.training.optimizer import clip_by_client
+from fedsb.training.per_example import clipped_sums
+from fedsb.training.scoring import forward
+from fedsb.utils.environment import git_hash
 
 HERE = Path(__file__).parent
 RANKS = (16, 64, 200)
@@ -96,7 +96,7 @@ def model_of(kind: str) -> nn.Module:
     return transformers.LlamaForCausalLM(config).eval()
 
 
-class Bench:
+class Trainer:
     """One model at one rank, and a step in each mode."""
 
     def __init__(self, kind: str, rank: int, device: str) -> None:
@@ -191,8 +191,8 @@ class Bench:
 
 
 def measure(kind: str, rank: int, device: str) -> dict[str, Any]:
-    bench = Bench(kind, rank, device)
-    steps = {mode: bench.step(mode) for mode in MODES}
+    trainer = Trainer(kind, rank, device)
+    steps = {mode: trainer.step(mode) for mode in MODES}
     norms = {mode: float(step()) for mode, step in steps.items()}
     for mode in MODES[2:]:
         assert abs(norms[mode] / norms["ours"] - 1) < 1e-3, norms
@@ -232,9 +232,9 @@ def main() -> None:
     torch.set_num_threads(1)
     if given.peak:
         kind, rank, mode = given.peak
-        bench = Bench(kind, int(rank), given.device)
+        trainer = Trainer(kind, int(rank), given.device)
         if mode != "load":
-            step = bench.step(mode)
+            step = trainer.step(mode)
             for _ in range(3):
                 step()
         print(torch.cuda.max_memory_allocated() if given.device != "cpu" else high_water_bytes())

@@ -25,12 +25,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedsb.config import load_config, set_key
-from fedsb.engines.embedded import EmbeddedEngine
-from fedsb.federation.cohort import join_tensors
+from fedsb.channels.in_process import EmbeddedEngine
+from fedsb.config.load import load_config, set_key
+from fedsb.config.schema import Config, method_of
 from fedsb.models.load import matmul_precision
-from fedsb.privacy.per_example import clipped_sums
-from fedsb.settings import Config, method_of
+from fedsb.training.joint import join_tensors
+from fedsb.training.per_example import clipped_sums
 
 HERE = Path(__file__).parent
 ROWS = 768
@@ -67,20 +67,20 @@ def measure(config: Config) -> dict[str, float]:
     method = method_of(config)
     engine = EmbeddedEngine(config, method, "gradients")
     with TemporaryDirectory() as folder:  # a basis of private rows is noised, so it needs its ledgers
-        engine.promise.open_ledgers(Path(folder), "gradients", new=True)
+        engine.policy.open_ledgers(Path(folder), "gradients", new=True)
         basis, _ = engine.build_basis(method)
-        engine.promise.close()
+        engine.policy.close()
     state = method.start(engine.shapes, basis, engine.head, config.seed)
-    own = method.receive(state.common, method.broadcast(state), {}, 0)
+    own = method.init_client(state.shared, method.broadcast(state), {}, 0)
     trainable, heads = method.trainable(own, 0), engine.adapted.head_keys
     joined = join_tensors(engine.adapted, [own])
-    site, plan = engine.sites[0], engine.promise.plans[engine.sites[0].name]
+    site, plan = engine.sites[0], engine.policy.plans[engine.sites[0].name]
     rows = site.train[:: site.rows // ROWS][:ROWS]
 
     def sums(part: list[Any]) -> Mapping[str, Tensor]:
         return clipped_sums(engine.adapted, engine.task, joined, trainable, [part], plan.clip, 64)[0]
 
-    with matmul_precision(config.model.matmul):
+    with matmul_precision(config.model.float32_matmul_precision):
         first, second = sums(rows[0::2]), sums(rows[1::2])
         alone = [sums([row]) for row in rows[::16]]
     squares = [{part: square(one, keys) for part, keys in parts(trainable, heads)} for one in alone]

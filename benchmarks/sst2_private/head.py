@@ -20,14 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedsb.config import load_config
+from fedsb.channels.in_process import EmbeddedEngine
+from fedsb.config.load import load_config
+from fedsb.config.schema import method_of
 from fedsb.data.tasks.base import Example
-from fedsb.engines.embedded import EmbeddedEngine
-from fedsb.federation.gradients import load_nothing
-from fedsb.federation.scoring import forward
 from fedsb.models.load import matmul_precision
 from fedsb.privacy.plan import PrivacyPlan, default_delta
-from fedsb.settings import method_of
+from fedsb.training.gradients import load_nothing
+from fedsb.training.scoring import forward
 
 HERE = Path(__file__).parent
 Rows = tuple[Tensor, Tensor]  # states (b, d), the last of them 1; labels (b,)
@@ -70,7 +70,7 @@ def states(engine: EmbeddedEngine, rows: list[Example]) -> Rows:
     hook = head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     x, y = [], []
     ordered = sorted(rows, key=lambda row: len(row["input_ids"]))
-    with matmul_precision(engine.config.model.matmul):
+    with matmul_precision(engine.config.model.float32_matmul_precision):
         for start in range(0, len(ordered), 64):
             _, batch = forward(engine.adapted.model, engine.task, ordered[start : start + 64])
             mask = batch["attention_mask"].unsqueeze(-1).float()

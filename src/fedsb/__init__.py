@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fedsb.adapters.peft_tuner import LoraSBConfig, save_as_lora
     from fedsb.adapters.peft_update import update_basis_
-    from fedsb.config import load_config
-    from fedsb.errors import ConfigError, RunError, UserError
-    from fedsb.methods.contract import Facts, Method, State, Traffic, Update
-    from fedsb.predictions import predict
-    from fedsb.report import summary, write_report
-    from fedsb.run import Display, Result, federate, resume
+    from fedsb.config.load import load_config
+    from fedsb.methods.base import Method, MethodSpec, State, Traffic, Update
+    from fedsb.reporting.report import summary, write_report
+    from fedsb.runs.predictions import predict
+    from fedsb.runs.run import Display, Result, federate, resume
+    from fedsb.utils.errors import ConfigError, RunError, UserError
 
 __version__ = "0.1.0"
 
@@ -35,30 +35,30 @@ _HOMES = {
     "LoraSBConfig": "fedsb.adapters.peft_tuner",
     "save_as_lora": "fedsb.adapters.peft_tuner",
     "update_basis_": "fedsb.adapters.peft_update",
-    "load_config": "fedsb.config",
-    "ConfigError": "fedsb.errors",
-    "RunError": "fedsb.errors",
-    "UserError": "fedsb.errors",
-    "Facts": "fedsb.methods.contract",
-    "Method": "fedsb.methods.contract",
-    "State": "fedsb.methods.contract",
-    "Traffic": "fedsb.methods.contract",
-    "Update": "fedsb.methods.contract",
-    "predict": "fedsb.predictions",
-    "summary": "fedsb.report",
-    "write_report": "fedsb.report",
-    "Display": "fedsb.run",
-    "Result": "fedsb.run",
-    "resume": "fedsb.run",
-    "federate": "fedsb.run",
+    "load_config": "fedsb.config.load",
+    "ConfigError": "fedsb.utils.errors",
+    "RunError": "fedsb.utils.errors",
+    "UserError": "fedsb.utils.errors",
+    "MethodSpec": "fedsb.methods.base",
+    "Method": "fedsb.methods.base",
+    "State": "fedsb.methods.base",
+    "Traffic": "fedsb.methods.base",
+    "Update": "fedsb.methods.base",
+    "predict": "fedsb.runs.predictions",
+    "summary": "fedsb.reporting.report",
+    "write_report": "fedsb.reporting.report",
+    "Display": "fedsb.runs.run",
+    "Result": "fedsb.runs.run",
+    "resume": "fedsb.runs.run",
+    "federate": "fedsb.runs.run",
 }
 
 __all__ = [
     "ConfigError",
     "Display",
-    "Facts",
     "LoraSBConfig",
     "Method",
+    "MethodSpec",
     "Result",
     "RunError",
     "State",

@@ -1,5 +1,5 @@
 """`python -m fedsb` is `fedsb`."""
 
-from fedsb.cli import main
+from fedsb.cli.app import main
 
 main()

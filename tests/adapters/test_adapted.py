@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from fedsb.adapters.adapted import AdaptedModel, find_targets, head_linears
-from fedsb.errors import UserError
+from fedsb.utils.errors import UserError
 
 PER_BLOCK = {  # model -> the kinds of linear layers in a block; each tiny model has two blocks
     "tiny_bert": [

@@ -25,7 +25,7 @@ from fedsb.adapters.basis import (
     update_pair,
     weight_pair,
 )
-from fedsb.errors import UserError
+from fedsb.utils.errors import UserError
 
 M, N, RANK, K = 24, 30, 4, 12
 
@@ -271,7 +271,7 @@ def test_a_rank_above_a_layer_is_refused_with_the_highest_that_fits() -> None:
 def test_the_facts_are_of_the_bases_that_can_be_asked_for() -> None:
     from typing import get_args
 
-    from fedsb.settings import BasisConfig
+    from fedsb.config.schema import BasisConfig
 
     assert set(BASES) == set(get_args(BasisConfig.model_fields["kind"].annotation))
     assert all(facts.id == kind for kind, facts in BASES.items())

@@ -17,7 +17,7 @@ from fedsb.adapters.adapted import AdaptedModel, find_targets, head_linears
 from fedsb.adapters.basis import make_basis, random_pair
 from fedsb.adapters.card import load_lines, model_card
 from fedsb.adapters.export import (
-    BaseFacts,
+    BaseModelInfo,
     check_adapter,
     has_conv1d,
     lora_config,
@@ -27,12 +27,12 @@ from fedsb.adapters.export import (
     try_adapter,
 )
 from fedsb.adapters.serving import serving
-from fedsb.errors import RunError, UserError
-from fedsb.methods.contract import Factors, Method
+from fedsb.methods.base import Factors, Method
 from fedsb.methods.fed_sb import FedSB
 from fedsb.methods.fedit import FedIT
+from fedsb.utils.errors import RunError, UserError
 
-FACTS = BaseFacts(
+FACTS = BaseModelInfo(
     name="folder",
     shared_name="tiny",
     revision=None,
@@ -58,14 +58,14 @@ def drawn(method: Method, shapes: dict[str, tuple[int, int]], head: dict[str, Te
     state = method.start(shapes, make_basis("random", pairs), head, seed=0)
     draw = torch.Generator().manual_seed(0)
     tensors = {key: 0.3 * torch.randn(t.shape, generator=draw) for key, t in state.tensors.items()}
-    return {**state.common, **tensors}
+    return {**state.shared, **tensors}
 
 
 @dataclasses.dataclass
 class Exported:
     """A tiny model, an adapter on it, and what the adapted model answers."""
 
-    facts: BaseFacts
+    facts: BaseModelInfo
     plain: nn.Module
     folder: Path
     inputs: dict[str, Tensor]
@@ -74,7 +74,7 @@ class Exported:
     factors: dict[str, Factors]
 
     def check(self) -> float:
-        return check_adapter(self.folder, self.plain, self.inputs, self.logits, self.factors, self.facts)
+        return check_adapter(self.folder, self.plain, self.inputs, self.logits, self.factors, self.spec)
 
 
 def exported(source: Path, auto_class: str, method: Method, folder: Path) -> Exported:
@@ -94,7 +94,7 @@ def exported(source: Path, auto_class: str, method: Method, folder: Path) -> Exp
         scale=method.scale,
     )
     tensors = drawn(method, adapted.shapes, adapted.head_tensors())
-    adapted.load({key: t if adapted.is_common(key) else t.unsqueeze(0) for key, t in tensors.items()})
+    adapted.load({key: t if adapted.is_shared(key) else t.unsqueeze(0) for key, t in tensors.items()})
     inputs = {"input_ids": torch.randint(3, 40, (3, 7)), "attention_mask": torch.ones(3, 7, dtype=torch.int64)}
     with torch.no_grad():
         logits = plain(**inputs).logits
@@ -182,7 +182,7 @@ def test_peft_answers_as_the_trained_model_did(
         assert float((before - made.logits).abs().max()) > 0.01  # the adapter does something
         assert made.check() < 1e-5
         after = made.plain(**made.inputs).logits
-    if not made.facts.head:  # PEFT leaves a trained head in place
+    if not made.spec.head:  # PEFT leaves a trained head in place
         assert torch.equal(after, before)
     assert not any("lora" in name for name, _ in made.plain.named_modules())
     made.check()  # and once more, on the same base
@@ -256,7 +256,7 @@ def test_the_merged_model_answers_the_same(
     """Loaded as any model is, without PEFT; a batch of three needs the pad token that GPT-2's config lacks."""
     made = exported(request.getfixturevalue(model), auto_class, FedSB(rank=2, blocks=3), tmp_path / "adapter")
     tokenizer = AutoTokenizer.from_pretrained(request.getfixturevalue(model))
-    merge(made.facts, made.folder, tmp_path / "merged", tokenizer)
+    merge(made.spec, made.folder, tmp_path / "merged", tokenizer)
     auto: Any = AutoModelForCausalLM if auto_class == "AutoModelForCausalLM" else AutoModelForSequenceClassification
     plain = auto.from_pretrained(tmp_path / "merged").eval()
     with torch.no_grad():
@@ -264,7 +264,7 @@ def test_the_merged_model_answers_the_same(
     assert float((got - made.logits).abs().max()) < 1e-4
     assert not any("lora" in name for name, _ in plain.named_modules())
     assert AutoTokenizer.from_pretrained(tmp_path / "merged")("red1").input_ids
-    if made.facts.label_names:
+    if made.spec.label_names:
         assert plain.config.id2label == {0: "blue", 1: "green", 2: "red"}
         assert plain.config.label2id == {"blue": 0, "green": 1, "red": 2}
 
@@ -337,7 +337,9 @@ def test_a_layer_that_peft_refuses_is_named() -> None:
     with torch.no_grad(), pytest.raises(UserError) as raised:
         try_adapter(model, inputs, model(**inputs).logits, factors, {}, base)
     said = str(raised.value)
-    assert "PEFT loads no LoRA on the layers 'backbone.layers.0.mixer.out_proj'" in said and "model.targets" in said
+    assert (
+        "PEFT loads no LoRA on the layers 'backbone.layers.0.mixer.out_proj'" in said and "model.target_modules" in said
+    )
     assert "in_proj'" not in said.split(":")[0]
 
 

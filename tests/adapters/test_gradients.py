@@ -21,7 +21,7 @@ from transformers import (
 from fedsb.adapters.adapted import find_targets
 from fedsb.adapters.gradients import layer_groups, weight_gradients
 from fedsb.adapters.layer import is_conv1d, linear_shape
-from fedsb.errors import RunError
+from fedsb.utils.errors import RunError
 
 
 def bert() -> PreTrainedModel:
@@ -119,9 +119,11 @@ def test_reentrant_checkpointing_without_input_gradients_is_an_error_not_a_zero(
 
 
 def test_a_layer_called_twice_sums_and_one_never_called_is_zero() -> None:
-    layer, idle = nn.Linear(3, 3, bias=False), nn.Linear(3, 2)
+    layer, unused_settings = nn.Linear(3, 3, bias=False), nn.Linear(3, 2)
     x = torch.randn(4, 3)
-    found = dict(weight_gradients({"twice": layer, "idle": idle}, lambda: layer(layer(x)).square().sum().backward()))
+    found = dict(
+        weight_gradients({"twice": layer, "idle": unused_settings}, lambda: layer(layer(x)).square().sum().backward())
+    )
     expected = torch.autograd.grad(layer(layer(x)).square().sum(), layer.weight)[0]
     torch.testing.assert_close(found["twice"], expected)
     assert not found["idle"].any()

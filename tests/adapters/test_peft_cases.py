@@ -43,7 +43,7 @@ from transformers import (
 
 from fedsb.adapters import peft_tuner
 from fedsb.adapters.peft_tuner import LoraSBConfig, adapter_layers, save_as_lora
-from fedsb.errors import RunError, UserError
+from fedsb.utils.errors import RunError, UserError
 
 IDS = torch.arange(3, 24).reshape(3, 7)
 IDS[:, -1] = 23  # T5 classifies at the last end-of-text token

@@ -33,7 +33,7 @@ from fedsb.adapters.basis import random_pair, truncated_svd, weight_pair
 from fedsb.adapters.layer import base_weight
 from fedsb.adapters.peft_tuner import LoraSBConfig, LoraSBLinear, adapter_layers, save_as_lora, to_lora
 from fedsb.adapters.peft_update import single_samples, update_basis_
-from fedsb.errors import UserError
+from fedsb.utils.errors import UserError
 
 IDS = torch.arange(21).reshape(3, 7)
 Q_PROJ = "model.layers.0.self_attn.q_proj"
@@ -406,7 +406,7 @@ def test_bad_targets_leave_the_model_untouched() -> None:
 def test_a_model_without_blocks_needs_targets() -> None:
     with pytest.raises(UserError, match="Please specify `target_modules`") as caught:
         get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraSBConfig(r=2))
-    assert "model.targets" not in str(caught.value)
+    assert "model.target_modules" not in str(caught.value)
 
 
 def test_layers_show_their_base() -> None:

@@ -12,8 +12,8 @@ import pytest
 
 from conftest import Said, set_all, write_rows
 from fedsb.adapters.serving import LORA_RANKS, max_lora_rank, serving, serving_lines
-from fedsb.config import load_config
-from fedsb.run import federate
+from fedsb.config.load import load_config
+from fedsb.runs.run import federate
 
 PLAIN: dict[str, Any] = {
     "r": 24,

@@ -6,7 +6,7 @@ from fedsb.data.sources import load_table, make_table
 from fedsb.data.tasks import TASKS, TaskOptions, open_task
 from fedsb.data.tasks.base import question_of
 from fedsb.data.tasks.instruction import ALPACA
-from fedsb.errors import UserError
+from fedsb.utils.errors import UserError
 
 METAMATH = {
     "type": "GSM_Rephrased",

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from conftest import CLASSES, Said, labelled_rows, set_all, write_rows, write_toml
-from fedsb.config import load_config
+from fedsb.config.load import load_config
 from fedsb.data.sites import open_data
-from fedsb.errors import UserError
 from fedsb.models.load import load_tokenizer
-from fedsb.run import Silent, federate
+from fedsb.runs.run import Silent, federate
+from fedsb.utils.errors import UserError
 
 Cli = Callable[..., Said]
 
@@ -65,7 +65,7 @@ def test_what_is_counted(tiny_config: dict[str, Any], tmp_path: Path) -> None:
     assert (card.train.cut, card.train.unused, card.test_in_train) == (25, 0, 20)
     said = card.warnings()
     assert any(line.startswith("20 of 40 test rows (50 %) have a text that is also in the training") for line in said)
-    assert any(line.startswith("25 of 160 rows (15.6 %) are longer than model.max_tokens = 16") for line in said)
+    assert any(line.startswith("25 of 160 rows (15.6 %) are longer than model.max_seq_length = 16") for line in said)
     assert any("30 of 120 training rows (25 %) repeat an earlier row" in line for line in said)
     assert any("(8.33 %) repeat the text of an earlier row with a different class" in line for line in said)
 
@@ -136,7 +136,7 @@ def test_it_is_shown_first_in_check_and_run_and_kept(cli: Cli, tiny_config: dict
         row["text"] = "red1 " * 40
     config = with_rows(tiny_config, tmp_path, rows, labelled_rows(40, 1))
     toml = write_toml(tmp_path / "tiny.toml", set_all(config, rounds=1))
-    warning = "30 of 130 rows (23.1 %) are longer than model.max_tokens = 16 and lose their end."
+    warning = "30 of 130 rows (23.1 %) are longer than model.max_seq_length = 16 and lose their end."
     for verb in ("check", "run"):
         said = cli(verb, toml)
         assert said.code == 0, said.err
@@ -184,7 +184,7 @@ def test_a_label_that_is_missing(tiny_config: dict[str, Any], tmp_path: Path, ce
         f"{tmp_path / 'own-train.jsonl'}, line 8 has the label {shown} in the column 'label', as 2 of"
     )
     value = cell or ""
-    assert f"data.drop = {{ label = {json.dumps(value)} }}" in said
+    assert f"data.exclude = {{ label = {json.dumps(value)} }}" in said
     card = opened(with_rows(tiny_config, tmp_path, rows, [], drop={"label": value})).card
     assert card.train.rows == 58 and card.label_names == ("blue", "green", "red")
 
@@ -261,7 +261,7 @@ def test_training_rows_are_drawn_by_the_seed_and_test_rows_once(tiny_config: dic
 
 
 def test_the_public_rows_of_a_basis_are_drawn_too(tiny_config: dict[str, Any], tmp_path: Path) -> None:
-    from fedsb.engines.resolved import public_rows
+    from fedsb.training.resolved import public_rows
 
     rows = sorted(labelled_rows(300, 0), key=lambda row: str(row["label"]))
     path = str(write_rows(tmp_path / "public.jsonl", rows))
@@ -282,8 +282,8 @@ def test_how_a_file_is_read_is_set_in_data(tiny_config: dict[str, Any], tmp_path
     assert found.card.train.rows == 60 and found.card.label_names == ("blue", "green", "red")
     choices = {choice.key: choice.reason for choice in load_config(config).choices()}
     assert choices["data.delimiter"] == "dict"
-    idle = load_config(set_all(tiny_config, data={**tiny_config["data"], **form})).choices()
-    reasons = {choice.key: choice.reason for choice in idle}
+    unused_settings = load_config(set_all(tiny_config, data={**tiny_config["data"], **form})).choices()
+    reasons = {choice.key: choice.reason for choice in unused_settings}
     assert "has no effect: no .csv or .tsv file is read here" in reasons["data.delimiter"]
 
 

@@ -6,7 +6,7 @@ import torch
 from fedsb.data.sources import load_table
 from fedsb.data.tasks import TaskOptions, open_task
 from fedsb.data.tasks.instruction import ALPACA, prompt_text
-from fedsb.errors import UserError
+from fedsb.utils.errors import UserError
 
 
 def task_of(kind, tokenizer, max_tokens, **columns):
@@ -104,7 +104,7 @@ def test_a_long_answer_is_cut_and_a_long_prompt_dropped(stories):
     assert (len(examples), n_cut) == (2, 2)
     assert len(examples[1]["input_ids"]) == task.max_tokens
     assert stories.eos_token_id not in examples[1]["input_ids"]
-    with pytest.raises(UserError, match=rf"fills the window of {task.max_tokens} tokens. Raise model.max_tokens"):
+    with pytest.raises(UserError, match=rf"fills the window of {task.max_tokens} tokens. Raise model.max_seq_length"):
         task.encode(rows[2:])
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from fedsb.data.tasks import TaskOptions, open_task
-from fedsb.errors import UserError
+from fedsb.utils.errors import UserError
 
 TURNS = (
     "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}"
@@ -75,7 +75,7 @@ def test_a_row_is_cut_and_one_without_a_target_is_dropped(chatty):
     examples, n_cut = task_of(tokenizer, max_tokens=first + 2).encode([{"messages": TALK}, {"messages": long}])
     assert len(examples) == 1 and n_cut == 2
     assert examples[0]["input_ids"] == whole["input_ids"][: first + 2]
-    with pytest.raises(UserError, match=r"no assistant's turn begins within 4 tokens. Raise model.max_tokens."):
+    with pytest.raises(UserError, match=r"no assistant's turn begins within 4 tokens. Raise model.max_seq_length."):
         task_of(tokenizer, max_tokens=4).encode([{"messages": long}])
 
 

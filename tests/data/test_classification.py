@@ -7,7 +7,7 @@ import torch
 
 from fedsb.data.sources import load_table
 from fedsb.data.tasks import TaskOptions, open_task
-from fedsb.errors import UserError
+from fedsb.utils.errors import UserError
 
 
 def task_of(tokenizer, max_tokens=16, **columns):

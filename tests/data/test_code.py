@@ -8,14 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from fedsb.data import code_check
-from fedsb.data.code_check import run_tests
+from fedsb.data.grading import code_check
+from fedsb.data.grading.code_check import run_tests
 from fedsb.data.sources import load_table
 from fedsb.data.tasks import TaskOptions, open_task
 from fedsb.data.tasks import code as programs
 from fedsb.data.tasks.base import question_of
 from fedsb.data.tasks.code import code_of, fenced
-from fedsb.errors import RunError, UserError
+from fedsb.utils.errors import RunError, UserError
 
 HUMANEVAL = {
     "task_id": "HumanEval/0",

@@ -1,4 +1,4 @@
-"""`data.drop` leaves rows out, `data.classes` says how many classes there must be."""
+"""`data.exclude` leaves rows out, `data.classes` says how many classes there must be."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from conftest import labelled_rows, set_all, write_rows
-from fedsb.config import load_config
+from fedsb.config.load import load_config
 from fedsb.data.sites import open_data, rows_by_client
-from fedsb.errors import UserError
 from fedsb.models.load import load_tokenizer
+from fedsb.utils.errors import UserError
 
 
 def opened(config: dict[str, Any]) -> Any:
@@ -32,7 +32,7 @@ def test_rows_without_a_class_are_left_out(tiny_config: dict[str, Any], tmp_path
     whole = opened(set_all(config, data=data))
     assert whole.task.label_names == ["-1", "0", "1", "2"] and whole.tables["train"]["rows"] == 60
     assert whole.tables["train"]["fingerprint"] != found.tables["train"]["fingerprint"]
-    with pytest.raises(UserError, match=r"data.classes = 3, but the rows have 4: -1, 0, 1, 2.*data.drop"):
+    with pytest.raises(UserError, match=r"data.classes = 3, but the rows have 4: -1, 0, 1, 2.*data.exclude"):
         opened(set_all(config, data={**data, "classes": 3}))
 
 
@@ -60,7 +60,9 @@ def test_numbers_in_files_of_text_are_dropped_too(tiny_config: dict[str, Any], t
     found = opened(set_all(tiny_config, data={"train": str(train), "drop": {"label": -1}}))
     assert found.task.label_names == ["blue", "green", "red"]
     assert found.tables["train"]["rows"] == 53 and found.card.train.dropped == 7
-    assert "53 of train" in found.card.headline()["rows"] and "7 left out by data.drop" in found.card.headline()["rows"]
+    assert (
+        "53 of train" in found.card.headline()["rows"] and "7 left out by data.exclude" in found.card.headline()["rows"]
+    )
 
 
 @pytest.mark.parametrize(

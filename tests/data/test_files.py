@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from fedsb.data.sources import FileFormat, load_table, place_of
-from fedsb.errors import UserError
+from fedsb.utils.errors import UserError
 
 
 def test_a_quote_in_a_tsv_is_text(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import pytest
 
-from fedsb.data.grading import after_hashes, as_number, grade_choice, grade_number, last_answer, last_boxed
+from fedsb.data.grading.verdict import after_hashes, as_number, grade_choice, grade_number, last_answer, last_boxed
 
 NUMBERS = {
     "72": 72,

@@ -9,9 +9,9 @@ import time
 
 import pytest
 
-from fedsb.data import math_check
-from fedsb.data.math_check import MathChecker, bare
-from fedsb.errors import RunError, UserError
+from fedsb.data.grading import math_check
+from fedsb.data.grading.math_check import MathChecker, bare
+from fedsb.utils.errors import RunError, UserError
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from fedsb.data import metrics
+from fedsb.data.grading import metrics
 
 
 def of(*values):

@@ -11,11 +11,11 @@ import pytest
 
 from conftest import labelled_rows, set_all, write_rows
 from engines.in_process import Federation
-from fedsb.config import load_config
+from fedsb.config.load import load_config
 from fedsb.data.sources import load_table
 from fedsb.data.tasks import TaskOptions, open_task
-from fedsb.errors import RunError, UserError
-from fedsb.run import federate
+from fedsb.runs.run import federate
+from fedsb.utils.errors import RunError, UserError
 from laws.test_engines import federation, remote_of
 
 
@@ -32,7 +32,7 @@ def test_classes_are_called_by_their_names(tiny_config: dict[str, Any], tmp_path
     """In the card, the report, the adapter's README and a merged model; rows keep their labels."""
     from transformers import AutoConfig
 
-    from fedsb.evaluate import evaluate_adapter, export_to
+    from fedsb.runs.evaluate import evaluate_adapter, export_to
 
     names = {"0": "Blau", "1": "Grün", "2": "Rot"}
     task = {"kind": "classification", "names": names}
@@ -120,7 +120,7 @@ def test_sites_call_the_classes_as_the_coordinator_does(
     tiny_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The names may come from the coordinator's own test table, which no site has; a killed site keeps them."""
-    from fedsb.engines import remote
+    from fedsb.server import remote
 
     numbers = {"blue": 0, "green": 1, "red": 2}
     rows = [row | {"label": numbers[row["label"]]} for row in labelled_rows(60, 0)]

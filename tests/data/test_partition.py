@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from fedsb.data.partition import Partition, Shard, split_rows
-from fedsb.errors import UserError
+from fedsb.utils.errors import UserError
 
 
 def split(kind, n_rows, *, clients=4, seed=0, labels=None, column=None, alpha=0.5, sizes=None, min_rows=1):

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from fedsb.data import python_docs
-from fedsb.errors import UserError
+from fedsb.utils.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fedsb.data.tasks import TaskOptions, open_task
-from fedsb.errors import UserError
+from fedsb.utils.errors import UserError
 
 
 def task_of(tokenizer, kind="regression", **options):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fedsb.data.tasks import NO_LOSS, TaskOptions, open_task
-from fedsb.errors import UserError
+from fedsb.utils.errors import UserError
 
 TURNS = (
     "{% if tools %}<s>tools {{ tools | tojson }}</s>{% endif %}"

@@ -7,7 +7,7 @@ import datasets
 import pytest
 
 from fedsb.data.sources import load_table, make_table, require_columns
-from fedsb.errors import UserError
+from fedsb.utils.errors import UserError
 
 ROWS = [{"text": "one", "label": "a"}, {"text": "two, or more", "label": "b"}]
 JSONL = "\n".join(json.dumps(row) for row in ROWS)

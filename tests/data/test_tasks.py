@@ -7,7 +7,7 @@ import pytest
 
 from fedsb.data.tasks import TASKS, TaskOptions, open_task
 from fedsb.data.tasks.base import pad_token
-from fedsb.errors import UserError
+from fedsb.utils.errors import UserError
 
 
 class Plain:

@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from fedsb.channel import Channel, Handle, Lost
-from fedsb.errors import RefusalError
+from fedsb.protocol.channel import Channel, Handle, NoResponse
+from fedsb.utils.errors import RefusalError
 
 
 def open_echo(folder: Path) -> Handle:
@@ -54,7 +54,7 @@ def _ask(channel: Channel, todo: dict[str, object]) -> dict[str, object]:
     took: dict[str, float] = {}
     for name, answer in channel.ask(requests, todo.get("timeout_s")):  # type: ignore[arg-type]
         took[name] = round(time.monotonic() - begun, 3)
-        if isinstance(answer, Lost):
+        if isinstance(answer, NoResponse):
             answers[name] = answer.reason
         else:
             answers[name] = "same" if answer == requests[name] else "other"

@@ -16,8 +16,8 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 
 from fedsb.deployment import read_join_file, revoke, serve_init
-from fedsb.deployment.door import PATHS, Door, Limits, Wire
-from fedsb.deployment.federation import Register
+from fedsb.deployment.door import PATHS, AuthMiddleware, Limits, TrafficCounter
+from fedsb.deployment.federation import SiteRegistry
 
 PULL, PUSH, OBJECT = (f"/v1/fleet/{call}" for call in ("pull-messages", "push-messages", "push-object"))
 
@@ -26,8 +26,8 @@ class Doorway:
     """A door with a site's key at hand, and Flower replaced by an application that answers with ten bytes."""
 
     def __init__(self, folder: Path, limits: Limits) -> None:
-        self.folder, self.wire, self.inside = folder, Wire(), 0
-        self.door = Door(self._flower, Register(folder), limits, self.wire)
+        self.folder, self.wire, self.inside = folder, TrafficCounter(), 0
+        self.door = AuthMiddleware(self._flower, SiteRegistry(folder), limits, self.wire)
         self.key = load_pem_private_key(read_join_file(folder / "joins" / "a.join").node_key.encode(), None)
 
     async def _flower(self, scope: Any, receive: Any, send: Any) -> None:
@@ -46,7 +46,7 @@ class Doorway:
             "content-length": str(size),
         }
 
-    def knock(self, path: str, headers: dict[str, str], method: str = "POST") -> tuple[int, str]:
+    def check_tls(self, path: str, headers: dict[str, str], method: str = "POST") -> tuple[int, str]:
         """(status, why not)."""
         events: list[Any] = []
 
@@ -71,7 +71,7 @@ def doorway(tmp_path: Path) -> Doorway:
 
 def test_a_site_passes_and_its_bytes_are_counted(doorway: Doorway) -> None:
     headers = doorway.signed()
-    assert doorway.knock(PULL, headers) == (200, "")
+    assert doorway.check_tls(PULL, headers) == (200, "")
     head = sum(len(name) + len(value) + 4 for name, value in headers.items())
     rows = doorway.wire.rows()
     assert rows["a"].pop("last_seen") == pytest.approx(time.time(), abs=60)
@@ -95,12 +95,12 @@ def test_a_site_passes_and_its_bytes_are_counted(doorway: Doorway) -> None:
     ],
 )
 def test_everything_but_the_fleet_paths_is_refused(doorway: Doorway, path: str) -> None:
-    assert doorway.knock(path, doorway.signed())[0] == 404
+    assert doorway.check_tls(path, doorway.signed())[0] == 404
     assert doorway.inside == 0
 
 
 def test_only_post(doorway: Doorway) -> None:
-    assert all(doorway.knock(path, doorway.signed(), method="GET")[0] == 405 for path in PATHS)
+    assert all(doorway.check_tls(path, doorway.signed(), method="GET")[0] == 405 for path in PATHS)
 
 
 def test_who_is_refused(doorway: Doorway) -> None:
@@ -117,25 +117,25 @@ def test_who_is_refused(doorway: Doorway) -> None:
         (doorway.signed(late_s=900), "clock"),
         (doorway.signed(late_s=-900), "clock"),
     ]:
-        status, reason = doorway.knock(PULL, headers)
+        status, reason = doorway.check_tls(PULL, headers)
         assert status == 401 and why in reason
     assert doorway.inside == 0 and not doorway.wire.rows()
 
 
 def test_a_revoked_site_is_out_at_once(doorway: Doorway) -> None:
-    assert doorway.knock(PULL, doorway.signed())[0] == 200
+    assert doorway.check_tls(PULL, doorway.signed())[0] == 200
     revoke(doorway.folder, "a")
-    assert doorway.knock(PULL, doorway.signed()) == (401, "site 'a' was revoked by the coordinator")
+    assert doorway.check_tls(PULL, doorway.signed()) == (401, "site 'a' was revoked by the coordinator")
 
 
 def test_sizes(doorway: Doorway) -> None:
-    assert doorway.knock(PULL, doorway.signed(size=101))[0] == 413
-    assert doorway.knock(PULL, {**doorway.signed(), "x": "y" * 20_000})[0] == 431
+    assert doorway.check_tls(PULL, doorway.signed(size=101))[0] == 413
+    assert doorway.check_tls(PULL, {**doorway.signed(), "x": "y" * 20_000})[0] == 431
     without = doorway.signed()
     del without["content-length"]
-    assert doorway.knock(PULL, without)[0] == 411
-    assert doorway.knock(PULL, {**doorway.signed(), "content-length": "-5"})[0] == 411
+    assert doorway.check_tls(PULL, without)[0] == 411
+    assert doorway.check_tls(PULL, {**doorway.signed(), "content-length": "-5"})[0] == 411
     # An answer comes in pieces: 100 + 100 + 100 are more than 250. The next answer starts from nothing.
-    assert [doorway.knock(OBJECT, doorway.signed(size=100))[0] for _ in range(3)] == [200, 200, 413]
-    assert doorway.knock(PUSH, doorway.signed())[0] == 200
-    assert doorway.knock(OBJECT, doorway.signed(size=100))[0] == 200
+    assert [doorway.check_tls(OBJECT, doorway.signed(size=100))[0] for _ in range(3)] == [200, 200, 413]
+    assert doorway.check_tls(PUSH, doorway.signed())[0] == 200
+    assert doorway.check_tls(OBJECT, doorway.signed(size=100))[0] == 200

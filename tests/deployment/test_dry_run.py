@@ -15,7 +15,7 @@ import pytest
 from conftest import Said, set_all, write_rows, write_toml
 from fedsb.deployment import serve_init
 from fedsb.deployment.federation import SERVER, SERVER_KEY
-from fedsb.record import read_rows
+from fedsb.reporting.run_directory import read_rows
 from support.architectures import build
 
 

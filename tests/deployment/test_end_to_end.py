@@ -29,7 +29,9 @@ from echo import step
 from fedsb.deployment import add_site, certificates, read_join_file, revoke, serve_init
 from fedsb.deployment.certificates import tls_client
 
-RUN = "import sys; from pathlib import Path; from fedsb.deployment import join, serve; from fedsb.errors import *\n"
+RUN = (
+    "import sys; from pathlib import Path; from fedsb.deployment import join, serve; from fedsb.utils.errors import *\n"
+)
 SERVE = RUN + "serve(Path(sys.argv[1]), 'echo:run_script', listen='127.0.0.1')"
 JOIN = RUN + (
     "try:\n    join(Path(sys.argv[1]), Path(sys.argv[2]), 'echo:open_echo')\n"

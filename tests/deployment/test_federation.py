@@ -25,9 +25,9 @@ from fedsb.deployment import (
     sign_directory,
     update_directory,
 )
-from fedsb.deployment.federation import Register, read_federation
+from fedsb.deployment.federation import SiteRegistry, read_federation
 from fedsb.deployment.join_file import keep_join_file, make_keys
-from fedsb.errors import UserError
+from fedsb.utils.errors import UserError
 
 
 @pytest.fixture
@@ -135,7 +135,7 @@ def test_names_that_no_site_can_have(tmp_path: Path, sites: list[str], match: st
 
 
 def test_adding_and_revoking(folder: Path, tmp_path: Path) -> None:
-    site, register = tmp_path / "site", Register(folder)
+    site, register = tmp_path / "site", SiteRegistry(folder)
     keep_join_file(folder / "joins" / "north.join", site)
     join = read_join_file(add_site(folder, "east"))
     assert sorted(join.directory.sites) == ["east", "north", "south"]

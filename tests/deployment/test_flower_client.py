@@ -11,7 +11,7 @@ from flwr.proto.node_pb2 import Node as Node_
 
 from fedsb.deployment import flower_client
 from fedsb.deployment.flower_client import FlowerNode, pause_after
-from fedsb.errors import DiskError, UserError
+from fedsb.utils.errors import DiskError, UserError
 
 ASKED = httpx.Request("POST", "https://localhost:1/v1/fleet/activate-node")
 

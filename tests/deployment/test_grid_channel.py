@@ -12,16 +12,17 @@ from typing import Any
 import httpx
 import pytest
 from flwr.app import Error, Message, RecordDict
-from flwr.common.constant import ErrorCode
+from flwr.shared.constant import ErrorCode
 
-from fedsb.channel import Lost
-from fedsb.deployment import grid_channel, revoke, serve_init
-from fedsb.deployment.federation import Register, read_federation
-from fedsb.deployment.grid_channel import GridChannel
-from fedsb.deployment.wire import pack, unpack
-from fedsb.errors import UserError
+from fedsb.channels import flower as grid_channel
+from fedsb.channels.flower import GridChannel
+from fedsb.channels.flower_wire import pack, unpack
+from fedsb.deployment import revoke, serve_init
+from fedsb.deployment.federation import SiteRegistry, read_federation
+from fedsb.protocol.channel import NoResponse
+from fedsb.utils.errors import UserError
 
-Node = Callable[[bytes], bytes | Lost | Error | None]
+Node = Callable[[bytes], bytes | NoResponse | Error | None]
 
 
 class FakeGrid:
@@ -78,13 +79,13 @@ def folder(tmp_path: Path) -> Path:
 
 def channel(folder: Path, patience_s: float = 5.0, **nodes: Node) -> tuple[GridChannel, FakeGrid]:
     grid = FakeGrid(folder, nodes)
-    return GridChannel(grid, Register(folder), patience_s), grid  # type: ignore[arg-type]
+    return GridChannel(grid, SiteRegistry(folder), patience_s), grid  # type: ignore[arg-type]
 
 
 def test_answers_and_refusals(folder: Path) -> None:
-    ends, grid = channel(folder, a=lambda request: request * 2, b=lambda request: Lost("refused: no"))
+    ends, grid = channel(folder, a=lambda request: request * 2, b=lambda request: NoResponse("refused: no"))
     assert ends.sites == ["a", "b"]
-    assert dict(ends.ask({"a": b"x", "b": b"y"})) == {"a": b"xx", "b": Lost("refused: no")}
+    assert dict(ends.ask({"a": b"x", "b": b"y"})) == {"a": b"xx", "b": NoResponse("refused: no")}
     assert sorted(grid.asked) == ["a", "b"]
 
 
@@ -97,27 +98,27 @@ def test_a_site_that_is_none(folder: Path) -> None:
 def test_late(folder: Path) -> None:
     ends, _ = channel(folder, a=lambda request: request, b=lambda request: None)
     answers = dict(ends.ask({"a": b"x", "b": b"y"}, timeout_s=0.5))
-    assert answers == {"a": b"x", "b": Lost("late: no answer within 0.5 s")}
+    assert answers == {"a": b"x", "b": NoResponse("late: no answer within 0.5 s")}
 
 
 def test_gone(folder: Path) -> None:
     ends, grid = channel(folder, 0.3, a=lambda request: request, b=lambda request: request)
     del grid.online["b"]
-    assert dict(ends.ask({"a": b"x", "b": b"y"})) == {"a": b"x", "b": Lost("gone: offline for 0.3 s")}
+    assert dict(ends.ask({"a": b"x", "b": b"y"})) == {"a": b"x", "b": NoResponse("gone: offline for 0.3 s")}
     assert grid.asked == ["a"]
 
 
 def test_revoked_while_it_works(folder: Path) -> None:
     ends, _ = channel(folder, a=lambda request: None)
     threading.Timer(0.2, revoke, (folder, "a")).start()
-    assert dict(ends.ask({"a": b"x"})) == {"a": Lost("gone: the site was revoked")}
+    assert dict(ends.ask({"a": b"x"})) == {"a": NoResponse("gone: the site was revoked")}
     assert ends.sites == ["b"]
 
 
 def test_a_site_that_was_revoked_before_it_is_asked_is_lost_and_the_others_answer(folder: Path) -> None:
     ends, _ = channel(folder, a=lambda request: request, b=lambda request: request)
     revoke(folder, "a")
-    assert dict(ends.ask({"a": b"x", "b": b"x"})) == {"a": Lost("gone: the site was revoked"), "b": b"x"}
+    assert dict(ends.ask({"a": b"x", "b": b"x"})) == {"a": NoResponse("gone: the site was revoked"), "b": b"x"}
 
 
 def test_a_site_that_came_back_is_asked_again(folder: Path) -> None:
@@ -134,7 +135,7 @@ def test_a_site_that_comes_online_late_is_asked_then(folder: Path) -> None:
     threading.Timer(0.2, grid.online.update, ({"a": "10:05"},)).start()
     assert dict(ends.ask({"a": b"x"}, timeout_s=5)) == {"a": b"x"}
     del grid.online["a"]
-    assert dict(ends.ask({"a": b"x"}, timeout_s=0.1)) == {"a": Lost("gone: offline within 0.1 s")}
+    assert dict(ends.ask({"a": b"x"}, timeout_s=0.1)) == {"a": NoResponse("gone: offline within 0.1 s")}
 
 
 def test_an_answer_that_flower_lost_is_asked_for_again_but_not_for_ever(folder: Path) -> None:
@@ -142,7 +143,7 @@ def test_an_answer_that_flower_lost_is_asked_for_again_but_not_for_ever(folder: 
     answers = iter([lost, b"at last"])
     ends, grid = channel(folder, a=lambda request: next(answers), b=lambda request: lost)
     answered = dict(ends.ask({"a": b"x", "b": b"y"}))
-    assert answered == {"a": b"at last", "b": Lost("failed: its answer did not arrive, 3 times")}
+    assert answered == {"a": b"at last", "b": NoResponse("failed: its answer did not arrive, 3 times")}
     assert (grid.asked.count("a"), grid.asked.count("b")) == (2, 3)
 
 
@@ -161,13 +162,13 @@ def test_a_site_that_went_away_since_it_was_looked_for_is_asked_when_it_is_back(
     ends, grid = channel(folder, a=lambda request: next(answers), b=lambda request: request)
     assert dict(ends.ask({"b": b"y"})) == {"b": b"y"}
     del grid.online["a"]
-    assert dict(ends.ask({"a": b"x"}, timeout_s=0.5)) == {"a": Lost("gone: offline within 0.5 s")}
+    assert dict(ends.ask({"a": b"x"}, timeout_s=0.5)) == {"a": NoResponse("gone: offline within 0.5 s")}
     assert grid.asked.count("a") == 1
 
 
 def test_an_answer_that_comes_too_late_is_taken_out_of_memory(folder: Path) -> None:
     ends, grid = channel(folder, a=lambda request: None, b=lambda request: request)
-    assert isinstance(dict(ends.ask({"a": b"x"}, timeout_s=0.2))["a"], Lost)
+    assert isinstance(dict(ends.ask({"a": b"x"}, timeout_s=0.2))["a"], NoResponse)
     time.sleep(0.3)
     assert ends._late == {"a-1"}
     grid._nodes["a"] = grid._nodes["b"]
@@ -179,9 +180,9 @@ def test_an_answer_that_comes_too_late_is_taken_out_of_memory(folder: Path) -> N
 
 
 def test_what_is_not_an_answer_of_fedsb_is_lost() -> None:
-    assert unpack(RecordDict()) == Lost("failed: what came back is not an answer of fedsb")
+    assert unpack(RecordDict()) == NoResponse("failed: what came back is not an answer of fedsb")
     assert unpack(pack(b"")) == b""
-    assert unpack(pack(Lost("why"))) == Lost("why")
+    assert unpack(pack(NoResponse("why"))) == NoResponse("why")
 
 
 def test_a_link_that_is_gone_is_no_sites_fault(tmp_path: Path) -> None:
@@ -192,6 +193,6 @@ def test_a_link_that_is_gone_is_no_sites_fault(tmp_path: Path) -> None:
         raise httpx.ConnectError("connection refused")
 
     grid.pull_messages = gone  # type: ignore[method-assign]
-    channel = GridChannel(grid, Register(tmp_path / "fed"))  # type: ignore[arg-type]
+    channel = GridChannel(grid, SiteRegistry(tmp_path / "fed"))  # type: ignore[arg-type]
     with pytest.raises(httpx.ConnectError):
         list(channel.ask({"a": b"1", "b": b"2"}))

@@ -13,12 +13,12 @@ from typing import Any
 import httpx
 import pytest
 
-from fedsb.config import load_config
+from fedsb.config.load import load_config
 from fedsb.deployment import certificates, renew, serve, serve_init
 from fedsb.deployment.certificates import tls_client
 from fedsb.deployment.coordinate import prepare
 from fedsb.deployment.flower_client import _raise_if_final
-from fedsb.errors import UserError
+from fedsb.utils.errors import UserError
 
 
 class Past(datetime.datetime):

@@ -9,7 +9,7 @@ from typing import Any
 
 from conftest import Said, adapter_bytes, set_all, write_toml
 from fedsb.deployment.join_file import read_join_file
-from fedsb.record import read_rows
+from fedsb.reporting.run_directory import read_rows
 
 
 def test_real_processes_make_the_same_adapter(

@@ -1,4 +1,4 @@
-"""The listener's guard, and the grid that fetches answers piece by piece."""
+"""The listener's mechanism, and the grid that fetches answers piece by piece."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from typing import Any
 import pytest
 import uvicorn
 from flwr.app import Message
-from flwr.common.serde import message_to_proto
 from flwr.proto.message_pb2 import PullObjectResponse
+from flwr.shared.serde import message_to_proto
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
 from flwr.supercore.task_identity import TaskIdentity
 
+from fedsb.channels.flower_wire import pack, unpack
 from fedsb.deployment.door import Limits
 from fedsb.deployment.federation import read_federation, serve_init
 from fedsb.deployment.local_grid import LocalGrid
 from fedsb.deployment.superlink import _bound, _guarded, _Listener
-from fedsb.deployment.wire import pack, unpack
-from fedsb.errors import UserError
+from fedsb.utils.errors import UserError
 
 
 async def _hello(scope: Any, receive: Any, send: Any) -> None:

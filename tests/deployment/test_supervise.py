@@ -14,13 +14,13 @@ import pytest
 
 from fedsb.deployment import supervise
 from fedsb.deployment.supervise import Child, Supervisor
-from fedsb.errors import RunError, UserError
+from fedsb.utils.errors import RunError, UserError
 
 CHILD = """
 import os, signal, sys, time
 from pathlib import Path
 from fedsb.deployment.child import run_child
-from fedsb.errors import RunError, UserError
+from fedsb.utils.errors import RunError, UserError
 lives = Path(sys.argv[1]) / "lives"
 with lives.open("a") as file:
     file.write(".")
@@ -105,7 +105,7 @@ def test_a_second_interrupt_ends_it_at_once_and_leaves_nothing_behind(  # type: 
     """The first waits for what the children are doing."""
     code = (
         "from pathlib import Path; from fedsb.deployment.supervise import *\n"
-        "from fedsb.interrupts import Interrupts\n"
+        "from fedsb.utils.signals import Interrupts\n"
         f"folder = {str(tmp_path)!r}\n"
         "with Interrupts().installed():\n"
         "    Supervisor(Path(folder), [Child(name='one', module='a_child', arguments=[folder, 'busy'])]).watch()"

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from fedsb.channel import Handle, Lost
 from fedsb.deployment import trainer
-from fedsb.errors import DiskError, RefusalError, RunError, UserError
+from fedsb.protocol.channel import Handle, NoResponse
+from fedsb.utils.errors import DiskError, RefusalError, RunError, UserError
 
 TOKEN = bytes(range(32))
 
@@ -44,7 +44,7 @@ class Site:
             time.sleep(0.3)
         return request[::-1]
 
-    def ask(self, request: bytes) -> bytes | Lost:
+    def ask(self, request: bytes) -> bytes | NoResponse:
         return trainer.ask(self.path, TOKEN, request)
 
 
@@ -72,15 +72,15 @@ def test_answers_outlive_the_process(site: Site) -> None:
 
 def test_a_refusal_is_told_and_not_stored(site: Site) -> None:
     site.start()
-    assert site.ask(b"refuse") == site.ask(b"refuse") == Lost("refused: not allowed here")
+    assert site.ask(b"refuse") == site.ask(b"refuse") == NoResponse("refused: not allowed here")
     assert site.handled == [b"refuse", b"refuse"]
 
 
 def test_what_is_the_sites_own_is_said_there_alone(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
     site.start()
-    assert site.ask(b"data") == Lost("refused: what it has does not fit this run (its own log says more)")
-    assert site.ask(b"fail") == Lost("failed: RunError at the site (its own log says more)")
-    assert site.ask(b"bug") == Lost("failed: KeyError at the site (its own log says more)")
+    assert site.ask(b"data") == NoResponse("refused: what it has does not fit this run (its own log says more)")
+    assert site.ask(b"fail") == NoResponse("failed: RunError at the site (its own log says more)")
+    assert site.ask(b"bug") == NoResponse("failed: KeyError at the site (its own log says more)")
     said = capsys.readouterr().out
     assert "refused: patients.csv: row 7 has the label 'hiv'" in said and "failed: no room in /home/ward-3" in said
 
@@ -92,13 +92,13 @@ def test_an_answer_that_cannot_be_stored_does_not_leave(site: Site, monkeypatch:
     with monkeypatch.context() as patched:
         patched.setattr(trainer, "write_atomic", full)
         site.start()
-        assert site.ask(b"abc") == Lost("failed: DiskError at the site (its own log says more)")
+        assert site.ask(b"abc") == NoResponse("failed: DiskError at the site (its own log says more)")
     assert site.ask(b"abc") == b"cba"  # there is room again, and the trainer is still there
 
 
 def test_who_has_no_token_gets_nothing(site: Site) -> None:
     site.start()
-    assert trainer.ask(site.path, bytes(32), b"abc") == Lost(
+    assert trainer.ask(site.path, bytes(32), b"abc") == NoResponse(
         "failed: the site's trainer died 3 times over this request"
     )
     assert site.handled == []

@@ -10,15 +10,15 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedsb.channel import Handle, Lost
+from fedsb.client.handler import SiteHandle
+from fedsb.client.policy import SiteConfig
+from fedsb.client.session import Identity
+from fedsb.config.schema import Config
 from fedsb.deployment.trainer import stored_or_made
-from fedsb.engines.remote import RemoteEngine
-from fedsb.methods.contract import Method
-from fedsb.record import read_manifest
-from fedsb.settings import Config
-from fedsb.site.handle import SiteHandle
-from fedsb.site.participant import Identity
-from fedsb.site.settings import SiteConfig
+from fedsb.methods.base import Method
+from fedsb.protocol.channel import Handle, NoResponse
+from fedsb.reporting.run_directory import read_manifest
+from fedsb.server.remote import RemoteEngine
 
 
 @dataclass
@@ -27,13 +27,15 @@ class Calls:
 
     handles: dict[str, Handle]
     folder: Path
-    log: list[tuple[str, bytes, bytes | Lost]] = field(default_factory=list)
+    log: list[tuple[str, bytes, bytes | NoResponse]] = field(default_factory=list)
 
     @property
     def sites(self) -> Sequence[str]:
         return sorted(self.handles)
 
-    def ask(self, requests: Mapping[str, bytes], timeout_s: float | None = None) -> Iterator[tuple[str, bytes | Lost]]:
+    def ask(
+        self, requests: Mapping[str, bytes], timeout_s: float | None = None
+    ) -> Iterator[tuple[str, bytes | NoResponse]]:
         for name in sorted(requests, reverse=True):
             answers = self.folder / name / "answers"
             answers.mkdir(exist_ok=True)

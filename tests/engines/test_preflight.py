@@ -14,15 +14,15 @@ from torch import nn
 
 from conftest import set_all
 from fedsb.adapters.adapted import AdaptedModel, find_targets, left_out
-from fedsb.config import load_config
+from fedsb.channels.in_process import EmbeddedEngine
+from fedsb.config.load import load_config
+from fedsb.config.schema import method_of
 from fedsb.data.tasks import Task
-from fedsb.engines.embedded import EmbeddedEngine
-from fedsb.engines.preflight import Preflight, preflight
-from fedsb.errors import UserError
 from fedsb.privacy.ledger import read_ledger
-from fedsb.privacy.per_example import clipped_sums
-from fedsb.run import federate
-from fedsb.settings import method_of
+from fedsb.runs.run import federate
+from fedsb.training.per_example import clipped_sums
+from fedsb.training.preflight import Preflight, preflight
+from fedsb.utils.errors import UserError
 from support.architectures import POSITIONS, build
 
 CLASSIFIER, LM = "AutoModelForSequenceClassification", "AutoModelForCausalLM"
@@ -80,7 +80,7 @@ def test_rows_that_cannot_be_routed_are_protected_one_by_one(
 def test_one_by_one_clips_each_row_as_a_loop_does(tiny_config: dict[str, Any], made: Make) -> None:
     engine = opened(on(tiny_config, made("opt", LM), "text"))
     rows = engine.sites[0].train[:5]
-    tensors = {key: x.unsqueeze(0) if not engine.adapted.is_common(key) else x for key, x in start(engine).items()}
+    tensors = {key: x.unsqueeze(0) if not engine.adapted.is_shared(key) else x for key, x in start(engine).items()}
     trained = frozenset(key for key in tensors if key.endswith(".R"))
     together, _ = clipped_sums(engine.adapted, engine.task, tensors, trained, [rows], 0.01, 8)
     one = [clipped_sums(engine.adapted, engine.task, tensors, trained, [[row]], 0.01, 1)[0] for row in rows]
@@ -106,7 +106,7 @@ def test_a_model_that_reads_padding_is_refused_in_a_private_run_before_anything_
         federate(load_config(config))
     assert not list(Path(config["out"]).rglob("*.jsonl"))  # no ledger
     assert "with a longer row" in str(found(on(tiny_config, made("fnet"))).mixing)  # trained, one client at a time
-    assert opened(on(tiny_config, made("fnet"))).cohort_size == 1
+    assert opened(on(tiny_config, made("fnet"))).clients_per_forward == 1
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_a_rotary_embedding_that_depends_on_the_batch(
     config = on(tiny_config, made("llama", LM, rope_parameters=rope, max_position_embeddings=positions), "text")
     with pytest.raises(UserError, match=rf"its rotary embedding \({rope['rope_type']}\) changes for all rows"):
         opened(set_all(config, privacy=PRIVATE))
-    assert opened(config).cohort_size == 1
+    assert opened(config).clients_per_forward == 1
     assert found(set_all(config, model={**config["model"], "max_tokens": 8})).mixing is None
 
 
@@ -188,7 +188,7 @@ def test_a_decoder_is_causal(tiny_config: dict[str, Any], made: Make, model_type
 def test_layers_whose_weight_a_model_reads_itself(tiny_config: dict[str, Any], made: Make) -> None:
     """Mamba multiplies with dt_proj.weight: an adapter there would do nothing, and change the merged model."""
     model = {"name": str(made("mamba", LM)), "max_tokens": 16, "targets": ["in_proj", "dt_proj"]}
-    with pytest.raises(UserError, match=r"model.targets: the model reads the weights of mixer.dt_proj"):
+    with pytest.raises(UserError, match=r"model.target_modules: the model reads the weights of mixer.dt_proj"):
         opened(set_all(tiny_config, model=model, task={"kind": "text"}))
 
 
@@ -210,7 +210,7 @@ def test_blocks_leaves_out_what_cannot_be_adapted_and_says_so(
     model = engine.adapted.unwrap()
     found = {name.split(".", 3)[-1] for name in left_out(model)}
     assert found == without
-    reason = next(choice.reason for choice in engine.choices if choice.key == "model.targets")
+    reason = next(choice.reason for choice in engine.choices if choice.key == "model.target_modules")
     assert all(name in reason for name in without) and ("not adapted" in reason) == bool(without)
 
 
@@ -253,7 +253,7 @@ def test_a_window_beyond_the_positions_is_an_error_in_check_and_run(
     kind = "text" if auto_class == LM else "classification"
     path = write_toml(tmp_path / "my.toml", on(tiny_config, made(model_type, auto_class), kind))
     for verb in ("check", "run"):
-        said = cli(verb, path, "--set", f"model.max_tokens={usable + 1}")
+        said = cli(verb, path, "--set", f"model.max_seq_length={usable + 1}")
         assert said.code == 1 and f"has {usable} positions" in said.err and f"max_tokens={usable}" in said.err
     model = {"name": str(made(model_type, auto_class)), "max_tokens": usable}
     opened(set_all(tiny_config, model=model, task={"kind": kind}))  # a row of that length is read
@@ -262,7 +262,7 @@ def test_a_window_beyond_the_positions_is_an_error_in_check_and_run(
 def test_a_rotary_model_beyond_its_positions_is_a_warning(tiny_config: dict[str, Any], made: Make) -> None:
     model = {"name": str(made("llama", LM)), "max_tokens": 2 * POSITIONS}
     engine = opened(set_all(tiny_config, model=model, task={"kind": "text"}))
-    reason = next(choice.reason for choice in engine.choices if choice.key == "model.max_tokens")
+    reason = next(choice.reason for choice in engine.choices if choice.key == "model.max_seq_length")
     assert reason == f"warning: the model was made for {POSITIONS} positions; longer rows may be read badly"
 
 
@@ -393,13 +393,13 @@ def test_a_checkpoint_in_8_bits_mixes_rows_too(tiny_config: dict[str, Any], made
     config = on(tiny_config, quantised(made, tmp_path, load_in_8bit=True), "text")
     with pytest.raises(UserError, match=r"cannot be kept with this model: its 8-bit layers"):
         opened(set_all(config, privacy=PRIVATE))
-    assert opened(config).cohort_size == 1
+    assert opened(config).clients_per_forward == 1
 
 
 def test_a_checkpoint_in_4_bits_trains_and_merges_or_says_why_not(
     tiny_config: dict[str, Any], made: Make, tmp_path: Path
 ) -> None:
-    from fedsb.evaluate import export_to
+    from fedsb.runs.evaluate import export_to
 
     config = on(tiny_config, quantised(made, tmp_path, load_in_4bit=True, bnb_4bit_quant_type="nf4"), "text", rounds=1)
     folder = federate(load_config(config)).folder
@@ -459,7 +459,7 @@ def features(model: Any, engine: EmbeddedEngine) -> torch.Tensor:
 
 def test_a_batch_of_one_row_is_tried_with_one_row(tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that just fits the memory must not fail in its probes: no forward has more long rows than the run's."""
-    from fedsb.engines import preflight as probes
+    from fedsb.training import preflight as probes
 
     seen: list[int] = []
     real = probes.forward
@@ -476,7 +476,7 @@ def test_a_batch_of_one_row_is_tried_with_one_row(tiny_config: dict[str, Any], m
 def test_a_model_that_does_not_fit_the_memory_is_refused_in_words(
     tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fedsb.engines import preflight as probes
+    from fedsb.training import preflight as probes
 
     def full(*_: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")

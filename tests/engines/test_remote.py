@@ -15,15 +15,15 @@ import pytest
 
 from conftest import set_all
 from engines.in_process import Federation
-from fedsb.config import load_config
-from fedsb.engines.notes import Note, Trained, pack_note, read_answer, read_note
-from fedsb.engines.remote import RemoteEngine
-from fedsb.errors import RunError, UserError
-from fedsb.federation.payload import PayloadError, pack, unpack
-from fedsb.methods.contract import Method
-from fedsb.record import read_rows
-from fedsb.run import federate
-from fedsb.settings import Config
+from fedsb.config.load import load_config
+from fedsb.config.schema import Config
+from fedsb.methods.base import Method
+from fedsb.protocol.messages import Note, Trained, pack_note, read_answer, read_note
+from fedsb.protocol.payload import PayloadError, pack, unpack
+from fedsb.reporting.run_directory import read_rows
+from fedsb.runs.run import federate
+from fedsb.server.remote import RemoteEngine
+from fedsb.utils.errors import RunError, UserError
 from laws.test_engines import federation, merged, remote_of
 
 Spoil = Callable[[Note], Note | bytes]
@@ -112,7 +112,7 @@ def test_who_watches_learns_which_site_a_round_waits_for(
     tiny_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Site 0 is slow in every round, and is asked last: by then the others have answered."""
-    monkeypatch.setattr("fedsb.engines.asking.NOTE_S", 0.3)
+    monkeypatch.setattr("fedsb.server.exchange.NOTE_S", 0.3)
     sites, notes = federation(tmp_path), list[str]()
 
     def slowly(note: Note) -> Note:

@@ -12,23 +12,23 @@ import torch
 
 from conftest import set_all
 from federation.opened import open_engine, started
-from fedsb.config import load_config
-from fedsb.engines import SUM
-from fedsb.engines.round import play
-from fedsb.engines.secure import noise_share
-from fedsb.errors import RunError, UserError
+from fedsb.config.load import load_config
 from fedsb.methods import method_types
 from fedsb.methods.averaging import ServerOptimizer
-from fedsb.methods.contract import Method
-from fedsb.privacy import setup
+from fedsb.methods.base import Method
+from fedsb.privacy import policy as setup
 from fedsb.privacy.ledger import read_ledger
 from fedsb.privacy.noise import SeededNoise
-from fedsb.privacy.secure_sum import SumPlan
-from fedsb.record import read_manifest, read_rows
-from fedsb.run import federate, resume
+from fedsb.protocol.secure_sum import noise_share
+from fedsb.reporting.run_directory import read_manifest, read_rows
+from fedsb.runs.run import federate, resume
+from fedsb.secagg.protocol import SumPlan
+from fedsb.server.rounds import play
+from fedsb.server.types import SUM
+from fedsb.utils.errors import RunError, UserError
 
-SUMMED = [name for name, cls in method_types().items() if cls.facts.sum_only and cls.facts.adapter]
-OTHERS = [name for name, cls in method_types().items() if not cls.facts.sum_only or not cls.facts.adapter]
+SUMMED = [name for name, cls in method_types().items() if cls.spec.secagg_compatible and cls.spec.adapter]
+OTHERS = [name for name, cls in method_types().items() if not cls.spec.secagg_compatible or not cls.spec.adapter]
 
 
 def secure(config: dict[str, Any], **server: Any) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def round_of(config: dict[str, Any], folder: Path | None = None) -> tuple[Any, A
 
 def _started_private(config: dict[str, Any], folder: Path) -> tuple[Any, Any]:
     engine = open_engine(config)
-    engine.promise.open_ledgers(folder, "test", new=True)
+    engine.policy.open_ledgers(folder, "test", new=True)
     basis, _ = engine.build_basis(engine.method)
     return engine, engine.method.start(engine.shapes, basis, engine.head, engine.config.seed)
 
@@ -104,7 +104,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, spoiled: int, by: float) -> None:
     monkeypatch.setattr(FedSB, "upload", upload)
 
 
-@pytest.mark.parametrize(("by", "said"), [(np.nan, "NaN or infinite"), (5.0, r"server.sum_limit allows 4")])
+@pytest.mark.parametrize(("by", "said"), [(np.nan, "NaN or infinite"), (5.0, r"server.secagg_clip allows 4")])
 def test_a_client_that_finds_a_fault_in_its_own_leaves_and_the_sum_is_of_the_others(
     by: float, said: str, tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,11 +173,11 @@ def test_the_noise_of_the_sum_is_as_planned_when_only_the_threshold_stays(
     tiny_config: dict[str, Any], tmp_path: Path
 ) -> None:
     engine, _ = _started_private(of_clients(tiny_config), tmp_path)
-    guard = engine.promise.guards[setup.SERVER]
-    guard.charge(1)
+    mechanism = engine.policy.mechanisms[setup.SERVER]
+    mechanism.charge(1)
     sites = {name: bytes([i]) * 32 for i, name in enumerate("abcde")}
     plan = SumPlan(run="r", round=0, sites=sites, threshold=3, size=60_000, clip=0.5)
-    shares = [noise_share(plan, guard) * plan.grid.step for _ in range(5)]
+    shares = [noise_share(plan, mechanism) * plan.grid.step for _ in range(5)]
     wanted = 1.5 * (0.5 + plan.grid.step * np.sqrt(60_000))
     assert np.std(sum(shares[:3])) == pytest.approx(wanted, rel=0.02)  # the threshold
     assert np.std(sum(shares)) == pytest.approx(wanted * np.sqrt(5 / 3), rel=0.02)
@@ -187,7 +187,7 @@ def test_the_noise_of_the_sum_is_as_planned_when_only_the_threshold_stays(
 def test_a_share_is_sized_for_the_threshold_and_for_the_rounding(
     tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from fedsb.engines import secure as module
+    from fedsb.protocol import secure_sum as module
 
     asked: list[float] = []
     monkeypatch.setattr(module, "discrete_gaussian", lambda noise, sigma, count: asked.append(sigma))
@@ -195,9 +195,9 @@ def test_a_share_is_sized_for_the_threshold_and_for_the_rounding(
     sites = {name: bytes([i]) * 32 for i, name in enumerate("abcde")}
     plan = SumPlan(run="r", round=0, sites=sites, threshold=4, size=90_000, clip=2.0)
     with pytest.raises(RunError, match="the ledger has no line for"):
-        module.noise_share(plan, engine.promise.guards[setup.SERVER])
-    engine.promise.guards[setup.SERVER].charge(1)
-    module.noise_share(plan, engine.promise.guards[setup.SERVER])
+        module.noise_share(plan, engine.policy.mechanisms[setup.SERVER])
+    engine.policy.mechanisms[setup.SERVER].charge(1)
+    module.noise_share(plan, engine.policy.mechanisms[setup.SERVER])
     assert asked == [pytest.approx(1.5 * (0.5 / plan.grid.step + 300) / 2, rel=1e-12)]
 
 
@@ -211,9 +211,9 @@ def test_the_server_gets_a_clipped_noised_sum_and_the_ledger_has_it(
     (entry,) = read_ledger(path)
     assert (entry.round, entry.q, entry.sigma, entry.clip, entry.count) == (1, 1.0, 1.5, 0.5, 1)
 
-    from fedsb.engines import secure as module
+    from fedsb.protocol import secure_sum as module
 
-    monkeypatch.setattr(module, "noise_share", lambda plan, guard: np.zeros(plan.size, np.int64))
+    monkeypatch.setattr(module, "noise_share", lambda plan, mechanism: np.zeros(plan.size, np.int64))
     _, _, plain = round_of(config, tmp_path / "plain")
     clients, threshold = len(engine.sites), len(engine.sites) // 2 + 1
     noise = torch.cat([(noised.state.tensors[k] - plain.state.tensors[k]).flatten() for k in state.tensors])
@@ -225,8 +225,8 @@ def test_the_server_gets_a_clipped_noised_sum_and_the_ledger_has_it(
 def test_a_clients_change_is_no_longer_than_the_clip_in_the_ring(
     tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from fedsb.engines import secure as module
-    from fedsb.privacy.fixed_point import FixedPoint
+    from fedsb.protocol import secure_sum as module
+    from fedsb.secagg.fixed_point import FixedPoint
 
     seen: list[np.ndarray] = []
     plain = FixedPoint.encode

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
-from fedsb.config import load_config
+from fedsb.channels.in_process import EmbeddedEngine
+from fedsb.config.load import load_config
+from fedsb.config.schema import method_of
 from fedsb.data.tasks.base import Example
-from fedsb.engines.embedded import EmbeddedEngine
-from fedsb.federation.cohort import Member
-from fedsb.methods.contract import State
-from fedsb.settings import method_of
+from fedsb.methods.base import State
+from fedsb.training.joint import Member
 
 
 def open_engine(config: dict[str, Any]) -> EmbeddedEngine:

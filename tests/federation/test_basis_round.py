@@ -13,20 +13,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import set_all
 from fedsb.adapters.basis import Basis, core_pair, random_pair, svd, truncated_svd, weight_pair
-from fedsb.draws import generator
-from fedsb.engines import Sent
-from fedsb.engines.embedded import EmbeddedEngine
-from fedsb.errors import ConfigError, UserError
-from fedsb.federation import gradients as federation_gradients
-from fedsb.federation.basis_round import draw_samples
-from fedsb.federation.gradients import captured_share, core_gradients
+from fedsb.channels.in_process import EmbeddedEngine
+from fedsb.protocol.traffic import TrafficRecord
+from fedsb.training import gradients as federation_gradients
+from fedsb.training.basis import draw_samples
+from fedsb.training.gradients import captured_share, core_gradients
+from fedsb.utils.errors import ConfigError, UserError
+from fedsb.utils.rng import generator
 
 SQUARE = "bert.encoder.layer.0.attention.self.query"  # 32 x 32
 WIDE = "bert.encoder.layer.0.intermediate.dense"  # 48 x 32
 EVERYTHING = 10**6  # samples: all rows of every client
 
 
-def built(config: dict[str, Any], **basis: Any) -> tuple[EmbeddedEngine, Basis, list[Sent]]:
+def built(config: dict[str, Any], **basis: Any) -> tuple[EmbeddedEngine, Basis, list[TrafficRecord]]:
     engine = open_engine(set_all(config, basis={"share_samples": 0, "samples": EVERYTHING, **basis}))
     made, sent = engine.build_basis(engine.method)
     assert made is not None

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 
-from fedsb.federation.client import LocalTraining, draw_batches
+from fedsb.training.local import LocalTraining, draw_batches
 
 
 def batches(local: LocalTraining, rows: int, *, seed: int = 0, client: str = "a", round: int = 0) -> list[list[int]]:

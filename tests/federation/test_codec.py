@@ -7,8 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from fedsb.draws import generator
-from fedsb.federation.codec import (
+from fedsb.protocol.codec import (
     BLOCK,
     CODECS,
     Q_MAX,
@@ -17,6 +16,7 @@ from fedsb.federation.codec import (
     encode,
     payload_bytes,
 )
+from fedsb.utils.rng import generator
 
 ROUNDED: tuple[Codec, ...] = ("int8", "int4")
 LARGEST = float(np.finfo(np.float32).max)

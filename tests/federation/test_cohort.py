@@ -13,11 +13,11 @@ from transformers import OPTConfig, OPTForCausalLM
 from transformers.models.bert.modeling_bert import BertIntermediate
 
 from conftest import WORDS, _save, set_all
-from fedsb.config import load_config
-from fedsb.engines.embedded import EmbeddedEngine
-from fedsb.engines.resolved import local_training
-from fedsb.errors import RunError, UserError
-from fedsb.federation.cohort import Dropout, Member, train_together
+from fedsb.channels.in_process import EmbeddedEngine
+from fedsb.config.load import load_config
+from fedsb.training.joint import Dropout, Member, train_together
+from fedsb.training.resolved import local_training
+from fedsb.utils.errors import RunError, UserError
 
 
 def train_all(engine: EmbeddedEngine, state: Any, members: list[Member], round: int = 0) -> list[Member]:
@@ -228,7 +228,7 @@ def flattening(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def choice(engine: EmbeddedEngine) -> tuple[Any, str]:
-    (found,) = (c for c in engine.choices if c.key == "engine.cohort_size")
+    (found,) = (c for c in engine.choices if c.key == "engine.clients_per_forward")
     return found.value, found.reason
 
 
@@ -237,11 +237,11 @@ def test_a_model_whose_rows_cannot_be_routed_trains_one_client_at_a_time(
 ) -> None:
     engine, state = started(tiny_config)
     value, reason = choice(engine)
-    assert value == engine.cohort_size == 1
+    assert value == engine.clients_per_forward == 1
     assert reason.startswith("auto: Layer 'bert.encoder.layer.0.intermediate.dense' sees")
     (reply,) = engine.train(engine.method, state, [engine.sites[0].name], {}).each
     assert not reply.kept
-    with pytest.raises(UserError, match=r"engine.cohort_size = 2: Layer 'bert.*engine.cohort_size = 1"):
+    with pytest.raises(UserError, match=r"engine.clients_per_forward = 2: Layer 'bert.*engine.clients_per_forward = 1"):
         open_engine(set_all(tiny_config, engine={"cohort_size": 2}))
     assert choice(open_engine(set_all(tiny_config, engine={"cohort_size": 1}))) == (1, "as asked")
 
@@ -263,7 +263,7 @@ def test_the_cohort_size_and_its_reason(tiny_config: dict[str, Any]) -> None:
 
 def test_the_cohort_size_fits_the_memory(tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """The estimate for the clients of one forward stays below the device's memory, and the reason says so."""
-    from fedsb.engines import resolved
+    from fedsb.training import resolved
 
     engine = open_engine(tiny_config)
     sizes = {}
@@ -271,7 +271,7 @@ def test_the_cohort_size_fits_the_memory(tiny_config: dict[str, Any], monkeypatc
         monkeypatch.setattr(resolved, "memory_of", lambda _, mib=mib: mib << 20)
         sizes[mib], reason = choice(open_engine(tiny_config))
         assert ("as many as fit the memory" in reason) == (mib < 64)
-    assert engine.cohort_size == sizes[64] > sizes[2] > sizes[1] >= 1
+    assert engine.clients_per_forward == sizes[64] > sizes[2] > sizes[1] >= 1
 
 
 def test_a_pooled_client_takes_the_steps_of_a_rounds_clients(tiny_config: dict[str, Any]) -> None:

@@ -8,9 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from fedsb.adapters.adapted import AdaptedModel, find_targets
-from fedsb.federation.generation import Prompt, Written, write_answers
+from fedsb.config.schema import ModelConfig
 from fedsb.models.load import load_base
-from fedsb.settings import ModelConfig
+from fedsb.training.generation import Prompt, Written, write_answers
 
 STORIES = Path(__file__).resolve().parents[3] / "shared" / "models" / "stories260K"
 TEXTS = [

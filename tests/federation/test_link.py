@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 from fedsb.adapters.basis import basis_hash, make_basis, random_pair
-from fedsb.draws import generator
-from fedsb.federation.codec import Codec
-from fedsb.federation.link import Link, unmoved
-from fedsb.federation.payload import Payload, pack, unpack
-from fedsb.federation.server import admit, rules
-from fedsb.federation.tensors import to_arrays, to_tensors, under, within
+from fedsb.config.schema import ServerConfig
 from fedsb.methods import build_method
 from fedsb.methods.averaging import ServerOptimizer
-from fedsb.methods.contract import Method, State
-from fedsb.settings import ServerConfig
+from fedsb.methods.base import Method, State
+from fedsb.protocol.codec import Codec
+from fedsb.protocol.compressor import Compressor, unmoved
+from fedsb.protocol.payload import Payload, pack, unpack
+from fedsb.protocol.tensors import to_arrays, to_tensors, under, within
+from fedsb.server.validation import rules, validate_updates
+from fedsb.utils.rng import generator
 
 LAYER = "layer"
 SHAPES = {LAYER: (24, 20)}
@@ -43,8 +43,8 @@ METHODS = [
 ]
 
 
-def link(codec: Codec, seed: int = 0) -> Link:
-    return Link(run="run", codec=codec, seed=seed)
+def link(codec: Codec, seed: int = 0) -> Compressor:
+    return Compressor(run="run", codec=codec, seed=seed)
 
 
 def start(name: str, rank: int = 4) -> tuple[Method, State]:
@@ -65,7 +65,7 @@ def shaken(tensors: dict[str, Tensor], moving: frozenset[str], *key: int | str, 
 
 
 def one_round(
-    wire: Link, method: Method, state: State, kept: dict[str, Any], cohort: tuple[str, ...] = CLIENTS
+    wire: Compressor, method: Method, state: State, kept: dict[str, Any], cohort: tuple[str, ...] = CLIENTS
 ) -> State:
     """A round over the link, every client up to date; `kept` is changed."""
     heard = wire.heard(method, state)
@@ -73,8 +73,8 @@ def one_round(
     for client in cohort:
         rank = state.ranks.get(client)
         mine = method if rank is None else method.at(rank)
-        _, message = wire.down(method, state, heard, basis=basis_hash(heard.common), late=False, rank=rank)
-        own = mine.receive(heard.common, message, within("method", kept.get(client, {})), state.round)
+        _, message = wire.down(method, state, heard, basis=basis_hash(heard.shared), late=False, rank=rank)
+        own = mine.receive(heard.shared, message, within("method", kept.get(client, {})), state.round)
         trained = shaken(own, mine.trainable(own, state.round), client, state.round)
         sent, keep = mine.upload(own, trained, state.round)
         payload = Payload(
@@ -83,13 +83,13 @@ def one_round(
             round=state.round,
             client=client,
             samples=5,
-            basis=basis_hash(heard.common),
+            basis=basis_hash(heard.shared),
             tensors=to_arrays(sent),
         )
-        data, lost = wire.up(method, payload, unmoved(mine, heard.common, message, state.round), kept.get(client, {}))
+        data, lost = wire.up(method, payload, unmoved(mine, heard.shared, message, state.round), kept.get(client, {}))
         kept[client] = {**under("method", keep), **lost}
         replies.append((client, data))
-    updates, dropped = admit(replies, rules(method, heard, ServerConfig(codec=wire.codec), "run", {}))
+    updates, dropped = validate_updates(replies, rules(method, heard, ServerConfig(codec=wire.codec), "run", {}))
     assert not dropped
     return wire.settled(method, state, heard, method.aggregate(heard, updates, ServerOptimizer()))
 
@@ -108,22 +108,22 @@ def test_a_site_that_hears_every_broadcast_holds_what_the_server_thinks(name: st
     wire, (method, state) = link(codec), start(name)
     kept: dict[str, Any] = {}
     held: dict[str, Tensor] = {}
-    common = state.common
+    common = state.shared
     for _ in range(4):
         heard = wire.heard(method, state)
-        envelope = unpack(wire.down(method, state, heard, basis=basis_hash(heard.common), late=False, rank=None)[0])
+        envelope = unpack(wire.down(method, state, heard, basis=basis_hash(heard.shared), late=False, rank=None)[0])
         news = to_tensors(envelope.tensors)
         before = {**common, **held}  # RoLoRA's factors are common before they are told
         message = news if envelope.codec == "float32" else {key: before[key] + c for key, c in news.items()}
         held |= message
-        common = method.follow(common, message)
-        assert same(common, heard.common) and envelope.basis == basis_hash(common)
+        common = method.update_shared(common, message)
+        assert same(common, heard.shared) and envelope.basis == basis_hash(common)
         assert all(torch.equal(held[key], heard.tensors[key]) for key in held if key in heard.tensors)
-        late = unpack(wire.down(method, state, heard, basis=basis_hash(heard.common), late=True, rank=None)[0])
+        late = unpack(wire.down(method, state, heard, basis=basis_hash(heard.shared), late=True, rank=None)[0])
         assert late.codec == "float32"
-        mine = method.receive(common, message, {}, state.round)
-        theirs = method.receive(
-            method.follow(heard.common, to_tensors(late.tensors)), to_tensors(late.tensors), {}, state.round
+        mine = method.init_client(common, message, {}, state.round)
+        theirs = method.init_client(
+            method.update_shared(heard.shared, to_tensors(late.tensors)), to_tensors(late.tensors), {}, state.round
         )
         assert same(mine, theirs)  # whoever comes late starts from the same tensors
         state = one_round(wire, method, state, kept)
@@ -151,7 +151,7 @@ def test_a_mean_is_a_step_from_what_the_server_has_and_all_else_replaces_it(name
     trained = shaken(heard.tensors, frozenset(heard.tensors), "aggregate")
     after = replace(heard, round=2, tensors=trained)
     settled = wire.settled(method, state, heard, after)
-    assert same(settled.held, heard.tensors)
+    assert same(settled.client_view, heard.tensors)
     assert any(not torch.equal(x, heard.tensors[key]) for key, x in state.tensors.items())
     steps = name in ("fed-sb", "ravan", "fedit", "rolora")
     for key, x in settled.tensors.items():
@@ -163,7 +163,7 @@ def test_in_float32_nothing_is_held_owed_or_changed() -> None:
     wire, (method, state) = link("float32"), start("fed-sb")
     kept: dict[str, Any] = {}
     after = one_round(wire, method, state, kept)
-    assert after.held == {} and all(own == {} for own in kept.values())
+    assert after.client_view == {} and all(own == {} for own in kept.values())
     assert wire.heard(method, after) is after and wire.settled(method, state, state, after) is after
 
 
@@ -175,7 +175,7 @@ def test_a_method_that_changes_the_base_is_told_everything_in_float32(name: str)
         data, _ = wire.down(method, state, wire.heard(method, state), basis="", late=False, rank=None)
         assert unpack(data).codec == "float32"
         state = one_round(wire, method, state, kept)
-        assert state.held == {}
+        assert state.client_view == {}
 
 
 @pytest.mark.parametrize("name", ["fed-sb", "flexlora", "hetlora"])
@@ -184,7 +184,7 @@ def test_a_client_of_another_rank_is_told_its_part_of_what_all_hold(name: str) -
     state = one_round(wire, method, state, {})
     heard = wire.heard(method, state)
     for rank, codec in ((None, "int4"), (4, "int4"), (2, "float32")):
-        data, message = wire.down(method, state, heard, basis=basis_hash(heard.common), late=False, rank=rank)
+        data, message = wire.down(method, state, heard, basis=basis_hash(heard.shared), late=False, rank=rank)
         assert unpack(data).codec == codec
         assert same(message, method.broadcast(heard, rank=rank))
 
@@ -269,9 +269,9 @@ def test_the_server_adds_what_the_change_is_a_change_of(codec: Codec) -> None:
     state = one_round(wire, method, state, {})
     heard = wire.heard(method, state)
     tensors = to_arrays({key: x + 0.125 for key, x in heard.tensors.items()})
-    payload = replace(update(tensors, round=1), basis=basis_hash(heard.common))
+    payload = replace(update(tensors, round=1), basis=basis_hash(heard.shared))
     data, _ = wire.up(method, payload, heard.tensors, {})
-    (got,), dropped = admit([("a", data)], rules(method, heard, ServerConfig(codec=codec), "run", {}))
+    (got,), dropped = validate_updates([("a", data)], rules(method, heard, ServerConfig(codec=codec), "run", {}))
     assert not dropped
     for key, x in heard.tensors.items():
         assert torch.allclose(got.tensors[key], x + 0.125, atol={"int4": 0.019}.get(codec, 1.1e-3)), key  # a step
@@ -280,10 +280,10 @@ def test_the_server_adds_what_the_change_is_a_change_of(codec: Codec) -> None:
 @pytest.mark.parametrize(("claimed", "wanted"), [("float32", "int8"), ("int8", "float32"), ("int4", "int8")])
 def test_another_codec_is_refused(claimed: Codec, wanted: Codec) -> None:
     method, state = start("fed-sb")
-    payload = replace(update(to_arrays(state.tensors)), codec=claimed, basis=basis_hash(state.common))
+    payload = replace(update(to_arrays(state.tensors)), codec=claimed, basis=basis_hash(state.shared))
     data = pack(payload, generator(0))
     with pytest.raises(Exception, match=f"its codec is '{claimed}', this round's is '{wanted}'"):
-        admit([("a", data)], rules(method, state, ServerConfig(codec=wanted), "run", {}))
+        validate_updates([("a", data)], rules(method, state, ServerConfig(codec=wanted), "run", {}))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -291,10 +291,10 @@ def test_a_change_that_is_no_number_is_dropped(bad: float) -> None:
     method, state = start("fed-sb")
     tensors = to_arrays({key: torch.zeros_like(x) for key, x in state.tensors.items()})
     tensors["layer.R"][0, 1, 2] = bad
-    payload = replace(update(tensors), codec="int8", basis=basis_hash(state.common))
+    payload = replace(update(tensors), codec="int8", basis=basis_hash(state.shared))
     server = rules(method, state, ServerConfig(codec="int8"), "run", {})
     with pytest.raises(Exception, match="values that are NaN or infinite"):
-        admit([("a", pack(payload, generator(0)))], server)
+        validate_updates([("a", pack(payload, generator(0)))], server)
 
 
 def test_a_change_of_the_wrong_shape_or_name_is_dropped() -> None:
@@ -306,14 +306,14 @@ def test_a_change_of_the_wrong_shape_or_name_is_dropped() -> None:
         ({**good, "other": np.zeros(4, np.float32)}, "unknown 'other'"),
         ({}, "missing"),
     ):
-        payload = replace(update(tensors), codec="int8", basis=basis_hash(state.common))
+        payload = replace(update(tensors), codec="int8", basis=basis_hash(state.shared))
         with pytest.raises(Exception, match=said):
-            admit([("a", pack(payload, generator(0)))], server)
+            validate_updates([("a", pack(payload, generator(0)))], server)
 
 
 def test_a_torn_or_flipped_change_never_crashes_the_server() -> None:
     method, state = start("fed-sb")
-    payload = replace(update(to_arrays(state.tensors)), codec="int4", basis=basis_hash(state.common))
+    payload = replace(update(to_arrays(state.tensors)), codec="int4", basis=basis_hash(state.shared))
     data = pack(payload, generator(0))
     server = rules(method, state, ServerConfig(codec="int4"), "run", {})
     draw = generator(0, "flips")
@@ -322,7 +322,7 @@ def test_a_torn_or_flipped_change_never_crashes_the_server() -> None:
         for position in draw.integers(0, len(data), 3):
             harmed[position] ^= int(draw.integers(1, 256))
         cut = int(draw.integers(0, 2 * len(data)))
-        updates, dropped = admit([("b", good_update(method, state)), ("a", bytes(harmed[:cut]))], server)
+        updates, dropped = validate_updates([("b", good_update(method, state)), ("a", bytes(harmed[:cut]))], server)
         assert len(updates) + len(dropped) == 2
         for got in updates:
             assert all(torch.isfinite(x).all() for x in got.tensors.values())
@@ -330,7 +330,7 @@ def test_a_torn_or_flipped_change_never_crashes_the_server() -> None:
 
 def good_update(method: Method, state: State) -> bytes:
     tensors = to_arrays({key: torch.full_like(x, 0.1) for key, x in state.tensors.items()})
-    payload = replace(update(tensors, client="b"), codec="int4", basis=basis_hash(state.common))
+    payload = replace(update(tensors, client="b"), codec="int4", basis=basis_hash(state.shared))
     return pack(payload, generator(0))
 
 
@@ -357,10 +357,10 @@ def distance(codec: Codec, feedback: bool, rounds: int = 200) -> float:
         replies = []
         for client in CLIENTS:
             moved = {**heard.tensors, R: heard.tensors[R] + 0.05 * (targets[client] - heard.tensors[R])}
-            payload = replace(update(to_arrays(moved), state.round, client), basis=basis_hash(heard.common))
+            payload = replace(update(to_arrays(moved), state.round, client), basis=basis_hash(heard.shared))
             data, kept[client] = wire.up(method, payload, heard.tensors, kept.get(client, {}) if feedback else {})
             replies.append((client, data))
-        updates, _ = admit(replies, rules(method, heard, ServerConfig(codec=codec), "run", {}))
+        updates, _ = validate_updates(replies, rules(method, heard, ServerConfig(codec=codec), "run", {}))
         after = method.aggregate(heard, updates, ServerOptimizer())
         state = wire.settled(method, state, heard, after)
         if not feedback and codec != "float32":

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedsb.federation.client import LocalTraining
-from fedsb.federation.optimizer import clip_by_client, step_by_client
+from fedsb.training.local import LocalTraining
+from fedsb.training.optimizer import clip_by_client, step_by_client
 
 SHAPES = {"core": (1, 3, 3), "bias": (4,), "scalar": ()}
 STEPS = 10

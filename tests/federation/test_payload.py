@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from fedsb.draws import generator
-from fedsb.federation.codec import CODECS, Codec, payload_bytes
-from fedsb.federation.payload import LAYOUT_LIMIT, VERSION, Payload, PayloadError, pack, unpack
+from fedsb.protocol.codec import CODECS, Codec, payload_bytes
+from fedsb.protocol.payload import LAYOUT_LIMIT, VERSION, Payload, PayloadError, pack, unpack
+from fedsb.utils.rng import generator
 
 HEADER: dict[str, Any] = {
     "version": VERSION,

@@ -8,17 +8,17 @@ import pytest
 import torch
 
 from fedsb.adapters.adapted import AdaptedModel, find_targets
-from fedsb.federation.basis_round import basis_values
-from fedsb.federation.prices import price, price_list
+from fedsb.config.schema import BasisConfig
+from fedsb.methods.base import Method
 from fedsb.methods.central import Central
-from fedsb.methods.contract import Method
 from fedsb.methods.fed_sb import FedSB
 from fedsb.methods.fedex_lora import FedExLoRA
 from fedsb.methods.fedit import FedIT
 from fedsb.methods.ffa_lora import FFALoRA
 from fedsb.methods.flora import FLoRA
 from fedsb.methods.local import Local
-from fedsb.settings import BasisConfig
+from fedsb.protocol.prices import price, price_list
+from fedsb.training.basis import basis_values
 
 TOY = {"up": (20, 10), "down": (10, 20)}  # m + n = 30 in both, m n = 200
 

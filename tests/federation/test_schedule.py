@@ -6,12 +6,12 @@ from itertools import pairwise
 
 import pytest
 
-from fedsb.config import load_config
-from fedsb.federation.prices import price
-from fedsb.federation.schedule import sample, whole_broadcasts
+from fedsb.config.load import load_config
+from fedsb.config.schema import Config
 from fedsb.methods.fed_sb import FedSB
 from fedsb.methods.flora import FLoRA
-from fedsb.settings import Config
+from fedsb.protocol.prices import price
+from fedsb.protocol.schedule import sample, whole_broadcasts
 
 NAMES = ["a", "b", "c", "d", "e"]
 

@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedsb.errors import RunError
-from fedsb.federation.payload import Payload, pack
-from fedsb.federation.server import Rules, Wanted, admit
+from fedsb.protocol.payload import Payload, pack
+from fedsb.server.validation import UpdateRules, UpdateSpec, validate_updates
+from fedsb.utils.errors import RunError
 
-RULES = Rules(
+RULES = UpdateRules(
     run="run",
     round=4,
     basis="basis",
-    wanted=Wanted(
+    wanted=UpdateSpec(
         shapes={"x.R": (2, 3), "head.bias": (2,)},
         reference={"x.R": np.full((2, 3), 5, np.float32), "head.bias": np.zeros(2, np.float32)},
     ),
@@ -36,7 +36,7 @@ def with_value(value: float) -> dict[str, Any]:
 
 
 def test_good_updates_pass_with_their_samples() -> None:
-    updates, dropped = admit([update("a", samples=3), update("b", samples=9)], RULES)
+    updates, dropped = validate_updates([update("a", samples=3), update("b", samples=9)], RULES)
     assert not dropped
     assert [(u.client, u.weight) for u in updates] == [("a", 3.0), ("b", 9.0)]
     assert updates[0].tensors["x.R"].tolist() == [[6.0] * 3] * 2
@@ -44,7 +44,7 @@ def test_good_updates_pass_with_their_samples() -> None:
 
 def test_uniform_weights() -> None:
     rules = dataclasses.replace(RULES, weighting="uniform")
-    updates, _ = admit([update("a", samples=3), update("b", samples=9)], rules)
+    updates, _ = validate_updates([update("a", samples=3), update("b", samples=9)], rules)
     assert [u.weight for u in updates] == [1.0, 1.0]
 
 
@@ -82,21 +82,21 @@ BAD = [
 
 @pytest.mark.parametrize(("reply", "said"), BAD)
 def test_a_bad_update_is_dropped_with_its_reason(reply: tuple[str, bytes], said: str) -> None:
-    updates, (dropped,) = admit([update("a"), reply, update("b")], RULES)
+    updates, (dropped,) = validate_updates([update("a"), reply, update("b")], RULES)
     assert [u.client for u in updates] == ["a", "b"]
     assert dropped.client == "bad"
     assert said in dropped.reason
 
 
 def test_a_second_update_of_a_client_is_dropped() -> None:
-    updates, (dropped,) = admit([update("a", samples=1), update("b"), update("a", samples=99)], RULES)
+    updates, (dropped,) = validate_updates([update("a", samples=1), update("b"), update("a", samples=99)], RULES)
     assert [(u.client, u.weight) for u in updates] == [("a", 1.0), ("b", 10.0)]
     assert (dropped.client, dropped.reason) == ("a", "sent a second update in this round")
 
 
 def test_all_bad_updates_of_a_round_at_once() -> None:
     bad = [(f"bad {i}", param.values[0][1]) for i, param in enumerate(BAD)]  # some now lie of their name too
-    updates, dropped = admit([update("a"), *bad, update("b")], RULES)
+    updates, dropped = validate_updates([update("a"), *bad, update("b")], RULES)
     assert [u.client for u in updates] == ["a", "b"]
     assert [d.client for d in dropped] == [name for name, _ in bad]
 
@@ -104,37 +104,39 @@ def test_all_bad_updates_of_a_round_at_once() -> None:
 def test_too_few_good_updates_end_the_round() -> None:
     rules = dataclasses.replace(RULES, min_clients=2)
     with pytest.raises(RunError) as caught:
-        admit([update("a"), update("bad", samples=0)], rules)
+        validate_updates([update("a"), update("bad", samples=0)], rules)
     assert str(caught.value) == (
         "round 5: 1 good updates, server.min_clients asks for 2 "
         "(bad: claims 0 samples, allowed are 1 to 1,000,000,000). The checkpoint of the last finished round is kept"
     )
     with pytest.raises(RunError, match="no client replied"):
-        admit([], rules)
-    assert len(admit([update("a"), update("b"), update("bad", samples=0)], rules)[0]) == 2
+        validate_updates([], rules)
+    assert len(validate_updates([update("a"), update("b"), update("bad", samples=0)], rules)[0]) == 2
 
 
 def test_an_outlier_counts_against_min_clients() -> None:
     with pytest.raises(RunError, match="far: its change has norm"):
-        admit([update("a"), update("b"), update("far", change=1000)], dataclasses.replace(RULES, min_clients=3))
+        validate_updates(
+            [update("a"), update("b"), update("far", change=1000)], dataclasses.replace(RULES, min_clients=3)
+        )
 
 
 def test_the_norm_is_that_of_the_change_not_of_the_tensor() -> None:
     """Values near 5 with changes near 0.001: 100 times that is an outlier although it hardly moves the tensor."""
     replies = [update("a", 0.001), update("b", 0.001), update("far", 0.1)]
-    _, (dropped,) = admit(replies, RULES)
+    _, (dropped,) = validate_updates(replies, RULES)
     assert dropped.client == "far"
-    updates, none = admit(replies, dataclasses.replace(RULES, norm_factor=float("inf")))
+    updates, none = validate_updates(replies, dataclasses.replace(RULES, norm_factor=float("inf")))
     assert len(updates) == 3 and not none
 
 
 def test_clients_that_did_not_move_do_not_make_the_others_outliers() -> None:
-    updates, dropped = admit([update("a", 0), update("b", 0), update("c", 1)], RULES)
+    updates, dropped = validate_updates([update("a", 0), update("b", 0), update("c", 1)], RULES)
     assert len(updates) == 3 and not dropped
 
 
 def test_one_client_alone_is_never_an_outlier() -> None:
-    assert len(admit([update("a", 1e6)], RULES)[0]) == 1
+    assert len(validate_updates([update("a", 1e6)], RULES)[0]) == 1
 
 
 def test_a_claim_is_no_part_of_the_norm() -> None:
@@ -151,19 +153,21 @@ def test_a_claim_is_no_part_of_the_norm() -> None:
         update(name, tensors={**good, "rank": np.full(1, rank, np.float32)})
         for name, rank in zip("abc", (15, 30, 15), strict=True)
     ]
-    updates, dropped = admit([*sent, update("d", tensors=bad)], dataclasses.replace(RULES, wanted=wanted))
+    updates, dropped = validate_updates([*sent, update("d", tensors=bad)], dataclasses.replace(RULES, wanted=wanted))
     assert [u.client for u in updates] == ["a", "b", "c"]
     assert "over 30 times" in dropped[0].reason
 
 
 def test_a_client_of_another_rank_is_measured_by_its_own_shapes() -> None:
-    smaller = Wanted(
+    smaller = UpdateSpec(
         shapes={"x.R": (1, 1), "head.bias": (2,)},
         reference={"x.R": np.full((1, 1), 5, np.float32), "head.bias": np.zeros(2, np.float32)},
     )
     mixed = dataclasses.replace(RULES, at_rank={"b": smaller})
     tensors = {"x.R": np.full((1, 1), 6, np.float32), "head.bias": np.zeros(2, np.float32)}
-    updates, dropped = admit([update("a"), update("b", tensors=tensors), update("c", tensors=tensors)], mixed)
+    updates, dropped = validate_updates(
+        [update("a"), update("b", tensors=tensors), update("c", tensors=tensors)], mixed
+    )
     assert [u.client for u in updates] == ["a", "b"]
     assert "'x.R' has shape (1, 1), wanted (2, 3)" in dropped[0].reason
 
@@ -173,13 +177,13 @@ def test_a_change_is_judged_per_step() -> None:
     "further."""
     replies = [update("small", 1.0, samples=7), update("other", 1.0, samples=7), update("large", 100.0, samples=700)]
     rules = dataclasses.replace(RULES, steps={"small": 1, "other": 1, "large": 100})
-    assert not admit(replies, rules)[1]
-    (dropped,) = admit(replies, dataclasses.replace(RULES, steps={"small": 1, "other": 1, "large": 2}))[1]
+    assert not validate_updates(replies, rules)[1]
+    (dropped,) = validate_updates(replies, dataclasses.replace(RULES, steps={"small": 1, "other": 1, "large": 2}))[1]
     assert dropped.client == "large" and "after 2 steps" in dropped.reason
 
 
 def test_a_client_claims_the_rows_that_it_has() -> None:
     rules = dataclasses.replace(RULES, rows={"a": 10, "b": 10})
-    updates, (dropped,) = admit([update("a"), update("b", samples=999_999)], rules)
+    updates, (dropped,) = validate_updates([update("a"), update("b", samples=999_999)], rules)
     assert [u.client for u in updates] == ["a"]
     assert dropped.reason == "claims 999999 samples, but it has 10 training rows in this run"

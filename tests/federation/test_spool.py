@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fedsb.federation.payload import Payload, pack
-from fedsb.federation.server import Rules, Wanted, admit
-from fedsb.federation.spool import Spool
+from fedsb.protocol.payload import Payload, pack
+from fedsb.server.spool import Spool
+from fedsb.server.validation import UpdateRules, UpdateSpec, validate_updates
 
 SIZE = 250_000  # values: a megabyte
 
@@ -43,8 +43,8 @@ def test_an_empty_spool() -> None:
 
 def test_the_doorkeeper_holds_one_envelope_at_a_time(tmp_path: Path) -> None:
     """Forty updates of a megabyte take no more memory than ten."""
-    wanted = Wanted(shapes={"x": (SIZE,)}, reference={"x": np.zeros(SIZE, np.float32)})
-    rules = Rules(run="r", round=0, basis="", wanted=wanted)
+    wanted = UpdateSpec(shapes={"x": (SIZE,)}, reference={"x": np.zeros(SIZE, np.float32)})
+    rules = UpdateRules(run="r", round=0, basis="", wanted=wanted)
 
     def envelopes(count: int) -> Iterator[tuple[str, bytes]]:
         for k in range(count):
@@ -55,7 +55,7 @@ def test_the_doorkeeper_holds_one_envelope_at_a_time(tmp_path: Path) -> None:
     peaks = []
     for count in (10, 40):
         tracemalloc.start()
-        updates, dropped = admit(envelopes(count), rules, Spool(tmp_path))
+        updates, dropped = validate_updates(envelopes(count), rules, Spool(tmp_path))
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert len(updates) == count and not dropped

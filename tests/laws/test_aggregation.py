@@ -12,8 +12,8 @@ import torch
 from fedsb.adapters.basis import make_basis, random_pair
 from fedsb.methods import GROUP
 from fedsb.methods.averaging import ServerOptimizer
+from fedsb.methods.base import Method, State, Update
 from fedsb.methods.central import Central
-from fedsb.methods.contract import Method, State, Update
 from fedsb.methods.fed_sb import FedSB
 from fedsb.methods.fedex_lora import FedExLoRA
 from fedsb.methods.fedit import FedIT
@@ -63,19 +63,19 @@ PLAIN = ServerOptimizer()
 
 def test_every_method_of_ours_is_here() -> None:
     ours = {p.name for p in entry_points(group=GROUP) if p.value.startswith("fedsb.")}
-    assert {case.values[0].facts.id for case in ALL} == ours
+    assert {case.values[0].spec.id for case in ALL} == ours
 
 
 def start(method: Method) -> State:
     pairs = [(layer, random_pair(m, n, method.total_rank, 0, layer)) for layer, (m, n) in SHAPES.items()]
     state = method.start(SHAPES, make_basis("random", pairs), HEAD, seed=0)
     double = {key: value.double() for key, value in state.tensors.items()}
-    common = {key: value.double() if value.is_floating_point() else value for key, value in state.common.items()}
-    return replace(state, tensors=double, common=common)
+    common = {key: value.double() if value.is_floating_point() else value for key, value in state.shared.items()}
+    return replace(state, tensors=double, shared=common)
 
 
 def received(method: Method, state: State) -> dict[str, torch.Tensor]:
-    return method.receive(state.common, method.broadcast(state), {}, state.round)
+    return method.init_client(state.shared, method.broadcast(state), {}, state.round)
 
 
 def trained(method: Method, state: State, seed: int) -> dict[str, torch.Tensor]:
@@ -119,7 +119,7 @@ ROUNDS = pytest.mark.parametrize("rounds", [0, 1, 2])
 def after(method: Method, rounds: int) -> State:
     state = start(method)
     for round in range(rounds):
-        state = round_of(method, state, [100 + round] if method.facts.pools_data else [100 + round, 200 + round])
+        state = round_of(method, state, [100 + round] if method.spec.pools_data else [100 + round, 200 + round])
     return state
 
 
@@ -141,7 +141,7 @@ def test_law_1_alike_clients_are_the_identity(method: Method, clients: int, roun
 @pytest.mark.parametrize("method", GLOBAL)
 def test_law_2_exactness(method: Method, clients: int, rounds: int) -> None:
     """Exact methods: the global dW is sum p_k dW_k. The others show their gap; fedit's has rank (c - 1) r at most."""
-    clients = 1 if method.facts.pools_data else clients  # a control has one client
+    clients = 1 if method.spec.pools_data else clients  # a control has one client
     state = after(method, rounds)
     own = [trained(method, state, seed=k) for k in range(clients)]
     weights = [1.0 + 2.5 * k for k in range(clients)]
@@ -151,11 +151,11 @@ def test_law_2_exactness(method: Method, clients: int, rounds: int) -> None:
     ideal = {layer: sum(p_k * deltas(method, t)[layer] for p_k, t in zip(p, own, strict=True)) for layer in SHAPES}
     heads = {key: sum(p_k * t[key] for p_k, t in zip(p, own, strict=True)) for key in HEAD}
     assert worst({key: end[key] for key in HEAD}, heads) < 1e-12
-    if method.facts.exact or clients == 1:
+    if method.spec.exact or clients == 1:
         assert worst(deltas(method, end), ideal) < 1e-10
         return
     assert worst(deltas(method, end), ideal) > 0.1
-    if method.facts.id == "fedit":
+    if method.spec.id == "fedit":
         for layer in SHAPES:
             residual = ideal[layer] - deltas(method, end)[layer]
             assert torch.linalg.matrix_rank(residual, rtol=1e-9) <= (clients - 1) * method.rank
@@ -179,7 +179,7 @@ def test_law_2_flora_na_lies_between_fedit_and_the_best(clients: int) -> None:
                 assert isinstance(M, torch.Tensor)
                 gap += float((M - deltas(method, method.model(end))[layer]).square().sum())
                 norm += float(M.square().sum())
-            errors[method.facts.id] = (gap / norm) ** 0.5
+            errors[method.spec.id] = (gap / norm) ** 0.5
             if isinstance(method, FLoRANA):
                 said = end.metrics
         assert errors["flexlora"] <= errors["flora-na"] + 1e-12
@@ -206,19 +206,19 @@ def test_law_3_order_and_dropping(method: Method, rounds: int) -> None:
 def test_law_10_a_site_that_skipped_rounds_catches_up(method: Method, late: tuple[int, ...]) -> None:
     """A site that follows the broadcasts holds what the server thinks, whichever rounds it missed, bit for bit."""
     state = start(method)
-    held = state.common
+    held = state.shared
     _, kept = method.upload(received(method, state), trained(method, state, seed=9), state.round)
     last = 0
     for round in range(5):
         if round not in late:
-            held = method.follow(held, method.broadcast(state, late=round > 0 and last != round - 1))
+            held = method.update_shared(held, method.broadcast(state, late=round > 0 and last != round - 1))
             last = round
-            assert held.keys() == state.common.keys()
-            assert all(torch.equal(held[key], state.common[key]) for key in held)
-        state = round_of(method, state, [10 * round] if method.facts.pools_data else [10 * round, 10 * round + 1])
+            assert held.keys() == state.shared.keys()
+            assert all(torch.equal(held[key], state.shared[key]) for key in held)
+        state = round_of(method, state, [10 * round] if method.spec.pools_data else [10 * round, 10 * round + 1])
     message = method.broadcast(state, late=last != state.round - 1)
-    own = method.receive(method.follow(held, message), message, kept, state.round)
-    if method.facts.global_model:
+    own = method.init_client(method.update_shared(held, message), message, kept, state.round)
+    if method.spec.global_model:
         assert worst(deltas(method, own), deltas(method, method.model(state))) == 0
     else:
         assert worst({k: own[k] for k in kept}, kept) == 0
@@ -235,8 +235,8 @@ MIXED = [
 
 
 def test_mixed_ranks_are_tried_where_the_facts_say_so() -> None:
-    assert {case.values[0].facts.id for case in MIXED} == {
-        case.values[0].facts.id for case in ALL if case.values[0].facts.mixed_ranks
+    assert {case.values[0].spec.id for case in MIXED} == {
+        case.values[0].spec.id for case in ALL if case.values[0].spec.mixed_ranks
     }
 
 
@@ -249,7 +249,7 @@ def test_clients_of_mixed_ranks(method: Method, ranks: tuple[int, ...]) -> None:
         for k, rank in enumerate(ranks):
             mine = method.at(rank)
             assert mine.total_rank == rank and mine.scale == method.scale
-            tensors = mine.receive(state.common, method.broadcast(state, rank=rank), {}, state.round)
+            tensors = mine.receive(state.shared, method.broadcast(state, rank=rank), {}, state.round)
             whole = received(method, state)
             for layer in SHAPES:
                 for key, leading in corners(method, whole, layer, rank).items():
@@ -272,15 +272,13 @@ def test_clients_of_mixed_ranks(method: Method, ranks: tuple[int, ...]) -> None:
             for layer in SHAPES
         }
         got = deltas(method, method.model(state))
-        if method.facts.id == "flora":  # exact whatever the ranks
+        if method.spec.id == "flora":  # exact whatever the ranks
             assert worst(got, M) < 1e-10
-        if method.facts.id == "flexlora":
+        if method.spec.id == "flexlora":
             for layer in SHAPES:
                 U, S, Vh = torch.linalg.svd(M[layer])
                 assert torch.allclose(got[layer], (U[:, :4] * S[:4]) @ Vh[:4], atol=1e-10)
-        if (
-            method.facts.id == "fed-sb" and method.blocks == 1 and not round
-        ):  # an entry that one client holds is its own
+        if method.spec.id == "fed-sb" and method.blocks == 1 and not round:  # an entry that one client holds is its own
             for layer in SHAPES:
                 R = [u.tensors[f"{layer}.R"][0] for u in updates]
                 mean = state.tensors[f"{layer}.R"][0]
@@ -295,7 +293,7 @@ def corners(method: Method, whole: dict[str, torch.Tensor], layer: str, rank: in
     if method.adapter == "factors":  # flora's is fresh: the same rows of A, drawn shorter
         return {"A": A[:rank], "B": B[:, :rank]}
     R = whole[f"{layer}.R"]
-    if method.facts.id == "ravan":  # the first blocks
+    if method.spec.id == "ravan":  # the first blocks
         return {"A": A[:rank], "B": B[:, :rank], "R": R[: rank // method.rank]}
     h, full = len(R), len(R[0])
     r = rank // h  # of every block the leading rows, columns and corner

@@ -12,19 +12,20 @@ import pytest
 import torch
 
 from conftest import adapter_bytes, set_all
-from fedsb.config import load_config
-from fedsb.engines import Engine, Replies
-from fedsb.engines.embedded import EmbeddedEngine
-from fedsb.federation.codec import CODECS, Q_MAX
-from fedsb.federation.payload import unpack
+from fedsb.channels.in_process import EmbeddedEngine
+from fedsb.config.load import load_config
+from fedsb.config.schema import Config, method_of
 from fedsb.methods import method_type
 from fedsb.methods.averaging import ServerOptimizer
-from fedsb.methods.contract import Method, State, Update
+from fedsb.methods.base import Method, State, Update
 from fedsb.methods.fed_sb import FedSB
-from fedsb.pricing import estimate
-from fedsb.record import Record, read_manifest
-from fedsb.run import federate, resume, sample
-from fedsb.settings import Config, method_of
+from fedsb.planning.estimate import estimate
+from fedsb.protocol.codec import CODECS, Q_MAX
+from fedsb.protocol.payload import unpack
+from fedsb.reporting.run_directory import read_manifest
+from fedsb.runs.record import Record
+from fedsb.runs.run import federate, resume, sample
+from fedsb.server.types import Engine, Replies
 
 LOSSY = ("bfloat16", "int8", "int4")
 
@@ -70,7 +71,7 @@ def test_law_4_bytes_of_every_codec(
 
 
 def test_law_4_the_ledgers_head_is_as_it_was_priced(tiny_config: dict[str, Any], tmp_path: Path) -> None:
-    from fedsb.report import summary
+    from fedsb.reporting.report import summary
 
     folder = run(set_all(tiny_config, server={"codec": "int4"}), tmp_path)
     measured, mine = summary(folder)["bytes"]["federation"], read_manifest(folder)["prices"][0]
@@ -103,8 +104,8 @@ def test_law_5_resume_is_bit_exact(
     tiny_config: dict[str, Any], tmp_path: Path, method: dict[str, Any], codec: str
 ) -> None:
     """With what sites hold in the checkpoint and what they are owed beside their optimisers; 2 of 3 clients a round."""
-    facts = method_type(method["name"]).facts
-    train = {**tiny_config["train"], "keep_optimizer": not (facts.turns or facts.mixed_ranks)}
+    facts = method_type(method["name"]).spec
+    train = {**tiny_config["train"], "keep_optimizer": not (facts.rotates_basis or facts.mixed_ranks)}
     config = set_all(tiny_config, method=method, train=train, rounds=4)
     config |= {"server": {"clients_per_round": 2, "codec": codec}}
     whole = run(config, tmp_path / "whole")
@@ -123,10 +124,10 @@ def test_law_5_resume_is_bit_exact(
     for part in ("tensors", "held", "common"):
         one, other = getattr(states[0], part), getattr(states[1], part)
         assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
-    assert bool(states[0].held) != facts.changes_base
+    assert bool(states[0].client_view) != facts.changes_base
     kept = Record.open(whole).take_up(4)
     owed = {key for own in kept.values() for key in own if key.startswith("codec/")}
-    assert bool(owed) != facts.turns
+    assert bool(owed) != facts.rotates_basis
 
 
 @pytest.mark.parametrize("codec", LOSSY)
@@ -142,7 +143,7 @@ def test_law_3_a_dropped_client_is_one_that_was_not_there(
         return [name for name in sample(engine, round, settings) if (name, round) != (bad, bad_round)]
 
     with monkeypatch.context() as patch:
-        patch.setattr("fedsb.run.sample", without)
+        patch.setattr("fedsb.runs.run.sample", without)
         wanted = run(config, tmp_path / "without")
 
     train = EmbeddedEngine.train
@@ -179,7 +180,7 @@ def test_a_round_is_aggregated_from_what_the_sites_held(
     folder = run(tiny_config, tmp_path, server={"codec": "int4", "optimizer": "momentum"})
     last = Record(folder, Record.open(folder).manifest).latest()
     assert last is not None and len(seen) == 3
-    assert all(torch.equal(last.held[key], x) for key, x in seen[-1].items())
+    assert all(torch.equal(last.client_view[key], x) for key, x in seen[-1].items())
 
 
 def open_engine(config: dict[str, Any]) -> tuple[EmbeddedEngine, State]:
@@ -197,8 +198,10 @@ def test_law_7_together_equals_one_after_another(
     """The draws do not depend on the company. A change that differs in its last bits may still be rounded the other
     way, which costs one step: a few values do, none differs by more."""
     ends = []
-    for cohort_size in (1, 3):
-        config = set_all(tiny_config, method=method, engine={"cohort_size": cohort_size}, server={"codec": codec})
+    for clients_per_forward in (1, 3):
+        config = set_all(
+            tiny_config, method=method, engine={"cohort_size": clients_per_forward}, server={"codec": codec}
+        )
         engine, state = open_engine(config)
         replies = engine.train(engine.method, state, [site.name for site in engine.sites], {})
         ends.append({name: unpack(envelope).tensors for name, envelope in replies.envelopes})

@@ -11,13 +11,14 @@ import pytest
 
 from conftest import adapter_bytes, labelled_rows, set_all
 from engines.in_process import Calls, Federation
-from fedsb.channel import Lost
-from fedsb.config import load_config
-from fedsb.engines.notes import read_note
-from fedsb.errors import RunError
-from fedsb.privacy.secure_sum import SumServer
-from fedsb.record import Record, read_rows
-from fedsb.run import federate, resume
+from fedsb.config.load import load_config
+from fedsb.protocol.channel import NoResponse
+from fedsb.protocol.messages import read_note
+from fedsb.reporting.run_directory import read_rows
+from fedsb.runs.record import Record
+from fedsb.runs.run import federate, resume
+from fedsb.secagg.protocol import SumServer
+from fedsb.utils.errors import RunError
 
 METHODS: dict[str, dict[str, Any]] = {
     "fed-sb": {"method": {"name": "fed-sb", "rank": 4}},
@@ -170,7 +171,7 @@ def test_a_change_goes_into_one_sum_only(tiny_config: dict[str, Any], tmp_path: 
         for name, answer in ask(self, requests, timeout_s):
             note = read_note(requests[name])
             dropped = note.verb == "sum" and note.facts["phase"] == "masked" and name == first
-            yield name, Lost("late") if dropped else answer
+            yield name, NoResponse("late") if dropped else answer
 
     monkeypatch.setattr(Calls, "ask", without_one)
     with pytest.raises(RunError, match="1: 0 of 3 clients sent 'shares'"):

@@ -11,17 +11,18 @@ import torch
 from conftest import adapter_bytes, set_all
 from federation.opened import started
 from fedsb.adapters.basis import basis_hash, make_basis, random_pair
-from fedsb.adapters.carry import is_carried
-from fedsb.config import load_config
-from fedsb.errors import UserError
+from fedsb.adapters.residual import is_residual
+from fedsb.config.load import load_config
+from fedsb.methods.base import Method, State
 from fedsb.methods.central import Central
-from fedsb.methods.contract import Method, State
 from fedsb.methods.fed_sb import FedSB
 from fedsb.methods.ravan import Ravan
-from fedsb.pricing import estimate
-from fedsb.record import Record, read_manifest
-from fedsb.report import summary
-from fedsb.run import federate, resume
+from fedsb.planning.estimate import estimate
+from fedsb.reporting.report import summary
+from fedsb.reporting.run_directory import read_manifest
+from fedsb.runs.record import Record
+from fedsb.runs.run import federate, resume
+from fedsb.utils.errors import UserError
 from laws.test_aggregation import SHAPES, deltas, received, round_of, start, worst
 from laws.test_codecs import StopAfterOne
 
@@ -50,10 +51,10 @@ def test_a_refresh_changes_the_basis_and_nothing_else(method: Method) -> None:
         assert min(float(delta.norm()) for delta in before.values()) > 1
         assert state.tensors["head.weight"] is head
         assert not any(bool(R.any()) for key, R in state.tensors.items() if key.endswith(".R"))
-        assert not any(is_carried(key) for key in method.broadcast(state, late=True))  # every site was there
-        hashes.add(basis_hash(state.common))
+        assert not any(is_residual(key) for key in method.broadcast(state, late=True))  # every site was there
+        hashes.add(basis_hash(state.shared))
     assert len(hashes) == 4
-    assert {key.rpartition(".")[2] for key in state.common if is_carried(key)} == {"carry_D"}
+    assert {key.rpartition(".")[2] for key in state.shared if is_residual(key)} == {"residual_D"}
 
 
 def test_moments_of_the_head_go_on_and_those_of_the_core_do_not() -> None:
@@ -61,7 +62,7 @@ def test_moments_of_the_head_go_on_and_those_of_the_core_do_not() -> None:
     state = start(method)
     keys = ["m.head.weight", *(f"m.{layer}.R" for layer in SHAPES)]
     moments = {key: torch.ones_like(state.tensors[key[2:]]) for key in keys}
-    after = refreshed(method, State(round=3, tensors=state.tensors, common=state.common, server=moments), seed=1)
+    after = refreshed(method, State(round=3, tensors=state.tensors, shared=state.shared, server=moments), seed=1)
     assert set(after.server) == {"m.head.weight"}
     assert after.round == 3
 
@@ -71,10 +72,10 @@ def test_the_new_basis_looks_from_where_the_run_has_come(tiny_config: dict[str, 
     """`core` sees another gradient, `random` is another draw; both at the same point make the same basis again."""
     engine, state = started(set_all(tiny_config, basis={"kind": kind, "share_samples": 0}))
     moved = {key: torch.randn_like(x) if key.endswith(".R") else x for key, x in state.tensors.items()}
-    there = State(round=2, tensors=moved, common=state.common)
+    there = State(round=2, tensors=moved, shared=state.shared)
     first, again = (engine.build_basis(engine.method, there)[0] for _ in range(2))
     assert first is not None and again is not None
-    assert basis_hash(first.tensors) == basis_hash(again.tensors) != basis_hash(state.common)
+    assert basis_hash(first.tensors) == basis_hash(again.tensors) != basis_hash(state.shared)
 
 
 CASES = [

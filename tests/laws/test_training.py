@@ -12,19 +12,19 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import adapter_bytes, set_all
-from fedsb.config import load_config
-from fedsb.engines import Replies
-from fedsb.engines.embedded import EmbeddedEngine
-from fedsb.evaluate import evaluate_adapter
-from fedsb.federation.cohort import Member, train_together
-from fedsb.federation.payload import unpack
-from fedsb.federation.server import admit, rules
+from fedsb.channels.in_process import EmbeddedEngine
+from fedsb.config.load import load_config
+from fedsb.config.schema import method_of
 from fedsb.methods import method_type
 from fedsb.methods.averaging import ServerOptimizer
-from fedsb.methods.contract import State
-from fedsb.record import Record
-from fedsb.run import federate, resume
-from fedsb.settings import method_of
+from fedsb.methods.base import State
+from fedsb.protocol.payload import unpack
+from fedsb.runs.evaluate import evaluate_adapter
+from fedsb.runs.record import Record
+from fedsb.runs.run import federate, resume
+from fedsb.server.types import Replies
+from fedsb.server.validation import rules, validate_updates
+from fedsb.training.joint import Member, train_together
 from laws import CONTROLS
 
 METHODS = [
@@ -62,13 +62,13 @@ def test_law_4_bytes(tiny_config: dict[str, Any], method: dict[str, Any]) -> Non
     for round in range(3):
         replies, state, kept = one_round(engine, state, kept)
         priced = engine.method.traffic(engine.shapes, head=head, clients=len(engine.sites), round=round)
-        if engine.method.facts.pools_data:
+        if engine.method.spec.pools_data:
             assert not replies.sent  # the rows are already where the training is
             continue
         assert len(replies.sent) == 2 * len(engine.sites)
         for sent in replies.sent:
             most = (priced.up if sent.direction == "up" else priced.down) + priced.head
-            assert sent.values == most or (engine.method.facts.id == "hetlora" and sent.values < most)  # pruned
+            assert sent.values == most or (engine.method.spec.id == "hetlora" and sent.values < most)  # pruned
             assert sent.head_values == priced.head
             assert sent.bytes == 4 * sent.values
             assert sent.bytes < sent.wire_bytes < sent.bytes + 3000
@@ -106,9 +106,9 @@ def test_law_4_bytes_of_a_basis(tiny_config: dict[str, Any], basis: str) -> None
 @pytest.mark.parametrize("method", METHODS)
 def test_law_5_resume_is_bit_exact(tiny_config: dict[str, Any], tmp_path: Path, method: dict[str, Any]) -> None:
     """Three rounds equal one round, a stop in the middle of the second, a resume and the rest: bit for bit."""
-    facts = method_type(method["name"]).facts
-    train = {**tiny_config["train"], "keep_optimizer": not facts.turns, "dropout": 0.1, "schedule": "cosine"}
-    server = {"clients_per_round": 2, "optimizer": "momentum" if facts.plain_mean else "none"}
+    facts = method_type(method["name"]).spec
+    train = {**tiny_config["train"], "keep_optimizer": not facts.rotates_basis, "dropout": 0.1, "schedule": "cosine"}
+    server = {"clients_per_round": 2, "optimizer": "momentum" if facts.supports_server_optimizer else "none"}
     config = set_all(tiny_config, method=method, train=train, server=server)
     whole = federate(load_config(set_all(config, out=str(tmp_path / "whole"))))
 
@@ -217,9 +217,9 @@ def test_law_7_together_equals_one_after_another(
         **length,
     }
     ends = []
-    for cohort_size in (1, 2, 3):
+    for clients_per_forward in (1, 2, 3):
         engine, state = open_engine(
-            set_all(tiny_config, method=method, train=train, engine={"cohort_size": cohort_size})
+            set_all(tiny_config, method=method, train=train, engine={"cohort_size": clients_per_forward})
         )
         replies = engine.train(engine.method, state, names(engine), {})
         envelopes = {name: unpack(envelope) for name, envelope in replies.envelopes}
@@ -236,7 +236,9 @@ def test_law_7_together_equals_one_after_another(
 
 def one_round(engine: EmbeddedEngine, state: State, kept: dict[str, Any]) -> tuple[Replies, State, dict[str, Any]]:
     replies = engine.train(engine.method, state, names(engine), kept)
-    updates, dropped = admit(replies.envelopes, rules(engine.method, state, engine.config.server, "test", {}))
+    updates, dropped = validate_updates(
+        replies.envelopes, rules(engine.method, state, engine.config.server, "test", {})
+    )
     assert not dropped
     return replies, engine.method.aggregate(state, updates, ServerOptimizer()), {**kept, **replies.kept}
 
@@ -249,10 +251,10 @@ def test_law_3_dropping_a_client_equals_running_without_it(tiny_config: dict[str
     everyone = names(engine)
     replies = engine.train(engine.method, state, everyone, {})
     spoilt = [(name, b"garbage" if name == everyone[1] else envelope) for name, envelope in replies.envelopes]
-    updates, dropped = admit(spoilt, server)
+    updates, dropped = validate_updates(spoilt, server)
     assert [drop.client for drop in dropped] == [everyone[1]]
     without = engine.train(engine.method, state, [everyone[0], everyone[2]], {})
-    others, _ = admit(without.envelopes, server)
+    others, _ = validate_updates(without.envelopes, server)
     ends = [engine.method.aggregate(state, good, ServerOptimizer()).tensors for good in (updates, others)]
     for key, value in ends[0].items():
         assert torch.allclose(value, ends[1][key], atol=1e-5), key  # trained in other company: to float tolerance
@@ -269,7 +271,7 @@ def test_law_11_what_should_move_moves_and_nothing_else(
     base = {key: p.detach().clone() for key, p in engine.base.model.named_parameters() if ".base." in key}
     draw = torch.Generator().manual_seed(0)
     site, own = engine.sites[0], engine.method
-    before = own.receive(state.common, own.broadcast(state), {}, round)
+    before = own.init_client(state.shared, own.broadcast(state), {}, round)
     moving = own.trainable(before, round)
     before = {key: value + 0.1 * torch.randn(value.shape, generator=draw) for key, value in sorted(before.items())}
     member = Member(name=site.name, examples=site.train, tensors=before)
@@ -298,5 +300,5 @@ def test_the_adapter_of_a_run_holds_the_product_of_its_state(tiny_config: dict[s
     layer = "bert.encoder.layer.0.attention.self.query"
     R = state.tensors[f"{layer}.R"][0]
     assert R.abs().max() > 0
-    assert torch.equal(files[f"base_model.model.{layer}.lora_B.weight"], state.common[f"{layer}.B"] @ R)
-    assert torch.equal(files[f"base_model.model.{layer}.lora_A.weight"], state.common[f"{layer}.A"])
+    assert torch.equal(files[f"base_model.model.{layer}.lora_B.weight"], state.shared[f"{layer}.B"] @ R)
+    assert torch.equal(files[f"base_model.model.{layer}.lora_A.weight"], state.shared[f"{layer}.A"])

@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from conftest import set_all
-from fedsb.config import load_config
-from fedsb.engines.embedded import EmbeddedEngine
-from fedsb.federation.client import draw_batches
-from fedsb.federation.server import admit, rules
+from fedsb.channels.in_process import EmbeddedEngine
+from fedsb.config.load import load_config
+from fedsb.config.schema import method_of
 from fedsb.methods.averaging import ServerOptimizer
-from fedsb.methods.contract import State, Update
+from fedsb.methods.base import State, Update
 from fedsb.methods.flora_na import FLoRANA
-from fedsb.settings import method_of
+from fedsb.server.validation import rules, validate_updates
+from fedsb.training.local import draw_batches
 from laws import CONTROLS, twins
 
 TOLERANCE = 2e-4
@@ -63,7 +63,7 @@ def lab_of(engine: EmbeddedEngine) -> twins.Lab:
     """
     from transformers import AutoModelForSequenceClassification
 
-    rounds = 3 if engine.method.facts.id == "hetlora" else 2
+    rounds = 3 if engine.method.spec.id == "hetlora" else 2
     plain = AutoModelForSequenceClassification.from_pretrained(engine.base.name, num_labels=3).eval().double()
     total = sum(site.rows for site in engine.sites)
     return twins.Lab(
@@ -114,7 +114,7 @@ def twin_of(asked: dict[str, Any], engine: EmbeddedEngine, state: State, lab: tw
 
 def drawn(engine: EmbeddedEngine, state: State, part: str, round: int = 0) -> twins.Tensors:
     """A or B of every layer as a client has it who starts in this round from `state`."""
-    tensors = engine.method.receive(state.common, engine.method.broadcast(state), {}, round)
+    tensors = engine.method.init_client(state.shared, engine.method.broadcast(state), {}, round)
     return {layer: tensors[f"{layer}.{part}"].double() for layer in engine.shapes}
 
 
@@ -132,7 +132,9 @@ def alone_or_together(name: str, lab: twins.Lab, twin: Any) -> Iterator[twins.Ro
 
 def one_round(engine: EmbeddedEngine, state: State, kept: dict[str, Any]) -> tuple[State, dict[str, Any]]:
     replies = engine.train(engine.method, state, [site.name for site in engine.sites], kept)
-    updates, dropped = admit(replies.envelopes, rules(engine.method, state, engine.config.server, "test", engine.ranks))
+    updates, dropped = validate_updates(
+        replies.envelopes, rules(engine.method, state, engine.config.server, "test", engine.ranks)
+    )
     assert not dropped
     return engine.method.aggregate(state, updates, ServerOptimizer()), {**kept, **replies.kept}
 
@@ -171,7 +173,7 @@ def test_law_2_exact_methods_reach_the_ideal_update(tiny_config: dict[str, Any],
         change, _ = wanted.models[engine.sites[0].name]
         ideal = twins.ideal(lab, wanted.trained)
         gap = max((change[layer] - ideal[layer]).abs().max().item() for layer in ideal)
-        assert gap < 1e-12 if engine.method.facts.exact else gap > 1e-3, gap
+        assert gap < 1e-12 if engine.method.spec.exact else gap > 1e-3, gap
 
 
 def test_no_two_twins_agree(tiny_config: dict[str, Any]) -> None:

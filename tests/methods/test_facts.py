@@ -14,23 +14,24 @@ import torch
 import fedsb.methods
 from conftest import set_all
 from fedsb.adapters.basis import Basis
-from fedsb.config import load_config
-from fedsb.errors import ConfigError, UserError
-from fedsb.federation.facts import fitting_rank
-from fedsb.federation.prices import price_list
+from fedsb.config.load import load_config
 from fedsb.methods import GROUP, build_method, method_type, method_types
-from fedsb.methods.contract import Facts, Method
+from fedsb.methods.base import Method, MethodSpec
 from fedsb.methods.control import control_options
 from fedsb.methods.fed_sb import FedSB
-from fedsb.pricing import estimate
-from fedsb.record import read_rows
-from fedsb.run import federate
+from fedsb.planning.estimate import estimate
+from fedsb.protocol.prices import price_list
+from fedsb.reporting.run_directory import read_rows
+from fedsb.runs.run import federate
+from fedsb.server.requirements import fitting_rank
+from fedsb.utils.errors import ConfigError, UserError
 
 OURS = {point.name: point.load() for point in entry_points(group=GROUP) if point.value.startswith("fedsb.")}
 SHAPES = {"up": (20, 10), "down": (10, 20)}
 
 
-SPEC = {  # adapter, exact, sum_only, changes_base, mixed_ranks, dp_noise, global_model, as the specification has them
+# adapter, exact, secagg_compatible, changes_base, mixed_ranks, dp_noise, global_model, as the specification has them
+SPEC = {
     "fed-sb": ("core", True, True, False, True, "linear", True),
     "ravan": ("core", True, True, False, True, "linear", True),
     "fedit": ("factors", False, True, False, False, "quadratic", True),
@@ -51,15 +52,15 @@ SPEC = {  # adapter, exact, sum_only, changes_base, mixed_ranks, dp_noise, globa
 
 @pytest.mark.parametrize("name", sorted({*OURS, *SPEC}))
 def test_facts_say_what_the_spec_says(name: str) -> None:
-    f = OURS[name].facts
-    facts = (f.adapter, f.exact, f.sum_only, f.changes_base, f.mixed_ranks, f.dp_noise, f.global_model)
+    f = OURS[name].spec
+    facts = (f.adapter, f.exact, f.secagg_compatible, f.changes_base, f.mixed_ranks, f.dp_noise, f.global_model)
     assert facts == SPEC[name]
 
 
 @pytest.mark.parametrize("name", sorted(OURS))
 def test_facts_are_complete(name: str) -> None:
     cls = OURS[name]
-    facts = cls.facts
+    facts = cls.spec
     assert facts.id == name
     assert facts.adapter in ("core", "factors", None)
     assert facts.dp_noise in ("linear", "quadratic")
@@ -82,9 +83,9 @@ def test_facts_are_complete(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(OURS))
 def test_facts_agree_with_each_other(name: str) -> None:
     """A method with a residual needs every client's factors; one whose clients keep a model has none in common."""
-    facts = OURS[name].facts
+    facts = OURS[name].spec
     if facts.changes_base:
-        assert not facts.sum_only
+        assert not facts.secagg_compatible
     if not facts.global_model:
         assert facts.client_state != "nothing"
         assert not facts.exact
@@ -110,11 +111,11 @@ def test_scales_and_ranks() -> None:
     assert build("local", {"rank": 4, "blocks": 3}).total_rank == 12
 
 
-@pytest.mark.parametrize("name", [name for name in OURS if OURS[name].facts.adapter is not None])
+@pytest.mark.parametrize("name", [name for name in OURS if OURS[name].spec.adapter is not None])
 @pytest.mark.parametrize("control", ["central", "local"])
 def test_the_control_of_a_method_has_its_adapter(control: str, name: str) -> None:
     """The same scale, number of directions and trained tensors, at settings that are no defaults."""
-    options = {"rank": 3, "blocks": 2} if OURS[name].facts.adapter == "core" else {"rank": 3, "alpha": 7.5}
+    options = {"rank": 3, "blocks": 2} if OURS[name].spec.adapter == "core" else {"rank": 3, "alpha": 7.5}
     method = build_method(name, options)
     built = build_method(control, control_options(method))
     assert (built.adapter, built.scale, built.rank, built.total_rank) == (
@@ -130,7 +131,7 @@ def test_the_control_of_a_method_has_its_adapter(control: str, name: str) -> Non
     trained = []
     for each in (method, built):
         state = each.start(SHAPES, basis, {}, 0)
-        own = each.receive(state.common, each.broadcast(state), {}, 0)
+        own = each.receive(state.shared, each.broadcast(state), {}, 0)
         trained.append({key: tuple(own[key].shape) for key in own})
     assert trained[0] == trained[1]
 
@@ -161,7 +162,11 @@ def test_an_unknown_method_gets_the_nearest_name_and_the_list(wrong: str, right:
 @pytest.mark.parametrize(
     ("method", "settings", "message"),
     [
-        ("fedex-lora", {"server": {"optimizer": "adam"}}, "fedex-lora does not take a plain mean .its fact plain_mean"),
+        (
+            "fedex-lora",
+            {"server": {"optimizer": "adam"}},
+            "fedex-lora does not take a plain mean .its fact supports_server_optimizer",
+        ),
         ("fedsvd", {"train": {"steps": 2, "keep_optimizer": True}}, "the coordinates of fedsvd turn"),
         ("fedit", {"clients": {"ranks": [1, 2]}}, "all clients of fedit have one rank .its fact mixed_ranks is false"),
         ("flora", {"clients": {"ranks": [1], "memory_mib": [1]}}, "both set the ranks"),
@@ -214,7 +219,7 @@ def test_a_run_of_mixed_ranks(tiny_config: dict[str, Any], method: dict[str, Any
 class HalfSB(FedSB):
     """A third party's: fed-sb under another name, with an option."""
 
-    facts: ClassVar[Facts] = dataclasses.replace(FedSB.facts, id="half-sb", paper="theirs")
+    spec: ClassVar[MethodSpec] = dataclasses.replace(FedSB.spec, id="half-sb", paper="theirs")
     share: float = 0.5
 
 
@@ -225,7 +230,7 @@ class Silent(Method):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NoStart(Method):
-    facts: ClassVar[Facts] = dataclasses.replace(FedSB.facts, id="theirs")
+    spec: ClassVar[MethodSpec] = dataclasses.replace(FedSB.spec, id="theirs")
     rank: int = 1
     traffic = FedSB.traffic
     trainable = FedSB.trainable
@@ -269,8 +274,8 @@ def test_a_third_partys_method_is_known_priced_and_runs(announce: Any, tiny_conf
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("theirs", "{here}:no_method", r"entry point 'theirs' \(.*no_method\) is no fedsb.methods.contract.Method"),
-        ("theirs", "{here}:Silent", "is no fedsb.methods.contract.Method with facts"),
+        ("theirs", "{here}:no_method", r"entry point 'theirs' \(.*no_method\) is no fedsb.methods.base.Method"),
+        ("theirs", "{here}:Silent", "is no fedsb.methods.base.Method with facts"),
         ("theirs", "{here}:NoStart", "does not define start, which every method must"),
         ("theirs", "{here}:Thawed", "is no frozen dataclass"),
         ("theirs", "{here}:HalfSB", "names a method whose id is 'half-sb'"),
@@ -296,7 +301,7 @@ def test_two_entry_points_of_one_name_are_refused(announce: Any) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Impostor(FedSB):
-    facts: ClassVar[Facts] = FedSB.facts
+    spec: ClassVar[MethodSpec] = FedSB.spec
 
 
 def test_methods_are_frozen() -> None:

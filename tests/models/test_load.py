@@ -25,9 +25,10 @@ from transformers import (
 from conftest import WORDS, _save, set_all
 from federation.opened import started
 from fedsb.adapters.adapted import AdaptedModel, find_targets
-from fedsb.config import load_config
-from fedsb.engines.embedded import EmbeddedEngine
-from fedsb.errors import UserError
+from fedsb.channels.in_process import EmbeddedEngine
+from fedsb.config.load import load_config
+from fedsb.config.resolved import ResolvedSetting
+from fedsb.config.schema import ModelConfig, method_of
 from fedsb.models import load as models
 from fedsb.models.heads import find_head, head_start
 from fedsb.models.load import (
@@ -38,8 +39,8 @@ from fedsb.models.load import (
     load_base,
     resolve_name,
 )
-from fedsb.run import federate
-from fedsb.settings import Choice, ModelConfig, method_of
+from fedsb.runs.run import federate
+from fedsb.utils.errors import UserError
 
 CLASSIFIER, LM = "AutoModelForSequenceClassification", "AutoModelForCausalLM"
 TINY = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
@@ -51,7 +52,7 @@ def load(folder: Path, auto_class: str = CLASSIFIER, *, shapes_only: bool = Fals
     return load_base(config, auto_class=auto_class, num_labels=labels, pad_token=0, shapes_only=shapes_only)
 
 
-def choice(base: BaseModel, key: str) -> Choice | None:
+def choice(base: BaseModel, key: str) -> ResolvedSetting | None:
     return next((c for c in base.choices if c.key == key), None)
 
 
@@ -138,7 +139,7 @@ def test_dtype_and_device_come_with_reasons(tiny_bert: Path) -> None:
             choose_device(wrong)
     base = load(tiny_bert, dtype="bfloat16", device="cpu")
     assert {p.dtype for p in base.model.parameters()} == {torch.bfloat16}
-    assert choice(base, "model.dtype") == Choice(key="model.dtype", value="bfloat16", reason="as asked")
+    assert choice(base, "model.dtype") == ResolvedSetting(key="model.dtype", value="bfloat16", reason="as asked")
 
 
 def test_auto_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +196,9 @@ def test_a_head_with_a_norm_stays_frozen_and_is_named(tmp_path: Path) -> None:
     config = ModernBertConfig(vocab_size=len(WORDS) + 3, pad_token_id=0, num_labels=3, **TINY)
     base = load(_save(tmp_path, ModernBertForSequenceClassification(config)))
     assert base.head == ("classifier",)
-    assert choice(base, "model.frozen") == Choice(key="model.frozen", value="head", reason="auto: not linear layers")
+    assert choice(base, "model.frozen") == ResolvedSetting(
+        key="model.frozen", value="head", reason="auto: not linear layers"
+    )
 
 
 def test_head_start() -> None:
@@ -301,7 +304,8 @@ def test_attention_and_matrix_precision_are_as_asked(
     tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The precision holds while training and scoring, and no longer."""
-    from fedsb.federation import cohort, scoring
+    from fedsb.training import joint as cohort
+    from fedsb.training import scoring
 
     seen: set[str] = set()
 
@@ -362,14 +366,14 @@ def test_a_gated_model_says_where_its_licence_is(monkeypatch: pytest.MonkeyPatch
     """transformers' words, as its `cached_file` raises them."""
     from transformers import AutoConfig
 
-    from fedsb.errors import NotAtHandError
+    from fedsb.utils.errors import NotAvailableError
 
     def refuse(*_: object, **__: object) -> None:
         raise OSError("You are trying to access a gated repo.\nMake sure to have access to it at https://hub/x.")
 
     monkeypatch.setattr(AutoConfig, "from_pretrained", refuse)
     with pytest.raises(
-        NotAtHandError, match=r"accepted: do so at https://huggingface.co/meta-llama/Llama-3.2-3B.*HF_TOKEN"
+        NotAvailableError, match=r"accepted: do so at https://huggingface.co/meta-llama/Llama-3.2-3B.*HF_TOKEN"
     ):
         load(Path("meta-llama/Llama-3.2-3B"), LM)
     priced = load(Path("meta-llama/Llama-3.2-3B"), LM, shapes_only=True)  # without any token

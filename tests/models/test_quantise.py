@@ -16,12 +16,12 @@ from torch import nn
 from conftest import WORDS, Said, _save, set_all, write_toml
 from fedsb.adapters.basis import weight_pair
 from fedsb.adapters.layer import base_weight
-from fedsb.config import load_config
-from fedsb.errors import ConfigError, UserError
+from fedsb.config.load import load_config
+from fedsb.config.schema import ModelConfig
 from fedsb.models.load import load_base
 from fedsb.models.quantise import count_values, missing_package, weight_bytes
-from fedsb.run import federate
-from fedsb.settings import ModelConfig
+from fedsb.runs.run import federate
+from fedsb.utils.errors import ConfigError, UserError
 
 LM, CLASSIFIER = "AutoModelForCausalLM", "AutoModelForSequenceClassification"
 needs_bitsandbytes = pytest.mark.skipif(
@@ -244,7 +244,7 @@ def test_without_bitsandbytes(
 @pytest.mark.parametrize(
     ("more", "part"),
     [
-        ({"engine": {"cohort_size": 2}}, "engine.cohort_size must be 1"),
+        ({"engine": {"cohort_size": 2}}, "engine.clients_per_forward must be 1"),
         ({"privacy": {"unit": "example", "epsilon": 3.0}}, "so none is protected: take 4bit"),
     ],
 )
@@ -258,14 +258,16 @@ def test_8_bits_mix_a_batchs_rows(tiny_config: dict[str, Any], more: dict[str, A
 
 @needs_bitsandbytes
 def test_8_bits_are_trained_a_client_at_a_time(folder: Path, tiny_config: dict[str, Any]) -> None:
-    from fedsb.engines.embedded import EmbeddedEngine
-    from fedsb.settings import method_of
+    from fedsb.channels.in_process import EmbeddedEngine
+    from fedsb.config.schema import method_of
 
     model = {"name": str(folder), "max_tokens": 16, "quantize": "8bit"}
     config = load_config(set_all(tiny_config, model=model)).config
     engine = EmbeddedEngine(config, method_of(config), "test")
-    assert engine.cohort_size == 1
-    assert any("whole batch" in choice.reason for choice in engine.choices if choice.key == "engine.cohort_size")
+    assert engine.clients_per_forward == 1
+    assert any(
+        "whole batch" in choice.reason for choice in engine.choices if choice.key == "engine.clients_per_forward"
+    )
 
 
 @needs_bitsandbytes

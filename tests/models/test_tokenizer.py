@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 
 from conftest import set_all
-from fedsb.config import load_config
-from fedsb.engines.embedded import EmbeddedEngine
-from fedsb.errors import UserError
-from fedsb.evaluate import export_to
+from fedsb.channels.in_process import EmbeddedEngine
+from fedsb.config.load import load_config
+from fedsb.config.schema import ModelConfig, method_of
 from fedsb.models.load import load_base, load_tokenizer, tokenizer_fingerprint
-from fedsb.record import read_manifest
-from fedsb.run import federate, resume
-from fedsb.settings import ModelConfig, method_of
+from fedsb.reporting.run_directory import read_manifest
+from fedsb.runs.evaluate import export_to
+from fedsb.runs.run import federate, resume
+from fedsb.utils.errors import UserError
 from support.architectures import build, save_tokenizer, write_rows
 
 LM = "AutoModelForCausalLM"

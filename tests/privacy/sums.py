@@ -8,9 +8,9 @@ from collections.abc import Collection
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedsb.privacy.fixed_point import Ring
-from fedsb.privacy.secure_sum import Phase, SumClient, SumPlan, SumServer
-from fedsb.privacy.sum_keys import pair_mask
+from fedsb.secagg.fixed_point import Ring
+from fedsb.secagg.keys import pair_mask
+from fedsb.secagg.protocol import Phase, SumClient, SumPlan, SumServer
 
 IDENTITIES = {name: Ed25519PrivateKey.generate() for name in "abcdefghi"}
 WHOLE = [1 + 2 + 3 + 4] * 6  # what Sum() comes to

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedsb.errors import UserError
 from fedsb.privacy import accounting
 from fedsb.privacy.accounting import TOLERANCE, Release, calibrate, epsilon
+from fedsb.utils.errors import UserError
 
 DELTA = 1e-5
 # target, sigma, and that sigma's epsilon by dp-accounting's PLD accountant at a fixed interval of 1e-4

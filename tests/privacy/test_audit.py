@@ -13,19 +13,20 @@ import pytest
 import torch
 
 from conftest import Said, set_all, write_toml
-from fedsb.audit import audit
-from fedsb.config import load_config
-from fedsb.errors import UserError
+from fedsb.config.load import load_config
 from fedsb.privacy import audit as module
-from fedsb.privacy import per_example, setup
+from fedsb.privacy import policy as setup
 from fedsb.privacy.accounting import Release, epsilon
 from fedsb.privacy.audit import SHARES, Canaries, audited, best_bound, ceiling, lower_bound, p_value
-from fedsb.privacy.guard import Guard
 from fedsb.privacy.ledger import Ledger
+from fedsb.privacy.mechanism import DPMechanism
 from fedsb.privacy.noise import SeededNoise
 from fedsb.privacy.plan import PrivacyPlan
 from fedsb.privacy.release_checks import ReleaseChecks, failed, limit
-from fedsb.run import federate
+from fedsb.runs.audit import audit
+from fedsb.runs.run import federate
+from fedsb.training import per_example
+from fedsb.utils.errors import UserError
 
 # --- the bound ---
 
@@ -57,7 +58,7 @@ def test_all_guesses_right_and_no_delta(guesses: int) -> None:
 def test_few_guesses_or_half_of_them_right_show_nothing() -> None:
     assert lower_bound(0.0, canaries=100, guesses=4, correct=4) == 0  # 1/16 is more than 5 %
     assert lower_bound(0.0, canaries=100, guesses=100, correct=50) == 0
-    assert lower_bound(0.01, canaries=100, guesses=100, correct=60) == 0  # m delta = 1: as good as no promise
+    assert lower_bound(0.01, canaries=100, guesses=100, correct=60) == 0  # m delta = 1: as good as no policy
 
 
 def test_which_way_the_bound_moves() -> None:
@@ -126,10 +127,10 @@ def test_the_bound_of_what_is_as_bad_as_it_may_be() -> None:
 # --- the canaries ---
 
 
-def guarded(tmp_path: Path, noise: Any, **changes: Any) -> Guard:
+def guarded(tmp_path: Path, noise: Any, **changes: Any) -> DPMechanism:
     settings = {"clip": 0.5, "delta": 1e-5, "batch": 8, "rows": 32, "steps": 1, "rounds": 4, "sigma": 1.0, **changes}
     ledger = Ledger.create(tmp_path / "one.jsonl", run="test", client="one", unit="example")
-    return Guard(plan=PrivacyPlan(unit="example", **settings), ledger=ledger, noise=noise)
+    return DPMechanism(plan=PrivacyPlan(unit="example", **settings), ledger=ledger, noise=noise)
 
 
 def test_canaries_are_drawn_and_clipped_like_rows(tmp_path: Path) -> None:
@@ -137,19 +138,19 @@ def test_canaries_are_drawn_and_clipped_like_rows(tmp_path: Path) -> None:
         def normal(self, shape: Any) -> Any:
             return np.zeros(shape)
 
-    guard = guarded(tmp_path, Quiet(0))
-    canaries = Canaries(1000, guard.noise, 7)
+    mechanism = guarded(tmp_path, Quiet(0))
+    canaries = Canaries(1000, mechanism.noise, 7)
     inside = canaries.inside
     assert 430 < len(inside) < 570
-    guard = audited(guard, canaries)
-    guard.charge(1)
-    rows = guard.draw()
+    mechanism = audited(mechanism, canaries)
+    mechanism.charge(1)
+    rows = mechanism.draw()
     assert all(0 <= row < 32 for row in rows)
     assert 0.15 < len(canaries.drawn) / len(inside) < 0.35  # q = 1/4
 
     canaries.drawn = [3]
     sums = {"b": torch.randn(40, 5), "a": torch.randn(100)}
-    mean = guard.mean(sums, 100)
+    mean = mechanism.mean(sums, 100)
     planted = {key: 8 * mean[key] - sums[key] for key in sums}
     length = torch.cat([x.flatten() for x in planted.values()]).norm()
     assert float(length) == pytest.approx(0.5, rel=1e-4)  # ten clips long before
@@ -201,7 +202,7 @@ def test_whole_code_passes_where_canaries_are_heard(config: dict[str, Any]) -> N
 
 
 def no_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Guard, "noised", lambda self, total, std: total)
+    monkeypatch.setattr(DPMechanism, "noised", lambda self, total, std: total)
 
 
 def no_clipping(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,9 +210,9 @@ def no_clipping(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def thin_noise(share: float) -> Callable[[pytest.MonkeyPatch], None]:
-    whole = Guard.noised
+    whole = DPMechanism.noised
     return lambda monkeypatch: monkeypatch.setattr(
-        Guard, "noised", lambda self, total, std: whole(self, total, std * share)
+        DPMechanism, "noised", lambda self, total, std: whole(self, total, std * share)
     )
 
 
@@ -221,7 +222,7 @@ def shared(by: str) -> Callable[[pytest.MonkeyPatch], None]:
     def install(monkeypatch: pytest.MonkeyPatch) -> None:
         kept: dict[Any, torch.Tensor] = {}
 
-        def mean(self: Guard, sums: dict[str, torch.Tensor], rows: int) -> dict[str, torch.Tensor]:
+        def mean(self: DPMechanism, sums: dict[str, torch.Tensor], rows: int) -> dict[str, torch.Tensor]:
             self._take("training")
             if by == "layers":
                 kept.clear()
@@ -233,7 +234,7 @@ def shared(by: str) -> Callable[[pytest.MonkeyPatch], None]:
                 made[key] = (x + kept[place]) / self.plan.batch
             return made
 
-        monkeypatch.setattr(Guard, "mean", mean)
+        monkeypatch.setattr(DPMechanism, "mean", mean)
 
     return install
 
@@ -243,19 +244,19 @@ def is_head(key: str) -> bool:
 
 
 def head_without_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    mean = Guard.mean
+    mean = DPMechanism.mean
 
-    def partly(self: Guard, sums: dict[str, torch.Tensor], rows: int) -> dict[str, torch.Tensor]:
+    def partly(self: DPMechanism, sums: dict[str, torch.Tensor], rows: int) -> dict[str, torch.Tensor]:
         return {key: sums[key] / self.plan.batch if is_head(key) else x for key, x in mean(self, sums, rows).items()}
 
-    monkeypatch.setattr(Guard, "mean", partly)
+    monkeypatch.setattr(DPMechanism, "mean", partly)
 
 
 def head_outside_the_norm(monkeypatch: pytest.MonkeyPatch) -> None:
     norms = per_example.norms
     inside = lambda gradients: norms({key: g for key, g in gradients.items() if not is_head(key)})  # noqa: E731
     monkeypatch.setattr(per_example, "norms", inside)
-    monkeypatch.setattr("fedsb.privacy.guard._refuse_long", lambda *_: None)
+    monkeypatch.setattr("fedsb.privacy.mechanism._refuse_long", lambda *_: None)
 
 
 def each_tensor_clipped_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,22 +268,22 @@ def each_tensor_clipped_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(per_example, "add_clipped", alone)
     monkeypatch.setattr(module, "add_clipped", alone)
-    monkeypatch.setattr("fedsb.privacy.guard._refuse_long", lambda *_: None)
+    monkeypatch.setattr("fedsb.privacy.mechanism._refuse_long", lambda *_: None)
 
 
 def drawn_at(times: float) -> Callable[[pytest.MonkeyPatch], None]:
     draw = lambda self: self.noise.poisson_sample(self.rows, min(1.0, times * self.plan.q))  # noqa: E731
-    return lambda monkeypatch: monkeypatch.setattr(Guard, "draw", draw)
+    return lambda monkeypatch: monkeypatch.setattr(DPMechanism, "draw", draw)
 
 
 def one_draw_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[list[int]] = []
 
-    def draw(self: Guard) -> list[int]:
+    def draw(self: DPMechanism) -> list[int]:
         kept[:] = kept or [self.noise.poisson_sample(self.rows, self.plan.q)]
         return kept[0]
 
-    monkeypatch.setattr(Guard, "draw", draw)
+    monkeypatch.setattr(DPMechanism, "draw", draw)
 
 
 def uniform_noise(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -338,15 +339,15 @@ def test_canaries_alone_catch_it_too(config: dict[str, Any], monkeypatch: pytest
 
 
 def test_noise_of_a_basis_is_tested(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = Guard.basis_sum
-    monkeypatch.setattr(Guard, "basis_sum", lambda self, sums, rows: (whole(self, sums, rows), sums)[1])
+    whole = DPMechanism.basis_sum
+    monkeypatch.setattr(DPMechanism, "basis_sum", lambda self, sums, rows: (whole(self, sums, rows), sums)[1])
     found = audit(load_config(set_all(config, basis={"kind": "core", "samples": 30})), canaries=64)
     assert found["broken"] and "the noise does not have the planned size (basis, " in found["says"]
 
 
 def test_a_round_that_is_not_charged_is_caught(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    charge = Guard.charge
-    monkeypatch.setattr(Guard, "charge", lambda self, round: charge(self, round) if round != 2 else None)
+    charge = DPMechanism.charge
+    monkeypatch.setattr(DPMechanism, "charge", lambda self, round: charge(self, round) if round != 2 else None)
     found = audit(load_config(config), canaries=64)
     assert 0 < found["epsilon_ledger"] < found["epsilon"]
     assert found["broken"] and "the ledger has no line for a training sum" in found["says"]
@@ -365,7 +366,7 @@ def test_a_ledger_that_lacks_a_round_is_caught(config: dict[str, Any], monkeypat
 
 
 def test_a_basis_that_is_not_in_the_ledger_is_caught(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Guard, "charge_basis", lambda self, round: self.noise.poisson_sample(self.plan.rows, 0.5))
+    monkeypatch.setattr(DPMechanism, "charge_basis", lambda self, round: self.noise.poisson_sample(self.plan.rows, 0.5))
     found = audit(load_config(set_all(config, basis={"kind": "core", "samples": 30})), canaries=64)
     assert found["broken"] and "the ledger has no line for a basis sum" in found["says"]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fedsb.draws import generator
-from fedsb.errors import UserError
-from fedsb.privacy.fixed_point import FixedPoint, flatten, unflatten
+from fedsb.secagg.fixed_point import FixedPoint, flatten, unflatten
+from fedsb.utils.errors import UserError
+from fedsb.utils.rng import generator
 
 
 def test_by_hand() -> None:

@@ -1,4 +1,4 @@
-"""The guard: a row's gradient is cut to the clip whatever its scale, and nothing is drawn that was not charged."""
+"""The mechanism: a row's gradient is cut to the clip whatever its scale, and nothing is drawn that was not charged."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import pytest
 import torch
 
 from conftest import set_all
-from fedsb.config import load_config
-from fedsb.errors import RunError
-from fedsb.privacy import per_example
-from fedsb.privacy.guard import Guard, UnsafeReleaseError
+from fedsb.config.load import load_config
 from fedsb.privacy.ledger import Ledger, read_ledger
+from fedsb.privacy.mechanism import DPMechanism, UnsafeReleaseError
 from fedsb.privacy.noise import SeededNoise
-from fedsb.privacy.per_example import add_clipped, norms
 from fedsb.privacy.plan import BasisNoise, PrivacyPlan
-from fedsb.run import federate
+from fedsb.runs.run import federate
+from fedsb.training import per_example
+from fedsb.training.per_example import add_clipped, norms
+from fedsb.utils.errors import RunError
 
 
 @pytest.fixture(autouse=True)
@@ -29,10 +29,10 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
-def guarded(folder: Path, **changes: Any) -> Guard:
+def guarded(folder: Path, **changes: Any) -> DPMechanism:
     settings = {"clip": 0.5, "delta": 1e-5, "batch": 8, "rows": 32, "steps": 3, "rounds": 2, "sigma": 1.0, **changes}
     ledger = Ledger.create(folder / "a.jsonl", run="x", client="a", unit="example")
-    return Guard(plan=PrivacyPlan(unit="example", **settings), ledger=ledger, noise=SeededNoise(0, "a"))
+    return DPMechanism(plan=PrivacyPlan(unit="example", **settings), ledger=ledger, noise=SeededNoise(0, "a"))
 
 
 # --- the clip ---
@@ -60,7 +60,7 @@ def test_the_norm_of_ten_million_values_is_exact() -> None:
 
 
 def test_the_product_of_the_clip_is_in_full_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In bfloat16 or TF32, as model.matmul may ask, a clipped row could be longer than the clip."""
+    """In bfloat16 or TF32, as model.float32_matmul_precision may ask, a clipped row could be longer than the clip."""
     used: list[str] = []
     product = torch.Tensor.__matmul__
 
@@ -79,17 +79,17 @@ def test_the_product_of_the_clip_is_in_full_float32(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_sum_longer_than_its_rows_allow_is_not_released(tmp_path: Path) -> None:
-    guard = guarded(tmp_path, basis=BasisNoise(clip=0.5, sigma=1.0))
-    guard.charge(1)
-    guard.mean({"a": torch.full((4,), 0.5)}, 2)  # exactly 2 x 0.5
+    mechanism = guarded(tmp_path, basis=BasisNoise(clip=0.5, sigma=1.0))
+    mechanism.charge(1)
+    mechanism.mean({"a": torch.full((4,), 0.5)}, 2)  # exactly 2 x 0.5
     for sums, rows in ({"a": torch.full((4,), 0.51)}, 2), ({"a": torch.tensor([1e-20])}, 0):
         with pytest.raises(
             UnsafeReleaseError, match=f"the sum of {rows} clipped gradients is longer than {rows} x 0.5"
         ):
-            guard.mean(sums, rows)
-    guard.charge_basis(0)
+            mechanism.mean(sums, rows)
+    mechanism.charge_basis(0)
     with pytest.raises(UnsafeReleaseError, match="Nothing was released"):
-        guard.basis_sum({"a": torch.tensor([math.nan])}, 2)
+        mechanism.basis_sum({"a": torch.tensor([math.nan])}, 2)
 
 
 def test_a_private_run_whose_clip_does_nothing_ends(
@@ -105,29 +105,29 @@ def test_a_private_run_whose_clip_does_nothing_ends(
 
 
 def test_what_is_not_charged_is_neither_drawn_nor_released(tmp_path: Path) -> None:
-    guard = guarded(tmp_path, basis=BasisNoise(clip=0.5, sigma=1.0))
+    mechanism = guarded(tmp_path, basis=BasisNoise(clip=0.5, sigma=1.0))
     zeros = {"a": torch.zeros(4)}
     makes: list[Callable[[], object]] = [
-        guard.draw,
-        lambda: guard.mean(zeros, 0),
-        lambda: guard.noised_update(zeros),
-        lambda: guard.basis_sum(zeros, 0),
+        mechanism.draw,
+        lambda: mechanism.mean(zeros, 0),
+        lambda: mechanism.noised_update(zeros),
+        lambda: mechanism.basis_sum(zeros, 0),
     ]
     for make in makes:
         with pytest.raises(RunError, match="the ledger has no line for"):
             make()
-    guard.charge(1)
+    mechanism.charge(1)
     for _ in range(3):  # steps
-        guard.draw()
-        guard.mean(zeros, 0)
+        mechanism.draw()
+        mechanism.mean(zeros, 0)
     with pytest.raises(RunError, match="the ledger has no line for"):
-        guard.mean(zeros, 0)
+        mechanism.mean(zeros, 0)
     with pytest.raises(RunError, match="the ledger has no line for"):
-        guard.basis_sum(zeros, 0)
-    guard.charge_basis(1)
-    guard.basis_sum(zeros, 0)
+        mechanism.basis_sum(zeros, 0)
+    mechanism.charge_basis(1)
+    mechanism.basis_sum(zeros, 0)
     with pytest.raises(RunError, match="the ledger has no line for"):
-        guard.basis_sum(zeros, 0)
+        mechanism.basis_sum(zeros, 0)
 
 
 # --- the noise ---

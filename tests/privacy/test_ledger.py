@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from fedsb.errors import RunError, UserError
 from fedsb.privacy.accounting import RELATION, Release, epsilon
 from fedsb.privacy.ledger import Ledger, merged, read_ledger
+from fedsb.utils.errors import RunError, UserError
 
 STEP = Release(sigma=0.861, q=0.0128, count=46)
 BASIS = Release(sigma=4.0, what="basis")

@@ -13,8 +13,8 @@ import pytest
 from numpy.typing import NDArray
 from scipy import stats
 
-from fedsb.errors import UserError
 from fedsb.privacy.noise import PAIRS, Noise, SecretNoise, SeededNoise, _Stream
+from fedsb.utils.errors import UserError
 
 # A right generator fails a test with p below this once in a million runs.
 RARE = 1e-6

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from fedsb.errors import ConfigError, UserError
 from fedsb.privacy.accounting import Release, epsilon
 from fedsb.privacy.plan import BasisNoise, PrivacyPlan, default_delta, signal_to_noise, worst_client
+from fedsb.utils.errors import ConfigError, UserError
 
 PLAN = PrivacyPlan(unit="example", clip=0.5, sigma=0.861, delta=1e-5, batch=64, rows=5000, steps=46, rounds=17)
 CLIENTS = PrivacyPlan(unit="client", clip=2.0, sigma=5.0, delta=1e-5, batch=10, rows=40, steps=1, rounds=20)

@@ -17,21 +17,21 @@ from safetensors.torch import load_file
 
 from conftest import set_all
 from federation.opened import open_engine, started
-from fedsb.config import load_config
+from fedsb.config.load import load_config
 from fedsb.data.tasks.classification import Classification
-from fedsb.errors import ConfigError, DivergedError, UserError
-from fedsb.federation.cohort import join_tensors
-from fedsb.federation.payload import unpack
-from fedsb.federation.scoring import forward
-from fedsb.privacy import setup
+from fedsb.privacy import policy as setup
 from fedsb.privacy.accounting import Release, epsilon
-from fedsb.privacy.guard import Cap, Guard, PromiseSpentError, clipped_change
 from fedsb.privacy.ledger import Ledger, merged, read_ledger
+from fedsb.privacy.mechanism import Cap, DPMechanism, PrivacyBudgetExceededError, clipped_change
 from fedsb.privacy.noise import SeededNoise
-from fedsb.privacy.per_example import add_clipped, clipped_sums
 from fedsb.privacy.plan import PrivacyPlan
-from fedsb.record import read_manifest, read_result, read_rows
-from fedsb.run import Silent, federate, resume
+from fedsb.protocol.payload import unpack
+from fedsb.reporting.run_directory import read_manifest, read_result, read_rows
+from fedsb.runs.run import Silent, federate, resume
+from fedsb.training.joint import join_tensors
+from fedsb.training.per_example import add_clipped, clipped_sums
+from fedsb.training.scoring import forward
+from fedsb.utils.errors import ConfigError, DivergedError, UserError
 from laws.test_codecs import StopAfterOne
 
 METHODS = [
@@ -205,7 +205,7 @@ def test_without_noise_and_clip_it_is_training_on_all_rows(
     engine, state = started(set_all(config, privacy={}))
     tensors, trainable = engine.method.model(state), engine.method.trainable(engine.method.model(state), 0)
     guarded = open_engine(config)
-    guarded.promise.open_ledgers(tmp_path, "test", new=True)
+    guarded.policy.open_ledgers(tmp_path, "test", new=True)
     name = guarded.sites[0].name
     (reply,) = guarded.train(guarded.method, state, [name], {}).each
     each = one_by_one(engine, tensors, trainable, engine.sites[0].train)
@@ -235,7 +235,7 @@ def test_the_noise_on_a_step_is_as_planned(
         name = engine.sites[0].name
         (reply,) = engine.train(engine.method, state, [name], {}).each
         ends.append(torch.cat([torch.tensor(x).flatten() for _, x in sorted(unpack(reply.envelope).tensors.items())]))
-    plan = engine.promise.plans[name]
+    plan = engine.policy.plans[name]
     assert float((ends[1] - ends[0]).std()) == pytest.approx(plan.sigma * 0.05 / 4, rel=0.05)
 
 
@@ -253,19 +253,19 @@ def test_an_empty_draw_still_steps_and_is_charged(
     before = engine.method.model(state)
     after = unpack(reply.envelope).tensors
     assert all((torch.tensor(x) != before[key]).any() for key, x in after.items())  # noise alone has moved it
-    (release,) = engine.promise.guards[name].ledger.releases()
+    (release,) = engine.policy.mechanisms[name].ledger.releases()
     assert release.count == 3
 
 
 def started_private(config: dict[str, Any], folder: Path) -> tuple[Any, Any]:
     engine = open_engine(config)
-    engine.promise.open_ledgers(folder, "test", new=True)
+    engine.policy.open_ledgers(folder, "test", new=True)
     basis, _ = engine.build_basis(engine.method)
     return engine, engine.method.start(engine.shapes, basis, engine.head, engine.config.seed)
 
 
 def test_a_private_run(tiny_config: dict[str, Any]) -> None:
-    """Its promise, its ledgers, and what it keeps to itself."""
+    """Its policy, its ledgers, and what it keeps to itself."""
     config = private(set_all(tiny_config, server={"clients_per_round": 2}))
     done = federate(load_config(config))
     manifest, result = read_manifest(done.folder), read_result(done.folder)
@@ -304,7 +304,7 @@ def test_a_round_done_again_is_charged_again_and_the_promise_is_kept(
     tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A crash behind the charge and before the checkpoint: the run goes on until its budget is spent."""
-    from fedsb.record import Record
+    from fedsb.runs.record import Record
 
     checkpoint = Record.round
 
@@ -343,7 +343,7 @@ def test_a_step_ahead_is_along_the_mean_of_the_rows_expected(
     for samples in (10, 20):
         basis = {"kind": "core", "samples": samples, "R0": "step", "outer_rank": 16}
         engine = open_engine(private(set_all(tiny_config, basis=basis), clip=1e6))
-        engine.promise.open_ledgers(tmp_path / str(samples), "test", new=True)
+        engine.policy.open_ledgers(tmp_path / str(samples), "test", new=True)
         starts.append(engine.build_basis(engine.method)[0].R0)
     for layer, R in starts[1].items():
         assert torch.allclose(starts[0][layer], 2 * R, rtol=1e-4, atol=1e-8) and (R != 0).any()
@@ -403,7 +403,7 @@ def test_the_noise_on_a_core_basis_is_as_planned(
     tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """What a client sends, less what it sends without noise, has the planned standard deviation."""
-    from fedsb.engines.embedded import EmbeddedEngine
+    from fedsb.channels.in_process import EmbeddedEngine
 
     sent: list[torch.Tensor] = []
     count = EmbeddedEngine._count
@@ -421,7 +421,7 @@ def test_the_noise_on_a_core_basis_is_as_planned(
         monkeypatch.setattr(setup, "noise_for", lambda client, noise=noise: noise(0, client))
         engine, _ = started_private(config, tmp_path / str(number))
     half = len(sent) // 2
-    for plan, quiet, noisy in zip(engine.promise.plans.values(), sent[:half], sent[half:], strict=True):
+    for plan, quiet, noisy in zip(engine.policy.plans.values(), sent[:half], sent[half:], strict=True):
         assert plan.basis is not None
         std = float((noisy - quiet).std())
         assert std == pytest.approx(plan.basis.sigma * plan.basis.clip, rel=0.05)
@@ -451,18 +451,18 @@ def test_the_servers_noise_and_the_clients_clip(
     tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A client's change is at most the clip long; the mean's noise is sigma clip / n."""
-    from fedsb.federation.server import admit, rules
+    from fedsb.server.validation import rules, validate_updates
 
     monkeypatch.setattr(setup, "noise_for", lambda client: SeededNoise(0, client))
     engine, state = started_private(of_clients(set_all(tiny_config, method={"name": "fed-sb", "rank": 16})), tmp_path)
     everyone = [site.name for site in engine.sites]
     replies = engine.train(engine.method, state, everyone, {})
-    updates, _ = admit(replies.envelopes, rules(engine.method, state, engine.config.server, "test", {}))
+    updates, _ = validate_updates(replies.envelopes, rules(engine.method, state, engine.config.server, "test", {}))
     for update in updates:
         change = torch.cat([(x - state.tensors[key]).flatten() for key, x in update.tensors.items()])
         assert float(change.norm()) == pytest.approx(0.5, rel=1e-4)  # it was longer
-    noised = engine.promise.noised(updates, 0)
-    plan = engine.promise.guards[setup.SERVER].plan
+    noised = engine.policy.noised(updates, 0)
+    plan = engine.policy.mechanisms[setup.SERVER].plan
     total = [
         torch.cat([sum(u.tensors[k] for u in each).flatten() for k in updates[0].tensors]) for each in (updates, noised)
     ]
@@ -500,11 +500,11 @@ def test_a_clients_own_cap_is_for_its_own_delta_and_all_runs(tmp_path: Path) -> 
     most = epsilon([other, *plan.releases(2)], 1e-5)
     cap = Cap(epsilon=most, delta=1e-5, before=(other,))
     ledger = Ledger.create(tmp_path / "a.jsonl", run="x", client="a", unit="example")
-    guard = Guard(plan=plan, ledger=ledger, noise=SeededNoise(0, "a"), cap=cap)
-    guard.charge(1)
-    guard.charge(2)
-    with pytest.raises(PromiseSpentError, match=r"at a delta of 1e-05; this site allows"):
-        guard.charge(3)
+    mechanism = DPMechanism(plan=plan, ledger=ledger, noise=SeededNoise(0, "a"), cap=cap)
+    mechanism.charge(1)
+    mechanism.charge(2)
+    with pytest.raises(PrivacyBudgetExceededError, match=r"at a delta of 1e-05; this site allows"):
+        mechanism.charge(3)
     assert epsilon(ledger.releases(), plan.delta) < plan.epsilon()
     assert len(read_ledger(ledger.path)) == 2
 
@@ -520,7 +520,7 @@ def test_a_clients_own_cap_is_for_its_own_delta_and_all_runs(tmp_path: Path) -> 
         ({"eval": {"gap": True}}, "eval.gap scores private rows"),
         ({"method": {"name": "hetlora", "rank": 2}}, "hetlora adds a local regulariser"),
         ({"train": {"steps": 1, "batch_size": 64}}, "an expected batch of 64 from"),
-        ({"data_tune": 0.2}, "data.tune_share scores private rows"),
+        ({"data_tune": 0.2}, "data.validation_fraction scores private rows"),
     ],
     ids=lambda value: str(value)[:40],
 )

@@ -15,25 +15,26 @@ import torch
 
 from conftest import Said, labelled_rows, set_all, write_rows
 from federation.opened import open_engine, started
-from fedsb.charts import delta_text, epsilon_text
-from fedsb.config import load_config
+from fedsb.config.load import load_config
 from fedsb.data.sources import load_table
 from fedsb.data.tasks.classification import Classification
-from fedsb.errors import UserError
-from fedsb.federation.basis_round import core_sums, outer_basis
-from fedsb.federation.cohort import join_tensors
-from fedsb.federation.gradients import core_gradients
-from fedsb.federation.payload import unpack
-from fedsb.federation.scoring import forward
-from fedsb.federation.server import admit, rules
 from fedsb.methods.averaging import ServerOptimizer
-from fedsb.privacy import setup
-from fedsb.privacy.guard import PromiseSpentError
+from fedsb.privacy import policy as setup
 from fedsb.privacy.ledger import read_ledger
+from fedsb.privacy.mechanism import PrivacyBudgetExceededError
 from fedsb.privacy.noise import SeededNoise
 from fedsb.privacy.statement import promised
-from fedsb.record import Record, read_manifest, read_result, read_rows
-from fedsb.run import federate, resume
+from fedsb.protocol.payload import unpack
+from fedsb.reporting.run_directory import read_manifest, read_result, read_rows
+from fedsb.runs.record import Record
+from fedsb.runs.run import federate, resume
+from fedsb.server.validation import rules, validate_updates
+from fedsb.training.basis import core_sums, outer_basis
+from fedsb.training.gradients import core_gradients
+from fedsb.training.joint import join_tensors
+from fedsb.training.scoring import forward
+from fedsb.utils.errors import UserError
+from fedsb.utils.formatting import delta_text, epsilon_text
 from laws.test_codecs import StopAfterOne
 
 CORE = {"kind": "core", "samples": 30, "R0": "zero", "outer_rank": 8}
@@ -106,7 +107,7 @@ def test_each_step_is_of_the_rows_drawn_for_it(
         turns = iter((3, 1))
 
         def poisson_sample(self, rows: int, q: float) -> list[int]:
-            return [next(self.turns)]
+            return [next(self.rotates_basis)]
 
     with_noise(monkeypatch, lambda client: InTurn(0, client))
     train = {"steps": 2, "batch_size": 4, "lr": 0.5, "head_lr": 0.5, "optimizer": "sgd", "clip_norm": 0}
@@ -122,7 +123,7 @@ def test_each_step_is_of_the_rows_drawn_for_it(
         steps = {key: 0.5 * p.grad[0] / 4 for key, p in engine.adapted.parameters().items()}
         tensors = {key: x - steps[key] if key in steps else x for key, x in tensors.items()}
     guarded = open_engine(config)
-    guarded.promise.open_ledgers(tmp_path, "test", new=True)
+    guarded.policy.open_ledgers(tmp_path, "test", new=True)
     (reply,) = guarded.train(guarded.method, state, [site.name], {}).each
     for key, x in unpack(reply.envelope).tensors.items():
         assert torch.allclose(torch.tensor(x), tensors[key], atol=1e-5), key
@@ -137,7 +138,7 @@ def test_a_basis_is_made_of_the_rows_drawn_for_it(
 
     with_noise(monkeypatch, lambda client: Some(0, client))
     engine = open_engine(set_all(private(tiny_config, clip=1e6), basis=CORE))
-    engine.promise.open_ledgers(tmp_path, "test", new=True)
+    engine.policy.open_ledgers(tmp_path, "test", new=True)
     site, basis = engine.sites[0], engine.config.basis
     outer = outer_basis(basis, engine.adapted, engine.method.total_rank, 0, 0)
     common = (engine.adapted, engine.task)
@@ -148,7 +149,7 @@ def test_a_basis_is_made_of_the_rows_drawn_for_it(
         1000,
         engine.head,
         outer,
-        engine.promise.guards[site.name],
+        engine.policy.mechanisms[site.name],
         seed=0,
         round=0,
         batch_size=4,
@@ -173,7 +174,7 @@ def test_every_tensor_and_every_step_has_noise_of_its_own(
         with_noise(monkeypatch, lambda client, noise=noise: noise(0, client))
         engine, state = started(set_all(config, privacy={}))
         engine = open_engine(config)
-        engine.promise.open_ledgers(tmp_path / noise.__name__, "test", new=True)
+        engine.policy.open_ledgers(tmp_path / noise.__name__, "test", new=True)
         for round in (0, 1):
             (reply,) = engine.train(engine.method, _at(state, round), [engine.sites[0].name], {}).each
             ends.append({f"{round} {k}": torch.tensor(x) for k, x in unpack(reply.envelope).tensors.items()})
@@ -254,7 +255,9 @@ def test_a_kill_before_the_first_checkpoint_leaves_the_ledgers(
         assert result is not None and result["epsilon"] <= 8.0
         assert 0 < len(read_rows(folder / "rounds.jsonl")) < 3
     else:
-        with pytest.raises(PromiseSpentError, match=r"before its first round was finished.*--set name=other.*add up"):
+        with pytest.raises(
+            PrivacyBudgetExceededError, match=r"before its first round was finished.*--set name=other.*add up"
+        ):
             resume(folder)
     for path, content in before.items():
         assert path.read_bytes().startswith(content)
@@ -387,20 +390,20 @@ def test_the_mean_is_over_the_updates_that_arrived(
     )
     engine, state = started(set_all(config, privacy={}))
     engine = open_engine(config)
-    engine.promise.open_ledgers(tmp_path, "test", new=True)
+    engine.policy.open_ledgers(tmp_path, "test", new=True)
     everyone = [site.name for site in engine.sites]
     replies = engine.train(engine.method, state, everyone, {})
-    updates, _ = admit(replies.envelopes, rules(engine.method, state, engine.config.server, "test", {}))
-    plan = engine.promise.plans[setup.SERVER]
+    updates, _ = validate_updates(replies.envelopes, rules(engine.method, state, engine.config.server, "test", {}))
+    plan = engine.policy.plans[setup.SERVER]
     assert (plan.batch, len(updates)) == (3, 3)
     for count in (3, 2):
         arrived = updates[:count]
         mean = engine.method.aggregate(state, arrived, ServerOptimizer())
-        noised = engine.method.aggregate(state, engine.promise.noised(arrived, 3 - count), ServerOptimizer())
+        noised = engine.method.aggregate(state, engine.policy.noised(arrived, 3 - count), ServerOptimizer())
         noise = torch.cat([(noised.tensors[key] - mean.tensors[key]).flatten() for key in mean.tensors])
         assert float(noise.std()) == pytest.approx(plan.sigma * plan.clip / count, rel=0.05)
         assert torch.allclose(
             mean.tensors["classifier.bias"], sum(u.tensors["classifier.bias"] for u in arrived) / count
         )
-    said = promised(engine.promise, engine.config, 3)
+    said = promised(engine.policy, engine.config, 3)
     assert said is not None and "which clients' updates arrive in a round" in "; ".join(said["not_covered"])

@@ -11,12 +11,12 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from sums import ANSWERS, Sum, body, is_uniform, make_plan
 
-from fedsb.draws import generator
-from fedsb.errors import RunError, UserError
-from fedsb.privacy.fixed_point import FixedPoint, Floats, flatten, unflatten
-from fedsb.privacy.primitives import SEED_BYTES, combine, fresh_seed, mask
-from fedsb.privacy.secure_sum import Phase, Simulated, SumClient, SumError, SumPlan, simulate
-from fedsb.privacy.sum_keys import mask_private, pair_mask, public_key, self_check, self_mask
+from fedsb.secagg.fixed_point import FixedPoint, Floats, flatten, unflatten
+from fedsb.secagg.keys import mask_private, pair_mask, public_key, self_check, self_mask
+from fedsb.secagg.primitives import SEED_BYTES, combine, fresh_seed, mask
+from fedsb.secagg.protocol import Phase, Simulated, SumClient, SumError, SumPlan, simulate
+from fedsb.utils.errors import RunError, UserError
+from fedsb.utils.rng import generator
 
 LARGE = 50_000  # values where a test looks at the bytes' distribution
 

@@ -9,9 +9,9 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from sums import ANSWERS, HEADERS, IDENTITIES, LOW_ORDER, SHAPES, WHOLE, Sum, body, flip, make_plan, spoil
 
-from fedsb.privacy.secure_sum import MessageError, Phase, SumClient, SumError
-from fedsb.privacy.sum_keys import ADVERT_BYTES, SEALED_BYTES, Keys, pack_advert, public_key, sign_survivors
-from fedsb.privacy.sum_messages import SERVER, members_bits, pack, pack_list, read_list
+from fedsb.secagg.keys import ADVERT_BYTES, SEALED_BYTES, Keys, pack_advert, public_key, sign_survivors
+from fedsb.secagg.messages import SERVER, members_bits, pack, pack_list, read_list
+from fedsb.secagg.protocol import MessageError, Phase, SumClient, SumError
 
 PHASES_TOLD: dict[Phase, Phase] = {"sealed": "roster", "masked": "inbox", "confirm": "survivors", "shares": "confirmed"}
 

@@ -8,9 +8,9 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from sums import ANSWERS, HEADERS, IDENTITIES, LOW_ORDER, SHAPES, WHOLE, Sum, flip, make_plan, spoil
 
-from fedsb.privacy.secure_sum import MessageError, Phase, SumError
-from fedsb.privacy.sum_keys import Keys, pack_advert, public_key, sign_survivors
-from fedsb.privacy.sum_messages import pack
+from fedsb.secagg.keys import Keys, pack_advert, public_key, sign_survivors
+from fedsb.secagg.messages import pack
+from fedsb.secagg.protocol import MessageError, Phase, SumError
 
 
 @pytest.mark.parametrize("phase", ANSWERS)

@@ -10,10 +10,10 @@ import pytest
 
 from conftest import adapter_bytes
 from engines.in_process import Federation
-from fedsb.config import load_config
-from fedsb.errors import RunError
-from fedsb.run import federate
-from fedsb.site.settings import SiteConfig
+from fedsb.client.policy import SiteConfig
+from fedsb.config.load import load_config
+from fedsb.runs.run import federate
+from fedsb.utils.errors import RunError
 from laws.test_engines import federation, remote_of
 
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from fedsb.config import load_config
-from fedsb.errors import DiskError
+from fedsb.client import store
+from fedsb.client.outbox import Outbox
+from fedsb.config.load import load_config
 from fedsb.privacy.ledger import Ledger, read_ledger
-from fedsb.record import read_rows
-from fedsb.run import federate
-from fedsb.site import store
-from fedsb.site.outbox import Outbox
+from fedsb.reporting.run_directory import read_rows
+from fedsb.runs.run import federate
+from fedsb.utils.errors import DiskError
 from laws.test_engines import federation, merged, remote_of
 
 PRIVATE = {

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 from engines.in_process import Federation
-from fedsb.config import load_config
-from fedsb.engines.notes import Note, pack_note, read_note
-from fedsb.errors import RunError, UserError
+from fedsb.client import handler as handle_module
+from fedsb.client.policy import fingerprint, load_site
+from fedsb.config.load import load_config
 from fedsb.privacy.ledger import read_ledger
-from fedsb.record import read_rows
-from fedsb.run import federate
-from fedsb.site import handle as handle_module
-from fedsb.site.settings import fingerprint, load_site
+from fedsb.protocol.messages import Note, pack_note, read_note
+from fedsb.reporting.run_directory import read_rows
+from fedsb.runs.run import federate
+from fedsb.utils.errors import RunError, UserError
 from laws.test_engines import federation, merged, remote_of
 
 PRIVATE = {
@@ -42,7 +42,7 @@ def allowing(folder: Path, **allow: Any) -> Federation:
         ({"models": ["minilm"]}, "allowed are minilm"),
         ({"rounds": 2}, "rounds = 3, allowed are 2"),
         ({"epsilon": 3.0}, "allowed is 'example' with epsilon up to 3"),
-        ({"sum_clients": 3}, "server.secure_sum = false, allowed are sums of 3 clients or more"),
+        ({"sum_clients": 3}, "server.secure_aggregation = false, allowed are sums of 3 clients or more"),
         ({"tensors": ["classifier.*"]}, "refuse to send bert.encoder"),
         ({"megabytes": 0.0001}, "allowed are 0.0001 MB"),
     ],

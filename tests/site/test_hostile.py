@@ -13,18 +13,18 @@ import pytest
 from conftest import labelled_rows, set_all, write_rows
 from engines.in_process import Federation
 from fedsb.adapters.basis import basis_hash
-from fedsb.config import load_config
+from fedsb.config.load import load_config
 from fedsb.data.sources import load_table
-from fedsb.engines.bench import Bench
-from fedsb.engines.notes import Note, Phase, pack_note, read_answer, read_note
-from fedsb.environment import versions
-from fedsb.errors import RefusalError, UserError
-from fedsb.federation.payload import Payload, pack
-from fedsb.federation.tensors import to_arrays
 from fedsb.models.load import tokenizer_fingerprint
-from fedsb.privacy.guard import Guard, PromiseSpentError
 from fedsb.privacy.ledger import read_ledger
-from fedsb.privacy.secure_sum import MessageError, SumError, SumServer
+from fedsb.privacy.mechanism import DPMechanism, PrivacyBudgetExceededError
+from fedsb.protocol.messages import Note, Phase, pack_note, read_answer, read_note
+from fedsb.protocol.payload import Payload, pack
+from fedsb.protocol.tensors import to_arrays
+from fedsb.secagg.protocol import MessageError, SumError, SumServer
+from fedsb.training.trainer import Trainer
+from fedsb.utils.environment import versions
+from fedsb.utils.errors import RefusalError, UserError
 from laws.test_engines import remote_of
 
 RUN = "abc1"
@@ -68,7 +68,7 @@ class Hostile:
             self.look(name, config)
             part = self.part(name)
             part.open(["blue", "green", "red"])
-            own = {"model": part.bench.base.fingerprint, "tokenizer": tokenizer_fingerprint(part.tokenizer)}
+            own = {"model": part.trainer.base.fingerprint, "tokenizer": tokenizer_fingerprint(part.tokenizer)}
             self.ask(name, "open", label_names=["blue", "green", "red"], **own)
             if start:
                 self.ask(name, "start", rows=self.rows())
@@ -85,7 +85,7 @@ class Hostile:
         part = self.part("a")
         state = part._state(part._derived())
         message = change(to_arrays(part.method.broadcast(state)))
-        return pack(Payload(kind="broadcast", run=RUN, round=round, basis=basis_hash(state.common), tensors=message))
+        return pack(Payload(kind="broadcast", run=RUN, round=round, basis=basis_hash(state.shared), tensors=message))
 
     def train(self, round: int, names: str, broadcast: bytes | None = None) -> None:
         for name in names:
@@ -134,7 +134,7 @@ def test_a_start_that_failed_leaves_no_run_without_a_promise(settings: Settings,
     world = Hostile(tmp_path, epsilon=3.0)
     world.open(settings(EXAMPLE), start=False)
     part = world.part("a")
-    part.store.save_common(part._state(part._derived()).common)
+    part.store.save_common(part._state(part._derived()).shared)
     broadcast = world.broadcast(0)
     with pytest.raises(Exception, match="is gone, and with it what 'a' has released"):
         world.ask("a", "start", rows=world.rows())
@@ -164,8 +164,10 @@ def test_a_site_counts_its_own_rows(said: int | None, settings: Settings, tmp_pa
 
 def test_what_is_charged_is_what_runs(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sums: list[int] = []
-    mean = Guard.mean
-    monkeypatch.setattr(Guard, "mean", lambda guard, total, rows: sums.append(1) or mean(guard, total, rows))
+    mean = DPMechanism.mean
+    monkeypatch.setattr(
+        DPMechanism, "mean", lambda mechanism, total, rows: sums.append(1) or mean(mechanism, total, rows)
+    )
     world = Hostile(tmp_path)
     world.open(settings(EXAMPLE, train={"epochs": 1, "steps": None}))
     world.train(0, "a")
@@ -199,13 +201,13 @@ def test_the_end_of_a_private_run_looks_at_no_row(
     world = Hostile(tmp_path)
     world.open(set_all(settings(EXAMPLE), clients={**settings(EXAMPLE)["clients"], "held_out": 0.2}), start=False)
     looked: list[str] = []
-    monkeypatch.setattr(Bench, "evaluate", lambda *_: looked.append("score"))
-    monkeypatch.setattr(Bench, "logits", lambda *_: looked.append("probe"))
+    monkeypatch.setattr(Trainer, "evaluate", lambda *_: looked.append("score"))
+    monkeypatch.setattr(Trainer, "logits", lambda *_: looked.append("probe"))
     part = world.part("a")
     world.ask("a", "start", rows={"a": part.site.rows, "b": 24})
     assert part.site.held_out
     answer = world.ask("a", "finish", world.broadcast(0), card={})
-    assert answer.facts["score"] is None and looked == []
+    assert answer.spec["score"] is None and looked == []
 
 
 def test_a_run_keeps_what_it_began_with(settings: Settings, tmp_path: Path) -> None:
@@ -228,7 +230,7 @@ def test_a_basis_asked_for_again_and_again_is_the_same_and_charged_once(settings
     world.sites["a"] = world.federation.restarted("a")
     for _ in range(3):
         again = world.ask("a", "sums")
-        assert again.parts == first.parts and again.facts == first.facts
+        assert again.parts == first.parts and again.spec == first.spec
     assert world.ledgers("a") == [0]
 
 
@@ -248,7 +250,7 @@ def test_a_round_is_done_once_and_for_one_broadcast(
             world.sites["a"]._let_go()
             world.sites["a"] = world.federation.restarted("a")
         again = world.ask("a", "round", broadcast, **facts)
-        assert again.parts == first.parts and again.facts == first.facts
+        assert again.parts == first.parts and again.spec == first.spec
         with pytest.raises(RefusalError, match="round 1 was done here for another broadcast"):
             world.ask("a", "round", other, **facts)
     world.train(1, "a", next_round)
@@ -273,7 +275,7 @@ def test_a_round_is_summed_for_one_broadcast(settings: Settings, tmp_path: Path)
 def test_a_column_of_the_coordinators_choice_stays_where_rules_say_so(settings: Settings, tmp_path: Path) -> None:
     rows = [{**row, "name": f"patient {i}"} for i, row in enumerate(labelled_rows(30, 0))]
     world = Hostile(tmp_path, rows=rows, columns=["text", "label"], labels=["blue", "green", "red"])
-    assert world.look("a", settings()).facts["labels"] == ["blue", "green", "red"]
+    assert world.look("a", settings()).spec["labels"] == ["blue", "green", "red"]
     with pytest.raises(RefusalError, match="it reads name, allowed are text, label"):
         world.look("a", settings(task={"label": "name"}))
 
@@ -298,7 +300,7 @@ def test_another_revision_of_an_allowed_model_is_another_model(settings: Setting
 def test_numbers_are_no_classes(settings: Settings, tmp_path: Path) -> None:
     rows = [{**row, "label": i / 7} for i, row in enumerate(labelled_rows(30, 0))]
     answer = Hostile(tmp_path, rows=rows).look("a", settings(task={"kind": "regression"}))
-    assert answer.facts["labels"] == []
+    assert answer.spec["labels"] == []
 
 
 def test_a_pattern_that_never_ends_is_refused(settings: Settings, tmp_path: Path) -> None:
@@ -325,13 +327,13 @@ def test_a_column_without_classes_is_told_by_nobody(settings: Settings, tmp_path
         Hostile(tmp_path, rows=rows).look("a", settings(task={"label": "name"}))
     assert "patient" not in str(refused.value)
     named = Hostile(tmp_path / "named", rows=rows, labels=[row["name"] for row in rows])
-    assert len(named.look("a", settings(task={"label": "name"})).facts["labels"]) == 30
+    assert len(named.look("a", settings(task={"label": "name"})).spec["labels"]) == 30
 
 
 def test_rows_are_not_counted_by_other_columns(settings: Settings, tmp_path: Path) -> None:
     world = Hostile(tmp_path)
-    assert world.look("a", settings(data={"drop": {"label": "red"}})).facts["rows"] < 30
-    with pytest.raises(RefusalError, match=r"data.drop = text: how many rows are left would tell"):
+    assert world.look("a", settings(data={"drop": {"label": "red"}})).spec["rows"] < 30
+    with pytest.raises(RefusalError, match=r"data.exclude = text: how many rows are left would tell"):
         world.look("a", settings(data={"drop": {"text": "red1 red2"}}))
 
 
@@ -394,8 +396,8 @@ def test_a_private_run_tells_no_counts_of_rows(settings: Settings, tmp_path: Pat
     world.look("a", settings(EXAMPLE))
     part = world.part("a")
     part.open(["blue", "green", "red"])
-    own = {"model": part.bench.base.fingerprint, "tokenizer": tokenizer_fingerprint(part.tokenizer)}
-    facts = world.ask("a", "open", label_names=["blue", "green", "red"], **own).facts
+    own = {"model": part.trainer.base.fingerprint, "tokenizer": tokenizer_fingerprint(part.tokenizer)}
+    facts = world.ask("a", "open", label_names=["blue", "green", "red"], **own).spec
     assert (facts["cut"], facts["unused"], facts["labels"]) == (None, None, None)
 
 
@@ -426,7 +428,7 @@ def test_another_change_in_the_same_round_is_beyond_the_promise(settings: Settin
     world.sum(0, "abc")
     pending = world.part("a").sums._pending()
     world.part("a").store.save_pending(replace(pending, change=pending.change * 2))
-    with pytest.raises(PromiseSpentError):
+    with pytest.raises(PrivacyBudgetExceededError):
         world.sum(0, "abc")
 
 
@@ -462,7 +464,7 @@ def test_a_site_that_leaves_a_sum_tells_no_number(settings: Settings, tmp_path: 
     world = Hostile(tmp_path, "abc")
     world.open(settings(server={**SUMS["server"], "sum_limit": 1e-9}))
     answer = world.ask("a", "round", world.broadcast(0), rank=None, versions=versions())
-    assert answer.facts["left"] == "its change is not finite, or above server.sum_limit; its own terminal says more"
+    assert answer.spec["left"] == "its change is not finite, or above server.secagg_clip; its own terminal says more"
 
 
 def test_a_round_between_two_phases_changes_no_sum(settings: Settings, tmp_path: Path) -> None:
@@ -507,12 +509,12 @@ def test_a_basis_of_another_scale_is_refused(
     world = Hostile(tmp_path)
     world.open(settings(EXAMPLE))
     part = world.part("a")
-    common = to_arrays(part._state(part._derived()).common)
+    common = to_arrays(part._state(part._derived()).shared)
     told = pack(Payload(kind="basis-down", run=RUN, round=0, tensors={key: change(x) for key, x in common.items()}))
     with pytest.raises(RefusalError, match=words):
         world.ask("a", "hold", told)
     whole = pack(Payload(kind="basis-down", run=RUN, round=0, tensors=common))
-    assert world.ask("a", "hold", whole).facts["holds"] == basis_hash(part._state(part._derived()).common)
+    assert world.ask("a", "hold", whole).spec["holds"] == basis_hash(part._state(part._derived()).shared)
 
 
 def test_a_site_tells_no_private_loss(settings: Settings, tmp_path: Path) -> None:
@@ -522,16 +524,16 @@ def test_a_site_tells_no_private_loss(settings: Settings, tmp_path: Path) -> Non
         world = Hostile(tmp_path / str(number))
         world.open(settings(changes))
         answer = world.ask("a", "round", world.broadcast(0), rank=None, versions=versions())
-        assert (answer.facts["loss"] is not None) is told
+        assert (answer.spec["loss"] is not None) is told
 
 
 def test_a_sites_fingerprint_confirms_no_guess_and_shows_the_site_a_change(settings: Settings, tmp_path: Path) -> None:
     rows = labelled_rows(30, 0)
     world = Hostile(tmp_path, rows=rows)
-    told = {name: world.look(name, settings()).facts["fingerprint"] for name in "ab"}
+    told = {name: world.look(name, settings()).spec["fingerprint"] for name in "ab"}
     plain = load_table(str(tmp_path / "a" / "rows.jsonl")).fingerprint
     assert len({plain, *told.values()}) == 3  # the sites have the same rows
-    assert world.look("a", settings()).facts["fingerprint"] == told["a"]
+    assert world.look("a", settings()).spec["fingerprint"] == told["a"]
     world.open(settings())
     broadcast = world.broadcast(0)
     write_rows(tmp_path / "a" / "rows.jsonl", [{**rows[0], "text": "green1 green2"}, *rows[1:]])
@@ -564,5 +566,5 @@ def test_shares_that_are_not_due_leave_the_sum_as_it_is(settings: Settings, tmp_
 def test_a_private_run_does_not_tell_how_many_rows_a_site_has_read(settings: Settings, tmp_path: Path) -> None:
     """Less the rows to train on it is how many have nothing to learn within the coordinator's max_tokens."""
     world = Hostile(tmp_path)
-    assert world.look("a", settings(EXAMPLE)).facts["rows"] is None
-    assert Hostile(tmp_path / "plain").look("a", settings()).facts["rows"] == 30
+    assert world.look("a", settings(EXAMPLE)).spec["rows"] is None
+    assert Hostile(tmp_path / "plain").look("a", settings()).spec["rows"] == 30

@@ -20,10 +20,10 @@ pytest.importorskip("cryptography")
 
 from fedsb.deployment.federation import revoke, serve_init
 from fedsb.deployment.join_file import keep_join_file
-from fedsb.errors import UserError
-from fedsb.record import json_lines
-from fedsb.status import health, metrics, show, state_of
-from fedsb.status.web import open_web
+from fedsb.deployment.monitoring import health, metrics, show, state_of
+from fedsb.deployment.monitoring.web import open_web
+from fedsb.utils.errors import UserError
+from fedsb.utils.files import json_lines
 
 NOW = float(int(time.time()))  # as whole as the stamps of the logs
 
@@ -352,13 +352,13 @@ def test_a_name_is_text_and_no_markup(coordinator: Path, web: tuple[Path, int]) 
 
 
 def test_nothing_heavy_is_imported() -> None:
-    code = "import sys, fedsb.status, fedsb.status.web\n"
+    code = "import sys, fedsb.deployment.monitoring, fedsb.deployment.monitoring.web\n"
     code += "sys.exit(str({'torch', 'transformers', 'flwr'} & set(sys.modules)) if 'torch' in sys.modules else 0)"
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
 
 
 def test_exit_codes(coordinator: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from fedsb.cli import main
+    from fedsb.cli.app import main
 
     def code(*arguments: str) -> object:
         monkeypatch.setattr(sys, "argv", ["fedsb", "status", *arguments])

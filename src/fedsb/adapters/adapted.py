@@ -25,7 +25,7 @@ from fedsb.adapters.layer import (
     linear_shape,
     reads_weight,
 )
-from fedsb.errors import UserError, did_you_mean
+from fedsb.utils.errors import UserError, did_you_mean
 
 Shapes = dict[str, tuple[int, int]]
 Tensors = dict[str, Tensor]
@@ -50,15 +50,15 @@ def find_targets(model: nn.Module, targets: str | Sequence[str] = "blocks", head
             pattern = regex.compile(targets)
             chosen = [name for name in linear if pattern.fullmatch(name, timeout=PATTERN_SECONDS)]
         except regex.error as error:
-            raise UserError(f"model.targets = {targets!r} is not a regular expression: {error}") from error
+            raise UserError(f"model.target_modules = {targets!r} is not a regular expression: {error}") from error
         except TimeoutError as error:  # as of nested repeats, which a coordinator may send
-            raise UserError(f"model.targets = {targets!r} takes too long to match: write it simpler") from error
+            raise UserError(f"model.target_modules = {targets!r} takes too long to match: write it simpler") from error
     else:
         endings = {part: [name for name in linear if name == part or name.endswith("." + part)] for part in targets}
         for part, names in endings.items():
             if not names:
                 raise UserError(
-                    f"model.targets: no linear layer is called {part!r}; {did_you_mean(part, kinds(linear))}"
+                    f"model.target_modules: no linear layer is called {part!r}; {did_you_mean(part, kinds(linear))}"
                 )
         chosen = [name for name in linear if any(name in names for names in endings.values())]
     if not linear:
@@ -67,7 +67,9 @@ def find_targets(model: nn.Module, targets: str | Sequence[str] = "blocks", head
             "another model"
         )
     if not chosen:
-        raise UserError(f"model.targets = {targets!r} matches no linear layer. There are: {', '.join(kinds(linear))}")
+        raise UserError(
+            f"model.target_modules = {targets!r} matches no linear layer. There are: {', '.join(kinds(linear))}"
+        )
     return chosen
 
 
@@ -214,7 +216,7 @@ class AdaptedModel:
             name, attribute = key.rsplit(".", 1)
             layer = self.layers.get(name) or self.heads[name]
             value = tensors[key].detach().to(self.device) if key in tensors else None
-            if value is not None and not self.is_common(key):
+            if value is not None and not self.is_shared(key):
                 value = nn.Parameter(value, requires_grad=key in trainable)
             setattr(layer, attribute, value)
 
@@ -235,10 +237,10 @@ class AdaptedModel:
                 wanted[f"{name}.bias"] = (head.out_features,)
         return wanted
 
-    def is_common(self, key: str) -> bool:
+    def is_shared(self, key: str) -> bool:
         """Whether all clients share this tensor: a core's A and B, a carried adapter."""
         name, attribute = key.rsplit(".", 1)
-        return name in self.layers and attribute in self.layers[name].common
+        return name in self.layers and attribute in self.layers[name].shared
 
     @property
     def head_keys(self) -> frozenset[str]:

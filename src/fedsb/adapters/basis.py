@@ -25,16 +25,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsb.adapters.carry import is_carried
-from fedsb.draws import generator
-from fedsb.errors import UserError
+from fedsb.adapters.residual import is_residual
+from fedsb.utils.errors import UserError
+from fedsb.utils.rng import generator
 
 Pair = tuple[Tensor, Tensor]  # A (k, n), B (m, k)
 EXACT_SIZE = 1024  # min(m, n) up to which W0 is decomposed whole
 
 
 @dataclass(frozen=True, kw_only=True)
-class BasisFacts:
+class BasisSpec:
     """What `fedsb ls bases` and `fedsb check` know of a basis. Values are a client's, for one layer."""
 
     id: str
@@ -48,17 +48,17 @@ class BasisFacts:
 BASES = {
     facts.id: facts
     for facts in (
-        BasisFacts(id="random", looks_at="nothing"),
-        BasisFacts(id="weights", looks_at="the weights"),
-        BasisFacts(id="update", looks_at="public data", down="h r (m + n)", passes="a pass over the public samples"),
-        BasisFacts(
+        BasisSpec(id="random", looks_at="nothing"),
+        BasisSpec(id="weights", looks_at="the weights"),
+        BasisSpec(id="update", looks_at="public data", down="h r (m + n)", passes="a pass over the public samples"),
+        BasisSpec(
             id="update-pooled",
             looks_at="private data",
             down="h r (m + n)",
             passes="a pass over samples of all clients",
             simulation_only=True,
         ),
-        BasisFacts(
+        BasisSpec(
             id="core", looks_at="private data", up="k^2", down="2 k h r", passes="a pass over each client's samples"
         ),
     )
@@ -100,14 +100,14 @@ def basis_hash(tensors: Mapping[str, Tensor]) -> str:
     A carried adapter is left out: every site adds it up for itself, and their last bits may differ.
     """
     digest = hashlib.sha256()
-    for key in sorted(key for key in tensors if not is_carried(key)):
+    for key in sorted(key for key in tensors if not is_residual(key)):
         digest.update(key.encode())
         digest.update(tensors[key].contiguous().cpu().numpy().tobytes())
     return digest.hexdigest()[:32]
 
 
 def check_rank(
-    shapes: Mapping[str, tuple[int, int]], rank: int, what: str = "rank x blocks", targets: str = "model.targets"
+    shapes: Mapping[str, tuple[int, int]], rank: int, what: str = "rank x blocks", targets: str = "model.target_modules"
 ) -> None:
     """Raises UserError where a layer is too small for an orthonormal basis of this rank."""
     small = {name: shape for name, shape in shapes.items() if rank > min(shape)}

@@ -11,18 +11,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from fedsb.adapters.export import DENSE, ENCODER, BaseFacts
+from fedsb.adapters.export import DENSE, ENCODER, BaseModelInfo
 from fedsb.adapters.serving import Serving, serving_lines
 
 PIPELINES = {"SEQ_CLS": "text-classification", "CAUSAL_LM": "text-generation"}
 
 
-def load_lines(base: BaseFacts, adapter: Path | str) -> str:
+def load_lines(base: BaseModelInfo, adapter: Path | str) -> str:
     """Returns Python that loads the adapter from its folder onto the base of this machine, and uses it."""
     return _adapter_snippet(base, repr(str(adapter)), repr(str(base.name)), names="PeftModel")
 
 
-def card_lines(base: BaseFacts) -> str:
+def card_lines(base: BaseModelInfo) -> str:
     """Returns the same for a card: run in the adapter's own folder, wherever that is."""
     if not base.is_local:
         return _adapter_snippet(base, '"."  # this folder', json.dumps(base.shared_name), names="PeftModel")
@@ -30,7 +30,7 @@ def card_lines(base: BaseFacts) -> str:
     return _adapter_snippet(base, '"."  # this folder', name, names="PeftConfig, PeftModel")
 
 
-def _adapter_snippet(base: BaseFacts, adapter: str, name: str, *, names: str) -> str:
+def _adapter_snippet(base: BaseModelInfo, adapter: str, name: str, *, names: str) -> str:
     quantised = ", ".join(f"{key}={value!r}" for key, value in base.quantization.items())
     options = f", revision={base.revision!r}" if base.revision else ""
     options += f", quantization_config=BitsAndBytesConfig({quantised})" if quantised else ""
@@ -58,7 +58,7 @@ def _adapter_snippet(base: BaseFacts, adapter: str, name: str, *, names: str) ->
     return "\n".join(lines)
 
 
-def merged_lines(base: BaseFacts, folder: Path | str | None = None) -> str:
+def merged_lines(base: BaseModelInfo, folder: Path | str | None = None) -> str:
     """Returns Python that loads a merged model from `folder` (default: the folder that it is run in) and uses it."""
     where = '"."  # this folder' if folder is None else repr(str(folder))
     if not base.averages:
@@ -98,7 +98,7 @@ def merged_lines(base: BaseFacts, folder: Path | str | None = None) -> str:
     return "\n".join(lines)
 
 
-def _batch(base: BaseFacts) -> list[str]:
+def _batch(base: BaseModelInfo) -> list[str]:
     texts = ['texts = ["A first text.", "A second, longer text."]']
     texts += ['pairs = ["What goes with the first.", "What goes with the second."]'] if base.pair else []
     read = "texts, pairs" if base.pair else "texts"
@@ -114,7 +114,7 @@ def _mean(name: str) -> list[str]:
     ]
 
 
-def _use(base: BaseFacts) -> list[str]:
+def _use(base: BaseModelInfo) -> list[str]:
     """Returns the lines that use `model`, `tokenizer` and, for a classifier, `config`."""
     if base.label_names:
         number = base.problem_type == "regression"
@@ -147,7 +147,7 @@ def _use(base: BaseFacts) -> list[str]:
     ]
 
 
-def model_card(base: BaseFacts, facts: Mapping[str, str], servers: Sequence[Serving] = ()) -> str:
+def model_card(base: BaseModelInfo, facts: Mapping[str, str], servers: Sequence[Serving] = ()) -> str:
     """Returns an adapter's card in Markdown: how it was made, what it scored and how it is loaded."""
     elsewhere = "\n".join(f"- {line}" for line in serving_lines([asdict(server) for server in servers]))
     quantised = (
@@ -168,7 +168,7 @@ def model_card(base: BaseFacts, facts: Mapping[str, str], servers: Sequence[Serv
     )
 
 
-def merged_card(base: BaseFacts, facts: Mapping[str, str], licence: str | None = None) -> str:
+def merged_card(base: BaseModelInfo, facts: Mapping[str, str], licence: str | None = None) -> str:
     """Returns the card of a merged model; `licence` is the base's, where it is known."""
     library = "sentence-transformers" if base.averages else "transformers"
     plain = f"```python\n{merged_lines(base)}\n```\n"
@@ -183,7 +183,7 @@ def merged_card(base: BaseFacts, facts: Mapping[str, str], licence: str | None =
     )
 
 
-def _short_way(base: BaseFacts) -> str:
+def _short_way(base: BaseModelInfo) -> str:
     """Returns how a merged classifier is loaded by a library that does all the rest."""
     first = '("A first text.", "What goes with the first.")' if base.pair else '"A first text."'
     if base.averages:
@@ -203,7 +203,7 @@ def _short_way(base: BaseFacts) -> str:
     )
 
 
-def _front(base: BaseFacts, *, library_name: str, licence: str | None = None) -> str:
+def _front(base: BaseModelInfo, *, library_name: str, licence: str | None = None) -> str:
     """Returns the card's metadata. A folder on this machine is not named there: it says nothing to others."""
     lines = [] if base.is_local else [f"base_model: {json.dumps(base.shared_name)}"]
     lines += [] if licence is None else [f"license: {json.dumps(licence)}"]
@@ -212,13 +212,13 @@ def _front(base: BaseFacts, *, library_name: str, licence: str | None = None) ->
     return "\n".join(["---", *lines, "tags: [lora, federated-learning, fedsb]", "---", "", ""])
 
 
-def _table(base: BaseFacts, facts: Mapping[str, str]) -> str:
+def _table(base: BaseModelInfo, facts: Mapping[str, str]) -> str:
     name = f"a local folder, `{Path(base.shared_name).resolve().name}`" if base.is_local else base.shared_name
     rows = {"Base model": name, **facts}
     return "| | |\n|---|---|\n" + "".join(f"| {key} | {value} |\n" for key, value in rows.items())
 
 
-def _notes(base: BaseFacts) -> str:
+def _notes(base: BaseModelInfo) -> str:
     """Returns what a user must know to get the answers that were scored."""
     if base.label_names:
         return f"\nTexts are cut after {base.max_tokens} tokens, as in training.\n"
@@ -232,7 +232,7 @@ def _notes(base: BaseFacts) -> str:
     return f"\n## Where it stops\n\n{ends}{cut}\n"
 
 
-def _outputs(base: BaseFacts) -> str:
+def _outputs(base: BaseModelInfo) -> str:
     if not base.label_names:
         return ""
     heading = "Output, a number" if base.problem_type == "regression" else "Classes"

@@ -59,7 +59,7 @@ class CoreLinear(AdaptedLinear):
 
     names = ("A", "B", "R")
     optional = (*AdaptedLinear.optional, "s")  # RAVAN's scalars (K, h), trained beside R
-    common = (*AdaptedLinear.common, "A", "B")
+    shared = (*AdaptedLinear.shared, "A", "B")
 
     def __init__(self, base: nn.Module, *, scale: float, routing: Routing, key: str) -> None:
         super().__init__(base, scale=scale, routing=routing, key=key)

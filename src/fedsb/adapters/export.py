@@ -32,7 +32,7 @@ from torch.nn.functional import pad
 from fedsb.adapters.adapted import Tensors
 from fedsb.adapters.factors import Factors
 from fedsb.adapters.layer import is_conv1d
-from fedsb.errors import RunError, UserError
+from fedsb.utils.errors import RunError, UserError
 
 TOLERANCE = 1e-5  # of a layer's change, relative to its largest entry, in float32
 LOGITS_TOLERANCE = 1e-3  # of logits: B R first and R z first round differently, and deep layers make more of it
@@ -48,7 +48,7 @@ ENCODER, POOLING, DENSE = "0_Transformer", "1_Pooling", "2_Dense"  # folders of 
 
 
 @dataclass(frozen=True, kw_only=True)
-class BaseFacts:
+class BaseModelInfo:
     """What a plain adapter must say of its base."""
 
     name: str  # where it was loaded from: a folder or a Hub name
@@ -97,7 +97,7 @@ def lora_tensors(factors: Mapping[str, Factors], head: Tensors) -> Tensors:
     return tensors | {f"base_model.model.{key}": tensor.float().contiguous() for key, tensor in head.items()}
 
 
-def lora_files(factors: Mapping[str, Factors], head: Tensors, base: BaseFacts, card: str) -> dict[str, bytes]:
+def lora_files(factors: Mapping[str, Factors], head: Tensors, base: BaseModelInfo, card: str) -> dict[str, bytes]:
     """Returns the files of a plain LoRA adapter folder that PEFT reads, by name, and its model card."""
     return {
         "adapter_model.safetensors": save(lora_tensors(factors, head), metadata={"format": "pt"}),
@@ -106,7 +106,7 @@ def lora_files(factors: Mapping[str, Factors], head: Tensors, base: BaseFacts, c
     }
 
 
-def lora_config(factors: Mapping[str, Factors], base: BaseFacts) -> dict[str, Any]:
+def lora_config(factors: Mapping[str, Factors], base: BaseModelInfo) -> dict[str, Any]:
     """What is written as adapter_config.json."""
     from peft import LoraConfig
 
@@ -133,7 +133,7 @@ def lora_config(factors: Mapping[str, Factors], base: BaseFacts) -> dict[str, An
     }
 
 
-def companion_files(tokenizer: Any, config: Any, base: BaseFacts) -> dict[str, bytes]:
+def companion_files(tokenizer: Any, config: Any, base: BaseModelInfo) -> dict[str, bytes]:
     """Returns what a user of the adapter needs beside its weights, by name: the tokenizer and, for a classifier, the
     base model's config with the classes.
 
@@ -148,7 +148,7 @@ def companion_files(tokenizer: Any, config: Any, base: BaseFacts) -> dict[str, b
         return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
-def ready_tokenizer(tokenizer: Any, base: BaseFacts) -> Any:
+def ready_tokenizer(tokenizer: Any, base: BaseModelInfo) -> Any:
     """Returns a copy of the tokenizer that pads, and cuts a classifier's texts, as in training."""
     ready = copy.deepcopy(tokenizer)
     if ready.pad_token is None and ready.eos_token is not None:
@@ -161,7 +161,7 @@ def ready_tokenizer(tokenizer: Any, base: BaseFacts) -> Any:
     return ready
 
 
-def labelled_config(config: Any, base: BaseFacts) -> Any:
+def labelled_config(config: Any, base: BaseModelInfo) -> Any:
     """Returns a copy of a model's config with the classes, the pad token and the kind of problem."""
     labelled = copy.deepcopy(config)
     labelled.problem_type = base.problem_type
@@ -180,7 +180,7 @@ def try_adapter(
     wanted: Tensor,
     factors: Mapping[str, Factors],
     head: Tensors,
-    base: BaseFacts,
+    base: BaseModelInfo,
 ) -> float:
     """Writes an adapter to a temporary folder, loads it with PEFT onto the bare base and compares, as `check_adapter`.
 
@@ -223,7 +223,7 @@ def check_adapter(
     inputs: Mapping[str, Tensor],
     wanted: Tensor,
     factors: Mapping[str, Factors],
-    base: BaseFacts,
+    base: BaseModelInfo,
 ) -> float:
     """Loads the adapter with PEFT onto the bare base and compares it with what was trained.
 
@@ -278,8 +278,8 @@ def _refused_by_peft(folder: Path, layers: Sequence[str], error: Exception | Non
     what = f"the layer{'s' if len(layers) > 1 else ''} {named}" if layers else f"the adapter in {folder}"
     said = f": {error}" if error is not None else ", and leaves the base model as it is there."
     return UserError(
-        f"PEFT loads no LoRA on {what}{said} Leave such layers out in a new run with model.targets, for example "
-        '--set \'model.targets=["q_proj", "v_proj"]\''
+        f"PEFT loads no LoRA on {what}{said} Leave such layers out in a new run with model.target_modules, for example "
+        '--set \'model.target_modules=["q_proj", "v_proj"]\''
     )
 
 
@@ -288,12 +288,12 @@ def _relative(got: Tensor, wanted: Tensor) -> float:
     return float((got.float().cpu() - wanted).abs().max() / wanted.abs().max().clamp(min=1e-12))
 
 
-def _stored(delta: Tensor, base: BaseFacts) -> Tensor:
+def _stored(delta: Tensor, base: BaseModelInfo) -> Tensor:
     """A change (m, n) as the base stores its weights."""
     return delta.T if base.conv1d else delta
 
 
-def merge(base: BaseFacts, adapter: Path, folder: Path, tokenizer: Any) -> BaseFacts:
+def merge(base: BaseModelInfo, adapter: Path, folder: Path, tokenizer: Any) -> BaseModelInfo:
     """Writes the base with the adapter merged into its weights, and the tokenizer, as an ordinary model folder.
 
     With mean pooling the folder is one of sentence-transformers. Returns `base` with the end tokens of the base model's
@@ -329,7 +329,7 @@ def merge(base: BaseFacts, adapter: Path, folder: Path, tokenizer: Any) -> BaseF
 
 
 @torch.no_grad()
-def merged_plan(base: BaseFacts, model: Any) -> tuple[bool, str]:
+def merged_plan(base: BaseModelInfo, model: Any) -> tuple[bool, str]:
     """Returns whether the adapter can be merged into this base model, and into what, or why not.
 
     A classifier that averages its tokens' logits must be one linear layer on the encoder's last states: the mean of the
@@ -362,7 +362,7 @@ def _heads(model: Any) -> list[nn.Module]:
     return [part for part in model.children() if part is not model.base_model and any(True for _ in part.parameters())]
 
 
-def _ending(settings: Any, base: BaseFacts, pad_token: int | None) -> Any:
+def _ending(settings: Any, base: BaseModelInfo, pad_token: int | None) -> Any:
     """Returns a copy of a generation config that stops at the end tokens of `base`.
 
     A config that contradicts itself, which transformers does not save, is replaced by one without its sampling.
@@ -381,7 +381,7 @@ def _ending(settings: Any, base: BaseFacts, pad_token: int | None) -> Any:
 
 
 @torch.no_grad()
-def _write_averaging(base: BaseFacts, model: Any, tokenizer: Any, folder: Path) -> None:
+def _write_averaging(base: BaseModelInfo, model: Any, tokenizer: Any, folder: Path) -> None:
     """Writes a token classifier, of which `merged_plan` approves, as an encoder, a masked mean and a linear layer."""
     from transformers import AutoModel
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsb.adapters.layer import AdaptedLinear, Routing, length
-from fedsb.draws import generator
+from fedsb.utils.rng import generator
 
 
 def factor_forward(

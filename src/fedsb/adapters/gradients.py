@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsb.adapters.layer import linear_shape
-from fedsb.errors import RunError
+from fedsb.utils.errors import RunError
 
 FLOAT32_BYTES = 4
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedsb.adapters.carry import CARRY
-from fedsb.errors import RunError
+from fedsb.adapters.residual import RESIDUAL
+from fedsb.utils.errors import RunError
 
 
 class RoutingError(RunError):
@@ -39,8 +39,8 @@ class AdaptedLinear(nn.Module):
     """
 
     names: tuple[str, ...] = ()  # the adapter's tensors
-    optional: tuple[str, ...] = CARRY  # tensors that may be None
-    common: tuple[str, ...] = CARRY  # tensors that all clients share: without their axis
+    optional: tuple[str, ...] = RESIDUAL  # tensors that may be None
+    shared: tuple[str, ...] = RESIDUAL  # tensors that all clients share: without their axis
 
     def __init__(self, base: nn.Module, *, scale: float, routing: Routing, key: str) -> None:
         super().__init__()
@@ -48,9 +48,9 @@ class AdaptedLinear(nn.Module):
         self.scale = scale
         self.key = key
         self.routing = routing
-        self.carry_A: Tensor | None = None
-        self.carry_B: Tensor | None = None
-        self.carry_D: Tensor | None = None
+        self.residual_A: Tensor | None = None
+        self.residual_B: Tensor | None = None
+        self.residual_D: Tensor | None = None
 
     # Some models read these of their layers: T5 asks for the dtype of `wo.weight`, Mamba multiplies with it.
 
@@ -82,17 +82,17 @@ class AdaptedLinear(nn.Module):
     @staticmethod
     def sizes(own: Mapping[str, Tensor], m: int, n: int) -> dict[str, tuple[int, ...]]:
         """What the shapes of one client's tensors must be, by the ranks that `own` shows."""
-        q = length(own, "carry_A")
-        return {"carry_A": (q, n), "carry_B": (m, q), "carry_D": (m, n)}
+        q = length(own, "residual_A")
+        return {"residual_A": (q, n), "residual_B": (m, q), "residual_D": (m, n)}
 
     def forward(self, x: Tensor) -> Tensor:
         check_rows(x, self.routing, self.key)
         y: Tensor = self.base(x)
-        if self.carry_D is not None:
-            y = y + nn.functional.linear(x, self.carry_D.to(x.dtype)).to(y.dtype)
-        elif self.carry_A is not None and self.carry_B is not None:
-            z = nn.functional.linear(x, self.carry_A.to(x.dtype))
-            y = y + nn.functional.linear(z, self.carry_B.to(x.dtype)).to(y.dtype)
+        if self.residual_D is not None:
+            y = y + nn.functional.linear(x, self.residual_D.to(x.dtype)).to(y.dtype)
+        elif self.residual_A is not None and self.residual_B is not None:
+            z = nn.functional.linear(x, self.residual_A.to(x.dtype))
+            y = y + nn.functional.linear(z, self.residual_B.to(x.dtype)).to(y.dtype)
         if self.routing.dropout is not None:
             x = self.routing.dropout(self.key, x)
         return y + self.adapter(x).to(y.dtype)
@@ -133,7 +133,7 @@ def check_rows(x: Tensor, routing: Routing, key: str) -> None:
     if routing.rows is not None and x.shape[0] != routing.rows:
         raise RoutingError(
             f"Layer {key!r} sees {x.shape[0]} rows where the batch has {routing.rows}, so its rows cannot be "
-            "assigned to their clients or examples. Train one client at a time: engine.cohort_size = 1."
+            "assigned to their clients or examples. Train one client at a time: engine.clients_per_forward = 1."
         )
 
 

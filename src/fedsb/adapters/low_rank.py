@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from fedsb.methods.contract import Update
+    from fedsb.methods.base import Update
 
 
 def weighted_stack(updates: Sequence[Update], layer: str, scale: float) -> tuple[Tensor, Tensor]:

@@ -54,7 +54,7 @@ from fedsb.adapters.basis import check_rank, random_pair, weight_pair
 from fedsb.adapters.core import core_delta, core_forward, core_left
 from fedsb.adapters.export import lora_targets
 from fedsb.adapters.layer import is_conv1d, is_linear, linear_shape, reads_weight
-from fedsb.errors import RunError, UserError, did_you_mean
+from fedsb.utils.errors import RunError, UserError, did_you_mean
 
 BASES = ("random", "weights", "update", "given")
 

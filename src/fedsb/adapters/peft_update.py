@@ -17,7 +17,7 @@ from torch import Tensor
 from fedsb.adapters.basis import captured_energy, update_pair
 from fedsb.adapters.gradients import weight_gradients
 from fedsb.adapters.peft_tuner import LoraSBConfig, adapter_layers
-from fedsb.errors import RunError, UserError
+from fedsb.utils.errors import RunError, UserError
 
 Batch = Mapping[str, Any]
 

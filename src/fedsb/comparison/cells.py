@@ -28,12 +28,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from fedsb.comparison.contenders import dotted
-from fedsb.config import load_config, set_key
-from fedsb.disk import disk_errors, write_atomic
-from fedsb.errors import ConfigError, RunError, UserError
+from fedsb.config.load import load_config, set_key
 from fedsb.models.load import choose_device
-from fedsb.record import read_manifest, read_result, read_rows
-from fedsb.report import summary
+from fedsb.reporting.report import summary
+from fedsb.reporting.run_directory import read_manifest, read_result, read_rows
+from fedsb.utils.errors import ConfigError, RunError, UserError
+from fedsb.utils.files import disk_errors, write_atomic
 
 PATHS = ("data.train", "data.test", "basis.data", "model.name")  # settings that may name a file or a folder
 DIVERGED = re.compile(r"became (nan|-?inf)\b|NaN or infinite")  # how a client, or the server, says it of a run's end

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fedsb.charts import score_text, seconds_text
 from fedsb.comparison.cells import Cell, CellError, Outcome, Results, make_cell, run_cell
 from fedsb.comparison.contenders import Contender, contenders_of
 from fedsb.comparison.figures import Entry, comparison_of
@@ -25,11 +24,12 @@ from fedsb.comparison.page import write_page
 from fedsb.comparison.search import best_rate, next_rate, start_rate
 from fedsb.comparison.spent import ahead, together
 from fedsb.comparison.table import markdown
-from fedsb.config import Loaded, difference
+from fedsb.config.load import ResolvedConfig, difference
+from fedsb.config.schema import CompareConfig, Config
 from fedsb.data.tasks import TASKS
-from fedsb.disk import write_atomic
 from fedsb.models.load import choose_device
-from fedsb.settings import CompareConfig, Config
+from fedsb.utils.files import write_atomic
+from fedsb.utils.formatting import score_text, seconds_text
 
 Note = Callable[[str], None]
 T = TypeVar("T")
@@ -49,7 +49,7 @@ class Plan:
         return len(self.contenders) * (self.asked.trials + self.asked.seeds)
 
 
-def compare(loaded: Loaded, folder: Path, note: Note) -> dict[str, Any]:
+def compare(loaded: ResolvedConfig, folder: Path, note: Note) -> dict[str, Any]:
     """Runs what is left of a comparison, writes its files into `folder`, and gives back comparison.json.
 
     Cells that failed are under "failed", with what they said; the others have run all the same.
@@ -87,7 +87,7 @@ def write(found: dict[str, Any], folder: Path) -> dict[str, Any]:
     return found
 
 
-def plan_of(loaded: Loaded) -> Plan:
+def plan_of(loaded: ResolvedConfig) -> Plan:
     """Raises ConfigError with everything that is wrong with any contender."""
     asked = loaded.config.compare
     contenders = contenders_of(loaded)
@@ -153,7 +153,7 @@ class Work:
         start = start_rate(contender.method.adapter, config.train.lr, contender.set.get("train.lr"))
         for _ in range(self.plan.asked.trials):
             lr = next_rate(tried, start, self.plan.higher_is_better)
-            tried[lr] = (await self.outcome(trial(contender, lr, self.plan.asked.tune_share)))["score"]
+            tried[lr] = (await self.outcome(trial(contender, lr, self.plan.asked.validation_fraction)))["score"]
         if all(score is None for score in tried.values()):
             raise CellError(f"no learning rate of {', '.join(map(str, tried))} gave a finite loss: start from a lower")
         return best_rate(tried, self.plan.higher_is_better)
@@ -213,7 +213,7 @@ def trial(contender: Contender, lr: float, share: float) -> Cell:
     """One learning rate on seed 0, scored once, at the end, on rows that it is not trained on; no test row is read."""
     config = contender.config
     settings = settings_of(config, lr, seed=0)
-    settings["data"] |= {"tune_share": share}
+    settings["data"] |= {"validation_fraction": share}
     settings["eval"] |= {"every": config.rounds}
     settings["basis"] |= {"share_samples": 0}
     return make_cell(f"{contender.name} tune lr {lr:g}", settings)

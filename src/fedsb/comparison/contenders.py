@@ -17,12 +17,12 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fedsb.config import Loaded, idle, load_config, set_key
-from fedsb.errors import ConfigError, UserError, did_you_mean
+from fedsb.config.load import ResolvedConfig, load_config, set_key, unused_settings
+from fedsb.config.schema import CompareConfig, Config, TaskConfig
 from fedsb.methods import build_method
-from fedsb.methods.contract import Method
+from fedsb.methods.base import Method
 from fedsb.methods.control import control_options
-from fedsb.settings import CompareConfig, Config, TaskConfig
+from fedsb.utils.errors import ConfigError, UserError, did_you_mean
 
 OURS = ("seed", "name", "out")  # what the comparison sets for each run
 
@@ -43,10 +43,10 @@ class Contender:
     @property
     def is_control(self) -> bool:
         """`central` and `local`: nothing travels, so they are no rivals in bytes."""
-        return self.method.facts.adapter is None
+        return self.method.spec.adapter is None
 
 
-def contenders_of(loaded: Loaded) -> list[Contender]:
+def contenders_of(loaded: ResolvedConfig) -> list[Contender]:
     """The contenders of a configuration, in the order of its [compare].
 
     A contender that names a method starts from that method's defaults: the other keys of [method] are not its own. A
@@ -112,7 +112,7 @@ def _contender(name: str, what: Mapping[str, Any], values: Mapping[str, Any], gi
     if "method.name" in what:
         given = {**given, "method": {}}
     config = _load(given, {**what, **values})
-    effective = {key: value for key, value in values.items() if key not in idle(config)}
+    effective = {key: value for key, value in values.items() if key not in unused_settings(config)}
     shown = [f"{key}={value}" for key, value in effective.items()]
     settings = {**what, **effective}
     return Contender(name=" ".join([name, *shown]), set=settings, config=_load(given, settings))
@@ -177,8 +177,8 @@ def _together(contenders: list[Contender], asked: CompareConfig) -> list[str]:
         data = contender.config.data
         if data.train is None:
             faults.append("compare: there are no rows to train on: name data.train")
-        elif data.test is None and data.train != "python-docs" and not contender.config.clients.held_out:
-            faults.append("compare: there are no rows to score: name data.test, or set clients.held_out")
+        elif data.test is None and data.train != "python-docs" and not contender.config.clients.holdout_fraction:
+            faults.append("compare: there are no rows to score: name data.test, or set clients.holdout_fraction")
         faults += _private_scores(contender.config, asked)
     return faults
 

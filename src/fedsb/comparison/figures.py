@@ -15,7 +15,7 @@ from typing import Any
 
 from fedsb.comparison.cells import Outcome, portable
 from fedsb.comparison.search import Tried, at_an_end
-from fedsb.config import Loaded
+from fedsb.config.load import ResolvedConfig
 
 Json = dict[str, Any]
 SHARES = ("accuracy", "exact_match", "pass@1")  # metrics that are a share of the test's rows
@@ -40,7 +40,7 @@ class Entry:
 
 
 def comparison_of(
-    entries: Sequence[Entry], loaded: Loaded, failed: Mapping[str, str], *, higher_is_better: bool
+    entries: Sequence[Entry], loaded: ResolvedConfig, failed: Mapping[str, str], *, higher_is_better: bool
 ) -> Json:
     """comparison.json: the table as data, with what the page draws."""
     asked = loaded.config.compare
@@ -61,7 +61,7 @@ def comparison_of(
         "target": asked.target,
         "seeds": asked.seeds,
         "trials": asked.trials,
-        "tune_share": asked.tune_share if asked.trials else None,
+        "tune_share": asked.validation_fraction if asked.trials else None,
         "rounds": loaded.config.rounds,
         "settings": common_settings(loaded),
         "contenders": [{**row, "on_front": row["contender"] in front} for row in rows],
@@ -104,7 +104,7 @@ def row_of(entry: Entry, reference: Entry, target: float | None, higher_is_bette
     }
 
 
-def common_settings(loaded: Loaded) -> Json:
+def common_settings(loaded: ResolvedConfig) -> Json:
     """What the configuration sets for all contenders, with names for paths; its [method] is not theirs."""
     given = {choice.key: choice.value for choice in loaded.choices() if choice.key in loaded.origin}
     ours = ("name", "out", "seed")

@@ -5,17 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fedsb.charts import PERCENT, score_text
 from fedsb.comparison.plots import COLOURS, curve_plot, difference_plot, pareto_plot, tuning_plot
 from fedsb.comparison.table import byte_table, notes, score_table, spread_text
-from fedsb.disk import write_atomic
-from fedsb.report import open_templates
+from fedsb.reporting.report import open_templates
+from fedsb.utils.files import write_atomic
+from fedsb.utils.formatting import PERCENT, score_text
 
 
 def write_page(found: dict[str, Any], folder: Path) -> Path:
     """Writes comparison.html from comparison.json's content and gives back its path."""
     metric = found["metric"] or "score"
-    templates = open_templates()
+    templates = open_templates(Path(__file__).parent)
     templates.filters["score"] = score_text(metric, unit=False)
     templates.filters["spread"] = lambda of: spread_text(metric, of)
     page = templates.get_template("compare.html.j2").render(

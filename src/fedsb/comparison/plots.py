@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from fedsb.charts import PERCENT, Axis, bytes_text, bytes_tick, number, score_range, score_text, score_tick
 from fedsb.comparison.table import difference_text, spread_text
+from fedsb.reporting.charts import Axis
+from fedsb.utils.formatting import PERCENT, bytes_text, bytes_tick, number, score_range, score_text, score_tick
 
 Json = dict[str, Any]
 COLOURS = 8

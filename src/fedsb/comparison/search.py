@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from fedsb.methods.contract import AdapterKind
+from fedsb.methods.base import AdapterKind
 
 FACTOR_RATE = 1 / 8  # of the rate of a core
 

@@ -13,11 +13,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedsb.charts import delta_text, epsilon_text
 from fedsb.comparison.contenders import Contender
 from fedsb.privacy.accounting import Release, epsilon
 from fedsb.privacy.ledger import merged, read_ledger
 from fedsb.privacy.plan import DELTA
+from fedsb.utils.formatting import delta_text, epsilon_text
 
 Json = dict[str, Any]
 Run = dict[str, tuple[Release, ...]]  # client -> what it released
@@ -45,14 +45,14 @@ def ahead(contenders: Sequence[Contender], cells: int) -> str | None:
 def together(folder: Path, contenders: Sequence[Contender]) -> Json | None:
     """Returns what all ledgers below the folder come to together; None if there are none.
 
-    If the clients are the same in all runs (clients.split = "column"), the releases of each client compose, and the
+    If the clients are the same in all runs (clients.partition = "column"), the releases of each client compose, and the
     worst client counts. Otherwise a row may be at any client of a run: the largest sampling rate, the least noise and
     the most steps of a run's clients count together.
     """
     runs = [run for path in sorted((folder / "ledgers").glob("*")) if (run := _run(path))]
     if not runs:
         return None
-    fixed = all(contender.config.clients.split == "column" for contender in contenders)
+    fixed = all(contender.config.clients.partition == "column" for contender in contenders)
     rows = list(_by_client(runs) if fixed else [[release for run in runs for release in _worst(run)]])
     delta = _delta(contenders)
     spent = max(epsilon(releases, delta) for releases in rows)

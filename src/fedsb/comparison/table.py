@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fedsb.charts import GLUE, PERCENT, bytes_text, score_text, seconds_text
+from fedsb.utils.formatting import GLUE, PERCENT, bytes_text, score_text, seconds_text
 
 Json = dict[str, Any]
 COSTS = {"one-off": "one_off", "up": "up", "down": "down", "total": "total", "less the head": "total_less_head"}

@@ -42,9 +42,9 @@ class TableCard:
     origin: str
     rows: int
     drawn_from: int | None = None  # rows before data.train_rows or data.test_rows drew some
-    dropped: int | None = None  # rows that data.drop left out
-    cut: int | None = None  # rows that lose text to model.max_tokens
-    unused: int | None = None  # rows with nothing to learn within model.max_tokens
+    dropped: int | None = None  # rows that data.exclude left out
+    cut: int | None = None  # rows that lose text to model.max_seq_length
+    unused: int | None = None  # rows with nothing to learn within model.max_seq_length
     read: tuple[str, ...] = ()
     not_read: tuple[str, ...] = ()
     classes: Mapping[str, int] | None = None  # rows of each class, in the classes' order
@@ -120,7 +120,7 @@ class DataCard:
     def _train_line(self) -> str:
         table = self.train
         more = [f"drawn from {table.drawn_from:,} by the seed"] if table.drawn_from else []
-        more += [f"{table.dropped:,} left out by data.drop"] if table.dropped else []
+        more += [f"{table.dropped:,} left out by data.exclude"] if table.dropped else []
         return f"{table.rows:,} of {Path(table.origin).name}" + (f" ({', '.join(more)})" if more else "")
 
     def _classes_line(self) -> str:
@@ -165,12 +165,13 @@ class DataCard:
         found = []
         if unused:
             found.append(
-                f"{_share(unused, rows, 'rows')} have nothing to learn within model.max_tokens = {self.max_tokens} "
+                f"{_share(unused, rows, 'rows')} have nothing to learn within model.max_seq_length = {self.max_tokens} "
                 "and are not used. Raise it."
             )
         if cut and cut >= MANY * rows:
             found.append(
-                f"{_share(cut, rows, 'rows')} are longer than model.max_tokens = {self.max_tokens} and lose their end. "
+                f"{_share(cut, rows, 'rows')} are longer than model.max_seq_length = {self.max_tokens} and lose "
+                f"their end. "
                 "Raise it if the end matters."
             )
         return found
@@ -196,7 +197,7 @@ def make_card(
     *,
     clients: Mapping[str, int],
     lost: Mapping[str, tuple[int, int]],  # "train" and "test": rows that are cut, and unused
-    also_read: Iterable[str] = (),  # columns that the settings read: of clients, of data.drop
+    also_read: Iterable[str] = (),  # columns that the settings read: of clients, of data.exclude
     private: bool = False,
     held_out: bool = False,  # the test rows are some of the training table's, which are not trained on
 ) -> DataCard:
@@ -304,7 +305,7 @@ def _table_warnings(name: str, table: TableCard) -> list[str]:
         if label.strip().lower() in MISSING_LIKE and name == "training":
             found.append(
                 f"The class {label!r} ({classes[label]:,} rows) looks like a missing value. If it is one, leave these "
-                "rows out with data.drop."
+                "rows out with data.exclude."
             )
     counted = table.counted
     if counted is None:

@@ -6,7 +6,7 @@ import math
 import unicodedata
 from collections.abc import Callable, Iterable
 
-from fedsb.errors import UserError
+from fedsb.utils.errors import UserError
 
 SHOWN = 5  # names in a message
 

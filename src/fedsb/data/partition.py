@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsb.draws import generator
-from fedsb.errors import UserError, did_you_mean
+from fedsb.utils.errors import UserError, did_you_mean
+from fedsb.utils.rng import generator
 
 KINDS = ("iid", "dirichlet", "column", "size")
 MAX_REDRAWS = 200  # of a Dirichlet split that leaves a client under min_rows

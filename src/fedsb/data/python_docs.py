@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fedsb.data.sources import Row, Table, make_table
-from fedsb.errors import UserError
+from fedsb.utils.errors import UserError
 
 MIN_CHARACTERS = 20  # a shorter docstring says too little to tell its area
 TEST = "test"  # stands where a client's name stands

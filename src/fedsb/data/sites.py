@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+from fedsb.config.resolved import ResolvedSetting
+from fedsb.config.schema import ClientsConfig, Config
 from fedsb.data.card import DataCard, make_card
 from fedsb.data.names import SHOWN, is_missing, refuse_same_names
 from fedsb.data.partition import Partition, split_rows
@@ -23,9 +25,8 @@ from fedsb.data.sources import (
 )
 from fedsb.data.tasks import Example, Task, TaskOptions, Tokenizer, open_task
 from fedsb.data.tasks.answers import Answers
-from fedsb.draws import generator
-from fedsb.errors import BadRowError, UserError, did_you_mean
-from fedsb.settings import Choice, ClientsConfig, Config
+from fedsb.utils.errors import BadRowError, UserError, did_you_mean
+from fedsb.utils.rng import generator
 
 TEST_SEED = 0  # runs with other seeds are scored on the same rows
 
@@ -59,7 +60,7 @@ class Data:
     baseline: float | None  # the score of a guess that reads no text
     best_guess: float | None  # the best score of predicting one class always, known to who has the test rows
     tables: dict[str, dict[str, Any]]  # origin, rows and fingerprint, for the manifest
-    choices: tuple[Choice, ...]
+    choices: tuple[ResolvedSetting, ...]
     card: DataCard
 
     @property
@@ -77,7 +78,7 @@ def open_data(config: Config, tokenizer: Tokenizer) -> Data:
     """Loads, splits and tokenises. Raises UserError with what is wrong in the data and what to do about it."""
     task = open_task_of(config, tokenizer)
     train, test = _tables(config)
-    share = config.data.tune_share
+    share = config.data.validation_fraction
     for table in (train, test):
         if table is not None:
             task.columns_of(table)
@@ -85,20 +86,23 @@ def open_data(config: Config, tokenizer: Tokenizer) -> Data:
     task.name_classes(train.class_names.get(task.options.label, ()))
     partition = _partition(config, task, train)
     clients = config.clients
-    if clients.unseen >= len(partition.shards):
-        raise UserError(f"clients.unseen = {clients.unseen} of {len(partition.shards)} clients: nobody would take part")
-    taking_part = len(partition.shards) - clients.unseen
+    if clients.holdout_clients >= len(partition.shards):
+        raise UserError(
+            f"clients.holdout_clients = {clients.holdout_clients} of {len(partition.shards)} clients: nobody would "
+            f"take part"
+        )
+    taking_part = len(partition.shards) - clients.holdout_clients
     if config.server.min_clients > taking_part:
         raise UserError(f"server.min_clients = {config.server.min_clients}, but {taking_part} clients take part")
     names = [shard.name for shard in partition.shards]
-    unseen = set(generator(config.seed, "unseen").permutation(names)[: clients.unseen].tolist())
+    unseen = set(generator(config.seed, "unseen").permutation(names)[: clients.holdout_clients].tolist())
     cut = unused = 0
     sites: list[Site] = []
     tune: list[Example] = []
     scored_rows: list[Row] = []  # of the clients, where no test table is
     for shard in partition.shards:
         rows = [train.rows[i] for i in shard.rows]
-        kept, held = task.hold_out(rows, clients.held_out, generator(config.seed, "held out", shard.name))
+        kept, held = task.hold_out(rows, clients.holdout_fraction, generator(config.seed, "held out", shard.name))
         if shard.name not in unseen:
             kept, scored = task.hold_out(kept, share, generator(config.seed, "tune", shard.name))
             with _of_client(shard.name):
@@ -113,7 +117,7 @@ def open_data(config: Config, tokenizer: Tokenizer) -> Data:
     test_examples, cut_test = task.encode_test(test.rows) if test else ([], 0)
     unused_test = _lost(test.rows, test_examples) if test else 0
     if share and not tune:
-        raise UserError(f"data.tune_share = {share} leaves no row of {len(train.rows):,} to score: raise it")
+        raise UserError(f"data.validation_fraction = {share} leaves no row of {len(train.rows):,} to score: raise it")
     if share:
         test_examples = tune
     elif not test:
@@ -152,21 +156,21 @@ def _partition(config: Config, task: Task, train: Table) -> Partition:
     if wanted is not None and task.classes and wanted != found:
         raise UserError(
             f"data.classes = {wanted}, but the rows have {found}: {', '.join(task.classes[:12])}. Set it to "
-            f"{found}, or leave out rows that have no class with data.drop"
+            f"{found}, or leave out rows that have no class with data.exclude"
         )
     labels = [row[task.options.label] for row in train.rows] if task.classes else None
     clients = config.clients
-    if clients.split == "column":
+    if clients.partition == "column":
         require_columns(train, [clients.column])
         _refuse_client_names(train, clients.column)
     partition = split_rows(
-        clients.split,
+        clients.partition,
         len(train.rows),
         clients=clients.count,
         seed=config.seed,
         labels=labels,
-        column=[row[clients.column] for row in train.rows] if clients.split == "column" else None,
-        alpha=clients.alpha,
+        column=[row[clients.column] for row in train.rows] if clients.partition == "column" else None,
+        alpha=clients.dirichlet_alpha,
         sizes=clients.sizes,
         min_rows=clients.min_rows,
     )
@@ -190,7 +194,7 @@ def open_own(config: Config, task: Task, name: str, table: Table) -> tuple[Site,
 
     The task's classes are known.
     """
-    kept, held = task.hold_out(table.rows, config.clients.held_out, generator(config.seed, "held out", name))
+    kept, held = task.hold_out(table.rows, config.clients.holdout_fraction, generator(config.seed, "held out", name))
     return _encoded(config, task, name, kept, held)
 
 
@@ -221,7 +225,7 @@ def _refuse_client_names(train: Table, column: str) -> None:
         if is_missing(row[column]):
             raise BadRowError(
                 f"{place_of(row, number)}: the column {column!r} (clients.column) contains {row[column]!r}, which is "
-                "not a name. Fill it in, or leave such rows out with data.drop."
+                "not a name. Fill it in, or leave such rows out with data.exclude."
             )
     refuse_same_names(dict.fromkeys(str(row[column]) for row in train.rows), "the clients")
 
@@ -231,7 +235,7 @@ def _refuse_pieces(task: Task, name: str, rows: list[Row]) -> None:
     if cut := task.cut_in_pieces(rows):
         raise UserError(
             f"privacy.unit = 'example': of the {len(rows)} rows of client {name!r} {cut} "
-            f"are longer than model.max_tokens = {task.max_tokens} and would be cut into several examples, so that "
+            f"are longer than model.max_seq_length = {task.max_tokens} and would be cut into several examples, so that "
             "epsilon would be for a part of a row. Raise it; or cut the rows yourself, if a passage is what to protect"
         )
 
@@ -261,7 +265,7 @@ def load_own(
     rows = [with_values(row, {ours.get(key, key): value for key, value in row.items()}) for row in table.rows]
     if columns or allowed is not None:
         table = replace(table, rows=rows, fingerprint=make_table(rows, table.origin).fingerprint, class_names={})
-    table = _dropped(table, config.data.drop)[0]
+    table = _dropped(table, config.data.exclude)[0]
     task.columns_of(table)
     return table
 
@@ -271,7 +275,7 @@ def load_test(config: Config, task: Task) -> Table | None:
     data = config.data
     if data.test is None:
         return None
-    table = _dropped(_load(data.test, data.revision, data.test_split, format_of(config)), data.drop)[0]
+    table = _dropped(_load(data.test, data.revision, data.test_split, format_of(config)), data.exclude)[0]
     table = draw_rows(table, data.test_rows, TEST_SEED, "test rows")
     task.columns_of(table)
     return table
@@ -280,7 +284,7 @@ def load_test(config: Config, task: Task) -> Table | None:
 def open_task_of(config: Config, tokenizer: Tokenizer) -> Task:
     """The task of a configuration, its classes not yet fitted."""
     options = TaskOptions(**config.task.model_dump(exclude={"kind"}))
-    return open_task(config.task.kind, tokenizer=tokenizer, options=options, max_tokens=config.model.max_tokens)
+    return open_task(config.task.kind, tokenizer=tokenizer, options=options, max_tokens=config.model.max_seq_length)
 
 
 def load_rows(config: Config, task: Task, source: str | None) -> Table:
@@ -324,17 +328,17 @@ def _tables(config: Config) -> tuple[Table, Table | None]:
         train, test = python_docs.tables()
     else:
         train = _load(data.train, data.revision, data.train_split, format_of(config))
-    if data.tune_share:
+    if data.validation_fraction:
         test = None  # not even read: what is tuned must not see it
     elif data.test is not None:
         test = _load(data.test, data.revision, data.test_split, format_of(config))
-    train, test = _drop_from(train, test, data.drop)
+    train, test = _drop_from(train, test, data.exclude)
     train = draw_rows(train, data.train_rows, config.seed, "train rows")
     return train, None if test is None else draw_rows(test, data.test_rows, TEST_SEED, "test rows")
 
 
 def _drop_from(train: Table, test: Table | None, drop: Mapping[str, Any]) -> tuple[Table, Table | None]:
-    """The tables without the rows that data.drop names. Raises UserError for a value that no row has."""
+    """The tables without the rows that data.exclude names. Raises UserError for a value that no row has."""
     left, counts = _dropped(train, drop)
     left_test, more = (None, {}) if test is None else _dropped(test, drop)
     for (column, value), rows in counts.items():
@@ -342,8 +346,8 @@ def _drop_from(train: Table, test: Table | None, drop: Mapping[str, Any]) -> tup
             names = list(dict.fromkeys("" if row[column] is None else str(row[column]) for row in train.rows))
             known = did_you_mean(str(value), names) if len(names) <= 4 * SHOWN else f"as {', '.join(names[:SHOWN])} ..."
             raise UserError(
-                f"data.drop leaves out rows with {value!r} in the column {column!r}, and no row has it: {known}. "
-                "Correct the value, or remove it from data.drop."
+                f"data.exclude leaves out rows with {value!r} in the column {column!r}, and no row has it: {known}. "
+                "Correct the value, or remove it from data.exclude."
             )
     return left, left_test
 
@@ -407,13 +411,13 @@ def draw_rows(table: Table, rows: int | None, seed: int, which: str) -> Table:
 
 def _read_by_settings(config: Config) -> list[str]:
     """The columns that are read for something else than the task."""
-    return [*config.data.drop, *([config.clients.column] if config.clients.split == "column" else [])]
+    return [*config.data.exclude, *([config.clients.column] if config.clients.partition == "column" else [])]
 
 
 def _enough_text(partition: Partition, train: Table, task: Task, clients: ClientsConfig) -> Partition:
     """Leaves out natural clients whose texts together are shorter than clients.min_characters."""
-    if clients.split != "column":
-        raise UserError(f"clients.min_characters is of the split by column; this one is {clients.split!r}")
+    if clients.partition != "column":
+        raise UserError(f"clients.min_characters is of the split by column; this one is {clients.partition!r}")
     texts = [name for name in task.columns_of(train) if name != task.options.label]
     length = {
         shard.name: sum(len(str(train.rows[i][name])) for i in shard.rows for name in texts)
@@ -453,26 +457,31 @@ def _lost(rows: Sequence[Row], examples: Sequence[Example]) -> int:
     return max(len(rows) - len(examples), 0)
 
 
-def cut_choices(config: Config, cut: int, unused: int) -> list[Choice]:
-    """What model.max_tokens costs."""
+def cut_choices(config: Config, cut: int, unused: int) -> list[ResolvedSetting]:
+    """What model.max_seq_length costs."""
     choices = [
-        Choice(
+        ResolvedSetting(
             key="data.cut",
             value=cut,
-            reason=f"counted: rows longer than model.max_tokens = {config.model.max_tokens}, their end is not read",
+            reason=f"counted: rows longer than model.max_seq_length = {config.model.max_seq_length}, their end is "
+            f"not read",
         )
     ]
     if unused:
-        reason = f"counted: of these, rows with nothing to learn within {config.model.max_tokens} tokens, left out"
-        choices.append(Choice(key="data.unused", value=unused, reason=reason))
+        reason = f"counted: of these, rows with nothing to learn within {config.model.max_seq_length} tokens, left out"
+        choices.append(ResolvedSetting(key="data.unused", value=unused, reason=reason))
     return choices
 
 
-def _choices(config: Config, cut: int, unused: int, dropped: dict[str, int], unseen: set[str]) -> tuple[Choice, ...]:
+def _choices(
+    config: Config, cut: int, unused: int, dropped: dict[str, int], unseen: set[str]
+) -> tuple[ResolvedSetting, ...]:
     choices = cut_choices(config, cut, unused)
     if dropped:
         reason = "counted: clients under clients.min_rows or clients.min_characters, left out"
-        choices.append(Choice(key="clients.dropped", value=len(dropped), reason=reason))
+        choices.append(ResolvedSetting(key="clients.dropped", value=len(dropped), reason=reason))
     if unseen:
-        choices.append(Choice(key="clients.unseen", value=", ".join(sorted(unseen)), reason="drawn by the seed"))
+        choices.append(
+            ResolvedSetting(key="clients.holdout_clients", value=", ".join(sorted(unseen)), reason="drawn by the seed")
+        )
     return tuple(choices)

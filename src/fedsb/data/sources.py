@@ -26,7 +26,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from fedsb.errors import BadRowError, NotAtHandError, UserError, did_you_mean
+from fedsb.utils.errors import BadRowError, NotAvailableError, UserError, did_you_mean
 
 Row = dict[str, Any]
 Place = str  # where a row stands in its file, in words: "line 3" or "item 3"
@@ -76,7 +76,7 @@ class Table:
     fingerprint: str  # sha256 of the rows, the same whatever the file format or compression
     notes: tuple[str, ...] = ()  # what was decided while the file was read, in sentences
     warnings: tuple[str, ...] = ()  # what looks wrong in the file, in sentences
-    dropped: int = 0  # rows that data.drop left out
+    dropped: int = 0  # rows that data.exclude left out
     class_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # column -> names of its labels 0, 1, ...
     total: int = 0  # rows before data.train_rows or data.test_rows drew some; 0: all are here
 
@@ -161,11 +161,11 @@ def _missing(path: Path) -> UserError:
     if path.is_dir():
         return UserError(f"{path} is a folder: name one file in it")
     if not path.parent.is_dir():
-        return NotAtHandError(f"there is no file {path}: its folder {path.parent} does not exist either")
+        return NotAvailableError(f"there is no file {path}: its folder {path.parent} does not exist either")
     known = [file.name for file in path.parent.iterdir() if file.is_file()]
     if near := difflib.get_close_matches(path.name, known, n=3):
         return UserError(f"there is no file {path}: near it there is {', '.join(near)}")
-    return NotAtHandError(f"there is no file {path}: check the path")
+    return NotAvailableError(f"there is no file {path}: check the path")
 
 
 def _same_columns(placed: Iterable[tuple[Place, Row]], path: Path) -> list[Row]:
@@ -404,7 +404,7 @@ def _load_hub(source: str, revision: str | None, split: str) -> Table:
         loaded = datasets.load_dataset(name, config, revision=revision, split=split)
     except datasets.exceptions.DatasetNotFoundError as fault:
         if "gated" in str(fault):
-            raise NotAtHandError(
+            raise NotAvailableError(
                 f"{source!r} is gated: accept its terms at https://huggingface.co/datasets/{name}, signed in, then set "
                 "HF_TOKEN to a token of that account (or: hf auth login)"
             ) from fault
@@ -412,7 +412,7 @@ def _load_hub(source: str, revision: str | None, split: str) -> Table:
             f"{source!r} is not on the Hub or is private ({fault}): check the name, or set HF_TOKEN (or: hf auth login)"
         ) from fault
     except (ConnectionError, TimeoutError) as fault:
-        raise NotAtHandError(
+        raise NotAvailableError(
             f"{source!r} cannot be fetched from the Hub ({fault}). Without a network: fill the cache elsewhere, point "
             "HF_HOME at it and set HF_HUB_OFFLINE=1 (unset it to go online); or give a local file: "
             "--set data.train=PATH"

@@ -28,7 +28,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from fedsb.errors import UserError
+from fedsb.utils.errors import UserError
 
 CA_DAYS = 1825
 SERVER_DAYS = 730

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsb.deployment.logs import LOGGER, open_log, say
-from fedsb.errors import RunError, UserError
+from fedsb.utils.errors import RunError, UserError
 
 LOG, FAULT = "FEDSB_LOG", "FEDSB_FAULT"  # environment: the file to log to, the pipe to tell a fault in
 USER_ERROR, RUN_ERROR, CRASHED = 1, 2, 70  # exit codes; of the first two another try is of no use

@@ -10,27 +10,27 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from fedsb.channel import Channel
-from fedsb.config import Loaded, difference, load_config
+from fedsb.config.load import ResolvedConfig, difference, load_config
+from fedsb.config.schema import Config
 from fedsb.deployment.federation import read_federation
-from fedsb.disk import write_atomic
-from fedsb.engines.remote import RemoteEngine
-from fedsb.errors import UserError
-from fedsb.methods.contract import Method
-from fedsb.record import read_manifest
-from fedsb.run import federate, resume
-from fedsb.settings import Config
-from fedsb.terminal import Terminal
+from fedsb.methods.base import Method
+from fedsb.protocol.channel import Channel
+from fedsb.reporting.run_directory import read_manifest
+from fedsb.reporting.terminal import Terminal
+from fedsb.runs.run import federate, resume
+from fedsb.server.remote import RemoteEngine
+from fedsb.utils.errors import UserError
+from fedsb.utils.files import write_atomic
 
 PROGRAM = "fedsb.deployment.coordinate:coordinate"
 
 
-def run_folder(federation: Path, loaded: Loaded) -> Path:
+def run_folder(federation: Path, loaded: ResolvedConfig) -> Path:
     """Returns where a coordinator keeps this run."""
     return federation / "runs" / loaded.config.name
 
 
-def prepare(federation: Path, loaded: Loaded) -> Path:
+def prepare(federation: Path, loaded: ResolvedConfig) -> Path:
     """Writes down what a run is asked for; gives back its folder, for `coordinate`.
 
     Raises UserError where the run is there already with other settings.

@@ -28,9 +28,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
+from fedsb.channels.flower_wire import MAX_ANSWER_BYTES
 from fedsb.deployment.federation import Federation
 from fedsb.deployment.logs import say
-from fedsb.deployment.wire import MAX_ANSWER_BYTES
 
 Scope = MutableMapping[str, Any]
 Event = MutableMapping[str, Any]
@@ -69,7 +69,7 @@ class Limits:
 
 
 @dataclass(kw_only=True)
-class Wire:
+class TrafficCounter:
     """Bytes of HTTP by site, heads and bodies, before TLS (which adds under 1% to what is large)."""
 
     bytes_in: Counter[str] = field(default_factory=Counter)
@@ -97,10 +97,12 @@ class RefusedError(Exception):
         self.status, self.reason = status, reason
 
 
-class Door:
+class AuthMiddleware:
     """An ASGI application that lets sites through to Flower's."""
 
-    def __init__(self, inner: Application, register: Callable[[], Federation], limits: Limits, wire: Wire) -> None:
+    def __init__(
+        self, inner: Application, register: Callable[[], Federation], limits: Limits, wire: TrafficCounter
+    ) -> None:
         self._inner, self._register, self._limits, self._wire = inner, register, limits, wire
         self._pushed: Counter[str] = Counter()  # bytes of the answer that a site is sending
 

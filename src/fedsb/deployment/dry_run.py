@@ -7,15 +7,15 @@ import ssl
 from collections.abc import Iterator
 from pathlib import Path
 
+from fedsb.client.policy import SITE, SiteConfig, fingerprint, load_site, refuse_peers, refuse_run, refuse_sum
 from fedsb.deployment.join_file import KEPT, read_join_file
-from fedsb.errors import UserError
-from fedsb.site.settings import SITE, SiteConfig, fingerprint, load_site, refuse_peers, refuse_run, refuse_sum
+from fedsb.utils.errors import UserError
 
 SECONDS = 10.0
 SHOWN = 12  # labels
 
 
-def try_out(folder: Path, config: str | None) -> Iterator[str]:
+def check_site(folder: Path, config: str | None) -> Iterator[str]:
     """A line for each thing that is well. Raises UserError at the first that is not."""
     join = read_join_file(folder / KEPT)
     yield f"join file: site {join.site} of federation {join.federation}, whose sites are, by fingerprint of their key:"
@@ -25,7 +25,7 @@ def try_out(folder: Path, config: str | None) -> Iterator[str]:
     allowed = ", ".join(f"{key} = {value}" for key, value in site.allow.model_dump(exclude_defaults=True).items())
     yield f"site.toml: rules {allowed or 'none, so all is allowed'}"
     yield from _rows(folder, site, config)
-    knock(join.address, join.ca)
+    check_tls(join.address, join.ca)
     yield f"door: {join.address} shows a certificate of this federation"
 
 
@@ -38,17 +38,17 @@ def _rows(folder: Path, site: SiteConfig, config: str | None) -> Iterator[str]:
         yield f"rows: {len(table.rows):,} with the columns {', '.join(table.columns)}"
         yield "not tried: the run's own needs; name its TOML with --config"
         return
-    from fedsb.catalogue import load
-    from fedsb.engines.resolved import sum_threshold
+    from fedsb.client.handler import open_handle
+    from fedsb.client.session import Participant
+    from fedsb.config.find import load
     from fedsb.methods import build_method
-    from fedsb.site.handle import open_handle
-    from fedsb.site.participant import Participant
+    from fedsb.training.resolved import sum_threshold
 
     settings = load(config, []).config
     refuse_run(site.allow, settings, build_method(settings.method.name, settings.method.options))
     yield "rules: this site takes part in such a run"
     identity = open_handle(folder).identity
-    if settings.server.secure_sum:
+    if settings.server.secure_aggregation:
         others = {name: key for name, key in identity.directory.items() if name != identity.name}
         _, threshold = sum_threshold(settings.server, len(identity.directory))
         refuse_sum(site.allow, threshold)
@@ -64,12 +64,12 @@ def _rows(folder: Path, site: SiteConfig, config: str | None) -> Iterator[str]:
         told = ", ".join(map(str, part.labels[:SHOWN])) + (" ..." if len(part.labels) > SHOWN else "")
         yield f"labels: {len(part.labels)} here, which the coordinator is told: {told}"
     yield f"rows: {part.site.rows:,} to train on, {len(part.site.held_out):,} held out; {part.cut:,} are cut"
-    yield f"base model: {part.bench.base.name}, {part.bench.base.parameters:,} parameters"
-    for choice in part.bench.preflight.choices:
+    yield f"base model: {part.trainer.base.name}, {part.trainer.base.parameters:,} parameters"
+    for choice in part.trainer.preflight.choices:
         yield f"{choice.key}: {choice.value}: {choice.reason}"
 
 
-def knock(address: str, ca: str) -> None:
+def check_tls(address: str, ca: str) -> None:
     """A TLS handshake with the coordinator. Raises UserError where there is none."""
     host, _, port = address.rpartition(":")
     context = ssl.create_default_context(cadata=ca)

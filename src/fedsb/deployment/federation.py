@@ -25,18 +25,18 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from fedsb.deployment import certificates
 from fedsb.deployment.join_file import (
     CARD,
-    Card,
     Directory,
     JoinFile,
     Keys,
+    SitePublicKeys,
     check_names,
     read_card,
     refuse_overwriting,
     write_join_file,
     write_secret,
 )
-from fedsb.disk import remove_temporary, write_atomic
-from fedsb.errors import UserError, did_you_mean
+from fedsb.utils.errors import UserError, did_you_mean
+from fedsb.utils.files import remove_temporary, write_atomic
 
 FEDERATION, DIRECTORY, UNFINISHED = "federation.json", "directory.json", "unfinished.json"
 CA, CA_KEY, SERVER, SERVER_KEY = "ca.pem", "ca.key", "server.pem", "server.key"
@@ -190,7 +190,7 @@ def read_federation(folder: Path) -> Federation:
         raise UserError(f"{path} is damaged, or of another version of fedsb") from None
 
 
-class Register:
+class SiteRegistry:
     """The register as it is now: read again when the file has changed, so that a revoked site is out at once."""
 
     def __init__(self, folder: Path) -> None:
@@ -206,7 +206,9 @@ class Register:
         return self._federation
 
 
-def _new_join_paths(folder: Path, federation: Federation, newcomers: Sequence[tuple[Card, Keys]]) -> list[Path]:
+def _new_join_paths(
+    folder: Path, federation: Federation, newcomers: Sequence[tuple[SitePublicKeys, Keys]]
+) -> list[Path]:
     """Returns the join files to make. Raises UserError for a site whose name or keys are taken."""
     sites, paths = dict(federation.sites), []
     for card, _ in newcomers:
@@ -221,7 +223,7 @@ def _new_join_paths(folder: Path, federation: Federation, newcomers: Sequence[tu
     return paths
 
 
-def _begin(folder: Path, newcomers: Sequence[tuple[Card, Keys]], files: Sequence[Path]) -> None:
+def _begin(folder: Path, newcomers: Sequence[tuple[SitePublicKeys, Keys]], files: Sequence[Path]) -> None:
     """Writes down what is to be made. Raises UserError if any of it exists: that is not ours to overwrite."""
     if (folder / FEDERATION).exists():
         _authority_key(folder)
@@ -234,7 +236,7 @@ def _begin(folder: Path, newcomers: Sequence[tuple[Card, Keys]], files: Sequence
 
 
 def _register(
-    folder: Path, federation: Federation, newcomers: Sequence[tuple[Card, Keys]], paths: Sequence[Path]
+    folder: Path, federation: Federation, newcomers: Sequence[tuple[SitePublicKeys, Keys]], paths: Sequence[Path]
 ) -> None:
     """Writes the join files, then the register, and last the directory, which follows from it."""
     entries = {card.site: SiteEntry(node_key=card.node_key, identity=card.identity) for card, _ in newcomers}
@@ -291,7 +293,7 @@ def _remove_temporary(files: Iterable[Path], folder: Path) -> None:
 
 
 def _are_just_added(
-    federation: Federation, newcomers: Sequence[tuple[Card, Keys]], finished: Sequence[str] | None
+    federation: Federation, newcomers: Sequence[tuple[SitePublicKeys, Keys]], finished: Sequence[str] | None
 ) -> bool:
     """Returns whether a killed command had registered exactly these sites, so that nothing is left to do."""
     return finished == [card.site for card, _ in newcomers] and all(
@@ -299,23 +301,25 @@ def _are_just_added(
     )
 
 
-def _join_path(folder: Path, card: Card) -> Path:
+def _join_path(folder: Path, card: SitePublicKeys) -> Path:
     return folder / "joins" / f"{card.site}.join"
 
 
-def _newcomers(sites: Sequence[str]) -> list[tuple[Card, Keys]]:
+def _newcomers(sites: Sequence[str]) -> list[tuple[SitePublicKeys, Keys]]:
     """Raises UserError for a name that no site can have, or that is there twice."""
     newcomers = [_newcomer(site) for site in sites]
     check_names([card.site for card, _ in newcomers])
     return newcomers
 
 
-def _newcomer(site: str) -> tuple[Card, Keys]:
+def _newcomer(site: str) -> tuple[SitePublicKeys, Keys]:
     """(its public keys, its private ones), of a name, for which they are made; those of a card stay with its site."""
     if site.endswith(CARD):
         return read_card(Path(site)), Keys(node_key="", identity="")
     (node_private, node_public), (private, public) = certificates.new_node_key(), certificates.new_identity()
-    return Card(site=site, node_key=node_public, identity=public), Keys(node_key=node_private, identity=private)
+    return SitePublicKeys(site=site, node_key=node_public, identity=public), Keys(
+        node_key=node_private, identity=private
+    )
 
 
 def _write(folder: Path, federation: Federation) -> None:

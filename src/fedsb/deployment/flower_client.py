@@ -25,8 +25,6 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from flwr.app import Message
 from flwr.app.message import remove_content_from_message
-from flwr.common.constant import HEARTBEAT_MIN_INTERVAL
-from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
     DeactivateNodeRequest,
@@ -36,6 +34,8 @@ from flwr.proto.fleet_pb2 import (
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree
 from flwr.proto.node_pb2 import Node
+from flwr.shared.constant import HEARTBEAT_MIN_INTERVAL
+from flwr.shared.serde import message_from_proto, message_to_proto
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
     get_object_tree,
@@ -52,15 +52,15 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-from fedsb.channel import Lost
+from fedsb.channels.flower_wire import MAX_ANSWER_BYTES, PIECE_BYTES, pack, unpack
 from fedsb.deployment import trainer
 from fedsb.deployment.certificates import tls_client
 from fedsb.deployment.child import run_child
 from fedsb.deployment.join_file import KEPT, JoinFile, read_join_file
 from fedsb.deployment.logs import say
-from fedsb.deployment.wire import MAX_ANSWER_BYTES, PIECE_BYTES, pack, unpack
-from fedsb.disk import write_atomic
-from fedsb.errors import UserError
+from fedsb.protocol.channel import NoResponse
+from fedsb.utils.errors import UserError
+from fedsb.utils.files import write_atomic
 
 BEAT_SECONDS = 7.0  # Flower takes a node for offline after 20 s without one
 SHORTEST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 5.0  # between tries to reach the coordinator
@@ -68,7 +68,7 @@ ELSEWHERE_SECONDS = 90.0  # Flower holds a node for present 20 s after its last 
 SAY_SECONDS = 60.0  # a trouble that lasts is a line in the log as often
 CONNECT_SECONDS, WRITE_SECONDS, ANSWER_SECONDS = 10.0, 20.0, 60.0  # a network that swallows all is tried anew soon
 
-Answer = Callable[[bytes], bytes | Lost]
+Answer = Callable[[bytes], bytes | NoResponse]
 
 
 def main() -> None:
@@ -196,7 +196,7 @@ class FlowerNode:
     def _reply_to(self, node: Node, message: Message, tree: ObjectTree, answer: Answer) -> Message:
         ids, run = [part.object_id for part in iterate_object_tree(tree)], message.metadata.run_id
         if len(ids) * PIECE_BYTES > 2 * MAX_ANSWER_BYTES:
-            return Message(pack(Lost(f"refused: a request of over {MAX_ANSWER_BYTES} bytes")), reply_to=message)
+            return Message(pack(NoResponse(f"refused: a request of over {MAX_ANSWER_BYTES} bytes")), reply_to=message)
         pull = make_pull_object_fn_protobuf(self._client.PullObject, node, run)
         contents = pull_objects(ids, pull, max_time=600.0, initial_backoff=0.05)
         name = message.metadata.message_id
@@ -209,7 +209,7 @@ class FlowerNode:
         request = unpack(whole.content)
         content = answer(request) if isinstance(request, bytes) else request
         if isinstance(content, bytes) and len(content) > MAX_ANSWER_BYTES:
-            content = Lost(f"failed: an answer of {len(content)} bytes, and {MAX_ANSWER_BYTES} are allowed")
+            content = NoResponse(f"failed: an answer of {len(content)} bytes, and {MAX_ANSWER_BYTES} are allowed")
         return Message(pack(content), reply_to=whole)
 
     def _push(self, node: Node, reply: Message) -> None:

@@ -7,13 +7,13 @@ import sys
 import time
 from pathlib import Path
 
+from fedsb.channels.flower import GridChannel
 from fedsb.deployment.child import load, run_child
-from fedsb.deployment.federation import Register
-from fedsb.deployment.grid_channel import GridChannel
+from fedsb.deployment.federation import SiteRegistry
 from fedsb.deployment.local_grid import run_of
 from fedsb.deployment.logs import say
-from fedsb.errors import RunError
-from fedsb.interrupts import Interrupts
+from fedsb.utils.errors import RunError
+from fedsb.utils.signals import Interrupts
 
 START_SECONDS = 60.0
 
@@ -24,7 +24,7 @@ def main() -> None:
         _wait_for(local)
         with run_of(local) as grid:
             say("run started", run=str(run))
-            program(GridChannel(grid, Register(folder)), run)
+            program(GridChannel(grid, SiteRegistry(folder)), run)
             say("run ended")
 
 

@@ -25,8 +25,8 @@ from fedsb.deployment.certificates import (
     public_identity,
     signed,
 )
-from fedsb.disk import remove_temporary, safe_name, write_atomic
-from fedsb.errors import UserError
+from fedsb.utils.errors import UserError
+from fedsb.utils.files import remove_temporary, safe_name, write_atomic
 
 VERSION = 1  # of all files here
 KEPT = "site.join"  # its name in a site's folder, there with the keys
@@ -55,7 +55,7 @@ class Directory(_Strict):
         return json.dumps(self.model_dump(exclude={"signature"}), sort_keys=True).encode()
 
 
-class Card(_Strict):
+class SitePublicKeys(_Strict):
     """What a coordinator is told of a site that made its own keys: the public ones."""
 
     version: Literal[1] = 1
@@ -101,7 +101,7 @@ def read_join_file(path: Path) -> JoinFile:
     return join
 
 
-def make_keys(path: Path, folder: Path) -> Card:
+def make_keys(path: Path, folder: Path) -> SitePublicKeys:
     """Makes a site's keys in its folder, and the file for the coordinator.
 
     Raises UserError where there are keys already, or for a name that no site can have.
@@ -112,7 +112,7 @@ def make_keys(path: Path, folder: Path) -> Card:
     check_names([name])
     refuse_overwriting(folder / KEYS)
     (node_private, node_public), (private, public) = new_node_key(), new_identity()
-    card = Card(site=name, node_key=node_public, identity=public)
+    card = SitePublicKeys(site=name, node_key=node_public, identity=public)
     # The keys are written last. If the process is killed before, the same command makes both files again.
     write_atomic(path, (card.model_dump_json(indent=2) + "\n").encode())
     remove_temporary(folder / KEYS)
@@ -120,9 +120,9 @@ def make_keys(path: Path, folder: Path) -> Card:
     return card
 
 
-def read_card(path: Path) -> Card:
+def read_card(path: Path) -> SitePublicKeys:
     """Raises UserError for one that is missing, damaged, or whose keys are none."""
-    card = _read(Card, path, "site's file")
+    card = _read(SitePublicKeys, path, "site's file")
     try:
         check_public(card.node_key, card.identity)
     except ValueError as error:
@@ -232,7 +232,7 @@ def _check_signed(join: JoinFile, directory: Directory, path: Path) -> None:
 
 
 def _read(kind: type[File], path: Path, what: str) -> File:
-    whom = "the site" if kind is Card else "the coordinator"
+    whom = "the site" if kind is SitePublicKeys else "the coordinator"
     try:
         text = path.read_text()
     except FileNotFoundError:

@@ -16,7 +16,6 @@ from typing import TypeVar, cast
 
 import httpx
 from flwr.app import Message
-from flwr.common.serde import run_from_proto
 from flwr.proto.control_pb2 import StartRunRequest
 from flwr.proto.fab_pb2 import Fab
 from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest
@@ -26,6 +25,7 @@ from flwr.proto.runtime_pb2 import (
     PullTaskInputRequest,
     PushTaskOutputRequest,
 )
+from flwr.shared.serde import run_from_proto
 from flwr.supercore.constant import TaskType
 from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
@@ -41,7 +41,7 @@ from flwr.superlink.grid import HttpGrid
 
 from fedsb import __version__
 from fedsb.deployment.logs import say
-from fedsb.errors import RunError
+from fedsb.utils.errors import RunError
 
 HOST = "superlink"  # a name for HTTP: the connection is a Unix socket
 BUNDLE = f"""

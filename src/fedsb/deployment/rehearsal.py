@@ -14,23 +14,22 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from fedsb.config import Loaded
+from fedsb.config.load import ResolvedConfig
 from fedsb.data.sites import rows_by_client
 from fedsb.data.sources import Row
 from fedsb.deployment.coordinate import PROGRAM, prepare, run_folder
 from fedsb.deployment.federation import serve_init
 from fedsb.deployment.join_file import CARD, make_keys
 from fedsb.deployment.run import serve
-from fedsb.disk import write_atomic
-from fedsb.errors import UserError
 from fedsb.models.load import load_tokenizer
-from fedsb.record import json_lines
+from fedsb.utils.errors import UserError
+from fedsb.utils.files import json_lines, write_atomic
 
 LOCALHOST = "127.0.0.1"
 STOP_SECONDS = 60.0
 
 
-def rehearse(loaded: Loaded) -> Path:
+def rehearse(loaded: ResolvedConfig) -> Path:
     """Carries out a run from making the federation to the adapter; gives back the run's folder.
 
     Raises UserError where there is one of that name already, and as `serve`.

@@ -21,8 +21,8 @@ from fedsb.deployment.federation import CA, SERVER, read_federation
 from fedsb.deployment.join_file import keep_join_file
 from fedsb.deployment.logs import ENDED, open_log, say
 from fedsb.deployment.supervise import Child, Supervisor
-from fedsb.errors import RunError, UserError
-from fedsb.interrupts import Interrupts
+from fedsb.utils.errors import RunError, UserError
+from fedsb.utils.signals import Interrupts
 
 TOKEN_BYTES = 32
 

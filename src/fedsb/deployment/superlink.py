@@ -25,11 +25,11 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fedsb.deployment.child import run_child
-from fedsb.deployment.door import Door, Limits, Wire
-from fedsb.deployment.federation import SERVER, SERVER_KEY, Federation, Register
+from fedsb.deployment.door import AuthMiddleware, Limits, TrafficCounter
+from fedsb.deployment.federation import SERVER, SERVER_KEY, Federation, SiteRegistry
 from fedsb.deployment.logs import say
-from fedsb.disk import write_atomic
-from fedsb.errors import RunError, UserError
+from fedsb.utils.errors import RunError, UserError
+from fedsb.utils.files import write_atomic
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -49,8 +49,8 @@ async def _serve(folder: Path, local: Path, host: str, port: int, limits: Limits
 
     flower = create_app()
     flower.state.enable_supernode_auth = True  # who is not registered by us is not registered at all
-    register, wire = Register(folder), Wire()
-    public = _Listener(_public(Door(flower, register, limits, wire), folder, limits))
+    register, wire = SiteRegistry(folder), TrafficCounter()
+    public = _Listener(_public(AuthMiddleware(flower, register, limits, wire), folder, limits))
     private = _Listener(uvicorn.Config(flower, lifespan="on", log_config=None, access_log=False, ws="none"))
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -66,9 +66,9 @@ async def _serve(folder: Path, local: Path, host: str, port: int, limits: Limits
             say("closed")
 
 
-async def _watch(flower: FastAPI, register: Callable[[], Federation], wire: Wire, traffic: Path) -> None:
+async def _watch(flower: FastAPI, register: Callable[[], Federation], wire: TrafficCounter, traffic: Path) -> None:
     """Registers with Flower the sites that the register names, and writes the traffic down."""
-    from flwr.common.constant import HEARTBEAT_MIN_INTERVAL, NOOP_ACCOUNT_NAME, NOOP_FLWR_AID
+    from flwr.shared.constant import HEARTBEAT_MIN_INTERVAL, NOOP_ACCOUNT_NAME, NOOP_FLWR_AID
 
     state, known, written = flower.state.linkstate_factory.state(), set(), 0
     while True:
@@ -86,11 +86,11 @@ async def _watch(flower: FastAPI, register: Callable[[], Federation], wire: Wire
         await asyncio.sleep(LOOK_SECONDS)
 
 
-def _write_traffic(wire: Wire, path: Path) -> None:
+def _write_traffic(wire: TrafficCounter, path: Path) -> None:
     write_atomic(path, (json.dumps(wire.rows(), indent=2) + "\n").encode())
 
 
-def _public(door: Door, folder: Path, limits: Limits) -> uvicorn.Config:
+def _public(door: AuthMiddleware, folder: Path, limits: Limits) -> uvicorn.Config:
     config = uvicorn.Config(
         door,
         ssl_certfile=folder / SERVER,

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from fedsb.deployment.child import FAULT, FAULT_BYTES, LOG, RUN_ERROR, USER_ERROR
 from fedsb.deployment.logs import say
-from fedsb.disk import write_atomic
-from fedsb.errors import RunError, UserError
+from fedsb.utils.errors import RunError, UserError
+from fedsb.utils.files import write_atomic
 
 LOOK_SECONDS = 0.2
 STOP_SECONDS = 30.0  # to end what is being written

@@ -20,11 +20,11 @@ import sys
 import time
 from pathlib import Path
 
-from fedsb.channel import Handle, Lost
 from fedsb.deployment.child import load, run_child
 from fedsb.deployment.logs import LOGGER, say
-from fedsb.disk import write_atomic
-from fedsb.errors import RunError, UserError
+from fedsb.protocol.channel import Handle, NoResponse
+from fedsb.utils.errors import RunError, UserError
+from fedsb.utils.files import write_atomic
 
 TOKEN = "FEDSB_TOKEN"  # environment, hexadecimal: who may ask
 KEPT = 16  # answers
@@ -59,7 +59,7 @@ def serve(handle: Handle, answers: Path, path: Path, token: bytes) -> None:
                     say("asker gone", reason=str(error))
 
 
-def ask(path: Path, token: bytes, request: bytes) -> bytes | Lost:
+def ask(path: Path, token: bytes, request: bytes) -> bytes | NoResponse:
     """What the trainer answers, for as long as that takes; waits for one that is starting."""
     for _ in range(DEATHS):
         try:
@@ -69,10 +69,10 @@ def ask(path: Path, token: bytes, request: bytes) -> bytes | Lost:
                 kind = _receive(connection, 1)
                 (size,) = _HEAD.unpack(_receive(connection, _HEAD.size))
                 content = bytes(_receive(connection, size))
-                return content if kind == b"A" else Lost(content.decode())
+                return content if kind == b"A" else NoResponse(content.decode())
         except OSError as error:
             say("trainer gone", reason=str(error))
-    return Lost(f"failed: the site's trainer died {DEATHS} times over this request")
+    return NoResponse(f"failed: the site's trainer died {DEATHS} times over this request")
 
 
 def _answer(connection: socket.socket, handle: Handle, answers: Path, token: bytes) -> None:
@@ -82,12 +82,12 @@ def _answer(connection: socket.socket, handle: Handle, answers: Path, token: byt
     (size,) = _HEAD.unpack(_receive(connection, _HEAD.size))
     request = bytes(_receive(connection, size))
     answer = stored_or_made(handle, request, answers)
-    content = answer.reason.encode() if isinstance(answer, Lost) else answer
-    connection.sendall((b"L" if isinstance(answer, Lost) else b"A") + _HEAD.pack(len(content)))
+    content = answer.reason.encode() if isinstance(answer, NoResponse) else answer
+    connection.sendall((b"L" if isinstance(answer, NoResponse) else b"A") + _HEAD.pack(len(content)))
     connection.sendall(content)
 
 
-def stored_or_made(handle: Handle, request: bytes, answers: Path) -> bytes | Lost:
+def stored_or_made(handle: Handle, request: bytes, answers: Path) -> bytes | NoResponse:
     digest, begun = hashlib.sha256(request).hexdigest(), time.monotonic()
     stored = answers / digest
     if stored.exists():
@@ -103,11 +103,11 @@ def stored_or_made(handle: Handle, request: bytes, answers: Path) -> bytes | Los
             how, kind = "refused", "what it has does not fit this run"
         say(how, request=digest[:12], reason=str(error))
         print(f"{how}: {error}", flush=True)
-        return Lost(f"{how}: {error if error.may_leave else f'{kind} ({HERE})'}")
+        return NoResponse(f"{how}: {error if error.may_leave else f'{kind} ({HERE})'}")
     except Exception as error:
         LOGGER.exception("failed")
         print(f"failed: {type(error).__name__}, see the trainer's log", flush=True)
-        return Lost(f"failed: {type(error).__name__} at the site ({HERE})")
+        return NoResponse(f"failed: {type(error).__name__} at the site ({HERE})")
     seconds = round(time.monotonic() - begun, 3)
     say("answered", request=digest[:12], request_bytes=len(request), answer_bytes=len(answer), seconds=seconds)
     for old in sorted(answers.iterdir(), key=lambda file: file.stat().st_mtime_ns)[:-KEPT]:

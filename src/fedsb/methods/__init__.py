@@ -7,8 +7,8 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import Any
 
-from fedsb.errors import UserError, did_you_mean
-from fedsb.methods.contract import Method
+from fedsb.methods.base import Method
+from fedsb.utils.errors import UserError, did_you_mean
 
 GROUP = "fedsb.methods"
 KNOWN_ELSEWHERE = {  # names that no other name here is like
@@ -31,16 +31,16 @@ def method_types() -> dict[str, type[Method]]:
             loaded = point.load()
         except (ImportError, AttributeError) as error:
             raise UserError(f"{what} cannot be loaded: {error}") from error
-        if not (isinstance(loaded, type) and issubclass(loaded, Method) and hasattr(loaded, "facts")):
-            raise UserError(f"{what} is no fedsb.methods.contract.Method with facts")
+        if not (isinstance(loaded, type) and issubclass(loaded, Method) and hasattr(loaded, "spec")):
+            raise UserError(f"{what} is no fedsb.methods.base.Method with a spec")
         if missing := [part for part in NEEDED if getattr(loaded, part) is getattr(Method, part)]:
             raise UserError(
                 f"{what} does not define {', '.join(missing)}, which every method must (methods/contract.py)"
             )
         if "__dataclass_params__" not in vars(loaded) or not vars(loaded)["__dataclass_params__"].frozen:
             raise UserError(f"{what} is no frozen dataclass; write @dataclass(frozen=True, kw_only=True) above it")
-        if loaded.facts.id != point.name:
-            raise UserError(f"{what} names a method whose id is {loaded.facts.id!r}: the two must be the same")
+        if loaded.spec.id != point.name:
+            raise UserError(f"{what} names a method whose id is {loaded.spec.id!r}: the two must be the same")
         if found.setdefault(point.name, loaded) is not loaded:
             raise UserError(f"{what} takes the name of another method, {found[point.name].__module__}: uninstall one")
     return found

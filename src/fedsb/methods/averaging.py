@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from fedsb.methods.contract import Update
+    from fedsb.methods.base import Update
 
 
 @dataclass(frozen=True, kw_only=True)

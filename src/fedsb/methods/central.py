@@ -11,19 +11,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedsb.methods.contract import Facts
+from fedsb.methods.base import MethodSpec
 from fedsb.methods.control import Control
 
 
 @dataclass(frozen=True, kw_only=True)
 class Central(Control):
-    facts: ClassVar[Facts] = Facts(
+    spec: ClassVar[MethodSpec] = MethodSpec(
         id="central",
         paper="a control: no federation, all data in one place",
         travels="every row of every client",
         adapter=None,
         exact=True,
-        sum_only=True,
+        secagg_compatible=True,
         dp_noise="linear",
         pools_data=True,
     )

@@ -13,11 +13,11 @@ from typing import Any
 
 from fedsb.adapters.adapted import Shapes, Tensors
 from fedsb.adapters.basis import Basis
-from fedsb.errors import UserError
-from fedsb.methods.contract import AdapterKind, Method, State, Traffic
+from fedsb.methods.base import AdapterKind, Method, State, Traffic
 from fedsb.methods.fed_sb import FedSB
 from fedsb.methods.fedit import FedIT
 from fedsb.methods.ravan import Ravan
+from fedsb.utils.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +60,8 @@ class Control(Method):
     def start(self, shapes: Shapes, basis: Basis | None, head: Tensors, seed: int) -> State:
         return self.twin.start(shapes, basis, head, seed)
 
-    def receive(self, common: Tensors, message: Tensors, kept: Tensors, round: int) -> Tensors:
-        return self.twin.receive(common, message, kept, round)
+    def init_client(self, shared: Tensors, message: Tensors, client_state: Tensors, round: int) -> Tensors:
+        return self.twin.init_client(shared, message, client_state, round)
 
     def trainable(self, tensors: Tensors, round: int) -> frozenset[str]:
         return self.twin.trainable(tensors, round)

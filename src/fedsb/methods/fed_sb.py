@@ -21,20 +21,20 @@ from typing import ClassVar, Self
 
 from fedsb.adapters.adapted import Shapes, Tensors
 from fedsb.adapters.basis import Basis
-from fedsb.adapters.carry import is_carried
-from fedsb.errors import UserError
-from fedsb.methods.contract import Facts, Method, State, Traffic
+from fedsb.adapters.residual import is_residual
+from fedsb.methods.base import Method, MethodSpec, State, Traffic
+from fedsb.utils.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
 class FedSB(Method):
-    facts: ClassVar[Facts] = Facts(
+    spec: ClassVar[MethodSpec] = MethodSpec(
         id="fed-sb",
         paper="Fed-SB, Singhal et al., arXiv 2502.15436",
         travels="the core R, up and down",
         adapter="core",
         exact=True,
-        sum_only=True,
+        secagg_compatible=True,
         mixed_ranks=True,
         dp_noise="linear",
     )
@@ -56,7 +56,7 @@ class FedSB(Method):
 
     def start(self, shapes: Shapes, basis: Basis | None, head: Tensors, seed: int) -> State:
         assert basis is not None
-        return State(tensors={**basis.start(self.blocks, self.rank), **head}, common=basis.tensors)
+        return State(tensors={**basis.start(self.blocks, self.rank), **head}, shared=basis.tensors)
 
     def broadcast(self, state: State, *, late: bool = False, rank: int | None = None) -> Tensors:
         """A client of a lower rank gets the leading corner of every block."""
@@ -64,9 +64,9 @@ class FedSB(Method):
         r = self.rank if rank is None else self.at(rank).rank
         return {key: tensor[..., :r, :r] if key.endswith(".R") else tensor for key, tensor in message.items()}
 
-    def receive(self, common: Tensors, message: Tensors, kept: Tensors, round: int) -> Tensors:
+    def init_client(self, shared: Tensors, message: Tensors, client_state: Tensors, round: int) -> Tensors:
         """The basis is ordered, the most important directions first: a lower rank takes the leading ones."""
-        own = super().receive(common, message, kept, round)
+        own = super().init_client(shared, message, client_state, round)
         for layer in [key.removesuffix(".R") for key in own if key.endswith(".R")]:
             h, r, _ = own[f"{layer}.R"].shape
             A, B = own[f"{layer}.A"], own[f"{layer}.B"]
@@ -76,4 +76,4 @@ class FedSB(Method):
         return own
 
     def trainable(self, tensors: Tensors, round: int) -> frozenset[str]:
-        return frozenset(key for key in tensors if not key.endswith((".A", ".B")) and not is_carried(key))
+        return frozenset(key for key in tensors if not key.endswith((".A", ".B")) and not is_residual(key))

@@ -23,35 +23,35 @@ from typing import ClassVar
 import torch
 
 from fedsb.adapters.adapted import Shapes, Tensors
-from fedsb.adapters.carry import news_of, news_values
 from fedsb.adapters.low_rank import product_svd, weighted_stack
+from fedsb.adapters.residual import delta_of, delta_values
 from fedsb.methods.averaging import ServerOptimizer, average
-from fedsb.methods.contract import Facts, State, Traffic, Update
+from fedsb.methods.base import MethodSpec, State, Traffic, Update
 from fedsb.methods.fedit import FedIT, layers_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class FedExLoRA(FedIT):
-    facts: ClassVar[Facts] = Facts(
+    spec: ClassVar[MethodSpec] = MethodSpec(
         id="fedex-lora",
         paper="FedEx-LoRA, Singhal et al., arXiv 2410.09432",
         travels="A and B up; their means and the residual's factors down",
         adapter="factors",
         exact=True,
-        sum_only=False,
+        secagg_compatible=False,
         changes_base=True,
-        plain_mean=False,
+        supports_server_optimizer=False,
         dp_noise="quadratic",
     )
 
     def traffic(self, shapes: Shapes, *, head: int, clients: int, round: int = 1) -> Traffic:
         up = sum(self.rank * (m + n) for m, n in shapes.values())
-        residual = sum(news_values(m, n, (clients - 1) * self.rank) for m, n in shapes.values()) if round else 0
+        residual = sum(delta_values(m, n, (clients - 1) * self.rank) for m, n in shapes.values()) if round else 0
         return Traffic(up=up, down=up + residual, head=head)
 
     def aggregate(self, state: State, updates: Sequence[Update], server: ServerOptimizer) -> State:
         mean = average(updates, state.tensors)
-        news: Tensors = {}
+        delta: Tensors = {}
         for layer in layers_of(mean):
             A, B = mean[f"{layer}.A"], mean[f"{layer}.B"]
             if not (rank := (len(updates) - 1) * self.rank):
@@ -59,10 +59,12 @@ class FedExLoRA(FedIT):
             stack_B, stack_A = weighted_stack(updates, layer, self.scale)
             E_B, E_A = torch.cat([stack_B, -self.scale * B.double()], dim=1), torch.cat([stack_A, A.double()])
             m, n = len(B), A.shape[1]
-            if news_values(m, n, rank) == m * n:  # E travels as it is, and needs no SVD
-                news[f"{layer}.news_D"] = (E_B @ E_A).to(B)
+            if delta_values(m, n, rank) == m * n:  # E travels as it is, and needs no SVD
+                delta[f"{layer}.delta_D"] = (E_B @ E_A).to(B)
                 continue
             U, S, V = product_svd(E_B, E_A, rank)
-            news |= news_of(layer, (U * S).to(B), V.mT.to(A))
-        common = self.follow(state.common, news)
-        return replace(state, round=state.round + 1, tensors={**state.tensors, **mean}, common=common, news=news)
+            delta |= delta_of(layer, (U * S).to(B), V.mT.to(A))
+        shared = self.update_shared(state.shared, delta)
+        return replace(
+            state, round=state.round + 1, tensors={**state.tensors, **mean}, shared=shared, shared_delta=delta
+        )

@@ -19,21 +19,21 @@ from torch import Tensor
 
 from fedsb.adapters.adapted import Shapes, Tensors
 from fedsb.adapters.basis import Basis
-from fedsb.adapters.carry import is_carried
 from fedsb.adapters.factors import factor_start
-from fedsb.errors import UserError
-from fedsb.methods.contract import Facts, Method, State, Traffic
+from fedsb.adapters.residual import is_residual
+from fedsb.methods.base import Method, MethodSpec, State, Traffic
+from fedsb.utils.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
 class FedIT(Method):
-    facts: ClassVar[Facts] = Facts(
+    spec: ClassVar[MethodSpec] = MethodSpec(
         id="fedit",
         paper="FedIT, Zhang et al., arXiv 2305.05644",
         travels="A and B, up and down",
         adapter="factors",
         exact=False,
-        sum_only=True,
+        secagg_compatible=True,
         dp_noise="quadratic",
     )
     rank: int = 4
@@ -57,7 +57,7 @@ class FedIT(Method):
         return State(tensors={**factor_start(shapes, self.rank, seed), **head})
 
     def trainable(self, tensors: Tensors, round: int) -> frozenset[str]:
-        return frozenset(key for key in tensors if not is_carried(key))
+        return frozenset(key for key in tensors if not is_residual(key))
 
 
 def layers_of(tensors: Mapping[str, Tensor]) -> list[str]:

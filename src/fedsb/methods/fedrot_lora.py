@@ -21,21 +21,21 @@ from typing import ClassVar
 import torch
 
 from fedsb.adapters.adapted import Tensors
-from fedsb.methods.contract import Facts
+from fedsb.methods.base import MethodSpec
 from fedsb.methods.fedit import FedIT, layers_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class FedRotLoRA(FedIT):
-    facts: ClassVar[Facts] = Facts(
+    spec: ClassVar[MethodSpec] = MethodSpec(
         id="fedrot-lora",
         paper="FedRot-LoRA, Zhang et al., arXiv 2602.23638",
         travels="A and B, turned onto the last global ones, up; their means down",
         adapter="factors",
         exact=False,
-        sum_only=True,
+        secagg_compatible=True,
         dp_noise="quadratic",
-        turns=True,
+        rotates_basis=True,
     )
 
     def upload(self, received: Tensors, trained: Tensors, round: int) -> tuple[Tensors, Tensors]:

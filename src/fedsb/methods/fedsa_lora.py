@@ -17,19 +17,19 @@ from typing import ClassVar
 
 from fedsb.adapters.adapted import Shapes, Tensors
 from fedsb.adapters.basis import Basis
-from fedsb.methods.contract import Facts, State, Traffic
+from fedsb.methods.base import MethodSpec, State, Traffic
 from fedsb.methods.fedit import FedIT
 
 
 @dataclass(frozen=True, kw_only=True)
 class FedSALoRA(FedIT):
-    facts: ClassVar[Facts] = Facts(
+    spec: ClassVar[MethodSpec] = MethodSpec(
         id="fedsa-lora",
         paper="FedSA-LoRA, Guo et al., arXiv 2410.01463",
         travels="A, up and down; B and the head stay with each client",
         adapter="factors",
         exact=False,
-        sum_only=True,
+        secagg_compatible=True,
         client_state="its B and its head",
         dp_noise="linear",
         global_model=False,
@@ -42,10 +42,10 @@ class FedSALoRA(FedIT):
     def start(self, shapes: Shapes, basis: Basis | None, head: Tensors, seed: int) -> State:
         first = super().start(shapes, basis, head, seed).tensors
         A = {f"{layer}.A": first.pop(f"{layer}.A") for layer in shapes}
-        return State(tensors=A, common=first)
+        return State(tensors=A, shared=first)
 
-    def receive(self, common: Tensors, message: Tensors, kept: Tensors, round: int) -> Tensors:
-        return {**common, **message, **kept}
+    def init_client(self, shared: Tensors, message: Tensors, client_state: Tensors, round: int) -> Tensors:
+        return {**shared, **message, **client_state}
 
     def upload(self, received: Tensors, trained: Tensors, round: int) -> tuple[Tensors, Tensors]:
         A = {key for key in trained if key.endswith(".A")}

@@ -21,22 +21,22 @@ import torch
 from fedsb.adapters.adapted import Shapes, Tensors
 from fedsb.adapters.low_rank import product_svd
 from fedsb.methods.averaging import ServerOptimizer, average
-from fedsb.methods.contract import Facts, State, Traffic, Update
+from fedsb.methods.base import MethodSpec, State, Traffic, Update
 from fedsb.methods.fedit import FedIT, layers_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class FedSVD(FedIT):
-    facts: ClassVar[Facts] = Facts(
+    spec: ClassVar[MethodSpec] = MethodSpec(
         id="fedsvd",
         paper="FedSVD, Lee et al., arXiv 2505.12805",
         travels="B up; A and B down",
         adapter="factors",
         exact=True,
-        sum_only=True,
+        secagg_compatible=True,
         dp_noise="linear",
-        plain_mean=False,
-        turns=True,
+        supports_server_optimizer=False,
+        rotates_basis=True,
     )
 
     def traffic(self, shapes: Shapes, *, head: int, clients: int, round: int = 1) -> Traffic:

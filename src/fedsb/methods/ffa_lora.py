@@ -5,7 +5,7 @@
 Paper: "Improving LoRA in Privacy-preserving Federated Learning", Sun et al., ICLR 2024, arXiv 2403.12313.
 
 Shapes, a layer: A (r, n) from a seed, another one for each layer; B (m, r), zero at the start. s = alpha / r.
-What travels: B, up and down: r m values. Exact, since A is common.
+What travels: B, up and down: r m values. Exact, since A is shared.
 Limits: half of LoRA's values are never trained; every update lies in the row space of a random A.
 """
 
@@ -16,19 +16,19 @@ from typing import ClassVar
 
 from fedsb.adapters.adapted import Shapes, Tensors
 from fedsb.adapters.basis import Basis
-from fedsb.methods.contract import Facts, State, Traffic
+from fedsb.methods.base import MethodSpec, State, Traffic
 from fedsb.methods.fedit import FedIT
 
 
 @dataclass(frozen=True, kw_only=True)
 class FFALoRA(FedIT):
-    facts: ClassVar[Facts] = Facts(
+    spec: ClassVar[MethodSpec] = MethodSpec(
         id="ffa-lora",
         paper="FFA-LoRA, Sun et al., arXiv 2403.12313",
         travels="B, up and down; A is frozen, from a seed",
         adapter="factors",
         exact=True,
-        sum_only=True,
+        secagg_compatible=True,
         dp_noise="linear",
     )
 
@@ -39,7 +39,7 @@ class FFALoRA(FedIT):
     def start(self, shapes: Shapes, basis: Basis | None, head: Tensors, seed: int) -> State:
         tensors = super().start(shapes, basis, head, seed).tensors
         A = {f"{layer}.A": tensors.pop(f"{layer}.A") for layer in shapes}
-        return State(tensors=tensors, common=A)
+        return State(tensors=tensors, shared=A)
 
     def trainable(self, tensors: Tensors, round: int) -> frozenset[str]:
         return frozenset(key for key in tensors if not key.endswith(".A"))

@@ -22,22 +22,22 @@ import torch
 from fedsb.adapters.adapted import Tensors
 from fedsb.adapters.low_rank import product_svd, weighted_stack
 from fedsb.methods.averaging import ServerOptimizer, average
-from fedsb.methods.contract import Facts, State, Update
+from fedsb.methods.base import MethodSpec, State, Update
 from fedsb.methods.fedit import FedIT, layers_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class FlexLoRA(FedIT):
-    facts: ClassVar[Facts] = Facts(
+    spec: ClassVar[MethodSpec] = MethodSpec(
         id="flexlora",
         paper="FlexLoRA, Bai et al., arXiv 2402.11505",
         travels="A and B up; the best approximation at the client's rank down",
         adapter="factors",
         exact=False,
-        sum_only=False,
+        secagg_compatible=False,
         mixed_ranks=True,
-        plain_mean=False,
-        turns=True,
+        supports_server_optimizer=False,
+        rotates_basis=True,
         dp_noise="quadratic",
     )
 

@@ -23,11 +23,11 @@ import torch
 
 from fedsb.adapters.adapted import Shapes, Tensors
 from fedsb.adapters.basis import Basis
-from fedsb.adapters.carry import news_of, news_values
 from fedsb.adapters.factors import factor_start
 from fedsb.adapters.low_rank import weighted_stack
+from fedsb.adapters.residual import delta_of, delta_values
 from fedsb.methods.averaging import ServerOptimizer, average
-from fedsb.methods.contract import Facts, State, Traffic, Update
+from fedsb.methods.base import MethodSpec, State, Traffic, Update
 from fedsb.methods.fedit import FedIT, layers_of
 
 SEED = "seed"  # in common: every round's A is drawn from it
@@ -35,43 +35,43 @@ SEED = "seed"  # in common: every round's A is drawn from it
 
 @dataclass(frozen=True, kw_only=True)
 class FLoRA(FedIT):
-    facts: ClassVar[Facts] = Facts(
+    spec: ClassVar[MethodSpec] = MethodSpec(
         id="flora",
         paper="FLoRA, Wang et al., arXiv 2409.05976",
         travels="A and B up; every client's A and B down",
         adapter="factors",
         exact=True,
-        sum_only=False,
+        secagg_compatible=False,
         changes_base=True,
         mixed_ranks=True,
-        plain_mean=False,
-        turns=True,
+        supports_server_optimizer=False,
+        rotates_basis=True,
         dp_noise="quadratic",
     )
 
     def traffic(self, shapes: Shapes, *, head: int, clients: int, round: int = 1) -> Traffic:
         up = sum(self.rank * (m + n) for m, n in shapes.values())
-        stack = sum(news_values(m, n, clients * self.rank) for m, n in shapes.values()) if round else 0
+        stack = sum(delta_values(m, n, clients * self.rank) for m, n in shapes.values()) if round else 0
         return Traffic(up=up, down=stack, head=head)
 
     def start(self, shapes: Shapes, basis: Basis | None, head: Tensors, seed: int) -> State:
         first = factor_start(shapes, self.rank, seed)
-        return State(tensors=dict(head), common={**first, SEED: torch.tensor(seed)})
+        return State(tensors=dict(head), shared={**first, SEED: torch.tensor(seed)})
 
-    def receive(self, common: Tensors, message: Tensors, kept: Tensors, round: int) -> Tensors:
+    def init_client(self, shared: Tensors, message: Tensors, client_state: Tensors, round: int) -> Tensors:
         """A and B of this round's start are drawn from the seed; a client of a lower rank has the leading rows of A."""
-        own = super().receive(common, message, kept, round)
+        own = super().init_client(shared, message, client_state, round)
         seed = int(own.pop(SEED))
         shapes = {layer: (len(own[f"{layer}.B"]), own[f"{layer}.A"].shape[1]) for layer in layers_of(own)}
         fresh = factor_start(shapes, self.rank, seed, round)
         return own | {key: tensor.to(own[key].dtype) for key, tensor in fresh.items()}
 
     def aggregate(self, state: State, updates: Sequence[Update], server: ServerOptimizer) -> State:
-        news: Tensors = {}
-        for layer in layers_of(state.common):
+        delta: Tensors = {}
+        for layer in layers_of(state.shared):
             B, A = weighted_stack(updates, layer, self.scale)
-            news |= news_of(layer, B.to(state.common[f"{layer}.B"]), A.to(state.common[f"{layer}.A"]))
+            delta |= delta_of(layer, B.to(state.shared[f"{layer}.B"]), A.to(state.shared[f"{layer}.A"]))
         head = [replace(u, tensors={key: u.tensors[key] for key in state.tensors}) for u in updates]
-        common = self.follow(state.common, news)
+        shared = self.update_shared(state.shared, delta)
         tensors = average(head, state.tensors)
-        return replace(state, round=state.round + 1, tensors=tensors, common=common, news=news)
+        return replace(state, round=state.round + 1, tensors=tensors, shared=shared, shared_delta=delta)

@@ -24,20 +24,20 @@ from torch import Tensor
 
 from fedsb.adapters.low_rank import product_svd, weighted_stack
 from fedsb.methods.averaging import ServerOptimizer, average
-from fedsb.methods.contract import Facts, State, Update
+from fedsb.methods.base import MethodSpec, State, Update
 from fedsb.methods.fedit import FedIT, layers_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class FLoRANA(FedIT):
-    facts: ClassVar[Facts] = Facts(
+    spec: ClassVar[MethodSpec] = MethodSpec(
         id="flora-na",
         paper="FLoRA-NA, arXiv 2509.26399",
         travels="A and B up; their mixtures down",
         adapter="factors",
         exact=False,
-        sum_only=False,
-        plain_mean=False,
+        secagg_compatible=False,
+        supports_server_optimizer=False,
         dp_noise="quadratic",
     )
     sweeps: int = 30  # at most

@@ -25,7 +25,7 @@ from torch.nn.functional import pad
 from fedsb.adapters.adapted import Shapes, Tensors
 from fedsb.adapters.low_rank import product_norm
 from fedsb.methods.averaging import ServerOptimizer, average
-from fedsb.methods.contract import Facts, State, Traffic, Update
+from fedsb.methods.base import MethodSpec, State, Traffic, Update
 from fedsb.methods.fedit import FedIT, layers_of
 from fedsb.methods.flexlora import leading
 
@@ -34,16 +34,16 @@ RANK = "rank"  # goes up: the rank that the client goes on with
 
 @dataclass(frozen=True, kw_only=True)
 class HetLoRA(FedIT):
-    facts: ClassVar[Facts] = Facts(
+    spec: ClassVar[MethodSpec] = MethodSpec(
         id="hetlora",
         paper="HetLoRA, Cho et al., arXiv 2401.06432",
         travels="A and B, up and down; the client's next rank up",
         adapter="factors",
         exact=False,
-        sum_only=False,
+        secagg_compatible=False,
         client_state="its rank, which the server knows too",
         mixed_ranks=True,
-        plain_mean=False,
+        supports_server_optimizer=False,
         dp_noise="quadratic",
     )
     claims: ClassVar[frozenset[str]] = frozenset({RANK})

@@ -16,19 +16,19 @@ from typing import ClassVar
 from fedsb.adapters.adapted import Shapes, Tensors
 from fedsb.adapters.basis import Basis
 from fedsb.methods.averaging import ServerOptimizer
-from fedsb.methods.contract import Facts, State, Update
+from fedsb.methods.base import MethodSpec, State, Update
 from fedsb.methods.control import Control
 
 
 @dataclass(frozen=True, kw_only=True)
 class Local(Control):
-    facts: ClassVar[Facts] = Facts(
+    spec: ClassVar[MethodSpec] = MethodSpec(
         id="local",
         paper="a control: no federation",
         travels="nothing",
         adapter=None,
         exact=False,
-        sum_only=True,
+        secagg_compatible=True,
         client_state="its whole adapter and head",
         dp_noise="linear",
         global_model=False,
@@ -36,10 +36,10 @@ class Local(Control):
 
     def start(self, shapes: Shapes, basis: Basis | None, head: Tensors, seed: int) -> State:
         first = self.twin.start(shapes, basis, head, seed)
-        return State(tensors={}, common={**first.common, **first.tensors})
+        return State(tensors={}, shared={**first.shared, **first.tensors})
 
-    def receive(self, common: Tensors, message: Tensors, kept: Tensors, round: int) -> Tensors:
-        return super().receive({**common, **kept}, {}, {}, round)
+    def init_client(self, shared: Tensors, message: Tensors, client_state: Tensors, round: int) -> Tensors:
+        return super().init_client({**shared, **client_state}, {}, {}, round)
 
     def upload(self, received: Tensors, trained: Tensors, round: int) -> tuple[Tensors, Tensors]:
         return {}, self.twin.upload(received, trained, round)[0]

@@ -20,20 +20,20 @@ from typing import ClassVar, Self
 import torch
 
 from fedsb.adapters.adapted import Tensors
-from fedsb.errors import UserError
-from fedsb.methods.contract import Facts, Method, State
+from fedsb.methods.base import Method, MethodSpec, State
 from fedsb.methods.fed_sb import FedSB
+from fedsb.utils.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ravan(FedSB):
-    facts: ClassVar[Facts] = Facts(
+    spec: ClassVar[MethodSpec] = MethodSpec(
         id="ravan",
         paper="Ravan, Raje et al., arXiv 2506.05568",
         travels="the scaled blocks s_i R_i, up and down",
         adapter="core",
         exact=True,
-        sum_only=True,
+        secagg_compatible=True,
         mixed_ranks=True,
         dp_noise="linear",
     )
@@ -52,8 +52,8 @@ class Ravan(FedSB):
         message = Method.broadcast(self, state, late=late)
         return {key: tensor[:h] if key.endswith(".R") else tensor for key, tensor in message.items()}
 
-    def receive(self, common: Tensors, message: Tensors, kept: Tensors, round: int) -> Tensors:
-        own = Method.receive(self, common, message, kept, round)
+    def init_client(self, shared: Tensors, message: Tensors, client_state: Tensors, round: int) -> Tensors:
+        own = Method.init_client(self, shared, message, client_state, round)
         for layer in [key.removesuffix(".R") for key in own if key.endswith(".R")]:
             R = own[f"{layer}.R"]
             own |= {f"{layer}.A": own[f"{layer}.A"][: len(R) * self.rank]}

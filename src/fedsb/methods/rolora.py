@@ -21,19 +21,19 @@ from typing import ClassVar
 from fedsb.adapters.adapted import Shapes, Tensors
 from fedsb.adapters.basis import Basis
 from fedsb.methods.averaging import ServerOptimizer
-from fedsb.methods.contract import Facts, State, Traffic, Update
+from fedsb.methods.base import MethodSpec, State, Traffic, Update
 from fedsb.methods.fedit import FedIT
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoLoRA(FedIT):
-    facts: ClassVar[Facts] = Facts(
+    spec: ClassVar[MethodSpec] = MethodSpec(
         id="rolora",
         paper="RoLoRA, Chen et al., arXiv 2502.01755",
         travels="B and A in turn: up the one that is trained, down the one that was",
         adapter="factors",
         exact=True,
-        sum_only=True,
+        secagg_compatible=True,
         dp_noise="linear",
     )
 
@@ -46,21 +46,21 @@ class RoLoRA(FedIT):
 
     def start(self, shapes: Shapes, basis: Basis | None, head: Tensors, seed: int) -> State:
         first = super().start(shapes, basis, head, seed)
-        return replace(first, common=_factors(first.tensors))
+        return replace(first, shared=_factors(first.tensors))
 
     def broadcast(self, state: State, *, late: bool = False, rank: int | None = None) -> Tensors:
         known = set() if late else set(_factors(state.tensors, except_for=turn(state.round - 1) if state.round else ""))
         return {key: tensor for key, tensor in state.tensors.items() if key not in known}
 
-    def follow(self, common: Tensors, message: Tensors) -> Tensors:
-        return {**common, **_factors(message)}
+    def update_shared(self, shared: Tensors, message: Tensors) -> Tensors:
+        return {**shared, **_factors(message)}
 
     def trainable(self, tensors: Tensors, round: int) -> frozenset[str]:
         return frozenset(tensors) - set(_factors(tensors, except_for=turn(round)))
 
     def aggregate(self, state: State, updates: Sequence[Update], server: ServerOptimizer) -> State:
         after = super().aggregate(state, updates, server)
-        return replace(after, common=_factors(after.tensors))
+        return replace(after, shared=_factors(after.tensors))
 
 
 def turn(round: int) -> str:

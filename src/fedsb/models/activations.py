@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from fedsb.errors import UserError
+from fedsb.utils.errors import UserError
 
 
 def checkpoint_activations(model: Any) -> None:

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from fedsb.adapters.adapted import Tensors, is_inside
-from fedsb.draws import generator
-from fedsb.errors import UserError
+from fedsb.utils.errors import UserError
+from fedsb.utils.rng import generator
 
 
 def find_head(model: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:

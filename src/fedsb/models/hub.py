@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 from safetensors import SafetensorError
 
-from fedsb.errors import NotAtHandError, UserError
+from fedsb.utils.errors import NotAvailableError, UserError
 
 LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")  # as they are called on the Hub
 SHIPPED = "auto: its own config is not here; the published shapes, which ship with fedsb"
@@ -72,7 +72,7 @@ def shipped_shapes() -> dict[str, Any]:
 def hub_errors(name: str) -> Iterator[None]:
     """Says what to do where a model cannot be loaded.
 
-    Raises NotAtHandError for a Hub name that cannot be fetched, UserError for a folder or a model that is at fault.
+    Raises NotAvailableError for a Hub name that cannot be fetched, UserError for a folder or a model that is at fault.
     """
     try:
         yield
@@ -101,7 +101,7 @@ def hub_errors(name: str) -> Iterator[None]:
         if isinstance(error, ImportError):
             raise UserError(f"{start}A package is missing here: install what it names.") from error
         if "gated repo" in said.lower():
-            raise NotAtHandError(
+            raise NotAvailableError(
                 f"{start}Its owner wants a licence accepted: do so at https://huggingface.co/{name}, signed in, then "
                 "set HF_TOKEN to a token of that account (or: hf auth login)."
             ) from error
@@ -111,7 +111,7 @@ def hub_errors(name: str) -> Iterator[None]:
                 f"(tokenizer.json, tokenizer_config.json). There are: {_files(Path(name))}. Is one missing, or torn? "
                 "Then fetch the model again."
             ) from error
-        raise (NotAtHandError if isinstance(error, OSError) else UserError)(
+        raise (NotAvailableError if isinstance(error, OSError) else UserError)(
             f"{start}Without a network: give a local folder (--set model.name=FOLDER), or fill the Hub's cache "
             "elsewhere and point HF_HOME at it (with HF_HUB_OFFLINE=1). A gated model needs HF_TOKEN."
         ) from error

@@ -12,8 +12,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from fedsb.adapters.adapted import is_inside, other_towers
-from fedsb.errors import UserError
-from fedsb.settings import Choice, ModelConfig
+from fedsb.config.resolved import ResolvedSetting
+from fedsb.config.schema import ModelConfig
+from fedsb.utils.errors import UserError
 
 POSITIONS = re.compile(
     r"(^|\.)((char_)?position_embeddings?|embed_positions|positions_embed|pos_embeddings?|wpe|pos_encoding)$"
@@ -47,21 +48,22 @@ def usable_positions(model: Any) -> int | None:
     return min(found, default=None)
 
 
-def check_positions(model: Any, config: ModelConfig) -> list[Choice]:
+def check_positions(model: Any, config: ModelConfig) -> list[ResolvedSetting]:
     """Returns a note for a window that is longer than the model was trained on.
 
     Raises UserError where the model has no position for the last tokens of such a row.
     """
     usable = usable_positions(model)
-    if usable is not None and config.max_tokens > usable:
+    if usable is not None and config.max_seq_length > usable:
         raise UserError(
-            f"model.max_tokens = {config.max_tokens}, but {config.name!r} has {usable} positions, so that it fails "
-            f"on a longer row. Set it to {usable} or less: --set model.max_tokens={usable}"
+            f"model.max_seq_length = {config.max_seq_length}, but {config.name!r} has {usable} positions, so that "
+            f"it fails "
+            f"on a longer row. Set it to {usable} or less: --set model.max_seq_length={usable}"
         )
     trained = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if usable is None and isinstance(trained, int) and config.max_tokens > trained:
+    if usable is None and isinstance(trained, int) and config.max_seq_length > trained:
         reason = f"warning: the model was made for {trained:,} positions; longer rows may be read badly"
-        return [Choice(key="model.max_tokens", value=config.max_tokens, reason=reason)]
+        return [ResolvedSetting(key="model.max_seq_length", value=config.max_seq_length, reason=reason)]
     return []
 
 
@@ -96,6 +98,6 @@ def batch_dependent_positions(model: Any, max_tokens: int) -> str | None:
         if kind in ("dynamic", "longrope") and isinstance(window, int) and max_tokens > window:
             return (
                 f"its rotary embedding ({kind}) changes for all rows of a batch once one is longer than {window:,} "
-                f"tokens (model.max_tokens = {max_tokens})"
+                f"tokens (model.max_seq_length = {max_tokens})"
             )
     return None

@@ -18,13 +18,14 @@ import torch
 from torch import nn
 
 from fedsb.adapters.adapted import is_inside
-from fedsb.errors import UserError
+from fedsb.config.resolved import ResolvedSetting
+from fedsb.config.schema import ModelConfig
 from fedsb.models.activations import checkpoint_activations
 from fedsb.models.heads import find_fresh, find_head
 from fedsb.models.hub import config_for_shapes, hub_errors, read_config, refuse_no_model
 from fedsb.models.quantise import choice as quantize_choice
 from fedsb.models.quantise import count_values, loading_options, quantised_itself, quantization_keys, settle
-from fedsb.settings import Choice, ModelConfig
+from fedsb.utils.errors import UserError
 
 MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # of its model.safetensors
@@ -43,7 +44,7 @@ class BaseModel:
     parameters: int
     quantization: Mapping[str, Any]  # keys of BitsAndBytesConfig; empty: not quantised
     fingerprint: str  # of the weights; empty on the meta device
-    choices: tuple[Choice, ...]
+    choices: tuple[ResolvedSetting, ...]
 
 
 def resolve_name(name: str) -> tuple[str, str]:
@@ -202,7 +203,7 @@ def load_base(
     dtype, dtype_reason = choose_dtype(config.dtype, device)
     auto = getattr(transformers, auto_class)
     labels: dict[str, Any] = {"num_labels": num_labels} if num_labels else {}
-    attention = {} if config.attention == "auto" else {"attn_implementation": config.attention}
+    attention = {} if config.attn_implementation == "auto" else {"attn_implementation": config.attn_implementation}
     shipped: str | None = None
     with quiet():
         if shapes_only:
@@ -255,20 +256,20 @@ def load_base(
         checkpoint_activations(model)
     quantised = quantize_choice(config.quantize, dtype)
     choices = [
-        Choice(key="model.name", value=name, reason=reason),
-        Choice(key="model.device", value=str(device), reason=device_reason),
-        Choice(key="model.dtype", value=str(dtype).removeprefix("torch."), reason=dtype_reason),
+        ResolvedSetting(key="model.name", value=name, reason=reason),
+        ResolvedSetting(key="model.device", value=str(device), reason=device_reason),
+        ResolvedSetting(key="model.dtype", value=str(dtype).removeprefix("torch."), reason=dtype_reason),
         *([] if quantised is None else [quantised]),
-        Choice(
+        ResolvedSetting(
             key="model.head",
             value=", ".join([*head, *fresh]) or "none",
             reason="auto: what stands outside the base model" + (", or is not in its checkpoint" if fresh else ""),
         ),
     ]
     if shipped is not None:
-        choices.append(Choice(key="model.shapes", value=settings.model_type, reason=shipped))
+        choices.append(ResolvedSetting(key="model.shapes", value=settings.model_type, reason=shipped))
     if frozen:
-        choices.append(Choice(key="model.frozen", value=", ".join(frozen), reason="auto: not linear layers"))
+        choices.append(ResolvedSetting(key="model.frozen", value=", ".join(frozen), reason="auto: not linear layers"))
     return BaseModel(
         model=model,
         name=name,

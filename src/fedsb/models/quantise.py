@@ -23,8 +23,8 @@ from torch import nn
 
 from fedsb.adapters.adapted import find_targets, is_inside, other_towers
 from fedsb.adapters.layer import is_linear, linear_shape
-from fedsb.errors import UserError
-from fedsb.settings import Choice
+from fedsb.config.resolved import ResolvedSetting
+from fedsb.utils.errors import UserError
 
 NF4_BLOCK, NF4_GROUP = 64, 256  # values that share a scale, and 8-bit scales that share a float32
 MISSING = "model.quantize = {!r} needs bitsandbytes, which is not installed here: pip install 'fedsb[quant]'"
@@ -107,13 +107,15 @@ def settle(model: nn.Module) -> None:
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010  torch types it as a tensor
 
 
-def choice(quantize: str, dtype: torch.dtype) -> Choice | None:
+def choice(quantize: str, dtype: torch.dtype) -> ResolvedSetting | None:
     short = str(dtype).removeprefix("torch.")
     reason = {
         "4bit": f"as asked: NF4, double quantisation, products in {short}",
         "8bit": "as asked: LLM.int8(), which rounds the inputs of products to float16",
     }
-    return None if quantize == "none" else Choice(key="model.quantize", value=quantize, reason=reason[quantize])
+    return (
+        None if quantize == "none" else ResolvedSetting(key="model.quantize", value=quantize, reason=reason[quantize])
+    )
 
 
 def count_values(model: nn.Module) -> int:

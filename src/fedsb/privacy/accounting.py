@@ -31,9 +31,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from fedsb.disk import write_atomic
-from fedsb.errors import RunError, UserError, did_you_mean
-from fedsb.privacy.extra import needs_extra
+from fedsb.utils.errors import RunError, UserError, did_you_mean
+from fedsb.utils.extras import needs_extra
+from fedsb.utils.files import write_atomic
 
 Accountant = Literal["pld", "rdp"]
 RELATION = "zero out one: its place is left empty, and how many there are is public"

@@ -11,7 +11,7 @@ An epsilon for which the right side is below 5 % is refuted: the true one is abo
 known beforehand: a few splits are tried and share the 5 % among them.
 
 A canary is a gradient, not a row: a random unit direction u_i over all trained tensors, 10 clips long, so that the real
-clipping has to cut it. In each step the guard draws it like a row; what is clipped goes to the sum, then comes the
+clipping has to cut it. In each step the mechanism draws it like a row; what is clipped goes to the sum, then comes the
 noise. Differential privacy lets an attacker know every other row and which of them a step drew, so that their sums are
 taken off what is released:
 
@@ -41,11 +41,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedsb.adapters.adapted import Tensors
-from fedsb.draws import Key, generator
-from fedsb.privacy.guard import Guard
+from fedsb.privacy.mechanism import DPMechanism
 from fedsb.privacy.noise import Noise
-from fedsb.privacy.per_example import add_clipped
 from fedsb.privacy.release_checks import ReleaseChecks
+from fedsb.training.per_example import add_clipped
+from fedsb.utils.rng import Key, generator
 
 ERROR = 0.05  # the chance that a bound is above the true epsilon
 SHARES = (2, 8, 32)  # "in" is guessed for the highest m/2, m/8 or m/32; "out" for as many of the lowest, or none
@@ -196,8 +196,8 @@ class Canaries:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AuditedGuard(Guard):
-    """A client's guard with canaries among the rows: drawn by its draw, clipped as rows are, under its noise."""
+class AuditedGuard(DPMechanism):
+    """A client's mechanism with canaries among the rows: drawn by its draw, clipped as rows are, under its noise."""
 
     canaries: Canaries
     checks: ReleaseChecks
@@ -231,9 +231,11 @@ class AuditedGuard(Guard):
         return noised
 
 
-def audited(guard: Guard, canaries: Canaries) -> AuditedGuard:
-    checks = ReleaseChecks(guard.plan.q)
-    return AuditedGuard(plan=guard.plan, ledger=guard.ledger, noise=guard.noise, canaries=canaries, checks=checks)
+def audited(mechanism: DPMechanism, canaries: Canaries) -> AuditedGuard:
+    checks = ReleaseChecks(mechanism.plan.q)
+    return AuditedGuard(
+        plan=mechanism.plan, ledger=mechanism.ledger, noise=mechanism.noise, canaries=canaries, checks=checks
+    )
 
 
 def _binomial(n: int, epsilon: float) -> NDArray[np.float64]:

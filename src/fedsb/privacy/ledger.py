@@ -25,10 +25,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
-from fedsb.disk import disk_errors, write_atomic
-from fedsb.errors import RunError, UserError
 from fedsb.privacy.accounting import RELATION, Accountant, Release, epsilon
 from fedsb.privacy.plan import Unit
+from fedsb.utils.errors import RunError, UserError
+from fedsb.utils.files import disk_errors, write_atomic
 
 VERSION = 1
 

@@ -25,8 +25,8 @@ from typing import Any, NoReturn, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsb.draws import Key, generator
-from fedsb.privacy.extra import needs_extra
+from fedsb.utils.extras import needs_extra
+from fedsb.utils.rng import Key, generator
 
 PAIRS = 1 << 16  # normals are made so many pairs at a time, which stay in the processor's cache
 

@@ -1,4 +1,4 @@
-"""One client's promise, made before any work: how much noise on which sums, and what epsilon that comes to.
+"""One client's policy, made before any work: how much noise on which sums, and what epsilon that comes to.
 
     sum over the drawn rows (or clients) of clip_C(g)  +  N(0, (sigma C)^2),   then divided by the expected batch
 
@@ -23,8 +23,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-from fedsb.errors import ConfigError, UserError
 from fedsb.privacy.accounting import RELATION, Accountant, Release, calibrate, epsilon
+from fedsb.utils.errors import ConfigError, UserError
 
 Unit = Literal["example", "client"]
 DELTA = 1e-5

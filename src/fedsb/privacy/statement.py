@@ -1,14 +1,14 @@
-"""What a private run says of itself: the promise, what the ledgers say is spent of it, and what it does not cover."""
+"""What a private run says of itself: the policy, what the ledgers say is spent of it, and what it does not cover."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from fedsb.charts import delta_text, epsilon_text
+from fedsb.config.schema import Config
 from fedsb.privacy.plan import PrivacyPlan, signal_to_noise
-from fedsb.privacy.setup import Promise
-from fedsb.settings import Config
+from fedsb.privacy.policy import PrivacyPolicy
+from fedsb.utils.formatting import delta_text, epsilon_text
 
 NOT_COVERED = (
     "how many rows each client has, how many of them are cut or left out, and the names of the classes",
@@ -18,16 +18,16 @@ NOT_COVERED = (
     "a person with rows at several clients, or several rows at one",
     "manifest.json, which names data files and row counts: do not publish it, nor the key in privacy/",
 )
-SPLIT_BY_LABEL = "how many rows of each class there are: clients.split = 'dirichlet' deals them out by class"
+SPLIT_BY_LABEL = "how many rows of each class there are: clients.partition = 'dirichlet' deals them out by class"
 ARRIVALS = "which clients' updates arrive in a round: their sum is divided by how many do"
 RELEASED = {"loss": "the training loss of every round", "scores": "scores on private rows"}
 
 
-def promised(promise: Promise, config: Config, values: int) -> dict[str, Any] | None:
+def promised(policy: PrivacyPolicy, config: Config, values: int) -> dict[str, Any] | None:
     """The manifest's part: JSON; None where nothing is promised. `values` are those that a client trains."""
-    if not promise:
+    if not policy:
         return None
-    plans = promise.plans
+    plans = policy.plans
     one = next(iter(plans.values()))
     epsilon = max(plan.epsilon() for plan in plans.values())
     unit = "one row of one client" if one.unit == "example" else "all rows of one client"
@@ -60,23 +60,23 @@ def promised(promise: Promise, config: Config, values: int) -> dict[str, Any] | 
     }
 
 
-def spent(promise: Promise) -> float:
+def spent(policy: PrivacyPolicy) -> float:
     """Epsilon so far, of the worst client, by the ledgers alone."""
-    return max(guard.ledger.epsilon(guard.plan.delta) for guard in promise.guards.values())
+    return max(mechanism.ledger.epsilon(mechanism.plan.delta) for mechanism in policy.mechanisms.values())
 
 
-def why_not_private(promise: Promise) -> str | None:
-    """None for a run whose promise holds."""
-    if not promise:
+def why_not_private(policy: PrivacyPolicy) -> str | None:
+    """None for a run whose policy holds."""
+    if not policy:
         return "no privacy plan: nothing bounds what an update tells of the rows behind it (set privacy.unit)"
-    if not all(guard.noise.secret for guard in promise.guards.values()):
+    if not all(mechanism.noise.secret for mechanism in policy.mechanisms.values()):
         return "its noise came from a seed, for a test"
     return None
 
 
 def _not_covered(config: Config) -> Iterator[str]:
     yield from NOT_COVERED
-    if config.clients.split == "dirichlet":
+    if config.clients.partition == "dirichlet":
         yield SPLIT_BY_LABEL
     if config.privacy.unit == "client":
         yield ARRIVALS

@@ -11,7 +11,7 @@ from fedsb.data.tasks.commonsense import Commonsense
 from fedsb.data.tasks.instruction import Instruction
 from fedsb.data.tasks.regression import Regression
 from fedsb.data.tasks.text import Text
-from fedsb.errors import UserError, did_you_mean
+from fedsb.utils.errors import UserError, did_you_mean
 
 __all__ = ["NO_LOSS", "TASKS", "Batch", "Example", "Task", "TaskOptions", "Tokenizer", "open_task"]
 

@@ -16,12 +16,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from fedsb.data.grading import Verdict
+from fedsb.data.grading.verdict import Verdict
 from fedsb.data.sources import Row, Table, place_of
 from fedsb.data.tasks.base import NO_LOSS, Example, Question, TaskOptions, Tokenizer, errors_at
 from fedsb.data.tasks.causal import CausalTask
 from fedsb.data.tasks.instruction import Instruction, answer_text
-from fedsb.errors import BadRowError, UserError
+from fedsb.utils.errors import BadRowError, UserError
 
 
 @dataclass(frozen=True, kw_only=True)

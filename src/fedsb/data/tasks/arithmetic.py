@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import re
 
-from fedsb.data.grading import ANSWER, Verdict, after_hashes, as_number, grade_number, last_answer, last_boxed
-from fedsb.data.math_check import MathChecker, need_math_verify
+from fedsb.data.grading.math_check import MathChecker, need_math_verify
+from fedsb.data.grading.verdict import ANSWER, Verdict, after_hashes, as_number, grade_number, last_answer, last_boxed
 from fedsb.data.sources import Row
 from fedsb.data.tasks.answers import Answers, Layout
 from fedsb.data.tasks.base import Question, TaskOptions, Tokenizer
-from fedsb.errors import UserError
+from fedsb.utils.errors import UserError
 
 GSM8K = Layout(name="GSM8K", prompt="question", answer="answer")
 METAMATH = Layout(name="MetaMathQA", prompt="query", answer="response")

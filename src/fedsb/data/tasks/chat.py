@@ -26,7 +26,7 @@ from fedsb.data.sources import Row, place_of
 from fedsb.data.tasks.base import NO_LOSS, Example, Question, TaskOptions, Tokenizer, errors_at
 from fedsb.data.tasks.causal import CausalTask
 from fedsb.data.tasks.instruction import answer_end, from_template, stop_texts
-from fedsb.errors import BadRowError, UserError
+from fedsb.utils.errors import BadRowError, UserError
 
 ASSISTANT = "assistant"
 Message = dict[str, Any]
@@ -98,7 +98,7 @@ class Chat(CausalTask):
                 examples.append(example)
         if rows and not examples:
             raise UserError(
-                f"no assistant's turn begins within {self.max_tokens} tokens. Raise model.max_tokens. Turns of "
+                f"no assistant's turn begins within {self.max_tokens} tokens. Raise model.max_seq_length. Turns of "
                 "weight 0 do not count"
             )
         return examples, n_cut

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
 
-from fedsb.data import metrics
-from fedsb.data.metrics import Values
+from fedsb.data.grading import metrics
+from fedsb.data.grading.metrics import Values
 from fedsb.data.names import SHOWN, is_missing, refuse_same_names
 from fedsb.data.sources import Row, place_of
 from fedsb.data.tasks.base import Batch, Example, Scored, Task, TaskOptions, Tokenizer, together
-from fedsb.errors import BadRowError, UserError, did_you_mean
+from fedsb.utils.errors import BadRowError, UserError, did_you_mean
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,7 +69,7 @@ class Classification(Task):
             shown = ", ".join(map(repr, only_test[:SHOWN])) + (" ..." if len(only_test) > SHOWN else "")
             raise UserError(
                 f"the test has the label {shown}, which no training row has: {did_you_mean(only_test[0], names)}. Add "
-                "such rows to train, or drop them from the test with data.drop"
+                "such rows to train, or drop them from the test with data.exclude"
             )
         self.label_names = names
 
@@ -196,7 +196,7 @@ class Classification(Task):
             raise BadRowError(
                 f"{place_of(rows[first], first + 1)} has the label {labels[first]!r} in the column {name!r}, as "
                 f"{len(missing)} of {len(rows)} rows have no label. Fill them in, or leave such rows out with "
-                f"data.drop = {{ {name} = {json.dumps(kinds[0] if len(kinds) == 1 else kinds)} }}."
+                f"data.exclude = {{ {name} = {json.dumps(kinds[0] if len(kinds) == 1 else kinds)} }}."
             )
         for number, label in enumerate(labels, start=1):
             if not isinstance(label, (int, str)):

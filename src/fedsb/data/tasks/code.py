@@ -16,12 +16,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from fedsb.data.code_check import Ran, run_tests
-from fedsb.data.grading import Verdict
+from fedsb.data.grading.code_check import Ran, run_tests
+from fedsb.data.grading.verdict import Verdict
 from fedsb.data.sources import Row
 from fedsb.data.tasks.answers import Answers, Layout
 from fedsb.data.tasks.base import Question, TaskOptions, Tokenizer
-from fedsb.errors import UserError
+from fedsb.utils.errors import UserError
 
 HUMANEVAL = Layout(name="HumanEval", prompt="prompt", answer="canonical_solution")
 MBPP = Layout(name="MBPP", prompt="text", answer="code")

@@ -10,11 +10,11 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
-from fedsb.data.grading import Verdict, grade_choice
+from fedsb.data.grading.verdict import Verdict, grade_choice
 from fedsb.data.sources import PlacedRow, Row, Table
 from fedsb.data.tasks.answers import Answers, Layout
 from fedsb.data.tasks.base import Question
-from fedsb.errors import BadRowError, UserError
+from fedsb.utils.errors import BadRowError, UserError
 
 LLM_ADAPTERS = Layout(name="LLM-Adapters", prompt="instruction", answer="answer")
 NAMES: tuple[tuple[str, ...], ...] = (

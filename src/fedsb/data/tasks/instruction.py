@@ -14,7 +14,7 @@ from typing import Any
 from fedsb.data.sources import Row, with_values
 from fedsb.data.tasks.base import NO_LOSS, Example, Question, Tokenizer, start_tokens
 from fedsb.data.tasks.causal import CausalTask
-from fedsb.errors import UserError
+from fedsb.utils.errors import UserError
 
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -62,7 +62,7 @@ class Instruction(CausalTask):
                 labels = [NO_LOSS] * len(read) + answer
                 examples.append({"input_ids": whole[: self.max_tokens], "labels": labels[: self.max_tokens]})
         if rows and not examples:
-            raise UserError(f"every prompt fills the window of {self.max_tokens} tokens. Raise model.max_tokens.")
+            raise UserError(f"every prompt fills the window of {self.max_tokens} tokens. Raise model.max_seq_length.")
         return examples, n_cut
 
     @property

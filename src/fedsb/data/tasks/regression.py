@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from fedsb.data import metrics
+from fedsb.data.grading import metrics
 from fedsb.data.sources import Row, place_of
 from fedsb.data.tasks.base import Batch, Example, Scored, together
 from fedsb.data.tasks.classification import Classification, pooled
-from fedsb.errors import BadRowError, UserError
+from fedsb.utils.errors import BadRowError, UserError
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -13,7 +13,7 @@ import numpy as np
 from fedsb.data.sources import Row, place_of
 from fedsb.data.tasks.base import NO_LOSS, Example, Question, check_share, start_tokens
 from fedsb.data.tasks.causal import CausalTask
-from fedsb.errors import BadRowError
+from fedsb.utils.errors import BadRowError
 
 NEAR = 0.1  # of a text: how far from the wanted cut a line's end may lie
 

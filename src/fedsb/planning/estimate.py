@@ -1,0 +1,308 @@
+"""What a run will cost, before it starts: bytes for this method and the others, memory, time.
+
+Nothing is trained and no weights are loaded: layer shapes come from the model's config, on the meta device. Rows that
+are elsewhere are no fault: bytes and memory are priced without them, and what cannot be known is said. A relative path
+that does not exist is a fault, unless it is that of a packaged recipe: `fedsb run` would fail in this folder.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedsb.adapters.adapted import AdaptedModel, Shapes, block_layers, find_targets, left_out
+from fedsb.adapters.basis import check_rank
+from fedsb.adapters.layer import is_linear, linear_shape
+from fedsb.comparison.contenders import Contender, contenders_of
+from fedsb.config.load import ResolvedConfig, unused_settings
+from fedsb.config.resolved import ResolvedSetting
+from fedsb.config.schema import Config
+from fedsb.data.sites import Data, elsewhere
+from fedsb.data.sources import load_table
+from fedsb.data.tasks.base import Task, ids, pad_token
+from fedsb.methods import build_method
+from fedsb.methods.base import Method
+from fedsb.models.hub import has_weights
+from fedsb.models.limits import check_positions, check_tokens
+from fedsb.models.load import BaseModel, choose_device, load_base, resolve_name
+from fedsb.models.quantise import missing_package, weight_bytes
+from fedsb.planning.availability import Availability, find_availability
+from fedsb.privacy.policy import build_privacy_policy, refuse_what_would_leak
+from fedsb.privacy.statement import promised
+from fedsb.protocol.codec import payload_bytes
+from fedsb.protocol.prices import price_list
+from fedsb.protocol.schedule import refreshes, whole_broadcasts
+from fedsb.server.requirements import client_ranks, refuse_what_facts_forbid, refuse_what_needs_one_place
+from fedsb.training.basis import basis_values
+from fedsb.training.local import LocalTraining
+from fedsb.training.memory import memory_by_clients, trained_values
+from fedsb.training.resolved import (
+    auto_clients_per_forward,
+    batch_warnings,
+    end_choices,
+    local_training,
+    open_sums,
+    public_rows,
+    targets_choice,
+)
+from fedsb.training.trainer import Trainer
+from fedsb.utils.environment import memory_of
+from fedsb.utils.errors import NotAvailableError, UserError
+from fedsb.utils.formatting import bytes_text
+
+TRIED_SHARE = 0.5  # of the device's memory: a model whose weights take more is not loaded to be checked
+OVERHEAD = 1.5  # of a real step over its matrix products, as seen with MiniLM on two cores
+
+
+def estimate(loaded: ResolvedConfig) -> dict[str, Any]:
+    """Everything `fedsb check` prints. Raises UserError for faults of settings, data and model."""
+    if loaded.config.data.train is None and "engine.name" not in loaded.origin:
+        loaded = _as_served(loaded)
+    config = loaded.config
+    method = build_method(config.method.name, config.method.options)
+    refuse_what_facts_forbid(config, method)
+    refuse_what_would_leak(config, method)
+    if config.engine.name == "flower":
+        refuse_what_needs_one_place(config, method)
+    _refuse_missing_files(loaded)
+    here = find_availability(config)
+    data, unknown = here.data, [*here.unknown]
+    base = load_base(
+        config.model,
+        auto_class=here.task.auto_class,
+        num_labels=here.classes,
+        pad_token=None if here.tokenizer is None else pad_token(here.tokenizer),
+        shapes_only=True,
+    )
+    positions = check_positions(base.model, config.model)
+    if data is not None:
+        rows = [*data.test, *(example for site in data.sites for example in [*site.train, *site.held_out])]
+        check_tokens(base.model, here.tokenizer, (ids(example, "input_ids") for example in rows))
+    if said := missing_package(config.model.quantize):
+        unknown.append(said)
+    weights = weight_bytes(base.model, config.model.quantize, base.head)
+    linear = sum(math.prod(linear_shape(module)) for module in base.model.modules() if is_linear(module))
+    targets = find_targets(base.model, config.model.target_modules, base.head)
+    blocks = {
+        name: linear_shape(base.model.get_submodule(name)) for name in block_layers(base.model, base.head) or targets
+    }
+    without = left_out(base.model, base.head)
+    adapted = AdaptedModel(base.model, kind=method.adapter, targets=targets, head=base.head, scale=method.scale)
+    if method.adapter == "core":
+        check_rank(adapted.shapes, method.total_rank)
+        if data is not None:
+            unknown += _public_rows(config, here.task)
+    head = sum(t.numel() for t in adapted.head_tensors().values())
+    names = ["central"] if method.spec.pools_data else here.clients
+    ranks, rank_settings = _ranks(config, method, adapted.shapes, names, data)
+    cohort = min(config.server.clients_per_round or len(names), len(names))
+    bill = basis_values(config.basis, method, adapted.shapes)
+    contenders = _rivals(loaded)
+    prices = price_list(
+        method,
+        adapted.shapes,
+        head=head,
+        clients=cohort,
+        rounds=config.rounds,
+        basis=bill,
+        sites=len(names),
+        refreshes=len(refreshes(config, method)),
+        codec=config.server.codec,
+        whole=whole_broadcasts(names, config, method, ranks),
+        also=[contender.method for contender in contenders if not contender.is_control],
+    )
+    traffic = method.traffic(adapted.shapes, head=head, clients=cohort)
+    privacy, seconds, seconds_reason = None, None, "not known: it depends on the rows"
+    choices = [*loaded.choices(), *base.choices, *positions, targets_choice(config, targets, without)]
+    choices += end_choices(here.task)
+    sites = [elsewhere(name, 0) for name in names]
+    local = local_training(config, clients=len(here.clients) if method.spec.pools_data else 1)
+    if data is not None:
+        sites = [data.pooled()] if method.spec.pools_data else data.taking_part
+        seconds, seconds_reason = _seconds(config, local, data, linear, cohort)
+        choices += [*data.choices, *rank_settings]
+    if data is not None or config.privacy.unit != "example":  # else it depends on how many rows each has
+        policy = build_privacy_policy(config, method, sites, local)
+        open_sums(config, policy, "check", sites)  # refuses a sum that hides nothing
+        privacy = promised(policy, config, trained_values(method, adapted.shapes, head))
+        choices += policy.choices
+    warnings = batch_warnings(config, local, sites) if data is not None else []
+    most = max((site.rows for site in sites), default=0) if data is not None else None
+    memory = _memory(config, method, base, adapted, blocks, weights, head, cohort, most)
+    device = choose_device(config.model.device)[0]
+    warnings += _warnings(config, device, memory["memory_bytes"])
+    if why := _not_tried(config, here, weights, device):
+        unknown.append(f"whether the model passes the probes that a run makes first: {why}")
+    else:
+        choices += Trainer(config, method, here.tokenizer, here.task).preflight.choices
+    return {
+        "settings": [asdict(choice) for choice in choices],
+        "data": data.card.as_dict() if data else None,
+        "clients": {site.name: site.rows for site in data.sites} if data else None,
+        "values_a_client_a_round": {
+            "up": traffic.up,
+            "down": traffic.down,
+            "head": traffic.head,
+            "one_off": sum(bill.values()),
+        },
+        "bytes_a_client_a_round": {
+            way: payload_bytes(config.server.codec, values + head)
+            for way, values in (("up", traffic.up), ("down", traffic.down))
+        },
+        "prices": [price.as_dict() for price in prices],
+        "compared": [f"{contender.method.spec.id} (rank {contender.method.rank})" for contender in contenders],
+        "privacy": privacy,
+        **memory,
+        "seconds": seconds,
+        "seconds_reason": seconds_reason,
+        "warnings": warnings,
+        "unknown": unknown,
+    }
+
+
+def _refuse_missing_files(loaded: ResolvedConfig) -> None:
+    config, unused = loaded.config, unused_settings(loaded.config)
+    paths = {"data.train": config.data.train, "data.test": config.data.test, "basis.data": config.basis.data}
+    for key, path in paths.items():
+        if path is None or key in unused or path.startswith("hub:") or path == "python-docs":
+            continue
+        place = Path(path).expanduser()
+        if place.is_absolute() or place.exists() or loaded.origin.get(key, "").startswith("recipe "):
+            continue
+        try:
+            load_table(path)
+        except NotAvailableError as error:
+            raise UserError(
+                f"{key} = {path!r}: {error}. The path is relative to the current folder. Correct it, or run this where "
+                f"the file is. To check the run without its rows, add --set {key}=none."
+            ) from error
+
+
+def _not_tried(config: Config, here: Availability, weights: int, device: torch.device) -> str | None:
+    """Returns why the model cannot be loaded for the preflight; None where it can."""
+    name = resolve_name(config.model.name)[0]
+    if said := missing_package(config.model.quantize):
+        return said
+    if here.tokenizer is None or not has_weights(name, config.model.revision):
+        return f"the weights of {name} are not here"
+    if here.data is None and here.task.auto_class != "AutoModelForCausalLM":
+        return "the number of classes is not known"
+    if (there := memory_of(device)) is not None and weights > TRIED_SHARE * there:
+        return f"its weights take {bytes_text(weights)} of the {bytes_text(there)} on {device.type}"
+    return None
+
+
+def _warnings(config: Config, device: torch.device, memory_bytes: int) -> list[str]:
+    """Returns what the user should change before the run starts."""
+    there = memory_of(device)
+    if there is None or memory_bytes <= there:
+        return []
+    lower = "train.batch_size, model.max_seq_length or engine.clients_per_forward"
+    return [
+        f"the estimate of memory, {bytes_text(memory_bytes)}, is more than this machine has: {bytes_text(there)} on "
+        f"{device.type}. Lower {lower}, or run it on a larger machine"
+    ]
+
+
+def _as_served(loaded: ResolvedConfig) -> ResolvedConfig:
+    """As `fedsb serve` runs it, where the TOML leaves data.train out."""
+    config = loaded.config
+    served = config.model_copy(update={"engine": config.engine.model_copy(update={"name": "flower"})})
+    why = "auto: data.train is not set, so the rows are at the sites of `fedsb serve`"
+    return replace(loaded, config=served, origin={**loaded.origin, "engine.name": why})
+
+
+def _rivals(loaded: ResolvedConfig) -> list[Contender]:
+    """What [compare] names, to be priced too; what is wrong with it, `fedsb compare` says."""
+    try:
+        return contenders_of(loaded) if loaded.config.compare.methods or loaded.config.compare.contenders else []
+    except UserError:
+        return []
+
+
+def _public_rows(config: Config, task: Task) -> list[str]:
+    try:
+        public_rows(config, task)
+    except NotAvailableError as error:
+        return [f"the public rows of the basis: {error}"]
+    return []
+
+
+def _ranks(
+    config: Config, method: Method, shapes: Shapes, names: Sequence[str], data: Data | None
+) -> tuple[Mapping[str, int], Sequence[ResolvedSetting]]:
+    """As `client_ranks`; clients whose names are not known here all have the method's own rank."""
+    if data is None and (config.data.train is None or config.clients.partition == "column"):
+        return {}, ()
+    return client_ranks(config, method, shapes, names)
+
+
+def _seconds(config: Config, local: LocalTraining, data: Data, linear: int, cohort: int) -> tuple[float, str]:
+    """(seconds, reason): 2 operations a weight and token forward, the same again backward to the activations."""
+    pool = [len(ids(example, "input_ids")) for site in data.taking_part for example in site.train]
+    rows = sum(local.steps_for(site.rows) * local.rows_a_step for site in data.taking_part) / len(data.taking_part)
+    padded = 1.5 * sum(pool) / len(pool)  # batches are as wide as their longest row
+    trained = config.rounds * cohort * rows * padded
+    scored = sum(len(ids(example, "input_ids")) for example in data.test) * (
+        1 + math.ceil(config.rounds / config.eval.every)
+    )
+    speed = _operations_a_second(choose_device(config.model.device)[0])
+    seconds = OVERHEAD * 2 * linear * (2 * trained + scored) / speed
+    return seconds, f"{trained:,.0f} tokens trained, {scored:,} scored, at {speed / 1e9:,.0f} GFLOP/s measured just now"
+
+
+def _memory(
+    config: Config,
+    method: Method,
+    base: BaseModel,
+    adapted: AdaptedModel,
+    blocks: Shapes,
+    weights: int,
+    head: int,
+    cohort: int,
+    most_rows: int | None,  # of one client, where it is known: a forward never has more
+) -> dict[str, Any]:
+    """Bytes of training, their parts and their reason, where as many clients train together as would; and of one."""
+    batch = min(config.train.batch_size, most_rows or config.train.batch_size)
+    device = choose_device(config.model.device)[0]
+    of = memory_by_clients(
+        config,
+        method,
+        base.model,
+        adapted.shapes,
+        blocks,
+        base=weights,
+        head=head,
+        cohort=cohort,
+        batch=batch,
+        device=device,
+    )
+    wanted = 1 if config.engine.name == "flower" else config.engine.clients_per_forward
+    together = min(cohort, auto_clients_per_forward(config, device, of)[0] if wanted == "auto" else wanted)
+    found = of(together)
+    parts = {key: value for key, value in asdict(found).items() if value}
+    said = ", ".join(f"{key} {bytes_text(value)}" for key, value in parts.items())
+    tokens = together * batch * config.model.max_seq_length
+    return {
+        "memory_bytes": found.total,
+        "memory_parts": parts,
+        "memory_reason": f"an estimate: {said}; {together} client(s), {tokens:,} tokens in one forward",
+        "client_memory_bytes": of(1).total,
+    }
+
+
+def _operations_a_second(device: torch.device) -> float:
+    """The device's speed at a matrix product, float32."""
+    a = torch.randn(768, 768, device=device)
+    a @ a
+    started = time.perf_counter()
+    for _ in range(20):
+        b = a @ a
+    b.sum().item()
+    return 20 * 2 * 768**3 / (time.perf_counter() - started)

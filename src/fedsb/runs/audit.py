@@ -1,0 +1,183 @@
+"""An audit of a private configuration: its real data, model, plan and noise, in a run that is thrown away.
+
+One client is trained, with canaries among its rows (privacy/audit.py), and what it releases is held against its
+epsilon. The others are left out: to one client's policy it does not matter what others send.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from fedsb.adapters.adapted import Tensors
+from fedsb.channels.in_process import EmbeddedEngine
+from fedsb.config.load import ResolvedConfig
+from fedsb.config.schema import Config, method_of
+from fedsb.methods.averaging import ServerOptimizer
+from fedsb.privacy.audit import ERROR, SHARES, Canaries, audited, best_bound, ceiling
+from fedsb.privacy.mechanism import ROUNDING, SLACK, UnsafeReleaseError
+from fedsb.privacy.plan import PrivacyPlan, worst_client
+from fedsb.privacy.release_checks import KINDS, Score, failed, limit
+from fedsb.protocol import schedule
+from fedsb.server.rounds import play, renew
+from fedsb.utils.environment import versions
+from fedsb.utils.errors import UserError, did_you_mean
+from fedsb.utils.files import write_atomic
+
+PUBLISH_NOTHING = "Publish nothing that such a run made, and report it"
+
+
+def audit(
+    loaded: ResolvedConfig,
+    *,
+    client: str | None = None,  # default: the one with the largest epsilon
+    rounds: int | None = None,  # default: all that it takes part in
+    canaries: int = 1000,
+    note: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """What audit.json of the folder "<name>-audit" holds; `broken` where the stated epsilon cannot be true.
+
+    Raises UserError: no rows to protect, an unknown client, too many rounds, too few canaries, an older audit.
+    """
+    config = loaded.config
+    folder = Path(config.out) / f"{config.name}-audit"
+    _refuse(config, canaries, folder)
+    started, run = time.monotonic(), uuid.uuid4().hex[:12]
+    engine = EmbeddedEngine(config, method_of(config), run)
+    name, plan = _of(engine.policy.plans, client)
+    rounds = plan.rounds if rounds is None else rounds
+    if not 1 <= rounds <= plan.rounds:
+        raise UserError(f"--rounds {rounds}: {name!r} takes part in {plan.rounds}, so from 1 to {plan.rounds}")
+
+    refused: UnsafeReleaseError | None = None
+    with closing(engine.policy):
+        engine.policy.open_ledgers(folder, run, new=True)
+        mechanism = engine.policy.mechanisms[name]
+        planted = Canaries(canaries, mechanism.noise, config.seed)
+        engine.policy.mechanisms[name] = watched = audited(mechanism, planted)
+        try:
+            _train(engine, name, rounds, note)
+        except UnsafeReleaseError as error:
+            refused = error
+
+    bound = best_bound(planted.scores(), planted.taking_part, plan.delta)
+    stated, booked = plan.epsilon(rounds), mechanism.ledger.epsilon(plan.delta)
+    most = ceiling(canaries, plan.delta, plan.q, rounds * plan.steps)
+    scores = watched.checks.scores(SLACK)
+    broken, says = _verdict(bound.epsilon, stated, booked, most)
+    if faults := [*([str(refused)] if refused else []), *map(_in_words, failed(scores))]:
+        broken, says = True, "; ".join([*faults, PUBLISH_NOTHING])
+    found = {
+        "name": config.name,
+        "folder": str(folder),
+        "fedsb": versions()["fedsb"],
+        "run": run,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "client": name,
+        "rounds": rounds,
+        "steps": rounds * plan.steps,
+        "q": plan.q,
+        "sigma": plan.sigma,
+        "clip": plan.clip,
+        "delta": plan.delta,
+        "epsilon": stated,
+        "epsilon_ledger": booked,
+        "epsilon_audited": bound.epsilon,
+        "epsilon_most": most,
+        "confidence": 1 - ERROR,
+        "tests": {
+            kind: {"tests": len(of_kind), "worst": max(of_kind, key=abs, default=None), "limit": limit(len(scores))}
+            for kind in KINDS
+            for of_kind in [[score.score for score in scores if score.kind == kind]]
+        },
+        "canaries": canaries,
+        "planted": len(planted.inside),
+        "guesses": bound.guesses,
+        "guessed_in": bound.guessed_in,
+        "correct": bound.correct,
+        "broken": broken,
+        "says": says,
+        "seconds": time.monotonic() - started,
+        "config": config.model_dump(mode="json"),
+    }
+    write_atomic(folder / "audit.json", json.dumps(found, indent=1).encode())
+    return found
+
+
+def _in_words(score: Score) -> str:
+    """Returns what a failed test says."""
+    fault = {
+        "size": "the noise does not have the planned size",
+        "mean": "the noise does not have mean 0",
+        "shape": "the noise is not normal",
+        "tensors": "two tensors share noise",
+        "steps": "steps share noise",
+        "draws": "rows are not drawn as planned",
+        "clip": "a gradient is longer than the clip after clipping",
+    }[score.kind]
+    size = f"{score.score / 1000:.4g} clips" if score.kind == "clip" else f"{score.score:.3g} standard deviations"
+    return f"{fault} ({score.what}; {size})"
+
+
+def _refuse(config: Config, canaries: int, folder: Path) -> None:
+    faults = []
+    if config.privacy.unit != "example":
+        faults.append(
+            f"privacy.unit = {config.privacy.unit!r}: canaries are planted among rows, so an audit needs 'example'"
+        )
+    if canaries < max(SHARES):
+        faults.append(f"--canaries {canaries}: at least {max(SHARES)}; a thousand can show an epsilon of up to 5")
+    if folder.exists():
+        faults.append(f"{folder} is there already: delete it, or give another name (--set name=other)")
+    if faults:
+        raise UserError("\n".join(faults))
+
+
+def _of(plans: Mapping[str, PrivacyPlan], client: str | None) -> tuple[str, PrivacyPlan]:
+    if client is None:
+        client, _ = worst_client(plans)
+    if client not in plans:
+        raise UserError(f"there is no client {client!r}; {did_you_mean(client, plans)}")
+    return client, plans[client]
+
+
+def _train(engine: EmbeddedEngine, client: str, rounds: int, note: Callable[[str], None]) -> None:
+    """The rounds of a run in which this client is alone; what comes of them is not kept."""
+    config, method = engine.config, engine.method
+    server, renewals = ServerOptimizer(**config.server.optimizer_settings), schedule.refreshes(config, method)
+    basis, _ = engine.build_basis(method)
+    state, kept = method.start(engine.shapes, basis, engine.head, config.seed), dict[str, Tensors]()
+    for round in range(rounds):
+        started = time.monotonic()
+        if round in renewals:
+            (state, _), kept = renew(engine, state), {}
+        played = play(engine, state, [client], set(), kept, server, min_clients=1)
+        state, kept = played.state, played.kept
+        note(f"round {round + 1}/{rounds}  seconds {time.monotonic() - started:.1f}")
+
+
+def _verdict(audited: float, stated: float, booked: float, most: float) -> tuple[bool, str]:
+    """(whether the stated epsilon cannot be true, what that means)."""
+    if booked < stated * (1 - ROUNDING):
+        return True, f"the ledger lacks releases: by it epsilon is {booked:.3g}, by the plan {stated:.3g}"
+    if audited > min(stated, booked):
+        return True, (
+            f"rows can be told apart better than epsilon {min(stated, booked):.3g} allows: noise, clipping or sampling "
+            f"is not what is stated. {PUBLISH_NOTHING}"
+        )
+    if most <= stated:
+        return False, (
+            f"noise, clip and draws pass their tests. The canaries could not have shown a fault: without any noise so "
+            f"many show an epsilon of {most:.3g} at most. Audit fewer rounds (--rounds), or with more canaries "
+            "(--canaries; some 10 000 are the most that helps)"
+        )
+    return False, (
+        "nothing is seen to be broken: noise, clip and draws pass their tests. It is normal that an audit shows far "
+        "less than the stated epsilon, which is a bound for the worst case; it is no proof"
+    )

@@ -1,0 +1,296 @@
+"""A finished run's adapter, used as anyone would use it: scored on other rows, copied, merged, sent to the Hub."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+from fedsb.adapters.card import merged_card
+from fedsb.adapters.export import BaseModelInfo, merge
+from fedsb.config.load import load_config
+from fedsb.config.schema import Config
+from fedsb.data.sites import load_rows, open_task_of
+from fedsb.data.sources import Table
+from fedsb.data.tasks import TASKS
+from fedsb.data.tasks.answers import Answers
+from fedsb.data.tasks.base import Example, Task, pad_token, question_of
+from fedsb.methods import method_type
+from fedsb.models.hub import hub_errors, licence_of
+from fedsb.models.load import load_base, load_tokenizer, matmul_precision, quiet, resolve_name, shared_name
+from fedsb.reporting.run_directory import read_manifest, read_result
+from fedsb.runs.answers import answer_all
+from fedsb.runs.artifacts import card_facts
+from fedsb.runs.backends import run_lm_eval, write_with_vllm
+from fedsb.training.base_info import task_facts
+from fedsb.training.scoring import Answered, answers, graded, measured, prompts_of
+from fedsb.utils.errors import UserError
+from fedsb.utils.files import disk_errors, safe_name, usual_modes, write_atomic
+
+Backend = Literal["transformers", "vllm"]
+Note = Callable[[str], None]
+
+
+def evaluate_adapter(
+    folder: Path, data: str | None, *, backend: Backend = "transformers", note: Note = lambda text: None
+) -> dict[str, Any]:
+    """Loads the base and the plain LoRA adapter with PEFT and scores them on `data`, or on the run's own test rows.
+
+    Answers that the model writes are kept below the run directory, in evals/; stopped, it goes on from there.
+    Raises UserError for a run that is not finished, or one whose clients each have an adapter of their own.
+    """
+    found: dict[str, Any] = evaluate_tables(folder, [data], backend=backend, note=note)["tables"][0]
+    return found
+
+
+def evaluate_tables(
+    folder: Path, sources: Sequence[str | None], *, backend: Backend = "transformers", note: Note = lambda text: None
+) -> dict[str, Any]:
+    """The same for several tables, by one model: {"run", "metric", "tables", "mean"}, the plain mean over the tables.
+
+    Every table is read before the first is scored. Raises UserError also for a table that is named twice.
+    """
+    manifest, config, adapter = finished_run(folder)
+    task = fitted_task(manifest, config)
+    if backend == "vllm" and len(sources) > 1:
+        raise UserError("--backend vllm takes the whole device for one table: give one --data a command")
+    tables = [load_rows(config, task, source) for source in sources]
+    origins = [table.origin for table in tables]
+    if len(set(origins)) < len(origins):
+        raise UserError(f"--data names a table twice, which would count twice in the mean: {', '.join(origins)}")
+    encoded = [task.encode_test(table.rows) for table in tables]
+    opened = Opened(
+        folder=folder,
+        config=config,
+        task=task,
+        adapter=adapter,
+        model=cache(
+            lambda: adapted_model(config, task, adapter)
+        ),  # loaded once, and only where something is left to do
+    )
+    found = []
+    for table, (examples, cut) in zip(tables, encoded, strict=True):
+        if len(tables) > 1:
+            note(f"{table.origin}, {len(table.rows):,} rows")
+        found.append(_evaluate(opened, table, examples, cut, backend, note))
+    return {
+        "run": str(folder),
+        "metric": task.metric,
+        "tables": found,
+        "mean": sum(of[task.metric] for of in found) / len(found),
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """A finished run, to be scored."""
+
+    folder: Path
+    config: Config
+    task: Task
+    adapter: Path
+    model: Callable[[], Any]
+
+
+def _evaluate(
+    opened: Opened, table: Table, examples: Sequence[Example], cut: int, backend: Backend, note: Note
+) -> dict[str, Any]:
+    """The figures of one table."""
+    config, task, adapter = opened.config, opened.task, opened.adapter
+    found = {"run": str(opened.folder), "data": table.origin, "rows": len(table.rows)}
+    if not isinstance(task, Answers) or task.scoring == "loss":
+        if backend != "transformers":
+            raise UserError(f"--backend {backend} writes answers; this run is scored by {task.scoring}: leave it out")
+        with matmul_precision(config.model.float32_matmul_precision):
+            return {**found, "cut": cut, **measured(opened.model(), task, examples, config.eval.batch_size).figures}
+
+    def answering(left: Sequence[Example]) -> Iterator[Answered]:
+        if not left:
+            return
+        if backend == "vllm":
+            yield from _by_vllm(config, task, adapter, left)
+            return
+        with matmul_precision(config.model.float32_matmul_precision):
+            yield from answers(opened.model(), task, left, config.eval.batch_size)
+
+    where = opened.folder / "evals" / _name(config, table, adapter, backend)
+    found |= answer_all(task, examples, answering, where / "answers.jsonl", note)
+    write_atomic(where / "result.json", json.dumps(found, indent=1).encode())
+    return found
+
+
+def evaluate_by_lm_eval(folder: Path, tasks: str) -> dict[str, Any]:
+    """lm-eval's own `tasks` ("gsm8k,piqa") on the base with the adapter. Raises UserError as the other does."""
+    _, config, adapter = finished_run(folder)
+    tokenizer = load_tokenizer(config.model)
+    task = open_task_of(config, tokenizer)
+    if task.auto_class != "AutoModelForCausalLM":
+        raise UserError(f"--lm-eval asks models that write; this run's task is {config.task.kind!r}")
+    found = run_lm_eval(adapted_model(config, task, adapter), tokenizer, tasks, config.eval.batch_size)
+    return {"run": str(folder), "lm_eval": found}
+
+
+def adapted_model(config: Config, task: Task, adapter: Path) -> Any:
+    """The base with the plain adapter, by PEFT, in evaluation mode."""
+    from peft import PeftModel
+
+    base = load_base(
+        config.model, auto_class=task.auto_class, num_labels=len(task.label_names), pad_token=pad_token(task.tokenizer)
+    )
+    with _silently():
+        return PeftModel.from_pretrained(base.model, adapter).eval()
+
+
+def _by_vllm(config: Config, task: Answers, adapter: Path, examples: Sequence[Example]) -> Iterator[Answered]:
+    if task.scoring != "answers":
+        raise UserError(f"--backend vllm writes answers; this run is scored by {task.scoring}: leave it out")
+    questions = [question_of(example) for example in examples]
+    written = write_with_vllm(
+        resolve_name(config.model.name)[0],
+        config.model.revision,
+        config.model.dtype,
+        adapter,
+        prompts_of(questions),
+        ends=task.end_tokens(),
+        stops=task.stops(),
+    )
+    return graded(task, questions, written)
+
+
+def _name(config: Config, table: Table, adapter: Path, backend: str) -> str:
+    """A folder for an evaluation: another table, adapter, way of scoring or backend is another evaluation."""
+    weights = hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest()
+    model = config.model.model_dump_json(
+        include={"name", "revision", "dtype", "float32_matmul_precision", "attn_implementation"}
+    )
+    facts = (table.fingerprint, weights, model, config.task.model_dump_json(), backend)
+    return f"{safe_name(Path(table.origin).name.split('.')[0])}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:8]}"
+
+
+def fitted_task(manifest: Mapping[str, Any], config: Config, new_tokens: int | None = None) -> Task:
+    """Returns the task of a run, with the classes that it was trained on.
+
+    `new_tokens` replaces the run's own limit. Raises UserError where the task writes nothing, or it is below 1.
+    """
+    if new_tokens is not None:
+        if TASKS[config.task.kind].auto_class != "AutoModelForCausalLM":
+            raise UserError(
+                f"--new-tokens {new_tokens} is for models that write, and this run's task is {config.task.kind!r}. "
+                "Leave it out"
+            )
+        if new_tokens < 1:
+            raise UserError(f"--new-tokens {new_tokens} must be at least 1")
+        config = config.model_copy(update={"task": config.task.model_copy(update={"new_tokens": new_tokens})})
+    task = open_task_of(config, load_tokenizer(config.model))
+    task.take_classes(manifest["task"])
+    return task
+
+
+def export_to(folder: Path, to: str, *, merged: bool, public: bool = False) -> str:
+    """Copies the adapter, or the merged model, to a new folder or to `hub:owner/name`, and returns where it is.
+
+    A repository that this makes on the Hub is private unless `public`. A folder is there whole or not at all.
+    Raises UserError where the folder holds something, HF_TOKEN is missing, or the Hub refuses.
+    """
+    manifest, config, adapter = finished_run(folder)
+    if public and not to.startswith("hub:"):
+        raise UserError(f"--public is for a repository on the Hub, but --to {to} is a folder: leave --public out")
+    if to.startswith("hub:"):
+        if not os.environ.get("HF_TOKEN"):
+            raise UserError(f"--to {to}: pushing to the Hub needs a token; set the environment variable HF_TOKEN")
+        with disk_errors(folder), TemporaryDirectory(dir=folder, prefix=".export.") as draft:
+            made = _make(folder, manifest, config, adapter, Path(draft) / "model", merged=merged)
+            if not merged:
+                _forget_local_base(made)
+            return _push(made, to, public=public)
+    target = Path(to).expanduser()
+    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+        raise UserError(f"--to {to} holds something already; name a new folder")
+    with disk_errors(target.parent):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as draft:
+            made = _make(folder, manifest, config, adapter, Path(draft) / "model", merged=merged)
+            usual_modes(made)
+            made.replace(target)
+    return str(target)
+
+
+def _make(run: Path, manifest: Mapping[str, Any], config: Config, adapter: Path, folder: Path, *, merged: bool) -> Path:
+    """Writes what is exported to `folder` and returns it."""
+    if not merged:
+        return Path(shutil.copytree(adapter, folder))
+    name, _ = resolve_name(config.model.name)
+    task = fitted_task(manifest, config)
+    base = BaseModelInfo(
+        name=name,
+        shared_name=shared_name(config.model.name, name),
+        revision=config.model.revision,
+        head=(),
+        conv1d=False,
+        pad_token=manifest["model"]["pad_token"],
+        **task_facts(task),
+    )
+    with _silently(), hub_errors(name):
+        base = merge(base, adapter, folder, task.tokenizer)
+    licence, files = licence_of(name, config.model.revision)
+    for path in files:
+        shutil.copy(path, folder)
+    (folder / "README.md").write_text(merged_card(base, card_facts(run), licence), encoding="utf-8")
+    return folder
+
+
+def _forget_local_base(adapter: Path) -> None:
+    """Names a base that is a folder on this machine by the folder's name alone: its path says nothing to others."""
+    path = adapter / "adapter_config.json"
+    settings = json.loads(path.read_text())
+    if Path(settings["base_model_name_or_path"]).is_dir():
+        settings["base_model_name_or_path"] = Path(settings["base_model_name_or_path"]).name
+        path.write_text(json.dumps(settings, indent=2, sort_keys=True))
+
+
+def _push(folder: Path, to: str, *, public: bool) -> str:
+    from huggingface_hub import HfApi
+
+    api, name = HfApi(token=os.environ["HF_TOKEN"]), to.removeprefix("hub:")
+    try:
+        api.create_repo(name, private=not public, exist_ok=True)
+        api.upload_folder(repo_id=name, folder_path=folder)
+    except Exception as error:  # the Hub's client raises its own kinds, those of its network library, and the system's
+        raise UserError(f"--to {to}: the Hub refused it: {error}. The run and its adapter are as they were") from error
+    return f"https://huggingface.co/{name}"
+
+
+@contextmanager
+def _silently() -> Iterator[None]:
+    """No progress bars, no load report, and not PEFT's call of a name that transformers is giving up."""
+    with quiet(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        yield
+
+
+def finished_run(folder: Path) -> tuple[dict[str, Any], Config, Path]:
+    """Returns the manifest, the settings and the adapter of a run.
+
+    Raises UserError for a run that is not finished, that has no one adapter, or whose adapter PEFT does not load.
+    """
+    manifest, result = read_manifest(folder), read_result(folder)
+    if result is None:
+        raise UserError(f"{folder} is not finished: `fedsb resume {folder}` goes on")
+    config, adapter = load_config(manifest["config"]).config, folder / "adapter"
+    if not method_type(config.method.name).spec.global_model:
+        names = ", ".join(sorted(path.name for path in adapter.glob("*")))
+        raise UserError(f"method {config.method.name!r} has no global model; its clients' adapters are {names}")
+    if not (adapter / "adapter_config.json").exists():
+        raise UserError(f"{adapter} is gone: `fedsb resume {folder}` writes it again")
+    if result.get("adapter_fault"):
+        raise UserError(f"The adapter of {folder} cannot be used. {result['adapter_fault']}")
+    return manifest, config, adapter

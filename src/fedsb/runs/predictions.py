@@ -1,0 +1,135 @@
+"""Predictions of a finished run's adapter for rows that need no label: in Python, as JSON lines, or as CSV.
+
+    classification    prediction (a class) and probabilities (of every class)
+    regression        prediction (a number)
+    all that write    prediction (the text, greedily) and ended (false: it was cut at the limit of new tokens)
+    score = options   prediction (the likeliest answer)
+
+The plain LoRA adapter is loaded by PEFT and rows are read in the batches of `fedsb eval`, so that the score computed
+from the predictions for a labelled table is the score that `fedsb eval` prints. Shapes: b rows, c classes.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedsb.data.sites import load_unlabelled, require_read_columns
+from fedsb.data.sources import Row, make_table
+from fedsb.data.tasks.answers import Answers
+from fedsb.data.tasks.causal import CausalTask
+from fedsb.data.tasks.classification import Classification, pooled
+from fedsb.models.load import matmul_precision
+from fedsb.runs.evaluate import adapted_model, finished_run, fitted_task
+from fedsb.training.generation import write_answers
+from fedsb.training.scoring import batches_by_length, forward, likeliest, prompts_of
+from fedsb.utils.errors import UserError
+from fedsb.utils.files import write_atomic
+
+FORMATS = (".jsonl", ".csv")
+COLUMNS = ("prediction", "probabilities", "ended")
+Data = str | Path | Sequence[Mapping[str, Any]]
+
+
+def predict(folder: Path | str, data: Data, *, new_tokens: int | None = None) -> list[Row]:
+    """Returns a copy of every row with the columns that the module's docstring names.
+
+    Args:
+        folder: the run's directory.
+        data: a file, "hub:owner/name", or rows. Columns that the model does not read are passed through.
+        new_tokens: the limit of a written text, instead of the run's own.
+
+    Raises:
+        UserError: the run has no adapter that PEFT loads, a column is missing or would be overwritten, or a row cannot
+            be read. The message names the row's file and line.
+    """
+    manifest, config, adapter = finished_run(Path(folder))
+    task = fitted_task(manifest, config, new_tokens)
+    if isinstance(data, str | Path):
+        table = load_unlabelled(config, task, str(data))
+    else:
+        table = make_table([dict(row) for row in data], "the rows")
+        require_read_columns(task, table)
+    if taken := sorted(set(COLUMNS) & set(table.columns)):
+        raise UserError(f"{table.origin} has a column {taken[0]!r}, which the predictions would overwrite: rename it")
+    made: list[Row]
+    with matmul_precision(config.model.float32_matmul_precision):
+        if isinstance(task, Classification):
+            inputs, _ = task.inputs(table.rows)
+            made = _classify(task, adapted_model(config, task, adapter), inputs, config.eval.batch_size)
+        else:
+            assert isinstance(task, CausalTask)
+            questions = task.questions(table.rows)
+            made = _write(task, adapted_model(config, task, adapter), questions, config.eval.batch_size)
+    return [{**row, **columns} for row, columns in zip(table.rows, made, strict=True)]
+
+
+@torch.no_grad()
+def _classify(task: Classification, model: Any, inputs: list[Any], batch_size: int) -> list[Row]:
+    """Returns the columns of a class, or of a number, for each of the inputs."""
+    made: list[Row] = [{} for _ in inputs]
+    for chosen in batches_by_length(inputs, batch_size):
+        logits_bc = pooled(*forward(model, task, [inputs[i] for i in chosen])).cpu()
+        for i, logits_c in zip(chosen, logits_bc, strict=True):
+            if task.problem_type == "regression":
+                made[i] = {"prediction": float(logits_c[0])}
+                continue
+            shares = dict(zip(task.class_names, logits_c.softmax(dim=-1).tolist(), strict=True))
+            made[i] = {"prediction": task.class_names[int(logits_c.argmax())], "probabilities": shares}
+    return made
+
+
+def _write(task: CausalTask, model: Any, questions: list[Any], batch_size: int) -> list[Row]:
+    """Returns the columns of a written text, or of the likeliest answer, for each of the questions."""
+    made: list[Row] = [{} for _ in questions]
+    if isinstance(task, Answers) and task.scoring == "options":
+        for answered in likeliest(model, task, questions, batch_size):
+            made[answered.position] = {"prediction": answered.verdict.extracted}
+        return made
+    ends, stops = task.end_tokens(model), task.stops()
+    written = write_answers(model, task.tokenizer, prompts_of(questions), ends=ends, stops=stops, batch_size=batch_size)
+    for position, answer in written:
+        made[position] = {"prediction": answer.text, "ended": answer.ended}
+    return made
+
+
+def json_lines(rows: Sequence[Row]) -> str:
+    """Returns predictions as JSON lines; a value that JSON lacks, such as a date, is written as text."""
+    return "".join(json.dumps(row, default=str) + "\n" for row in rows)
+
+
+def write_predictions(rows: Sequence[Row], path: Path) -> None:
+    """Writes predictions as JSON lines or as CSV, by the name's ending. A CSV has a column for each probability."""
+    if path.suffix == ".jsonl":
+        write_atomic(path, json_lines(rows).encode())
+        return
+    flat = [_flat(row) for row in rows]
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(flat[0]))
+    writer.writeheader()
+    writer.writerows(flat)
+    write_atomic(path, text.getvalue().encode())
+
+
+def refuse_output(path: Path) -> None:
+    """Raises UserError for a file that exists, or whose format is not known."""
+    if path.suffix not in FORMATS:
+        raise UserError(f"--out {path}: predictions are written as {' or '.join(FORMATS)}. Give the name that ending")
+    if path.exists():
+        raise UserError(f"--out {path} exists already. Give another name")
+
+
+def _flat(row: Row) -> Row:
+    """Returns a row as a line of CSV has it."""
+    shares = {f"probability of {name}": share for name, share in row.get("probabilities", {}).items()}
+    cells = {name: value for name, value in row.items() if name != "probabilities"} | shares
+    return {
+        name: json.dumps(value, default=str) if isinstance(value, list | dict) else value
+        for name, value in cells.items()
+    }

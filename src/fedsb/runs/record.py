@@ -1,0 +1,364 @@
+"""The run directory: manifest, ledgers, atomic checkpoints, and how a run is taken up again.
+
+    manifest.json  rounds.jsonl  traffic.jsonl  common.safetensors  checkpoints/round-0007/  clients/<name>/  adapter/
+
+A checkpoint is a folder written under a temporary name, flushed to disk, and renamed: it is there whole or not at all.
+Its rename is what finishes a round; rows of the ledgers and clients' states of a later round are left from a run that
+was cut off, and are dropped when it is taken up again. Everything is safetensors or JSON; nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load, save
+
+from fedsb.adapters.adapted import Tensors
+from fedsb.adapters.basis import basis_hash
+from fedsb.methods.base import State
+from fedsb.protocol.tensors import under, within
+from fedsb.protocol.traffic import TrafficRecord
+from fedsb.reporting.run_directory import read_manifest, read_rows
+from fedsb.utils.errors import RunError, UserError
+from fedsb.utils.files import disk_errors, flush, json_lines, keyed_fingerprint, safe_name, write, write_atomic
+
+PREFIX = "round-"
+
+
+class Record:
+    """A run directory, held by this process alone while it is open."""
+
+    def __init__(self, folder: Path, manifest: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self.manifest = dict(manifest)
+        self.skipped: list[str] = []  # torn or foreign checkpoints, with the reason
+        self._common: Tensors = {}  # as in common.safetensors: a checkpoint holds what has changed in it since
+        self._lock: IO[str] | None = None
+        self._new = False
+
+    @property
+    def run(self) -> str:
+        """The run's id: its messages and checkpoints carry it."""
+        return str(self.manifest["run"])
+
+    @classmethod
+    def create(cls, folder: Path, manifest: Mapping[str, Any]) -> Record:
+        """Makes the directory. Raises UserError where it cannot be made, or contains a run already."""
+        with disk_errors(folder):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except (FileExistsError, NotADirectoryError, FileNotFoundError, PermissionError) as error:
+                raise UserError(
+                    f"cannot make the run's folder {folder} ({error.strerror}). Choose another place: --set out=FOLDER"
+                ) from error
+            record = cls(folder, manifest)
+            record._hold()
+            try:
+                refuse_existing(folder)
+                record._new = True
+                record.save_manifest({})
+            except BaseException:
+                record._release()
+                raise
+        return record
+
+    @classmethod
+    def open(cls, folder: Path) -> Record:
+        """Takes up an existing directory. Raises UserError where there is none, or another process holds it."""
+        record = cls(folder, read_manifest(folder))
+        record._hold()
+        return record
+
+    def __enter__(self) -> Record:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if self._new and kind is not None and issubclass(kind, UserError) and not self._checkpoints():
+                self._undo()
+        finally:
+            self._release()
+
+    # --- the life of a run ---
+
+    def start(self, state: State, sent: Sequence[TrafficRecord]) -> None:
+        """Writes what is there before the first round."""
+        write_atomic(self.folder / "traffic.jsonl", json_lines([asdict(each) for each in sent]))
+        write_atomic(self.folder / "common.safetensors", save(_contiguous(state.shared)))
+        self._common = state.shared
+        self.checkpoint(state, keep=1)
+
+    def take_up(self, round: int, since: int = 0) -> dict[str, Tensors]:
+        """Drops what a run that was cut off left behind `round`; gives back the clients' own states as of then.
+
+        States of round `since` or before are of an older basis, and nobody's.
+        """
+        self._roll_back(round)
+        return self._clients(round, since)
+
+    def round(
+        self,
+        state: State,
+        row: Mapping[str, Any],
+        sent: Sequence[TrafficRecord],
+        kept: Mapping[str, Tensors],
+        *,
+        keep: int,
+    ) -> None:
+        """Finishes a round. The checkpoint is written last: until it is there, the round did not happen.
+
+        Raises RunError if the directory was deleted in the meantime: writing would make a part of it again.
+        """
+        if not (self.folder / "manifest.json").exists():
+            raise RunError(
+                f"{self.folder} was deleted or moved while the run went on. If it was moved, put it back and resume it"
+            )
+        for name, tensors in kept.items():
+            if tensors:
+                path = self.folder / "clients" / safe_name(name) / f"{PREFIX}{state.round:04d}.safetensors"
+                write_atomic(path, save(_contiguous(tensors), metadata={"client": name}))
+        self.append("traffic.jsonl", [asdict(each) for each in sent])
+        self.append("rounds.jsonl", [row])
+        self.checkpoint(state, keep)
+
+    def keyed(self, tables: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the facts of private tables with their fingerprints under a key of this run.
+
+        With a plain hash, anyone who knows all rows but one could test candidates for it. The key is in the run
+        directory, and in nothing that is published. Raises UserError if it is gone.
+        """
+        path = self.folder / "privacy" / "tables.key"
+        if not path.exists():
+            if "data" in self.manifest:
+                raise UserError(
+                    f"{path} does not exist, so it is not known whether the data have changed. Restore the file, or "
+                    "start a new run"
+                )
+            write_atomic(path, os.urandom(32), private=True)
+        key = path.read_bytes()
+        return {
+            name: {**facts, "fingerprint": keyed_fingerprint(key, facts["fingerprint"])}
+            for name, facts in tables.items()
+        }
+
+    def check_same(self, tables: Mapping[str, Any], model: str) -> None:
+        """Raises UserError where a run that is taken up would go on with other data or another base model."""
+        if self.manifest.get("model", {}).get("fingerprint", model) != model:
+            raise UserError(
+                f"the base model of {self.folder} has changed since the run was started (its weights' fingerprint is "
+                f"{model}, it was {self.manifest['model']['fingerprint']}); put it back, or start a new run"
+            )
+        for name, table in self.manifest.get("data", {}).items():
+            if table["fingerprint"] != tables.get(name, {}).get("fingerprint"):
+                raise UserError(
+                    f"the {name} data of {self.folder} have changed since the run was started (they were "
+                    f"{table['rows']} rows of {table['origin']}); put them back, or start a new run"
+                )
+
+    # --- writing ---
+
+    def save_manifest(self, more: Mapping[str, Any]) -> None:
+        self.manifest |= more
+        write_atomic(self.folder / "manifest.json", json.dumps(self.manifest, indent=1, default=str).encode())
+
+    def append(self, ledger: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Adds rows to rounds.jsonl or traffic.jsonl, on disk when this returns."""
+        with disk_errors(self.folder), (self.folder / ledger).open("ab") as file:
+            file.write(json_lines(rows))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def checkpoint(self, state: State, keep: int) -> None:
+        """Finishes a round: after this returns, the run resumes behind it. Older checkpoints but `keep` are deleted."""
+        parts = {name: getattr(state, name) for name in ("tensors", "server", "news", "held")}
+        parts["common"] = {key: x for key, x in state.shared.items() if not _same(x, self._common.get(key))}
+        content = save(_contiguous({key: x for name, part in parts.items() for key, x in under(name, part).items()}))
+        facts = {"run": self.run, "round": state.round, "sha256": hashlib.sha256(content).hexdigest()}
+        facts |= {"ranks": dict(state.ranks)}
+        final = self.folder / "checkpoints" / f"{PREFIX}{state.round:04d}"
+        temporary = final.with_name(f".{final.name}.{os.getpid()}")
+        with disk_errors(self.folder):
+            try:
+                temporary.mkdir(parents=True)
+                write(temporary / "state.safetensors", content)
+                write(temporary / "state.json", json.dumps(facts).encode())
+                flush(temporary)
+                shutil.rmtree(final, ignore_errors=True)  # one that was skipped
+                temporary.rename(final)
+            except BaseException:
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise
+            flush(final.parent)
+            for old in [path for path in self._checkpoints() if _round_of(path) <= state.round][keep:]:
+                shutil.rmtree(old)
+            self._thin_clients(state.round, keep)
+
+    # --- reading ---
+
+    def latest(self) -> State | None:
+        """The state after the last round that was finished whole; None where none was.
+
+        Torn or foreign checkpoints are skipped and named in `skipped`. Raises RunError where checkpoints are there but
+        none can be used.
+        """
+        found = self._checkpoints()
+        for folder in found:
+            try:
+                facts = json.loads((folder / "state.json").read_text())
+                content = (folder / "state.safetensors").read_bytes()
+                if facts["run"] != self.run:
+                    raise ValueError(f"it is of the run {facts['run']!r}, this is {self.run!r}")
+                if facts["round"] != _round_of(folder):
+                    raise ValueError(f"it was written as that of round {facts['round']}")
+                if hashlib.sha256(content).hexdigest() != facts["sha256"]:
+                    raise ValueError("its sha256 differs from the one it was written with")
+                tensors = load(content)
+                common = load((self.folder / "common.safetensors").read_bytes())
+                ranks = {str(client): int(rank) for client, rank in facts["ranks"].items()}
+                if basis_hash(common) != self.manifest["basis_hash"]:
+                    raise ValueError("common.safetensors, the basis, is not the one that the run was started with")
+            except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+                self.skipped.append(f"checkpoint {folder.name} was skipped: {error}")
+                continue
+            self._common = common
+            return State(
+                round=facts["round"],
+                tensors=within("tensors", tensors),
+                server=within("server", tensors),
+                shared={**common, **within("common", tensors)},
+                shared_delta=within("news", tensors),
+                client_view=within("held", tensors),
+                ranks=ranks,
+            )
+        if found:
+            raise RunError(f"no checkpoint in {self.folder} can be used:\n  " + "\n  ".join(self.skipped))
+        return None
+
+    def _clients(self, round: int, since: int) -> dict[str, Tensors]:
+        """Every client's own state as it was after `round` rounds, if it is younger than `since`."""
+        states: dict[str, Tensors] = {}
+        for folder in sorted((self.folder / "clients").glob("*")):
+            usable = [path for path in folder.glob(f"{PREFIX}*.safetensors") if since < _round_of(path) <= round]
+            if not usable:
+                continue
+            newest = max(usable, key=_round_of)
+            try:
+                with safe_open(newest, "pt") as file:
+                    states[file.metadata()["client"]] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            except (OSError, KeyError, TypeError, SafetensorError) as error:
+                raise RunError(
+                    f"{newest}, what a client keeps between rounds, cannot be read: {error}. Put the file back, or "
+                    "start a new run"
+                ) from error
+        return states
+
+    def rows(self, ledger: str) -> list[dict[str, Any]]:
+        """The rows of rounds.jsonl or traffic.jsonl; a torn last line is left out."""
+        return read_rows(self.folder / ledger)
+
+    def _roll_back(self, round: int) -> None:
+        """Drops what was written behind the state after `round` rounds, by a run that was cut off."""
+        for ledger in ("rounds.jsonl", "traffic.jsonl"):
+            rows = [row for row in self.rows(ledger) if row["round"] <= round]
+            write_atomic(self.folder / ledger, json_lines(rows))
+        for path in (self.folder / "clients").glob(f"*/{PREFIX}*.safetensors"):
+            if _round_of(path) > round:
+                path.unlink()
+        for path in sorted(self.folder.rglob(".*")):  # temporary names of writes that were cut off
+            if path.suffix.removeprefix(".").isdigit():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    # --- the inside ---
+
+    def _checkpoints(self) -> list[Path]:
+        """Newest first."""
+        found = [path for path in (self.folder / "checkpoints").glob(f"{PREFIX}*") if _is_round(path)]
+        return sorted(found, key=_round_of, reverse=True)
+
+    def _thin_clients(self, round: int, keep: int) -> None:
+        """Of each client's states, keeps those that the kept checkpoints may need."""
+        oldest = round - keep + 1
+        for folder in (self.folder / "clients").glob("*"):
+            states = sorted(folder.glob(f"{PREFIX}*.safetensors"), key=_round_of)
+            needed = [path for path in states if _round_of(path) <= oldest][-1:]
+            for path in states:
+                if _round_of(path) <= oldest and path not in needed:
+                    path.unlink()
+
+    def _hold(self) -> None:
+        """Takes the lock, which the system lets go with the process: a stale one cannot be."""
+        with disk_errors(self.folder):
+            self._lock = (self.folder / "lock").open("a+")
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BaseException as error:
+                self._release()
+                if isinstance(error, BlockingIOError):
+                    raise UserError(
+                        f"{self.folder} is in use by another fedsb process; wait for it, or end it"
+                    ) from error
+                raise
+
+    def _release(self) -> None:
+        """Lets go of the lock."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _undo(self) -> None:
+        """Takes back a start that the user's input made fail, so that the same name can be run again."""
+        for name in ("manifest.json", "traffic.jsonl", "common.safetensors", "lock", "privacy/tables.key"):
+            (self.folder / name).unlink(missing_ok=True)
+        with suppress(OSError):  # ledgers with a line stay
+            (self.folder / "privacy").rmdir()
+        with suppress(OSError):  # what else is in there is the user's
+            self.folder.rmdir()
+
+
+def refuse_existing(folder: Path) -> None:
+    """Raises UserError where there is a run already: nothing is ever overwritten."""
+    if (folder / "manifest.json").exists():
+        if (folder / "result.json").exists():
+            raise UserError(
+                f"{folder} holds a finished run, which `fedsb report {folder}` shows. To run it again, choose another "
+                "name (--set name=other), or move the folder away first"
+            )
+        raise UserError(
+            f"{folder} holds a run already: take it up with `fedsb resume {folder}`, or give another name "
+            "(--set name=other)"
+        )
+
+
+def _round_of(path: Path) -> int:
+    return int(path.name.removeprefix(PREFIX).split(".")[0])
+
+
+def _is_round(path: Path) -> bool:
+    return path.name.removeprefix(PREFIX).isdecimal()
+
+
+def _same(x: torch.Tensor, other: torch.Tensor | None) -> bool:
+    return other is not None and torch.equal(x, other)
+
+
+def _contiguous(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """As a file of tensors wants them: on the CPU, in order, none sharing memory with another."""
+    own: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for key, tensor in tensors.items():
+        own[key] = tensor.detach().contiguous().cpu()
+        if own[key].data_ptr() in seen:
+            own[key] = own[key].clone()
+        seen.add(own[key].data_ptr())
+    return own

@@ -1,0 +1,46 @@
+"""The labels of a federation: a run's classes are those of all sites, which never saw each other's column."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fedsb.config.resolved import ResolvedSetting
+from fedsb.data.names import refuse_same_names
+from fedsb.protocol.messages import Looked
+from fedsb.utils.errors import UserError
+
+SHOWN = 5
+
+
+def labels_of(looked: Mapping[str, Looked]) -> list[Any]:
+    """All labels, sorted. Raises UserError where they are of different types, with the sites that have each."""
+    kinds: dict[str, list[str]] = {}
+    for name, site in looked.items():
+        for kind in sorted({type(label).__name__ for label in site.labels}):
+            kinds.setdefault(kind, []).append(name)
+    if len(kinds) > 1:
+        said = "; ".join(f"{kind}: {', '.join(sites)}" for kind, sites in sorted(kinds.items()))
+        raise UserError(f"the sites' labels are of different types ({said}): write them alike everywhere")
+    labels = sorted({label for site in looked.values() for label in site.labels})
+    try:
+        refuse_same_names([str(label) for label in labels], "the sites' labels")
+    except UserError as error:
+        has = {name: sorted(map(str, site.labels)) for name, site in looked.items()}
+        raise UserError(f"{error} They have: {'; '.join(f'{name}: {of}' for name, of in has.items())}") from error
+    return labels
+
+
+def label_choices(looked: Mapping[str, Looked]) -> list[ResolvedSetting]:
+    """Says which labels one site alone has: a misspelt one widens the head, and no score tells of it."""
+    sites: dict[Any, list[str]] = {}
+    for name, site in looked.items():
+        for label in site.labels:
+            sites.setdefault(label, []).append(name)
+    alone = [f"{label!r} ({has[0]})" for label, has in sorted(sites.items()) if len(has) == 1 < len(looked)]
+    if not alone:
+        return []
+    more = f" and {len(alone) - SHOWN} more" if len(alone) > SHOWN else ""
+    said = ", ".join(alone[:SHOWN]) + more
+    reason = f"those of all sites; one site alone has {said}: meant so, or misspelt?"
+    return [ResolvedSetting(key="data.labels", value=len(sites), reason=reason)]

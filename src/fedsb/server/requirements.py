@@ -1,0 +1,143 @@
+"""What a configuration asks of a method, against the method's facts: refused with the fact named, never changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from fedsb.adapters.adapted import Shapes
+from fedsb.config.resolved import ResolvedSetting
+from fedsb.config.schema import Config
+from fedsb.methods.base import Method
+from fedsb.utils.errors import UserError, did_you_mean
+
+BYTES_A_TRAINED_VALUE = 16  # float32: the value, its gradient and Adam's two moments
+
+
+def refuse_what_facts_forbid(config: Config, method: Method) -> None:
+    """Raises UserError with every combination that the method's facts rule out."""
+    facts, faults = method.spec, []
+    if config.server.optimizer != "none" and not facts.supports_server_optimizer:
+        faults.append(
+            f"server.optimizer = {config.server.optimizer!r}: {facts.id} does not take a plain mean (its fact "
+            "plain_mean is false), so there is nothing for it to step to; set it to 'none'"
+        )
+    if config.train.persist_optimizer_state and facts.rotates_basis:
+        faults.append(
+            f"train.persist_optimizer_state: the coordinates of {facts.id} turn between rounds (its fact turns is "
+            f"true), old "
+            "moments would point elsewhere; set it to false"
+        )
+    if config.basis.refresh and method.adapter == "core" and not facts.global_model:
+        faults.append(
+            f"basis.refresh: a new basis starts from the global model, and {facts.id} has none (its fact global_model "
+            "is false); leave it out"
+        )
+    if config.server.secure_aggregation:
+        faults += _no_secure_sum(config, method)
+    asked = [key for key in ("total_ranks", "memory_mib") if getattr(config.clients, key) is not None]
+    if asked and not facts.mixed_ranks:
+        faults.append(f"clients.{asked[0]}: all clients of {facts.id} have one rank (its fact mixed_ranks is false)")
+    if len(asked) == 2:
+        faults.append("clients.total_ranks and clients.memory_mib both set the ranks; give one of them")
+    if faults:
+        raise UserError("\n".join(faults))
+
+
+def refuse_what_needs_one_place(config: Config, method: Method) -> None:
+    """Raises UserError with every setting that only a simulation, with all data in one process, can carry out."""
+    facts, faults = method.spec, []
+    if facts.pools_data:
+        faults.append(f"{facts.id} pools all data in one place")
+    if not facts.global_model:
+        faults.append(f"{facts.id} leaves every site a model of its own, which a coordinator cannot score or export")
+    if config.basis.kind == "update-pooled" and method.adapter == "core":
+        faults.append("basis.kind = 'update-pooled' pools raw rows: take weights, random, core or update")
+    if config.basis.refresh and method.adapter == "core":
+        faults.append("basis.refresh is not there yet for sites that are elsewhere: leave it out")
+    if config.data.validation_fraction:
+        faults.append("data.validation_fraction scores rows of the sites: tune in a simulation")
+    if config.eval.gap:
+        faults.append("eval.gap scores rows of the sites in every round: leave it out")
+    if config.clients.holdout_clients:
+        faults.append("clients.holdout_clients: every site takes part in a real federation")
+    if faults:
+        why = "" if config.data.train else " (data.train is not set: the rows are at the sites)"
+        raise UserError(f"engine.name = 'flower'{why}: " + "; ".join(faults))
+
+
+def _no_secure_sum(config: Config, method: Method) -> list[str]:
+    facts, faults = method.spec, []
+    if not facts.secagg_compatible:
+        faults.append(
+            f"server.secure_aggregation: {facts.id} needs each client's own tensors at the server (its fact "
+            f"secagg_compatible is false)"
+        )
+    if facts.adapter is None:
+        faults.append(f"server.secure_aggregation: there is nothing to add up with {facts.id}, a control")
+    if method.adapter == "core" and config.basis.kind in ("core", "update-pooled"):
+        faults.append(
+            f"server.secure_aggregation: for basis.kind = {config.basis.kind!r} every client sends the server "
+            f"something of its "
+            "own; take weights, random or update"
+        )
+    if config.server.codec != "float32":
+        faults.append(
+            "server.secure_aggregation has a fixed point of its own, 4 bytes a value: server.codec = 'float32'"
+        )
+    if config.clients.total_ranks is not None or config.clients.memory_mib is not None:
+        faults.append(
+            "server.secure_aggregation adds up changes of one shape: leave out clients.total_ranks and "
+            "clients.memory_mib"
+        )
+    return faults
+
+
+def client_ranks(
+    config: Config, method: Method, shapes: Shapes, clients: Sequence[str]
+) -> tuple[dict[str, int], list[ResolvedSetting]]:
+    """(client -> total rank, of those whose rank is not the method's; what to say of it).
+
+    Raises UserError for an unknown client, or a rank that cannot be.
+    """
+    by_rank = _by_client("clients.total_ranks", config.clients.total_ranks, clients)
+    by_memory = _by_client("clients.memory_mib", config.clients.memory_mib, clients)
+    ranks = {client: int(rank) for client, rank in by_rank.items()}
+    ranks |= {client: fitting_rank(method, shapes, mib * 2**20, client) for client, mib in by_memory.items()}
+    for rank in set(ranks.values()):
+        method.at(rank)
+    if not ranks:
+        return {}, []
+    reason = "as asked" if by_rank else "the largest that clients.memory_mib holds, 16 bytes a trained value"
+    shown = ", ".join(f"{client}: {rank}" for client, rank in sorted(ranks.items()))
+    different = {client: rank for client, rank in ranks.items() if rank != method.total_rank}
+    return different, [ResolvedSetting(key="clients.total_ranks", value=shown, reason=reason)]
+
+
+def fitting_rank(method: Method, shapes: Shapes, budget_bytes: float, client: str) -> int:
+    """The largest total rank whose trained values fit; what is trained is what goes up.
+
+    Raises UserError where none does.
+    """
+    for rank in range(method.total_rank, 0, -1):
+        try:
+            own = method.at(rank)
+        except UserError:  # between two numbers of blocks
+            continue
+        if own.traffic(shapes, head=0, clients=1).up * BYTES_A_TRAINED_VALUE <= budget_bytes:
+            return rank
+    raise UserError(f"clients.memory_mib: {budget_bytes / 2**20:g} MiB of {client!r} hold not even the smallest rank")
+
+
+def _by_client(
+    key: str, given: Sequence[float] | Mapping[str, float] | None, clients: Sequence[str]
+) -> dict[str, float]:
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        if not given:
+            raise UserError(f"{key} is an empty list")
+        return {client: given[i % len(given)] for i, client in enumerate(clients)}
+    for name in given:
+        if name not in clients:
+            raise UserError(f"{key} names the client {name!r}; {did_you_mean(name, clients)}")
+    return dict(given)

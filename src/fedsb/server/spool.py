@@ -1,0 +1,55 @@
+"""Where a round's updates wait until all are in: a file without a name.
+
+A method may need all clients' updates of a layer at once, and a bad update is only known beside the others. So a server
+holds one envelope and one layer in memory, whatever the number of clients; the rest is on disk, or where the system
+keeps a file that it has room for.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryFile
+
+import numpy as np
+import torch
+
+from fedsb.adapters.adapted import Tensors
+from fedsb.protocol.payload import Arrays
+from fedsb.utils.files import disk_errors
+
+
+class Spool:
+    """Tensors of many updates, written once, then read as views. The file goes with the last of them.
+
+    Args:
+        folder: where there is room for all of them; None: where the system keeps temporary files.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = folder or Path()
+        self._layouts: list[dict[str, tuple[int, ...]]] = []
+        with disk_errors(self._folder):
+            self._file = TemporaryFile(dir=folder)  # noqa: SIM115
+
+    def add(self, arrays: Arrays) -> None:
+        """Raises RunError where the disk is full."""
+        self._layouts.append({name: array.shape for name, array in arrays.items()})
+        with disk_errors(self._folder):
+            for array in arrays.values():
+                self._file.write(np.ascontiguousarray(array, np.float32).tobytes())
+            self._file.flush()
+
+    def read(self) -> Iterator[Tensors]:
+        """What was added, in order, as float32 tensors: views, which may be written to without changing the file."""
+        size = self._file.tell()
+        mapped = mmap.mmap(self._file.fileno(), size, access=mmap.ACCESS_COPY) if size else b""
+        values, at = np.frombuffer(mapped, np.float32), 0
+        for layout in self._layouts:
+            tensors: Tensors = {}
+            for name, shape in layout.items():
+                count = int(np.prod(shape, dtype=np.int64))
+                tensors[name] = torch.from_numpy(values[at : at + count].reshape(shape))
+                at += count
+            yield tensors

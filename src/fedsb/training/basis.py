@@ -1,0 +1,229 @@
+"""Making a basis: a round like any other, with a client part and a server part, through the engine and the envelope.
+
+The linear algebra is in adapters/basis.py; here is who computes what, from which rows, and what travels.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+
+from fedsb.adapters.adapted import AdaptedModel, Tensors
+from fedsb.adapters.basis import (
+    Basis,
+    Pair,
+    check_rank,
+    core_pair,
+    make_basis,
+    orthonormal,
+    random_pair,
+    update_pair,
+    weight_pair,
+)
+from fedsb.adapters.gradients import weight_gradients
+from fedsb.config.schema import BasisConfig
+from fedsb.data.sites import Site
+from fedsb.data.tasks.base import Example, Task
+from fedsb.methods.base import Method
+from fedsb.privacy.mechanism import DPMechanism
+from fedsb.training.gradients import (
+    backward_sum,
+    core_gradients,
+    load_nothing,
+    private_core_gradients,
+)
+from fedsb.utils.rng import generator
+
+Sums = Callable[[Mapping[str, Pair]], Iterable[tuple[Tensors, float]]]
+Tell = Callable[[Tensors], Tensors]
+
+
+def no_sums(_: Mapping[str, Pair]) -> Iterable[tuple[Tensors, float]]:
+    """Of a basis that asks no client."""
+    return ()
+
+
+def build_basis(
+    config: BasisConfig,
+    method: Method,
+    adapted: AdaptedModel,
+    task: Task,
+    start: Tensors,  # where gradients are taken: the head, and what is carried
+    *,
+    seen: Sequence[Example],  # of `update` and `update-pooled`
+    sums: Sums,  # of `core`: an outer basis -> each client's S, as it came through the envelope, and the rows behind it
+    tell: Tell,  # a message to all clients -> what each makes of it
+    eta: float,  # of the first step, for R at the start
+    sign: bool,  # whether that step is Adam-like
+    seed: int,
+    round: int = 0,  # that it is made for; `random` is another in each
+    batch_size: int,
+) -> Basis:
+    """The basis that the configuration asks for, with its bill. Raises UserError where a layer is too small for it."""
+    started = time.monotonic()
+    rank = method.total_rank
+    check_rank(adapted.shapes, rank)
+    step_ahead = config.R0 == "step" or (config.R0 == "auto" and config.kind.startswith("update"))
+    if config.kind in ("random", "weights"):
+        basis = make_basis(config.kind, _data_free(config, adapted, config.kind, rank, seed, round).items())
+    elif config.kind == "core":
+        outer = outer_basis(config, adapted, rank, seed, round)
+        total: Tensors = {}
+        counted = 0.0
+        for own, rows in sums(outer):
+            counted += rows
+            for key, S in own.items():
+                total[key] = total[key] + S if key in total else S
+        basis = _core_basis(total, outer, rank, eta / counted / method.scale if step_ahead else None)
+        inner = {f"{layer}.P": outer[layer][1].T @ basis.B[layer] for layer in outer}
+        inner |= {f"{layer}.Q": basis.A[layer] @ outer[layer][0].T for layer in outer}
+        A, B = inner_basis(tell(inner), outer)
+        basis = replace(basis, A=A, B=B)
+    else:
+        basis = _update_basis(config, adapted, task, start, seen, rank, eta, sign, step_ahead, method.scale, batch_size)
+        A, B = whole_basis(tell(basis.tensors), basis.A)
+        basis = replace(basis, A=A, B=B)
+    values = basis_values(config, method, adapted.shapes)
+    return replace(
+        basis,
+        up=values["up"],
+        down=values["down"],
+        seconds=time.monotonic() - started,
+        peak_memory_bytes=peak_memory_bytes(adapted.device),
+    )
+
+
+# --- a client's part ---
+
+
+def core_sums(
+    config: BasisConfig,
+    adapted: AdaptedModel,
+    task: Task,
+    site: Site,
+    all_rows: int,  # of all who take part
+    start: Tensors,
+    outer: Mapping[str, Pair],
+    mechanism: DPMechanism | None,
+    *,
+    seed: int,
+    round: int,
+    batch_size: int,
+) -> tuple[Tensors, float]:
+    """(S of a site by layer, the rows behind it); with a mechanism noised, and the rows are those expected."""
+    if mechanism is not None:
+        due = round + 1 if round else 0
+        return private_core_gradients(
+            adapted, task, start, outer, site, batch_size, mechanism, due
+        ), mechanism.basis_rows
+    drawn = draw_samples(site, all_rows, config.samples, seed)
+    return core_gradients(adapted, task, start, outer, drawn, batch_size), float(len(drawn))
+
+
+def outer_basis(config: BasisConfig, adapted: AdaptedModel, rank: int, seed: int, round: int) -> dict[str, Pair]:
+    """(A, B) by layer, data-free, around a `core` of that rank."""
+    return _data_free(config, adapted, config.outer, rank, seed, round, outer=True)
+
+
+def inner_basis(told: Tensors, outer: Mapping[str, Pair]) -> tuple[Tensors, Tensors]:
+    """(A, B) by layer, of `core` as told: from "<layer>.P" and "<layer>.Q", within the outer basis."""
+    A = {layer: orthonormal(told[f"{layer}.Q"].T).T @ A for layer, (A, _) in outer.items()}
+    return A, {layer: B @ orthonormal(told[f"{layer}.P"]) for layer, (_, B) in outer.items()}
+
+
+def whole_basis(told: Tensors, layers: Collection[str]) -> tuple[Tensors, Tensors]:
+    """(A, B) by layer, as told themselves."""
+    A = {layer: orthonormal(told[f"{layer}.A"].T).T.contiguous() for layer in layers}
+    return A, {layer: orthonormal(told[f"{layer}.B"]) for layer in layers}
+
+
+def basis_values(config: BasisConfig, method: Method, shapes: Mapping[str, tuple[int, int]]) -> dict[str, int]:
+    """Values a client sends ("up") and receives ("down") for the basis, known before it is made."""
+    if method.adapter != "core" or method.spec.pools_data or config.kind in ("random", "weights"):
+        return {"up": 0, "down": 0}
+    rank = method.total_rank
+    if config.kind == "core":
+        ks = [outer_rank(config, shape, rank) for shape in shapes.values()]
+        return {"up": sum(k * k for k in ks), "down": sum(2 * k * rank for k in ks)}
+    return {"up": 0, "down": sum(rank * (m + n) for m, n in shapes.values())}
+
+
+def draw_samples(site: Site, all_rows: int, samples: int, seed: int, *, from_the_end: bool = False) -> list[Example]:
+    """A site's part of `samples` rows, in proportion to its size and at least one, drawn by (seed, its name).
+
+    Rows for the basis come from the front of the draw, rows that judge it from the end: others, if there are enough.
+    """
+    count = min(len(site.train), max(1, math.ceil(samples * len(site.train) / all_rows)))
+    order = generator(seed, "basis samples", site.name).permutation(len(site.train))
+    order = order[-count:] if from_the_end else order[:count]
+    return [site.train[i] for i in order]
+
+
+def outer_rank(config: BasisConfig, shape: tuple[int, int], rank: int) -> int:
+    """k of `core` in a layer: as asked, or 4 h r but at most half of min(m, n); never under h r, or 2."""
+    wanted = config.outer_rank or min(4 * rank, min(shape) // 2)
+    return max(rank, min(max(wanted, 2), min(shape)))
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The high-water mark of the CUDA device, if the model is on one, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _data_free(
+    config: BasisConfig, adapted: AdaptedModel, kind: str, rank: int, seed: int, round: int, *, outer: bool = False
+) -> dict[str, Pair]:
+    ranks = {layer: outer_rank(config, shape, rank) if outer else rank for layer, shape in adapted.shapes.items()}
+    if kind == "random":
+        return {layer: random_pair(m, n, ranks[layer], seed, layer, round) for layer, (m, n) in adapted.shapes.items()}
+    return {layer: weight_pair(W0.cpu(), ranks[layer], config.side) for layer, W0 in adapted.base_weights()}
+
+
+def _core_basis(sums: Tensors, outer: Mapping[str, Pair], rank: int, step: float | None) -> Basis:
+    """`core`, the server's part; R starts at -step * D, or at 0 without a step."""
+    built = {layer: core_pair(sums[f"{layer}.S"], pair, rank) for layer, pair in outer.items()}
+    return Basis(
+        kind="core",
+        A={layer: A for layer, (A, _, _) in built.items()},
+        B={layer: B for layer, (_, B, _) in built.items()},
+        R0={} if step is None else {layer: -step * D for layer, (_, _, D) in built.items()},
+    )
+
+
+def _update_basis(
+    config: BasisConfig,
+    adapted: AdaptedModel,
+    task: Task,
+    start: Tensors,
+    rows: Sequence[Example],
+    rank: int,
+    eta: float,
+    sign: bool,
+    step_ahead: bool,
+    scale: float,
+    batch_size: int,
+) -> Basis:
+    load_nothing(adapted, start)
+    layers = {name: layer.base for name, layer in adapted.layers.items()}
+    mean = 1 if sign else 1 / len(rows)  # an SGD-like step is along the mean loss's gradient
+    built = {
+        name: update_pair(G.cpu() * mean, rank, eta, sign)
+        for name, G in weight_gradients(
+            layers, lambda: backward_sum(adapted, task, rows, batch_size), budget_bytes=config.budget_mib << 20
+        )
+    }
+    return Basis(
+        kind=config.kind,
+        A={name: A for name, (A, _, _) in built.items()},
+        B={name: B for name, (_, B, _) in built.items()},
+        R0={name: S / scale for name, (_, _, S) in built.items()} if step_ahead else {},
+    )

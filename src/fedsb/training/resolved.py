@@ -1,0 +1,156 @@
+"""Settings that an engine resolves from what it finds: each choice with its reason, for a run and for its price."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from fedsb.adapters.adapted import kinds
+from fedsb.config.resolved import ResolvedSetting
+from fedsb.config.schema import Config, ServerConfig
+from fedsb.data.sites import Site, draw_rows, format_of
+from fedsb.data.sources import load_table
+from fedsb.data.tasks.base import Example, Task
+from fedsb.data.tasks.chat import Chat
+from fedsb.data.tasks.instruction import Instruction
+from fedsb.privacy.policy import PrivacyPolicy
+from fedsb.training.local import LocalTraining
+from fedsb.training.memory import Memory
+from fedsb.utils.environment import memory_of
+from fedsb.utils.errors import UserError
+from fedsb.utils.extras import needs_extra
+from fedsb.utils.formatting import bytes_text
+
+if TYPE_CHECKING:
+    from fedsb.protocol.secure_sum import SecureSums
+
+MEMORY_SHARE = 0.8  # of a device's memory, that the estimate for clients in one forward may take
+CPU_TOKENS, GPU_TOKENS = 4096, 16384  # that a joint forward may hold; see docs/decisions.md
+
+
+def public_rows(config: Config, task: Task) -> list[Example]:
+    """Returns what `update` looks at: basis.samples rows of the file that the user declared public, by the seed."""
+    basis = config.basis
+    if basis.kind != "update":
+        return []
+    if basis.data is None:
+        raise UserError(
+            "basis.kind = 'update' looks at data: name a file of public rows with basis.data = PATH. "
+            "To look at the clients' own rows in a simulation, say basis.kind = 'update-pooled'"
+        )
+    table = load_table(basis.data, form=format_of(config))
+    task.columns_of(table)
+    return task.encode(draw_rows(table, basis.samples, config.seed, "basis rows").rows)[0]
+
+
+def auto_clients_per_forward(
+    config: Config, device: torch.device, memory_by_clients: Callable[[int], Memory]
+) -> tuple[int, str]:
+    """(clients in one forward, reason): as many as fit a budget of tokens and the device's memory, at least one.
+
+    The memory is all that the device has, not what is free now: a run that is resumed must round as before.
+    """
+    if config.model.quantize == "8bit":
+        return 1, "auto: 8-bit products look at the whole batch, which must be one client's"
+    tokens = CPU_TOKENS if device.type == "cpu" else GPU_TOKENS
+    size = max(1, tokens // (config.train.batch_size * config.model.max_seq_length))
+    there = memory_of(device)
+    limit = None if there is None else MEMORY_SHARE * there
+    if limit is not None and size > 1 and memory_by_clients(size).total > limit:
+        while size > 1 and memory_by_clients(size).total > limit:
+            size -= 1
+        why = f"{bytes_text(memory_by_clients(size).total)} of the {bytes_text(there)} on {device.type}"
+        return size, f"auto: as many as fit the memory, an estimate of {why}"
+    return size, f"auto: up to {tokens:,} tokens in one forward on {device.type}"
+
+
+def open_sums(config: Config, policy: PrivacyPolicy, run: str, sites: Sequence[Site]) -> SecureSums | None:
+    """Where server.secure_aggregation is asked for. Raises UserError without the extra `privacy`, and as SecureSums
+    does."""
+    if not config.server.secure_aggregation:
+        return None
+    try:
+        from fedsb.protocol.secure_sum import SecureSums
+    except ImportError as error:
+        raise needs_extra(error.name or "cryptography") from error
+    return SecureSums(config, policy, run, sites)
+
+
+def sum_threshold(server: ServerConfig, sites: int) -> tuple[int, int]:
+    """(how many are asked into a secure sum, how many of them it needs at least)."""
+    asked = min(server.clients_per_round or sites, sites)
+    return asked, max(server.min_clients, asked // 2 + 1)
+
+
+def targets_choice(config: Config, targets: Sequence[str], without: Mapping[str, str]) -> ResolvedSetting:
+    """Says which layers are adapted and which kinds of layers "blocks" leaves out."""
+    reason = f"model.target_modules = {config.model.target_modules!r}"
+    if config.model.target_modules == "blocks" and without:
+        by_reason: dict[str, list[str]] = {}
+        for name, why in without.items():
+            by_reason.setdefault(why, []).append(name)
+        reason += "; not adapted: " + "; ".join(
+            f"{', '.join(kinds(names))} ({why})" for why, names in by_reason.items()
+        )
+    return ResolvedSetting(key="model.target_modules", value=f"{len(targets)} layers", reason=reason)
+
+
+def batch_warnings(config: Config, local: LocalTraining, sites: Sequence[Site]) -> list[str]:
+    """Returns a warning where clients have fewer rows than one step takes, of which each step then takes all."""
+    short = [site for site in sites if site.rows < local.rows_a_step]
+    if not short:
+        return []
+    train = config.train
+    asked = f"train.batch_size = {train.batch_size:,}"
+    if train.gradient_accumulation_steps > 1:
+        steps = train.gradient_accumulation_steps
+        asked += f" with train.gradient_accumulation_steps = {steps} ({local.rows_a_step:,} rows a step)"
+    largest = max(sites, key=lambda site: site.rows)
+    which = "every client" if len(short) == len(sites) else f"{len(short)} of {len(sites)} clients"
+    return [
+        f"{asked}, but {which} has fewer rows than that (the largest client, {largest.name}, has {largest.rows:,}). "
+        "Each step of such a client uses all of its rows"
+    ]
+
+
+def end_choices(task: Task | None) -> list[ResolvedSetting]:
+    """Returns the token that a trained answer ends with, and a warning where the chat template writes none."""
+    if not isinstance(task, Instruction | Chat) or task.tokenizer is None:
+        return []
+    end = task.trained_end
+    if end is None:
+        reason = (
+            "warning: the chat template writes no end token after an answer, so the model does not learn to stop, and "
+            "writes until its limit of new tokens. Put one in the tokenizer's chat_template, such as {{ eos_token }}"
+        )
+        return [ResolvedSetting(key="task.end", value="none", reason=reason)]
+    source = "the chat template's" if task.tokenizer.chat_template else "the tokenizer's"
+    return [
+        ResolvedSetting(key="task.end", value=str(task.tokenizer.convert_ids_to_tokens(end)), reason=f"auto: {source}")
+    ]
+
+
+def local_training(config: Config, *, clients: int = 1) -> LocalTraining:
+    """The settings of [train], resolved. A pooled client takes the steps of all clients of a round, of `clients`."""
+    train = config.train
+    together = min(config.server.clients_per_round or clients, clients)
+    steps = None if train.local_steps is None else train.local_steps * together
+    return LocalTraining(
+        steps=steps,
+        epochs=train.local_epochs,
+        batch_size=train.batch_size,
+        accumulate=train.gradient_accumulation_steps,
+        optimizer=train.optimizer,
+        lr=train.lr,
+        head_lr=train.head_lr,
+        weight_decay=train.weight_decay,
+        momentum=train.momentum,
+        clip_norm=train.max_grad_norm or None,
+        schedule=train.schedule,
+        warmup=train.warmup,
+        dropout=train.dropout,
+        keep_optimizer=train.persist_optimizer_state,
+        rounds=config.rounds,
+    )

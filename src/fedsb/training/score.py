@@ -1,0 +1,32 @@
+"""Scores of a model on some rows, and their mean over clients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """A metric over some examples, or over several clients' own models: their mean.
+
+    Beside it stand other figures of the same examples, by name: floats are metrics, ints count answers that went wrong.
+    """
+
+    value: float
+    count: int
+    beside: Mapping[str, float] = field(default_factory=dict)
+    by_client: Mapping[str, float] = field(default_factory=dict)
+    confusion: list[list[int]] | None = None  # rows of each true class by predicted class; of one model, with classes
+
+
+def mean_of(scores: Mapping[str, Score]) -> Score:
+    """The mean of clients' scores on the same rows, and of what stands beside them; counts are sums."""
+    one, *_ = scores.values()
+    beside = {name: [score.beside[name] for score in scores.values()] for name in one.beside}
+    return Score(
+        value=sum(score.value for score in scores.values()) / len(scores),
+        count=one.count,
+        beside={k: sum(v) if isinstance(v[0], int) else sum(v) / len(v) for k, v in beside.items()},
+        by_client={name: score.value for name, score in scores.items()},
+    )

@@ -1,0 +1,141 @@
+"""Scoring a model on tokenised rows, as the task asks: by logits, by the likeliest option, or by written answers.
+
+Batched, sorted by length, summed in float64. Shapes: b examples, t tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from fedsb.data.grading.verdict import Verdict
+from fedsb.data.tasks.answers import Answers
+from fedsb.data.tasks.base import NO_LOSS, Batch, Example, Question, Task, ids, question_of
+from fedsb.training.generation import Prompt, Written, write_answers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answered:
+    """A graded answer to the example at `position`."""
+
+    position: int
+    question: Question
+    written: Written
+    verdict: Verdict
+
+
+def forward(model: nn.Module, task: Task, examples: Sequence[Example]) -> tuple[torch.Tensor, Batch]:
+    """(logits, the batch with its labels), on the model's device."""
+    device = next(model.parameters()).device
+    batch = {key: value.to(device) for key, value in task.collate(list(examples)).items()}
+    logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+    return logits, batch
+
+
+class Measured(NamedTuple):
+    """What a model reaches on some examples."""
+
+    figures: dict[str, float]  # the task's metric, and others to show with it
+    confusion: list[list[int]] | None = None  # rows of each true class by predicted class
+
+
+def measured(model: nn.Module, task: Task, examples: Sequence[Example], batch_size: int) -> Measured:
+    """Scores the examples as the task asks."""
+    if isinstance(task, Answers) and task.scoring != "loss":
+        return Measured(figures(list(answers(model, task, examples, batch_size)), task.metric))
+    scored = [(first, second) for _, first, second in batch_scores(model, task, examples, batch_size)]
+    return Measured(task.measure(scored), task.confusion(scored))
+
+
+def figures(found: Collection[Answered], metric: str) -> dict[str, float]:
+    """The share of right answers, called `metric`, and what kept others from being so, counted (an int).
+
+    cut: not ended by itself, though it may be right; no_room: of those, the prompts that fill the window;
+    without_answer: nothing to grade in what was written; grading_faults: the grader gave up or failed.
+    """
+    return {
+        metric: sum(answered.verdict.right for answered in found) / len(found),
+        "cut": sum(not answered.written.ended for answered in found),
+        "no_room": sum(not answered.written.ended and not answered.written.tokens for answered in found),
+        "without_answer": sum(answered.verdict.extracted is None for answered in found),
+        "grading_faults": sum(answered.verdict.fault is not None for answered in found),
+    }
+
+
+@torch.no_grad()
+def batch_scores(
+    model: nn.Module, task: Task, examples: Sequence[Example], batch_size: int
+) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
+    """(positions, the two numbers that the task scores of each), from logits: float64, batch by batch, short first."""
+    for chosen in batches_by_length(examples, batch_size):
+        sums, counts = task.scores(*forward(model, task, [examples[i] for i in chosen]))
+        yield chosen, sums.cpu().double(), counts.cpu().double()
+
+
+def batches_by_length(examples: Sequence[Example], batch_size: int) -> Iterator[list[int]]:
+    """Returns the positions of the examples, batch by batch, short first."""
+    by_length = sorted(range(len(examples)), key=lambda i: len(ids(examples[i], "input_ids")))
+    yield from (by_length[start : start + batch_size] for start in range(0, len(examples), batch_size))
+
+
+def answers(model: nn.Module, task: Answers, examples: Sequence[Example], batch_size: int) -> Iterator[Answered]:
+    """Every example's graded answer, as they come: written by the model, or the option that it finds likeliest."""
+    questions = [question_of(example) for example in examples]
+    if task.scoring == "options":
+        yield from likeliest(model, task, questions, batch_size)
+        return
+    written = write_answers(
+        model,
+        task.tokenizer,
+        prompts_of(questions),
+        ends=task.end_tokens(model),
+        stops=task.stops(),
+        batch_size=batch_size,
+    )
+    yield from graded(task, questions, written)
+
+
+def prompts_of(questions: Sequence[Question]) -> list[Prompt]:
+    return [Prompt(tokens=question.prompt_ids, new_tokens=question.new_tokens) for question in questions]
+
+
+def graded(task: Answers, questions: Sequence[Question], answers: Iterable[tuple[int, Written]]) -> Iterator[Answered]:
+    """The answers to the questions, by position, each with its verdict."""
+    for position, written in answers:
+        question = questions[position]
+        verdict = task.grade(question, written.text)
+        yield Answered(position=position, question=question, written=written, verdict=verdict)
+
+
+def likeliest(model: nn.Module, task: Answers, questions: Sequence[Question], batch_size: int) -> Iterator[Answered]:
+    """The option with the largest log p(what the model would write, its end token included | prompt).
+
+    Not divided by length: the strings are those that training showed, and each is a whole answer.
+    """
+    for start in range(0, len(questions), batch_size):
+        some = questions[start : start + batch_size]
+        told = [task.option_tokens(question) for question in some]
+        examples: list[Example] = [
+            {
+                "input_ids": [*question.prompt_ids, *option],
+                "labels": [NO_LOSS] * len(question.prompt_ids) + option,
+            }
+            for question, options in zip(some, told, strict=True)
+            for option in options
+        ]
+        nats = [0.0] * len(examples)
+        for chosen, sums, _ in batch_scores(model, task, examples, batch_size):
+            for i, value in zip(chosen, sums.tolist(), strict=True):
+                nats[i] = value
+        following = iter(nats)
+        for position, (question, options) in enumerate(zip(some, told, strict=True), start=start):
+            costs = [next(following) for _ in options]
+            best = min(range(len(costs)), key=costs.__getitem__)
+            name = question.options[best]
+            written = Written(text=question.written[best], tokens=len(options[best]), ended=True)
+            verdict = Verdict(right=name == question.gold, extracted=name)
+            yield Answered(position=position, question=question, written=written, verdict=verdict)

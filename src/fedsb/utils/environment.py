@@ -1,0 +1,74 @@
+"""What ran: versions and machine, for the manifest and for bug reports. Nothing here names a user or a host."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+PACKAGES = ("fedsb", "torch", "transformers", "peft", "datasets", "tokenizers", "safetensors", "numpy", "pydantic")
+
+
+def versions() -> dict[str, str]:
+    """Installed versions by package; "not installed" for what is not there."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def memory_of(device: torch.device) -> int | None:
+    """Returns the bytes of memory of a device, within the limit of a container on a CPU; None if it is not known."""
+    import torch
+
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    if not hasattr(os, "sysconf"):
+        return None
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with suppress(OSError, ValueError):  # no cgroup, or "max": no limit
+        memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return memory
+
+
+def git_hash() -> str | None:
+    """The commit of a fedsb that runs from its repository, with "+changes" where the tree differs from it."""
+    root = Path(__file__).resolve().parents[3]
+    if not (root / ".git").exists():
+        return None
+    try:
+        head = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+        changes = subprocess.run(["git", "-C", root, "status", "--porcelain", "-uno"], capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip()[:12] + ("+changes" if changes.stdout.strip() else "")
+
+
+def describe_machine() -> dict[str, Any]:
+    """Versions, cores, memory and accelerators of this machine."""
+    import torch
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    return {
+        **versions(),
+        "git": git_hash(),
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "torch threads": torch.get_num_threads(),
+        "memory_gib": round(memory / 2**30, 1),
+        "gpus": gpus or None,
+        "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE"),
+        "HF_HOME": "set" if os.environ.get("HF_HOME") else None,
+    }
