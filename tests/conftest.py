@@ -136,13 +136,13 @@ def tiny_settings(model: Path, tables: tuple[Path, Path], out: Path) -> dict[str
         "name": "tiny",
         "rounds": 3,
         "out": str(out),
-        "model": {"name": str(model), "max_tokens": 16},
+        "model": {"name": str(model), "max_seq_length": 16},
         "data": {"train": str(tables[0]), "test": str(tables[1])},
         "task": {"kind": "classification"},
-        "clients": {"split": "column", "column": "client", "held_out": 0.2},
+        "clients": {"partition": "column", "column": "client", "holdout_fraction": 0.2},
         "method": {"name": "fed-sb", "rank": 4},
         "basis": {"kind": "random", "share_samples": 6},
-        "train": {"steps": 3, "batch_size": 4, "lr": 0.02},
+        "train": {"local_steps": 3, "batch_size": 4, "lr": 0.02},
     }
 
 

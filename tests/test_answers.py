@@ -54,7 +54,7 @@ def answers_config(kind: str, model: Path, folder: Path) -> dict[str, Any]:
         "name": kind,
         "rounds": 2,
         "out": str(folder / "runs"),
-        "model": {"name": str(model), "max_tokens": 320},
+        "model": {"name": str(model), "max_seq_length": 320},
         "data": {
             "train": str(write_rows(folder / f"{kind}-train.jsonl", train)),
             "test": str(write_rows(folder / f"{kind}-test.jsonl", test)),
@@ -63,7 +63,7 @@ def answers_config(kind: str, model: Path, folder: Path) -> dict[str, Any]:
         "clients": {"count": 2},
         "method": {"name": "fed-sb", "rank": 16},
         "basis": {"kind": "random", "share_samples": 0},
-        "train": {"steps": 6, "batch_size": 2, "lr": 0.03},
+        "train": {"local_steps": 6, "batch_size": 2, "lr": 0.03},
         "eval": {"every": 2, "batch_size": 4},
     }
 

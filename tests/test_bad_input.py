@@ -81,7 +81,7 @@ def test_a_label_that_only_some_clients_have_is_fine(tiny_config: dict[str, Any]
 
 
 def test_more_clients_than_rows(tiny_config: dict[str, Any], refused: Callable[..., str]) -> None:
-    said = refused(set_all(tiny_config, clients={"split": "iid", "count": 91}))
+    said = refused(set_all(tiny_config, clients={"partition": "iid", "count": 91}))
     assert "91 clients for 90 rows: a client needs a row; take 90 clients or fewer" in said
 
 
@@ -220,7 +220,9 @@ def test_torn_weights(tiny_config: dict[str, Any], tiny_bert: Path, cli: Cli, tm
         weights.unlink()
         if content is not None:
             weights.write_bytes(content)
-        toml = write_toml(tmp_path / "torn.toml", set_all(tiny_config, model={"name": str(folder), "max_tokens": 16}))
+        toml = write_toml(
+            tmp_path / "torn.toml", set_all(tiny_config, model={"name": str(folder), "max_seq_length": 16})
+        )
         assert cli("check", toml).code == (0 if content is None else 1)
         said = cli("run", toml)
         assert said.code == 1 and f"cannot load the model '{folder}'" in said.err
@@ -289,7 +291,7 @@ def test_a_loss_that_is_nan(cli: Cli, tiny_config: dict[str, Any], tmp_path: Pat
         "schedule": "linear",
         "warmup": 0.5,
     }
-    config = set_all(tiny_config, train=train, rounds=40, engine={"cohort_size": 1})
+    config = set_all(tiny_config, train=train, rounds=40, engine={"clients_per_forward": 1})
     folder = tmp_path / "runs" / "tiny"
     said = cli("run", write_toml(tmp_path / "nan.toml", config))
     assert said.code == 2
@@ -304,7 +306,7 @@ def test_a_loss_that_is_nan_later(
     """In the second round; the first is kept, and the run goes on from it."""
     from fedsb.training import joint as cohort
 
-    config = set_all(tiny_config, engine={"cohort_size": 1})
+    config = set_all(tiny_config, engine={"clients_per_forward": 1})
     whole = federate(load_config(set_all(config, out=str(tmp_path / "whole")))).folder
     real = cohort._backward
     calls: list[int] = []

@@ -273,7 +273,9 @@ def test_eval_of_next_token_and_of_a_tokenizer_without_padding(
             settings.pop("pad_token", None)
             (folder / name).write_text(json.dumps(settings))
     kinds = {"tiny_gpt2": "classification", "tiny_llama": "text"}
-    config = set_all(tiny_config, model={"name": str(folder), "max_tokens": 16}, task={"kind": kinds[model]}, rounds=1)
+    config = set_all(
+        tiny_config, model={"name": str(folder), "max_seq_length": 16}, task={"kind": kinds[model]}, rounds=1
+    )
     result = federate(load_config(config))
     (metric,) = {"accuracy", "nats_per_token"} & (found := json.loads(cli("eval", result.folder, "--json").out)).keys()
     assert found[metric] == pytest.approx(result.score, rel=1e-6)

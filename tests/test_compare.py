@@ -303,7 +303,7 @@ def test_all_faults_come_before_any_cell(cli: Cli, tiny_config: dict[str, Any], 
 
 
 def test_nothing_to_score(tiny_config: dict[str, Any]) -> None:
-    bare = set_all(tiny_config, data={"train": "x.jsonl"}, clients={"split": "iid"})
+    bare = set_all(tiny_config, data={"train": "x.jsonl"}, clients={"partition": "iid"})
     with pytest.raises(
         ConfigError, match=r"there are no rows to score: name data.test, or set clients.holdout_fraction"
     ):
@@ -324,7 +324,7 @@ def test_tuning_rows_are_training_rows_that_are_not_trained_on(tiny_config: dict
         for i in range(120)
     ]
     data = {"train": str(write_rows(tmp_path / "train.jsonl", rows)), "test": "there is no such file"}
-    config = set_all(tiny_config, data={**data, "tune_share": 0.25})
+    config = set_all(tiny_config, data={**data, "validation_fraction": 0.25})
     tuned = open_data(load_config(config).config, tokenizer)
     whole = open_data(load_config(set_all(config, data={"train": data["train"]})).config, tokenizer)
     assert tuned.test_is == "0.25 of the training rows of all who take part, which are not trained on"
@@ -337,7 +337,7 @@ def test_tuning_rows_are_training_rows_that_are_not_trained_on(tiny_config: dict
         assert len(site.train) == len(same.train) - round(0.25 * len(same.train))
         assert site.held_out == same.held_out, "what is held out is drawn apart"
     with pytest.raises(UserError, match=r"data.validation_fraction = 0.001 leaves no row of 120 to score: raise it"):
-        open_data(load_config(set_all(config, data={**data, "tune_share": 0.001})).config, tokenizer)
+        open_data(load_config(set_all(config, data={**data, "validation_fraction": 0.001})).config, tokenizer)
 
 
 # --- cells ---
@@ -359,7 +359,7 @@ def test_a_trial_and_a_final_run(tiny_config: dict[str, Any]) -> None:
 
 def test_a_cells_settings_survive_the_toml(tiny_config: dict[str, Any], tmp_path: Path) -> None:
     config = load_config(
-        set_all(tiny_config, clients={"split": "size", "sizes": [1, 2.5]}), ['task.text=a "b"\\']
+        set_all(tiny_config, clients={"partition": "size", "sizes": [1, 2.5]}), ['task.text=a "b"\\']
     ).config
     cell = make_cell("x", config.model_dump(mode="json"))
     path = tmp_path / "cell.toml"
@@ -725,7 +725,7 @@ def test_a_row_may_be_at_any_client_where_splits_differ(tiny_config: dict[str, A
     assert by_column is not None and by_column["runs"] == 3
     each = [epsilon([release, release, few], 1e-3) for release in (few, many)]
     assert by_column["epsilon"] == pytest.approx(max(each))
-    drawn = set_all(config, clients={"split": "iid", "count": 2})
+    drawn = set_all(config, clients={"partition": "iid", "count": 2})
     anywhere = together(tmp_path, contenders_of(load_config(drawn)))
     assert anywhere is not None
     worst = Release(q=0.1, sigma=1.0, count=20)

@@ -61,10 +61,12 @@ def faults(raw: dict[str, Any], overrides: list[str] | None = None) -> list[str]
         pytest.param({"method": {"name": "fedit", "alpha": 0}}, "method.alpha: it must be greater than 0 (it is 0)"),
         pytest.param({"model": {"dtype": "fp16"}}, "model.dtype: it must be 'auto', 'float32'"),
         pytest.param({"basis": {"eta": -1}}, "basis.eta: it must be greater than 0 or 'auto' (it is -1)"),
-        pytest.param({"engine": {"cohort_size": 0}}, "it must be greater than or equal to 1 or 'auto'"),
+        pytest.param({"engine": {"clients_per_forward": 0}}, "it must be greater than or equal to 1 or 'auto'"),
         pytest.param({"clients": {"sizes": [1, -1]}}, "clients.sizes: it must be greater than 0 (it is -1)"),
         pytest.param({"train": {"lr": float("nan")}}, "train.lr: it must be"),
-        pytest.param({"train": {"steps": 5, "epochs": 1}}, "train: set steps or epochs, not both; --set"),
+        pytest.param(
+            {"train": {"local_steps": 5, "local_epochs": 1}}, "train: set local_steps or local_epochs, not both; --set"
+        ),  # noqa: E501
         pytest.param({"server": {"clients_per_round": 2, "min_clients": 3}}, "server: min_clients = 3 of 2"),
         pytest.param({"rounds": 0}, "rounds: it must be greater than or equal to 1 (it is 0)"),
         pytest.param({"name": "../x"}, "name: it must begin with a letter or digit and contain only letters, digits"),
@@ -123,12 +125,12 @@ def test_an_override_without_a_key_or_a_value(text: str) -> None:
 
 def test_set_key_leaves_the_original_alone() -> None:
     raw = {"train": {"lr": 0.1}}
-    assert set_key(raw, "train.local_steps", 3) == {"train": {"lr": 0.1, "steps": 3}}
+    assert set_key(raw, "train.local_steps", 3) == {"train": {"lr": 0.1, "local_steps": 3}}
     assert raw == {"train": {"lr": 0.1}}
 
 
 def test_none_takes_a_setting_back() -> None:
-    config = load_config({"train": {"steps": 10}}, ["train.local_steps=none", "train.local_epochs=2"]).config
+    config = load_config({"train": {"local_steps": 10}}, ["train.local_steps=none", "train.local_epochs=2"]).config
     assert (config.train.local_steps, config.train.local_epochs) == (None, 2)
 
 
@@ -157,8 +159,8 @@ def test_a_configuration_survives_its_own_dump() -> None:
 
 
 def test_difference() -> None:
-    old = {"rounds": 3, "train": {"lr": 0.1, "steps": None}, "method": {"name": "fedit", "alpha": 2}}
-    new = {"rounds": 3, "train": {"lr": 0.2, "steps": None}, "method": {"name": "fedit", "rank": 4}}
+    old = {"rounds": 3, "train": {"lr": 0.1, "local_steps": None}, "method": {"name": "fedit", "alpha": 2}}
+    new = {"rounds": 3, "train": {"lr": 0.2, "local_steps": None}, "method": {"name": "fedit", "rank": 4}}
     assert difference(old, old) == []
     assert difference(old, new) == ["method.alpha: 2 -> unset", "method.rank: unset -> 4", "train.lr: 0.1 -> 0.2"]
 
@@ -252,10 +254,10 @@ def test_a_tasks_settings_have_an_effect_where_the_task_reads_them(kind: str, sc
 @pytest.mark.parametrize(
     ("raw", "key", "why"),
     [
-        ({"clients": {"split": "iid"}}, "clients.dirichlet_alpha", "clients.partition is iid"),
-        ({"clients": {"split": "dirichlet"}}, "clients.dirichlet_alpha", None),
-        ({"clients": {"split": "column"}}, "clients.count", "the column says how many clients there are"),
-        ({"data": {"tune_share": 0.1}}, "data.test", "data.validation_fraction takes training rows"),
+        ({"clients": {"partition": "iid"}}, "clients.dirichlet_alpha", "clients.partition is iid"),
+        ({"clients": {"partition": "dirichlet"}}, "clients.dirichlet_alpha", None),
+        ({"clients": {"partition": "column"}}, "clients.count", "the column says how many clients there are"),
+        ({"data": {"validation_fraction": 0.1}}, "data.test", "data.validation_fraction takes training rows"),
         ({"basis": {"kind": "random"}}, "basis.outer", "basis.kind is random"),
         ({"basis": {"kind": "core"}}, "basis.outer", None),
         ({"method": {"name": "fedit"}}, "basis.kind", "fedit has no basis"),
@@ -268,7 +270,7 @@ def test_a_tasks_settings_have_an_effect_where_the_task_reads_them(kind: str, sc
         ({}, "server.secagg_clip", "server.secure_aggregation is false"),
         ({}, "privacy.clip", "privacy.unit is none"),
         ({"privacy": {"unit": "example", "epsilon": 3}}, "privacy.clip", None),
-        ({}, "engine.deadline_s", "engine.name is embedded"),
+        ({}, "engine.deadline_s", "engine.name is in_process"),
         ({"engine": {"name": "flower"}}, "engine.clients_per_forward", "engine.name is flower"),
         ({"task": {"kind": "code", "run_code": True}}, "task.new_tokens", None),
         ({"task": {"kind": "code", "score": "loss"}}, "task.new_tokens", "no answers are written"),

@@ -46,7 +46,7 @@ def regression(tiny_config: dict[str, Any], numbers: tuple[Path, Path]) -> dict[
         tiny_config,
         task={"kind": "regression"},
         data={"train": str(numbers[0]), "test": str(numbers[1])},
-        train={"steps": 8, "batch_size": 8, "lr": 0.02, "head_lr": 0.02},
+        train={"local_steps": 8, "batch_size": 8, "lr": 0.02, "head_lr": 0.02},
     )
 
 
@@ -93,7 +93,7 @@ def test_a_regression_from_training_to_the_adapter(
 
 
 def test_what_a_regression_cannot(cli: Callable[..., Said], regression: dict[str, Any], tmp_path: Path) -> None:
-    config = set_all(regression, clients={"split": "dirichlet", "count": 2})
+    config = set_all(regression, clients={"partition": "dirichlet", "count": 2})
     said = cli("run", write_toml(tmp_path / "my.toml", config))
     assert said.code == 1 and "label" in said.err
 
@@ -194,7 +194,7 @@ def test_a_chat_and_its_perplexity(
         files.append(str(write_rows(tmp_path / f"{seed}.jsonl", rows)))
     config = set_all(
         tiny_config,
-        model={"name": str(model), "max_tokens": 32},
+        model={"name": str(model), "max_seq_length": 32},
         task={"kind": "chat"},
         data={"train": files[0], "test": files[1]},
     )
@@ -220,13 +220,13 @@ def test_programs_are_run_where_it_is_allowed(
         "name": "code",
         "rounds": 1,
         "out": str(tmp_path / "runs"),
-        "model": {"name": str(SHARED / "models" / "stories260K"), "max_tokens": 320},
+        "model": {"name": str(SHARED / "models" / "stories260K"), "max_seq_length": 320},
         "data": {"train": str(files[0]), "test": str(files[1])},
         "task": {"kind": "code", "new_tokens": 8},
         "clients": {"count": 2},
         "method": {"name": "fed-sb", "rank": 4},
         "basis": {"kind": "random", "share_samples": 0},
-        "train": {"steps": 1, "batch_size": 2, "lr": 0.01},
+        "train": {"local_steps": 1, "batch_size": 2, "lr": 0.01},
     }
     toml = write_toml(tmp_path / "my.toml", config)
     said = cli("run", toml)

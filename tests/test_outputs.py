@@ -79,10 +79,10 @@ def config_of(kind: str, request: pytest.FixtureRequest, folder: Path) -> dict[s
     return set_all(
         tiny_settings(model, tables, folder / "runs"),
         name=kind,
-        model={"name": str(model), "max_tokens": 64 if causal else 16},
+        model={"name": str(model), "max_seq_length": 64 if causal else 16},
         task=tasks[kind],
         clients={"count": 2},
-        train={"steps": 20 if kind in ("instruction", "chat") else 8, "batch_size": 8, "lr": 0.05},
+        train={"local_steps": 20 if kind in ("instruction", "chat") else 8, "batch_size": 8, "lr": 0.05},
         eval={"every": 3},
         basis={"kind": "random", "share_samples": 0},
     )
@@ -302,7 +302,7 @@ def test_a_classifier_of_several_layers_that_averages_is_not_merged(
     ModernBertModel(config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(request.getfixturevalue("tiny_bert")).save_pretrained(folder)
     settings = config_of("mean", request, tmp_path)
-    result = federate(load_config(set_all(settings, model={"name": str(folder), "max_tokens": 16}, rounds=1)))
+    result = federate(load_config(set_all(settings, model={"name": str(folder), "max_seq_length": 16}, rounds=1)))
     said = cli("export", result.folder, "--to", tmp_path / "out", "--merged")
     assert said.code == 1 and "--merged: task.pooling = 'mean' is not available" in said.err
     assert "'modernbert'" in said.err and not (tmp_path / "out").exists()
@@ -362,7 +362,7 @@ def test_the_licence_of_the_base_comes_along(
     (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A base\n")
     (folder / "LICENSE").write_text("the text")
     settings = config_of("classes", request, tmp_path)
-    result = federate(load_config(set_all(settings, model={"name": str(folder), "max_tokens": 16}, rounds=1)))
+    result = federate(load_config(set_all(settings, model={"name": str(folder), "max_seq_length": 16}, rounds=1)))
     assert cli("export", result.folder, "--to", tmp_path / "out", "--merged").code == 0
     assert '\nlicense: "apache-2.0"\n' in (tmp_path / "out" / "README.md").read_text()
     assert (tmp_path / "out" / "LICENSE").read_text() == "the text"
@@ -388,7 +388,7 @@ def test_a_merged_model_also_ends_where_its_base_does(tmp_path: Path, request: p
     path = folder / "generation_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": [2, 7]}))
     settings = config_of("text", request, tmp_path)
-    run = federate(load_config(set_all(settings, model={"name": str(folder), "max_tokens": 16}, rounds=1))).folder
+    run = federate(load_config(set_all(settings, model={"name": str(folder), "max_seq_length": 16}, rounds=1))).folder
     assert "Generation ends at the tokens 2, 7:" in (run / "adapter" / "README.md").read_text()
     merged = export_to(run, str(tmp_path / "out"), merged=True)
     assert GenerationConfig.from_pretrained(merged).eos_token_id == [2, 7]
@@ -402,7 +402,7 @@ def test_a_generation_config_that_contradicts_itself_does_not_stop_an_export(
     path = folder / "generation_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"do_sample": False, "temperature": 0.6}))
     settings = config_of("text", request, tmp_path)
-    result = federate(load_config(set_all(settings, model={"name": str(folder), "max_tokens": 16}, rounds=1)))
+    result = federate(load_config(set_all(settings, model={"name": str(folder), "max_seq_length": 16}, rounds=1)))
     said = cli("export", result.folder, "--to", tmp_path / "out", "--merged")
     assert said.code == 0, said.err
     assert "temperature" not in json.loads((tmp_path / "out" / "generation_config.json").read_text())
@@ -423,7 +423,7 @@ def test_a_template_that_asks_for_a_system_turn(
                 rows = [json.loads(line)["messages"] for line in Path(table).read_text().splitlines()]
                 system = {"role": "system", "content": "red1"}
                 write_rows(Path(table), [{"messages": [system, *turns]} for turns in rows])
-        settings = set_all(settings, model={"name": str(model), "max_tokens": 64}, rounds=1)
+        settings = set_all(settings, model={"name": str(model), "max_seq_length": 64}, rounds=1)
         codes[kind] = cli("run", write_toml(tmp_path / f"{kind}.toml", settings))
     assert codes["chat"].code == 0, codes["chat"].err
     assert "Generation ends at the tokens 2, 51" in (tmp_path / "chat/runs/chat/adapter/README.md").read_text()
@@ -438,7 +438,7 @@ def test_check_warns_of_a_template_without_an_end(
 
     def end_of(template: str) -> list[dict[str, Any]]:
         model = chat_model(request.getfixturevalue("tiny_llama"), tmp_path / "model", template)
-        toml = write_toml(tmp_path / "x.toml", set_all(settings, model={"name": str(model), "max_tokens": 64}))
+        toml = write_toml(tmp_path / "x.toml", set_all(settings, model={"name": str(model), "max_seq_length": 64}))
         found = json.loads(cli("check", toml, "--json").out)
         return [choice for choice in found["settings"] if choice["key"] == "task.end"]
 

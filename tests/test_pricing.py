@@ -125,7 +125,7 @@ def test_published_values_of_language_models(
 
 def test_blocks_are_the_papers_seven_modules() -> None:
     for model in (MISTRAL, GEMMA, LLAMA):
-        named = priced(model, "fed-sb", 32, 2, model={"targets": SEVEN})["values_a_client_a_round"]
+        named = priced(model, "fed-sb", 32, 2, model={"target_modules": SEVEN})["values_a_client_a_round"]
         assert named == priced(model, "fed-sb", 32, 2)["values_a_client_a_round"]
 
 
@@ -148,7 +148,7 @@ def test_published_values_of_bert_with_its_head(method: str, rank: int, directio
         3,
         task={"kind": "classification"},
         data={"classes": 3},
-        model={"targets": ["query", "value"]},
+        model={"target_modules": ["query", "value"]},
     )
     values = found["values_a_client_a_round"]
     assert values["head"] == 768 * 3 + 3
@@ -424,7 +424,7 @@ def test_a_batch_that_is_larger_than_a_client_is_priced_by_its_rows_and_warned_o
     cli: Callable[..., Said], tiny_config: dict[str, Any], tmp_path: Path
 ) -> None:
     """90 rows of three clients, a fifth held out: the largest trains on 32, and no forward has more."""
-    toml = write_toml(tmp_path / "my.toml", set_all(tiny_config, train={"steps": 1, "batch_size": 100_000}))
+    toml = write_toml(tmp_path / "my.toml", set_all(tiny_config, train={"local_steps": 1, "batch_size": 100_000}))
     found = estimate(load_config(toml))
     most = max(found["clients"].values())
     exact = estimate(load_config(toml, [f"train.batch_size={most}"]))
@@ -481,7 +481,7 @@ def test_a_coordinators_toml_is_priced_without_rows(
 def test_what_a_coordinator_cannot_run_is_refused_by_check(tiny_config: dict[str, Any]) -> None:
     for changes, part in (
         ({"method": {"name": "local", "rank": 2}}, "data.train is not set: the rows are at the sites.*local leaves"),
-        ({"data": {"test": "tset.jsonl", "tune_share": 0.1}}, "tune in a simulation"),
+        ({"data": {"test": "tset.jsonl", "validation_fraction": 0.1}}, "tune in a simulation"),
         ({"task": {"kind": "classification", "label": "lable"}}, "has no column 'lable'"),
     ):
         with pytest.raises(UserError, match=part):
@@ -525,7 +525,7 @@ def test_a_served_run_is_scored_on_its_own_test_rows_or_on_none(tiny_config: dic
 
 
 def test_check_refuses_a_sum_that_hides_nothing(tiny_config: dict[str, Any]) -> None:
-    config = set_all(tiny_config, server={"secure_sum": True, "clients_per_round": 1})
+    config = set_all(tiny_config, server={"secure_aggregation": True, "clients_per_round": 1})
     with pytest.raises(UserError, match="one client a round"):
         estimate(load_config(config))
 

@@ -118,7 +118,7 @@ def test_all_torn(record: Record) -> None:
 
 
 def test_another_basis_is_noticed(record: Record) -> None:
-    path = record.folder / "common.safetensors"
+    path = record.folder / "shared.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(bytes(content))
@@ -293,7 +293,7 @@ def test_hostile_client_names_round_trip(tiny_config: dict[str, Any], tables: An
         tiny_config,
         data={"train": str(write_rows(tmp_path / "hostile.jsonl", rows))},
         method={"name": "local", "rank": 2},
-        train={**tiny_config["train"], "keep_optimizer": True},
+        train={**tiny_config["train"], "persist_optimizer_state": True},
         rounds=2,
     )
     whole = federate(load_config(set_all(config, out=str(tmp_path / "whole"))))

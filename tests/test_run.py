@@ -69,7 +69,7 @@ def test_a_bad_update_costs_its_client_the_round(
     said: str,
 ) -> None:
     """It is named with its reason, and the run ends bit for bit as one in which it sat that round out."""
-    config = set_all(tiny_config, method=method, engine={"cohort_size": 1})
+    config = set_all(tiny_config, method=method, engine={"clients_per_forward": 1})
 
     def without(engine: Engine, round: int, settings: Config) -> Sequence[str]:
         return [name for name in sample(engine, round, settings) if (name, round) != (BAD_CLIENT, BAD_ROUND)]
@@ -130,7 +130,7 @@ def test_a_resume_on_another_base_model_is_refused(
 
     base = tmp_path / "base"
     shutil.copytree(tiny_bert, base)
-    config = set_all(tiny_config, model={"name": str(base), "max_tokens": 16}, rounds=1)
+    config = set_all(tiny_config, model={"name": str(base), "max_seq_length": 16}, rounds=1)
     done = federate(load_config(config))
     tensors = load_file(base / "model.safetensors")
     key = next(key for key in tensors if key.endswith("query.weight"))
@@ -162,8 +162,8 @@ def test_the_local_to_global_gap(tiny_config: dict[str, Any]) -> None:
     clients = json.loads((finished.folder / "result.json").read_text())["clients"]
     assert rows[-1]["global_score"] == pytest.approx(sum(c["score"] for c in clients) / len(clients))
     assert 0 <= rows[-1]["local_score"] <= 1
-    with pytest.raises(ConfigError, match=r"set clients\.held_out"):
-        load_config(set_all(tiny_config, eval={"gap": True}, clients={"split": "iid", "count": 3}))
+    with pytest.raises(ConfigError, match=r"set clients\.holdout_fraction"):
+        load_config(set_all(tiny_config, eval={"gap": True}, clients={"partition": "iid", "count": 3}))
 
 
 def test_flora_na_logs_its_errors(tiny_config: dict[str, Any]) -> None:

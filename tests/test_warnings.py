@@ -109,9 +109,9 @@ def test_unequal_clients_with_epochs_all_count(tiny_config: dict[str, Any], tmp_
     config = set_all(
         tiny_config,
         data={"train": str(write_rows(tmp_path / "rows.jsonl", rows))},
-        clients={"split": "column", "column": "client"},
-        train={"epochs": 1, "steps": None, "batch_size": 4, "lr": 0.02, "head_lr": 0.02},
-        server={"norm_factor": 5.0},
+        clients={"partition": "column", "column": "client"},
+        train={"local_epochs": 1, "local_steps": None, "batch_size": 4, "lr": 0.02, "head_lr": 0.02},
+        server={"max_norm_ratio": 5.0},
     )
     result = federate(load_config(config))
     found = json.loads((result.folder / "result.json").read_text())
@@ -127,7 +127,7 @@ def test_a_run_that_learned_nothing_says_so_everywhere(
     config = set_all(
         tiny_config,
         data={"train": str(write_rows(tmp_path / "rows.jsonl", skewed)), "test": tiny_config["data"]["test"]},
-        train={"steps": 3, "batch_size": 4, "lr": 1e-9, "head_lr": 0.05},
+        train={"local_steps": 3, "batch_size": 4, "lr": 1e-9, "head_lr": 0.05},
     )
     said = cli("run", write_toml(tmp_path / "my.toml", config))
     assert said.code == 0 and "warning         The model predicts the class" in said.out
@@ -140,7 +140,7 @@ def test_a_run_that_learned_nothing_says_so_everywhere(
 
 
 def test_a_learning_rate_that_is_far_too_high_says_so(tiny_config: dict[str, Any]) -> None:
-    config = set_all(tiny_config, train={"steps": 3, "batch_size": 4, "lr": 1e3, "head_lr": 1e3})
+    config = set_all(tiny_config, train={"local_steps": 3, "batch_size": 4, "lr": 1e3, "head_lr": 1e3})
     result = federate(load_config(config))
     found = json.loads((result.folder / "result.json").read_text())
     assert "loss_rose" in {warning["kind"] for warning in found["warnings"]}

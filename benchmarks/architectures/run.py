@@ -113,12 +113,12 @@ def train(folder: Path, model: Path, task: str, more: dict[str, Any]) -> None:
         "name": "private" if more else "plain",
         "rounds": 2,
         "out": str(folder / "runs"),
-        "model": {"name": str(model), "max_tokens": 48},
+        "model": {"name": str(model), "max_seq_length": 48},
         "task": {"kind": task},
         "data": {"train": data, "test": data},
         "clients": {"count": 2},
         "method": {"name": "fed-sb", "rank": 2},
-        "train": {"steps": 2, "batch_size": 4, "lr": 0.01, "head_lr": 0.01},
+        "train": {"local_steps": 2, "batch_size": 4, "lr": 0.01, "head_lr": 0.01},
         **more,
     }
     federate(load_config(config))

@@ -68,7 +68,7 @@ def carry_out(folder: Path, plan: Sequence[Pull]) -> tuple[Rig, list[dict[str, A
             shape={"width": 512, "layers": 2},
             rounds=LAST,
             method={"name": "fedit", "rank": 64},
-            train={"steps": 6},
+            train={"local_steps": 6},
         )
         net.slow("site-b", RATE)
         with running(rig):

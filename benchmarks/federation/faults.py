@@ -70,7 +70,7 @@ def answers(folder: Path, mount: bool) -> dict[str, Any]:
     for number, (site, fault, _) in ANSWERS.items():
         spoils[site][f"round {number}"] = fault
     spoils["site-b"]["finish"] = "facts"
-    rig = Rig(folder / "answers", spoils, rounds=LAST, train={"steps": 4}, engine={"deadline_s": DEADLINE})
+    rig = Rig(folder / "answers", spoils, rounds=LAST, train={"local_steps": 4}, engine={"deadline_s": DEADLINE})
     if mount:
         rig.disks["site-b"] = "4m"
     rows = []
@@ -115,7 +115,7 @@ def answers(folder: Path, mount: bool) -> dict[str, Any]:
 def private(folder: Path) -> dict[str, Any]:
     """Kills in a run whose sites each keep a ledger: it never shrinks, and the coordinator's copy equals it."""
     privacy = {"unit": "example", "epsilon": 8.0, "clip": 1.0, "delta": 1e-3}
-    rig = Rig(folder / "private", rounds=8, privacy=privacy, clients={"held_out": 0.0}, basis={"kind": "core"})
+    rig = Rig(folder / "private", rounds=8, privacy=privacy, clients={"holdout_fraction": 0.0}, basis={"kind": "core"})
     struck = {2: ("site-b", "trainer"), 3: ("site-b", "node"), 4: (CO, "server"), 5: (CO, "superlink")}
     struck |= {6: ("site-b", "supervisor"), 7: (CO, "supervisor")}
     rows, before = [], dict[str, int]()

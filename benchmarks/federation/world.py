@@ -76,13 +76,13 @@ def settings(model: Path, test: Path, **more: Any) -> dict[str, Any]:
         "name": "run",
         "rounds": 4,
         "engine": {"name": "flower"},
-        "model": {"name": str(model), "max_tokens": 16},
+        "model": {"name": str(model), "max_seq_length": 16},
         "data": {"train": "each site's own", "test": str(test)},
         "task": {"kind": "classification"},
-        "clients": {"held_out": 0.2},
+        "clients": {"holdout_fraction": 0.2},
         "method": {"name": "fed-sb", "rank": 8},
         "basis": {"kind": "weights", "share_samples": 0},
-        "train": {"steps": 12, "batch_size": 8, "lr": 0.01},
+        "train": {"local_steps": 12, "batch_size": 8, "lr": 0.01},
         "eval": {"every": 100},
     }
     for key, value in more.items():

@@ -96,8 +96,8 @@ def test_a_run_and_its_export_say_it(
     data, task = {"train": texts, "test": texts}, {"kind": "text"}
     runs = {
         "classes": tiny_config,
-        "llama": set_all(tiny_config, data=data, task=task, model={"name": str(tiny_llama), "max_tokens": 8}),
-        "gpt2": set_all(tiny_config, data=data, task=task, model={"name": str(tiny_gpt2), "max_tokens": 8}),
+        "llama": set_all(tiny_config, data=data, task=task, model={"name": str(tiny_llama), "max_seq_length": 8}),
+        "gpt2": set_all(tiny_config, data=data, task=task, model={"name": str(tiny_gpt2), "max_seq_length": 8}),
     }
     for name, config in runs.items():
         folder = federate(load_config(set_all(config, name=name, rounds=1))).folder

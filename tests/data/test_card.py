@@ -74,7 +74,7 @@ def test_empty_texts(tiny_config: dict[str, Any], tmp_path: Path) -> None:
     rows = labelled_rows(120, 0)
     for row in rows[30:42]:
         row["text"] = " "
-    config = set_all(tiny_config, model={"name": "minilm", "max_tokens": 64})
+    config = set_all(tiny_config, model={"name": "minilm", "max_seq_length": 64})
     card = opened(with_rows(config, tmp_path, rows, [])).card
     assert card.train.counted.empty == 12
     place = f"{tmp_path / 'own-train.jsonl'}, line 31"

@@ -25,7 +25,7 @@ def test_rows_without_a_class_are_left_out(tiny_config: dict[str, Any], tmp_path
     rows = [{**row, "label": numbers[row["label"]]} for row in labelled_rows(60, 0)]
     rows[3]["label"] = rows[9]["label"] = -1
     data = {"train": str(write_rows(tmp_path / "a.jsonl", rows)), "test": str(write_rows(tmp_path / "b.jsonl", rows))}
-    config = set_all(tiny_config, data={**data, "drop": {"label": -1}, "classes": 3})
+    config = set_all(tiny_config, data={**data, "exclude": {"label": -1}, "classes": 3})
     found = opened(config)
     assert found.task.label_names == ["0", "1", "2"]
     assert found.tables["train"]["rows"] == found.tables["test"]["rows"] == 58
@@ -38,11 +38,11 @@ def test_rows_without_a_class_are_left_out(tiny_config: dict[str, Any], tmp_path
 
 def test_a_column_that_is_not_there_and_nothing_left(tiny_config: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="has no column 'labell'"):
-        opened(set_all(tiny_config, data={**tiny_config["data"], "drop": {"labell": "red"}}))
+        opened(set_all(tiny_config, data={**tiny_config["data"], "exclude": {"labell": "red"}}))
     with pytest.raises(UserError, match="two classes are needed"):
         opened(
             set_all(
-                tiny_config, data={"train": tiny_config["data"]["train"], "drop": {"label": "red"}, "train_rows": 1}
+                tiny_config, data={"train": tiny_config["data"]["train"], "exclude": {"label": "red"}, "train_rows": 1}
             )
         )
 
@@ -57,7 +57,7 @@ def test_numbers_in_files_of_text_are_dropped_too(tiny_config: dict[str, Any], t
     text = "".join(mark.join(row.values()) + "\n" for row in rows)
     train = tmp_path / f"train.{extension}"
     train.write_text(mark.join(rows[0]) + "\n" + text)
-    found = opened(set_all(tiny_config, data={"train": str(train), "drop": {"label": -1}}))
+    found = opened(set_all(tiny_config, data={"train": str(train), "exclude": {"label": -1}}))
     assert found.task.label_names == ["blue", "green", "red"]
     assert found.tables["train"]["rows"] == 53 and found.card.train.dropped == 7
     assert (
@@ -84,8 +84,8 @@ def test_values_are_compared_as_labels_are(
     rows += [{**row, "note": "kept"} for row in labelled_rows(60, 0)]
     config = set_all(
         tiny_config,
-        data={"train": str(write_rows(tmp_path / "a.jsonl", rows)), "drop": {"note": value}},
-        clients={"split": "iid", "count": 1},
+        data={"train": str(write_rows(tmp_path / "a.jsonl", rows)), "exclude": {"note": value}},
+        clients={"partition": "iid", "count": 1},
     )
     settings = load_config(config).config
     ((_, found),) = rows_by_client(settings, load_tokenizer(settings.model))[0].items()
@@ -96,9 +96,9 @@ def test_values_are_compared_as_labels_are(
 def test_a_value_that_no_row_has(tiny_config: dict[str, Any]) -> None:
     data = tiny_config["data"]
     with pytest.raises(UserError, match=r"'rad' in the column 'label', and no row has it: did you mean 'red'\?"):
-        opened(set_all(tiny_config, data={**data, "drop": {"label": "rad"}}))
+        opened(set_all(tiny_config, data={**data, "exclude": {"label": "rad"}}))
     with pytest.raises(UserError, match=r"leaves out rows with '-1' in the column 'label', and no row has it"):
-        opened(set_all(tiny_config, data={**data, "drop": {"label": ["red", -1]}}))
+        opened(set_all(tiny_config, data={**data, "exclude": {"label": ["red", -1]}}))
 
 
 def test_a_value_that_the_test_alone_has_is_dropped_there(tiny_config: dict[str, Any], tmp_path: Path) -> None:

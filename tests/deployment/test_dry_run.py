@@ -118,7 +118,7 @@ def test_a_site_with_one_class_may_take_part(
 def test_a_secure_sum_of_too_few_is_refused_before_the_run(
     cli: Callable[..., Said], tiny_config: dict[str, Any], tables: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    settings = set_all(tiny_config, data={"test": str(tables[1])}, server={"secure_sum": True})
+    settings = set_all(tiny_config, data={"test": str(tables[1])}, server={"secure_aggregation": True})
     join = site_of(tmp_path / "fed", 1, tables[0], "sum_clients = 2")
     said = cli(*join, "--config", write_toml(tmp_path / "my.toml", settings))
     assert "it is of 1 clients at least" in said.err and "server.min_clients = 2 makes it so" in said.err

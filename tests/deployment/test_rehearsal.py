@@ -15,7 +15,7 @@ from fedsb.reporting.run_directory import read_rows
 def test_real_processes_make_the_same_adapter(
     cli: Callable[..., Said], tiny_config: dict[str, Any], tmp_path: Path
 ) -> None:
-    config = set_all(tiny_config, rounds=2, server={"clients_per_round": 2}, engine={"cohort_size": 1})
+    config = set_all(tiny_config, rounds=2, server={"clients_per_round": 2}, engine={"clients_per_forward": 1})
     path = write_toml(tmp_path / "my.toml", config)
     assert cli("run", path).code == 0
     said = cli("run", path, "--engine", "flower")

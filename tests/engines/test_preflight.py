@@ -46,7 +46,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Make:
 
 
 def on(config: dict[str, Any], model: Path, kind: str = "classification", **changes: Any) -> dict[str, Any]:
-    return set_all(config, model={"name": str(model), "max_tokens": 16}, task={"kind": kind}, **changes)
+    return set_all(config, model={"name": str(model), "max_seq_length": 16}, task={"kind": kind}, **changes)
 
 
 def opened(config: dict[str, Any]) -> EmbeddedEngine:
@@ -133,7 +133,7 @@ def test_a_rotary_embedding_that_depends_on_the_batch(
     with pytest.raises(UserError, match=rf"its rotary embedding \({rope['rope_type']}\) changes for all rows"):
         opened(set_all(config, privacy=PRIVATE))
     assert opened(config).clients_per_forward == 1
-    assert found(set_all(config, model={**config["model"], "max_tokens": 8})).mixing is None
+    assert found(set_all(config, model={**config["model"], "max_seq_length": 8})).mixing is None
 
 
 def test_a_layer_that_looks_at_the_whole_batch_is_found(tiny_config: dict[str, Any]) -> None:
@@ -254,7 +254,7 @@ def test_a_window_beyond_the_positions_is_an_error_in_check_and_run(
     path = write_toml(tmp_path / "my.toml", on(tiny_config, made(model_type, auto_class), kind))
     for verb in ("check", "run"):
         said = cli(verb, path, "--set", f"model.max_seq_length={usable + 1}")
-        assert said.code == 1 and f"has {usable} positions" in said.err and f"max_tokens={usable}" in said.err
+        assert said.code == 1 and f"has {usable} positions" in said.err and f"max_seq_length={usable}" in said.err
     model = {"name": str(made(model_type, auto_class)), "max_tokens": usable}
     opened(set_all(tiny_config, model=model, task={"kind": kind}))  # a row of that length is read
 

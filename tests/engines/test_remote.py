@@ -152,7 +152,7 @@ def test_a_label_that_one_site_alone_has_is_told(tiny_config: dict[str, Any], tm
 def test_a_false_ledger_drops_its_site(tiny_config: dict[str, Any], tmp_path: Path) -> None:
     private = {
         "privacy": {"unit": "example", "epsilon": 5.0, "delta": 1e-3},
-        "clients": {"held_out": 0.0},
+        "clients": {"holdout_fraction": 0.0},
         "basis": {"share_samples": 0},
     }
     sites = federation(tmp_path)
@@ -231,7 +231,7 @@ def test_a_bad_answer_at_the_end_is_no_harm(tiny_config: dict[str, Any], tmp_pat
 def test_a_sum_without_a_message(tiny_config: dict[str, Any], tmp_path: Path) -> None:
     sites = federation(tmp_path)
     spoiled(sites, "site 0", "sum", lambda note: Note(note.verb, note.facts))
-    config = load_config(merged(remote_of(tiny_config, {}), {"server": {"secure_sum": True}}))
+    config = load_config(merged(remote_of(tiny_config, {}), {"server": {"secure_aggregation": True}}))
     for row in read_rows(federate(config, open_engine=sites.open_engine).folder / "rounds.jsonl"):
         (dropped,) = row["dropped"]
         assert dropped["client"] == "site 0"

@@ -32,7 +32,7 @@ OTHERS = [name for name, cls in method_types().items() if not cls.spec.secagg_co
 
 
 def secure(config: dict[str, Any], **server: Any) -> dict[str, Any]:
-    return set_all(config, server={"secure_sum": True, **server})
+    return set_all(config, server={"secure_aggregation": True, **server})
 
 
 def round_of(config: dict[str, Any], folder: Path | None = None) -> tuple[Any, Any, Any]:
@@ -67,17 +67,17 @@ def test_a_secure_round_is_the_plain_round_within_the_bound(
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_a_method_that_needs_more_than_a_sum_is_refused(name: str, tiny_config: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=r"sum_only is false|nothing to add up"):
+    with pytest.raises(UserError, match=r"secagg_compatible is false|nothing to add up"):
         open_engine(secure(set_all(tiny_config, method={"name": name, "rank": 2})))
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"server": {"codec": "int8", "secure_sum": True}}, "a fixed point of its own"),
-        ({"basis": {"kind": "core"}, "server": {"secure_sum": True}}, "something of its own"),
-        ({"clients": {"ranks": [2, 4]}, "server": {"secure_sum": True}}, "changes of one shape"),
-        ({"server": {"secure_sum": True, "clients_per_round": 1}}, "one client a round"),
+        ({"server": {"codec": "int8", "secure_aggregation": True}}, "a fixed point of its own"),
+        ({"basis": {"kind": "core"}, "server": {"secure_aggregation": True}}, "something of its own"),
+        ({"clients": {"total_ranks": [2, 4]}, "server": {"secure_aggregation": True}}, "changes of one shape"),
+        ({"server": {"secure_aggregation": True, "clients_per_round": 1}}, "one client a round"),
     ],
 )
 def test_what_does_not_go_with_a_secure_sum_is_refused(

@@ -86,8 +86,8 @@ def test_accumulation_equals_a_large_batch(tiny_config: dict[str, Any], dropout:
 
 def test_a_short_last_batch_is_a_mean_over_its_own_rows(tiny_config: dict[str, Any]) -> None:
     """5, 7 and 3 rows in batches of 4, together and alone: 4 + 1, 4 + 3, and 3."""
-    joint = run(set_all(tiny_config, engine={"cohort_size": 3}), [5, 7, 3], steps=None, epochs=1, batch_size=4)
-    engine, state = started(set_all(tiny_config, train={"epochs": 1, "batch_size": 4, "lr": 0.02}))
+    joint = run(set_all(tiny_config, engine={"clients_per_forward": 3}), [5, 7, 3], steps=None, epochs=1, batch_size=4)
+    engine, state = started(set_all(tiny_config, train={"local_epochs": 1, "batch_size": 4, "lr": 0.02}))
     alone = [train_all(engine, state, [member])[0] for member in members_of(engine, state, [5, 7, 3])]
     assert [len(member.losses) for member in joint] == [2, 2, 1]
     assert_same(alone, joint)
@@ -147,7 +147,7 @@ def test_dropout_keeps_the_mean() -> None:
 def test_a_client_with_short_batches_keeps_its_masks_in_company(
     tiny_config: dict[str, Any], method: dict[str, Any]
 ) -> None:
-    config = set_all(tiny_config, method=method, train={"epochs": 2, "batch_size": 4, "lr": 0.02, "dropout": 0.4})
+    config = set_all(tiny_config, method=method, train={"local_epochs": 2, "batch_size": 4, "lr": 0.02, "dropout": 0.4})
     engine, state = started(config)
     members = members_of(engine, state, [3, 4, 2])  # all of one step an epoch, of three widths
     alone = [train_all(engine, state, [member])[0] for member in members]
@@ -189,7 +189,7 @@ def test_activation_checkpointing_changes_nothing(
         base = {"name": str(folder), "max_tokens": 16, "activation_checkpointing": checkpointing}
         config = set_all(tiny_config, model=base)
         if model != "tiny_bert":
-            config = set_all(config, task={"kind": "text"}, clients={"split": "iid", "count": 3})
+            config = set_all(config, task={"kind": "text"}, clients={"partition": "iid", "count": 3})
         engine, state = started(set_all(config, train={**tiny_config["train"], "dropout": 0.2}))
         blocks = [m for m in engine.base.model.modules() if getattr(m, "gradient_checkpointing", False) and m.training]
         assert bool(blocks) == checkpointing
@@ -204,7 +204,7 @@ def test_checkpointing_runs_the_blocks_twice(tiny_config: dict[str, Any]) -> Non
     calls = []
     for checkpointing in (False, True):
         base = {**tiny_config["model"], "activation_checkpointing": checkpointing}
-        engine, state = started(set_all(tiny_config, model=base, train={**tiny_config["train"], "steps": 1}))
+        engine, state = started(set_all(tiny_config, model=base, train={**tiny_config["train"], "local_steps": 1}))
         count: list[int] = []
         layer = engine.adapted.layers["bert.encoder.layer.0.intermediate.dense"]
         layer.register_forward_hook(lambda *_: count.append(1))  # noqa: B023
@@ -242,12 +242,12 @@ def test_a_model_whose_rows_cannot_be_routed_trains_one_client_at_a_time(
     (reply,) = engine.train(engine.method, state, [engine.sites[0].name], {}).each
     assert not reply.kept
     with pytest.raises(UserError, match=r"engine.clients_per_forward = 2: Layer 'bert.*engine.clients_per_forward = 1"):
-        open_engine(set_all(tiny_config, engine={"cohort_size": 2}))
-    assert choice(open_engine(set_all(tiny_config, engine={"cohort_size": 1}))) == (1, "as asked")
+        open_engine(set_all(tiny_config, engine={"clients_per_forward": 2}))
+    assert choice(open_engine(set_all(tiny_config, engine={"clients_per_forward": 1}))) == (1, "as asked")
 
 
 def test_opt_flattens_its_rows(tiny_config: dict[str, Any], tiny_opt: Path) -> None:
-    config = set_all(tiny_config, model={"name": str(tiny_opt), "max_tokens": 16}, task={"kind": "text"})
+    config = set_all(tiny_config, model={"name": str(tiny_opt), "max_seq_length": 16}, task={"kind": "text"})
     value, reason = choice(open_engine(config))
     assert value == 1 and "'model.decoder.layers.0.fc1' sees 32 rows where the batch has 2" in reason
     attention = {"name": str(tiny_opt), "max_tokens": 16, "targets": ["q_proj", "v_proj"]}
@@ -256,8 +256,8 @@ def test_opt_flattens_its_rows(tiny_config: dict[str, Any], tiny_opt: Path) -> N
 
 def test_the_cohort_size_and_its_reason(tiny_config: dict[str, Any]) -> None:
     assert choice(open_engine(tiny_config)) == (64, "auto: up to 4,096 tokens in one forward on cpu")  # 4096 / (4 x 16)
-    assert choice(open_engine(set_all(tiny_config, engine={"cohort_size": 2}))) == (2, "as asked")
-    alone = set_all(tiny_config, clients={"split": "iid", "count": 1})
+    assert choice(open_engine(set_all(tiny_config, engine={"clients_per_forward": 2}))) == (2, "as asked")
+    alone = set_all(tiny_config, clients={"partition": "iid", "count": 1})
     assert choice(open_engine(alone)) == (1, "there is one client")
 
 
@@ -284,7 +284,7 @@ def test_a_pooled_client_takes_the_steps_of_a_rounds_clients(tiny_config: dict[s
 
 def test_moments_are_kept_only_where_asked(tiny_config: dict[str, Any]) -> None:
     """Kept, they hold the steps taken; a second round goes on from them."""
-    engine, state = started(set_all(tiny_config, train={**tiny_config["train"], "keep_optimizer": True}))
+    engine, state = started(set_all(tiny_config, train={**tiny_config["train"], "persist_optimizer_state": True}))
     name = engine.sites[0].name
     (first,) = engine.train(engine.method, state, [name], {}).each
     assert float(first.kept["optimizer/steps"]) == 3

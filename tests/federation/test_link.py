@@ -74,7 +74,7 @@ def one_round(
         rank = state.ranks.get(client)
         mine = method if rank is None else method.at(rank)
         _, message = wire.down(method, state, heard, basis=basis_hash(heard.shared), late=False, rank=rank)
-        own = mine.receive(heard.shared, message, within("method", kept.get(client, {})), state.round)
+        own = mine.init_client(heard.shared, message, within("method", kept.get(client, {})), state.round)
         trained = shaken(own, mine.trainable(own, state.round), client, state.round)
         sent, keep = mine.upload(own, trained, state.round)
         payload = Payload(

@@ -249,7 +249,7 @@ def test_clients_of_mixed_ranks(method: Method, ranks: tuple[int, ...]) -> None:
         for k, rank in enumerate(ranks):
             mine = method.at(rank)
             assert mine.total_rank == rank and mine.scale == method.scale
-            tensors = mine.receive(state.shared, method.broadcast(state, rank=rank), {}, state.round)
+            tensors = mine.init_client(state.shared, method.broadcast(state, rank=rank), {}, state.round)
             whole = received(method, state)
             for layer in SHAPES:
                 for key, leading in corners(method, whole, layer, rank).items():

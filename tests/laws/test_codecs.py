@@ -59,7 +59,7 @@ def test_law_4_bytes_of_every_codec(
 ) -> None:
     """Bytes measured on all envelopes of a run equal the price in its manifest, and that of `fedsb check`."""
     server = {"codec": codec, "clients_per_round": clients_per_round}
-    config = set_all(tiny_config, method=method, server=server, rounds=4, train={"steps": 1})
+    config = set_all(tiny_config, method=method, server=server, rounds=4, train={"local_steps": 1})
     folder = run(config, tmp_path)
     (mine, *_), (checked, *_) = read_manifest(folder)["prices"], estimate(load_config(config))["prices"]
     assert checked == mine
@@ -121,7 +121,7 @@ def test_law_5_resume_is_bit_exact(
         assert [{**row, "seconds": 0} for row in rows[0]] == [{**row, "seconds": 0} for row in rows[1]]
     states = [Record(path, Record.open(path).manifest).latest() for path in (whole, broken)]
     assert states[0] is not None and states[1] is not None
-    for part in ("tensors", "held", "common"):
+    for part in ("tensors", "client_view", "shared"):
         one, other = getattr(states[0], part), getattr(states[1], part)
         assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
     assert bool(states[0].client_view) != facts.changes_base
@@ -136,7 +136,7 @@ def test_law_3_a_dropped_client_is_one_that_was_not_there(
     tiny_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: dict[str, Any], codec: str
 ) -> None:
     """Bit for bit: what it was owed before that round it is owed after it."""
-    config = set_all(tiny_config, method=method, engine={"cohort_size": 1}, rounds=4, server={"codec": codec})
+    config = set_all(tiny_config, method=method, engine={"clients_per_forward": 1}, rounds=4, server={"codec": codec})
     bad, bad_round = "site 1", 1
 
     def without(engine: Engine, round: int, settings: Config) -> Sequence[str]:
@@ -200,7 +200,7 @@ def test_law_7_together_equals_one_after_another(
     ends = []
     for clients_per_forward in (1, 3):
         config = set_all(
-            tiny_config, method=method, engine={"cohort_size": clients_per_forward}, server={"codec": codec}
+            tiny_config, method=method, engine={"clients_per_forward": clients_per_forward}, server={"codec": codec}
         )
         engine, state = open_engine(config)
         replies = engine.train(engine.method, state, [site.name for site in engine.sites], {})

@@ -36,9 +36,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "partial": {"method": {"name": "flora", "rank": 2}, "server": {"clients_per_round": 2}, "rounds": 4},
     "int4": {"method": {"name": "fed-sb", "rank": 4}, "server": {"codec": "int4", "clients_per_round": 2}},
     "rolora int8": {"method": {"name": "rolora", "rank": 2}, "server": {"codec": "int8"}},
-    "moments": {"method": {"name": "fed-sb", "rank": 4}, "train": {"steps": 2, "keep_optimizer": True}},
-    "ranks": {"method": {"name": "fed-sb", "rank": 4}, "clients": {"ranks": {"site 1": 2}}},
-    "secure": {"method": {"name": "fed-sb", "rank": 4}, "server": {"secure_sum": True}},
+    "moments": {"method": {"name": "fed-sb", "rank": 4}, "train": {"local_steps": 2, "persist_optimizer_state": True}},
+    "ranks": {"method": {"name": "fed-sb", "rank": 4}, "clients": {"total_ranks": {"site 1": 2}}},
+    "secure": {"method": {"name": "fed-sb", "rank": 4}, "server": {"secure_aggregation": True}},
 }
 
 
@@ -54,7 +54,7 @@ def merged(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 def both(tiny_config: dict[str, Any], changes: dict[str, Any], folder: Path) -> tuple[Path, Path, Federation]:
     """The folders of the same run, in one process and with real sites."""
-    config = merged({**tiny_config, "engine": {"cohort_size": 1}}, changes)
+    config = merged({**tiny_config, "engine": {"clients_per_forward": 1}}, changes)
     here = federate(load_config(set_all(config, name="here"))).folder
     sites = federation(folder)
     remote = load_config(remote_of(tiny_config, changes))

@@ -177,9 +177,9 @@ def test_law_6_export_reloads_without_fedsb(
     method: dict[str, Any],
 ) -> None:
     folder = request.getfixturevalue(model)
-    config = set_all(tiny_config, method=method, task=task, rounds=2, model={"name": str(folder), "max_tokens": 16})
+    config = set_all(tiny_config, method=method, task=task, rounds=2, model={"name": str(folder), "max_seq_length": 16})
     if model != "tiny_bert":
-        config = set_all(config, clients={"split": "iid", "count": 3})
+        config = set_all(config, clients={"partition": "iid", "count": 3})
     finished = federate(load_config(config))
     engine, _ = open_engine(config)
     record = Record(finished.folder, Record.open(finished.folder).manifest)
@@ -219,7 +219,7 @@ def test_law_7_together_equals_one_after_another(
     ends = []
     for clients_per_forward in (1, 2, 3):
         engine, state = open_engine(
-            set_all(tiny_config, method=method, train=train, engine={"cohort_size": clients_per_forward})
+            set_all(tiny_config, method=method, train=train, engine={"clients_per_forward": clients_per_forward})
         )
         replies = engine.train(engine.method, state, names(engine), {})
         envelopes = {name: unpack(envelope) for name, envelope in replies.envelopes}

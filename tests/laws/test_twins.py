@@ -50,7 +50,7 @@ METHODS = [
 
 
 def open_engine(config: dict[str, Any]) -> tuple[EmbeddedEngine, State]:
-    settings = load_config(set_all(config, engine={"cohort_size": 3})).config
+    settings = load_config(set_all(config, engine={"clients_per_forward": 3})).config
     engine = EmbeddedEngine(settings, method_of(settings), "test")
     basis, _ = engine.build_basis(engine.method)
     return engine, engine.method.start(engine.shapes, basis, engine.head, settings.seed)

@@ -66,13 +66,13 @@ def test_facts_are_complete(name: str) -> None:
     assert facts.dp_noise in ("linear", "quadratic")
     for field in (
         "exact",
-        "sum_only",
+        "secagg_compatible",
         "changes_base",
         "mixed_ranks",
         "global_model",
         "pools_data",
-        "turns",
-        "plain_mean",
+        "rotates_basis",
+        "supports_server_optimizer",
     ):
         assert isinstance(getattr(facts, field), bool), field
     assert facts.travels and facts.client_state
@@ -131,7 +131,7 @@ def test_the_control_of_a_method_has_its_adapter(control: str, name: str) -> Non
     trained = []
     for each in (method, built):
         state = each.start(SHAPES, basis, {}, 0)
-        own = each.receive(state.shared, each.broadcast(state), {}, 0)
+        own = each.init_client(state.shared, each.broadcast(state), {}, 0)
         trained.append({key: tuple(own[key].shape) for key in own})
     assert trained[0] == trained[1]
 
@@ -167,13 +167,21 @@ def test_an_unknown_method_gets_the_nearest_name_and_the_list(wrong: str, right:
             {"server": {"optimizer": "adam"}},
             "fedex-lora does not take a plain mean .its fact supports_server_optimizer",
         ),
-        ("fedsvd", {"train": {"steps": 2, "keep_optimizer": True}}, "the coordinates of fedsvd turn"),
-        ("fedit", {"clients": {"ranks": [1, 2]}}, "all clients of fedit have one rank .its fact mixed_ranks is false"),
-        ("flora", {"clients": {"ranks": [1], "memory_mib": [1]}}, "both set the ranks"),
-        ("flora", {"clients": {"count": 3, "ranks": [1, 9]}}, "a client's rank of 9: the federation's is 4"),
-        ("flora", {"clients": {"count": 3, "ranks": {"client-9": 1}}}, "names the client 'client-9'; did you mean"),
+        ("fedsvd", {"train": {"local_steps": 2, "persist_optimizer_state": True}}, "the coordinates of fedsvd turn"),
+        (
+            "fedit",
+            {"clients": {"total_ranks": [1, 2]}},
+            "all clients of fedit have one rank .its fact mixed_ranks is false",
+        ),
+        ("flora", {"clients": {"total_ranks": [1], "memory_mib": [1]}}, "both set the ranks"),
+        ("flora", {"clients": {"count": 3, "total_ranks": [1, 9]}}, "a client's rank of 9: the federation's is 4"),
+        (
+            "flora",
+            {"clients": {"count": 3, "total_ranks": {"client-9": 1}}},
+            "names the client 'client-9'; did you mean",
+        ),
         ("flora", {"clients": {"count": 3, "memory_mib": [1e-6]}}, "hold not even the smallest rank"),
-        ("ravan", {"clients": {"count": 3, "ranks": [3]}}, "it must be some of the 4 blocks of 2"),
+        ("ravan", {"clients": {"count": 3, "total_ranks": [3]}}, "it must be some of the 4 blocks of 2"),
     ],
 )
 def test_what_the_facts_forbid_is_refused(
@@ -204,7 +212,7 @@ def test_ranks_by_memory() -> None:
 )
 def test_a_run_of_mixed_ranks(tiny_config: dict[str, Any], method: dict[str, Any], ranks: dict[str, int]) -> None:
     """Smaller clients send less, and the run ends with an adapter that PEFT loads."""
-    config = set_all(tiny_config, method=method, clients={**tiny_config["clients"], "ranks": ranks})
+    config = set_all(tiny_config, method=method, clients={**tiny_config["clients"], "total_ranks": ranks})
     finished = federate(load_config(config))
     rows = read_rows(finished.folder / "traffic.jsonl")
     up = {row["client"]: row["values"] for row in rows if row["direction"] == "up" and row["round"] == 1}
@@ -275,7 +283,7 @@ def test_a_third_partys_method_is_known_priced_and_runs(announce: Any, tiny_conf
     ("name", "value", "message"),
     [
         ("theirs", "{here}:no_method", r"entry point 'theirs' \(.*no_method\) is no fedsb.methods.base.Method"),
-        ("theirs", "{here}:Silent", "is no fedsb.methods.base.Method with facts"),
+        ("theirs", "{here}:Silent", "is no fedsb.methods.base.Method with a spec"),
         ("theirs", "{here}:NoStart", "does not define start, which every method must"),
         ("theirs", "{here}:Thawed", "is no frozen dataclass"),
         ("theirs", "{here}:HalfSB", "names a method whose id is 'half-sb'"),

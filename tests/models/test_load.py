@@ -237,7 +237,9 @@ def test_the_exported_adapter_brings_what_the_checkpoint_lacks(
     """Two loads of the base draw two poolers; with the adapter on, both answer alike."""
     from peft import PeftModel
 
-    run = federate(load_config(set_all(tiny_config, rounds=1, model={"name": str(without_pooler), "max_tokens": 16})))
+    run = federate(
+        load_config(set_all(tiny_config, rounds=1, model={"name": str(without_pooler), "max_seq_length": 16}))
+    )
     ids = torch.randint(3, 40, (2, 6), generator=torch.Generator().manual_seed(0))
     logits, poolers = [], []
     for seed in (1, 2):
@@ -250,7 +252,7 @@ def test_the_exported_adapter_brings_what_the_checkpoint_lacks(
 
 
 def test_engines_in_two_processes_would_start_alike(without_pooler: Path, tiny_config: dict[str, Any]) -> None:
-    config = load_config(set_all(tiny_config, model={"name": str(without_pooler), "max_tokens": 16})).config
+    config = load_config(set_all(tiny_config, model={"name": str(without_pooler), "max_seq_length": 16})).config
     heads = []
     for seed in (1, 2):
         torch.manual_seed(seed)

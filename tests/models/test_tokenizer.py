@@ -84,7 +84,7 @@ def test_using_a_tokenizer_does_not_change_its_fingerprint(model: Path) -> None:
 
 
 def test_a_run_is_not_resumed_on_a_model_with_another_config(tiny_config: dict[str, Any], model: Path) -> None:
-    config = set_all(tiny_config, model={"name": str(model), "max_tokens": 16}, task={"kind": "text"})
+    config = set_all(tiny_config, model={"name": str(model), "max_seq_length": 16}, task={"kind": "text"})
     result = federate(load_config(config))
     changed(model / "config.json", lambda found: found.update(rms_norm_eps=0.5))
     with pytest.raises(UserError, match=r"the base model of .* has changed"):
@@ -99,7 +99,7 @@ def test_the_date_of_a_chat_template_is_that_of_the_runs_start(tiny_config: dict
     rows = [{"prompt": f"red{i}", "answer": f"blue{i}"} for i in range(8)]
     data = {"train": str(write_rows(model.with_name("rows.jsonl"), rows))}
     config = set_all(
-        tiny_config, model={"name": str(model), "max_tokens": 32}, task={"kind": "instruction"}, data=data,
+        tiny_config, model={"name": str(model), "max_seq_length": 32}, task={"kind": "instruction"}, data=data,
         clients={"count": 2}, rounds=1,
     )  # fmt: skip
     result = federate(load_config(config))
@@ -119,7 +119,7 @@ def test_an_exported_model_writes_the_date_that_it_was_trained_with(
     rows = [{"prompt": f"red{i}", "answer": f"blue{i}"} for i in range(8)]
     settings = set_all(
         tiny_config,
-        model={"name": str(model), "max_tokens": 32, "template_date": "2020-01-02"},
+        model={"name": str(model), "max_seq_length": 32, "template_date": "2020-01-02"},
         task={"kind": "instruction"},
         data={"train": str(write_rows(tmp_path / "rows.jsonl", rows))},
         clients={"count": 2},

@@ -315,7 +315,7 @@ MUTANTS = {
 def test_broken_code_is_caught(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, mutant: str) -> None:
     install, words = MUTANTS[mutant]
     install(monkeypatch)
-    found = audit(load_config(set_all(config, train={"steps": 3, "batch_size": 8, "lr": 0.02})), canaries=256)
+    found = audit(load_config(set_all(config, train={"local_steps": 3, "batch_size": 8, "lr": 0.02})), canaries=256)
     assert found["broken"] and "Publish nothing" in found["says"]
     assert words in found["says"]
 
@@ -334,7 +334,7 @@ def test_broken_code_is_caught_where_canaries_cannot_show_it(
 @pytest.mark.parametrize("mutant", ["no noise", "a tenth of the noise"])
 def test_canaries_alone_catch_it_too(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, mutant: str) -> None:
     MUTANTS[mutant][0](monkeypatch)
-    found = audit(load_config(set_all(config, train={"steps": 3, "batch_size": 8, "lr": 0.02})))
+    found = audit(load_config(set_all(config, train={"local_steps": 3, "batch_size": 8, "lr": 0.02})))
     assert found["epsilon_ledger"] == found["epsilon"] <= 1.0 < found["epsilon_audited"]
 
 

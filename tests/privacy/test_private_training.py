@@ -99,7 +99,7 @@ def test_clipped_sums_are_those_of_single_backwards(
     engine, state = started(
         set_all(
             tiny_config,
-            model={"name": folder, "max_tokens": 16, "activation_checkpointing": checkpointed},
+            model={"name": folder, "max_seq_length": 16, "activation_checkpointing": checkpointed},
             task=task,
             method=method,
         )
@@ -181,16 +181,16 @@ def test_nothing_is_measured_on_private_rows_without_noise(tiny_config: dict[str
 
 def test_a_row_that_becomes_several_examples_is_refused(tiny_config: dict[str, Any], tiny_llama: Path) -> None:
     """Each window would be drawn and clipped for itself, and a row of ten cost ten times its epsilon."""
-    text = set_all(tiny_config, model={"name": str(tiny_llama), "max_tokens": 4}, task={"kind": "text"})
+    text = set_all(tiny_config, model={"name": str(tiny_llama), "max_seq_length": 4}, task={"kind": "text"})
     with pytest.raises(UserError, match=r"rows of client 'site 0' .* would be cut into several examples"):
         federate(load_config(private(text)))
-    federate(load_config(private(set_all(text, model={"name": str(tiny_llama), "max_tokens": 64}))))
+    federate(load_config(private(set_all(text, model={"name": str(tiny_llama), "max_seq_length": 64}))))
 
 
 def test_clients_that_are_drawn_take_part_in_all_rounds_of_the_promise(tiny_config: dict[str, Any]) -> None:
     """The sum's one ledger is charged in each, whoever is in it."""
     config = of_clients(tiny_config, epsilon=40.0)
-    drawn = set_all(config, rounds=6, train={"steps": 1}, server={**config["server"], "clients_per_round": 2})
+    drawn = set_all(config, rounds=6, train={"local_steps": 1}, server={**config["server"], "clients_per_round": 2})
     done = federate(load_config(drawn))
     assert len(read_rows(done.folder / "rounds.jsonl")) == 6
 
@@ -471,7 +471,7 @@ def test_the_servers_noise_and_the_clients_clip(
 
 def test_no_client_is_left_out_for_its_norm(tiny_config: dict[str, Any]) -> None:
     """Whether one is would depend on the others' rows, which the noise on the sum does not cover."""
-    strict = set_all(tiny_config, server={"norm_factor": 1.0001, "weighting": "uniform"}, rounds=1)
+    strict = set_all(tiny_config, server={"max_norm_ratio": 1.0001, "weighting": "uniform"}, rounds=1)
     plain = federate(load_config(set_all(strict, name="plain")))
     assert read_rows(plain.folder / "rounds.jsonl")[0]["dropped"]
     done = federate(load_config(of_clients(strict, clip=100.0)))
@@ -516,10 +516,10 @@ def test_a_clients_own_cap_is_for_its_own_delta_and_all_runs(tmp_path: Path) -> 
     ("changes", "said"),
     [
         ({"basis": {"kind": "update-pooled"}}, "looks at raw private rows without noise"),
-        ({"train": {"steps": 1, "batch_size": 4, "dropout": 0.1}}, "train.dropout"),
+        ({"train": {"local_steps": 1, "batch_size": 4, "dropout": 0.1}}, "train.dropout"),
         ({"eval": {"gap": True}}, "eval.gap scores private rows"),
         ({"method": {"name": "hetlora", "rank": 2}}, "hetlora adds a local regulariser"),
-        ({"train": {"steps": 1, "batch_size": 64}}, "an expected batch of 64 from"),
+        ({"train": {"local_steps": 1, "batch_size": 64}}, "an expected batch of 64 from"),
         ({"data_tune": 0.2}, "data.validation_fraction scores private rows"),
     ],
     ids=lambda value: str(value)[:40],
@@ -527,7 +527,7 @@ def test_a_clients_own_cap_is_for_its_own_delta_and_all_runs(tmp_path: Path) -> 
 def test_what_would_make_epsilon_untrue_is_refused(tiny_config: dict[str, Any], changes: Any, said: str) -> None:
     config = private(tiny_config)
     if share := changes.pop("data_tune", None):
-        changes = {"data": {**tiny_config["data"], "tune_share": share}}
+        changes = {"data": {**tiny_config["data"], "validation_fraction": share}}
     with pytest.raises(UserError, match=said):
         open_engine(set_all(config, **changes))
 

@@ -221,7 +221,7 @@ def test_epsilon_is_that_of_the_worst_client(tiny_config: dict[str, Any], tmp_pa
     config = set_all(
         private(tiny_config, epsilon=None, noise_multiplier=1.0),
         data={**tiny_config["data"], "train": str(write_rows(tmp_path / "uneven.jsonl", rows))},
-        clients={"split": "column", "column": "client", "held_out": 0.0},
+        clients={"partition": "column", "column": "client", "holdout_fraction": 0.0},
     )
     done = federate(load_config(config))
     plans, result = read_manifest(done.folder)["privacy"]["plans"], read_result(done.folder)
@@ -290,11 +290,11 @@ def test_a_long_row_behind_short_ones_is_refused(tiny_config: dict[str, Any], ti
     rows += [{"text": "red1 red2", "client": "b"}] * 6
     config = set_all(
         private(tiny_config, epsilon=None, noise_multiplier=1.0),
-        model={"name": str(tiny_llama), "max_tokens": 16},
+        model={"name": str(tiny_llama), "max_seq_length": 16},
         task={"kind": "text"},
         data={"train": str(write_rows(tmp_path / "long.jsonl", rows))},
-        clients={"split": "column", "column": "client", "held_out": 0.0},
-        train={"steps": 1, "batch_size": 2},
+        clients={"partition": "column", "column": "client", "holdout_fraction": 0.0},
+        train={"local_steps": 1, "batch_size": 2},
     )
     with pytest.raises(UserError, match=r"of the 6 rows of client 'a' 1 .* would be cut into several examples"):
         federate(load_config(config))

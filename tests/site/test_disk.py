@@ -19,7 +19,7 @@ from laws.test_engines import federation, merged, remote_of
 
 PRIVATE = {
     "privacy": {"unit": "example", "epsilon": 5.0, "clip": 1.0, "delta": 1e-3},
-    "clients": {"held_out": 0.0},
+    "clients": {"holdout_fraction": 0.0},
     "basis": {"share_samples": 0},
 }
 

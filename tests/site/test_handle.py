@@ -21,7 +21,7 @@ from laws.test_engines import federation, merged, remote_of
 
 PRIVATE = {
     "privacy": {"unit": "example", "epsilon": 5.0, "clip": 1.0, "delta": 1e-3},
-    "clients": {"held_out": 0.0},
+    "clients": {"holdout_fraction": 0.0},
     "basis": {"share_samples": 0},
 }
 
@@ -88,7 +88,7 @@ def test_no_site_runs_code_that_a_model_writes(tiny_config: dict[str, Any], tmp_
 
 def test_a_site_refuses_a_sum_of_too_few(tiny_config: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(RunError, match="it is of 2 clients at least, allowed are 3 or more"):
-        run(tiny_config, allowing(tmp_path, sum_clients=3), server={"secure_sum": True})
+        run(tiny_config, allowing(tmp_path, sum_clients=3), server={"secure_aggregation": True})
 
 
 def test_what_left_is_in_the_outbox(tiny_config: dict[str, Any], tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_a_client_as_the_unit(tiny_config: dict[str, Any], tmp_path: Path, secur
         tiny_config,
         sites,
         privacy={"unit": "client", "noise_multiplier": 1.0, "clip": 0.5, "delta": 1e-2},
-        server={"weighting": "uniform", "secure_sum": secure},
+        server={"weighting": "uniform", "secure_aggregation": secure},
         basis={"share_samples": 0},
     )
     rows = read_rows(folder / "rounds.jsonl")
@@ -178,10 +178,10 @@ def test_a_secure_sum_with_pinned_peers_alone(
     sites.settings = {"allow": {"peers": peers}}
     sites.kill_all()
     if not said:
-        run(tiny_config, sites, server={"secure_sum": True})
+        run(tiny_config, sites, server={"secure_aggregation": True})
         return
     with pytest.raises(RunError, match=said):
-        run(tiny_config, sites, server={"secure_sum": True})
+        run(tiny_config, sites, server={"secure_aggregation": True})
 
 
 def test_a_sites_own_column_names(

@@ -31,7 +31,7 @@ RUN = "abc1"
 OUTSIDE = {"out": True, "compare": True, "data": {"train", "test"}}
 EXAMPLE = {"privacy": {"unit": "example", "epsilon": 3.0, "clip": 1.0}, "basis": {"share_samples": 0}}
 CLIENT = {"privacy": {"unit": "client", "noise_multiplier": 2.0, "clip": 0.5, "delta": 1e-3}}
-SUMS = {"server": {"weighting": "uniform", "secure_sum": True, "min_clients": 2}}
+SUMS = {"server": {"weighting": "uniform", "secure_aggregation": True, "min_clients": 2}}
 
 Settings = Callable[..., dict[str, Any]]
 
@@ -41,7 +41,7 @@ def settings(tiny_config: dict[str, Any]) -> Settings:
     """A run's settings as they travel."""
 
     def make(*changes: Mapping[str, Any], **more: Any) -> dict[str, Any]:
-        config = set_all(remote_of(tiny_config, {"rounds": 1, "clients": {"held_out": 0.0}}), **more)
+        config = set_all(remote_of(tiny_config, {"rounds": 1, "clients": {"holdout_fraction": 0.0}}), **more)
         for change in changes:
             config = set_all(config, **change)
         return load_config(config).config.model_dump(mode="json", exclude=OUTSIDE)
@@ -157,7 +157,7 @@ def test_a_sum_with_strangers_fails_before_it_starts(settings: Settings, tmp_pat
 def test_a_site_counts_its_own_rows(said: int | None, settings: Settings, tmp_path: Path) -> None:
     """One epoch of one row is one step in the plan, and thirty on the rows."""
     world = Hostile(tmp_path)
-    world.open(settings(EXAMPLE, train={"epochs": 1, "steps": None}), start=False)
+    world.open(settings(EXAMPLE, train={"local_epochs": 1, "local_steps": None}), start=False)
     with pytest.raises(RefusalError, match="another number of rows"):
         world.ask("a", "start", rows={"a": said, "b": 30} if said else {"b": 30})
 
@@ -169,7 +169,7 @@ def test_what_is_charged_is_what_runs(settings: Settings, tmp_path: Path, monkey
         DPMechanism, "mean", lambda mechanism, total, rows: sums.append(1) or mean(mechanism, total, rows)
     )
     world = Hostile(tmp_path)
-    world.open(settings(EXAMPLE, train={"epochs": 1, "steps": None}))
+    world.open(settings(EXAMPLE, train={"local_epochs": 1, "local_steps": None}))
     world.train(0, "a")
     (ledger,) = (tmp_path / "a").glob("runs/*/privacy/*.jsonl")
     assert [entry.count for entry in read_ledger(ledger)] == [len(sums)]
@@ -199,7 +199,9 @@ def test_the_end_of_a_private_run_looks_at_no_row(
 ) -> None:
     """Weights that overflow on some rows would tell of them by whether the answer comes, as often as one asks."""
     world = Hostile(tmp_path)
-    world.open(set_all(settings(EXAMPLE), clients={**settings(EXAMPLE)["clients"], "held_out": 0.2}), start=False)
+    world.open(
+        set_all(settings(EXAMPLE), clients={**settings(EXAMPLE)["clients"], "holdout_fraction": 0.2}), start=False
+    )
     looked: list[str] = []
     monkeypatch.setattr(Trainer, "evaluate", lambda *_: looked.append("score"))
     monkeypatch.setattr(Trainer, "logits", lambda *_: looked.append("probe"))
@@ -207,7 +209,7 @@ def test_the_end_of_a_private_run_looks_at_no_row(
     world.ask("a", "start", rows={"a": part.site.rows, "b": 24})
     assert part.site.held_out
     answer = world.ask("a", "finish", world.broadcast(0), card={})
-    assert answer.spec["score"] is None and looked == []
+    assert answer.facts["score"] is None and looked == []
 
 
 def test_a_run_keeps_what_it_began_with(settings: Settings, tmp_path: Path) -> None:
@@ -230,7 +232,7 @@ def test_a_basis_asked_for_again_and_again_is_the_same_and_charged_once(settings
     world.sites["a"] = world.federation.restarted("a")
     for _ in range(3):
         again = world.ask("a", "sums")
-        assert again.parts == first.parts and again.spec == first.spec
+        assert again.parts == first.parts and again.facts == first.facts
     assert world.ledgers("a") == [0]
 
 
@@ -250,7 +252,7 @@ def test_a_round_is_done_once_and_for_one_broadcast(
             world.sites["a"]._let_go()
             world.sites["a"] = world.federation.restarted("a")
         again = world.ask("a", "round", broadcast, **facts)
-        assert again.parts == first.parts and again.spec == first.spec
+        assert again.parts == first.parts and again.facts == first.facts
         with pytest.raises(RefusalError, match="round 1 was done here for another broadcast"):
             world.ask("a", "round", other, **facts)
     world.train(1, "a", next_round)
@@ -275,7 +277,7 @@ def test_a_round_is_summed_for_one_broadcast(settings: Settings, tmp_path: Path)
 def test_a_column_of_the_coordinators_choice_stays_where_rules_say_so(settings: Settings, tmp_path: Path) -> None:
     rows = [{**row, "name": f"patient {i}"} for i, row in enumerate(labelled_rows(30, 0))]
     world = Hostile(tmp_path, rows=rows, columns=["text", "label"], labels=["blue", "green", "red"])
-    assert world.look("a", settings()).spec["labels"] == ["blue", "green", "red"]
+    assert world.look("a", settings()).facts["labels"] == ["blue", "green", "red"]
     with pytest.raises(RefusalError, match="it reads name, allowed are text, label"):
         world.look("a", settings(task={"label": "name"}))
 
@@ -300,12 +302,12 @@ def test_another_revision_of_an_allowed_model_is_another_model(settings: Setting
 def test_numbers_are_no_classes(settings: Settings, tmp_path: Path) -> None:
     rows = [{**row, "label": i / 7} for i, row in enumerate(labelled_rows(30, 0))]
     answer = Hostile(tmp_path, rows=rows).look("a", settings(task={"kind": "regression"}))
-    assert answer.spec["labels"] == []
+    assert answer.facts["labels"] == []
 
 
 def test_a_pattern_that_never_ends_is_refused(settings: Settings, tmp_path: Path) -> None:
     config = settings()
-    config["model"]["targets"] = "((?:[a-z]|[a-z.]|[a-z0-9.])+)+[A-Z]"
+    config["model"]["target_modules"] = "((?:[a-z]|[a-z.]|[a-z0-9.])+)+[A-Z]"
     world = Hostile(tmp_path)
     world.look("a", config)
     with pytest.raises(UserError, match="takes too long to match"):
@@ -327,14 +329,14 @@ def test_a_column_without_classes_is_told_by_nobody(settings: Settings, tmp_path
         Hostile(tmp_path, rows=rows).look("a", settings(task={"label": "name"}))
     assert "patient" not in str(refused.value)
     named = Hostile(tmp_path / "named", rows=rows, labels=[row["name"] for row in rows])
-    assert len(named.look("a", settings(task={"label": "name"})).spec["labels"]) == 30
+    assert len(named.look("a", settings(task={"label": "name"})).facts["labels"]) == 30
 
 
 def test_rows_are_not_counted_by_other_columns(settings: Settings, tmp_path: Path) -> None:
     world = Hostile(tmp_path)
-    assert world.look("a", settings(data={"drop": {"label": "red"}})).spec["rows"] < 30
+    assert world.look("a", settings(data={"exclude": {"label": "red"}})).facts["rows"] < 30
     with pytest.raises(RefusalError, match=r"data.exclude = text: how many rows are left would tell"):
-        world.look("a", settings(data={"drop": {"text": "red1 red2"}}))
+        world.look("a", settings(data={"exclude": {"text": "red1 red2"}}))
 
 
 @pytest.mark.parametrize("changes", [{}, SUMS, SUMS | CLIENT])
@@ -397,7 +399,7 @@ def test_a_private_run_tells_no_counts_of_rows(settings: Settings, tmp_path: Pat
     part = world.part("a")
     part.open(["blue", "green", "red"])
     own = {"model": part.trainer.base.fingerprint, "tokenizer": tokenizer_fingerprint(part.tokenizer)}
-    facts = world.ask("a", "open", label_names=["blue", "green", "red"], **own).spec
+    facts = world.ask("a", "open", label_names=["blue", "green", "red"], **own).facts
     assert (facts["cut"], facts["unused"], facts["labels"]) == (None, None, None)
 
 
@@ -437,7 +439,7 @@ def test_sites_that_were_told_other_things_have_no_sum(settings: Settings, tmp_p
     server = {**SUMS["server"], "weighting": "samples"}
 
     def told(name: str, rows: dict[str, int], lr: float) -> None:
-        world.look(name, settings(server=server, train={"steps": 1, "lr": lr}))
+        world.look(name, settings(server=server, train={"local_steps": 1, "lr": lr}))
         world.part(name).open(["blue", "green", "red"])
         world.ask(name, "start", rows=rows)
 
@@ -462,9 +464,9 @@ def test_changes_against_other_broadcasts_have_no_sum(settings: Settings, tmp_pa
 
 def test_a_site_that_leaves_a_sum_tells_no_number(settings: Settings, tmp_path: Path) -> None:
     world = Hostile(tmp_path, "abc")
-    world.open(settings(server={**SUMS["server"], "sum_limit": 1e-9}))
+    world.open(settings(server={**SUMS["server"], "secagg_clip": 1e-9}))
     answer = world.ask("a", "round", world.broadcast(0), rank=None, versions=versions())
-    assert answer.spec["left"] == "its change is not finite, or above server.secagg_clip; its own terminal says more"
+    assert answer.facts["left"] == "its change is not finite, or above server.secagg_clip; its own terminal says more"
 
 
 def test_a_round_between_two_phases_changes_no_sum(settings: Settings, tmp_path: Path) -> None:
@@ -514,7 +516,7 @@ def test_a_basis_of_another_scale_is_refused(
     with pytest.raises(RefusalError, match=words):
         world.ask("a", "hold", told)
     whole = pack(Payload(kind="basis-down", run=RUN, round=0, tensors=common))
-    assert world.ask("a", "hold", whole).spec["holds"] == basis_hash(part._state(part._derived()).shared)
+    assert world.ask("a", "hold", whole).facts["holds"] == basis_hash(part._state(part._derived()).shared)
 
 
 def test_a_site_tells_no_private_loss(settings: Settings, tmp_path: Path) -> None:
@@ -524,16 +526,16 @@ def test_a_site_tells_no_private_loss(settings: Settings, tmp_path: Path) -> Non
         world = Hostile(tmp_path / str(number))
         world.open(settings(changes))
         answer = world.ask("a", "round", world.broadcast(0), rank=None, versions=versions())
-        assert (answer.spec["loss"] is not None) is told
+        assert (answer.facts["loss"] is not None) is told
 
 
 def test_a_sites_fingerprint_confirms_no_guess_and_shows_the_site_a_change(settings: Settings, tmp_path: Path) -> None:
     rows = labelled_rows(30, 0)
     world = Hostile(tmp_path, rows=rows)
-    told = {name: world.look(name, settings()).spec["fingerprint"] for name in "ab"}
+    told = {name: world.look(name, settings()).facts["fingerprint"] for name in "ab"}
     plain = load_table(str(tmp_path / "a" / "rows.jsonl")).fingerprint
     assert len({plain, *told.values()}) == 3  # the sites have the same rows
-    assert world.look("a", settings()).spec["fingerprint"] == told["a"]
+    assert world.look("a", settings()).facts["fingerprint"] == told["a"]
     world.open(settings())
     broadcast = world.broadcast(0)
     write_rows(tmp_path / "a" / "rows.jsonl", [{**rows[0], "text": "green1 green2"}, *rows[1:]])
@@ -566,5 +568,5 @@ def test_shares_that_are_not_due_leave_the_sum_as_it_is(settings: Settings, tmp_
 def test_a_private_run_does_not_tell_how_many_rows_a_site_has_read(settings: Settings, tmp_path: Path) -> None:
     """Less the rows to train on it is how many have nothing to learn within the coordinator's max_tokens."""
     world = Hostile(tmp_path)
-    assert world.look("a", settings(EXAMPLE)).spec["rows"] is None
-    assert Hostile(tmp_path / "plain").look("a", settings()).spec["rows"] == 30
+    assert world.look("a", settings(EXAMPLE)).facts["rows"] is None
+    assert Hostile(tmp_path / "plain").look("a", settings()).facts["rows"] == 30

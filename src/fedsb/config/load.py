@@ -192,6 +192,7 @@ def with_new_names(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], l
             continue
         if new_key in table:
             faults.append(f"{old}: it was renamed to {new}, and both are set. Remove {old}")
+            now[section] = {name: value for name, value in table.items() if name != key}
             continue
         now[section] = {new_key if name == key else name: value for name, value in table.items()}
         notices.append(f"{old} was renamed to {new}. The old name works in this version only")

@@ -1,6 +1,6 @@
 """The run directory: manifest, ledgers, atomic checkpoints, and how a run is taken up again.
 
-    manifest.json  rounds.jsonl  traffic.jsonl  common.safetensors  checkpoints/round-0007/  clients/<name>/  adapter/
+    manifest.json  rounds.jsonl  traffic.jsonl  shared.safetensors  checkpoints/round-0007/  clients/<name>/  adapter/
 
 A checkpoint is a folder written under a temporary name, flushed to disk, and renamed: it is there whole or not at all.
 Its rename is what finishes a round; rows of the ledgers and clients' states of a later round are left from a run that
@@ -43,7 +43,7 @@ class Record:
         self.folder = folder
         self.manifest = dict(manifest)
         self.skipped: list[str] = []  # torn or foreign checkpoints, with the reason
-        self._common: Tensors = {}  # as in common.safetensors: a checkpoint holds what has changed in it since
+        self._shared: Tensors = {}  # as in shared.safetensors: a checkpoint holds what has changed in it since
         self._lock: IO[str] | None = None
         self._new = False
 
@@ -95,8 +95,8 @@ class Record:
     def start(self, state: State, sent: Sequence[TrafficRecord]) -> None:
         """Writes what is there before the first round."""
         write_atomic(self.folder / "traffic.jsonl", json_lines([asdict(each) for each in sent]))
-        write_atomic(self.folder / "common.safetensors", save(_contiguous(state.shared)))
-        self._common = state.shared
+        write_atomic(self.folder / "shared.safetensors", save(_contiguous(state.shared)))
+        self._shared = state.shared
         self.checkpoint(state, keep=1)
 
     def take_up(self, round: int, since: int = 0) -> dict[str, Tensors]:
@@ -181,8 +181,8 @@ class Record:
 
     def checkpoint(self, state: State, keep: int) -> None:
         """Finishes a round: after this returns, the run resumes behind it. Older checkpoints but `keep` are deleted."""
-        parts = {name: getattr(state, name) for name in ("tensors", "server", "news", "held")}
-        parts["common"] = {key: x for key, x in state.shared.items() if not _same(x, self._common.get(key))}
+        parts = {name: getattr(state, name) for name in ("tensors", "server", "shared_delta", "client_view")}
+        parts["shared"] = {key: x for key, x in state.shared.items() if not _same(x, self._shared.get(key))}
         content = save(_contiguous({key: x for name, part in parts.items() for key, x in under(name, part).items()}))
         facts = {"run": self.run, "round": state.round, "sha256": hashlib.sha256(content).hexdigest()}
         facts |= {"ranks": dict(state.ranks)}
@@ -224,21 +224,21 @@ class Record:
                 if hashlib.sha256(content).hexdigest() != facts["sha256"]:
                     raise ValueError("its sha256 differs from the one it was written with")
                 tensors = load(content)
-                common = load((self.folder / "common.safetensors").read_bytes())
+                common = load((self.folder / "shared.safetensors").read_bytes())
                 ranks = {str(client): int(rank) for client, rank in facts["ranks"].items()}
                 if basis_hash(common) != self.manifest["basis_hash"]:
-                    raise ValueError("common.safetensors, the basis, is not the one that the run was started with")
+                    raise ValueError("shared.safetensors, the basis, is not the one that the run was started with")
             except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
                 self.skipped.append(f"checkpoint {folder.name} was skipped: {error}")
                 continue
-            self._common = common
+            self._shared = common
             return State(
                 round=facts["round"],
                 tensors=within("tensors", tensors),
                 server=within("server", tensors),
-                shared={**common, **within("common", tensors)},
-                shared_delta=within("news", tensors),
-                client_view=within("held", tensors),
+                shared={**common, **within("shared", tensors)},
+                shared_delta=within("shared_delta", tensors),
+                client_view=within("client_view", tensors),
                 ranks=ranks,
             )
         if found:
@@ -318,7 +318,7 @@ class Record:
 
     def _undo(self) -> None:
         """Takes back a start that the user's input made fail, so that the same name can be run again."""
-        for name in ("manifest.json", "traffic.jsonl", "common.safetensors", "lock", "privacy/tables.key"):
+        for name in ("manifest.json", "traffic.jsonl", "shared.safetensors", "lock", "privacy/tables.key"):
             (self.folder / name).unlink(missing_ok=True)
         with suppress(OSError):  # ledgers with a line stay
             (self.folder / "privacy").rmdir()

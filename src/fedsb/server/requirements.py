@@ -19,13 +19,12 @@ def refuse_what_facts_forbid(config: Config, method: Method) -> None:
     if config.server.optimizer != "none" and not facts.supports_server_optimizer:
         faults.append(
             f"server.optimizer = {config.server.optimizer!r}: {facts.id} does not take a plain mean (its fact "
-            "plain_mean is false), so there is nothing for it to step to; set it to 'none'"
+            "supports_server_optimizer is false), so there is nothing for it to step to; set it to 'none'"
         )
     if config.train.persist_optimizer_state and facts.rotates_basis:
         faults.append(
-            f"train.persist_optimizer_state: the coordinates of {facts.id} turn between rounds (its fact turns is "
-            f"true), old "
-            "moments would point elsewhere; set it to false"
+            f"train.persist_optimizer_state: the coordinates of {facts.id} turn between rounds (its fact "
+            "rotates_basis is true), old moments would point elsewhere; set it to false"
         )
     if config.basis.refresh and method.adapter == "core" and not facts.global_model:
         faults.append(
