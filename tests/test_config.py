@@ -66,7 +66,7 @@ def faults(raw: dict[str, Any], overrides: list[str] | None = None) -> list[str]
         pytest.param({"train": {"lr": float("nan")}}, "train.lr: it must be"),
         pytest.param(
             {"train": {"local_steps": 5, "local_epochs": 1}}, "train: set local_steps or local_epochs, not both; --set"
-        ),  # noqa: E501
+        ),
         pytest.param({"server": {"clients_per_round": 2, "min_clients": 3}}, "server: min_clients = 3 of 2"),
         pytest.param({"rounds": 0}, "rounds: it must be greater than or equal to 1 (it is 0)"),
         pytest.param({"name": "../x"}, "name: it must begin with a letter or digit and contain only letters, digits"),
