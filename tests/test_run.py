@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fedsb.server.types import Engine, Replies
 
 from conftest import Said, adapter_bytes, set_all, write_toml
 from fedsb.channels.in_process import EmbeddedEngine
@@ -19,7 +20,6 @@ from fedsb.config.schema import Config
 from fedsb.protocol.payload import pack, unpack
 from fedsb.reporting.run_directory import read_rows
 from fedsb.runs.run import federate, resume, sample
-from fedsb.server.types import Engine, Replies
 from fedsb.utils.errors import ConfigError, UserError
 
 BAD_CLIENT, BAD_ROUND = "site 1", 1  # the second round
@@ -149,7 +149,7 @@ def test_a_resume_whose_engine_does_not_open_leaves_the_run_free(tiny_config: di
     errors = []
     for _ in range(2):
         with pytest.raises(UserError, match="the rows are gone") as caught:
-            resume(done.folder, open_engine=fails)
+            resume(done.folder, open_federation=fails)
         errors.append(caught)
     assert resume(done.folder).folder == done.folder
 

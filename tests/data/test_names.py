@@ -84,7 +84,7 @@ def test_sites_that_write_a_class_in_several_ways(tiny_config: dict[str, Any], t
     for row in own["site 1"]:
         row["label"] = "Red" if row["label"] == "red" else row["label"]
     config = load_config(remote_of(tiny_config, {"rounds": 1}))
-    folder = federate(config, open_engine=Federation(tmp_path / "case", own).open_engine).folder
+    folder = federate(config, open_federation=Federation(tmp_path / "case", own).open_federation).folder
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["task"]["label_names"] == ["Red", "blue", "green", "red"]
     assert any("'Red' and 'red' differ only by case" in line for line in manifest["data_card"]["warnings"])
@@ -93,7 +93,7 @@ def test_sites_that_write_a_class_in_several_ways(tiny_config: dict[str, Any], t
     with pytest.raises((UserError, RunError), match=r"'blue' and 'blue ' differ only by spaces.*They have: site 0: "):
         federate(
             load_config(remote_of(tiny_config, {"out": str(tmp_path / "again")})),
-            open_engine=Federation(tmp_path / "spaces", own).open_engine,
+            open_federation=Federation(tmp_path / "spaces", own).open_federation,
         )
 
 
@@ -101,7 +101,7 @@ def test_a_real_federation_shows_what_its_sites_tell(tiny_config: dict[str, Any]
     """Rows, classes, and what is cut; of a private run only rows. Its own test table is counted whole."""
     sites = federation(tmp_path)
     config = remote_of(tiny_config, {"rounds": 1})
-    folder = federate(load_config(config), open_engine=sites.open_engine).folder
+    folder = federate(load_config(config), open_federation=sites.open_federation).folder
     card = json.loads((folder / "manifest.json").read_text())["data_card"]
     assert card["headline"]["rows"] == "72 of 3 sites"
     assert sum(card["train"]["classes"].values()) == 72 and card["train"]["cut"] == 0
@@ -109,7 +109,7 @@ def test_a_real_federation_shows_what_its_sites_tell(tiny_config: dict[str, Any]
     assert card["test_in_train"] is None and card["train"]["counted"] is None
     private = {"out": str(tmp_path / "private"), "privacy": {"unit": "example", "epsilon": 8.0}}
     folder = federate(
-        load_config(remote_of(config, private)), open_engine=Federation(tmp_path / "p", sites.rows).open_engine
+        load_config(remote_of(config, private)), open_federation=Federation(tmp_path / "p", sites.rows).open_federation
     ).folder
     card = json.loads((folder / "manifest.json").read_text())["data_card"]
     assert card["train"]["classes"] is card["train"]["cut"] is card["train"]["unused"] is None
@@ -133,7 +133,7 @@ def test_sites_call_the_classes_as_the_coordinator_does(
 
     monkeypatch.setattr(remote, "load_test", named)
     config = remote_of(tiny_config, {"rounds": 1, "data": {"test": test}})
-    federate(load_config(config), open_engine=sites.open_engine)
+    federate(load_config(config), open_federation=sites.open_federation)
     for name in ("a", "b"):
         (adapter,) = (tmp_path / "sites" / name / "runs").glob("*/adapter")
         assert json.loads((adapter / "config.json").read_text())["id2label"] == {"0": "Blau", "1": "Grün", "2": "Rot"}

@@ -10,15 +10,16 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedsb.client.handler import SiteHandle
+from fedsb.channels.serialized import SerializedChannel
+from fedsb.client.handler import SiteHandler
 from fedsb.client.policy import SiteConfig
-from fedsb.client.session import Identity
+from fedsb.client.secure_sum import Identity
 from fedsb.config.schema import Config
 from fedsb.deployment.trainer import stored_or_made
 from fedsb.methods.base import Method
 from fedsb.protocol.channel import Handle, NoResponse
 from fedsb.reporting.run_directory import read_manifest
-from fedsb.server.remote import RemoteEngine
+from fedsb.server.opened import OpenedFederation, open_sites
 
 
 @dataclass
@@ -64,19 +65,23 @@ class Federation:
         """All sites at once; their folders stay."""
         self.channel = Calls({name: self.restarted(name) for name in self.rows}, self.folder)
 
-    def restarted(self, name: str) -> SiteHandle:
+    def restarted(self, name: str) -> SiteHandler:
         """A site as it is after a kill: with its folder and nothing else."""
         settings = SiteConfig.model_validate({"data": str(self.folder / name / "rows.jsonl"), **self.settings})
         identity = Identity(name=name, key=self.keys[name], directory=self.directory)
-        return SiteHandle(self.folder / name, settings, identity)
+        return SiteHandler(self.folder / name, settings, identity)
 
-    def taken_up(self, folder: Path) -> Callable[[Config, Method, str], RemoteEngine]:
+    def taken_up(self, folder: Path) -> Callable[[Config, Method, str], OpenedFederation]:
         """As the coordinator opens it that finds a run in its folder."""
 
-        def open_engine(config: Config, method: Method, run: str) -> RemoteEngine:
-            return RemoteEngine(config, method, run, self.channel, self.directory, begun=read_manifest(folder))
+        def open_federation(config: Config, method: Method, run: str) -> OpenedFederation:
+            return self._open(config, method, run, begun=read_manifest(folder))
 
-        return open_engine
+        return open_federation
 
-    def open_engine(self, config: Config, method: Method, run: str) -> RemoteEngine:
-        return RemoteEngine(config, method, run, self.channel, self.directory)
+    def open_federation(self, config: Config, method: Method, run: str) -> OpenedFederation:
+        return self._open(config, method, run)
+
+    def _open(self, config: Config, method: Method, run: str, **more: Any) -> OpenedFederation:
+        channel = SerializedChannel(self.channel, config.engine.name)
+        return open_sites(config, method, run, channel, self.directory, **more)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fedsb.server.remote import RemoteEngine
 
 from conftest import set_all
 from engines.in_process import Federation
@@ -22,7 +23,6 @@ from fedsb.protocol.messages import Note, Trained, pack_note, read_answer, read_
 from fedsb.protocol.payload import PayloadError, pack, unpack
 from fedsb.reporting.run_directory import read_rows
 from fedsb.runs.run import federate
-from fedsb.server.remote import RemoteEngine
 from fedsb.utils.errors import RunError, UserError
 from laws.test_engines import federation, merged, remote_of
 
@@ -83,7 +83,7 @@ def test_a_bad_answer_drops_its_site_and_no_other(name: str, tiny_config: dict[s
     sites = federation(tmp_path)
     spoil, reason = BAD[name]
     spoiled(sites, "site 0", "round", spoil)
-    folder = federate(load_config(remote_of(tiny_config, {})), open_engine=sites.open_engine).folder
+    folder = federate(load_config(remote_of(tiny_config, {})), open_federation=sites.open_federation).folder
     for row in read_rows(folder / "rounds.jsonl"):
         assert [drop["client"] for drop in row["dropped"]] == ["site 0"]
         assert reason in row["dropped"][0]["reason"]
@@ -105,7 +105,7 @@ def test_a_bad_answer_before_the_first_round_ends_the_run(
     sites = federation(tmp_path)
     spoiled(sites, "site 0", verb, spoil)
     with pytest.raises(RunError, match=rf"site 0: its answer to '{verb}' is not one"):
-        federate(load_config(remote_of(tiny_config, {})), open_engine=sites.open_engine)
+        federate(load_config(remote_of(tiny_config, {})), open_federation=sites.open_federation)
 
 
 def test_who_watches_learns_which_site_a_round_waits_for(
@@ -124,7 +124,7 @@ def test_who_watches_learns_which_site_a_round_waits_for(
     def open_engine(config: Config, method: Method, run: str) -> RemoteEngine:
         return RemoteEngine(config, method, run, sites.channel, sites.directory, notes.append)
 
-    federate(load_config(remote_of(set_all(tiny_config, rounds=2), {})), open_engine=open_engine)
+    federate(load_config(remote_of(set_all(tiny_config, rounds=2), {})), open_federation=open_engine)
     for round in (1, 2):
         said = [note for note in notes if note.startswith(f"Round {round} waits")]
         assert re.fullmatch(rf"Round {round} waits for site 0 \([0-9]+ s\)", said[-1]), notes
@@ -134,7 +134,7 @@ def test_labels_of_different_types_are_refused(tiny_config: dict[str, Any], tmp_
     sites = federation(tmp_path)
     spoiled(sites, "site 0", "look", with_facts(labels=[0, 1]))
     with pytest.raises(UserError, match=r"of different types \(int: .*; str: .*\): write"):
-        federate(load_config(remote_of(tiny_config, {})), open_engine=sites.open_engine)
+        federate(load_config(remote_of(tiny_config, {})), open_federation=sites.open_federation)
 
 
 def test_a_label_that_one_site_alone_has_is_told(tiny_config: dict[str, Any], tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_a_label_that_one_site_alone_has_is_told(tiny_config: dict[str, Any], tm
     label = rows["site 1"][0]["label"]
     rows["site 1"][0] = {**rows["site 1"][0], "label": f"{label}s"}
     sites = Federation(tmp_path / "misspelt", rows)
-    folder = federate(load_config(remote_of(tiny_config, {})), open_engine=sites.open_engine).folder
+    folder = federate(load_config(remote_of(tiny_config, {})), open_federation=sites.open_federation).folder
     settings = json.loads((folder / "manifest.json").read_text())["settings"]
     (told,) = [row for row in settings if row["key"] == "data.labels"]
     assert f"one site alone has '{label}s' (site 1): meant so, or misspelt?" in told["reason"]
@@ -157,7 +157,7 @@ def test_a_false_ledger_drops_its_site(tiny_config: dict[str, Any], tmp_path: Pa
     }
     sites = federation(tmp_path)
     spoiled(sites, "site 0", "round", with_facts(entries=[{"run": "x"}]))
-    folder = federate(load_config(remote_of(tiny_config, private)), open_engine=sites.open_engine).folder
+    folder = federate(load_config(remote_of(tiny_config, private)), open_federation=sites.open_federation).folder
     for row in read_rows(folder / "rounds.jsonl"):
         assert "what it says of its ledger is not of one" in row["dropped"][0]["reason"]
 
@@ -176,7 +176,7 @@ def test_a_site_that_stays_away_misses_the_round_and_comes_back(tiny_config: dic
 
     sites.channel.handles["site 0"] = away_once
     config = load_config(merged(remote_of(tiny_config, {"method": {"name": "flora", "rank": 2}}), {"rounds": 4}))
-    folder = federate(config, open_engine=sites.open_engine).folder
+    folder = federate(config, open_federation=sites.open_federation).folder
     dropped = [[drop["client"] for drop in row["dropped"]] for row in read_rows(folder / "rounds.jsonl")]
     assert dropped == [[], ["site 0"], [], []]
     (weights,) = (sites.folder / "site 0").glob("runs/*/adapter/adapter_model.safetensors")
@@ -199,7 +199,7 @@ def test_a_site_that_derives_another_basis_is_told_the_coordinators(
         return answer
 
     sites.channel.handles["site 0"] = other_bits
-    folder = federate(load_config(remote_of(tiny_config, {})), open_engine=sites.open_engine).folder
+    folder = federate(load_config(remote_of(tiny_config, {})), open_federation=sites.open_federation).folder
     told = [row for row in read_rows(folder / "traffic.jsonl") if row["kind"] == "basis"]
     assert [(row["client"], row["direction"], row["round"]) for row in told] == [("site 0", "down", 0)]
     assert all(not row["dropped"] for row in read_rows(folder / "rounds.jsonl"))
@@ -218,13 +218,13 @@ def test_a_part_of_the_basis_that_is_bad(spoil: Spoil, said: str, tiny_config: d
     spoiled(sites, "site 0", "sums", spoil)
     config = load_config(merged(remote_of(tiny_config, {}), {"basis": {"kind": "core", "samples": 20}}))
     with pytest.raises(RunError, match=f"what site 0 sent for the basis is of no use: .*{said}"):
-        federate(config, open_engine=sites.open_engine)
+        federate(config, open_federation=sites.open_federation)
 
 
 def test_a_bad_answer_at_the_end_is_no_harm(tiny_config: dict[str, Any], tmp_path: Path) -> None:
     sites = federation(tmp_path)
     spoiled(sites, "site 0", "finish", with_facts(score="best"))
-    folder = federate(load_config(remote_of(tiny_config, {})), open_engine=sites.open_engine).folder
+    folder = federate(load_config(remote_of(tiny_config, {})), open_federation=sites.open_federation).folder
     assert (folder / "adapter" / "adapter_config.json").exists()
 
 
@@ -232,7 +232,7 @@ def test_a_sum_without_a_message(tiny_config: dict[str, Any], tmp_path: Path) ->
     sites = federation(tmp_path)
     spoiled(sites, "site 0", "sum", lambda note: Note(note.verb, note.facts))
     config = load_config(merged(remote_of(tiny_config, {}), {"server": {"secure_aggregation": True}}))
-    for row in read_rows(federate(config, open_engine=sites.open_engine).folder / "rounds.jsonl"):
+    for row in read_rows(federate(config, open_federation=sites.open_federation).folder / "rounds.jsonl"):
         (dropped,) = row["dropped"]
         assert dropped["client"] == "site 0"
         assert "an answer 'sum' with 0 envelopes" in dropped["reason"]
@@ -251,7 +251,7 @@ def test_a_site_that_fails_while_it_is_brought_up_misses_the_round(tiny_config: 
         return honest(request)
 
     sites.channel.handles["site 0"] = forgetful
-    folder = federate(load_config(remote_of(tiny_config, {})), open_engine=sites.open_engine).folder
+    folder = federate(load_config(remote_of(tiny_config, {})), open_federation=sites.open_federation).folder
     rows = read_rows(folder / "rounds.jsonl")
     assert [[drop["reason"] for drop in row["dropped"]] for row in rows] == [
         [],
@@ -271,7 +271,7 @@ def test_only_a_round_has_the_deadline(tiny_config: dict[str, Any], tmp_path: Pa
 
     sites.channel.ask = noting  # type: ignore[method-assign]
     config = load_config(merged(remote_of(tiny_config, {}), {"engine": {"deadline_s": 5.0}}))
-    federate(config, open_engine=sites.open_engine)
+    federate(config, open_federation=sites.open_federation)
     assert given == {"look": 3600.0, "open": 3600.0, "start": 3600.0, "round": 5.0, "finish": 3600.0}
 
 

@@ -13,7 +13,6 @@ from conftest import adapter_bytes, labelled_rows, set_all
 from engines.in_process import Calls, Federation
 from fedsb.config.load import load_config
 from fedsb.protocol.channel import NoResponse
-from fedsb.protocol.messages import read_note
 from fedsb.reporting.run_directory import read_rows
 from fedsb.runs.record import Record
 from fedsb.runs.run import federate, resume
@@ -58,7 +57,7 @@ def both(tiny_config: dict[str, Any], changes: dict[str, Any], folder: Path) -> 
     here = federate(load_config(set_all(config, name="here"))).folder
     sites = federation(folder)
     remote = load_config(remote_of(tiny_config, changes))
-    return here, federate(remote, open_engine=sites.open_engine).folder, sites
+    return here, federate(remote, open_federation=sites.open_federation).folder, sites
 
 
 def remote_of(tiny_config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -118,10 +117,10 @@ def test_a_coordinator_and_sites_that_were_killed_go_on(
         config = load_config(merged(remote_of(tiny_config, METHODS[name]), {"name": "cut"}))
         sites = federation(tmp_path / "cut")
         with pytest.raises(KeyboardInterrupt):
-            federate(config, open_engine=sites.open_engine)
+            federate(config, open_federation=sites.open_federation)
     sites.kill_all()
     cut = whole.parent / "cut"
-    folder = resume(cut, open_engine=sites.taken_up(cut)).folder
+    folder = resume(cut, open_federation=sites.taken_up(cut)).folder
     assert adapter_bytes(folder) == adapter_bytes(here)
 
 
@@ -135,7 +134,7 @@ def test_sites_killed_between_requests_are_not_noticed(name: str, tiny_config: d
 
     sites.channel = Calls({site: fresh(site) for site in sites.rows}, sites.folder)
     config = load_config(merged(remote_of(tiny_config, METHODS[name]), {"name": "killed"}))
-    assert adapter_bytes(federate(config, open_engine=sites.open_engine).folder) == adapter_bytes(here)
+    assert adapter_bytes(federate(config, open_federation=sites.open_federation).folder) == adapter_bytes(here)
 
 
 def test_a_sum_that_was_cut_off_is_begun_again(
@@ -147,9 +146,9 @@ def test_a_sum_that_was_cut_off_is_begun_again(
     with monkeypatch.context() as patched:
         patched.setattr(SumServer, "confirmations", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            federate(config, open_engine=sites.open_engine)
+            federate(config, open_federation=sites.open_federation)
     sites.kill_all()
-    folder = resume(tmp_path / "runs" / "cut", open_engine=sites.open_engine).folder
+    folder = resume(tmp_path / "runs" / "cut", open_federation=sites.open_federation).folder
     assert adapter_bytes(folder) == adapter_bytes(here)
 
 
@@ -161,7 +160,7 @@ def test_a_change_goes_into_one_sum_only(tiny_config: dict[str, Any], tmp_path: 
     """A coordinator that asks for a second sum of the same round, with other survivors, is refused by each site."""
     sites = federation(tmp_path)
     config = load_config(merged(remote_of(tiny_config, METHODS["secure"]), {"rounds": 1}))
-    folder = federate(config, open_engine=sites.open_engine).folder
+    folder = federate(config, open_federation=sites.open_federation).folder
     shutil.rmtree(folder / "checkpoints")
     (folder / "result.json").unlink()
     ask = Calls.ask
@@ -175,7 +174,7 @@ def test_a_change_goes_into_one_sum_only(tiny_config: dict[str, Any], tmp_path: 
 
     monkeypatch.setattr(Calls, "ask", without_one)
     with pytest.raises(RunError, match="1: 0 of 3 clients sent 'shares'"):
-        resume(folder, open_engine=sites.open_engine)
+        resume(folder, open_federation=sites.open_federation)
     assert "a second sum would tell the difference" in str([answer for _, _, answer in sites.channel.log])
 
 
@@ -188,7 +187,7 @@ def test_a_run_is_taken_up_without_a_site_that_is_away(
     with monkeypatch.context() as patched:
         cut_off(patched, after=1)
         with pytest.raises(KeyboardInterrupt):
-            federate(config, open_engine=sites.open_engine)
+            federate(config, open_federation=sites.open_federation)
     folder = tmp_path / "runs" / "cut"
     sites.kill_all()
     honest, asked = sites.channel.handles["site 0"], []
@@ -200,7 +199,7 @@ def test_a_run_is_taken_up_without_a_site_that_is_away(
         return honest(request)
 
     sites.channel.handles["site 0"] = away_at_first
-    resume(folder, open_engine=sites.taken_up(folder))
+    resume(folder, open_federation=sites.taken_up(folder))
     dropped = [[drop["client"] for drop in row["dropped"]] for row in read_rows(folder / "rounds.jsonl")]
     assert dropped == [[], [], ["site 0"], []]  # the second round's answer was stored, and was sent again
     assert set(asked) == {"round", "finish"}

@@ -21,9 +21,9 @@ from fedsb.methods.control import control_options
 from fedsb.methods.fed_sb import FedSB
 from fedsb.planning.estimate import estimate
 from fedsb.protocol.prices import price_list
+from fedsb.protocol.requirements import fitting_rank
 from fedsb.reporting.run_directory import read_rows
 from fedsb.runs.run import federate
-from fedsb.server.requirements import fitting_rank
 from fedsb.utils.errors import ConfigError, UserError
 
 OURS = {point.name: point.load() for point in entry_points(group=GROUP) if point.value.startswith("fedsb.")}

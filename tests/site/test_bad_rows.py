@@ -38,7 +38,7 @@ def test_rows_that_cannot_be_used(
 ) -> None:
     own = {**federation(tmp_path).rows, "site 1": rows}
     with pytest.raises(RunError) as told:
-        federate(load_config(remote_of(tiny_config, {})), open_engine=Federation(tmp_path / "bad", own).open_engine)
+        federate(load_config(remote_of(tiny_config, {})), open_federation=Federation(tmp_path / "bad", own).open_federation)
     reason = str(told.value).splitlines()[1].strip()
     assert reason == "site 1: refused: what it has does not fit this run (its own log says more)"
     assert re.search(said, capsys.readouterr().out)
@@ -47,7 +47,7 @@ def test_rows_that_cannot_be_used(
 def test_a_sites_own_file_format(tiny_config: dict[str, Any], tmp_path: Path) -> None:
     """A headerless file of another encoding and separator gives the adapter that the same rows give as .jsonl."""
     sites = federation(tmp_path)
-    plain = federate(load_config(remote_of(tiny_config, {"rounds": 1})), open_engine=sites.open_engine).folder
+    plain = federate(load_config(remote_of(tiny_config, {"rounds": 1})), open_federation=sites.open_federation).folder
     own = Federation(tmp_path / "own", sites.rows)
     for name, rows in sites.rows.items():
         lines = [f"{row['text']};{row['label']};{row['client']}\n" for row in rows]
@@ -57,4 +57,4 @@ def test_a_sites_own_file_format(tiny_config: dict[str, Any], tmp_path: Path) ->
         data = {"data": str(tmp_path / "own" / name / "rows.csv"), **form}
         handle.settings = SiteConfig.model_validate(data)
     config = remote_of(tiny_config, {"rounds": 1, "out": str(tmp_path / "other")})
-    assert adapter_bytes(federate(load_config(config), open_engine=own.open_engine).folder) == adapter_bytes(plain)
+    assert adapter_bytes(federate(load_config(config), open_federation=own.open_federation).folder) == adapter_bytes(plain)

@@ -45,7 +45,7 @@ def test_a_full_disk_costs_a_site_the_round_and_no_more(
     monkeypatch.setattr(Ledger, "_append", full_ledger)
     sites = federation(tmp_path)
     config = load_config(merged(remote_of(tiny_config, {}), PRIVATE))
-    folder = federate(config, open_engine=sites.open_engine).folder
+    folder = federate(config, open_federation=sites.open_federation).folder
     rows = read_rows(folder / "rounds.jsonl")
     assert [[drop["client"] for drop in row["dropped"]] for row in rows] == [[], ["site 1"], []]
     assert "DiskError at the site" in rows[1]["dropped"][0]["reason"]

@@ -27,7 +27,7 @@ PRIVATE = {
 
 
 def run(tiny_config: dict[str, Any], sites: Federation, **changes: Any) -> Path:
-    return federate(load_config(merged(remote_of(tiny_config, {}), changes)), open_engine=sites.open_engine).folder
+    return federate(load_config(merged(remote_of(tiny_config, {}), changes)), open_federation=sites.open_federation).folder
 
 
 def allowing(folder: Path, **allow: Any) -> Federation:

@@ -167,6 +167,8 @@ class AdaptedModel:
         self.scale = scale
         self.routing = Routing()
         model.requires_grad_(False)
+        self._parameters: dict[str, nn.Parameter] = {}  # made once, whatever is loaded into them
+        self._placed: dict[str, tuple[Tensor, Tensor]] = {}  # key -> (a tensor elsewhere, its copy on the device)
         self.layers: dict[str, AdaptedLinear] = {}
         for name in targets:
             layer = LAYERS[kind](model.get_submodule(name), scale=scale, routing=self.routing, key=name)
@@ -199,12 +201,19 @@ class AdaptedModel:
             key: parameter.detach()[0].clone() for key, parameter in self._slots(self.heads) if parameter is not None
         }
 
-    def load(self, tensors: Mapping[str, Tensor], *, trainable: frozenset[str] = frozenset()) -> None:
-        """Put in the adapter's and the head's tensors; those named in `trainable` get gradients, the others none.
+    def load(
+        self,
+        tensors: Mapping[str, Tensor],
+        *,
+        trainable: frozenset[str] = frozenset(),
+        gradients: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Puts in the adapter's and the head's tensors; those in `trainable`, or in `gradients`, are trained.
 
-        A core's A (h r, n) and B (m, h r) and a carried adapter are common to all clients; every other tensor has the
-        axis of clients first. All are replaced, so that nothing of the client before stays: ValueError where one is
-        missing, or unknown.
+        A core's A (h r, n) and B (m, h r) and the residual adapter are shared by all clients; every other tensor has
+        the axis of clients first. All are replaced, so that nothing of the client before remains. Parameters keep their
+        identity, their data become the given tensors themselves, and backward adds to the given `gradients`. Raises
+        ValueError where a tensor is missing or unknown.
         """
         needed = {key for key, _ in self._slots({**self.layers, **self.heads})}
         optional = {f"{name}.{attribute}" for name, layer in self.layers.items() for attribute in layer.optional}
@@ -212,13 +221,37 @@ class AdaptedModel:
         odd += [f"{key!r} is unknown" for key in sorted(tensors.keys() - needed - optional)]
         if odd:
             raise ValueError(f"{len(odd)} tensors do not fit the adapted model: {', '.join(odd[:3])}")
+        gradients = gradients or {}
         for key in needed | optional:
             name, attribute = key.rsplit(".", 1)
             layer = self.layers.get(name) or self.heads[name]
-            value = tensors[key].detach().to(self.device) if key in tensors else None
-            if value is not None and not self.is_shared(key):
-                value = nn.Parameter(value, requires_grad=key in trainable)
-            setattr(layer, attribute, value)
+            value = self._on_device(key, tensors[key]) if key in tensors else None
+            if value is None or self.is_shared(key):
+                setattr(layer, attribute, value)
+                continue
+            parameter = self._parameters.setdefault(key, nn.Parameter(value, requires_grad=False))
+            parameter.grad = None
+            parameter.data = value
+            parameter.requires_grad_(key in trainable or key in gradients)
+            parameter.grad = gradients.get(key)
+            if getattr(layer, attribute) is not parameter:
+                setattr(layer, attribute, parameter)
+
+    def _on_device(self, key: str, value: Tensor) -> Tensor:
+        """Returns the tensor on the model's device.
+
+        A shared tensor is moved once, in the dtype in which its layer computes, and again only if it is replaced.
+        """
+        if not self.is_shared(key):
+            return value.detach().to(self.device)
+        weight = self.layers[key.rsplit(".", 1)[0]].weight
+        dtype = weight.dtype if weight.dtype in (torch.bfloat16, torch.float16) else value.dtype
+        if value.device == weight.device and value.dtype == dtype:
+            return value.detach()
+        known = self._placed.get(key)
+        if known is None or known[0] is not value:
+            known = self._placed[key] = (value, value.detach().to(weight.device, dtype))
+        return known[1]
 
     def sizes(self, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
         """The names and shapes that one client's tensors must have, without the axis of clients, at the ranks shown.

@@ -13,7 +13,7 @@ from fedsb.utils.errors import RunError, UserError
 from fedsb.utils.signals import Interrupts
 
 FolderArgument = Annotated[Path, typer.Argument(metavar="FEDERATION", help="The coordinator's folder.")]
-HANDLE = "fedsb.client.handler:open_handle"
+HANDLE = "fedsb.deployment.site_process:open_handler"
 
 # What a command does, by the option that asks for it ("": no such option), and the other options that this uses.
 SERVE = {

@@ -1,6 +1,7 @@
-"""What a site does with a coordinator's requests, as engines/notes.py lists them. The site's rules stand before each.
+"""What a site does with a coordinator's requests: the site's own rules come before each, its disk after each.
 
-Everything that it must remember is on its disk: a site that was killed answers the next request as if nothing had been.
+The conversation itself is client/session.py. Everything that a site must remember is on its disk: a site that was
+killed answers the next request as if nothing had happened.
 """
 
 from __future__ import annotations
@@ -11,250 +12,326 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
 from fedsb.client.outbox import Outbox
-from fedsb.client.policy import SITE, SiteConfig, load_site, refuse_payload, refuse_run
-from fedsb.client.session import Identity, Participant
-from fedsb.client.store import Store
+from fedsb.client.policy import (
+    SiteConfig,
+    cap_of,
+    refuse_columns,
+    refuse_labels,
+    refuse_payload,
+    refuse_peers,
+    refuse_run,
+    refuse_sum,
+)
+from fedsb.client.secure_sum import Identity, SecAggSession
+from fedsb.client.session import DescribedClient, PreparedClient, StartedClient
+from fedsb.client.store import DiskStore
 from fedsb.config.load import load_config
-from fedsb.config.schema import Config
-from fedsb.methods import build_method
-from fedsb.models.load import tokenizer_fingerprint
+from fedsb.config.schema import Config, method_of
+from fedsb.data.sites import elsewhere, load_own, open_task_of
+from fedsb.models.load import load_tokenizer, tokenizer_fingerprint
+from fedsb.privacy.accounting import Release
+from fedsb.privacy.ledger import read_ledger
+from fedsb.privacy.policy import build_privacy_policy
+from fedsb.privacy.statement import spent
 from fedsb.protocol.messages import (
-    Behind,
-    Facts,
-    Finished,
-    Held,
-    Looked,
-    Note,
-    Opened,
-    Phase,
-    Started,
-    Summed,
-    Told,
-    Trained,
-    read_note,
+    Describe,
+    DescribeReply,
+    Finish,
+    FinishReply,
+    Prepare,
+    PrepareReply,
+    Reply,
+    Request,
+    SecAggPhase,
+    Start,
+    StartReply,
+    Train,
+    TrainReply,
+    read_request,
 )
 from fedsb.protocol.payload import unpack
-from fedsb.protocol.tensors import to_tensors
+from fedsb.protocol.requirements import open_secure_sums
 from fedsb.secagg.messages import SumError
+from fedsb.training.export import write_adapters
 from fedsb.utils.environment import versions
 from fedsb.utils.errors import RefusalError
+from fedsb.utils.files import keyed_fingerprint, safe_name
 from fedsb.utils.formatting import bytes_text
 
-OPENING = ("look", "open", "start")  # the requests that need no policy yet
-SAME = ("fedsb", "torch", "transformers")  # versions that must be the coordinator's: others compute other numbers
+SAME = ("fedsb", "torch", "transformers")  # versions that must equal the coordinator's: others compute other numbers
+Stage = DescribedClient | PreparedClient | StartedClient
 
 
-class SiteHandle:
-    """A `Handle` (channel.py) of the site whose folder this is."""
+class SiteHandler:
+    """A `Handle` (protocol/channel.py) of the site whose folder this is.
+
+    Args:
+        print_line: shows the operator what leaves the site.
+    """
 
     def __init__(
         self,
         folder: Path,
         settings: SiteConfig,
         identity: Identity,
-        tell: Callable[[str], None] = lambda _: None,  # who watches: what left
+        print_line: Callable[[str], None] = lambda _: None,
     ) -> None:
-        self.folder, self.settings, self.identity, self.tell = folder, settings, identity, tell
+        self.folder, self.settings, self.identity, self.print_line = folder, settings, identity, print_line
         self.outbox = Outbox(folder / "outbox.jsonl")
-        self.part: Participant | None = None
-        self.verbs: dict[str, Callable[[Note], Facts]] = {
-            "look": self.look,
-            "open": self.open,
-            "start": self.start,
-            "sums": self.sums,
-            "basis": self.basis,
-            "hold": self.hold,
-            "round": self.round,
-            "sum": self.sum,
-            "finish": self.finish,
-        }
+        self.client: Stage | None = None  # of the run that was asked about last
 
-    def __call__(self, request: bytes) -> bytes:
+    def __call__(self, data: bytes) -> bytes:
         """Raises RefusalError for what this site's rules refuse, UserError for what it has that does not fit."""
-        note = read_note(request)
-        if note.verb not in self.verbs:
-            raise RefusalError(f"this site knows no request {note.verb!r:.40}: is the coordinator of another version?")
+        request = read_request(data)
         try:
-            answer = self._leave(note, self.verbs[note.verb](note))
+            answer = self._send(request, self._answer(request))
         except SumError:  # nothing has changed by it
             raise
-        except Exception:  # what is in memory may be ahead of the disk, or half made: taken up from there the next time
-            self._let_go()
+        except Exception:  # memory may be ahead of the disk, or half made: the next request starts from the disk
+            self.close()
             raise
-        self.tell(f"{str(note.facts['run'])[:12]}  {_in_words(note)}: {bytes_text(len(answer))} leave")
+        self.print_line(f"{request.run[:12]}  {_in_words(request)}: {bytes_text(len(answer))} leave")
         return answer
 
-    def look(self, note: Note) -> Facts:
-        refuse_versions(note.facts["versions"])  # first: another version may not even read the settings
-        config, run = self._allowed(note.facts["config"]), str(note.facts["run"])
-        self._let_go()
-        part = Participant(self._folder(run), self.settings, self.identity, config, run)
-        self._remember(part, config=note.facts["config"], run=run, data=part.fingerprint)
-        self.part = part
-        rows = None if part.config.privacy.on else len(part.table.rows)
-        return Looked(labels=part.labels, rows=rows, fingerprint=part.fingerprint)
+    def close(self) -> None:
+        """Releases the run in memory, and its ledger."""
+        if isinstance(self.client, StartedClient):
+            self.client.policy.close()
+        self.client = None
 
-    def open(self, note: Note) -> Facts:
-        part = self._part(note)
-        classes = {"label_names": note.facts["label_names"], "class_names": note.facts.get("class_names")}
-        self._remember(part, **classes)
-        part.open(**classes)
-        refuse_base(note.facts, part)
-        site = part.site
-        private = part.config.privacy.on
-        return Opened(
-            rows=site.rows,
-            held_out=len(site.held_out),
-            cut=None if private else part.cut,
-            unused=None if private else part.unused,
-            labels=site.labels if self.settings.allow.tells and not private else None,
+    # --- requests ---
+
+    def _answer(self, request: Request[Any]) -> Reply:
+        match request:
+            case Describe():
+                return self._describe(request)
+            case Prepare():
+                return self._prepare(request)
+            case Start():
+                return self._start(request)
+            case Finish():
+                return self._finish(request)
+            case Train():
+                refuse_versions(request.versions)  # a coordinator may have come back as another
+                return self._with_ledger(self._quiet(self._started(request).answer(request)))
+        return self._with_ledger(self._started(request).answer(request))
+
+    def _describe(self, request: Describe) -> DescribeReply:
+        refuse_versions(request.versions)  # first: another version may not even read the settings
+        config = self._allowed(request.config)
+        self.close()
+        client = self.describe(request.run, config)
+        fingerprint = self._fingerprint(client)
+        self._remember(request.run, config=request.config, data=fingerprint)
+        self.client = client
+        rows = None if config.privacy.on else len(client.table.rows)
+        return DescribeReply(labels=client.labels, rows=rows, fingerprint=fingerprint)
+
+    def _prepare(self, request: Prepare) -> PrepareReply:
+        classes = {"label_names": request.label_names, "class_names": request.class_names}
+        self._remember(request.run, **classes)
+        described = self._take_up(request.run, until=DescribedClient)
+        assert isinstance(described, DescribedClient)
+        client = self.client = described.prepare(request.label_names, request.class_names)
+        refuse_base(request, client)
+        private = client.trainer.config.privacy.on
+        return PrepareReply(
+            rows=client.data.rows,
+            held_out=len(client.data.held_out),
+            cut=None if private else client.cut,
+            unused=None if private else client.unused,
+            labels=client.data.labels if self.settings.allow.tells and not private else None,
         )
 
-    def start(self, note: Note) -> Facts:
-        part = self._part(note)
-        self._known(part, rows=note.facts["rows"])
-        holds = part.start(note.facts["rows"])
-        self._remember(part, rows=note.facts["rows"])
-        return Started(holds=holds)
+    def _start(self, request: Start) -> StartReply:
+        self._check_known(request.run, rows=request.rows)
+        prepared = self._take_up(request.run, until=PreparedClient)
+        assert isinstance(prepared, PreparedClient)
+        client = self.client = self._begin(prepared, request.rows)
+        self._remember(request.run, rows=request.rows)
+        return StartReply(shared=client.derive_shared())
 
-    def sums(self, note: Note) -> Facts:
-        part = self._part(note)
-        envelope, rows = part.basis_sums()
-        return Summed(rows=rows, entries=part.entries(), parts=(envelope,))
+    def _finish(self, request: Finish) -> FinishReply:
+        """Scores the final model on this site's held-out rows, and writes the adapter.
 
-    def basis(self, note: Note) -> Facts:
-        return Told(holds=self._part(note).basis(note.parts[0]))
+        Where no score may leave no row is looked at: that the request failed would reveal something of one.
+        """
+        client = self._started(request)
+        held_out, folder = client.data.held_out, self._folder(request.run)
+        tells = self.settings.allow.tells and client.policy.shows("scores")
+        tensors = client.final_tensors(unpack(request.payload))
+        score = client.trainer.evaluate(tensors, held_out).value if held_out and tells else None
+        probes = client.data.train[:4] if tells else []
+        write_adapters(client.trainer, {folder / "adapter": tensors}, request.card, probes)
+        reply = self._with_ledger(FinishReply(score=score, held_out=len(held_out)))
+        assert isinstance(reply, FinishReply)
+        self.close()
+        self.print_line(f"{request.run[:12]}  the final adapter is in {folder / 'adapter'}")
+        return reply
 
-    def hold(self, note: Note) -> Facts:
-        return Held(holds=self._part(note).hold(to_tensors(unpack(note.parts[0]).tensors)))
+    # --- the run in memory ---
 
-    def round(self, note: Note) -> Facts:
-        refuse_versions(note.facts["versions"])  # a coordinator may have come back as another
-        part = self._part(note)
-        done = part.round(note.parts[0], note.facts["rank"])
-        if done is None:
-            return Behind(holds=part.holds)
-        loss = done.loss if self.settings.allow.tells and part.policy.shows("loss") else None
-        if part.sums is None:
-            return Trained(entries=part.entries(), loss=_finite(loss), parts=(done.envelope,))
-        refuse_payload(self.settings.allow, unpack(done.envelope), len(done.envelope))
-        if why := part.sums.fault():
-            self.tell(f"{part.run[:12]}  leaves the sum: {why}")
-            why = "its change is not finite, or above server.secagg_clip; its own terminal says more"
-        return Trained(entries=part.entries(), loss=_finite(loss), left=why)
+    def describe(self, run: str, config: Config) -> DescribedClient:
+        """Reads this site's table for a run. Raises UserError for data that do not fit."""
+        settings = self.settings
+        own = {"name": settings.model or config.model.name, "device": settings.device}
+        config = config.model_copy(update={"model": config.model.model_copy(update=own)})
+        tokenizer = load_tokenizer(config.model)
+        task = open_task_of(config, tokenizer)
+        refuse_columns(settings, task.needs)
+        table = load_own(
+            config,
+            task,
+            settings.data,
+            settings.columns,
+            allowed=settings.allow.columns,
+            revision=settings.revision,
+            split=settings.split,
+            form=settings.form,
+        )
+        refuse_labels(settings.allow, task.labels_in(table.rows), len(table.rows))
+        return DescribedClient(
+            name=self.identity.name,
+            run=run,
+            config=config,
+            method=method_of(config),
+            task=task,
+            tokenizer=tokenizer,
+            table=table,
+        )
 
-    def sum(self, note: Note) -> Facts:
-        sums, message = self._part(note).sums, note.parts[0] if note.parts else b""
-        if sums is None:
-            raise RefusalError("server.secure_aggregation = false: this run has no secure sums")
-        return Phase(parts=(sums.answer(str(note.facts["phase"]), list(note.facts["cohort"]), message),))
+    def _begin(self, prepared: PreparedClient, rows: Mapping[str, int]) -> StartedClient:
+        """Puts the policy in force, with the ledger, for a run that starts or continues."""
+        config, method, name = prepared.trainer.config, prepared.trainer.method, self.identity.name
+        store, cap = DiskStore(self._folder(prepared.run)), None
+        new = store.view(store.start_round) is None
+        clients = [elsewhere(other, count) for other, count in rows.items()]
+        policy = build_privacy_policy(config, method, clients, prepared.trainer.local)
+        if policy.unit == "example" and name in policy.plans:
+            policy.plans = {name: policy.plans[name]}
+            cap = cap_of(self.settings.allow, policy.plans[name], self._released_before(prepared.run))
+        sums, secagg = open_secure_sums(config, policy, prepared.run, rows), None
+        if sums is not None:
+            refuse_sum(self.settings.allow, sums.threshold)
+            secagg = SecAggSession(sums, store, self.identity, partial(refuse_peers, self.settings.allow))
+            if new:
+                secagg.keys(list(rows))  # before it has trained for a sum that it would leave
+        client = prepared.start(rows, store, policy, secagg, partial(refuse_payload, self.settings.allow))
+        policy.open_ledgers(store.folder, prepared.run, new=new, cap=cap)
+        return client
 
-    def finish(self, note: Note) -> Facts:
-        part = self._part(note)
-        held_out = len(part.site.held_out)
-        tells = self.settings.allow.tells and part.policy.shows("scores")
-        score = part.finish(note.parts[0], note.facts["card"], tells=tells)
-        entries = part.entries()
-        self._let_go()
-        self.tell(f"{part.run[:12]}  the final adapter is in {part.folder / 'adapter'}")
-        return Finished(score=score, held_out=held_out, entries=entries)
+    def _started(self, request: Request[Any]) -> StartedClient:
+        """Returns the run of the request, read from the disk where it is not in memory."""
+        client = self._take_up(request.run, until=StartedClient)
+        if not isinstance(client, StartedClient):
+            raise RefusalError(
+                "This site has not started this run, so nothing protects its rows. Ask it to start first."
+            )
+        return client
 
-    # --- the inside ---
-
-    def _part(self, note: Note) -> Participant:
-        """The run that the request is of; one that this site was in when it was stopped is taken up again."""
-        run = str(note.facts["run"])
-        if self.part is None or self.part.run != run:
-            self._let_go()
-            self.part = self._again(run)
-        if note.verb not in OPENING:
-            _ = self.part.policy  # raises where it is not in force
-        return self.part
-
-    def _let_go(self) -> None:
-        """Of the run that is in memory, and of its ledger."""
-        if self.part is not None:
-            self.part.close()
-        self.part = None
-
-    def _again(self, run: str) -> Participant:
-        facts = Store(self._folder(run)).facts()
+    def _take_up(self, run: str, until: type[Stage]) -> Stage:
+        """Returns the run at this stage, or at the last one before it that its stored requests reach."""
+        if isinstance(self.client, until) and self.client.run == run:
+            return self.client
+        self.close()
+        facts = DiskStore(self._folder(run)).facts()
         if facts is None:
-            raise RefusalError(f"this site was never asked into the run {run!r:.40}")
-        config = self._allowed(facts["config"])
-        part = Participant(self._folder(run), self.settings, self.identity, config, run)
-        self._known(part, data=part.fingerprint)
-        if "label_names" in facts:
-            part.open(facts["label_names"], facts.get("class_names"))
-        if "rows" in facts:
-            part.start(facts["rows"])
-        return part
+            raise RefusalError(f"This site was never asked to join the run {run!r:.40}.")
+        described = self.describe(run, self._allowed(facts["config"]))
+        self._check_known(run, data=self._fingerprint(described))
+        self.client = described
+        if until is not DescribedClient and "label_names" in facts:
+            prepared = self.client = described.prepare(facts["label_names"], facts.get("class_names"))
+            if until is StartedClient and "rows" in facts:
+                self.client = self._begin(prepared, facts["rows"])
+        return self.client
+
+    def _fingerprint(self, client: DescribedClient) -> str:
+        """Returns the fingerprint of this site's rows in this run. Only this site can make it, so no guess can be
+        confirmed with it."""
+        key = self.identity.key.private_bytes_raw()
+        return keyed_fingerprint(key, f"{client.run} {client.table.fingerprint}")
+
+    def _released_before(self, run: str) -> list[Release]:
+        """Returns what was released of this site's rows in other runs."""
+        ledger, folder = Path("privacy") / f"{safe_name(self.identity.name)}.jsonl", self._folder(run)
+        others = [path for path in folder.parent.glob(f"*/{ledger}") if path != folder / ledger]
+        return [entry.release for path in sorted(others) for entry in read_ledger(path)]
 
     def _allowed(self, settings: Any) -> Config:
-        """A run's settings. Raises RefusalError where this site's rules are against them."""
+        """Returns a run's settings. Raises RefusalError where this site's rules are against them."""
         config = load_config(settings).config
-        refuse_run(self.settings.allow, config, build_method(config.method.name, config.method.options))
+        refuse_run(self.settings.allow, config, method_of(config))
         return config
 
     def _folder(self, run: str) -> Path:
         if not run.isalnum():
-            raise RefusalError(f"{run!r:.40} is no run's id")
+            raise RefusalError(f"{run!r:.40} is not the id of a run.")
         return self.folder / "runs" / run
 
-    def _known(self, part: Participant, **facts: Any) -> dict[str, Any]:
-        """What this site was told of the run before. Raises RefusalError where it was another thing."""
-        known = part.store.facts() or {}
+    def _check_known(self, run: str, **facts: Any) -> dict[str, Any]:
+        """Returns what this site was asked in the run before. Raises RefusalError where it was something else."""
+        known = DiskStore(self._folder(run)).facts() or {}
         if other := [key for key, value in facts.items() if key in known and known[key] != value]:
-            raise RefusalError(f"this run began here with other {', '.join(other)}; a run keeps what it began with")
+            raise RefusalError(f"This run began here with a different {', '.join(other)}, which cannot change.")
         return known
 
-    def _remember(self, part: Participant, **facts: Any) -> None:
-        part.store.save_facts({**self._known(part, **facts), **facts})
+    def _remember(self, run: str, **facts: Any) -> None:
+        DiskStore(self._folder(run)).save_facts({**self._check_known(run, **facts), **facts})
 
-    def _leave(self, note: Note, answer: Facts) -> bytes:
-        """What leaves this site: within its rules, and in the outbox before it goes."""
-        data, run = answer.pack(), str(note.facts.get("run"))
-        what = f"sum: {note.facts['phase']}" if answer.verb == Phase.verb else answer.verb
-        if answer.verb == Phase.verb or not answer.parts:
+    # --- what leaves ---
+
+    def _quiet(self, reply: Reply) -> Reply:
+        """Returns the reply without what this site keeps to itself."""
+        if not isinstance(reply, TrainReply):
+            return reply
+        loss = reply.loss if self.settings.allow.tells and reply.loss is not None else None
+        changes: dict[str, Any] = {"loss": loss if loss is not None and math.isfinite(loss) else None}
+        if reply.left is not None:
+            self.print_line(f"The change does not go into the sum: {reply.left}")
+            changes["left"] = "its change is not finite, or above server.secagg_clip; its own terminal says more"
+        if not self.settings.allow.tells:
+            changes["score"] = None
+        return reply.model_copy(update=changes)
+
+    def _with_ledger(self, reply: Reply) -> Reply:
+        """Returns the reply with the entries of this site's ledger."""
+        client = self.client
+        if "entries" not in type(reply).model_fields or not isinstance(client, StartedClient):
+            return reply
+        if client.policy.unit != "example":
+            return reply
+        path = self._folder(client.run) / "privacy" / f"{safe_name(self.identity.name)}.jsonl"
+        return reply.model_copy(update={"entries": [vars(entry) for entry in read_ledger(path)]})
+
+    def _send(self, request: Request[Any], reply: Reply) -> bytes:
+        """Returns the bytes that leave this site: within its rules, and in the outbox before they leave."""
+        data, run = reply.pack(), request.run
+        what = f"secagg: {request.phase}" if isinstance(request, SecAggPhase) else reply.verb
+        if isinstance(request, SecAggPhase) or not reply.parts:
             self.outbox.note(what, data, run=run)
             return data
-        payload = unpack(answer.parts[0])
-        refuse_payload(self.settings.allow, payload, len(answer.parts[0]))
-        spent = self.part.spent() if self.part is not None else None
-        self.outbox.note(what, answer.parts[0], payload, run=run, epsilon=spent)
+        payload = unpack(reply.payload)
+        refuse_payload(self.settings.allow, payload, len(reply.payload))
+        client = self.client
+        example = isinstance(client, StartedClient) and client.policy.unit == "example"
+        epsilon = spent(client.policy) if example and isinstance(client, StartedClient) else None
+        self.outbox.note(what, reply.payload, payload, run=run, epsilon=epsilon)
         return data
 
 
-def _in_words(note: Note) -> str:
-    """What was asked for."""
-    if note.verb == "sum":
-        return f"sum, {note.facts['phase']}"
-    if note.verb == "round" and note.parts:
-        return f"round {unpack(note.parts[0]).round + 1}"
-    return note.verb
-
-
-def _finite(loss: float | None) -> float | None:
-    """A loss that is no number is not told: the update shows what is wrong."""
-    return loss if loss is not None and math.isfinite(loss) else None
-
-
-def open_handle(folder: Path) -> SiteHandle:
-    """What `fedsb join` keeps running: of a site's folder with its site.toml and the join file that it keeps."""
-    from fedsb.deployment.join_file import KEPT, read_join_file
-
-    join = read_join_file(folder / KEPT)
-    key = Ed25519PrivateKey.from_private_bytes(bytes.fromhex(join.identity))
-    directory = {name: bytes.fromhex(public) for name, public in join.directory.sites.items()}
-    identity = Identity(name=join.site, key=key, directory=directory)
-    return SiteHandle(folder, load_site(folder / SITE), identity, partial(print, flush=True))
+def _in_words(request: Request[Any]) -> str:
+    """Returns what was asked."""
+    if isinstance(request, SecAggPhase):
+        return f"secure sum, {request.phase}"
+    if isinstance(request, Train):
+        return f"round {unpack(request.payload).round + 1}"
+    return request.verb
 
 
 def refuse_versions(theirs: Mapping[str, str]) -> None:
-    """Raises RefusalError where a package is of another version than the coordinator's; a build's own mark aside."""
+    """Raises RefusalError where a package has another version than the coordinator's; a build's own suffix aside."""
     ours = versions()
     other = [
         f"{name} {ours[name]} here, {theirs.get(name, 'none')} at the coordinator"
@@ -262,15 +339,20 @@ def refuse_versions(theirs: Mapping[str, str]) -> None:
         if ours[name].partition("+")[0] != theirs.get(name, "none").partition("+")[0]
     ]
     if other:
-        raise RefusalError("other versions than the coordinator's: " + "; ".join(other) + ". Install the same ones")
+        raise RefusalError(
+            "Different versions from the coordinator's: " + "; ".join(other) + ". Install the same ones."
+        )
 
 
-def refuse_base(theirs: Mapping[str, Any], part: Participant) -> None:
+def refuse_base(request: Prepare, client: PreparedClient) -> None:
     """Raises RefusalError for another base model or tokenizer than the coordinator's."""
-    ours = {"model": part.trainer.base.fingerprint, "tokenizer": tokenizer_fingerprint(part.tokenizer)}
-    for what, name in ours.items():
-        if theirs[what] != name:
+    ours = {
+        "model": (client.trainer.base.fingerprint, request.model),
+        "tokenizer": (tokenizer_fingerprint(client.trainer.tokenizer), request.tokenizer),
+    }
+    for what, (here, there) in ours.items():
+        if here != there:
             raise RefusalError(
-                f"another {what} than the coordinator's: {name} here, {theirs[what]} there. The site says where the "
-                "right one is with model = 'FOLDER' in its site.toml"
+                f"A different {what} from the coordinator's: {here} here, {there} there. Set model = 'FOLDER' in "
+                "site.toml to where the right one is."
             )

@@ -20,7 +20,7 @@ from fedsb.privacy.mechanism import Cap
 from fedsb.privacy.plan import PrivacyPlan, default_delta
 from fedsb.privacy.policy import refuse_what_would_leak
 from fedsb.protocol.payload import Payload
-from fedsb.server.requirements import refuse_what_facts_forbid, refuse_what_needs_one_place
+from fedsb.protocol.requirements import refuse_what_facts_forbid, refuse_what_needs_one_place
 from fedsb.utils.errors import ConfigError, RefusalError, UserError
 
 SITE = "site.toml"  # its name in a site's folder

@@ -1,82 +1,92 @@
-"""A client's part of a round: what it hears, what it trains, what it sends. The same wherever the client is."""
+"""A round as a client sees it: what it holds, what it receives, what it trains and sends."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from fedsb.adapters.adapted import Tensors
 from fedsb.adapters.basis import basis_hash
-from fedsb.data.sites import Site
+from fedsb.adapters.layout import Layout
+from fedsb.adapters.residual import is_delta
 from fedsb.methods.base import Method
-from fedsb.privacy.policy import PrivacyPolicy
-from fedsb.protocol.compressor import Compressor, unmoved
-from fedsb.protocol.payload import Payload
-from fedsb.protocol.tensors import to_arrays, under, within
-from fedsb.training.joint import Member
+from fedsb.protocol.compressor import baseline_upload, read_change
+from fedsb.protocol.payload import Payload, Vector
+from fedsb.protocol.tensors import within
 
 
-@dataclass(frozen=True, kw_only=True)
-class ClientUpload:
-    """What a client sends, and what it keeps for itself."""
+@dataclass(frozen=True, eq=False)
+class ClientView:
+    """What a client holds between rounds, as do all clients that received the same messages.
 
-    envelope: bytes
-    kept: Tensors
-    tensors: Tensors  # in the envelope, before the codec
+    Args:
+        shared: the shared state.
+        tensors: as decoded from the last broadcasts; a lossy codec's change is added to them.
+    """
 
-
-@dataclass(frozen=True)
-class ClientRound:
-    """A round as those clients see it that are told the same."""
-
-    method: Method  # at their rank
-    shared: Tensors  # what they hold from now on
-    message: Tensors
-    round: int
-    basis: str  # hash of `common`
+    shared: Tensors
+    tensors: Tensors = field(default_factory=dict)
+    known_hash: str | None = None
 
     @cached_property
-    def unmoved(self) -> Tensors:
-        """What one of them would send that had not trained."""
-        return unmoved(self.method, self.shared, self.message, self.round)
+    def hash(self) -> str:
+        """The hash of the shared state, computed where it has changed."""
+        return self.known_hash or basis_hash(self.shared)
+
+    def receive(self, method: Method, payload: Payload, total_rank: int | None, *, lossy: bool) -> ClientRound | None:
+        """Returns the round that a broadcast starts; None where this view lacks what the broadcast adds to.
+
+        A view that already has the announced shared state stays as it is: the run was resumed after it got there.
+        """
+        message = payload.tensors if payload.codec == "float32" else read_change(self.tensors, payload)
+        now = self if self.hash == payload.basis else ClientView(method.update_shared(self.shared, message))
+        if now.hash != payload.basis:
+            return None
+        own = method if total_rank is None else method.at(total_rank)
+        view = ClientView(now.shared, {**self.tensors, **message} if lossy else {}, now.hash)
+        return ClientRound(own, view, message, payload.round, payload.basis)
+
+    def needs_whole(self, payload: Payload) -> bool:
+        """Returns whether the payload adds to an earlier broadcast."""
+        return payload.codec != "float32" or any(is_delta(key) for key, _ in payload.layout.shapes)
+
+
+@dataclass(frozen=True, eq=False)
+class ClientRound:
+    """A round for all clients that received the same broadcast."""
+
+    method: Method  # at their rank
+    view: ClientView  # what they hold from now on
+    message: Tensors
+    round: int
+    shared_hash: str
+
+    def start(self, client_state: Tensors) -> Tensors:
+        """Returns a client's tensors before its training."""
+        own = within("method", client_state)
+        return self.method.init_client(self.view.shared, self.message, own, self.round)
+
+    @cached_property
+    def baseline(self) -> Tensors:
+        """What one of the clients would send without training."""
+        return baseline_upload(self.method, self.view.shared, self.message, self.round)
+
+    @cached_property
+    def layout(self) -> Layout:
+        """The layout of an update."""
+        return Layout.of(self.baseline)
+
+    @cached_property
+    def baseline_vector(self) -> Vector:
+        vector: Vector = self.layout.flatten(self.baseline).numpy()
+        return vector
 
     @cached_property
     def against(self) -> str:
-        """A hash of what a change is against, of the tensors that were told."""
-        return basis_hash({key: self.message[key] for key in self.unmoved if key in self.message})
+        """The hash of what a change is against, of the tensors that were received."""
+        return basis_hash({key: self.message[key] for key in self.baseline if key in self.message})
 
-    def member(self, site: Site, kept: Tensors) -> Member:
-        """The client before its training; `kept` is its own state."""
-        received = self.method.init_client(self.shared, self.message, within("method", kept), self.round)
-        return Member(name=site.name, examples=site.train, tensors=received, moments=within("optimizer", kept))
-
-    def sending(
-        self,
-        before: Member,
-        after: Member,
-        rows: int,
-        kept: Tensors,
-        *,
-        link: Compressor,
-        policy: PrivacyPolicy,
-        keep_optimizer: bool,
-    ) -> ClientUpload:
-        up, own = self.method.upload(before.tensors, after.tensors, self.round)
-        up = policy.bounded(up, self.unmoved)
-        payload = Payload(
-            kind="update",
-            run=link.run,
-            round=self.round,
-            client=after.name,
-            samples=rows,
-            basis=self.basis,
-            tensors=to_arrays(up),
-        )
-        envelope, lost = link.up(self.method, payload, self.unmoved, kept)
-        moments = under("optimizer", after.moments) if keep_optimizer else {}
-        return ClientUpload(envelope=envelope, kept=under("method", own) | moments | lost, tensors=up)
-
-
-def at_rank(method: Method, rank: int | None) -> Method:
-    """A client's own method; None: its rank is the method's."""
-    return method if rank is None else method.at(rank)
+    @cached_property
+    def broadcast_hash(self) -> str:
+        """The hash of all tensors that a client without a state of its own starts from."""
+        return basis_hash(self.start({}))

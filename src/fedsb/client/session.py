@@ -1,379 +1,452 @@
-"""A site in one run: the base model, its rows, its policy, and its part of every round."""
+"""The client's side of the conversation, on every channel.
+
+A client passes through three stages, each a type of its own:
+
+    DescribedClient   has read its table; the classes of the run are not known yet
+    PreparedClient    has the classes, its tokenised rows and the base model
+    StartedClient     has its privacy policy and ledger in force, and answers the requests of rounds
+
+In one process all clients share one trainer and one memo, so that what is the same for all is computed once. On a site
+the handler (handler.py) adds the site's own rules before each request and its disk after each.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import torch
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
-from fedsb.adapters.adapted import Shapes, Tensors
-from fedsb.adapters.basis import Basis, basis_hash
-from fedsb.adapters.residual import is_delta
-from fedsb.client.policy import SiteConfig, cap_of, refuse_columns, refuse_labels
-from fedsb.client.round import ClientRound, at_rank
+from fedsb.adapters.adapted import Tensors
+from fedsb.adapters.basis import Basis
+from fedsb.client.checks import refuse_basis, refuse_values
+from fedsb.client.memo import Memo
+from fedsb.client.round import ClientRound, ClientView
 from fedsb.client.secure_sum import SecAggSession
-from fedsb.client.store import Answer, Pending, Store
+from fedsb.client.store import ClientStore, StoredRound
 from fedsb.config.schema import Config
-from fedsb.data.sites import elsewhere, load_own, open_own, open_task_of
-from fedsb.methods import build_method
-from fedsb.methods.base import State
-from fedsb.models.load import load_tokenizer
-from fedsb.privacy.accounting import Release
-from fedsb.privacy.ledger import read_ledger
-from fedsb.privacy.policy import PrivacyPolicy, build_privacy_policy
-from fedsb.privacy.statement import spent
-from fedsb.protocol.compressor import build_compressor, read_change
+from fedsb.data.sites import Site, open_own
+from fedsb.data.sources import Table
+from fedsb.data.tasks.base import Task, Tokenizer
+from fedsb.methods.base import Method, State
+from fedsb.privacy.policy import PrivacyPolicy
+from fedsb.protocol.compressor import build_compressor
+from fedsb.protocol.messages import (
+    BasisGradient,
+    BasisGradientReply,
+    Refresh,
+    RefreshReply,
+    Reply,
+    Request,
+    SecAggPhase,
+    SecAggReply,
+    SetBasis,
+    SetBasisReply,
+    SetShared,
+    SetSharedReply,
+    Stale,
+    Train,
+    TrainReply,
+)
 from fedsb.protocol.payload import Payload, PayloadError, unpack
-from fedsb.protocol.tensors import change_of, to_tensors
-from fedsb.runs.artifacts import write_adapters
-from fedsb.server.validation import fault_of_shapes
+from fedsb.protocol.tensors import shape_mismatch, under, within
 from fedsb.training.basis import core_sums, inner_basis, outer_basis, whole_basis
-from fedsb.training.joint import Member
-from fedsb.training.resolved import local_training, open_sums
+from fedsb.training.joint import ClientTraining
 from fedsb.training.trainer import Trainer
 from fedsb.utils.errors import RefusalError
-from fedsb.utils.files import keyed_fingerprint, safe_name
 
-LARGEST = 1e6  # of the values that a site is told
-ORTHONORMAL = 1e-3  # by which the entries of A A' and B'B may differ from those of the identity
+CheckUpload = Callable[[Payload, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Identity:
-    """Who a site is in its federation, and whom it believes to be the others."""
+class DescribedClient:
+    """A client that has read its table."""
 
     name: str
-    key: Ed25519PrivateKey
-    directory: Mapping[str, bytes]  # name -> Ed25519 public key of every site
-
-
-class Participant:
-    """Of a run that this site takes part in. Raises UserError for data, or a base model, that do not fit."""
-
-    def __init__(self, folder: Path, settings: SiteConfig, identity: Identity, config: Config, run: str) -> None:
-        self.settings, self.identity, self.run = settings, identity, run
-        own = {"name": settings.model or config.model.name, "device": settings.device}
-        self.config = config.model_copy(update={"model": config.model.model_copy(update=own)})
-        self.method = build_method(config.method.name, config.method.options)
-        self.link, self.local = build_compressor(config, self.method, run), local_training(config)
-        self.store, self.folder = Store(folder), folder
-        self.tokenizer = load_tokenizer(self.config.model)
-        self.task = open_task_of(self.config, self.tokenizer)
-        refuse_columns(settings, self.task.needs)
-        self.table = table = load_own(
-            self.config,
-            self.task,
-            settings.data,
-            settings.columns,
-            allowed=settings.allow.columns,
-            revision=settings.revision,
-            split=settings.split,
-            form=settings.form,
-        )
-        self.labels = self.task.labels_in(table.rows)
-        refuse_labels(settings.allow, self.labels, len(table.rows))
-        self.sums: SecAggSession | None = None
-        self._promise: PrivacyPolicy | None = None
-
-    def close(self) -> None:
-        """Lets go of the ledger."""
-        if self._promise is not None:
-            self._promise.close()
-        self._promise = None
+    run: str
+    config: Config
+    method: Method
+    task: Task
+    tokenizer: Tokenizer
+    table: Table
 
     @property
-    def policy(self) -> PrivacyPolicy:
-        """In force from the start on. Raises RefusalError before it: until then nothing is made of a row."""
-        if self._promise is None:
-            raise RefusalError(
-                "this site has not started this run, so nothing protects its rows: ask it to start first"
-            )
-        return self._promise
+    def labels(self) -> list[Any]:
+        return self.task.labels_in(self.table.rows)
 
-    @property
-    def fingerprint(self) -> str:
-        """The fingerprint of this site's rows in this run. Only this site can make it, so it confirms no guess."""
-        key = self.identity.key.private_bytes_raw()
-        return keyed_fingerprint(key, f"{self.run} {self.table.fingerprint}")
-
-    # --- before the first round ---
-
-    def open(self, label_names: list[str], class_names: list[str] | None = None) -> None:
-        """Reads rows and base model; the classes are those of all sites."""
+    def prepare(self, label_names: list[str], class_names: list[str] | None) -> PreparedClient:
+        """Tokenises the rows and loads the base model; the classes are those of all clients."""
         if class_names is not None and len(class_names) != len(label_names):
             raise RefusalError(f"The coordinator sends {len(class_names)} names for {len(label_names)} classes.")
         self.task.take_classes({"label_names": label_names, "class_names": class_names})
-        self.site, self.cut, self.unused = open_own(self.config, self.task, self.identity.name, self.table)
-        self.trainer = Trainer(self.config, self.method, self.tokenizer, self.task)
-        self.trainer.check_rows([*self.site.train, *self.site.held_out])
+        data, cut, unused = open_own(self.config, self.task, self.name, self.table)
+        trainer = Trainer(self.config, self.method, self.tokenizer, self.task)
+        trainer.check_rows([*data.train, *data.held_out])
+        return PreparedClient(run=self.run, data=data, trainer=trainer, memo=Memo(), cut=cut, unused=unused)
 
-    def start(self, rows: Mapping[str, int]) -> str | None:
-        """Makes the policy and the ledger, and what is held in common; its hash, None where a basis has to come."""
-        self.close()
-        if rows.get(self.identity.name) != self.site.rows:
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedClient:
+    """A client whose rows are tokenised and whose base model is loaded."""
+
+    run: str
+    data: Site
+    trainer: Trainer
+    memo: Memo
+    cut: int = 0
+    unused: int = 0
+
+    def start(
+        self,
+        rows: Mapping[str, int],
+        store: ClientStore,
+        policy: PrivacyPolicy,
+        secagg: SecAggSession | None,
+        check_upload: CheckUpload = lambda payload, size: None,
+    ) -> StartedClient:
+        """Returns the client with its policy in force.
+
+        Args:
+            rows: those of every client.
+            check_upload: raises RefusalError for an update that must not leave.
+        """
+        if rows.get(self.data.name) != self.data.rows:
             raise RefusalError(
-                "this site has another number of rows than the coordinator says; if its file has changed since the run "
-                "began, bring back the old one, or begin a new run"
+                "The coordinator states another number of rows than this site has. If the file has changed since the "
+                "run began, restore the old one, or start a new run."
             )
-        sites, held = [elsewhere(name, count) for name, count in rows.items()], self.store.common()
-        policy, cap = build_privacy_policy(self.config, self.method, sites, self.local), None
-        if policy.unit == "example":
-            plan = policy.plans[self.identity.name]
-            policy.plans = {self.identity.name: plan}
-            cap = cap_of(self.settings.allow, plan, self._released_before())
-        sums = open_sums(self.config, policy, self.run, sites)
-        own = None if sums is None else SecAggSession(sums, self.store, self.identity, self.settings.allow)
-        if own is not None and held is None:
-            own.keys(list(rows))  # before it has trained for a sum that it would leave
-        policy.open_ledgers(self.folder, self.run, new=held is None, cap=cap)
-        self.rows, self.sums, self._promise = rows, own, policy
-        if held is not None:
-            return self._hold(held)
-        if self.method.adapter == "core" and self.config.basis.kind not in ("random", "weights"):
-            return None
-        return self.hold(self._state(self._derived() if self.method.adapter == "core" else None).shared)
-
-    def basis_sums(self) -> tuple[bytes, float]:
-        """Returns the envelope of this site's S of a `core` basis, and the number of rows in it.
-
-        It is made once: a second request gets the stored one. Raises RefusalError for a basis of another kind.
-        """
-        if self.method.adapter != "core" or self.config.basis.kind != "core":
-            raise RefusalError(f"basis.kind = {self.config.basis.kind!r} looks at no row of a site")
-        if (stored := self.store.basis_sums()) is not None:
-            return stored
-        mechanisms = self.policy.of_rows()
-        own, rows = core_sums(
-            self.config.basis,
-            self.trainer.adapted,
-            self.task,
-            self.site,
-            sum(self.rows.values()),
-            self.trainer.head,
-            self._outer(),
-            mechanisms[self.identity.name] if mechanisms else None,
-            seed=self.config.seed,
-            round=0,
-            batch_size=self.config.train.batch_size,
+        return StartedClient(
+            run=self.run,
+            data=self.data,
+            trainer=self.trainer,
+            memo=self.memo,
+            all_rows=sum(rows.values()),
+            store=store,
+            policy=policy,
+            secagg=secagg,
+            check_upload=check_upload,
         )
-        envelope = self.link.basis("up", self.identity.name, 0, own, self.link.codec)
-        self.store.save_basis_sums(envelope, rows)
-        return envelope, rows
 
-    def basis(self, envelope: bytes) -> str:
-        """Takes the basis as it was told to all sites; the hash of what is held in common from now on."""
-        told = to_tensors(unpack(envelope).tensors)
-        kind = self.config.basis.kind
-        A, B = inner_basis(told, self._outer()) if kind == "core" else whole_basis(told, self.trainer.shapes)
-        return self.hold(self._state(Basis(kind=kind, A=A, B=B)).shared)
 
-    def hold(self, common: Tensors) -> str:
-        """Takes `common` as what is held in common at the start.
+@dataclass(frozen=True, kw_only=True)
+class LocalRound:
+    """A client's part of a round, between the broadcast and its training."""
 
-        Raises RefusalError for values out of range, and for a basis that is not orthonormal.
-        """
-        refuse_values(common)
-        if self.method.adapter == "core":
-            refuse_basis(common, self.trainer.shapes)
-        self.store.save_common(common)
-        return self._hold(common)
+    shared: ClientRound
+    training: ClientTraining
+    client_state: Tensors  # before the round
+    state_round: int
+    score: bool
+    done: StoredRound | None = None  # where this client has already answered this broadcast
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartedClient:
+    """A client in a run whose policy is in force."""
+
+    run: str
+    data: Site
+    trainer: Trainer
+    memo: Memo
+    all_rows: int
+    store: ClientStore
+    policy: PrivacyPolicy
+    secagg: SecAggSession | None
+    check_upload: CheckUpload
 
     @property
-    def holds(self) -> str:
-        """The hash of what is held in common."""
-        return self._hashed[1]
+    def config(self) -> Config:
+        return self.trainer.config
+
+    @property
+    def method(self) -> Method:
+        return self.trainer.method
+
+    def answer(self, request: Request[Any]) -> Reply:
+        """Answers one request of a run that has started."""
+        match request:
+            case BasisGradient():
+                return self.basis_gradient(request)
+            case SetBasis():
+                return SetBasisReply(shared=self.set_basis(request))
+            case SetShared():
+                return SetSharedReply(shared=self.set_shared(unpack(request.payload).tensors))
+            case Refresh():
+                return RefreshReply(shared=self.refresh(request))
+            case Train():
+                return self.train(request)
+            case SecAggPhase():
+                return self.secagg_phase(request)
+        raise RefusalError(f"Request {request.verb!r} is not for a client of a run that has started.")
+
+    # --- before the first round, and where a basis is made anew ---
+
+    def derive_shared(self) -> str | None:
+        """Derives the shared state where it follows from settings and base model. Returns its hash, else None."""
+        if (view := self.store.view(self.store.start_round)) is not None:
+            return view.hash
+        if self.method.adapter == "core" and self.config.basis.kind not in ("random", "weights"):
+            return None
+        basis = self.trainer.data_free_basis(0) if self.method.adapter == "core" else None
+        return self._hold(self.memo.get(("start", 0), lambda: ClientView(self._start(basis), self._known())), 0)
+
+    def basis_gradient(self, request: BasisGradient) -> BasisGradientReply:
+        """Returns this client's S of a `core` basis. It is made once: a second request gets the stored payload."""
+        config, round = self.config, request.round
+        if self.method.adapter != "core" or config.basis.kind != "core":
+            raise RefusalError(f"basis.kind = {config.basis.kind!r} reads no row of a client.")
+        if (stored := self.store.basis_gradient(round)) is not None:
+            return BasisGradientReply(rows=stored[1], parts=(stored[0],))
+        mechanisms = self.policy.of_rows()
+        own, rows = core_sums(
+            config.basis,
+            self.trainer.adapted,
+            self.trainer.task,
+            self.data,
+            self.all_rows,
+            self._basis_start(),
+            self._outer(round),
+            mechanisms[self.data.name] if mechanisms else None,
+            seed=config.seed,
+            round=round,
+            batch_size=config.train.batch_size,
+        )
+        compressor = build_compressor(config, self.method, self.run)
+        payload = compressor.basis("up", self.data.name, round, own, compressor.codec)
+        self.store.save_basis_gradient(round, payload, rows)
+        return BasisGradientReply(rows=rows, parts=(payload,))
+
+    def set_basis(self, request: SetBasis) -> str:
+        """Takes the basis that all clients receive. Returns the hash of the shared state."""
+        round = request.round
+
+        def build() -> ClientView:
+            received, kind = unpack(request.payload).tensors, self.config.basis.kind
+            outer = self._outer(round) if kind == "core" else {}
+            A, B = inner_basis(received, outer) if outer else whole_basis(received, self.trainer.shapes)
+            shared = {**self._start(Basis(kind=kind, A=A, B=B)), **within("residual", self.store.refresh_start())}
+            self._check_shared(shared)
+            return ClientView(shared, self._known())
+
+        return self._hold(self.memo.get(("basis", request.payload, round), build), round)
+
+    def set_shared(self, shared: Tensors) -> str:
+        """Takes `shared` as the shared state at the start. Raises RefusalError for a basis that is not orthonormal."""
+        self._check_shared(shared)
+        return self._hold(ClientView(shared, self._known()), self.store.start_round)
+
+    def refresh(self, request: Refresh) -> str | None:
+        """Merges the adapter into the residual, for a new basis that starts from here.
+
+        Returns the hash of the shared state; None where a basis has to come first.
+        """
+        payload = unpack(request.payload)
+
+        def merge() -> Tensors:
+            view = self._latest(payload.round)
+            state = State(round=payload.round, tensors=payload.tensors, shared=view.shared)
+            return under("residual", self.method.merge_into_residual(state)) | {
+                f"head/{key}": payload.tensors[key] for key in self.trainer.head
+            }
+
+        with fitting():
+            start = self.memo.get(("refresh", request.payload), merge)
+        self.store.save_refresh_start(start)
+        if self.config.basis.kind != "random":
+            return None
+
+        def build() -> ClientView:
+            basis = self.trainer.data_free_basis(payload.round)
+            return ClientView({**self._start(basis), **within("residual", start)}, self._known())
+
+        return self._hold(self.memo.get(("start", payload.round), build), payload.round)
 
     # --- a round ---
 
-    def round(self, envelope: bytes, rank: int | None) -> Answer | None:
-        """Trains for one round and returns what this site sends; None if it lacks what the broadcast adds to.
+    def train(self, request: Train) -> TrainReply | Stale:
+        """Trains for one round."""
+        begun = self.begin(request)
+        if isinstance(begun, Stale):
+            return begun
+        if begun.done is not None:
+            return self._reply(begun, begun.done)
+        (trained,) = self.trainer.train([begun.training], begun.shared.method, begun.shared.round, self.policy)
+        return self.finish(begun, trained)
 
-        A round is done once. A request for the same broadcast gets the stored answer; another broadcast for a round
-        that was done, or a round that the run does not have, raises RefusalError.
+    def begin(self, request: Train) -> LocalRound | Stale:
+        """Returns what to train; Stale where this client lacks what the broadcast adds to.
+
+        A round is done once. The same broadcast again gets the stored answer; another one for a round that was done, or
+        a round that the run does not have, raises RefusalError.
         """
-        payload = unpack(envelope)
+        payload = self.memo.get(("payload", request.payload), lambda: unpack(request.payload))
         if not 0 <= payload.round < self.config.rounds:
-            raise RefusalError(f"round {payload.round + 1} of a run of {self.config.rounds}")
-        if (heard := self._hear(payload, envelope)) is None:
-            return None
-        common, message, held_tensors = heard
-        if self._hash(common) != payload.basis:
-            return None
-        turn = ClientRound(at_rank(self.method, rank), common, message, payload.round, payload.basis)
-        kept, after = self.store.kept(payload.round), payload.round + 1
-        with fitting():  # before a row is drawn for it
-            before = turn.member(self.site, kept)
-            self._check(before.tensors)
-            told = basis_hash(turn.method.init_client(common, message, {}, payload.round)) + f" {rank}"
-        refuse_values(before.tensors)
-        answer = self._answer(payload.round, told)
-        if answer is None:
-            answer, own = self._train(turn, before, kept)
-            changed = {key: x for key, x in common.items() if x is not self._start.get(key)}
-            self.store.save_round(after, own, changed, held_tensors, answer)
-        self._heard = after, common, held_tensors
-        if answer.change is not None:
-            self.store.save_pending(Pending(payload.round, turn.basis, turn.against, answer.change))
-        return answer
-
-    def _answer(self, round: int, told: str) -> Answer | None:
-        """Returns the stored answer to this broadcast; None if there is none yet. Raises RefusalError if the round was
-        done for another broadcast: a second update of the same rows would let a coordinator compare the two."""
-        if (known := self.store.answered(round)) is None:
-            self.store.save_answered(round, told)
-            return None
-        if known != told:
-            raise RefusalError(
-                f"round {round + 1} was done here for another broadcast, and a site does each round once. If the "
-                "coordinator lost its newest checkpoint, start a new run"
-            )
-        return self.store.answer(round + 1)
-
-    def _train(self, turn: ClientRound, before: Member, kept: Tensors) -> tuple[Answer, Tensors]:
-        """Returns what this site sends after its training, and what it keeps."""
-        (after,) = self.trainer.train_group(turn.method, [before], self.local, turn.round, self.policy)
-        sending = turn.sending(
-            before,
-            after,
-            self.site.rows,
-            kept,
-            link=self.link,
-            policy=self.policy,
-            keep_optimizer=self.local.keep_optimizer,
-        )
-        change = None if self.sums is None else change_of(sending.tensors, turn.unmoved)
-        return Answer(sending.envelope, after.loss, change), sending.kept
-
-    # --- the end ---
-
-    def finish(self, envelope: bytes, facts: Mapping[str, str], *, tells: bool) -> float | None:
-        """The final model's score on this site's held-out rows; it is kept here as a plain adapter.
-
-        Where no score may be told no row is looked at: that the request failed would tell of one.
-        """
-        payload = unpack(envelope)
-        message = to_tensors(payload.tensors)
-        common = self.method.update_shared(self._start, message)
+            raise RefusalError(f"Round {payload.round + 1} of a run of {self.config.rounds} rounds.")
+        shared = self._receive(payload, request)
+        if shared is None:
+            return Stale(shared=self._start_view().hash)
+        state = self.store.client_state(request.state_round)
         with fitting():
-            tensors = self.method.init_client(common, message, {}, payload.round)
-            self._check(tensors)
-        score = self.trainer.evaluate(tensors, self.site.held_out).value if self.site.held_out and tells else None
-        write_adapters(self.trainer, {self.folder / "adapter": tensors}, facts, self.site.train[:4] if tells else [])
-        del self.trainer  # its layers are the base's own again
-        return score
+            tensors = shared.start(state)
+        training = ClientTraining(
+            name=self.data.name, examples=self.data.train, tensors=tensors, moments=within("optimizer", state)
+        )
+        done = self._answered(shared, request.total_rank)
+        return LocalRound(
+            shared=shared,
+            training=training,
+            client_state=state,
+            state_round=request.state_round,
+            score=request.score,
+            done=done,
+        )
 
-    def _released_before(self) -> list[Release]:
-        """In other runs, of this site's rows."""
-        ledger = Path("privacy") / f"{safe_name(self.identity.name)}.jsonl"
-        others = [path for path in self.folder.parent.glob(f"*/{ledger}") if path != self.folder / ledger]
-        return [entry.release for path in sorted(others) for entry in read_ledger(path)]
+    def finish(self, begun: LocalRound, trained: ClientTraining) -> TrainReply:
+        """Makes the update of a trained client, and stores what the client keeps."""
+        shared = begun.shared
+        method, name = shared.method, self.data.name
+        sent, own = method.upload(begun.training.tensors, trained.tensors, shared.round)
+        sent = self.policy.bounded(sent, shared.baseline)
+        vector = shared.layout.flatten(sent).numpy()
+        payload = Payload(
+            kind="update",
+            run=self.run,
+            round=shared.round,
+            client=name,
+            samples=self.data.rows,
+            basis=shared.shared_hash,
+            layout=shared.layout,
+            vector=vector,
+        )
+        compressor = build_compressor(self.config, self.method, self.run)
+        data, feedback = compressor.update(method, payload, shared.baseline_vector, begun.client_state)
+        keeps = self.trainer.local.keep_optimizer
+        state = under("method", own) | (under("optimizer", trained.moments) if keeps else {}) | feedback
+        scored = begun.score and bool(self.data.held_out)
+        done = StoredRound(
+            payload=data,
+            loss=trained.loss,
+            change=None if self.secagg is None else vector - shared.baseline_vector,
+            score=self.trainer.evaluate(trained.tensors, self.data.held_out).value if scored else None,
+        )
+        self.store.save_round(shared, state, done, begun.state_round)
+        return self._reply(begun, done)
 
-    def entries(self) -> list[dict[str, Any]]:
-        """What this site's ledger says."""
-        if self.policy.unit != "example":
-            return []
-        path = self.folder / "privacy" / f"{safe_name(self.identity.name)}.jsonl"
-        return [vars(entry) for entry in read_ledger(path)]
+    def secagg_phase(self, request: SecAggPhase) -> SecAggReply:
+        """Answers one phase of a secure sum."""
+        if self.secagg is None:
+            raise RefusalError("server.secure_aggregation = false: this run has no secure sums.")
+        return SecAggReply(parts=(self.secagg.answer(request.phase, request.cohort, request.payload),))
 
-    def spent(self) -> float | None:
-        """Epsilon of this site's rows so far, by its ledger; None where it makes no policy of its own."""
-        return spent(self.policy) if self.policy.unit == "example" else None
+    def final_tensors(self, payload: Payload) -> Tensors:
+        """Returns the final model's tensors from the last broadcast."""
+        message = payload.tensors
+        shared = self.method.update_shared(self._start_view().shared, message)
+        with fitting():
+            tensors = self.method.init_client(shared, message, {}, payload.round)
+            self._check_tensors(tensors)
+        return tensors
 
-    # --- the inside ---
+    # --- private ---
 
-    def _check(self, tensors: Tensors) -> None:
-        """Raises PayloadError for tensors with other names or shapes than this run's."""
-        found = {key: tuple(x.shape) for key, x in tensors.items()}
-        if fault := fault_of_shapes(found, self.trainer.adapted.sizes(tensors)):
-            raise PayloadError(fault)
+    def _reply(self, begun: LocalRound, done: StoredRound) -> TrainReply:
+        self.check_upload(unpack(done.payload), len(done.payload))
+        loss = done.loss if self.policy.shows("loss") else None
+        score = done.score if self.policy.shows("scores") else None
+        if self.secagg is None:
+            return TrainReply(loss=loss, score=score, parts=(done.payload,))
+        assert done.change is not None
+        left = self.secagg.enter(begun.shared, done.change)
+        return TrainReply(loss=loss, score=score, left=left)
 
-    def _hear(self, payload: Payload, envelope: bytes) -> tuple[Tensors, Tensors, Tensors] | None:
-        """(what is held in common from now on, the message, what the next change is added to)."""
-        message, before = to_tensors(payload.tensors), self._after(payload.round)
-        coded = payload.codec != "float32"
-        if before is None:
-            if coded or any(is_delta(key) for key in message):
+    def _receive(self, payload: Payload, request: Train) -> ClientRound | None:
+        lossy = build_compressor(self.config, self.method, self.run).codec != "float32"
+        view = self.store.view(payload.round)
+        if view is None:
+            view = self._start_view()
+            if view.needs_whole(payload):
                 return None
-            before = self._start, {}
-        common, last = before
-        if coded:
-            message = read_change(last, envelope)
-        added_to = {**last, **message} if self.link.codec != "float32" else {}
-        return self.method.update_shared(common, message), message, added_to
 
-    def _after(self, rounds: int) -> tuple[Tensors, Tensors] | None:
-        """(common, what a change is added to) as they were after so many rounds."""
-        if self._heard[0] == rounds:
-            return self._heard[1:]
-        found = self.store.round(rounds)
-        return None if found is None else (self._with(found[1]), found[2])
+        def receive() -> ClientRound | None:
+            found = view.receive(self.method, payload, request.total_rank, lossy=lossy)
+            if found is not None:  # checked once, before a row is drawn for it
+                tensors = found.start({})
+                self._check_tensors(tensors)
+                refuse_values(tensors)
+            return found
 
-    def _with(self, changed: Tensors) -> Tensors:
-        return {**self._start, **changed}
+        with fitting():
+            return self.memo.get(("round", view, request.payload, request.total_rank), receive)
 
-    def _hold(self, common: Tensors) -> str:
-        known = (
-            self._state(None).tensors if self.method.adapter == "factors" else {}
-        )  # a core's start comes with a round
-        self._start, self._heard = common, (0, common, known)
-        self._hashed = common, basis_hash(common)
-        return self._hashed[1]
-
-    def _hash(self, common: Tensors) -> str:
-        """Made anew only where a tensor has changed."""
-        known, name = self._hashed
-        if known.keys() != common.keys() or any(known[key] is not x for key, x in common.items()):
-            name = basis_hash(common)
-            self._hashed = (common, name)
-        return name
-
-    def _state(self, basis: Basis | None) -> State:
-        """As the coordinator starts."""
-        return self.method.start(self.trainer.shapes, basis, self.trainer.head, self.config.seed)
-
-    def _derived(self) -> Basis:
-        return self.trainer.make_basis(self.trainer.head, self.local, self.site.rows)
-
-    def _outer(self) -> dict[str, Any]:
-        rank = self.method.total_rank
-        return outer_basis(self.config.basis, self.trainer.adapted, rank, self.config.seed, 0)
-
-
-def refuse_values(tensors: Tensors) -> None:
-    """Raises RefusalError for what a coordinator sent, if it holds values that are not finite or out of range."""
-    for key, x in tensors.items():
-        if x.is_floating_point() and x.numel() and not float(x.abs().max()) <= LARGEST:
+    def _answered(self, shared: ClientRound, total_rank: int | None) -> StoredRound | None:
+        """Returns the stored answer to this broadcast. Raises RefusalError if the round was done for another one: a
+        second update of the same rows would let a coordinator compare the two."""
+        if not self.store.keeps_answers:
+            return None
+        round, received = shared.round, f"{shared.broadcast_hash} {total_rank}"
+        if (known := self.store.answered(round)) is None:
+            self.store.save_answered(round, received)
+            return None
+        if known != received:
             raise RefusalError(
-                f"a broadcast holds values of {key!r} that are NaN, infinite or above {LARGEST:g}. It was discarded. "
-                "The coordinator may lower its learning rate"
+                f"Round {round + 1} was done here for another broadcast, and a site does each round once. If the "
+                "coordinator lost its newest checkpoint, start a new run."
             )
+        return self.store.stored_round(round + 1)
 
+    def _latest(self, round: int) -> ClientView:
+        return self.store.view(round) or self._start_view()
 
-def refuse_basis(common: Tensors, shapes: Shapes) -> None:
-    """Raises RefusalError if a layer's B or A is missing, of another shape, or not orthonormal.
+    def _start_view(self) -> ClientView:
+        view = self.store.view(self.store.start_round)
+        if view is None:
+            raise RefusalError("This site has no basis yet. Ask it to set one first.")
+        return view
 
-    A basis of another scale would scale every row's gradient.
-    """
-    for layer, (m, n) in shapes.items():
-        B, A = common.get(f"{layer}.B"), common.get(f"{layer}.A")
-        if A is None or B is None or A.ndim != 2 or A.shape[1] != n or B.shape != (m, len(A)):
-            raise RefusalError(f"a basis whose tensors do not fit layer {layer!r}. It is not from this run")
-        for gram in (A @ A.T, B.T @ B):
-            if not float((gram - torch.eye(len(A))).abs().max()) <= ORTHONORMAL:
-                raise RefusalError(
-                    f"a basis that is not orthonormal in layer {layer!r}. This site accepts only orthonormal ones"
-                )
+    def _hold(self, view: ClientView, round: int) -> str:
+        """Takes the view as that of the start; `round` counts the rounds that were finished before it."""
+        self.store.save_start(view, round)
+        return view.hash
+
+    def _start(self, basis: Basis | None) -> Tensors:
+        return self.trainer.start_state(basis).shared
+
+    def _known(self) -> Tensors:
+        """Returns the tensors of the server that a client knows at the start: none of a core, whose start is sent."""
+        if self.method.adapter == "core":
+            return {}
+        return self.memo.get(("known",), lambda: self.trainer.start_state(None).tensors)
+
+    def _basis_start(self) -> Tensors:
+        """Returns where gradients are taken: the head, and the residual of a run that has come so far."""
+        start = self.store.refresh_start()
+        if not start:
+            return self.trainer.head
+        return {**within("residual", start), **within("head", start)}
+
+    def _outer(self, round: int) -> Any:
+        rank, config = self.method.total_rank, self.config
+        build = lambda: outer_basis(config.basis, self.trainer.adapted, rank, config.seed, round)  # noqa: E731
+        return self.memo.get(("outer", round), build)
+
+    def _check_shared(self, shared: Tensors) -> None:
+        refuse_values(shared)
+        if self.method.adapter == "core":
+            refuse_basis(shared, self.trainer.shapes)
+
+    def _check_tensors(self, tensors: Tensors) -> None:
+        """Raises PayloadError for tensors with other names or shapes than those of this run."""
+        found = {key: tuple(x.shape) for key, x in tensors.items()}
+        if reason := shape_mismatch(found, self.trainer.adapted.sizes(tensors)):
+            raise PayloadError(reason)
 
 
 @contextmanager
 def fitting() -> Iterator[None]:
-    """Raises RefusalError where a broadcast has other names or shapes than this run's."""
+    """Raises RefusalError where a broadcast has other names or shapes than those of this run."""
     try:
         yield
+    except RefusalError:
+        raise
     except (ValueError, KeyError, RuntimeError) as error:
-        raise RefusalError(f"a broadcast that is none of this run's: {type(error).__name__}: {error}") from error
+        raise RefusalError(f"The broadcast does not belong to this run: {type(error).__name__}: {error}.") from error

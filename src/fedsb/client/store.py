@@ -1,23 +1,27 @@
-"""What a site keeps of a run between rounds, on disk: it may be killed at any point and goes on from the last round.
+"""What a client keeps of a run between rounds: on the disk of a site, or in the memory of one process.
 
-run.json                            the notes that opened the run
-common.safetensors                  what the site holds in common with all others, as of the start
-rounds/round-0003.safetensors       after the third round: its own state, what changed in common, the last broadcast,
-                                    and the answer that it sent
+A site may be killed at any point and continues from the last round. Its files:
+
+run.json                            the requests that opened the run
+start.safetensors                   the shared state at the start, or since the last new basis
+refresh.safetensors                 where gradients for a new basis are taken
+rounds/round-0003.safetensors       after the third round: its own state, what changed in the shared state, the last
+                                    broadcast, and the answer that it sent
 answered.json                       for each round, the hash of the broadcast that it trained on
-basis_sums.safetensors              what it sent for a `core` basis
+basis_gradient.safetensors          what it sent for a `core` basis
 pending.safetensors                 its change, for a secure sum
-encoded.safetensors                 the same with its share of the noise, where clients are what is protected
+encoded.safetensors                 the same with its share of the noise, where clients are the unit of privacy
+sums/round-0003.json                who else was in the secure sum of this round
 privacy/<name>.jsonl                its ledger
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -25,6 +29,7 @@ from safetensors import safe_open
 from safetensors.torch import load, save
 
 from fedsb.adapters.adapted import Tensors
+from fedsb.client.round import ClientRound, ClientView
 from fedsb.protocol.tensors import under, within
 from fedsb.secagg.fixed_point import Floats, Ring
 from fedsb.utils.errors import RunError
@@ -33,28 +38,137 @@ from fedsb.utils.files import write_atomic
 KEEP = 2  # rounds: the coordinator may fall back to the one before
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What this site sent in a round, or puts into its sum."""
+@dataclass(frozen=True, kw_only=True)
+class StoredRound:
+    """What a client sent in a round, or puts into its secure sum."""
 
-    envelope: bytes
+    payload: bytes
     loss: float
-    change: Floats | None  # for a secure sum
+    score: float | None = None
+    change: Floats | None = None
 
 
 @dataclass(frozen=True)
 class Pending:
-    """What this site has to put into the sum of a round."""
+    """What a client has to put into the secure sum of a round."""
 
     round: int
-    basis: str
+    shared: str
     against: str  # hash of what the change is against
     change: Floats
 
 
-class Store:
+class ClientStore(Protocol):
+    """What a session keeps between requests."""
+
+    keeps_answers: bool  # a repeated request gets the stored answer
+
+    @property
+    def start_round(self) -> int:
+        """The rounds that were finished when the shared state started: 0, or those before the last new basis."""
+        ...
+
+    def view(self, round: int) -> ClientView | None: ...
+    def save_start(self, view: ClientView, round: int) -> None: ...
+    def refresh_start(self) -> Tensors: ...
+    def save_refresh_start(self, tensors: Tensors) -> None: ...
+    def client_state(self, round: int) -> Tensors: ...
+    def save_round(self, shared: ClientRound, state: Tensors, done: StoredRound, state_round: int) -> None: ...
+    def answered(self, round: int) -> str | None: ...
+    def save_answered(self, round: int, received: str) -> None: ...
+    def stored_round(self, round: int) -> StoredRound | None: ...
+    def basis_gradient(self, round: int) -> tuple[bytes, float] | None: ...
+    def save_basis_gradient(self, round: int, payload: bytes, rows: float) -> None: ...
+    def pending(self) -> Pending | None: ...
+    def save_pending(self, pending: Pending) -> None: ...
+    def encoded(self, key: str) -> Ring | None: ...
+    def save_encoded(self, key: str, vector: Ring) -> None: ...
+    def sum_survivors(self, round: int) -> list[str] | None: ...
+    def save_sum_survivors(self, round: int, survivors: Sequence[str]) -> None: ...
+
+
+class MemoryStore:
+    """The store of a client in this process. What must survive the process is in the run directory.
+
+    Args:
+        states: the client's own state by round, as a run directory has it.
+    """
+
+    keeps_answers = False
+
+    def __init__(self, states: Mapping[int, Tensors] | None = None) -> None:
+        self.start_round = 0
+        self.states: dict[int, Tensors] = {0: {}, **(states or {})}
+        self._views: dict[int, ClientView] = {}
+        self._refresh: Tensors = {}
+        self._pending: Pending | None = None
+        self._encoded: tuple[str, Ring] | None = None
+
+    def view(self, round: int) -> ClientView | None:
+        return self._views.get(round)
+
+    def save_start(self, view: ClientView, round: int) -> None:
+        self.start_round, self._views = round, {round: view}
+
+    def refresh_start(self) -> Tensors:
+        return self._refresh
+
+    def save_refresh_start(self, tensors: Tensors) -> None:
+        self._refresh = tensors
+
+    def client_state(self, round: int) -> Tensors:
+        return self.states[round]
+
+    def save_round(self, shared: ClientRound, state: Tensors, done: StoredRound, state_round: int) -> None:
+        after = shared.round + 1
+        self.states = {0: {}, state_round: self.states[state_round], after: state}
+        self._views = {self.start_round: self._views[self.start_round], after: shared.view}
+
+    def answered(self, round: int) -> str | None:
+        return None
+
+    def save_answered(self, round: int, received: str) -> None:
+        pass
+
+    def stored_round(self, round: int) -> StoredRound | None:
+        return None
+
+    def basis_gradient(self, round: int) -> tuple[bytes, float] | None:
+        return None
+
+    def save_basis_gradient(self, round: int, payload: bytes, rows: float) -> None:
+        pass
+
+    def pending(self) -> Pending | None:
+        return self._pending
+
+    def save_pending(self, pending: Pending) -> None:
+        self._pending = pending
+
+    def encoded(self, key: str) -> Ring | None:
+        return self._encoded[1] if self._encoded is not None and self._encoded[0] == key else None
+
+    def save_encoded(self, key: str, vector: Ring) -> None:
+        self._encoded = key, vector
+
+    def sum_survivors(self, round: int) -> list[str] | None:
+        return None
+
+    def save_sum_survivors(self, round: int, survivors: Sequence[str]) -> None:
+        pass
+
+
+class DiskStore:
+    """The store of a site, in the run's folder."""
+
+    keeps_answers = True
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._start: tuple[int, ClientView] | None = None
+        self._newest: tuple[int, ClientView] | None = None  # in memory, as after its round
+
+    # --- the requests that opened the run ---
 
     def save_facts(self, facts: Mapping[str, Any]) -> None:
         write_atomic(self.folder / "run.json", json.dumps(facts, indent=1).encode())
@@ -63,98 +177,155 @@ class Store:
         path = self.folder / "run.json"
         return dict(json.loads(path.read_text())) if path.is_file() else None
 
-    def save_common(self, common: Tensors) -> None:
-        write_atomic(self.folder / "common.safetensors", save(_whole(common)))
+    # --- the shared state ---
 
-    def common(self) -> Tensors | None:
-        path = self.folder / "common.safetensors"
-        return load(path.read_bytes()) if path.is_file() else None
+    @property
+    def start_round(self) -> int:
+        start = self._read_start()
+        return 0 if start is None else start[0]
 
-    def answered(self, round: int) -> str | None:
-        """Returns the hash of the broadcast that this site trained on in this round, counted from 0; None for none."""
-        return self._answered().get(str(round))
-
-    def save_answered(self, round: int, told: str) -> None:
-        """Notes a broadcast before it is trained on: a round is never done for a second one."""
-        write_atomic(self.folder / "answered.json", json.dumps({**self._answered(), str(round): told}).encode())
-
-    def _answered(self) -> dict[str, str]:
-        path = self.folder / "answered.json"
-        return dict(json.loads(path.read_text())) if path.is_file() else {}
-
-    def save_basis_sums(self, envelope: bytes, rows: float) -> None:
-        write_atomic(self.folder / "basis_sums.safetensors", save({"envelope": _bytes(envelope)}, {"rows": repr(rows)}))
-
-    def basis_sums(self) -> tuple[bytes, float] | None:
-        path = self.folder / "basis_sums.safetensors"
-        if not path.is_file():
+    def view(self, round: int) -> ClientView | None:
+        """Returns what the client holds after `round` rounds; None where that is not stored any more."""
+        start = self._read_start()
+        if start is None or round < start[0]:
             return None
-        with safe_open(path, "pt") as file:
-            return file.get_tensor("envelope").numpy().tobytes(), float(file.metadata()["rows"])
+        if round == start[0]:
+            return start[1]
+        if self._newest is None or self._newest[0] != round:
+            if (parts := self._round(round)) is None:
+                return None
+            shared = {**start[1].shared, **within("shared", parts)}
+            self._newest = round, ClientView(shared, within("message", parts))
+        return self._newest[1]
 
-    def save_round(self, round: int, kept: Tensors, changed: Tensors, message: Tensors, answer: Answer) -> None:
-        """After so many rounds. `changed` is of what is held in common, as against the start."""
-        parts = under("kept", kept) | under("common", changed)
-        parts |= {key: x.clone() for key, x in under("message", message).items()}  # some are in common too
-        parts["envelope"] = _bytes(answer.envelope)
-        if answer.change is not None:
-            parts["change"] = torch.from_numpy(answer.change)
-        write_atomic(self._path(round), save(_whole(parts), {"loss": repr(answer.loss)}))
+    def save_start(self, view: ClientView, round: int) -> None:
+        parts = under("shared", view.shared) | {key: x.clone() for key, x in under("tensors", view.tensors).items()}
+        write_atomic(self.folder / "start.safetensors", save(_contiguous(parts), {"round": str(round)}))
+        self._start, self._newest = (round, view), None
+
+    def refresh_start(self) -> Tensors:
+        path = self.folder / "refresh.safetensors"
+        return load(path.read_bytes()) if path.is_file() else {}
+
+    def save_refresh_start(self, tensors: Tensors) -> None:
+        write_atomic(self.folder / "refresh.safetensors", save(_contiguous(tensors)))
+
+    # --- rounds ---
+
+    def client_state(self, round: int) -> Tensors:
+        """Returns the client's own state after `round` rounds. Raises RunError where it is not stored any more."""
+        if round == 0:
+            return {}
+        if (parts := self._round(round)) is None:
+            raise RunError(f"This site no longer has its own state after round {round}. Start a new run.")
+        return within("state", parts)
+
+    def save_round(self, shared: ClientRound, state: Tensors, done: StoredRound, state_round: int) -> None:
+        start, after = self._read_start(), shared.round + 1
+        assert start is not None
+        changed = {key: x for key, x in shared.view.shared.items() if x is not start[1].shared.get(key)}
+        parts = under("state", state) | under("shared", changed)
+        # Some of the broadcast are in the shared state too.
+        parts |= {key: x.clone() for key, x in under("message", shared.view.tensors).items()}
+        parts["payload"] = _bytes(done.payload)
+        if done.change is not None:
+            parts["change"] = torch.from_numpy(done.change)
+        facts = {"loss": repr(done.loss), "score": repr(done.score)}
+        write_atomic(self._path(after), save(_contiguous(parts), facts))
+        self._newest = after, shared.view
         for path in (self.folder / "rounds").glob("round-*.safetensors"):
-            if _round_of(path) <= round - KEEP:
+            if _round_of(path) <= after - KEEP and _round_of(path) != state_round:
                 path.unlink()
 
-    def round(self, round: int) -> tuple[Tensors, Tensors, Tensors] | None:
-        """(kept, changed, message) after so many rounds; None where it is not here any more."""
-        path = self._path(round)
-        if not path.is_file():
-            return None
-        try:
-            parts = load(path.read_bytes())
-        except Exception as error:
-            raise RunError(f"{path}, what this site keeps between rounds, cannot be read: {error}") from error
-        return within("kept", parts), within("common", parts), within("message", parts)
+    def answered(self, round: int) -> str | None:
+        """Returns the hash of the broadcast that was trained on in this round, counted from 0; None for none."""
+        return self._answered().get(str(round))
 
-    def answer(self, round: int) -> Answer | None:
-        """Returns what was sent in the last of so many rounds; None if it is not stored any more."""
+    def save_answered(self, round: int, received: str) -> None:
+        """Notes a broadcast before it is trained on: a round is never done for a second one."""
+        write_atomic(self.folder / "answered.json", json.dumps({**self._answered(), str(round): received}).encode())
+
+    def stored_round(self, round: int) -> StoredRound | None:
+        """Returns what was sent in the last of `round` rounds; None if it is not stored any more."""
         path = self._path(round)
         if not path.is_file():
             return None
         with safe_open(path, "pt") as file:
             change = file.get_tensor("change").numpy() if "change" in file.keys() else None  # noqa: SIM118
-            envelope = file.get_tensor("envelope").numpy().tobytes()
-            return Answer(envelope, float(file.metadata()["loss"]), change)
+            payload, facts = file.get_tensor("payload").numpy().tobytes(), file.metadata()
+        score = None if facts["score"] == "None" else float(facts["score"])
+        return StoredRound(payload=payload, loss=float(facts["loss"]), score=score, change=change)
 
-    def save_pending(self, pending: Pending) -> None:
-        tensors = {"change": torch.from_numpy(pending.change)}
-        metadata = {"round": str(pending.round), "basis": pending.basis, "against": pending.against}
-        write_atomic(self.folder / "pending.safetensors", save(tensors, metadata=metadata))
+    # --- a basis ---
+
+    def basis_gradient(self, round: int) -> tuple[bytes, float] | None:
+        found = self._read("basis_gradient", "round", str(round))
+        return None if found is None else (found[0]["payload"].numpy().tobytes(), float(found[1]["rows"]))
+
+    def save_basis_gradient(self, round: int, payload: bytes, rows: float) -> None:
+        self._write("basis_gradient", {"payload": _bytes(payload)}, {"round": str(round), "rows": repr(rows)})
+
+    # --- secure sums ---
 
     def pending(self) -> Pending | None:
-        path = self.folder / "pending.safetensors"
-        if not path.is_file():
+        if (found := self._read("pending")) is None:
             return None
-        with safe_open(path, "pt") as file:
-            facts = file.metadata()
-            return Pending(int(facts["round"]), facts["basis"], facts["against"], file.get_tensor("change").numpy())
+        tensors, facts = found
+        return Pending(int(facts["round"]), facts["shared"], facts["against"], tensors["change"].numpy())
 
-    def save_encoded(self, key: str, vector: Ring) -> None:
-        """What was encoded, with its noise, for the sum of this key."""
-        encoded = {"vector": torch.from_numpy(vector.view(np.int32))}
-        write_atomic(self.folder / "encoded.safetensors", save(encoded, metadata={"key": key}))
+    def save_pending(self, pending: Pending) -> None:
+        facts = {"round": str(pending.round), "shared": pending.shared, "against": pending.against}
+        self._write("pending", {"change": torch.from_numpy(pending.change)}, facts)
 
     def encoded(self, key: str) -> Ring | None:
-        path = self.folder / "encoded.safetensors"
+        found = self._read("encoded", "key", key)
+        return None if found is None else found[0]["vector"].numpy().view(np.uint32)
+
+    def save_encoded(self, key: str, vector: Ring) -> None:
+        """Saves what was encoded, with its noise, for the sum of this key."""
+        self._write("encoded", {"vector": torch.from_numpy(vector.view(np.int32))}, {"key": key})
+
+    def sum_survivors(self, round: int) -> list[str] | None:
+        path = self.folder / "sums" / f"round-{round:04d}.json"
+        return list(json.loads(path.read_text())) if path.is_file() else None
+
+    def save_sum_survivors(self, round: int, survivors: Sequence[str]) -> None:
+        write_atomic(self.folder / "sums" / f"round-{round:04d}.json", json.dumps(list(survivors)).encode())
+
+    # --- private ---
+
+    def _read_start(self) -> tuple[int, ClientView] | None:
+        if self._start is None and (found := self._read("start")) is not None:
+            tensors, facts = found
+            self._start = int(facts["round"]), ClientView(within("shared", tensors), within("tensors", tensors))
+        return self._start
+
+    def _round(self, round: int) -> Tensors | None:
+        path = self._path(round)
+        if not path.is_file():
+            return None
+        try:
+            return load(path.read_bytes())
+        except Exception as error:
+            raise RunError(f"{path}, what this site keeps between rounds, cannot be read: {error}") from error
+
+    def _answered(self) -> dict[str, str]:
+        path = self.folder / "answered.json"
+        return dict(json.loads(path.read_text())) if path.is_file() else {}
+
+    def _write(self, name: str, tensors: Tensors, facts: Mapping[str, str]) -> None:
+        write_atomic(self.folder / f"{name}.safetensors", save(tensors, metadata=dict(facts)))
+
+    def _read(self, name: str, fact: str = "", value: str = "") -> tuple[Tensors, dict[str, str]] | None:
+        """Returns (tensors, facts) of a file; None where it does not exist or states another value."""
+        path = self.folder / f"{name}.safetensors"
         if not path.is_file():
             return None
         with safe_open(path, "pt") as file:
-            return file.get_tensor("vector").numpy().view(np.uint32) if file.metadata()["key"] == key else None
-
-    def kept(self, before: int) -> Tensors:
-        """The site's own state as of the last of the rounds up to `before` that it took part in."""
-        there = [n for path in (self.folder / "rounds").glob("round-*.safetensors") if (n := _round_of(path)) <= before]
-        found = self.round(max(there)) if there else None
-        return found[0] if found else {}
+            facts = dict(file.metadata() or {})
+            if fact and facts[fact] != value:
+                return None
+            return {key: file.get_tensor(key) for key in file.keys()}, facts  # noqa: SIM118
 
     def _path(self, round: int) -> Path:
         return self.folder / "rounds" / f"round-{round:04d}.safetensors"
@@ -168,5 +339,6 @@ def _round_of(path: Path) -> int:
     return int(path.stem.removeprefix("round-"))
 
 
-def _whole(tensors: Tensors) -> Tensors:
-    return {key: tensor.contiguous() for key, tensor in tensors.items()}
+def _contiguous(tensors: Tensors) -> Tensors:
+    """Returns the tensors as safetensors stores them: none a view of another's memory."""
+    return {key: x.clone(memory_format=torch.contiguous_format) for key, x in tensors.items()}

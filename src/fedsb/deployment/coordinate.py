@@ -10,15 +10,16 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+from fedsb.channels.serialized import SerializedChannel
 from fedsb.config.load import ResolvedConfig, difference, load_config
 from fedsb.config.schema import Config
 from fedsb.deployment.federation import read_federation
 from fedsb.methods.base import Method
-from fedsb.protocol.channel import Channel
+from fedsb.protocol.channel import Transport
 from fedsb.reporting.run_directory import read_manifest
 from fedsb.reporting.terminal import Terminal
 from fedsb.runs.run import federate, resume
-from fedsb.server.remote import RemoteEngine
+from fedsb.server.opened import OpenedFederation, open_sites
 from fedsb.utils.errors import UserError
 from fedsb.utils.files import write_atomic
 
@@ -50,23 +51,24 @@ def prepare(federation: Path, loaded: ResolvedConfig) -> Path:
     return folder
 
 
-def coordinate(channel: Channel, folder: Path) -> None:
+def coordinate(transport: Transport, folder: Path) -> None:
     """Raises UserError and RunError as `federate`."""
     federation = read_federation(folder.parent.parent)
     directory = {name: bytes.fromhex(site.identity) for name, site in federation.sites.items()}
 
     begun = read_manifest(folder) if any((folder / "checkpoints").glob("round-*")) else None
 
-    def open_engine(config: Config, method: Method, run: str) -> RemoteEngine:
-        return RemoteEngine(config, method, run, channel, directory, display.note, begun)
+    def open_federation(config: Config, method: Method, run: str) -> OpenedFederation:
+        channel = SerializedChannel(transport, config.engine.name)
+        return open_sites(config, method, run, channel, directory, display.note, begun)
 
     with Terminal() as display:
         if (folder / "manifest.json").exists():
-            resume(folder, display, open_engine=open_engine)
+            resume(folder, display, open_federation=open_federation)
         else:
             asked = load_config(json.loads(_asked(folder).read_text()))
             asked = replace(asked, origin=dict.fromkeys(asked.origin, "as served"))
-            federate(asked, display, open_engine)
+            federate(asked, display, open_federation)
 
 
 def _asked(folder: Path) -> Path:

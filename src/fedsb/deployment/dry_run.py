@@ -38,35 +38,36 @@ def _rows(folder: Path, site: SiteConfig, config: str | None) -> Iterator[str]:
         yield f"rows: {len(table.rows):,} with the columns {', '.join(table.columns)}"
         yield "not tried: the run's own needs; name its TOML with --config"
         return
-    from fedsb.client.handler import open_handle
-    from fedsb.client.session import Participant
     from fedsb.config.find import load
-    from fedsb.methods import build_method
-    from fedsb.training.resolved import sum_threshold
+    from fedsb.config.schema import method_of
+    from fedsb.deployment.site_process import open_handler
+    from fedsb.protocol.secure_sum import sum_threshold
 
     settings = load(config, []).config
-    refuse_run(site.allow, settings, build_method(settings.method.name, settings.method.options))
+    refuse_run(site.allow, settings, method_of(settings))
     yield "rules: this site takes part in such a run"
-    identity = open_handle(folder).identity
+    handler = open_handler(folder)
     if settings.server.secure_aggregation:
-        others = {name: key for name, key in identity.directory.items() if name != identity.name}
-        _, threshold = sum_threshold(settings.server, len(identity.directory))
+        directory = handler.identity.directory
+        _, threshold = sum_threshold(settings.server, len(directory))
         refuse_sum(site.allow, threshold)
-        refuse_peers(site.allow, others)
-        yield f"secure sums: of {threshold} of {len(identity.directory)} sites at least"
-    part = Participant(folder / "runs" / "dryrun", site, identity, settings, "dryrun")
-    if len(part.labels) == 1:  # the classes are those of all sites
-        part.task.label_names = [str(part.labels[0]), "of another site"]
+        refuse_peers(site.allow, {name: key for name, key in directory.items() if name != handler.identity.name})
+        yield f"secure sums: of {threshold} of {len(directory)} sites at least"
+    described = handler.describe("dryrun", settings)
+    task, labels = described.task, described.labels
+    if len(labels) == 1:  # the classes are those of all sites
+        task.label_names = [str(labels[0]), "of another site"]
     else:
-        part.task.fit_labels(part.table.rows, [])
-    part.open(part.task.label_names)
-    if part.labels:
-        told = ", ".join(map(str, part.labels[:SHOWN])) + (" ..." if len(part.labels) > SHOWN else "")
-        yield f"labels: {len(part.labels)} here, which the coordinator is told: {told}"
-    yield f"rows: {part.site.rows:,} to train on, {len(part.site.held_out):,} held out; {part.cut:,} are cut"
-    yield f"base model: {part.trainer.base.name}, {part.trainer.base.parameters:,} parameters"
-    for choice in part.trainer.preflight.choices:
-        yield f"{choice.key}: {choice.value}: {choice.reason}"
+        task.fit_labels(described.table.rows, [])
+    prepared = described.prepare(task.label_names, None)
+    if labels:
+        shown = ", ".join(map(str, labels[:SHOWN])) + (" ..." if len(labels) > SHOWN else "")
+        yield f"labels: {len(labels)} here, which are sent to the coordinator: {shown}"
+    data, base = prepared.data, prepared.trainer.base
+    yield f"rows: {data.rows:,} to train on, {len(data.held_out):,} held out; {prepared.cut:,} are cut"
+    yield f"base model: {base.name}, {base.parameters:,} parameters"
+    for setting in prepared.trainer.preflight.choices:
+        yield f"{setting.key}: {setting.value}: {setting.reason}"
 
 
 def check_tls(address: str, ca: str) -> None:

@@ -78,6 +78,7 @@ class State:
     shared_delta: Tensors = field(default_factory=dict)  # what the last round changed in `shared`
     server: Tensors = field(default_factory=dict)  # the server optimiser's moments
     ranks: Mapping[str, int] = field(default_factory=dict)  # client -> its rank, where it changed on the way
+    accepted: Mapping[str, int] = field(default_factory=dict)  # client -> the last round whose update of it was used
     metrics: Mapping[str, float] = field(default_factory=dict)  # what the last aggregation says of itself
     client_view: Tensors = field(default_factory=dict)  # `tensors` as clients hold them after a lossy codec
 
@@ -101,7 +102,7 @@ class Method:
     """The contract. The defaults are those of a method whose tensors all travel and are averaged as they are."""
 
     spec: ClassVar[MethodSpec]
-    claims: ClassVar[frozenset[str]] = frozenset()  # what goes up beside the model, such as a client's next rank
+    metadata_keys: ClassVar[frozenset[str]] = frozenset()  # what goes up beside the model, such as a client's next rank
     rank: int
 
     @property

@@ -46,7 +46,7 @@ class HetLoRA(FedIT):
         supports_server_optimizer=False,
         dp_noise="quadratic",
     )
-    claims: ClassVar[frozenset[str]] = frozenset({RANK})
+    metadata_keys: ClassVar[frozenset[str]] = frozenset({RANK})
     gamma: float = 0.99  # of a client's rank stays where its tail shrinks; 1: never pruned
     penalty_weight: float = 1e-3  # lambda
 

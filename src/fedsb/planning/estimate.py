@@ -37,8 +37,13 @@ from fedsb.privacy.policy import build_privacy_policy, refuse_what_would_leak
 from fedsb.privacy.statement import promised
 from fedsb.protocol.codec import payload_bytes
 from fedsb.protocol.prices import price_list
+from fedsb.protocol.requirements import (
+    client_ranks,
+    open_secure_sums,
+    refuse_what_facts_forbid,
+    refuse_what_needs_one_place,
+)
 from fedsb.protocol.schedule import refreshes, whole_broadcasts
-from fedsb.server.requirements import client_ranks, refuse_what_facts_forbid, refuse_what_needs_one_place
 from fedsb.training.basis import basis_values
 from fedsb.training.local import LocalTraining
 from fedsb.training.memory import memory_by_clients, trained_values
@@ -47,7 +52,6 @@ from fedsb.training.resolved import (
     batch_warnings,
     end_choices,
     local_training,
-    open_sums,
     public_rows,
     targets_choice,
 )
@@ -129,7 +133,9 @@ def estimate(loaded: ResolvedConfig) -> dict[str, Any]:
         choices += [*data.choices, *rank_settings]
     if data is not None or config.privacy.unit != "example":  # else it depends on how many rows each has
         policy = build_privacy_policy(config, method, sites, local)
-        open_sums(config, policy, "check", sites)  # refuses a sum that hides nothing
+        open_secure_sums(
+            config, policy, "check", {site.name: site.rows for site in sites}
+        )  # refuses a sum that hides nothing
         privacy = promised(policy, config, trained_values(method, adapted.shapes, head))
         choices += policy.choices
     warnings = batch_warnings(config, local, sites) if data is not None else []

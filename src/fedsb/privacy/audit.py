@@ -40,7 +40,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedsb.adapters.adapted import Tensors
+from fedsb.adapters.layout import Layout
 from fedsb.privacy.mechanism import DPMechanism
 from fedsb.privacy.noise import Noise
 from fedsb.privacy.release_checks import ReleaseChecks
@@ -125,64 +125,51 @@ def ceiling(canaries: int, delta: float, q: float = 1.0, steps: int = 1) -> floa
     return best
 
 
-Layout = tuple[tuple[str, tuple[int, ...]], ...]  # the tensors that a step trains, and their shapes
-
-
 class Canaries:
-    """A client's canaries: who takes part, their directions, and what was released with them, summed over the steps."""
+    """A client's canaries: which take part, their directions, and what was released with them over the steps."""
 
     def __init__(self, count: int, noise: Noise, *key: Key) -> None:
         self.count = count
         self.inside = noise.poisson_sample(count, 0.5)  # by secret coins; the directions are no secret
         self.key = key
         self.drawn: list[int] = []  # by this step, numbered among those inside
-        self.seen: dict[Layout, Tensor] = {}  # each (d,) float64; more than one where rounds train other tensors
+        self.seen: dict[Layout, Tensor] = {}  # each (P,) float64; more than one where rounds train other tensors
 
     @property
     def taking_part(self) -> NDArray[np.bool_]:
         """(m,)"""
         return np.isin(np.arange(self.count), self.inside)
 
-    def add(self, sums: Tensors, clip: float) -> Tensors:
-        """A client's sums with the clipped gradients of the canaries that this step has drawn."""
-        with_K = {key: sums[key].clone()[None] for key in sorted(sums)}
-        size = sum(x.numel() for x in with_K.values())
-        for _, u_bd in self._directions([self.inside[i] for i in self.drawn], size):
-            g_bd = (LENGTH * clip * u_bd).to(with_K[min(with_K)].device)
-            parts = torch.split(g_bd, [x.numel() for x in with_K.values()], dim=1)
-            gradients = {key: g.reshape(-1, *sums[key].shape) for key, g in zip(with_K, parts, strict=True)}
-            add_clipped(with_K, gradients, torch.zeros(len(g_bd), dtype=torch.long, device=g_bd.device), clip)
-        return {key: x[0] for key, x in with_K.items()}
+    def add(self, total: Tensor, clip: float) -> Tensor:
+        """Returns a client's sum (P,) with the clipped gradients of the canaries that this step has drawn."""
+        with_K = total.clone().unsqueeze(0)
+        for _, u_bP in self._directions([self.inside[i] for i in self.drawn], len(total)):
+            g_bP = (LENGTH * clip * u_bP).to(total.device)
+            add_clipped(with_K, g_bP, torch.zeros(len(g_bP), dtype=torch.long, device=g_bP.device), clip)
+        return with_K[0]
 
-    def clipped_lengths(self, like: Tensors, clip: float) -> dict[str, float]:
+    def clipped_lengths(self, layout: Layout, clip: float) -> dict[str, float]:
         """Returns the lengths, in clips, of long gradients after clipping: of one over all tensors, and of one in each
         tensor alone."""
         found: dict[str, float] = {}
-        for only in (None, *sorted(like)):
-            g = {
-                key: (torch.ones_like(x) if only in (None, key) else torch.zeros_like(x))[None]
-                for key, x in like.items()
-            }
-            size = math.sqrt(sum(float(x.sum()) for x in g.values()))
-            g = {key: x * (LENGTH * clip / size) for key, x in g.items()}
-            sums = {key: torch.zeros_like(x)[None] for key, x in like.items()}
-            add_clipped(sums, g, torch.zeros(1, dtype=torch.long, device=next(iter(g.values())).device), clip)
-            total = sum(float(x.double().square().sum()) for x in sums.values())
-            found[only or "all tensors together"] = math.sqrt(total) / clip
+        for only in (None, *layout.slices):
+            g = torch.ones(layout.size) if only is None else layout.mask(frozenset({only}))
+            g = (g * (LENGTH * clip / math.sqrt(float(g.sum())))).unsqueeze(0)
+            sums = torch.zeros_like(g)
+            add_clipped(sums, g, torch.zeros(1, dtype=torch.long), clip)
+            found[only or "all tensors together"] = float(sums.double().norm()) / clip
         return found
 
-    def see(self, released: Tensors) -> None:
-        """One step's noised sum, less what an attacker knows of it."""
-        layout = tuple((key, tuple(released[key].shape)) for key in sorted(released))
-        flat = torch.cat([released[key].flatten() for key in sorted(released)])
-        self.seen[layout] = self.seen.get(layout, torch.zeros_like(flat)) + flat
+    def see(self, released: Tensor, layout: Layout) -> None:
+        """Takes one step's noised sum, less what an attacker knows of it."""
+        self.seen[layout] = self.seen.get(layout, torch.zeros_like(released)) + released
 
     def scores(self) -> NDArray[np.float64]:
         """(m,): higher where a canary more likely took part."""
         scores = np.zeros(self.count)
         for seen in self.seen.values():
-            for which, u_bd in self._directions(range(self.count), len(seen)):
-                scores[which] += (u_bd @ seen.float()).double().numpy()
+            for which, u_bP in self._directions(range(self.count), len(seen)):
+                scores[which] += (u_bP @ seen.float()).double().numpy()
         return scores
 
     def _directions(self, which: Sequence[int], size: int) -> Iterator[tuple[Sequence[int], Tensor]]:
@@ -213,21 +200,21 @@ class AuditedGuard(DPMechanism):
         self.canaries.drawn = [i - self.plan.rows for i in drawn if i >= self.plan.rows]
         return [i for i in drawn if i < self.plan.rows]
 
-    def mean(self, sums: Tensors, rows: int) -> Tensors:
-        with_canaries = self.canaries.add(sums, self.plan.clip)
-        if (layout := tuple(sorted(sums))) not in self.checks.clipped:  # once for the tensors of a round
-            self.checks.see_clipped(layout, self.canaries.clipped_lengths(sums, self.plan.clip))
-        mean = super().mean(with_canaries, rows + len(self.canaries.drawn))
-        released = {key: x.cpu().double() * self.plan.batch for key, x in mean.items()}
-        self.canaries.see({key: x - sums[key].cpu() for key, x in released.items()})
-        self.checks.see_noise({key: x - with_canaries[key].cpu() for key, x in released.items()}, self.plan.noise_std)
+    def mean(self, total: Tensor, rows: int, layout: Layout) -> Tensor:
+        with_canaries = self.canaries.add(total, self.plan.clip)
+        if (names := tuple(layout.slices)) not in self.checks.clipped:  # once for the tensors of a round
+            self.checks.see_clipped(names, self.canaries.clipped_lengths(layout, self.plan.clip))
+        mean = super().mean(with_canaries, rows + len(self.canaries.drawn), layout)
+        released = mean.cpu().double() * self.plan.batch
+        self.canaries.see(released - total.cpu(), layout)
+        self.checks.see_noise(layout.views(released - with_canaries.cpu()), self.plan.noise_std)
         return mean
 
-    def basis_sum(self, sums: Tensors, rows: int) -> Tensors:
-        noised, basis = super().basis_sum(sums, rows), self.plan.basis
+    def basis_sum(self, total: Tensor, rows: int, layout: Layout) -> Tensor:
+        noised, basis = super().basis_sum(total, rows, layout), self.plan.basis
         assert basis is not None
-        noise = {f"basis, {key}": x.cpu().double() - sums[key].cpu() for key, x in noised.items()}
-        self.checks.see_noise(noise, basis.sigma * basis.clip)
+        noise = layout.views(noised.cpu().double() - total.cpu())
+        self.checks.see_noise({f"basis, {key}": x for key, x in noise.items()}, basis.sigma * basis.clip)
         return noised
 
 

@@ -9,14 +9,14 @@ was not charged, and to release a sum that is longer than its rows and their cli
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+from torch import Tensor
 
-from fedsb.adapters.adapted import Tensors
+from fedsb.adapters.layout import Layout
 from fedsb.privacy.accounting import Release, epsilon
 from fedsb.privacy.ledger import Ledger
 from fedsb.privacy.noise import Noise
@@ -91,33 +91,32 @@ class DPMechanism:
         self._charge(Release(q=basis.q, sigma=basis.sigma, what="basis"), basis.clip, round)
         return self.noise.poisson_sample(self.plan.rows, basis.q)
 
-    def basis_sum(self, sums: Tensors, rows: int) -> Tensors:
-        """Returns the clipped sums of a basis over `rows` rows with noise.
+    def basis_sum(self, total: Tensor, rows: int, layout: Layout) -> Tensor:
+        """Returns the clipped sum (P,) of a basis over `rows` rows with noise; `layout` names its tensors.
 
-        Raises UnsafeReleaseError if it was not charged, or if the sums are longer than `rows` clipped gradients can be.
+        Raises UnsafeReleaseError if it was not charged, or if the sum is longer than `rows` clipped gradients can be.
         """
         assert self.plan.basis is not None
         self._take("basis")
-        _refuse_long(sums, rows, self.plan.basis.clip)
-        std = self.plan.basis.sigma * self.plan.basis.clip
-        return {key: self.noised(sums[key], std) for key in sorted(sums)}
+        _refuse_long(total, rows, self.plan.basis.clip)
+        return self.noised(total, self.plan.basis.sigma * self.plan.basis.clip)
 
-    def mean(self, sums: Tensors, rows: int) -> Tensors:
-        """Returns the clipped sums of one step over `rows` rows as a noised mean, float32.
+    def mean(self, total: Tensor, rows: int, layout: Layout) -> Tensor:
+        """Returns the clipped sum (P,) of one step over `rows` rows as a noised mean, float32.
 
         The divisor is public: it is the expected batch. Raises as `basis_sum` does.
         """
         self._take("training")
-        _refuse_long(sums, rows, self.plan.clip)
-        return {key: self.noised(sums[key], self.plan.noise_std) / self.plan.batch for key in sorted(sums)}
+        _refuse_long(total, rows, self.plan.clip)
+        return self.noised(total, self.plan.noise_std) / self.plan.batch
 
-    def noised_update(self, tensors: Tensors) -> Tensors:
-        """Returns one client's update with the noise of the sum of all clients' changes.
+    def noised_update(self, update: Tensor) -> Tensor:
+        """Returns one client's update (P,) with the noise of the sum of all clients' changes.
 
         Raises UnsafeReleaseError if the round was not charged.
         """
         self._take("training")
-        return {key: self.noised(tensors[key], self.plan.noise_std) for key in sorted(tensors)}
+        return self.noised(update, self.plan.noise_std)
 
     def require_charged(self, what: What) -> None:
         """Raises UnsafeReleaseError if no noised sum of this kind is charged and still to be made."""
@@ -127,7 +126,7 @@ class DPMechanism:
                 "released. This is a fault of fedsb; please report it"
             )
 
-    def noised(self, total: torch.Tensor, std: float) -> torch.Tensor:
+    def noised(self, total: Tensor, std: float) -> Tensor:
         """total + N(0, std^2), added in float64 and rounded to float32, on the tensor's device."""
         noise = torch.from_numpy(self.noise.normal(tuple(total.shape))) * std
         return (total.detach().cpu().double() + noise).float().to(total.device)
@@ -155,32 +154,33 @@ class DPMechanism:
         self._charged[what] -= 1
 
 
-def _refuse_long(sums: Tensors, rows: int, clip: float) -> None:
-    """Raises UnsafeReleaseError if the sums are longer than `rows` gradients of length `clip` can be together."""
-    squares = sum(float(torch.linalg.vector_norm(x.detach().cpu(), dtype=torch.float64)) ** 2 for x in sums.values())
-    if not math.sqrt(squares) <= rows * clip * (1 + SLACK):  # NaN is refused too
+def _refuse_long(total: Tensor, rows: int, clip: float) -> None:
+    """Raises UnsafeReleaseError if the sum is longer than `rows` gradients of length `clip` can be together."""
+    length = float(torch.linalg.vector_norm(total.detach(), dtype=torch.float64))
+    if not length <= rows * clip * (1 + SLACK):  # NaN is refused too
         raise UnsafeReleaseError(
             f"the sum of {rows} clipped gradients is longer than {rows} x {clip:g}, so its noise would not cover it. "
             "Nothing was released. This is a fault of fedsb, or of the model's implementation; please report it"
         )
 
 
-def clipped_change(sent: Tensors, unmoved: Tensors, clip: float) -> Tensors:
-    """A client's bounded update: unmoved + d min(1, clip / ||d||), d = sent - unmoved over all tensors together.
+def clip_change(sent: Tensor, baseline: Tensor, clip: float) -> Tensor:  # (P,) each
+    """Returns a client's bounded update: baseline + d min(1, clip / ||d||), with d = sent - baseline.
 
-    d = 0 where its norm is NaN or infinite: a client that drops out for that would tell of its rows. Raises UserError
-    if float32, in which the update travels, is too coarse for a change of this length. That depends on `unmoved` alone.
+    d = 0 where its norm is NaN or infinite: a client that drops out for that would reveal something of its rows. Raises
+    UserError if float32, in which the update travels, is too coarse for a change of this length. That depends on
+    `baseline` alone.
     """
-    length = math.sqrt(sum(float(x.double().square().sum()) for x in unmoved.values()))
+    length = float(torch.linalg.vector_norm(baseline, dtype=torch.float64))
     if (rounding := FLOAT32_ROUNDING * (length + clip)) > SLACK * clip:
         raise UserError(
             f"privacy.clip = {clip:g} is too small: the tensors that a client sends have length {length:.3g}, and "
             f"float32 rounds them by up to {rounding:.2g}. Set it to at least "
             f"{FLOAT32_ROUNDING / SLACK * length * 1.01:.2g}"
         )
-    change = {key: x.double() - unmoved[key].double() for key, x in sent.items()}
-    norm = torch.stack([d.square().sum() for d in change.values()]).sum().sqrt()
+    change = sent.double() - baseline.double()
+    norm = torch.linalg.vector_norm(change)
     if not norm.isfinite():
-        return {key: x.float() for key, x in unmoved.items()}
+        return baseline.float()
     factor = min(1.0, clip / float(norm)) if norm > 0 else 1.0
-    return {key: (unmoved[key].double() + factor * d).float() for key, d in change.items()}
+    return (baseline.double() + factor * change).float()

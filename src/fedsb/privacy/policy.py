@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Literal
 
 from fedsb.adapters.adapted import Tensors
+from fedsb.adapters.layout import Layout
 from fedsb.config.resolved import ResolvedSetting
 from fedsb.config.schema import Config
 from fedsb.data.sites import Site
 from fedsb.methods.base import Method, Update
 from fedsb.privacy.ledger import Ledger
-from fedsb.privacy.mechanism import Cap, DPMechanism, clipped_change
+from fedsb.privacy.mechanism import Cap, DPMechanism, clip_change
 from fedsb.privacy.noise import Noise, SecretNoise
 from fedsb.privacy.plan import BasisNoise, PrivacyPlan, default_delta
 from fedsb.protocol.schedule import sample
@@ -73,9 +74,12 @@ class PrivacyPolicy:
         open."""
         return self._opened()[SERVER] if self.unit == "client" else None
 
-    def bounded(self, sent: Tensors, unmoved: Tensors) -> Tensors:
-        """A client's update, its change clipped where a client is the unit."""
-        return clipped_change(sent, unmoved, self.plans[SERVER].clip) if self.unit == "client" else sent
+    def bounded(self, sent: Tensors, baseline: Tensors) -> Tensors:
+        """Returns a client's update, its change clipped where a client is the unit."""
+        if self.unit != "client":
+            return sent
+        layout = Layout.of(sent)
+        return layout.views(clip_change(layout.flatten(sent), layout.flatten(baseline), self.plans[SERVER].clip))
 
     def noised(self, updates: Sequence[Update], round: int) -> Sequence[Update]:
         """The updates with the server's noise on their sum, where a client is the unit.
@@ -87,7 +91,9 @@ class PrivacyPolicy:
             return updates
         mechanism.charge(round + 1)
         first, *others = updates
-        return [replace(first, tensors=mechanism.noised_update(first.tensors)), *others]
+        layout = Layout.of(first.tensors)
+        noised = mechanism.noised_update(layout.flatten(first.tensors))
+        return [replace(first, tensors=layout.views(noised)), *others]
 
     def _opened(self) -> Mapping[str, DPMechanism]:
         if not self.mechanisms:

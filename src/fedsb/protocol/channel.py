@@ -1,35 +1,63 @@
-"""What carries the messages of a real federation, and knows nothing of what is in them."""
+"""What carries messages between the server and the clients."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
-OFFLINE = "gone: offline"  # how the reason of a site begins that is not there, and may yet come
+from fedsb.protocol.messages import Reply, Request
+
+OFFLINE = "gone: offline"  # the start of a reason: the client is offline and may return
 
 
 class NoResponse(NamedTuple):
-    """A site that did not answer: late, gone, refused, failed."""
+    """A client that did not answer: late, offline, refused or failed."""
 
     reason: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class ChannelSpec:
+    """What a channel can do. A configuration that needs more is refused, with the fact named."""
+
+    name: str
+    holds_rows: bool  # all clients' rows are in this process: pooled data, scores of clients' own models in each round
+
+
 class Channel(Protocol):
-    """Carries requests to sites and brings back what they answer."""
+    """Carries typed requests to the clients and brings back their replies."""
+
+    @property
+    def spec(self) -> ChannelSpec: ...
+
+    @property
+    def clients(self) -> Sequence[str]:
+        """The names of all clients, sorted."""
+        ...
+
+    def exchange(
+        self, requests: Mapping[str, Request[Any]], timeout_s: float | None = None
+    ) -> Iterator[tuple[str, Reply | NoResponse]]:
+        """Yields replies as they come in, each client once; NoResponse for those that did not answer in time."""
+        ...
+
+
+class Transport(Protocol):
+    """Carries bytes to sites and brings back theirs, without reading them."""
 
     @property
     def sites(self) -> Sequence[str]:
-        """Names of all registered sites, sorted."""
+        """The names of all registered sites, sorted."""
         ...
 
     def ask(
         self, requests: Mapping[str, bytes], timeout_s: float | None = None
     ) -> Iterator[tuple[str, bytes | NoResponse]]:
-        """As answers come in, each site once; NoResponse for those that did not within the time."""
+        """Yields answers as they come in, each site once; NoResponse for those that did not answer in time."""
         ...
 
 
-# What a site does with a request; a raised UserError or RunError (fedsb/errors.py) goes back as NoResponse, with its
-# words
-# where they may leave the site.
+# How a site answers a request. A UserError or RunError that it raises goes back as NoResponse, with its text where that
+# may leave the site (utils/errors.py).
 Handle = Callable[[bytes], bytes]

@@ -1,27 +1,28 @@
-"""What a coordinator and a site say to each other: a verb, some facts, and envelopes.
+"""The messages between the server and a client, typed, and their bytes.
 
-    4 bytes: length of the header | header, JSON: {"verb", "facts", "parts": lengths} | the parts, end to end
+    4 bytes: length of the header | header, JSON: {"verb", "fields", "parts": lengths} | the parts, end to end
 
-A round, seen from the coordinator (site/handle.py answers):
+    Describe        settings, versions                     -> rows, labels, the table's fingerprint
+    Prepare         classes, fingerprints of model and     -> rows to train on, rows held out, rows cut or left out
+                    tokenizer
+    Start           every client's number of rows          -> hash of the client's shared state, None before a basis
+    BasisGradient   the round that the basis is for        -> a payload: S of this client
+    SetBasis        a payload: the basis, or a part of it  -> hash of the shared state
+    Refresh         a payload: the server's tensors, to    -> hash of the shared state, None before a basis
+                    be merged into the residual
+    SetShared       a payload: all of the shared state     -> hash of the shared state
+    Train           a payload: the broadcast               -> a payload: the update; or Stale
+    SecAggPhase     one phase's message of a secure sum    -> the client's message (secagg/protocol.py)
+    Finish          a payload: the last broadcast          -> the client's own score; it writes its adapter
 
-    look    the run's settings, versions              ->  rows, the labels among them, the table's fingerprint
-    open    the classes, the base model's and the
-            tokenizer's fingerprints                  ->  rows to train on, rows held out, what is cut or left out
-    start   every site's rows                         ->  hash of what the site holds in common; it may now train
-    sums    (basis core)                              ->  an envelope, S of this site
-    basis   an envelope, the basis or a part of it    ->  hash of what the site holds in common
-    hold    an envelope, all that is held in common   ->  hash; where a site's own derivation differs in its last bits
-    round   an envelope, the broadcast                ->  an envelope, the update; or "behind"
-    sum     a phase of a secure sum, its message      ->  the site's message (privacy/secure_sum.py)
-    finish  an envelope, the last broadcast           ->  the site's own score; it writes the adapter for itself
+A reply is checked against its type before anything reads it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, TypeVar
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -29,134 +30,248 @@ from fedsb.protocol.payload import PayloadError
 
 HEADER_LIMIT = 1 << 24  # bytes
 
-
-@dataclass(frozen=True)
-class Note:
-    verb: str
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    parts: Sequence[bytes] = ()
-
-
-def pack_note(note: Note) -> bytes:
-    """The same bytes for the same note: a repeated request is known by its hash."""
-    head = {"verb": note.verb, "facts": note.facts, "parts": [len(part) for part in note.parts]}
-    header = json.dumps(head, sort_keys=True, separators=(",", ":")).encode()
-    return b"".join([len(header).to_bytes(4, "big"), header, *note.parts])
-
-
-def read_note(data: bytes) -> Note:
-    """Raises PayloadError for bytes that are no note."""
-    length = int.from_bytes(data[:4], "big")
-    if length > min(HEADER_LIMIT, len(data) - 4):
-        raise PayloadError(f"not a message of fedsb ({len(data)} bytes): its header claims {length} bytes")
-    try:
-        head = json.loads(data[4 : 4 + length])
-        verb, facts, sizes = head["verb"], head["facts"], head["parts"]
-        whole = isinstance(verb, str) and isinstance(facts, dict) and all(type(n) is int and n >= 0 for n in sizes)
-    except (ValueError, TypeError, KeyError) as error:
-        raise PayloadError(f"not a message of fedsb ({len(data)} bytes): {error}") from error
-    if not whole or 4 + length + sum(sizes) != len(data):
-        raise PayloadError(f"not a message of fedsb: {len(data)} bytes, its header says {sizes!r:.80}")
-    parts, at = [], 4 + length
-    for size in sizes:
-        parts.append(data[at : at + size])
-        at += size
-    return Note(verb=verb, facts=facts, parts=tuple(parts))
-
-
 Rows = Annotated[int, Field(ge=1, le=10**9)]
 Count = Annotated[int, Field(ge=0, le=10**9)]
 Real = Annotated[float, Field(allow_inf_nan=False)]
+Labels = list[str | int | bool]
+SecAggPhaseName = Literal["advert", "sealed", "masked", "confirm", "shares"]
+SecAggPhaseName = Literal["advert", "sealed", "masked", "confirm", "shares"]
 
 
-class Facts(BaseModel):
-    """What a site says in answer to a request; a coordinator believes its form only after it was checked."""
+class Message(BaseModel):
+    """A message's fields, and with it payloads as bytes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
     verb: ClassVar[str]
-    envelopes: ClassVar[tuple[int, ...]] = (0,)  # how many may come with it
+    payloads: ClassVar[tuple[int, ...]] = (0,)  # how many payloads may come with it
     parts: tuple[bytes, ...] = Field((), exclude=True)
 
+    @property
+    def payload(self) -> bytes:
+        """The one payload."""
+        (part,) = self.parts
+        return part
+
+    def header(self) -> bytes:
+        fields = self.model_dump(mode="json")
+        head = {"verb": self.verb, "fields": fields, "parts": [len(part) for part in self.parts]}
+        return json.dumps(head, sort_keys=True, separators=(",", ":")).encode()
+
     def pack(self) -> bytes:
-        return pack_note(Note(self.verb, self.model_dump(mode="json"), self.parts))
+        """Returns the same bytes for the same message, so that a repeated request is recognised by its hash."""
+        header = self.header()
+        return b"".join([len(header).to_bytes(4, "big"), header, *self.parts])
+
+    @property
+    def wire_bytes(self) -> int:
+        """The length of `pack()`."""
+        return 4 + len(self.header()) + sum(map(len, self.parts))
 
 
-class Looked(Facts):
-    verb = "look"
-    rows: Rows | None  # None: not told, in a private run; less the rows to train on it is how many are left out
-    labels: list[str | int | bool]
+class Reply(Message):
+    """What a client answers."""
+
+
+class Stale(Reply):
+    """The reply to Train of a client that lacks the shared state to which the broadcast adds."""
+
+    verb = "stale"
+    shared: str
+
+
+class DescribeReply(Reply):
+    verb = "describe"
+    rows: Rows | None  # None in a private run, where it would show how many rows were left out
+    labels: Labels
     fingerprint: str
 
 
-class Opened(Facts):
-    verb = "open"
+class PrepareReply(Reply):
+    verb = "prepare"
     rows: Rows
     held_out: Count
-    cut: Count | None  # None: not told, in a private run
+    cut: Count | None  # None in a private run
     unused: Count | None
     labels: dict[str, int] | None
 
 
-class Started(Facts):
+class StartReply(Reply):
     verb = "start"
-    holds: str | None  # None: a basis has to come
+    shared: str | None  # None: a basis has to come first
 
 
-class Summed(Facts):
-    verb = "sums"
-    envelopes = (1,)
+class BasisGradientReply(Reply):
+    verb = "basis_gradient"
+    payloads = (1,)
     rows: Annotated[Real, Field(gt=0)]
-    entries: list[dict[str, Any]]  # of the site's ledger
+    entries: list[dict[str, Any]] = []  # of the client's ledger
 
 
-class Told(Facts):
-    verb = "basis"
-    holds: str
+class SetBasisReply(Reply):
+    verb = "set_basis"
+    shared: str
 
 
-class Held(Facts):
-    verb = "hold"
-    holds: str
+class RefreshReply(Reply):
+    verb = "refresh"
+    shared: str | None
 
 
-class Trained(Facts):
-    verb = "round"
-    envelopes = (0, 1)
-    entries: list[dict[str, Any]]
+class SetSharedReply(Reply):
+    verb = "set_shared"
+    shared: str
+
+
+class TrainReply(Reply):
+    verb = "train"
+    payloads = (0, 1)
+    entries: list[dict[str, Any]] = []
     loss: Real | None = None
-    left: str | None = None  # why it does not go into the sum
+    score: Real | None = None  # of the trained model on the client's held-out rows
+    left: str | None = None  # why the client's change does not go into the secure sum
 
 
-class Behind(Facts):
-    """In answer to a round, of a site that lacks what the broadcast adds to."""
-
-    verb = "behind"
-    holds: str
+class SecAggReply(Reply):
+    verb = "secagg"
+    payloads = (1,)
 
 
-class Phase(Facts):
-    verb = "sum"
-    envelopes = (1,)
-
-
-class Finished(Facts):
+class FinishReply(Reply):
     verb = "finish"
     score: Real | None
     held_out: Count
-    entries: list[dict[str, Any]]
+    entries: list[dict[str, Any]] = []
 
 
-F = TypeVar("F", bound=Facts)
+R = TypeVar("R", bound=Reply)
 
 
-def read_answer(data: bytes, kind: type[F]) -> F | Behind:
-    """Raises PayloadError for anything but an answer of that kind, or, to a round, Behind."""
-    note = read_note(data)
-    wanted: type[F | Behind] = Behind if kind is Trained and note.verb == Behind.verb else kind
-    if note.verb != wanted.verb or len(note.parts) not in wanted.envelopes:
-        raise PayloadError(f"an answer {note.verb!r:.40} with {len(note.parts)} envelopes to the request {kind.verb!r}")
+class Request(Message, Generic[R]):
+    """What a server asks."""
+
+    reply: ClassVar[type[Reply]]
+    run: str
+
+
+class Describe(Request[DescribeReply]):
+    verb, reply = "describe", DescribeReply
+    config: dict[str, Any]
+    versions: dict[str, str]
+
+
+class Prepare(Request[PrepareReply]):
+    verb, reply = "prepare", PrepareReply
+    label_names: list[str]
+    class_names: list[str] | None
+    model: str
+    tokenizer: str
+
+
+class Start(Request[StartReply]):
+    verb, reply = "start", StartReply
+    rows: dict[str, int]
+
+
+class BasisGradient(Request[BasisGradientReply]):
+    verb, reply = "basis_gradient", BasisGradientReply
+    round: Count
+
+
+class SetBasis(Request[SetBasisReply]):
+    verb, reply = "set_basis", SetBasisReply
+    payloads = (1,)
+    round: Count
+
+
+class Refresh(Request[RefreshReply]):
+    verb, reply = "refresh", RefreshReply
+    payloads = (1,)
+
+
+class SetShared(Request[SetSharedReply]):
+    verb, reply = "set_shared", SetSharedReply
+    payloads = (1,)
+
+
+class Train(Request[TrainReply]):
+    verb, reply = "train", TrainReply
+    payloads = (1,)
+    total_rank: int | None  # of this client; None: the method's
+    state_round: Count  # the last round whose update of this client was used: its own state is that after it
+    score: bool = False  # whether to score the trained model on the held-out rows
+    versions: dict[str, str] = {}
+
+
+class SecAggPhase(Request[SecAggReply]):
+    verb, reply = "secagg", SecAggReply
+    payloads = (1,)
+    phase: SecAggPhaseName
+    attempt: str
+    cohort: list[str]
+
+
+class Finish(Request[FinishReply]):
+    verb, reply = "finish", FinishReply
+    payloads = (1,)
+    card: dict[str, str]
+
+
+REQUESTS: dict[str, type[Request[Any]]] = {
+    kind.verb: kind
+    for kind in (Describe, Prepare, Start, BasisGradient, SetBasis, Refresh, SetShared, Train, SecAggPhase, Finish)
+}
+
+
+def read_request(data: bytes) -> Request[Any]:
+    """Raises PayloadError for bytes that are not a request of this version."""
+    verb, fields, parts = _split(data)
+    if verb not in REQUESTS:
+        raise PayloadError(f"Unknown request {verb!r:.40}. The coordinator may run a different fedsb version.")
+    return _checked(REQUESTS[verb], fields, parts)
+
+
+def read_reply(data: bytes, request: Request[R]) -> R | Stale:
+    """Raises PayloadError for anything but a reply to this request."""
+    verb, fields, parts = _split(data)
+    expected: type[Any] = Stale if isinstance(request, Train) and verb == Stale.verb else request.reply
+    if verb != expected.verb:
+        raise PayloadError(f"Its reply to {request.verb!r} has the verb {verb!r:.40}.")
+    found: R | Stale = _checked(expected, fields, parts)
+    return found
+
+
+M = TypeVar("M", bound=Message)
+
+
+def _checked(kind: type[M], fields: dict[str, Any], parts: tuple[bytes, ...]) -> M:
+    if len(parts) not in kind.payloads:
+        raise PayloadError(f"A message {kind.verb!r} with {len(parts)} payloads. Expected: {kind.payloads}.")
     try:
-        return wanted.model_validate({**note.facts, "parts": note.parts})
+        return kind.model_validate({**fields, "parts": parts})
     except ValidationError as error:
         where = ", ".join(".".join(map(str, fault["loc"])) for fault in error.errors()[:3])
-        raise PayloadError(f"its answer to {kind.verb!r} is not one: {where}") from error
+        raise PayloadError(f"The fields of its message {kind.verb!r} are not valid: {where}.") from error
+
+
+def _split(data: bytes) -> tuple[str, dict[str, Any], tuple[bytes, ...]]:
+    """Returns (verb, fields, parts). Raises PayloadError for bytes that are not a message."""
+    length = int.from_bytes(data[:4], "big")
+    if length > min(HEADER_LIMIT, len(data) - 4):
+        raise PayloadError(f"Not a message of fedsb ({len(data)} bytes): its header claims {length} bytes.")
+    try:
+        head = json.loads(data[4 : 4 + length])
+        verb, fields, sizes = head["verb"], head["fields"], head["parts"]
+        valid = isinstance(verb, str) and isinstance(fields, dict) and all(type(n) is int and n >= 0 for n in sizes)
+    except (ValueError, TypeError, KeyError) as error:
+        raise PayloadError(f"Not a message of fedsb ({len(data)} bytes): {error}.") from error
+    if not valid or 4 + length + sum(sizes) != len(data):
+        raise PayloadError(f"Not a message of fedsb: {len(data)} bytes, but its header lists {sizes!r:.80}.")
+    return verb, fields, _cut(data, 4 + length, sizes)
+
+
+def _cut(data: bytes, at: int, sizes: Sequence[int]) -> tuple[bytes, ...]:
+    parts = []
+    for size in sizes:
+        parts.append(data[at : at + size])
+        at += size
+    return tuple(parts)

@@ -1,76 +1,90 @@
-"""What travels: one packed, versioned envelope for every message between a site and the server.
+"""The values of a message as bytes: a safetensors file with one tensor, which any language can read.
 
-An envelope is a safetensors file with a single tensor, all values end to end, and a header that says whose they are:
-version, kind, run, client, round, sample count, basis hash, codec, and the layout (name and shape of each tensor,
-compressed, since names would outweigh a small core). Reading one never runs code and never trusts a length that it did
-not check. Nothing but numpy and safetensors is needed, so a server without torch can read it.
+Its metadata say what it is: kind, run, round, client, samples, hash of the shared state, codec, and the layout (name
+and shape of each tensor, compressed, since names would outweigh a small core). Reading one never runs code and never
+trusts a length that it did not check.
 
-With a codec other than float32 (codec.py) the single tensor is bytes: first the tensors of one value, in float32, which
-may be whole numbers that say something (a rank), then all others end to end, coded.
+With a codec other than float32 (codec.py) the single tensor is bytes: first the tensors of one value, in float32, then
+all others end to end, encoded.
 """
 
 from __future__ import annotations
 
 import base64
 import json
-import math
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import lru_cache
+from typing import Any, Literal, Self
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
+from fedsb.adapters.layout import Layout
 from fedsb.protocol.codec import CODECS, Bytes, Codec, decode, encode, payload_bytes
 
-VERSION = 2
+VERSION = 3
 LAYOUT_LIMIT = 1 << 24  # bytes of a layout when unpacked: a million tensors; more is an attack
 AXES_LIMIT = 8
 Kind = Literal["broadcast", "update", "basis-up", "basis-down"]
-Arrays = dict[str, NDArray[np.float32]]
+Vector = NDArray[np.float32]
 
 
 class PayloadError(ValueError):
-    """Bytes that are no envelope of ours, or one of another version."""
+    """Bytes that are not a payload of ours, or one of another version."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Payload:
-    """One message. `tensors` are float32 arrays by name: as they go in, or as a codec lets them come out."""
+    """The values of one message: float32 in one vector, and the layout that names its tensors."""
 
     kind: Kind
     run: str  # the run's id: a message of another run is refused
     round: int
     client: str = ""  # empty: from the server
-    samples: int = 0  # n_k, rows behind an update
-    basis: str = ""  # hash of the common tensors, see adapters/basis.py
+    samples: int = 0  # n_k, the rows that an update was trained on
+    basis: str = ""  # hash of the shared state, see adapters/basis.py
     codec: Codec = "float32"
-    tensors: Arrays
+    layout: Layout
+    vector: Vector  # (P,): as given, or as the codec decodes it
+
+    @classmethod
+    def of(
+        cls, tensors: Mapping[str, torch.Tensor], *, kind: Kind, run: str, round: int, codec: Codec = "float32"
+    ) -> Self:
+        """Returns a payload of these tensors, from the server."""
+        layout = Layout.of(tensors)
+        vector = layout.flatten(tensors).cpu().numpy()
+        return cls(kind=kind, run=run, round=round, codec=codec, layout=layout, vector=vector)
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors by name: views of one copy of the vector, so that the message's bytes are not changed."""
+        return self.layout.views(torch.from_numpy(self.vector.copy()))
 
     @property
     def values(self) -> int:
-        return sum(array.size for array in self.tensors.values())
+        return self.layout.size
 
     @property
     def values_bytes(self) -> int:
-        """What the values take on the wire: with the codec's scales, without the header."""
-        sizes = [array.size for array in self.tensors.values()]
-        return payload_bytes(self.codec, sum(size for size in sizes if size != 1), sizes.count(1))
+        """The bytes that the values take on the wire: with the codec's scales, without the header."""
+        exact = self.layout.sizes.count(1)
+        return payload_bytes(self.codec, self.layout.size - exact, exact)
 
 
 def pack(payload: Payload, draw: np.random.Generator | None = None) -> bytes:
-    """The envelope's bytes: the values, 4 bytes each or as their codec makes them, and a header of some hundred bytes.
+    """Returns the message's bytes: the values as their codec encodes them, and a header of some hundred bytes.
 
-    Raises PayloadError for arrays that are not float32, ValueError where the codec rounds by a draw and has none.
+    Raises PayloadError for a vector that is not float32, ValueError where the codec rounds by a draw and has none.
     """
-    tensors = sorted(payload.tensors.items())  # a message is the same bytes in any process, sets or not
-    for name, array in tensors:
-        if array.dtype != np.float32:
-            raise PayloadError(f"{name!r} is {array.dtype}; an envelope takes float32")
-    flat = [np.ascontiguousarray(array).reshape(-1) for _, array in tensors]
-    values = _joined(flat) if payload.codec == "float32" else _coded(flat, payload.codec, draw)
-    layout = json.dumps([[name, list(array.shape)] for name, array in tensors], separators=(",", ":"))
+    if payload.vector.dtype != np.float32:
+        raise PayloadError(f"The values are {payload.vector.dtype}. A payload takes float32.")
+    values = payload.vector if payload.codec == "float32" else _encoded(payload, draw)
+    layout = json.dumps([[name, list(shape)] for name, shape in payload.layout.shapes], separators=(",", ":"))
     header = {
         "version": VERSION,
         "kind": payload.kind,
@@ -86,36 +100,34 @@ def pack(payload: Payload, draw: np.random.Generator | None = None) -> bytes:
 
 
 def unpack(data: bytes) -> Payload:
-    """Raises PayloadError, saying what is wrong, for anything but an envelope of this version."""
+    """Raises PayloadError, saying what is wrong, for anything but a payload of this version."""
     try:
         return _unpack(data)
     except PayloadError:
         raise
     except Exception as error:  # a stranger's bytes: whatever they make a parser do, the round goes on without them
-        raise PayloadError(f"not an envelope of fedsb ({len(data)} bytes): {type(error).__name__}: {error}") from error
+        raise PayloadError(f"Not a payload of fedsb ({len(data)} bytes): {type(error).__name__}: {error}") from error
 
 
 def _unpack(data: bytes) -> Payload:
     header = _header(data)
     if header.get("version") != VERSION:
-        raise PayloadError(f"an envelope of version {header.get('version')!r:.40}; this fedsb reads version {VERSION}")
+        raise PayloadError(f"A payload of version {header.get('version')!r:.40}. This fedsb reads version {VERSION}.")
     arrays = load(data)
     if arrays.keys() != {"values"}:
-        raise PayloadError(f"an envelope of {len(arrays)} tensors; version {VERSION} has one, 'values'")
+        raise PayloadError(f"A payload of {len(arrays)} tensors. Version {VERSION} has one, 'values'.")
     codec, values = header["codec"], arrays["values"]
     if codec not in CODECS:
-        raise PayloadError(f"its codec is {codec!r:.40}; this fedsb reads {', '.join(CODECS)}")
+        raise PayloadError(f"Its codec is {codec!r:.40}. This fedsb reads {', '.join(CODECS)}.")
     dtype = np.float32 if codec == "float32" else np.uint8
     if values.dtype != dtype or values.ndim != 1:
-        raise PayloadError(f"values are {values.dtype} with {values.ndim} axes; {codec} is flat {dtype.__name__}")
+        raise PayloadError(f"The values are {values.dtype} with {values.ndim} axes. {codec} is flat {dtype.__name__}.")
     layout = _layout(header["layout"])
-    sizes = [math.prod(shape) for shape in layout.values()]
-    exact = sizes.count(1)
-    if (wanted := payload_bytes(codec, sum(sizes) - exact, exact)) != values.nbytes:
+    exact = layout.sizes.count(1)
+    if (expected := payload_bytes(codec, layout.size - exact, exact)) != values.nbytes:
         raise PayloadError(
-            f"the layout holds {sum(sizes)} values, {wanted} bytes in {codec}; the envelope has {values.nbytes}"
+            f"The layout has {layout.size} values, {expected} bytes in {codec}, but the payload has {values.nbytes}."
         )
-    parts = _split(values, sizes) if codec == "float32" else _decoded(values, sizes, codec)
     return Payload(
         kind=header["kind"],
         run=str(header["run"]),
@@ -124,52 +136,63 @@ def _unpack(data: bytes) -> Payload:
         samples=int(header["samples"]),
         basis=str(header["basis"]),
         codec=codec,
-        tensors={name: part.reshape(shape) for (name, shape), part in zip(layout.items(), parts, strict=True)},
+        layout=layout,
+        vector=values if codec == "float32" else _decoded(values, layout, codec),
     )
 
 
-def _joined(flat: list[NDArray[np.float32]]) -> NDArray[np.float32]:
-    return np.concatenate(flat) if flat else np.zeros(0, np.float32)
+@lru_cache(maxsize=4)
+def measure(data: bytes) -> tuple[Layout, int]:
+    """Returns (the layout, the bytes of the values) of a payload of ours, from its header."""
+    header = _header(data)
+    layout = _layout(header["layout"])
+    exact = layout.sizes.count(1)
+    return layout, payload_bytes(header["codec"], layout.size - exact, exact)
 
 
-def _split(values: NDArray[np.float32], sizes: list[int]) -> list[NDArray[np.float32]]:
-    return np.split(values, np.cumsum(sizes)[:-1]) if sizes else []
+@lru_cache(maxsize=16)
+def _exact(layout: Layout) -> NDArray[np.bool_]:
+    """Returns (P,), true for the tensors of one value, which stay float32: they may be whole numbers (a rank)."""
+    sizes = np.array(layout.sizes, dtype=np.int64)
+    return np.repeat(sizes == 1, sizes)
 
 
-def _coded(flat: list[NDArray[np.float32]], codec: Codec, draw: np.random.Generator | None) -> Bytes:
-    exact, rest = _joined([x for x in flat if x.size == 1]), _joined([x for x in flat if x.size != 1])
-    return np.concatenate([encode(exact, "float32"), encode(rest, codec, draw)])
+def _encoded(payload: Payload, draw: np.random.Generator | None) -> Bytes:
+    exact = _exact(payload.layout)
+    coded = encode(payload.vector[~exact], payload.codec, draw)
+    return np.concatenate([encode(payload.vector[exact], "float32"), coded])
 
 
-def _decoded(values: Bytes, sizes: list[int], codec: Codec) -> list[NDArray[np.float32]]:
-    """The parts of these sizes. The lengths are known to fit."""
-    cut, rest = 4 * sizes.count(1), [size for size in sizes if size != 1]
-    exact = iter(_split(decode(values[:cut], "float32", sizes.count(1)), [1] * sizes.count(1)))
-    coded = iter(_split(decode(values[cut:], codec, sum(rest)), rest))
-    return [next(exact if size == 1 else coded) for size in sizes]
+def _decoded(values: Bytes, layout: Layout, codec: Codec) -> Vector:
+    """The lengths are known to fit."""
+    exact, vector = _exact(layout), np.empty(layout.size, np.float32)
+    count = int(exact.sum())
+    vector[exact] = decode(values[: 4 * count], "float32", count)
+    vector[~exact] = decode(values[4 * count :], codec, layout.size - count)
+    return vector
 
 
 def _header(data: bytes) -> dict[str, Any]:
     length = int.from_bytes(data[:8], "little")
     if length > len(data) - 8:
-        raise PayloadError(f"not an envelope of fedsb ({len(data)} bytes): its header claims {length} bytes")
+        raise PayloadError(f"Not a payload of fedsb ({len(data)} bytes): its header claims {length} bytes.")
     header = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["fedsb"])
     if not isinstance(header, dict):
-        raise PayloadError("not an envelope of fedsb: the header is no table")
+        raise PayloadError("Not a payload of fedsb: the header is not a table.")
     return header
 
 
-def _layout(packed: str) -> dict[str, tuple[int, ...]]:
-    """Shapes by name. Every length is checked before anything is made of it."""
+def _layout(packed: str) -> Layout:
+    """Returns the layout. Every length is checked before it is used."""
     inflate = zlib.decompressobj()
     text = inflate.decompress(base64.b64decode(packed), LAYOUT_LIMIT)
     if inflate.unconsumed_tail:
-        raise PayloadError(f"a layout above {LAYOUT_LIMIT} bytes")
-    layout: dict[str, tuple[int, ...]] = {}
+        raise PayloadError(f"A layout of more than {LAYOUT_LIMIT} bytes.")
+    shapes: list[tuple[str, tuple[int, ...]]] = []
     for name, shape in json.loads(text):
-        if not isinstance(name, str) or name in layout:
-            raise PayloadError(f"the layout names {name!r:.60} twice, or by no text")
+        if not isinstance(name, str) or (shapes and name <= shapes[-1][0]):
+            raise PayloadError(f"The layout names {name!r:.60} twice, out of order, or not by a string.")
         if len(shape) > AXES_LIMIT or not all(type(axis) is int and 0 <= axis < 1 << 40 for axis in shape):
-            raise PayloadError(f"the layout gives {name!r:.60} the shape {shape!r:.60}")
-        layout[name] = tuple(shape)
-    return layout
+            raise PayloadError(f"The layout gives {name!r:.60} the shape {shape!r:.60}.")
+        shapes.append((name, tuple(shape)))
+    return Layout(tuple(shapes))

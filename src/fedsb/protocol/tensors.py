@@ -1,28 +1,17 @@
-"""Between torch, which trains, and numpy, which travels."""
+"""Names of tensors with a prefix, and checks of tensors that came from elsewhere."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 
 from fedsb.adapters.adapted import Tensors
-from fedsb.protocol.payload import Arrays
-from fedsb.secagg.fixed_point import Floats, flatten
+from fedsb.adapters.layout import Layout
+from fedsb.protocol.payload import Payload
 
-
-def to_arrays(tensors: Mapping[str, torch.Tensor]) -> Arrays:
-    """float32 arrays on the CPU."""
-    return {key: tensor.detach().to("cpu", torch.float32).numpy() for key, tensor in tensors.items()}
-
-
-def to_tensors(arrays: Arrays) -> Tensors:
-    return {key: torch.from_numpy(array.copy()) for key, array in arrays.items()}
-
-
-def change_of(sent: Mapping[str, torch.Tensor], unmoved: Mapping[str, torch.Tensor]) -> Floats:
-    """sent - unmoved, end to end in order of the names: what a client puts into a secure sum."""
-    return flatten(to_arrays({key: x - unmoved[key] for key, x in sent.items()}))
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 def under(prefix: str, tensors: Mapping[str, torch.Tensor]) -> Tensors:
@@ -32,3 +21,31 @@ def under(prefix: str, tensors: Mapping[str, torch.Tensor]) -> Tensors:
 
 def within(prefix: str, tensors: Mapping[str, torch.Tensor]) -> Tensors:
     return {key.removeprefix(f"{prefix}/"): t for key, t in tensors.items() if key.startswith(f"{prefix}/")}
+
+
+def rejection_of(payload: Payload, expected: Layout) -> str | None:
+    """Returns why the payload's tensors are not the expected ones, or not finite; None for good ones."""
+    if payload.layout != expected and (reason := shape_mismatch(dict(payload.layout.shapes), dict(expected.shapes))):
+        return reason
+    finite = np.isfinite(payload.vector)
+    if finite.all():
+        return None
+    name = next(key for key, where in payload.layout.slices.items() if not finite[where].all())
+    bad = int((~finite[payload.layout.slices[name]]).sum())
+    return f"{name!r} contains {bad} values that are NaN or infinite"
+
+
+def shape_mismatch(found: Shapes, expected: Shapes) -> str | None:
+    """Returns what is wrong with names and shapes; None for the expected ones."""
+    missing, extra = expected.keys() - found.keys(), found.keys() - expected.keys()
+    if missing or extra:
+        return "wrong keys: " + "; ".join([*_some("missing", missing), *_some("unknown", extra)])
+    for name, shape in found.items():
+        if shape != expected[name]:
+            return f"{name!r} has shape {shape}, expected {expected[name]}"
+    return None
+
+
+def _some(what: str, names: set[str]) -> list[str]:
+    shown = ", ".join(f"{name!r:.80}" for name in sorted(names)[:3])
+    return [f"{what} {shown}{' and more' if len(names) > 3 else ''}"] if names else []

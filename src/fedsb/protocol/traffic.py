@@ -1,22 +1,50 @@
-"""One message as it is counted: values, bytes, and bytes on the wire."""
+"""One message as it is counted: values, their bytes, and bytes on the wire."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
+from fedsb.protocol.payload import measure
+
 Direction = Literal["up", "down"]
+Kind = Literal["round", "basis"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrafficRecord:
-    """One message of one client, as counted."""
+    """One message to or from one client."""
 
-    round: int  # as users count: 1 is the first; 0 is before it
+    round: int  # counted from 1; 0 is before the first round
     client: str
     direction: Direction
-    kind: Literal["round", "basis"]
+    kind: Kind
     values: int
     head_values: int
-    bytes: int  # of the values, as their codec makes them
-    wire_bytes: int  # with the envelope
+    bytes: int  # of the values, as their codec encodes them
+    wire_bytes: int  # of the whole message
+
+
+@dataclass(frozen=True)
+class TrafficCounter:
+    """Counts the payloads of a run; `head` names the tensors of the task head."""
+
+    head: Collection[str]
+
+    def record(
+        self, payload: bytes, round: int, client: str, direction: Direction, *, kind: Kind = "round", wire_bytes: int
+    ) -> TrafficRecord:
+        layout, size = measure(payload)
+        return TrafficRecord(
+            round=round,
+            client=client,
+            direction=direction,
+            kind=kind,
+            values=layout.size,
+            head_values=sum(
+                size for (key, _), size in zip(layout.shapes, layout.sizes, strict=True) if key in self.head
+            ),
+            bytes=size,
+            wire_bytes=wire_bytes,
+        )

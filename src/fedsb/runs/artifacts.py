@@ -9,18 +9,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fedsb.adapters.adapted import Tensors
 from fedsb.adapters.basis import BASES, Basis, basis_hash
-from fedsb.adapters.card import load_lines, model_card
-from fedsb.adapters.export import check_adapter, companion_files, lora_config, lora_files
+from fedsb.adapters.card import load_lines
 from fedsb.adapters.serving import serving
-from fedsb.channels.in_process import EmbeddedEngine
 from fedsb.config.load import load_config
 from fedsb.config.resolved import ResolvedSetting
-from fedsb.config.schema import Config
-from fedsb.data.tasks.base import Example
 from fedsb.methods import build_method
-from fedsb.methods.base import Method, State
+from fedsb.methods.base import State
 from fedsb.models.load import quiet
 from fedsb.privacy.policy import PrivacyPolicy
 from fedsb.privacy.statement import promised, spent, why_not_private
@@ -30,47 +25,43 @@ from fedsb.reporting.report import summary, write_report
 from fedsb.reporting.run_directory import read_manifest, read_result, read_rows
 from fedsb.reporting.warnings import counted_rounds, run_warnings
 from fedsb.runs.record import Record
-from fedsb.server.remote import RemoteEngine
-from fedsb.server.rounds import RoundResult
+from fedsb.server.server import RoundResult, Server
 from fedsb.training.basis import peak_memory_bytes
+from fedsb.training.export import write_adapters
 from fedsb.training.score import Score
-from fedsb.training.trainer import Trainer
 from fedsb.utils.environment import git_hash, versions
 from fedsb.utils.errors import DiskError, RunError, UserError
 from fedsb.utils.files import safe_name, write_atomic
 
-RunEngine = EmbeddedEngine | RemoteEngine
-
 
 def describe_start(
-    config: Config,
-    method: Method,
-    engine: RunEngine,
+    server: Server,
     basis: Basis | None,
     state: State,
-    choices: Sequence[ResolvedSetting],
+    settings: Sequence[ResolvedSetting],
     before: Score | None,
 ) -> dict[str, Any]:
-    """The manifest's part that is known before the first round."""
-    task, data = engine.task, engine.data
-    head = sum(tensor.numel() for tensor in engine.head.values())
+    """Returns the part of the manifest that is known before the first round."""
+    config, method, trainer = server.config, server.method, server.trainer
+    task, data = trainer.task, server.data
+    head = sum(tensor.numel() for tensor in trainer.head.values())
     tensors = method.model(state)
     trained = method.trainable(tensors, 0)
     return {
-        "settings": [asdict(choice) for choice in choices],
+        "settings": [asdict(setting) for setting in settings],
         "versions": versions(),
         "git": git_hash(),
         "seed": config.seed,
         "rounds": config.rounds,
         "model": {
             "name": config.model.name,
-            "path": engine.base.name,
-            "parameters": engine.base.parameters,
-            "pad_token": engine.base.pad_token,
-            "fingerprint": engine.base.fingerprint,
-            "quantization": dict(engine.base.quantization),
+            "path": trainer.base.name,
+            "parameters": trainer.base.parameters,
+            "pad_token": trainer.base.pad_token,
+            "fingerprint": trainer.base.fingerprint,
+            "quantization": dict(trainer.base.quantization),
             "revision": config.model.revision,
-            "adapted_layers": len(engine.shapes),
+            "adapted_layers": len(trainer.shapes),
             "trained_values": sum(tensors[key].numel() for key in trained),
         },
         "data_card": data.card.as_dict(),
@@ -90,27 +81,27 @@ def describe_start(
                 "name": site.name,
                 "rows": site.rows,
                 "held_out_rows": len(site.held_out),
-                "labels": None if engine.policy else site.labels,
+                "labels": None if server.policy else site.labels,
                 "unseen": site.unseen,
             }
             for site in data.sites
         ],
         "method": {"id": method.spec.id, "paper": method.spec.paper, "travels": method.spec.travels},
-        "basis": _basis_facts(basis, private=bool(engine.policy)),
+        "basis": _basis_facts(basis, private=bool(server.policy)),
         "basis_hash": basis_hash(state.shared),
         "prices": [
             price.as_dict()
             for price in price_list(
                 method,
-                engine.shapes,
+                trainer.shapes,
                 head=head,
-                clients=min(config.server.clients_per_round or len(engine.sites), len(engine.sites)),
+                clients=min(config.server.clients_per_round or len(server.clients), len(server.clients)),
                 rounds=config.rounds,
                 basis={"up": basis.up, "down": basis.down} if basis else None,
-                sites=len(engine.sites),
+                sites=len(server.clients),
                 refreshes=len(refreshes(config, method)),
                 codec=config.server.codec,
-                whole=whole_broadcasts([site.name for site in engine.sites], config, method, engine.ranks),
+                whole=whole_broadcasts([site.name for site in server.clients], config, method, server.ranks),
             )
         ],
         "before": {
@@ -118,35 +109,34 @@ def describe_start(
             "majority": data.baseline,
             "majority_of_test": data.best_guess,
         },
-        "privacy": promised(engine.policy, config, sum(tensors[key].numel() for key in trained)),
-        "not_private": why_not_private(engine.policy),
+        "privacy": promised(server.policy, config, sum(tensors[key].numel() for key in trained)),
+        "not_private": why_not_private(server.policy),
     }
 
 
 def round_row(
-    played: RoundResult,
-    cohort: Sequence[str],
+    result: RoundResult,
     score: Score | None,
-    sites: Mapping[str, Score],
+    clients: Mapping[str, Score],
     seconds: float,
     policy: PrivacyPolicy,
 ) -> dict[str, Any]:
-    """A row of rounds.jsonl. The loss is the plain mean over the clients whose updates were good.
+    """Returns a row of rounds.jsonl. The loss is the plain mean over the clients whose updates were good.
 
-    With `sites`, also the plain means over the cohort of the clients' own scores and of the global model's on the same
-    rows: "local_score" and "global_score", whose difference is the local-to-global gap.
+    With `clients`, it also has the plain means over the cohort of the clients' own scores and of the global model's on
+    the same rows: "local_score" and "global_score", whose difference is the local-to-global gap.
     """
-    state, replies = played.state, played.replies
-    both = [name for name in replies.own if name in sites]
+    state, replies = result.state, result.replies
+    both = [name for name in replies.scores if name in clients]
     gap = (
         {
-            "local_score": sum(replies.own[name] for name in both) / len(both),
-            "global_score": sum(sites[name].value for name in both) / len(both),
+            "local_score": sum(replies.scores[name] for name in both) / len(both),
+            "global_score": sum(clients[name].value for name in both) / len(both),
         }
         if both
         else {}
     )
-    out = {drop.client for drop in played.dropped}
+    out = {drop.client for drop in result.dropped}
     losses = [loss for client, loss in replies.losses.items() if client not in out]
     return {
         "round": state.round,
@@ -154,10 +144,10 @@ def round_row(
         "score": score.value if score else None,
         "beside": dict(score.beside) if score else {},
         **({"confusion": score.confusion} if score and score.confusion else {}),
-        "cohort": list(cohort),
-        "dropped": [asdict(drop) for drop in played.dropped],
-        "up_bytes": sum(sent.bytes for sent in replies.sent if sent.direction == "up"),
-        "down_bytes": sum(sent.bytes for sent in replies.sent if sent.direction == "down"),
+        "cohort": list(result.cohort),
+        "dropped": [asdict(drop) for drop in result.dropped],
+        "up_bytes": sum(sent.bytes for sent in replies.traffic if sent.direction == "up"),
+        "down_bytes": sum(sent.bytes for sent in replies.traffic if sent.direction == "down"),
         **state.metrics,
         **gap,
         **({"epsilon": spent(policy)} if policy else {}),
@@ -165,9 +155,7 @@ def round_row(
     }
 
 
-def export(
-    config: Config, method: Method, engine: RunEngine, state: State, kept: Mapping[str, Tensors], record: Record
-) -> tuple[Path, UserError | RunError | None]:
+def export(server: Server, state: State, record: Record) -> tuple[Path, UserError | RunError | None]:
     """Writes the adapter as plain LoRA below the run directory, loads it again with PEFT, and compares.
 
     A method without a global model writes one adapter for each client. Files are written one by one, each whole or
@@ -176,15 +164,16 @@ def export(
     Returns the folder, and what is wrong with an adapter that PEFT does not load as it was trained. The run is finished
     nevertheless: its trained tensors are on disk.
     """
-    folder = record.folder / "adapter"
+    folder, method = record.folder / "adapter", server.method
+    own = server.opened.local.client_model
     models = (
         {folder: method.model(state)}
         if method.spec.global_model
-        else {folder / safe_name(site.name): engine.tensors_of(method, state, kept, site.name) for site in engine.sites}
+        else {folder / safe_name(c.name): own(method, state, c.name) for c in server.clients}
     )
     try:
         with quiet():
-            write_adapters(engine, models, card_facts(record.folder), engine.probes)
+            write_adapters(server.trainer, models, card_facts(record.folder), server.probes)
     except DiskError:
         raise
     except (UserError, RunError) as fault:
@@ -192,38 +181,15 @@ def export(
     return folder, None
 
 
-def write_adapters(
-    trainer: Trainer, models: Mapping[Path, Tensors], facts: Mapping[str, str], probes: Sequence[Example]
-) -> None:
-    """Writes each model as a plain LoRA adapter in its folder, loads it again with PEFT and compares on the probes.
-
-    Without probes (a coordinator without test rows) nothing is compared; sites compare on their own. Every folder is
-    written before the first is loaded. Raises UserError and RunError as `check_adapter`.
-    """
-    base = trainer.base_model_info()
-    logits = {path: trainer.logits(tensors, probes) for path, tensors in models.items() if probes}
-    model: Any = trainer.adapted.unwrap()
-    companions = companion_files(trainer.tokenizer, model.config, base)
-    factors = {path: trainer.method.export(tensors) for path, tensors in models.items()}
-    for path, tensors in models.items():
-        head = {key: tensors[key] for key in trainer.head}
-        card = model_card(base, facts, serving(lora_config(factors[path], base), base.model_type))
-        files = companions | lora_files(factors[path], head, base, card)
-        for name in sorted(files, key=lambda name: name == "adapter_config.json"):
-            write_atomic(path / name, files[name])
-    for path in logits:
-        check_adapter(path, model, *logits[path], factors[path], base)
-
-
 def finish(
-    record: Record, engine: RunEngine, sites: Mapping[str, Score], adapter: Path, fault: Exception | None = None
+    record: Record, server: Server, scores: Mapping[str, Score], adapter: Path, fault: Exception | None = None
 ) -> float | None:
     """Writes result.json and the report, and returns the last score. `fault` is what is wrong with the adapter."""
     rounds = record.rows("rounds.jsonl")
     last = rounds[-1]
     before = read_result(record.folder)  # of a finished run that is taken up again
-    one = adapter if engine.method.spec.global_model else adapter / safe_name(engine.sites[0].name)
-    base = engine.base_model_info()
+    one = adapter if server.method.spec.global_model else adapter / safe_name(server.clients[0].name)
+    base = server.trainer.base_model_info()
     written = json.loads((one / "adapter_config.json").read_bytes())
     result = {
         "score": last["score"],
@@ -234,19 +200,19 @@ def finish(
         "clients": [
             {
                 "name": site.name,
-                "score": sites[site.name].value if site.name in sites else None,
-                "rows": sites[site.name].count if site.name in sites else 0,
+                "score": scores[site.name].value if site.name in scores else None,
+                "rows": scores[site.name].count if site.name in scores else 0,
                 "rounds": sum(site.name in row["cohort"] for row in rounds),
                 "counted": counted_rounds(rounds, site.name),
                 "unseen": site.unseen,
             }
-            for site in engine.data.sites
+            for site in server.data.sites
         ],
-        "epsilon": spent(engine.policy) if engine.policy else None,
+        "epsilon": spent(server.policy) if server.policy else None,
         # Of a private run it is not told: it depends on how many rows were drawn, and on how long they are.
         "peak_memory_bytes": None
-        if engine.policy
-        else (before or {}).get("peak_memory_bytes") or peak_memory_bytes(engine.adapted.device),
+        if server.policy
+        else (before or {}).get("peak_memory_bytes") or peak_memory_bytes(server.trainer.adapted.device),
         "adapter": str(adapter),
         "adapter_fault": None if fault is None else str(fault),
         "load": load_lines(base, one),

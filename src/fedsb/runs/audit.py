@@ -15,17 +15,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fedsb.adapters.adapted import Tensors
-from fedsb.channels.in_process import EmbeddedEngine
+from fedsb.channels.in_process import open_in_process
 from fedsb.config.load import ResolvedConfig
 from fedsb.config.schema import Config, method_of
-from fedsb.methods.averaging import ServerOptimizer
 from fedsb.privacy.audit import ERROR, SHARES, Canaries, audited, best_bound, ceiling
 from fedsb.privacy.mechanism import ROUNDING, SLACK, UnsafeReleaseError
 from fedsb.privacy.plan import PrivacyPlan, worst_client
 from fedsb.privacy.release_checks import KINDS, Score, failed, limit
-from fedsb.protocol import schedule
-from fedsb.server.rounds import play, renew
+from fedsb.server.server import Server
 from fedsb.utils.environment import versions
 from fedsb.utils.errors import UserError, did_you_mean
 from fedsb.utils.files import write_atomic
@@ -49,20 +46,23 @@ def audit(
     folder = Path(config.out) / f"{config.name}-audit"
     _refuse(config, canaries, folder)
     started, run = time.monotonic(), uuid.uuid4().hex[:12]
-    engine = EmbeddedEngine(config, method_of(config), run)
-    name, plan = _of(engine.policy.plans, client)
+    method = method_of(config)
+    opened = open_in_process(config, method, run)
+    server = Server(config, method, run, opened)
+    name, plan = _of(server.policy.plans, client)
     rounds = plan.rounds if rounds is None else rounds
     if not 1 <= rounds <= plan.rounds:
         raise UserError(f"--rounds {rounds}: {name!r} takes part in {plan.rounds}, so from 1 to {plan.rounds}")
 
     refused: UnsafeReleaseError | None = None
-    with closing(engine.policy):
-        engine.policy.open_ledgers(folder, run, new=True)
-        mechanism = engine.policy.mechanisms[name]
+    with closing(server.policy):
+        server.policy.open_ledgers(folder, run, new=True)
+        opened.local.start(server.policy, server.secure_sums, {})
+        mechanism = server.policy.mechanisms[name]
         planted = Canaries(canaries, mechanism.noise, config.seed)
-        engine.policy.mechanisms[name] = watched = audited(mechanism, planted)
+        server.policy.mechanisms[name] = watched = audited(mechanism, planted)
         try:
-            _train(engine, name, rounds, note)
+            _train(server, name, rounds, note)
         except UnsafeReleaseError as error:
             refused = error
 
@@ -147,18 +147,12 @@ def _of(plans: Mapping[str, PrivacyPlan], client: str | None) -> tuple[str, Priv
     return client, plans[client]
 
 
-def _train(engine: EmbeddedEngine, client: str, rounds: int, note: Callable[[str], None]) -> None:
-    """The rounds of a run in which this client is alone; what comes of them is not kept."""
-    config, method = engine.config, engine.method
-    server, renewals = ServerOptimizer(**config.server.optimizer_settings), schedule.refreshes(config, method)
-    basis, _ = engine.build_basis(method)
-    state, kept = method.start(engine.shapes, basis, engine.head, config.seed), dict[str, Tensors]()
+def _train(server: Server, client: str, rounds: int, note: Callable[[str], None]) -> None:
+    """Runs the rounds of a run in which this client is alone; what they train is not kept."""
+    state, _, _ = server.start()
     for round in range(rounds):
         started = time.monotonic()
-        if round in renewals:
-            (state, _), kept = renew(engine, state), {}
-        played = play(engine, state, [client], set(), kept, server, min_clients=1)
-        state, kept = played.state, played.kept
+        state = server.run_round(state, cohort=[client]).state
         note(f"round {round + 1}/{rounds}  seconds {time.monotonic() - started:.1f}")
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from fedsb.adapters.adapted import Tensors
@@ -30,10 +30,12 @@ from fedsb.methods.base import State
 from fedsb.protocol.tensors import under, within
 from fedsb.protocol.traffic import TrafficRecord
 from fedsb.reporting.run_directory import read_manifest, read_rows
+from fedsb.server.server import RoundResult
 from fedsb.utils.errors import RunError, UserError
 from fedsb.utils.files import disk_errors, flush, json_lines, keyed_fingerprint, safe_name, write, write_atomic
 
 PREFIX = "round-"
+FORMAT = 2  # of a run directory; an older one can be read and exported, and not resumed
 
 
 class Record:
@@ -99,36 +101,24 @@ class Record:
         self._shared = state.shared
         self.checkpoint(state, keep=1)
 
-    def take_up(self, round: int, since: int = 0) -> dict[str, Tensors]:
-        """Drops what a run that was cut off left behind `round`; gives back the clients' own states as of then.
-
-        States of round `since` or before are of an older basis, and nobody's.
-        """
-        self._roll_back(round)
-        return self._clients(round, since)
-
-    def round(
-        self,
-        state: State,
-        row: Mapping[str, Any],
-        sent: Sequence[TrafficRecord],
-        kept: Mapping[str, Tensors],
-        *,
-        keep: int,
+    def commit(
+        self, result: RoundResult, row: Mapping[str, Any], client_states: Mapping[str, Tensors], *, keep: int
     ) -> None:
-        """Finishes a round. The checkpoint is written last: until it is there, the round did not happen.
+        """Finishes a round. The checkpoint is written last: until it exists, the round did not happen.
 
-        Raises RunError if the directory was deleted in the meantime: writing would make a part of it again.
+        `client_states` are the own states of clients after the round. Those whose update was not used keep what they
+        had before. Raises RunError if the directory was deleted in the meantime: writing would make a part of it again.
         """
+        state = result.state
         if not (self.folder / "manifest.json").exists():
             raise RunError(
                 f"{self.folder} was deleted or moved while the run went on. If it was moved, put it back and resume it"
             )
-        for name, tensors in kept.items():
-            if tensors:
+        for name, tensors in client_states.items():
+            if tensors and state.accepted.get(name) == state.round:
                 path = self.folder / "clients" / safe_name(name) / f"{PREFIX}{state.round:04d}.safetensors"
                 write_atomic(path, save(_contiguous(tensors), metadata={"client": name}))
-        self.append("traffic.jsonl", [asdict(each) for each in sent])
+        self.append("traffic.jsonl", [asdict(each) for each in result.traffic])
         self.append("rounds.jsonl", [row])
         self.checkpoint(state, keep)
 
@@ -185,7 +175,7 @@ class Record:
         parts["shared"] = {key: x for key, x in state.shared.items() if not _same(x, self._shared.get(key))}
         content = save(_contiguous({key: x for name, part in parts.items() for key, x in under(name, part).items()}))
         facts = {"run": self.run, "round": state.round, "sha256": hashlib.sha256(content).hexdigest()}
-        facts |= {"ranks": dict(state.ranks)}
+        facts |= {"ranks": dict(state.ranks), "accepted": dict(state.accepted)}
         final = self.folder / "checkpoints" / f"{PREFIX}{state.round:04d}"
         temporary = final.with_name(f".{final.name}.{os.getpid()}")
         with disk_errors(self.folder):
@@ -225,7 +215,10 @@ class Record:
                     raise ValueError("its sha256 differs from the one it was written with")
                 tensors = load(content)
                 common = load((self.folder / "shared.safetensors").read_bytes())
-                ranks = {str(client): int(rank) for client, rank in facts["ranks"].items()}
+                ranks, accepted = (
+                    {str(client): int(number) for client, number in facts[name].items()}
+                    for name in ("ranks", "accepted")
+                )
                 if basis_hash(common) != self.manifest["basis_hash"]:
                     raise ValueError("shared.safetensors, the basis, is not the one that the run was started with")
             except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
@@ -240,34 +233,31 @@ class Record:
                 shared_delta=within("shared_delta", tensors),
                 client_view=within("client_view", tensors),
                 ranks=ranks,
+                accepted=accepted,
             )
         if found:
             raise RunError(f"no checkpoint in {self.folder} can be used:\n  " + "\n  ".join(self.skipped))
         return None
 
-    def _clients(self, round: int, since: int) -> dict[str, Tensors]:
-        """Every client's own state as it was after `round` rounds, if it is younger than `since`."""
-        states: dict[str, Tensors] = {}
-        for folder in sorted((self.folder / "clients").glob("*")):
-            usable = [path for path in folder.glob(f"{PREFIX}*.safetensors") if since < _round_of(path) <= round]
-            if not usable:
-                continue
-            newest = max(usable, key=_round_of)
+    def client_states(self, state: State | None) -> dict[str, dict[int, Tensors]]:
+        """Returns the clients' own states that a run resumed from `state` needs, by client and round."""
+        found: dict[str, dict[int, Tensors]] = {}
+        for name, round in (state.accepted if state is not None else {}).items():
+            path = self.folder / "clients" / safe_name(name) / f"{PREFIX}{round:04d}.safetensors"
             try:
-                with safe_open(newest, "pt") as file:
-                    states[file.metadata()["client"]] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            except (OSError, KeyError, TypeError, SafetensorError) as error:
+                found[name] = {round: load(path.read_bytes()) if path.exists() else {}}
+            except (OSError, SafetensorError) as error:
                 raise RunError(
-                    f"{newest}, what a client keeps between rounds, cannot be read: {error}. Put the file back, or "
+                    f"{path}, what a client keeps between rounds, cannot be read: {error}. Put the file back, or "
                     "start a new run"
                 ) from error
-        return states
+        return found
 
     def rows(self, ledger: str) -> list[dict[str, Any]]:
         """The rows of rounds.jsonl or traffic.jsonl; a torn last line is left out."""
         return read_rows(self.folder / ledger)
 
-    def _roll_back(self, round: int) -> None:
+    def roll_back(self, round: int) -> None:
         """Drops what was written behind the state after `round` rounds, by a run that was cut off."""
         for ledger in ("rounds.jsonl", "traffic.jsonl"):
             rows = [row for row in self.rows(ledger) if row["round"] <= round]
@@ -324,6 +314,16 @@ class Record:
             (self.folder / "privacy").rmdir()
         with suppress(OSError):  # what else is in there is the user's
             self.folder.rmdir()
+
+
+def refuse_old_format(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Raises UserError for a run directory that this version cannot resume."""
+    if (found := manifest.get("format", 1)) != FORMAT:
+        raise UserError(
+            f"{folder} was written by fedsb {manifest.get('fedsb', 'of an unknown version')}, in format {found} of run "
+            f"directories. This version resumes format {FORMAT} only. Resume it with the version that started it, or "
+            "start a new run. `fedsb eval`, `export` and `report` read it as it is."
+        )
 
 
 def refuse_existing(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Asking sites over a channel: requests made alike, answers checked before anybody reads them."""
+"""Requests to the clients of a run, and their replies."""
 
 from __future__ import annotations
 
@@ -6,44 +6,72 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TypeVar
 
 from fedsb.protocol.channel import OFFLINE, Channel, NoResponse
-from fedsb.protocol.messages import Behind, F, Facts, Note, pack_note, read_answer
-from fedsb.protocol.payload import PayloadError
+from fedsb.protocol.messages import Reply, Request, Stale
 from fedsb.utils.errors import RunError
 
 PATIENT_S = 3600.0  # at least: a model is loaded, an adapter written
-NOTE_S = 30.0  # before it is said which sites are waited for; then after twice as long each time
+NOTE_S = 30.0  # before the first note on which clients are waited for; then after twice as long each time
+
+R = TypeVar("R", bound=Reply)
 
 
-class Asking:
-    """The sites of a channel, for one run."""
+class Exchange:
+    """The clients of a channel, for one run.
+
+    Args:
+        note: takes lines for whoever watches the run.
+    """
 
     def __init__(self, channel: Channel, run: str, deadline_s: float, note: Callable[[str], None]) -> None:
         self.channel, self.run, self.deadline_s, self.note = channel, run, deadline_s, note
 
-    def request(self, kind: type[Facts], parts: Sequence[bytes] = (), **facts: Any) -> bytes:
-        return pack_note(Note(kind.verb, {"run": self.run, **facts}, parts))
-
     def each(
-        self, kind: type[F], requests: Mapping[str, bytes], *, patient: bool = False, what: str | None = None
-    ) -> Iterator[tuple[str, F | Behind | NoResponse]]:
-        """As they come; a site whose answer is not one is lost, with the reason. The deadline is of a round: a patient
-        asker, who needs every site, waits longer. `what` waits, in the notes about sites that take long."""
+        self, requests: Mapping[str, Request[R]], *, patient: bool = False, what: str | None = None
+    ) -> Iterator[tuple[str, R | Stale | NoResponse]]:
+        """Yields replies as they come in.
+
+        The deadline is that of a round. A patient server, which needs every client, waits longer. `what` waits, in the
+        notes about clients that take long.
+        """
+        if not requests:
+            return
         seconds = max(self.deadline_s, PATIENT_S) if patient else self.deadline_s
-        with self._noting(requests, what or f"The request {kind.verb!r}") as waiting:
-            for name, answer in self.channel.ask(requests, seconds):
-                waiting.pop(name, None)
-                try:
-                    yield name, answer if isinstance(answer, NoResponse) else read_answer(answer, kind)
-                except PayloadError as error:
-                    yield name, NoResponse(str(error))
+        name = what or f"The request {next(iter(requests.values())).verb!r}"
+        with self._noting(requests, name) as waiting:
+            for client, reply in self.channel.exchange(requests, seconds):
+                waiting.pop(client, None)
+                yield client, reply  # type: ignore[misc]  # a channel checks a reply against its request
+
+    def all(self, request: Request[R], *, among: Sequence[str] | None = None) -> dict[str, R]:
+        """Returns all clients' replies, sorted by name. Offline clients are waited for, PATIENT_S at most.
+
+        Raises RunError with the reason of each that has none.
+        """
+        names, end = self.channel.clients if among is None else among, time.monotonic() + PATIENT_S
+        found: dict[str, R | Stale | NoResponse] = {}
+        waiting = list(names)
+        while waiting and time.monotonic() < end:
+            found |= self.each(dict.fromkeys(waiting, request), patient=True)
+            waiting = [name for name in waiting if _is_offline(found.get(name))]
+            if waiting:
+                self.note(f"waiting for {', '.join(waiting)}")
+        good = {name: reply for name, reply in sorted(found.items()) if isinstance(reply, request.reply)}
+        missing = [f"{name}: {reason_of(found.get(name))}" for name in names if name not in good]
+        if missing or not names:
+            reasons = "\n  ".join(missing) or "there are no sites"
+            raise RunError(
+                f"The request {request.verb!r} needs a reply of every site:\n  {reasons}\nResolve it with these sites, "
+                "or change the run, and serve again. `fedsb federation revoke` continues without a site, for good."
+            )
+        return good  # type: ignore[return-value]
 
     @contextmanager
-    def _noting(self, sites: Iterable[str], what: str) -> Iterator[dict[str, None]]:
-        """Notes from time to time which sites are still in the given dict."""
-        waiting, done, started = dict.fromkeys(sites), threading.Event(), time.monotonic()
+    def _noting(self, clients: Iterable[str], what: str) -> Iterator[dict[str, None]]:
+        """Notes from time to time which clients are still in the returned dict."""
+        waiting, done, started = dict.fromkeys(clients), threading.Event(), time.monotonic()
 
         def watch() -> None:
             pause = NOTE_S
@@ -58,39 +86,13 @@ class Asking:
         finally:
             done.set()
 
-    def all(
-        self, kind: type[F], parts: Sequence[bytes] = (), *, among: Sequence[str] | None = None, **facts: Any
-    ) -> dict[str, F]:
-        """All sites' answers, by name in order; sites that are away are waited for, PATIENT_S at most.
 
-        Raises RunError with the reason of each that has none.
-        """
-        names = self.channel.sites if among is None else among
-        request, end = self.request(kind, parts, **facts), time.monotonic() + PATIENT_S
-        found: dict[str, F | Behind | NoResponse] = {}
-        waiting = list(names)
-        while waiting and time.monotonic() < end:
-            found |= self.each(kind, dict.fromkeys(waiting, request), patient=True)
-            waiting = [name for name in waiting if _away(found.get(name))]
-            if waiting:
-                self.note(f"waiting for {', '.join(waiting)}")
-        good = {name: answer for name, answer in sorted(found.items()) if isinstance(answer, kind)}
-        faults = [f"{name}: {lost(found.get(name)).reason}" for name in names if name not in good]
-        if faults or not names:
-            reasons = "\n  ".join(faults) or "there are no sites"
-            raise RunError(
-                f"{kind.verb!r} needs an answer of every site:\n  {reasons}\nSettle it with these sites, or "
-                "change the run, and serve again; --revoke goes on without a site, for good"
-            )
-        return good
+def _is_offline(reply: object) -> bool:
+    return isinstance(reply, NoResponse) and reply.reason.startswith(OFFLINE)
 
 
-def _away(answer: object) -> bool:
-    return isinstance(answer, NoResponse) and answer.reason.startswith(OFFLINE)
-
-
-def lost(answer: Facts | NoResponse | None) -> NoResponse:
-    """Why an answer is of no use."""
-    if isinstance(answer, NoResponse):
-        return answer
-    return NoResponse("no answer" if answer is None else "it still lacks what the others hold in common")
+def reason_of(reply: Reply | NoResponse | None) -> str:
+    """Returns why a reply is of no use."""
+    if isinstance(reply, NoResponse):
+        return reply.reason
+    return "no reply" if reply is None else "it still lacks the shared state of the others"

@@ -7,37 +7,37 @@ from typing import Any
 
 from fedsb.config.resolved import ResolvedSetting
 from fedsb.data.names import refuse_same_names
-from fedsb.protocol.messages import Looked
+from fedsb.protocol.messages import DescribeReply
 from fedsb.utils.errors import UserError
 
 SHOWN = 5
 
 
-def labels_of(looked: Mapping[str, Looked]) -> list[Any]:
+def labels_of(described: Mapping[str, DescribeReply]) -> list[Any]:
     """All labels, sorted. Raises UserError where they are of different types, with the sites that have each."""
     kinds: dict[str, list[str]] = {}
-    for name, site in looked.items():
+    for name, site in described.items():
         for kind in sorted({type(label).__name__ for label in site.labels}):
             kinds.setdefault(kind, []).append(name)
     if len(kinds) > 1:
         said = "; ".join(f"{kind}: {', '.join(sites)}" for kind, sites in sorted(kinds.items()))
         raise UserError(f"the sites' labels are of different types ({said}): write them alike everywhere")
-    labels = sorted({label for site in looked.values() for label in site.labels})
+    labels = sorted({label for site in described.values() for label in site.labels})
     try:
         refuse_same_names([str(label) for label in labels], "the sites' labels")
     except UserError as error:
-        has = {name: sorted(map(str, site.labels)) for name, site in looked.items()}
+        has = {name: sorted(map(str, site.labels)) for name, site in described.items()}
         raise UserError(f"{error} They have: {'; '.join(f'{name}: {of}' for name, of in has.items())}") from error
     return labels
 
 
-def label_choices(looked: Mapping[str, Looked]) -> list[ResolvedSetting]:
+def label_choices(described: Mapping[str, DescribeReply]) -> list[ResolvedSetting]:
     """Says which labels one site alone has: a misspelt one widens the head, and no score tells of it."""
     sites: dict[Any, list[str]] = {}
-    for name, site in looked.items():
+    for name, site in described.items():
         for label in site.labels:
             sites.setdefault(label, []).append(name)
-    alone = [f"{label!r} ({has[0]})" for label, has in sorted(sites.items()) if len(has) == 1 < len(looked)]
+    alone = [f"{label!r} ({has[0]})" for label, has in sorted(sites.items()) if len(has) == 1 < len(described)]
     if not alone:
         return []
     more = f" and {len(alone) - SHOWN} more" if len(alone) > SHOWN else ""

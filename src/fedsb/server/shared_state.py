@@ -1,58 +1,62 @@
-"""What sites that are elsewhere hold in common, known by its hash: who holds something else is told, bit for bit."""
+"""The clients' shared state, known by its hash. A client whose own differs receives it, bit for bit."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
 
 from fedsb.adapters.adapted import Tensors
 from fedsb.adapters.basis import basis_hash
 from fedsb.adapters.residual import is_residual
 from fedsb.protocol.channel import NoResponse
-from fedsb.protocol.messages import Behind, Held
+from fedsb.protocol.messages import SetShared, SetSharedReply, Stale
 from fedsb.protocol.payload import Payload, pack
-from fedsb.protocol.tensors import to_arrays
-from fedsb.protocol.traffic import TrafficRecord
-from fedsb.server.exchange import Asking, lost
+from fedsb.protocol.traffic import TrafficCounter, TrafficRecord
+from fedsb.server.exchange import Exchange, reason_of
 from fedsb.utils.errors import RunError
 
 
-class Count(Protocol):
-    def __call__(self, envelope: bytes, round: int, client: str, direction: Any, kind: Any) -> TrafficRecord: ...
+class SharedStateSync:
+    """Keeps the clients of a run on one shared state."""
 
+    def __init__(self, exchange: Exchange, counter: TrafficCounter) -> None:
+        self._exchange, self._counter = exchange, counter
+        self.by_client: dict[str, str | None] = {}  # None: it waits for a basis
 
-class Holdings:
-    """Of the sites of a run."""
+    def agree(self, shared: Tensors, round: int, *, residual: bool) -> list[TrafficRecord]:
+        """Sends the state to those whose own derivation differs, as last bits do on other hardware.
 
-    def __init__(self, asking: Asking, count: Count) -> None:
-        self._asking, self._count = asking, count
-        self.by_site: dict[str, str | None] = {}  # None: it waits for a basis
-
-    def agree(self, common: Tensors) -> list[TrafficRecord]:
-        """Tells those whose own derivation differs, as last bits do on other hardware. Raises as `Asking.all`."""
-        wanted = basis_hash(common)
-        odd = [name for name, holds in self.by_site.items() if holds != wanted]
+        `round` is that of the traffic. Raises RunError where a client ends with another state.
+        """
+        expected = basis_hash(shared)
+        odd = [name for name, known in self.by_client.items() if known != expected]
         if not odd:
             return []
-        envelope = self._envelope(common)
-        for name, note in self._asking.all(Held, (envelope,), among=odd).items():
-            self.by_site[name] = note.holds
-            if note.holds != wanted:
-                raise RunError(f"{name} was told what is held in common and holds something else")
-        return self._sent(envelope, odd, 0)
+        request = self._request(shared, residual=residual)
+        for name, reply in self._exchange.all(request, among=odd).items():
+            self.by_client[name] = reply.shared
+            if reply.shared != expected:
+                raise RunError(f"{name} received the shared state and has another one.")
+        return self._records(request, odd, round)
 
-    def bring_up(self, name: str, behind: Behind, common: Tensors, round: int) -> list[TrafficRecord] | NoResponse:
-        """What a site is told that lost what is held in common, before it is told all of the broadcast."""
-        if behind.holds == basis_hash(common):
+    def catch_up(
+        self, name: str, stale: Stale, shared: Tensors, round: int, *, residual: bool
+    ) -> list[TrafficRecord] | NoResponse:
+        """Sends what a client that lost the shared state needs before it receives a whole broadcast."""
+        if stale.shared == basis_hash(shared):
             return []
-        envelope = self._envelope(common)
-        ((_, answer),) = self._asking.each(Held, {name: self._asking.request(Held, (envelope,))})
-        return self._sent(envelope, [name], round) if isinstance(answer, Held) else lost(answer)
+        request = self._request(shared, residual=residual)
+        ((_, reply),) = self._exchange.each({name: request})
+        good = isinstance(reply, SetSharedReply)
+        return self._records(request, [name], round) if good else NoResponse(reason_of(reply))
 
-    def _envelope(self, common: Tensors) -> bytes:
-        """All of it; what is carried comes with a broadcast."""
-        tensors = to_arrays({key: x for key, x in common.items() if not is_residual(key)})
-        return pack(Payload(kind="basis-down", run=self._asking.run, round=0, tensors=tensors))
+    def _request(self, shared: Tensors, *, residual: bool) -> SetShared:
+        """Returns all of the state. The residual comes with a broadcast, except where a new basis made it."""
+        tensors = {key: x for key, x in shared.items() if residual or not is_residual(key)}
+        payload = Payload.of(tensors, kind="basis-down", run=self._exchange.run, round=0)
+        return SetShared(run=self._exchange.run, parts=(pack(payload),))
 
-    def _sent(self, envelope: bytes, names: Sequence[str], round: int) -> list[TrafficRecord]:
-        return [self._count(envelope, round, name, "down", "basis") for name in names]
+    def _records(self, request: SetShared, names: Sequence[str], round: int) -> list[TrafficRecord]:
+        size = request.wire_bytes
+        return [
+            self._counter.record(request.payload, round, name, "down", kind="basis", wire_bytes=size) for name in names
+        ]

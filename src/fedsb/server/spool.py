@@ -16,12 +16,13 @@ import numpy as np
 import torch
 
 from fedsb.adapters.adapted import Tensors
-from fedsb.protocol.payload import Arrays
+from fedsb.adapters.layout import Layout
+from fedsb.protocol.payload import Vector
 from fedsb.utils.files import disk_errors
 
 
 class Spool:
-    """Tensors of many updates, written once, then read as views. The file goes with the last of them.
+    """The vectors of many updates, written once, then read as views. The file is deleted with the last of them.
 
     Args:
         folder: where there is room for all of them; None: where the system keeps temporary files.
@@ -29,27 +30,22 @@ class Spool:
 
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = folder or Path()
-        self._layouts: list[dict[str, tuple[int, ...]]] = []
+        self._layouts: list[Layout] = []
         with disk_errors(self._folder):
             self._file = TemporaryFile(dir=folder)  # noqa: SIM115
 
-    def add(self, arrays: Arrays) -> None:
+    def add(self, layout: Layout, vector: Vector) -> None:  # (P,)
         """Raises RunError where the disk is full."""
-        self._layouts.append({name: array.shape for name, array in arrays.items()})
+        self._layouts.append(layout)
         with disk_errors(self._folder):
-            for array in arrays.values():
-                self._file.write(np.ascontiguousarray(array, np.float32).tobytes())
+            self._file.write(np.ascontiguousarray(vector, np.float32).data)
             self._file.flush()
 
     def read(self) -> Iterator[Tensors]:
-        """What was added, in order, as float32 tensors: views, which may be written to without changing the file."""
+        """Yields what was added, in order, as tensors: views, which may be written to without changing the file."""
         size = self._file.tell()
         mapped = mmap.mmap(self._file.fileno(), size, access=mmap.ACCESS_COPY) if size else b""
         values, at = np.frombuffer(mapped, np.float32), 0
         for layout in self._layouts:
-            tensors: Tensors = {}
-            for name, shape in layout.items():
-                count = int(np.prod(shape, dtype=np.int64))
-                tensors[name] = torch.from_numpy(values[at : at + count].reshape(shape))
-                at += count
-            yield tensors
+            yield layout.views(torch.from_numpy(values[at : at + layout.size]))
+            at += layout.size

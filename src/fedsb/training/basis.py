@@ -1,6 +1,6 @@
-"""Making a basis: a round like any other, with a client part and a server part, through the engine and the envelope.
+"""Making a basis: a round with a client part and a server part, over the same channel as any round.
 
-The linear algebra is in adapters/basis.py; here is who computes what, from which rows, and what travels.
+The linear algebra is in adapters/basis.py. This module says who computes what, from which rows, and what travels.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -27,7 +28,7 @@ from fedsb.adapters.basis import (
     weight_pair,
 )
 from fedsb.adapters.gradients import weight_gradients
-from fedsb.config.schema import BasisConfig
+from fedsb.config.schema import BasisConfig, Config
 from fedsb.data.sites import Site
 from fedsb.data.tasks.base import Example, Task
 from fedsb.methods.base import Method
@@ -38,58 +39,66 @@ from fedsb.training.gradients import (
     load_nothing,
     private_core_gradients,
 )
+from fedsb.training.local import LocalTraining
 from fedsb.utils.rng import generator
 
-Sums = Callable[[Mapping[str, Pair]], Iterable[tuple[Tensors, float]]]
-Tell = Callable[[Tensors], Tensors]
+Gradients = Callable[[Mapping[str, Pair]], Iterable[tuple[Tensors, float]]]
+Broadcast = Callable[[Tensors], Tensors]
 
 
-def no_sums(_: Mapping[str, Pair]) -> Iterable[tuple[Tensors, float]]:
-    """Of a basis that asks no client."""
+def no_gradients(_: Mapping[str, Pair]) -> Iterable[tuple[Tensors, float]]:
+    """Returns nothing: a basis that asks no client."""
     return ()
 
 
+@dataclass(frozen=True, kw_only=True)
+class BasisSource:
+    """What a basis is made from, as far as its kind asks for it.
+
+    Args:
+        start: where gradients are taken: the head, and the residual adapter.
+        round: the round that it is made for; `random` differs in each.
+        rows: of one client, for the rate of its first step.
+        seen: the rows of `update` and `update-pooled`.
+        gradients: of `core`: an outer basis -> each client's S, as received, and the rows it was computed from.
+        broadcast: a message to all clients -> what each makes of it.
+    """
+
+    start: Tensors
+    round: int = 0
+    rows: int = 1
+    seen: Sequence[Example] = ()
+    gradients: Gradients = no_gradients
+    broadcast: Broadcast = dict
+
+
 def build_basis(
-    config: BasisConfig,
-    method: Method,
-    adapted: AdaptedModel,
-    task: Task,
-    start: Tensors,  # where gradients are taken: the head, and what is carried
-    *,
-    seen: Sequence[Example],  # of `update` and `update-pooled`
-    sums: Sums,  # of `core`: an outer basis -> each client's S, as it came through the envelope, and the rows behind it
-    tell: Tell,  # a message to all clients -> what each makes of it
-    eta: float,  # of the first step, for R at the start
-    sign: bool,  # whether that step is Adam-like
-    seed: int,
-    round: int = 0,  # that it is made for; `random` is another in each
-    batch_size: int,
+    config: Config, method: Method, adapted: AdaptedModel, task: Task, local: LocalTraining, source: BasisSource
 ) -> Basis:
-    """The basis that the configuration asks for, with its bill. Raises UserError where a layer is too small for it."""
+    """Returns the configured basis, with its cost. Raises UserError where a layer is too small for it."""
     started = time.monotonic()
-    rank = method.total_rank
+    rank, kind, seed, round = method.total_rank, config.basis.kind, config.seed, source.round
     check_rank(adapted.shapes, rank)
-    step_ahead = config.R0 == "step" or (config.R0 == "auto" and config.kind.startswith("update"))
-    if config.kind in ("random", "weights"):
-        basis = make_basis(config.kind, _data_free(config, adapted, config.kind, rank, seed, round).items())
-    elif config.kind == "core":
-        outer = outer_basis(config, adapted, rank, seed, round)
-        total: Tensors = {}
-        counted = 0.0
-        for own, rows in sums(outer):
-            counted += rows
-            for key, S in own.items():
-                total[key] = total[key] + S if key in total else S
+    step_ahead = config.basis.R0 == "step" or (config.basis.R0 == "auto" and kind.startswith("update"))
+    eta = config.basis.eta
+    if eta == "auto":
+        eta = local.lr * local.lr_factor(round, 0, local.steps_for(source.rows))
+    if kind in ("random", "weights"):
+        basis = make_basis(kind, _data_free(config.basis, adapted, kind, rank, seed, round).items())
+    elif kind == "core":
+        outer = outer_basis(config.basis, adapted, rank, seed, round)
+        total, counted = _sum_of(source.gradients(outer))
         basis = _core_basis(total, outer, rank, eta / counted / method.scale if step_ahead else None)
         inner = {f"{layer}.P": outer[layer][1].T @ basis.B[layer] for layer in outer}
         inner |= {f"{layer}.Q": basis.A[layer] @ outer[layer][0].T for layer in outer}
-        A, B = inner_basis(tell(inner), outer)
+        A, B = inner_basis(source.broadcast(inner), outer)
         basis = replace(basis, A=A, B=B)
     else:
-        basis = _update_basis(config, adapted, task, start, seen, rank, eta, sign, step_ahead, method.scale, batch_size)
-        A, B = whole_basis(tell(basis.tensors), basis.A)
+        basis = _update_basis(config, method, adapted, task, source, eta, local.optimizer == "adamw")
+        basis = basis if step_ahead else replace(basis, R0={})
+        A, B = whole_basis(source.broadcast(basis.tensors), basis.A)
         basis = replace(basis, A=A, B=B)
-    values = basis_values(config, method, adapted.shapes)
+    values = basis_values(config.basis, method, adapted.shapes)
     return replace(
         basis,
         up=values["up"],
@@ -97,6 +106,16 @@ def build_basis(
         seconds=time.monotonic() - started,
         peak_memory_bytes=peak_memory_bytes(adapted.device),
     )
+
+
+def _sum_of(each: Iterable[tuple[Tensors, float]]) -> tuple[Tensors, float]:
+    """Returns the sums of the clients' S, and of their rows."""
+    total: Tensors = {}
+    counted = 0.0
+    for own, rows in each:
+        counted += rows
+        total = {key: total[key] + S if key in total else S for key, S in own.items()}
+    return total, counted
 
 
 # --- a client's part ---
@@ -131,16 +150,16 @@ def outer_basis(config: BasisConfig, adapted: AdaptedModel, rank: int, seed: int
     return _data_free(config, adapted, config.outer, rank, seed, round, outer=True)
 
 
-def inner_basis(told: Tensors, outer: Mapping[str, Pair]) -> tuple[Tensors, Tensors]:
-    """(A, B) by layer, of `core` as told: from "<layer>.P" and "<layer>.Q", within the outer basis."""
-    A = {layer: orthonormal(told[f"{layer}.Q"].T).T @ A for layer, (A, _) in outer.items()}
-    return A, {layer: B @ orthonormal(told[f"{layer}.P"]) for layer, (_, B) in outer.items()}
+def inner_basis(received: Tensors, outer: Mapping[str, Pair]) -> tuple[Tensors, Tensors]:
+    """Returns (A, B) by layer of `core` as received: from "<layer>.P" and "<layer>.Q", within the outer basis."""
+    A = {layer: orthonormal(received[f"{layer}.Q"].T).T @ A for layer, (A, _) in outer.items()}
+    return A, {layer: B @ orthonormal(received[f"{layer}.P"]) for layer, (_, B) in outer.items()}
 
 
-def whole_basis(told: Tensors, layers: Collection[str]) -> tuple[Tensors, Tensors]:
-    """(A, B) by layer, as told themselves."""
-    A = {layer: orthonormal(told[f"{layer}.A"].T).T.contiguous() for layer in layers}
-    return A, {layer: orthonormal(told[f"{layer}.B"]) for layer in layers}
+def whole_basis(received: Tensors, layers: Collection[str]) -> tuple[Tensors, Tensors]:
+    """Returns (A, B) by layer, which were sent themselves."""
+    A = {layer: orthonormal(received[f"{layer}.A"].T).T.contiguous() for layer in layers}
+    return A, {layer: orthonormal(received[f"{layer}.B"]) for layer in layers}
 
 
 def basis_values(config: BasisConfig, method: Method, shapes: Mapping[str, tuple[int, int]]) -> dict[str, int]:
@@ -200,30 +219,26 @@ def _core_basis(sums: Tensors, outer: Mapping[str, Pair], rank: int, step: float
 
 
 def _update_basis(
-    config: BasisConfig,
+    config: Config,
+    method: Method,
     adapted: AdaptedModel,
     task: Task,
-    start: Tensors,
-    rows: Sequence[Example],
-    rank: int,
+    source: BasisSource,
     eta: float,
-    sign: bool,
-    step_ahead: bool,
-    scale: float,
-    batch_size: int,
+    sign: bool,  # whether the first step is Adam-like
 ) -> Basis:
-    load_nothing(adapted, start)
+    load_nothing(adapted, source.start)
+    rows, rank = source.seen, method.total_rank
     layers = {name: layer.base for name, layer in adapted.layers.items()}
-    mean = 1 if sign else 1 / len(rows)  # an SGD-like step is along the mean loss's gradient
+    mean = 1 if sign else 1 / len(rows)  # an SGD-like step follows the mean loss's gradient
+    run = partial(backward_sum, adapted, task, rows, config.train.batch_size)
     built = {
         name: update_pair(G.cpu() * mean, rank, eta, sign)
-        for name, G in weight_gradients(
-            layers, lambda: backward_sum(adapted, task, rows, batch_size), budget_bytes=config.budget_mib << 20
-        )
+        for name, G in weight_gradients(layers, run, budget_bytes=config.basis.budget_mib << 20)
     }
     return Basis(
-        kind=config.kind,
+        kind=config.basis.kind,
         A={name: A for name, (A, _, _) in built.items()},
         B={name: B for name, (_, B, _) in built.items()},
-        R0={name: S / scale for name, (_, _, S) in built.items()} if step_ahead else {},
+        R0={name: S / method.scale for name, (_, _, S) in built.items()},
     )

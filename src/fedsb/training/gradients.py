@@ -13,10 +13,11 @@ import torch
 from fedsb.adapters.adapted import AdaptedModel, Tensors
 from fedsb.adapters.basis import Basis, Pair, captured_energy
 from fedsb.adapters.gradients import weight_gradients
+from fedsb.adapters.layout import Layout
 from fedsb.data.sites import Site
 from fedsb.data.tasks.base import Example, Task
 from fedsb.privacy.mechanism import DPMechanism
-from fedsb.training.per_example import clipped_sums
+from fedsb.training.per_example import RowGradients
 from fedsb.training.scoring import forward
 
 
@@ -64,9 +65,13 @@ def private_core_gradients(
     rows = [site.train[i] for i in mechanism.charge_basis(round)]
     tensors, cores = _outer_core(adapted, start, outer)
     assert mechanism.plan.basis is not None
-    sums, _ = clipped_sums(adapted, task, tensors, cores, [rows], mechanism.plan.basis.clip, batch_size)
-    noised = mechanism.basis_sum(sums, len(rows))
-    return {f"{key.removesuffix('.R')}.S": total[0, 0].cpu() / adapted.scale for key, total in noised.items()}
+    layout = Layout.of({key: tensors[key][0] for key in cores})
+    values = layout.flatten({key: tensors[key][0] for key in cores}).unsqueeze(0).to(adapted.device)
+    frozen = {key: x for key, x in tensors.items() if key not in cores}
+    by_row = RowGradients.allocate(adapted, task, layout, batch_size)
+    sums, _ = by_row.clipped_sums(values, frozen, [rows], mechanism.plan.basis.clip)
+    noised = layout.views(mechanism.basis_sum(sums[0], len(rows), layout))
+    return {f"{key.removesuffix('.R')}.S": total[0].cpu() / adapted.scale for key, total in noised.items()}
 
 
 def _outer_core(adapted: AdaptedModel, start: Tensors, outer: Mapping[str, Pair]) -> tuple[Tensors, frozenset[str]]:

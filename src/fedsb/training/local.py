@@ -15,6 +15,8 @@ import numpy as np
 
 from fedsb.utils.rng import generator
 
+BYTES_PER_TRAINED_VALUE = 16  # float32: the value, its gradient and Adam's two moments
+
 
 @dataclass(frozen=True, kw_only=True)
 class LocalTraining:

@@ -28,7 +28,7 @@ from fedsb.config.schema import Config
 from fedsb.data.tasks import TASKS
 from fedsb.methods.base import Method
 from fedsb.models.load import choose_dtype
-from fedsb.server.requirements import BYTES_A_TRAINED_VALUE
+from fedsb.training.local import BYTES_PER_TRAINED_VALUE
 
 FACTORS_KEEP = 1.25  # activations beside LoRA's factors over those beside a core, as counted
 
@@ -122,7 +122,7 @@ def training_memory(
         keep = keep / len(blocks) + hidden * len(blocks)
     return Memory(
         base=base,
-        adapter=4 * frozen + together * trained * BYTES_A_TRAINED_VALUE,
+        adapter=4 * frozen + together * trained * BYTES_PER_TRAINED_VALUE,
         carried=4 * news,
         activations=round(tokens * keep * dtype.itemsize),
         logits=tokens * vocabulary * (2 * dtype.itemsize + 8),

@@ -1,30 +1,32 @@
 """Per-example gradients from one backward pass: every example trains a copy of its client's adapter.
 
-The adapters' leading axis, which tells clients apart in joint training, tells examples apart here: a core is loaded as
-(b, h, r, r), a copy a row of the batch, and the same batched product that made the gradient of a client's R,
-s sum_t (B' g_t)(A x_t)', now makes one for each example. No hooks, no second backward, and nothing but autograd: what
-works for training (activation checkpointing, causal models, two-factor adapters, the head) works here.
+The leading axis of the adapters, which separates clients in joint training, separates examples here: a core is loaded
+as (b, h, r, r), one copy per row of the batch. The batched product that gives the gradient of a client's R,
+s sum_t (B' g_t)(A x_t)', then gives one gradient per example. There are no hooks and no second backward, only autograd,
+so everything that trains (activation checkpointing, causal models, two-factor adapters, the head) works here too.
 
-    g_i = dL_i / d(all trained tensors)      L_i is example i's own mean loss: no example enters another's
+    g_i = dL_i / d(all trained tensors)      L_i is the mean loss of example i alone
     sum = sum_i g_i min(1, C / ||g_i||)      the norm is over all trained tensors together: L2 sensitivity C;
                                              0 for a row whose norm is NaN or above LONGEST
 
 Norms are computed in float64. In float32 the squares of entries below 1e-23 are 0, so that a row could pass unclipped,
 and a sum over 1e7 values is a tenth of a percent too small. The product of the clip is computed in full float32,
-whatever `model.float32_matmul_precision` says.
+whatever `model.float32_matmul_precision` is.
 
-(Abadi et al., "Deep Learning with Differential Privacy", CCS 2016, arXiv 1607.00133.) Shapes: K clients, b rows.
+(Abadi et al., "Deep Learning with Differential Privacy", CCS 2016, arXiv 1607.00133.) Shapes: K clients, b rows, P
+trained values of one client.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fedsb.adapters.adapted import AdaptedModel, Tensors
+from fedsb.adapters.layout import Layout
 from fedsb.data.tasks.base import Example, Task, ids
 from fedsb.models.load import matmul_precision
 from fedsb.training.scoring import forward
@@ -32,82 +34,77 @@ from fedsb.training.scoring import forward
 LONGEST = 1e19  # a gradient with a larger norm counts as 0; up to here, C over the norm is a normal float32
 
 
-def clipped_sums(
-    adapted: AdaptedModel,
-    task: Task,
-    tensors: Tensors,  # of K clients: a core's A and B as they are, all else (K, ...)
-    trainable: frozenset[str],
-    rows: Sequence[Sequence[Example]],  # of each client; may be empty
-    clip: float,
-    micro: int,  # rows of one forward; 1 where the model's layers cannot route rows
-) -> tuple[Tensors, list[list[float]]]:
-    """({key: (K, ...)} the sums of clipped gradients, the losses of each client's rows). No noise is added here.
+@dataclass(frozen=True)
+class RowGradients:
+    """Gradients of single rows, in a matrix that is allocated once."""
 
-    The sums do not depend on how the rows are cut into forwards. A client without rows gets zeros.
-    """
-    sums = {key: torch.zeros_like(tensors[key], device=adapted.device) for key in sorted(trainable)}
-    losses: list[list[float]] = [[] for _ in rows]
-    flat = [(k, example) for k, own in enumerate(rows) for example in own]
-    flat.sort(key=lambda row: len(ids(row[1], "input_ids")))  # forwards pad to their longest row
-    micro = 1 if adapted.routing.one_by_one else micro
-    for start in range(0, len(flat), micro):
-        part = flat[start : start + micro]
-        owner_b = torch.tensor([k for k, _ in part], device=adapted.device)
-        copies = {key: _copy(adapted, key, t, trainable, owner_b) for key, t in tensors.items()}
-        loss_b = _backward(adapted, task, copies, trainable, [row for _, row in part])
-        gradients = {key: _gradient(p) for key, p in adapted.parameters().items()}
-        add_clipped(sums, gradients, owner_b, clip)
-        for (k, _), loss in zip(part, loss_b.tolist(), strict=True):
-            losses[k].append(loss)
-    return sums, losses
+    adapted: AdaptedModel
+    task: Task
+    layout: Layout  # of the trained tensors
+    gradients: Tensor  # (rows of one forward, P)
+
+    @classmethod
+    def allocate(cls, adapted: AdaptedModel, task: Task, layout: Layout, rows: int) -> RowGradients:
+        """Returns buffers for `rows` rows in one forward; one where the model cannot route rows."""
+        rows = 1 if adapted.routing.one_by_one else rows
+        return cls(adapted, task, layout, torch.zeros(rows, layout.size, device=adapted.device))
+
+    def clipped_sums(
+        self,
+        values: Tensor,  # (K, P) the clients' trained tensors
+        frozen: Tensors,  # all other tensors: a core's A and B as they are, else (K, ...)
+        rows: Sequence[Sequence[Example]],  # of each client; may be empty
+        clip: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Returns ((K, P) the sums of clipped gradients, (K,) the mean losses). No noise is added here.
+
+        The sums do not depend on how the rows are cut into forwards. A client without rows gets zeros.
+        """
+        sums, losses = torch.zeros_like(values), torch.zeros(len(rows), device=values.device)
+        flat = [(k, example) for k, own in enumerate(rows) for example in own]
+        flat.sort(key=lambda row: len(ids(row[1], "input_ids")))  # forwards pad to their longest row
+        for start in range(0, len(flat), len(self.gradients)):
+            part = flat[start : start + len(self.gradients)]
+            owners = [k for k, _ in part]
+            owner_b = torch.tensor(owners, device=values.device)
+            loss_b = self._backward(values, frozen, owner_b, [row for _, row in part])
+            add_clipped(sums, self.gradients[: len(part)], owner_b, clip)
+            losses.index_add_(0, owner_b, loss_b / torch.tensor([len(rows[k]) for k in owners], device=values.device))
+        return sums, losses
+
+    def _backward(self, values: Tensor, frozen: Tensors, owner_b: Tensor, rows: list[Example]) -> Tensor:
+        """Fills the gradients of the rows' own mean losses. Returns those losses, (b,)."""
+        b, adapted = len(rows), self.adapted
+        copies = values.expand(b, -1) if len(values) == 1 else values[owner_b]  # one client's are in memory once
+        others = {
+            key: x if adapted.is_shared(key) or len(x) == 1 else x[owner_b.to(x.device)] for key, x in frozen.items()
+        }
+        gradients = self.gradients[:b].zero_()
+        adapted.load({**others, **self.layout.views(copies)}, gradients=self.layout.views(gradients))
+        adapted.routing.rows = b if b > 1 else None
+        try:
+            logits, batch = forward(adapted.model, self.task, rows)
+            loss_b, weight_b = self.task.losses(logits, batch)
+            loss_b = loss_b / weight_b.clamp(min=1)
+            loss_b.sum().backward()  # type: ignore[no-untyped-call]
+        finally:
+            adapted.routing.rows = None
+        return loss_b.detach().float()
 
 
-def add_clipped(sums: Tensors, gradients: Tensors, owner_b: Tensor, clip: float) -> None:
-    """Adds each example's gradient (b, ...), cut to the clip, to its client's sums (K, ...), in place."""
+def add_clipped(sums: Tensor, gradients: Tensor, owner_b: Tensor, clip: float) -> None:
+    """Adds each row's gradient (b, P), clipped, to its client's sum (K, P), in place. May change `gradients`."""
     norm_b = norms(gradients)
     usable_b = norm_b <= LONGEST  # False for NaN
-    if not usable_b.all():  # such a row counts as 0: NaN would show through any noise
-        gradients = {key: g[usable_b] for key, g in gradients.items()}
-        norm_b, owner_b = norm_b[usable_b], owner_b[usable_b]
-    factor_b = (clip / norm_b).clamp(max=1.0)  # a gradient of 0 stays 0
-    weight_Kb = torch.zeros(len(next(iter(sums.values()))), len(owner_b), device=owner_b.device)
-    weight_Kb[owner_b, torch.arange(len(owner_b))] = factor_b.float()
+    gradients.masked_fill_(~usable_b.unsqueeze(1), 0.0)  # such a row counts as 0: NaN would show through any noise
+    factor_b = torch.where(usable_b, (clip / norm_b).clamp(max=1.0), 0.0)  # a gradient of 0 stays 0
+    weight_Kb = torch.zeros(len(sums), len(owner_b), device=owner_b.device)
+    weight_Kb[owner_b, torch.arange(len(owner_b), device=owner_b.device)] = factor_b.float()
     with matmul_precision("highest"):
-        for key, g in gradients.items():
-            sums[key] += (weight_Kb @ g.reshape(len(g), math.prod(g.shape[1:]))).reshape(sums[key].shape)
+        sums += weight_Kb @ gradients
 
 
-def norms(gradients: Tensors) -> Tensor:
-    """Returns the L2 norm of each example's gradient over all tensors (b, ...) together: (b,), float64."""
-    each = [torch.linalg.vector_norm(g.reshape(len(g), -1), dim=1, dtype=torch.float64) for g in gradients.values()]
-    together: Tensor = torch.linalg.vector_norm(torch.stack(each), dim=0)
-    return together
-
-
-def _copy(adapted: AdaptedModel, key: str, tensor: Tensor, trainable: frozenset[str], owner_b: Tensor) -> Tensor:
-    """The tensor of each row's client: in memory once where there is one client, or where all share it."""
-    if adapted.is_shared(key) or (key not in trainable and len(tensor) == 1):
-        return tensor
-    if len(tensor) == 1:
-        return tensor.expand(len(owner_b), *tensor.shape[1:])
-    return tensor[owner_b.to(tensor.device)]
-
-
-def _backward(
-    adapted: AdaptedModel, task: Task, tensors: Tensors, trainable: frozenset[str], rows: list[Example]
-) -> Tensor:
-    """Forward and backward of the sum of the rows' own mean losses; gives back those losses (b,)."""
-    adapted.load(tensors, trainable=trainable)
-    adapted.routing.rows = len(rows) if len(rows) > 1 else None
-    try:
-        logits, batch = forward(adapted.model, task, rows)
-        loss_b, weight_b = task.losses(logits, batch)
-        loss_b = loss_b / weight_b.clamp(min=1)
-        loss_b.sum().backward()  # type: ignore[no-untyped-call]
-    finally:
-        adapted.routing.rows = None
-    return loss_b.detach()
-
-
-def _gradient(p: torch.nn.Parameter) -> Tensor:
-    return torch.zeros_like(p) if p.grad is None else p.grad
+def norms(gradients: Tensor) -> Tensor:
+    """Returns the L2 norm of each row's gradient (b, P): (b,), float64."""
+    found: Tensor = torch.linalg.vector_norm(gradients, dim=1, dtype=torch.float64)
+    return found

@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
 from fedsb.adapters.adapted import kinds
 from fedsb.config.resolved import ResolvedSetting
-from fedsb.config.schema import Config, ServerConfig
+from fedsb.config.schema import Config
 from fedsb.data.sites import Site, draw_rows, format_of
 from fedsb.data.sources import load_table
 from fedsb.data.tasks.base import Example, Task
 from fedsb.data.tasks.chat import Chat
 from fedsb.data.tasks.instruction import Instruction
-from fedsb.privacy.policy import PrivacyPolicy
 from fedsb.training.local import LocalTraining
 from fedsb.training.memory import Memory
 from fedsb.utils.environment import memory_of
 from fedsb.utils.errors import UserError
-from fedsb.utils.extras import needs_extra
 from fedsb.utils.formatting import bytes_text
-
-if TYPE_CHECKING:
-    from fedsb.protocol.secure_sum import SecureSums
 
 MEMORY_SHARE = 0.8  # of a device's memory, that the estimate for clients in one forward may take
 CPU_TOKENS, GPU_TOKENS = 4096, 16384  # that a joint forward may hold; see docs/decisions.md
@@ -64,24 +58,6 @@ def auto_clients_per_forward(
         why = f"{bytes_text(memory_by_clients(size).total)} of the {bytes_text(there)} on {device.type}"
         return size, f"auto: as many as fit the memory, an estimate of {why}"
     return size, f"auto: up to {tokens:,} tokens in one forward on {device.type}"
-
-
-def open_sums(config: Config, policy: PrivacyPolicy, run: str, sites: Sequence[Site]) -> SecureSums | None:
-    """Where server.secure_aggregation is asked for. Raises UserError without the extra `privacy`, and as SecureSums
-    does."""
-    if not config.server.secure_aggregation:
-        return None
-    try:
-        from fedsb.protocol.secure_sum import SecureSums
-    except ImportError as error:
-        raise needs_extra(error.name or "cryptography") from error
-    return SecureSums(config, policy, run, sites)
-
-
-def sum_threshold(server: ServerConfig, sites: int) -> tuple[int, int]:
-    """(how many are asked into a secure sum, how many of them it needs at least)."""
-    asked = min(server.clients_per_round or sites, sites)
-    return asked, max(server.min_clients, asked // 2 + 1)
 
 
 def targets_choice(config: Config, targets: Sequence[str], without: Mapping[str, str]) -> ResolvedSetting:

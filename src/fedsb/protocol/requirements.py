@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from fedsb.adapters.adapted import Shapes
 from fedsb.config.resolved import ResolvedSetting
 from fedsb.config.schema import Config
 from fedsb.methods.base import Method
+from fedsb.privacy.policy import PrivacyPolicy
+from fedsb.training.local import BYTES_PER_TRAINED_VALUE
 from fedsb.utils.errors import UserError, did_you_mean
+from fedsb.utils.extras import needs_extra
 
-BYTES_A_TRAINED_VALUE = 16  # float32: the value, its gradient and Adam's two moments
+if TYPE_CHECKING:
+    from fedsb.protocol.secure_sum import SecureSums
 
 
 def refuse_what_facts_forbid(config: Config, method: Method) -> None:
@@ -122,7 +127,7 @@ def fitting_rank(method: Method, shapes: Shapes, budget_bytes: float, client: st
             own = method.at(rank)
         except UserError:  # between two numbers of blocks
             continue
-        if own.traffic(shapes, head=0, clients=1).up * BYTES_A_TRAINED_VALUE <= budget_bytes:
+        if own.traffic(shapes, head=0, clients=1).up * BYTES_PER_TRAINED_VALUE <= budget_bytes:
             return rank
     raise UserError(f"clients.memory_mib: {budget_bytes / 2**20:g} MiB of {client!r} hold not even the smallest rank")
 
@@ -140,3 +145,17 @@ def _by_client(
         if name not in clients:
             raise UserError(f"{key} names the client {name!r}; {did_you_mean(name, clients)}")
     return dict(given)
+
+
+def open_secure_sums(config: Config, policy: PrivacyPolicy, run: str, rows: Mapping[str, int]) -> SecureSums | None:
+    """Returns the secure sums of a run that asks for them; `rows` are those of every client.
+
+    Raises UserError without the extra `privacy`, and where a sum would hide nothing.
+    """
+    if not config.server.secure_aggregation:
+        return None
+    try:
+        from fedsb.protocol.secure_sum import SecureSums
+    except ImportError as error:
+        raise needs_extra(error.name or "cryptography") from error
+    return SecureSums(config, policy, run, rows)

@@ -1,0 +1,37 @@
+"""What a client refuses of a server's tensors."""
+
+from __future__ import annotations
+
+import torch
+
+from fedsb.adapters.adapted import Shapes, Tensors
+from fedsb.utils.errors import RefusalError
+
+LARGEST = 1e6  # of the values that a client receives
+ORTHONORMAL = 1e-3  # by which the entries of A A' and B'B may differ from those of the identity
+
+
+def refuse_values(tensors: Tensors) -> None:
+    """Raises RefusalError where a server sent values that are not finite or out of range."""
+    for key, x in tensors.items():
+        if x.is_floating_point() and x.numel() and not float(x.abs().max()) <= LARGEST:
+            raise RefusalError(
+                f"The broadcast contains values of {key!r} that are NaN, infinite or above {LARGEST:g}. It was "
+                "discarded. The coordinator may lower its learning rate."
+            )
+
+
+def refuse_basis(shared: Tensors, shapes: Shapes) -> None:
+    """Raises RefusalError if a layer's B or A is missing, of another shape, or not orthonormal.
+
+    A basis of another scale would scale every row's gradient.
+    """
+    for layer, (m, n) in shapes.items():
+        B, A = shared.get(f"{layer}.B"), shared.get(f"{layer}.A")
+        if A is None or B is None or A.ndim != 2 or A.shape[1] != n or B.shape != (m, len(A)):
+            raise RefusalError(f"The tensors of the basis do not fit layer {layer!r}. It does not belong to this run.")
+        for gram in (A @ A.T, B.T @ B):
+            if not float((gram - torch.eye(len(A))).abs().max()) <= ORTHONORMAL:
+                raise RefusalError(
+                    f"The basis is not orthonormal in layer {layer!r}. This site accepts only orthonormal ones."
+                )

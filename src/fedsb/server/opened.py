@@ -1,0 +1,193 @@
+"""A federation that is ready for a run: a channel to its clients, and what the server knows and has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+from fedsb.adapters.adapted import Tensors
+from fedsb.config.resolved import ResolvedSetting
+from fedsb.config.schema import Config
+from fedsb.data.card import TableCard, make_card
+from fedsb.data.sites import Data, Site, cut_choices, elsewhere, load_test, open_task_of, table_facts
+from fedsb.data.sources import Table
+from fedsb.data.tasks.base import Task
+from fedsb.methods.base import Method, State
+from fedsb.models.load import load_tokenizer, tokenizer_fingerprint
+from fedsb.privacy.policy import PrivacyPolicy, refuse_what_would_leak
+from fedsb.protocol.channel import Channel
+from fedsb.protocol.messages import Describe, DescribeReply, Prepare, PrepareReply
+from fedsb.protocol.requirements import refuse_what_facts_forbid, refuse_what_needs_one_place
+from fedsb.server.exchange import Exchange
+from fedsb.server.labels import label_choices, labels_of
+from fedsb.training.trainer import Trainer
+from fedsb.utils.environment import versions
+
+if TYPE_CHECKING:
+    from fedsb.protocol.secure_sum import SecureSums
+
+ClientStates = Mapping[str, Mapping[int, Tensors]]  # client -> round -> its own state after that round
+
+
+class LocalClients(Protocol):
+    """The clients that live in the server's process, whose state is stored with the run."""
+
+    def start(self, policy: PrivacyPolicy, sums: SecureSums | None, states: ClientStates) -> None:
+        """Puts the run's policy in force; `states` are the clients' own, by round, of a run that is resumed."""
+
+    def resume(self, state: State) -> None:
+        """Brings every client to the state after its last round."""
+
+    def client_states(self, round: int) -> Mapping[str, Tensors]:
+        """Returns the own states that clients have after this round, where they have any."""
+        ...
+
+    def client_model(self, method: Method, state: State, client: str) -> Tensors:
+        """Returns the model that a client ends with: the global one, or its own."""
+        ...
+
+
+class NoLocalClients:
+    """For a federation whose clients are elsewhere and keep their own state."""
+
+    def start(self, policy: PrivacyPolicy, sums: SecureSums | None, states: ClientStates) -> None:
+        pass
+
+    def resume(self, state: State) -> None:
+        pass
+
+    def client_states(self, round: int) -> Mapping[str, Tensors]:
+        return {}
+
+    def client_model(self, method: Method, state: State, client: str) -> Tensors:
+        return method.model(state)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenedFederation:
+    """What a server needs of its federation.
+
+    Args:
+        clients: those that take part, with their number of rows.
+        data: the card, the task, the test rows; in a simulation also the clients' rows.
+        trainer: the server's own model, to score and to export; in one process the clients share it.
+        directory: each client's public key, for secure sums.
+        local: the clients in this process.
+    """
+
+    channel: Channel
+    clients: Sequence[Site]
+    data: Data
+    trainer: Trainer
+    directory: Mapping[str, bytes] = field(default_factory=dict)
+    settings: tuple[ResolvedSetting, ...] = ()
+    local: LocalClients = field(default_factory=NoLocalClients)
+
+
+def open_sites(
+    config: Config,
+    method: Method,
+    run: str,
+    channel: Channel,
+    directory: Mapping[str, bytes],
+    note: Callable[[str], None] = lambda _: None,
+    begun: Mapping[str, Any] | None = None,  # the manifest of a run that is resumed: its sites need not be online
+) -> OpenedFederation:
+    """Describes the run to the sites of a channel, and prepares them.
+
+    Raises UserError for whatever is wrong with the settings, RunError where a site refuses or does not answer.
+    """
+    refuse_what_facts_forbid(config, method)
+    refuse_what_would_leak(config, method)
+    refuse_what_needs_one_place(config, method)
+    exchange = Exchange(channel, run, config.engine.deadline_s, note)
+    tokenizer = load_tokenizer(config.model)
+    task = open_task_of(config, tokenizer)
+    test = load_test(config, task)
+    described = {} if begun else _describe(exchange, config)
+    if begun:
+        task.take_classes(begun["task"])
+    else:
+        labels = labels_of(described)
+        task.fit_labels([{task.options.label: label} for label in labels], test.rows if test else [])
+    task.name_classes(test.class_names.get(task.options.label, ()) if test else ())
+    trainer = Trainer(config, method, tokenizer, task)
+    prepared: dict[str, PrepareReply] = {}
+    if begun:
+        clients = [elsewhere(site["name"], site["rows"], site["labels"]) for site in begun["clients"]]
+        tables = {name: table for name, table in begun["data"].items() if name != "test"}
+    else:
+        request = Prepare(
+            run=run,
+            label_names=task.label_names,
+            class_names=task.class_names or None,
+            model=trainer.base.fingerprint,
+            tokenizer=tokenizer_fingerprint(tokenizer),
+        )
+        prepared = exchange.all(request)
+        clients = [elsewhere(name, site.rows, site.labels) for name, site in prepared.items()]
+        tables = {
+            name: {"origin": f"the site {name}", "rows": site.rows, "fingerprint": site.fingerprint}
+            for name, site in described.items()
+        }
+    data = _data(config, task, clients, test, list(prepared.values()), tables)
+    data = replace(data, choices=(*label_choices(described), *data.choices))
+    trainer.check_rows(data.test)
+    return OpenedFederation(channel=channel, clients=clients, data=data, trainer=trainer, directory=directory)
+
+
+def _describe(exchange: Exchange, config: Config) -> dict[str, DescribeReply]:
+    shared = config.model_dump(mode="json", exclude={"out": True, "compare": True, "data": {"train", "test"}})
+    sites = exchange.channel.clients
+    exchange.note(f"asking {'1 site' if len(sites) == 1 else f'{len(sites)} sites'}: {', '.join(sites)}")
+    return exchange.all(Describe(run=exchange.run, config=shared, versions=versions()))
+
+
+def _data(
+    config: Config,
+    task: Task,
+    clients: Sequence[Site],
+    test: Table | None,
+    prepared: Sequence[PrepareReply],
+    tables: Mapping[str, Any],
+) -> Data:
+    """Returns what the server knows of the rows, which it does not have."""
+    examples, cut_test = task.encode_test(test.rows) if test else ([], 0)
+    labels = [site.labels for site in prepared if site.labels is not None]
+    all_labels = bool(labels) and len(labels) == len(prepared)
+    card = make_card(
+        task,
+        TableCard(
+            origin="1 site" if len(clients) == 1 else f"{len(clients)} sites",
+            rows=sum(site.rows for site in clients),
+            cut=_sum_of(site.cut for site in prepared),
+            unused=_sum_of(site.unused for site in prepared),
+            classes={name: sum(own.get(name, 0) for own in labels) for name in task.classes} if all_labels else None,
+        ),
+        test,
+        clients={site.name: site.rows for site in clients},
+        lost={"test": (cut_test, len(test.rows) - len(examples) if test else 0)},
+        also_read=config.data.exclude,
+        private=config.privacy.on,
+    )
+    cut = cut_test + sum(site.cut or 0 for site in prepared)
+    unused = sum(site.unused or 0 for site in prepared)
+    return Data(
+        task=task,
+        sites=list(clients),
+        test=examples,
+        test_is=f"{test.origin}, {len(test.rows):,} rows" if test else "none",
+        test_is_public=True,
+        baseline=None,
+        best_guess=task.best_guess(examples) if examples else None,
+        tables={**tables, **({"test": table_facts(test)} if test else {})},
+        choices=tuple(cut_choices(config, cut, unused)),
+        card=card,
+    )
+
+
+def _sum_of(counts: Iterable[int | None]) -> int | None:
+    """Returns the sum; None where a site keeps its count to itself, or none was asked."""
+    known = list(counts)
+    return sum(count or 0 for count in known) if known and None not in known else None

@@ -1,0 +1,352 @@
+"""The server of a run: it starts the clients, runs the rounds, and ends the run. The same on every channel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fedsb.adapters.basis import Basis, basis_hash
+from fedsb.client.round import ClientRound, ClientView
+from fedsb.config.resolved import ResolvedSetting
+from fedsb.config.schema import Config
+from fedsb.data.tasks.base import Example
+from fedsb.methods.averaging import ServerOptimizer
+from fedsb.methods.base import Method, State
+from fedsb.privacy.ledger import Entry
+from fedsb.privacy.policy import build_privacy_policy
+from fedsb.protocol import schedule
+from fedsb.protocol.channel import NoResponse
+from fedsb.protocol.compressor import build_compressor
+from fedsb.protocol.messages import Finish, FinishReply, Stale, Start, Train, TrainReply
+from fedsb.protocol.payload import Payload, PayloadError, pack, unpack
+from fedsb.protocol.requirements import client_ranks, open_secure_sums
+from fedsb.protocol.traffic import TrafficCounter, TrafficRecord
+from fedsb.server.basis import BasisRound
+from fedsb.server.exchange import Exchange, reason_of
+from fedsb.server.opened import OpenedFederation
+from fedsb.server.replies import ClientReply, Replies
+from fedsb.server.shared_state import SharedStateSync
+from fedsb.server.spool import Spool
+from fedsb.server.validation import Dropped, update_rules, validate_updates
+from fedsb.training.basis import draw_samples
+from fedsb.training.gradients import captured_share
+from fedsb.training.score import Score
+from fedsb.utils.environment import versions
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundResult:
+    """The result of a round."""
+
+    state: State
+    cohort: Sequence[str]
+    replies: Replies
+    dropped: Sequence[Dropped]
+    traffic: Sequence[TrafficRecord]
+
+
+class Server:
+    """The server of a run, over an opened federation.
+
+    Args:
+        note: takes lines for whoever watches the run.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        method: Method,
+        run: str,
+        opened: OpenedFederation,
+        note: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self.config, self.method, self.run, self.opened, self.note = config, method, run, opened, note
+        self.clients, self.data, self.trainer, self.channel = (
+            opened.clients,
+            opened.data,
+            opened.trainer,
+            opened.channel,
+        )
+        names = [client.name for client in self.clients]
+        self.local = self.trainer.local
+        self.policy = build_privacy_policy(config, method, self.clients, self.local)
+        self.ranks, rank_settings = client_ranks(config, method, self.trainer.shapes, names)
+        self.rows = {client.name: client.rows for client in self.clients}
+        self.secure_sums = open_secure_sums(config, self.policy, run, self.rows)
+        self.compressor = build_compressor(config, method, run)
+        self.exchange = Exchange(self.channel, run, config.engine.deadline_s, note)
+        self.counter = TrafficCounter(self.trainer.head.keys())
+        self.shared_state = SharedStateSync(self.exchange, self.counter)
+        self.optimizer = ServerOptimizer(**config.server.optimizer_settings)
+        self.settings: tuple[ResolvedSetting, ...] = (
+            *self.trainer.settings,
+            *self.data.choices,
+            *rank_settings,
+            *opened.settings,
+            *self.policy.choices,
+            *(self.secure_sums.settings_shown if self.secure_sums else ()),
+        )
+
+    # --- the life of a run ---
+
+    def start(self) -> tuple[State, Basis | None, list[TrafficRecord]]:
+        """Starts the clients and makes the basis. Returns the first state, the basis, and what travelled."""
+        for name, reply in self.exchange.all(Start(run=self.run, rows=self.rows)).items():
+            self.shared_state.by_client[name] = reply.shared
+        basis, round = None, BasisRound(self, None)
+        if self.method.adapter == "core":
+            basis = round.make()
+        state = self.trainer.start_state(basis)
+        traffic = [*round.traffic, *self.shared_state.agree(state.shared, 0, residual=False)]
+        return state, self._with_captured_share(basis, state), traffic
+
+    def refresh(self, state: State) -> tuple[State, list[TrafficRecord]]:
+        """Returns the state with a new basis, made where the run has come to, and what travelled for it."""
+        round = BasisRound(self, state)
+        round.send_state()
+        basis = round.make()
+        new = self.method.refresh(state, self.trainer.shapes, basis, self.config.seed)
+        traffic = [*round.traffic, *self.shared_state.agree(new.shared, state.round + 1, residual=True)]
+        return new, traffic
+
+    def run_round(
+        self, state: State, *, cohort: Sequence[str] | None = None, score: bool = False, spool: Path | None = None
+    ) -> RoundResult:
+        """Runs the round that starts at `state`: sample, broadcast, train, validate, aggregate.
+
+        Args:
+            cohort: takes the place of the sampled clients, whatever server.min_clients says.
+            score: whether the clients report the score of their own trained model.
+            spool: a folder with room for all updates.
+
+        Raises RunError where fewer than server.min_clients updates are good.
+        """
+        config, method = self.config, self.method
+        traffic: list[TrafficRecord] = []
+        if state.round in schedule.refreshes(config, method):
+            state, traffic = self.refresh(state)
+        settings = config.server
+        if cohort is not None or self.secure_sums:  # a sum is one update, and ensures itself that enough are in it
+            settings = settings.model_copy(update={"min_clients": 1})
+        missed = frozenset[str]()
+        if cohort is None:
+            cohort = schedule.sample(list(self.rows), state.round, config)
+            missed = frozenset(cohort) - frozenset(schedule.sample(list(self.rows), max(state.round - 1, 0), config))
+        view = self.compressor.client_view(method, state)
+        replies, in_sum = Replies(), list[str]()
+        rules = update_rules(
+            method,
+            view,
+            settings,
+            self.run,
+            self.ranks,
+            judge_norms=config.privacy.unit != "client",
+            rows=self.rows,
+            steps={name: self.local.steps_for(rows) for name, rows in self.rows.items()},
+        )
+        round = _Round(self, state, view, missed=missed if state.round else frozenset(), score=score)
+        answers = round.answers(cohort)
+        payloads = round.summed(answers, cohort, replies, in_sum) if self.secure_sums else round.each(answers, replies)
+        updates, dropped = validate_updates(payloads, rules, Spool(spool), replies.dropped)
+        after = method.aggregate(view, self.policy.noised(updates, state.round), self.optimizer)
+        used = in_sum or [update.client for update in updates]
+        settled = self.compressor.settle(method, state, view, after)
+        return RoundResult(
+            state=replace(settled, accepted={**state.accepted, **dict.fromkeys(used, settled.round)}),
+            cohort=cohort,
+            replies=replies,
+            dropped=[*replies.dropped, *dropped],
+            traffic=[*traffic, *replies.traffic],
+        )
+
+    def finish(self, state: State, card: Mapping[str, str]) -> dict[str, Score]:
+        """Ends the run at every client: it receives the final model and scores it. Returns the clients' scores."""
+        tensors = self.method.broadcast(state, late=True)
+        payload = pack(Payload.of(tensors, kind="broadcast", run=self.run, round=state.round))
+        request = Finish(run=self.run, card=dict(card), parts=(payload,))
+        scores: dict[str, Score] = {}
+        last = dict.fromkeys(self.rows, request)
+        for name, reply in self.exchange.each(last, patient=True, what="The end of the run"):
+            try:
+                if not isinstance(reply, FinishReply):
+                    raise PayloadError(reason_of(reply))
+                self.copy_ledger(name, reply.entries)
+            except PayloadError as error:
+                self.note(f"{name} may not have the final adapter: {error}")
+                continue
+            if reply.score is not None:
+                scores[name] = Score(value=reply.score, count=reply.held_out)
+        return scores
+
+    # --- for the rounds ---
+
+    @property
+    def probes(self) -> list[Example]:
+        """Some examples to compare an exported adapter on."""
+        return (self.data.test or self.clients[0].train)[:4]
+
+    def copy_ledger(self, name: str, entries: Sequence[Mapping[str, Any]]) -> None:
+        """Copies the entries of a client's own ledger, so that epsilon is known here too.
+
+        Raises PayloadError for entries that are not those of this client.
+        """
+        if self.policy.unit == "example" and entries:
+            try:
+                self.policy.mechanisms[name].ledger.copy(Entry(**entry) for entry in entries)
+            except (TypeError, ValueError) as error:
+                raise PayloadError(f"the entries of its ledger are not valid: {error}") from error
+
+    def pooled_rows(self, count: int, *, from_the_end: bool = False) -> list[Example]:
+        """Returns `count` rows of all clients together; only where they are in this process."""
+        return [row for own in self._samples(count, from_the_end=from_the_end).values() for row in own]
+
+    def _samples(self, count: int, *, from_the_end: bool) -> dict[str, list[Example]]:
+        total, seed = sum(self.rows.values()), self.config.seed
+        return {
+            client.name: draw_samples(client, total, count, seed, from_the_end=from_the_end) for client in self.clients
+        }
+
+    def _with_captured_share(self, basis: Basis | None, state: State) -> Basis | None:
+        """Returns the basis with the share of the clients' gradients inside it, where their rows may be looked at."""
+        config = self.config
+        if basis is None or not config.basis.share_samples or self.policy or not self.channel.spec.holds_rows:
+            return basis
+        captured = captured_share(
+            self.trainer.adapted,
+            self.trainer.task,
+            self.trainer.head,
+            basis,
+            self._samples(config.basis.share_samples, from_the_end=True),
+            config.train.batch_size,
+            config.basis.budget_mib << 20,
+            self.method.total_rank // self.method.rank,
+        )
+        return replace(basis, captured=captured)
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """A client's answer in a round, and what travelled to it."""
+
+    client: str
+    reply: TrainReply | Stale | NoResponse
+    traffic: Sequence[TrafficRecord]
+
+
+class _Round:
+    """The requests of one round, and the answers to them."""
+
+    def __init__(self, server: Server, state: State, view: State, *, missed: frozenset[str], score: bool) -> None:
+        self.server, self.state, self.view, self.missed, self.score = server, state, view, missed, score
+        self.ranks = {**server.ranks, **state.ranks}
+        self.shared_hash = basis_hash(view.shared)
+        self._payloads: dict[tuple[bool, int | None], bytes] = {}
+
+    def payload(self, *, whole: bool, rank: int | None) -> bytes:
+        """Returns the broadcast to clients of this rank; those that receive the same share its bytes."""
+        key = whole, rank
+        if key not in self._payloads:
+            self._payloads[key] = self.server.compressor.broadcast(
+                self.server.method,
+                self.state,
+                self.view,
+                self.shared_hash,
+                missed_last_round=whole,
+                total_rank=rank,
+            )
+        return self._payloads[key]
+
+    def answers(self, cohort: Sequence[str]) -> Iterator[_Answer]:
+        """Asks the cohort to train. A client that lost the shared state receives it, and is asked again."""
+        caught_up: dict[str, Sequence[TrafficRecord]] = {}
+        for answer in self._ask(cohort, whole=False):
+            if not isinstance(answer.reply, Stale):
+                yield answer
+                continue
+            sync, round = self.server.shared_state, self.state.round + 1
+            residual = bool(self.server.config.basis.refresh)
+            sent = sync.catch_up(answer.client, answer.reply, self.view.shared, round, residual=residual)
+            if isinstance(sent, NoResponse):
+                yield _Answer(answer.client, sent, answer.traffic)
+            else:
+                caught_up[answer.client] = [*answer.traffic, *sent]
+        for answer in self._ask(list(caught_up), whole=True):
+            yield _Answer(answer.client, answer.reply, [*caught_up[answer.client], *answer.traffic])
+
+    def each(self, answers: Iterable[_Answer], replies: Replies) -> Iterator[tuple[str, bytes]]:
+        """Yields (client, update) as they come in: none is kept here."""
+        for answer in answers:
+            if (reply := self._checked(answer, replies)) is not None:
+                replies.add(reply)
+                assert reply.payload is not None
+                yield reply.client, reply.payload
+
+    def summed(
+        self, answers: Iterable[_Answer], cohort: Sequence[str], replies: Replies, in_sum: list[str]
+    ) -> Iterator[tuple[str, bytes]]:
+        """Yields the sum of the cohort's updates, as one; `in_sum` are then the clients in it."""
+        from fedsb.protocol.secure_sum import SUM
+        from fedsb.server.secure_sum import add_up
+
+        server = self.server
+        trained = [reply for answer in answers if (reply := self._checked(answer, replies)) is not None]
+        message = unpack(self.payload(whole=False, rank=None)).tensors
+        if server.compressor.codec != "float32":
+            raise AssertionError("refused at the start: a secure sum with a codec")
+        shared = ClientRound(server.method, ClientView(self.view.shared), message, self.state.round, self.shared_hash)
+        assert server.secure_sums is not None
+        keys = {name: server.opened.directory[name] for name in cohort}
+        terms = server.secure_sums.terms(self.state.round, self.shared_hash, keys, shared.against)
+        found = add_up(server.exchange, terms, shared, trained, server.counter)
+        replies.dropped += found.dropped
+        for reply in found.survivors:
+            replies.add(reply)
+            in_sum.append(reply.client)
+        yield SUM, found.payload
+
+    def _ask(self, clients: Sequence[str], *, whole: bool) -> Iterator[_Answer]:
+        requests, traffic = {}, {}
+        server, round = self.server, self.state.round + 1
+        for name in clients:
+            rank = self.ranks.get(name)
+            payload = self.payload(whole=whole or name in self.missed, rank=rank)
+            request = requests[name] = Train(
+                run=server.run,
+                total_rank=rank,
+                state_round=self.state.accepted.get(name, 0),
+                score=self.score,
+                versions=versions(),
+                parts=(payload,),
+            )
+            traffic[name] = server.counter.record(payload, round, name, "down", wire_bytes=request.wire_bytes)
+        for name, reply in server.exchange.each(requests, what=f"Round {round}"):
+            yield _Answer(name, reply, [traffic[name]])
+
+    def _checked(self, answer: _Answer, replies: Replies) -> ClientReply | None:
+        """Returns the reply; None, with the reason in `replies`, for a client that sent nothing to continue with."""
+        server, reply = self.server, answer.reply
+        try:
+            if not isinstance(reply, TrainReply):
+                raise PayloadError(reason_of(reply))
+            if reply.left is not None:
+                raise PayloadError(f"left the sum by itself: {reply.left}")
+            if (server.secure_sums is None) != len(reply.parts):
+                raise PayloadError(f"sent {len(reply.parts)} updates")
+            server.copy_ledger(answer.client, reply.entries)
+        except PayloadError as error:
+            replies.dropped.append(Dropped(client=answer.client, reason=str(error)))
+            return None
+        up = [
+            server.counter.record(part, self.state.round + 1, answer.client, "up", wire_bytes=reply.wire_bytes)
+            for part in reply.parts
+        ]
+        travels = not server.method.spec.pools_data
+        return ClientReply(
+            client=answer.client,
+            payload=reply.parts[0] if reply.parts else None,
+            loss=reply.loss,
+            score=reply.score,
+            traffic=[*answer.traffic, *up] if travels else [],
+        )
