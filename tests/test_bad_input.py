@@ -86,7 +86,7 @@ def test_more_clients_than_rows(tiny_config: dict[str, Any], refused: Callable[.
 
 
 def test_a_client_with_no_rows(tiny_config: dict[str, Any], refused: Callable[..., str]) -> None:
-    clients = {"split": "size", "count": 2, "sizes": [1, 1000]}
+    clients = {"partition": "size", "count": 2, "sizes": [1, 1000]}
     said = refused(set_all(tiny_config, clients=clients))
     assert "client-00 holds 0 of 90 rows, fewer than 1: take fewer clients" in said
 
@@ -238,7 +238,7 @@ def test_prompts_that_fill_the_window_are_counted_and_shown(
     monkeypatch.setenv("COLUMNS", "200")
     rows = [{"prompt": "red1 " * (60 if i < 3 else 1), "answer": "blue1", "client": i % 2} for i in range(20)]
     train = str(write_rows(tmp_path / "train.jsonl", rows))
-    model = {"name": str(tiny_llama), "max_tokens": 60}
+    model = {"name": str(tiny_llama), "max_seq_length": 60}
     config = set_all(tiny_config, data={"train": train}, model=model, task={"kind": "instruction"})
     said = cli("check", write_toml(tmp_path / "full.toml", config), "--verbose")
     lines = [" ".join(line.split()) for line in said.out.splitlines()]
@@ -286,7 +286,7 @@ def test_a_loss_that_is_nan(cli: Cli, tiny_config: dict[str, Any], tmp_path: Pat
     train = {
         **tiny_config["train"],
         "optimizer": "sgd",
-        "clip_norm": 0,
+        "max_grad_norm": 0,
         "lr": 1e30,
         "schedule": "linear",
         "warmup": 0.5,

@@ -271,7 +271,7 @@ def test_a_tasks_settings_have_an_effect_where_the_task_reads_them(kind: str, sc
         ({}, "privacy.clip", "privacy.unit is none"),
         ({"privacy": {"unit": "example", "epsilon": 3}}, "privacy.clip", None),
         ({}, "engine.deadline_s", "engine.name is in_process"),
-        ({"engine": {"name": "flower"}}, "engine.clients_per_forward", "engine.name is flower"),
+        ({"engine": {"name": "flower"}}, "server.channel.clients_per_forward", "engine.name is flower"),
         ({"task": {"kind": "code", "run_code": True}}, "task.new_tokens", None),
         ({"task": {"kind": "code", "score": "loss"}}, "task.new_tokens", "no answers are written"),
         ({"task": {"kind": "text"}}, "task.pooling", "task.kind is text"),

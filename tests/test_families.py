@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 
 from conftest import CLASSES, Said, labelled_rows, set_all, write_rows, write_toml
-from fedsb.channels.in_process import EmbeddedEngine
 from fedsb.config.load import load_config
 from fedsb.config.schema import method_of
 from fedsb.data.grading import metrics
 from fedsb.reporting.run_directory import read_rows
 from fedsb.runs.run import federate
+from fedsb.server.server import Server
 from test_answers import SHARED, real_rows
 
 CHAT = (
@@ -113,24 +113,24 @@ def test_a_metric_of_all_rows_in_a_run_and_for_each_client(
         assert found[metric] == result.score and 0 <= found["accuracy"] <= 1
     assert len(scores) == 1
     settings = load_config(set_all(tiny_config, task=task)).config
-    engine = EmbeddedEngine(settings, method_of(settings), "test")
-    basis, _ = engine.build_basis(engine.method)
-    state = engine.method.start(engine.shapes, basis, engine.head, 0)
-    each = engine.score_sites(engine.method, state, {})
-    for site in engine.data.sites:  # a head that is all but zero: what it says is read from the model itself
-        predicted, true = predictions(engine, site.held_out)
+    engine = Server(settings, method_of(settings), "test")
+    basis, _ = engine.build_basis(server.method)
+    state = server.method.start(server.trainer.shapes, basis, server.trainer.head, 0)
+    each = engine.score_sites(server.method, state, {})
+    for site in server.data.sites:  # a head that is all but zero: what it says is read from the model itself
+        predicted, true = predictions(server, site.held_out)
         wanted = metrics.f1(predicted, true, len(CLASSES)) if metric == "f1" else metrics.matthews(predicted, true)
         assert each[site.name].value == pytest.approx(wanted)
 
 
-def predictions(engine: EmbeddedEngine, examples: list[Any]) -> tuple[Any, Any]:
+def predictions(server: Server, examples: list[Any]) -> tuple[Any, Any]:
     import numpy as np
     import torch
 
     from fedsb.training.scoring import forward
 
     with torch.no_grad():
-        rows = [forward(engine.adapted.model, engine.task, [example]) for example in examples]
+        rows = [forward(server.trainer.adapted.model, server.trainer.task, [example]) for example in examples]
     called = [int(logits[0].argmax()) for logits, _ in rows]
     return np.array(called, dtype=float), np.array([example["labels"] for example in examples], dtype=float)
 

@@ -14,12 +14,12 @@ import pytest
 from fedsb.server.types import Engine, Replies
 
 from conftest import Said, adapter_bytes, set_all, write_toml
-from fedsb.channels.in_process import EmbeddedEngine
 from fedsb.config.load import load_config
 from fedsb.config.schema import Config
 from fedsb.protocol.payload import pack, unpack
 from fedsb.reporting.run_directory import read_rows
 from fedsb.runs.run import federate, resume, sample
+from fedsb.server.server import Server
 from fedsb.utils.errors import ConfigError, UserError
 
 BAD_CLIENT, BAD_ROUND = "site 1", 1  # the second round
@@ -38,16 +38,16 @@ def of_another_run(envelope: bytes) -> bytes:
 
 def spoil(monkeypatch: pytest.MonkeyPatch, harm: Callable[[bytes], bytes]) -> None:
     """In the second round, one client's update goes through `harm`."""
-    train = EmbeddedEngine.train
+    train = Server.train
 
-    def harmed(self: EmbeddedEngine, method: Any, state: Any, cohort: Any, kept: Any, late: Any) -> Replies:
+    def harmed(self: Server, method: Any, state: Any, cohort: Any, kept: Any, late: Any) -> Replies:
         replies = train(self, method, state, cohort, kept, late)
         if state.round != BAD_ROUND:
             return replies
         bad = lambda r: dataclasses.replace(r, envelope=harm(r.envelope)) if r.client == BAD_CLIENT else r  # noqa: E731
         return Replies(map(bad, replies.each))
 
-    monkeypatch.setattr(EmbeddedEngine, "train", harmed)
+    monkeypatch.setattr(Server, "train", harmed)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_a_bad_update_costs_its_client_the_round(
     config = set_all(tiny_config, method=method, engine={"clients_per_forward": 1})
 
     def without(engine: Engine, round: int, settings: Config) -> Sequence[str]:
-        return [name for name in sample(engine, round, settings) if (name, round) != (BAD_CLIENT, BAD_ROUND)]
+        return [name for name in sample(server, round, settings) if (name, round) != (BAD_CLIENT, BAD_ROUND)]
 
     with monkeypatch.context() as patch:
         patch.setattr("fedsb.runs.run.sample", without)

@@ -140,7 +140,7 @@ def messages(count: int, width: int, layers: int) -> dict[str, Any]:
     rows = {f"site-{i:02d}": make_rows(24, i) for i in range(count)}
     model = make_model(folder / "model", width, layers)
     test = write_rows(folder / "test.jsonl", make_rows(40, 1000))
-    train = {"steps": 2, "batch_size": 4, "lr": 0.01}
+    train = {"local_steps": 2, "batch_size": 4, "lr": 0.01}
     sites = Elsewhere(folder / "sites", rows)
     loaded = load_config(settings(model, test, rounds=FEW, out=str(folder), train=train))
     run = federate(loaded, open_engine=sites.open_engine).folder

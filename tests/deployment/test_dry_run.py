@@ -73,7 +73,7 @@ def test_a_model_that_cannot_protect_single_rows_is_refused_at_the_site(
     cli: Callable[..., Said], tiny_config: dict[str, Any], tables: tuple[Path, Path], tmp_path: Path, port: int
 ) -> None:
     """Before it joins, with its own copy of the model: no ledger is there yet."""
-    model = {"name": str(build(tmp_path / "fnet", "fnet", "AutoModelForSequenceClassification")), "max_tokens": 16}
+    model = {"name": str(build(tmp_path / "fnet", "fnet", "AutoModelForSequenceClassification")), "max_seq_length": 16}
     private = {"unit": "example", "epsilon": 8.0}
     config = set_all(tiny_config, data={"test": str(tables[1])}, model=model, privacy=private)
     said = cli(*site_of(tmp_path / "fed", port, tables[0]), "--config", write_toml(tmp_path / "my.toml", config))

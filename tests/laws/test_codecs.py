@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +11,22 @@ import pytest
 import torch
 
 from conftest import adapter_bytes, set_all
-from fedsb.channels.in_process import EmbeddedEngine
+from fedsb.channels.in_process import InProcessChannel
 from fedsb.config.load import load_config
-from fedsb.config.schema import Config, method_of
+from fedsb.config.schema import Config
 from fedsb.methods import method_type
 from fedsb.methods.averaging import ServerOptimizer
-from fedsb.methods.base import Method, State, Update
+from fedsb.methods.base import State, Update
 from fedsb.methods.fed_sb import FedSB
 from fedsb.planning.estimate import estimate
+from fedsb.protocol import schedule
 from fedsb.protocol.codec import CODECS, Q_MAX
+from fedsb.protocol.messages import TrainReply
 from fedsb.protocol.payload import unpack
 from fedsb.reporting.run_directory import read_manifest
 from fedsb.runs.record import Record
-from fedsb.runs.run import federate, resume, sample
-from fedsb.server.types import Engine, Replies
+from fedsb.runs.run import federate, resume
+from support.server import replies_of, started
 
 LOSSY = ("bfloat16", "int8", "int4")
 
@@ -105,7 +106,7 @@ def test_law_5_resume_is_bit_exact(
 ) -> None:
     """With what sites hold in the checkpoint and what they are owed beside their optimisers; 2 of 3 clients a round."""
     facts = method_type(method["name"]).spec
-    train = {**tiny_config["train"], "keep_optimizer": not (facts.rotates_basis or facts.mixed_ranks)}
+    train = {**tiny_config["train"], "persist_optimizer_state": not (facts.rotates_basis or facts.mixed_ranks)}
     config = set_all(tiny_config, method=method, train=train, rounds=4)
     config |= {"server": {"clients_per_round": 2, "codec": codec}}
     whole = run(config, tmp_path / "whole")
@@ -125,8 +126,8 @@ def test_law_5_resume_is_bit_exact(
         one, other = getattr(states[0], part), getattr(states[1], part)
         assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
     assert bool(states[0].client_view) != facts.changes_base
-    kept = Record.open(whole).take_up(4)
-    owed = {key for own in kept.values() for key in own if key.startswith("codec/")}
+    kept = Record.open(whole).client_states(states[0])
+    owed = {key for own in kept.values() for state in own.values() for key in state if key.startswith("codec/")}
     assert bool(owed) != facts.rotates_basis
 
 
@@ -139,29 +140,23 @@ def test_law_3_a_dropped_client_is_one_that_was_not_there(
     config = set_all(tiny_config, method=method, engine={"clients_per_forward": 1}, rounds=4, server={"codec": codec})
     bad, bad_round = "site 1", 1
 
-    def without(engine: Engine, round: int, settings: Config) -> Sequence[str]:
-        return [name for name in sample(engine, round, settings) if (name, round) != (bad, bad_round)]
+    sample = schedule.sample
+
+    def without(names: Sequence[str], round: int, settings: Config) -> list[str]:
+        return [name for name in sample(names, round, settings) if (name, round) != (bad, bad_round)]
 
     with monkeypatch.context() as patch:
-        patch.setattr("fedsb.runs.run.sample", without)
+        patch.setattr(schedule, "sample", without)
         wanted = run(config, tmp_path / "without")
 
-    train = EmbeddedEngine.train
+    exchange = InProcessChannel.exchange
 
-    def harmed(
-        self: EmbeddedEngine,
-        method: Method,
-        state: State,
-        cohort: Sequence[str],
-        kept: Mapping[str, Any],
-        late: Set[str],
-    ) -> Replies:
-        replies = train(self, method, state, cohort, kept, late)
-        if state.round != bad_round:
-            return replies
-        return Replies(replace(r, envelope=b"torn") if r.client == bad else r for r in replies.each)
+    def harmed(self: InProcessChannel, requests: Any, timeout_s: float | None = None) -> Any:
+        for name, reply in exchange(self, requests, timeout_s):
+            torn = isinstance(reply, TrainReply) and unpack(reply.payload).round == bad_round and name == bad
+            yield name, reply.model_copy(update={"parts": (b"torn",)}) if torn else reply
 
-    monkeypatch.setattr(EmbeddedEngine, "train", harmed)
+    monkeypatch.setattr(InProcessChannel, "exchange", harmed)
     got = run(config, tmp_path / "with")
     assert adapter_bytes(got) == adapter_bytes(wanted)
 
@@ -183,13 +178,6 @@ def test_a_round_is_aggregated_from_what_the_sites_held(
     assert all(torch.equal(last.client_view[key], x) for key, x in seen[-1].items())
 
 
-def open_engine(config: dict[str, Any]) -> tuple[EmbeddedEngine, State]:
-    settings = load_config(config).config
-    engine = EmbeddedEngine(settings, method_of(settings), "test")
-    basis, _ = engine.build_basis(engine.method)
-    return engine, engine.method.start(engine.shapes, basis, engine.head, settings.seed)
-
-
 @pytest.mark.parametrize("codec", LOSSY)
 @pytest.mark.parametrize("method", [{"name": "fed-sb", "rank": 4}, {"name": "fedit", "rank": 2}])
 def test_law_7_together_equals_one_after_another(
@@ -202,11 +190,10 @@ def test_law_7_together_equals_one_after_another(
         config = set_all(
             tiny_config, method=method, engine={"clients_per_forward": clients_per_forward}, server={"codec": codec}
         )
-        engine, state = open_engine(config)
-        replies = engine.train(engine.method, state, [site.name for site in engine.sites], {})
-        ends.append({name: unpack(envelope).tensors for name, envelope in replies.envelopes})
+        server, state = started(config)
+        ends.append({name: unpack(reply.payload).tensors for name, reply in replies_of(server, state).items()})
     for client, tensors in ends[0].items():
-        one, other = (np.concatenate([end[client][key].reshape(-1) for key in sorted(tensors)]) for end in ends)
+        one, other = (np.concatenate([end[client][key].reshape(-1).numpy() for key in sorted(tensors)]) for end in ends)
         step = np.abs(one).max() / Q_MAX.get(codec, 128)
         assert np.abs(one - other).max() <= 1.1 * step
         assert np.mean(np.abs(one - other) > 2e-4) < 0.01
@@ -223,7 +210,7 @@ def test_a_coded_run_ends_near_the_plain_one(
         state = Record(folder, Record.open(folder).manifest).latest()
         assert state is not None
         states[codec] = state.tensors
-    _, start = open_engine(set_all(tiny_config, method=method))
+    _, start = started(set_all(tiny_config, method=method))
     keys = sorted(start.tensors)
     flat = {codec: torch.cat([tensors[key].flatten() for key in keys]) for codec, tensors in states.items()}
     way = (flat["float32"] - torch.cat([start.tensors[key].flatten() for key in keys])).norm()

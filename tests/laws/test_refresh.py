@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from conftest import adapter_bytes, set_all
-from federation.opened import started
-from fedsb.adapters.basis import basis_hash, make_basis, random_pair
+from fedsb.adapters.basis import Basis, basis_hash, make_basis, random_pair
 from fedsb.adapters.residual import is_residual
 from fedsb.config.load import load_config
 from fedsb.methods.base import Method, State
@@ -22,9 +21,12 @@ from fedsb.reporting.report import summary
 from fedsb.reporting.run_directory import read_manifest
 from fedsb.runs.record import Record
 from fedsb.runs.run import federate, resume
+from fedsb.server.basis import BasisRound
+from fedsb.server.server import Server
 from fedsb.utils.errors import UserError
 from laws.test_aggregation import SHAPES, deltas, received, round_of, start, worst
 from laws.test_codecs import StopAfterOne
+from support.server import started
 
 METHODS = [
     pytest.param(FedSB(rank=3), id="fed-sb"),
@@ -67,14 +69,19 @@ def test_moments_of_the_head_go_on_and_those_of_the_core_do_not() -> None:
     assert after.round == 3
 
 
+def basis_at(server: Server, state: State) -> Basis:
+    round = BasisRound(server, state)
+    round.send_state()
+    return round.make()
+
+
 @pytest.mark.parametrize("kind", ["random", "core"])
 def test_the_new_basis_looks_from_where_the_run_has_come(tiny_config: dict[str, Any], kind: str) -> None:
     """`core` sees another gradient, `random` is another draw; both at the same point make the same basis again."""
-    engine, state = started(set_all(tiny_config, basis={"kind": kind, "share_samples": 0}))
+    server, state = started(set_all(tiny_config, basis={"kind": kind, "share_samples": 0}))
     moved = {key: torch.randn_like(x) if key.endswith(".R") else x for key, x in state.tensors.items()}
     there = State(round=2, tensors=moved, shared=state.shared)
-    first, again = (engine.build_basis(engine.method, there)[0] for _ in range(2))
-    assert first is not None and again is not None
+    first, again = (basis_at(server, there) for _ in range(2))
     assert basis_hash(first.tensors) == basis_hash(again.tensors) != basis_hash(state.shared)
 
 
@@ -95,7 +102,7 @@ def test_laws_4_and_5(tiny_config: dict[str, Any], tmp_path: Path, what: Any, ba
     """
     config = set_all(tiny_config, **what, rounds=5, basis={**basis, "refresh": 2, "share_samples": 0})
     config |= {"server": {"clients_per_round": 2, "codec": codec, "optimizer": "momentum"}}
-    config["train"] = {**tiny_config["train"], "steps": 2, "keep_optimizer": True}
+    config["train"] = {**tiny_config["train"], "local_steps": 2, "persist_optimizer_state": True}
     whole = federate(load_config(set_all(config, out=str(tmp_path / "whole")))).folder
     with pytest.raises(KeyboardInterrupt):
         federate(load_config(set_all(config, out=str(tmp_path / "broken"))), StopAfterOne())

@@ -12,20 +12,19 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import adapter_bytes, set_all
-from fedsb.channels.in_process import EmbeddedEngine
+from fedsb.adapters.basis import basis_hash
 from fedsb.config.load import load_config
-from fedsb.config.schema import method_of
 from fedsb.methods import method_type
 from fedsb.methods.averaging import ServerOptimizer
-from fedsb.methods.base import State
 from fedsb.protocol.payload import unpack
 from fedsb.runs.evaluate import evaluate_adapter
 from fedsb.runs.record import Record
 from fedsb.runs.run import federate, resume
-from fedsb.server.types import Replies
-from fedsb.server.validation import rules, validate_updates
-from fedsb.training.joint import Member, train_together
+from fedsb.server.server import Server
+from fedsb.server.validation import update_rules, validate_updates
+from fedsb.training.joint import ClientTraining, JointTrainer, RoundTraining
 from laws import CONTROLS
+from support.server import open_server, replies_of, started
 
 METHODS = [
     pytest.param({"name": "fed-sb", "rank": 4}, id="fed-sb"),
@@ -42,72 +41,66 @@ METHODS = [
 ]
 
 
-def open_engine(config: dict[str, Any]) -> tuple[EmbeddedEngine, State]:
-    settings = load_config(config).config
-    engine = EmbeddedEngine(settings, method_of(settings), "test")
-    basis, _ = engine.build_basis(engine.method)
-    return engine, engine.method.start(engine.shapes, basis, engine.head, settings.seed)
-
-
-def names(engine: EmbeddedEngine) -> list[str]:
-    return [site.name for site in engine.sites]
+def names(server: Server) -> list[str]:
+    return [site.name for site in server.clients]
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_law_4_bytes(tiny_config: dict[str, Any], method: dict[str, Any]) -> None:
-    """Values measured on the serialized envelopes equal traffic(), round by round; the envelope adds under 2 kB."""
-    engine, state = open_engine(set_all(tiny_config, method=method))
-    kept: dict[str, Any] = {}
-    head = sum(t.numel() for t in engine.head.values())
+    """Values measured on the serialised payloads equal traffic(), round by round; the message adds under 3 kB."""
+    server, state = started(set_all(tiny_config, method=method))
+    head = sum(t.numel() for t in server.trainer.head.values())
     for round in range(3):
-        replies, state, kept = one_round(engine, state, kept)
-        priced = engine.method.traffic(engine.shapes, head=head, clients=len(engine.sites), round=round)
-        if engine.method.spec.pools_data:
-            assert not replies.sent  # the rows are already where the training is
+        result = server.run_round(state)
+        state = result.state
+        priced = server.method.traffic(server.trainer.shapes, head=head, clients=len(server.clients), round=round)
+        if server.method.spec.pools_data:
+            assert not result.traffic  # the rows are already where the training is
             continue
-        assert len(replies.sent) == 2 * len(engine.sites)
-        for sent in replies.sent:
+        assert len(result.traffic) == 2 * len(server.clients)
+        for sent in result.traffic:
             most = (priced.up if sent.direction == "up" else priced.down) + priced.head
-            assert sent.values == most or (engine.method.spec.id == "hetlora" and sent.values < most)  # pruned
+            assert sent.values == most or (server.method.spec.id == "hetlora" and sent.values < most)  # pruned
             assert sent.head_values == priced.head
             assert sent.bytes == 4 * sent.values
             assert sent.bytes < sent.wire_bytes < sent.bytes + 3000
 
 
-def test_law_4_bytes_of_a_late_site(tiny_config: dict[str, Any]) -> None:
-    """A site that missed a round gets the whole carried adapter, never more than the layers' own size."""
-    engine, state = open_engine(set_all(tiny_config, method={"name": "fedex-lora", "rank": 2}))
-    kept: dict[str, Any] = {}
+def test_law_4_bytes_of_a_client_that_missed_a_round(tiny_config: dict[str, Any]) -> None:
+    """It gets the whole residual adapter, never more than the layers' own size."""
+    server, state = started(set_all(tiny_config, method={"name": "fedex-lora", "rank": 2}))
     for _ in range(3):
-        _, state, kept = one_round(engine, state, kept)
-    everyone = names(engine)
-    sent = {
-        each.client: each.values
-        for reply in engine.train(engine.method, state, everyone, kept, {everyone[0]}).each
-        for each in reply.sent
-        if each.direction == "down"
+        state = server.run_round(state).state
+    first, second, third = names(server)
+    payloads = {
+        missed: server.compressor.broadcast(
+            server.method, state, state, basis_hash(state.shared), missed_last_round=missed, total_rank=None
+        )
+        for missed in (True, False)
     }
-    assert sent[everyone[1]] == sent[everyone[2]] < sent[everyone[0]]
-    dense = sum(m * n for m, n in engine.shapes.values())
-    factors = engine.method.traffic(engine.shapes, head=0, clients=1).up
-    assert sent[everyone[0]] <= dense + factors + sum(t.numel() for t in engine.head.values())
+    late, up_to_date = (unpack(payloads[missed]).values for missed in (True, False))
+    assert up_to_date < late
+    dense = sum(m * n for m, n in server.trainer.shapes.values())
+    factors = server.method.traffic(server.trainer.shapes, head=0, clients=1).up
+    assert late <= dense + factors + sum(t.numel() for t in server.trainer.head.values())
 
 
 @pytest.mark.parametrize("basis", ["random", "weights", "core", "update-pooled"])
 def test_law_4_bytes_of_a_basis(tiny_config: dict[str, Any], basis: str) -> None:
-    engine, _ = open_engine(set_all(tiny_config, basis={"kind": basis, "share_samples": 0}))
-    made, sent = engine.build_basis(engine.method)
+    server = open_server(set_all(tiny_config, basis={"kind": basis, "share_samples": 0}))
+    server.opened.local.start(server.policy, None, {})
+    _, made, sent = server.start()
     assert made is not None
     for direction, values in (("up", made.up), ("down", made.down)):
         measured = [each.values for each in sent if each.direction == direction]
-        assert measured == ([values] * len(engine.sites) if values else [])
+        assert measured == ([values] * len(server.clients) if values else [])
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_law_5_resume_is_bit_exact(tiny_config: dict[str, Any], tmp_path: Path, method: dict[str, Any]) -> None:
     """Three rounds equal one round, a stop in the middle of the second, a resume and the rest: bit for bit."""
     facts = method_type(method["name"]).spec
-    train = {**tiny_config["train"], "keep_optimizer": not facts.rotates_basis, "dropout": 0.1, "schedule": "cosine"}
+    train = {**tiny_config["train"], "persist_optimizer_state": not facts.rotates_basis, "dropout": 0.1, "schedule": "cosine"}
     server = {"clients_per_round": 2, "optimizer": "momentum" if facts.supports_server_optimizer else "none"}
     config = set_all(tiny_config, method=method, train=train, server=server)
     whole = federate(load_config(set_all(config, out=str(tmp_path / "whole"))))
@@ -181,11 +174,11 @@ def test_law_6_export_reloads_without_fedsb(
     if model != "tiny_bert":
         config = set_all(config, clients={"partition": "iid", "count": 3})
     finished = federate(load_config(config))
-    engine, _ = open_engine(config)
+    server = open_server(config)
     record = Record(finished.folder, Record.open(finished.folder).manifest)
     state = record.latest()
     assert state is not None
-    inputs, logits = engine.logits(engine.method.model(state), engine.probes)
+    inputs, logits = server.trainer.logits(server.method.model(state), server.probes)
     torch.save({"inputs": inputs, "logits": logits}, tmp_path / "probe.pt")
     script = RELOAD.format(
         auto=auto,
@@ -201,7 +194,7 @@ def test_law_6_export_reloads_without_fedsb(
         assert evaluate_adapter(finished.folder, None)["accuracy"] == pytest.approx(finished.score)
 
 
-@pytest.mark.parametrize("length", [{"steps": 3}, {"epochs": 1}])
+@pytest.mark.parametrize("length", [{"local_steps": 3}, {"local_epochs": 1}])
 @pytest.mark.parametrize("method", [p for p in METHODS if "central" not in str(p.id)])
 def test_law_7_together_equals_one_after_another(
     tiny_config: dict[str, Any], method: dict[str, Any], length: dict[str, int]
@@ -209,7 +202,7 @@ def test_law_7_together_equals_one_after_another(
     """Clients of unequal sizes, with dropout, accumulation, clipping and a schedule."""
     train = {
         "batch_size": 3,
-        "accumulate": 2,
+        "gradient_accumulation_steps": 2,
         "lr": 0.02,
         "dropout": 0.2,
         "schedule": "linear",
@@ -218,44 +211,37 @@ def test_law_7_together_equals_one_after_another(
     }
     ends = []
     for clients_per_forward in (1, 2, 3):
-        engine, state = open_engine(
+        server, state = started(
             set_all(tiny_config, method=method, train=train, engine={"clients_per_forward": clients_per_forward})
         )
-        replies = engine.train(engine.method, state, names(engine), {})
-        envelopes = {name: unpack(envelope) for name, envelope in replies.envelopes}
-        assert all(payload.client == name for name, payload in envelopes.items())
-        ends.append(({n: p.tensors for n, p in envelopes.items()}, replies.kept, replies.losses))
+        replies = replies_of(server, state)
+        payloads = {name: unpack(reply.payload) for name, reply in replies.items()}
+        assert all(payload.client == name for name, payload in payloads.items())
+        kept = {name: {} for name in payloads} | server.opened.local.client_states(1)
+        losses = {name: reply.loss for name, reply in replies.items()}
+        ends.append(({name: payload.tensors for name, payload in payloads.items()}, kept, losses))
     for tensors, kept, losses in ends[1:]:
         for client in ends[0][0]:
             assert losses[client] == pytest.approx(ends[0][2][client], rel=1e-4)
             for key, value in ends[0][0][client].items():
-                assert torch.allclose(torch.tensor(tensors[client][key]), torch.tensor(value), atol=2e-4), (client, key)
+                assert torch.allclose(tensors[client][key], value, atol=2e-4), (client, key)
             for key, value in ends[0][1][client].items():
                 assert torch.allclose(kept[client][key], value, atol=2e-4), (client, key)
-
-
-def one_round(engine: EmbeddedEngine, state: State, kept: dict[str, Any]) -> tuple[Replies, State, dict[str, Any]]:
-    replies = engine.train(engine.method, state, names(engine), kept)
-    updates, dropped = validate_updates(
-        replies.envelopes, rules(engine.method, state, engine.config.server, "test", {})
-    )
-    assert not dropped
-    return replies, engine.method.aggregate(state, updates, ServerOptimizer()), {**kept, **replies.kept}
 
 
 @pytest.mark.parametrize("method", [p for p in METHODS if "central" not in str(p.id)])
 def test_law_3_dropping_a_client_equals_running_without_it(tiny_config: dict[str, Any], method: dict[str, Any]) -> None:
     """One of three sends garbage: the others' average is that of a round in which it never was."""
-    engine, state = open_engine(set_all(tiny_config, method=method))
-    server = rules(engine.method, state, engine.config.server, "test", {})
-    everyone = names(engine)
-    replies = engine.train(engine.method, state, everyone, {})
-    spoilt = [(name, b"garbage" if name == everyone[1] else envelope) for name, envelope in replies.envelopes]
-    updates, dropped = validate_updates(spoilt, server)
-    assert [drop.client for drop in dropped] == [everyone[1]]
-    without = engine.train(engine.method, state, [everyone[0], everyone[2]], {})
-    others, _ = validate_updates(without.envelopes, server)
-    ends = [engine.method.aggregate(state, good, ServerOptimizer()).tensors for good in (updates, others)]
+    server, state = started(set_all(tiny_config, method=method))
+    rules = update_rules(server.method, state, server.config.server, "test", {})
+    first, second, third = names(server)
+    payloads = {name: reply.payload for name, reply in replies_of(server, state).items()}
+    updates, dropped = validate_updates((payloads | {second: b"garbage"}).items(), rules)
+    assert [drop.client for drop in dropped] == [second]
+    server, state = started(set_all(tiny_config, method=method))
+    without = {name: reply.payload for name, reply in replies_of(server, state, [first, third]).items()}
+    others, _ = validate_updates(without.items(), rules)
+    ends = [server.method.aggregate(state, good, ServerOptimizer()).tensors for good in (updates, others)]
     for key, value in ends[0].items():
         assert torch.allclose(value, ends[1][key], atol=1e-5), key  # trained in other company: to float tolerance
 
@@ -266,21 +252,22 @@ def test_law_11_what_should_move_moves_and_nothing_else(
     tiny_config: dict[str, Any], method: dict[str, Any], round: int
 ) -> None:
     """One local step from a state with every tensor that trains non-zero, in the adapter as it stands in the model."""
-    train = {**tiny_config["train"], "steps": 1}
-    engine, state = open_engine(set_all(tiny_config, method=method, train=train))
-    base = {key: p.detach().clone() for key, p in engine.base.model.named_parameters() if ".base." in key}
+    train = {**tiny_config["train"], "local_steps": 1}
+    server, state = started(set_all(tiny_config, method=method, train=train))
+    base = {key: p.detach().clone() for key, p in server.trainer.base.model.named_parameters() if ".base." in key}
     draw = torch.Generator().manual_seed(0)
-    site, own = engine.sites[0], engine.method
+    site, own = server.clients[0], server.method
     before = own.init_client(state.shared, own.broadcast(state), {}, round)
     moving = own.trainable(before, round)
     before = {key: value + 0.1 * torch.randn(value.shape, generator=draw) for key, value in sorted(before.items())}
-    member = Member(name=site.name, examples=site.train, tensors=before)
-    (trained,) = train_together(engine.adapted, engine.task, [member], moving, engine.local, seed=0, round=round)
+    member = ClientTraining(name=site.name, examples=site.train, tensors=before)
+    joint = JointTrainer(server.trainer.adapted, server.trainer.task, server.local, seed=0)
+    (trained,) = joint.train([member], RoundTraining(round=round, trainable=moving))
     for key in before:
         assert (not torch.equal(before[key], trained.tensors[key])) == (key in moving), key
     for key, value in base.items():
-        assert torch.equal(dict(engine.base.model.named_parameters())[key], value), key
-    for layer in engine.shapes:
+        assert torch.equal(dict(server.trainer.base.model.named_parameters())[key], value), key
+    for layer in server.trainer.shapes:
         assert any(key.startswith(layer) for key in moving)
     sent, kept = own.upload(before, trained.tensors, round)
     told = {key for key in (*sent, *kept) if key in before}

@@ -10,15 +10,13 @@ import pytest
 import torch
 
 from conftest import set_all
-from fedsb.channels.in_process import EmbeddedEngine
-from fedsb.config.load import load_config
-from fedsb.config.schema import method_of
 from fedsb.methods.averaging import ServerOptimizer
 from fedsb.methods.base import State, Update
 from fedsb.methods.flora_na import FLoRANA
-from fedsb.server.validation import rules, validate_updates
+from fedsb.server.server import Server
 from fedsb.training.local import draw_batches
 from laws import CONTROLS, twins
+from support.server import started
 
 TOLERANCE = 2e-4
 METHODS = [
@@ -49,52 +47,49 @@ METHODS = [
 ]
 
 
-def open_engine(config: dict[str, Any]) -> tuple[EmbeddedEngine, State]:
-    settings = load_config(set_all(config, engine={"clients_per_forward": 3})).config
-    engine = EmbeddedEngine(settings, method_of(settings), "test")
-    basis, _ = engine.build_basis(engine.method)
-    return engine, engine.method.start(engine.shapes, basis, engine.head, settings.seed)
+def open_lab(config: dict[str, Any]) -> tuple[Server, State]:
+    return started(set_all(config, engine={"clients_per_forward": 3}))
 
 
-def lab_of(engine: EmbeddedEngine) -> twins.Lab:
-    """The engine's clients, with the very batches they will meet, around a plain model in float64.
+def lab_of(server: Server) -> twins.Lab:
+    """The server's clients, with the very batches they will meet, around a plain model in float64.
 
     Two rounds; three of hetlora, whose ranks first shrink in the second (B starts at zero).
     """
     from transformers import AutoModelForSequenceClassification
 
-    rounds = 3 if engine.method.spec.id == "hetlora" else 2
-    plain = AutoModelForSequenceClassification.from_pretrained(engine.base.name, num_labels=3).eval().double()
-    total = sum(site.rows for site in engine.sites)
+    rounds = 3 if server.method.spec.id == "hetlora" else 2
+    plain = AutoModelForSequenceClassification.from_pretrained(server.trainer.base.name, num_labels=3).eval().double()
+    total = sum(site.rows for site in server.clients)
     return twins.Lab(
         model=plain,
-        W0={layer: plain.get_submodule(layer).weight.detach() for layer in engine.shapes},
+        W0={layer: plain.get_submodule(layer).weight.detach() for layer in server.trainer.shapes},
         batches={
             site.name: [
                 [
-                    engine.task.collate([site.train[i] for i in rows])
-                    for rows in draw_batches(engine.local, rows=len(site.train), seed=0, client=site.name, round=round)
+                    server.trainer.task.collate([site.train[i] for i in rows])
+                    for rows in draw_batches(server.local, rows=len(site.train), seed=0, client=site.name, round=round)
                 ]
                 for round in range(rounds)
             ]
-            for site in engine.sites
+            for site in server.clients
         },
-        p={site.name: site.rows / total for site in engine.sites},
+        p={site.name: site.rows / total for site in server.clients},
         lr=0.02,
         head_lr=0.01,
         clip=1.0,
     )
 
 
-def twin_of(asked: dict[str, Any], engine: EmbeddedEngine, state: State, lab: twins.Lab) -> Iterator[twins.Round]:
-    """The naive twin of the method that was asked for. From the engine it takes the frozen bases, the random A and
+def twin_of(asked: dict[str, Any], server: Server, state: State, lab: twins.Lab) -> Iterator[twins.Round]:
+    """The naive twin of the method that was asked for. From the server it takes the frozen bases, the random A and
     the head; the scale, and what is zero at the start, are its own.
     """
     name, r, s = asked["name"], asked["rank"], asked.get("alpha", 2 * asked["rank"]) / asked["rank"]
-    head = {key: x.double() for key, x in engine.head.items()}
-    A = drawn(engine, state, "A")
-    if engine.method.adapter == "core":
-        B, h = drawn(engine, state, "B"), asked.get("blocks", 1)
+    head = {key: x.double() for key, x in server.trainer.head.items()}
+    A = drawn(server, state, "A")
+    if server.method.adapter == "core":
+        B, h = drawn(server, state, "B"), asked.get("blocks", 1)
         zeros = {layer: torch.zeros(h, r, r).double() for layer in lab.W0}
         if name == "ravan" or asked.get("scalars"):
             moving = "H scalars head" if asked.get("scalars", True) else "H head"
@@ -104,7 +99,7 @@ def twin_of(asked: dict[str, Any], engine: EmbeddedEngine, state: State, lab: tw
         return alone_or_together(name, lab, lambda lab: twins.fed_sb(lab, A, B, R, mask, head))
     B = {layer: torch.zeros(len(W0), r).double() for layer, W0 in lab.W0.items()}
     if name == "flora":
-        return twins.flora(lab, lambda t: drawn(engine, state, "A", t), B, head, s)
+        return twins.flora(lab, lambda t: drawn(server, state, "A", t), B, head, s)
     if name == "hetlora":
         return twins.hetlora(lab, A, B, head, s, asked["gamma"], asked["penalty_weight"])
     if name in ("local", "central"):
@@ -112,10 +107,10 @@ def twin_of(asked: dict[str, Any], engine: EmbeddedEngine, state: State, lab: tw
     return getattr(twins, name.replace("-", "_"))(lab, A, B, head, s)
 
 
-def drawn(engine: EmbeddedEngine, state: State, part: str, round: int = 0) -> twins.Tensors:
+def drawn(server: Server, state: State, part: str, round: int = 0) -> twins.Tensors:
     """A or B of every layer as a client has it who starts in this round from `state`."""
-    tensors = engine.method.init_client(state.shared, engine.method.broadcast(state), {}, round)
-    return {layer: tensors[f"{layer}.{part}"].double() for layer in engine.shapes}
+    tensors = server.method.init_client(state.shared, server.method.broadcast(state), {}, round)
+    return {layer: tensors[f"{layer}.{part}"].double() for layer in server.trainer.shapes}
 
 
 def alone_or_together(name: str, lab: twins.Lab, twin: Any) -> Iterator[twins.Round]:
@@ -130,28 +125,18 @@ def alone_or_together(name: str, lab: twins.Lab, twin: Any) -> Iterator[twins.Ro
         )
 
 
-def one_round(engine: EmbeddedEngine, state: State, kept: dict[str, Any]) -> tuple[State, dict[str, Any]]:
-    replies = engine.train(engine.method, state, [site.name for site in engine.sites], kept)
-    updates, dropped = validate_updates(
-        replies.envelopes, rules(engine.method, state, engine.config.server, "test", engine.ranks)
-    )
-    assert not dropped
-    return engine.method.aggregate(state, updates, ServerOptimizer()), {**kept, **replies.kept}
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_law_9_the_naive_twin(tiny_config: dict[str, Any], method: dict[str, Any]) -> None:
     """The fast version, clients together, against the paper's pseudocode on dense matrices, after every round.
 
     The tolerance is that of float32 under Adam, which turns the sign of a gradient near zero into a whole step.
     """
-    engine, state = open_engine(set_all(tiny_config, method=method))
-    kept: dict[str, Any] = {}
-    for wanted in twin_of(method, engine, state, lab_of(engine)):
-        state, kept = one_round(engine, state, kept)
+    server, state = open_lab(set_all(tiny_config, method=method))
+    for wanted in twin_of(method, server, state, lab_of(server)):
+        state = server.run_round(state).state
         for client, (change, head) in wanted.models.items():
-            tensors = engine.tensors_of(engine.method, state, kept, client)
-            exported = engine.method.export(tensors)
+            tensors = server.opened.local.client_model(server.method, state, client)
+            exported = server.method.export(tensors)
             assert exported.keys() == change.keys()
             for layer, factors in exported.items():
                 dense = (factors.scale * factors.B @ factors.A).double()
@@ -167,13 +152,13 @@ def test_law_9_the_naive_twin(tiny_config: dict[str, Any], method: dict[str, Any
 @pytest.mark.parametrize("method", [p for p in METHODS if p.values[0]["name"] not in ("local", "fedsa-lora")])
 def test_law_2_exact_methods_reach_the_ideal_update(tiny_config: dict[str, Any], method: dict[str, Any]) -> None:
     """The dense global update is sum p_k dW_k in every round of an exact method's twin, and of no other's."""
-    engine, state = open_engine(set_all(tiny_config, method=method))
-    lab = lab_of(engine)
-    for wanted in twin_of(method, engine, state, lab):
-        change, _ = wanted.models[engine.sites[0].name]
+    server, state = open_lab(set_all(tiny_config, method=method))
+    lab = lab_of(server)
+    for wanted in twin_of(method, server, state, lab):
+        change, _ = wanted.models[server.clients[0].name]
         ideal = twins.ideal(lab, wanted.trained)
         gap = max((change[layer] - ideal[layer]).abs().max().item() for layer in ideal)
-        assert gap < 1e-12 if engine.method.spec.exact else gap > 1e-3, gap
+        assert gap < 1e-12 if server.method.spec.exact else gap > 1e-3, gap
 
 
 def test_no_two_twins_agree(tiny_config: dict[str, Any]) -> None:
@@ -181,9 +166,9 @@ def test_no_two_twins_agree(tiny_config: dict[str, Any]) -> None:
     ends: dict[str, twins.Tensors] = {}
     methods = [p.values[0] for p in METHODS]
     for method in (m for m in methods if (m["rank"], m.get("alpha"), m.get("adapter")) == (2, 6, None)):
-        engine, state = open_engine(set_all(tiny_config, method=method))
-        *_, last = twin_of(method, engine, state, lab_of(engine))
-        ends[method["name"]], _ = last.models[engine.sites[0].name]
+        server, state = open_lab(set_all(tiny_config, method=method))
+        *_, last = twin_of(method, server, state, lab_of(server))
+        ends[method["name"]], _ = last.models[server.clients[0].name]
     assert len(ends) == 10
     for one, other in combinations(ends, 2):
         apart = max((ends[one][layer] - ends[other][layer]).abs().max().item() for layer in ends[one])
@@ -193,14 +178,14 @@ def test_no_two_twins_agree(tiny_config: dict[str, Any]) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_what_the_twins_are_given(tiny_config: dict[str, Any], method: dict[str, Any]) -> None:
     """Bases are orthonormal over all blocks; a random A differs from layer to layer and, of flora, round to round."""
-    engine, state = open_engine(set_all(tiny_config, method=method))
-    A, B = drawn(engine, state, "A"), drawn(engine, state, "B")
-    if engine.method.adapter == "core":
+    server, state = open_lab(set_all(tiny_config, method=method))
+    A, B = drawn(server, state, "A"), drawn(server, state, "B")
+    if server.method.adapter == "core":
         for layer in A:
             for X in (A[layer], B[layer].T):
                 assert torch.allclose(X @ X.T, torch.eye(len(X)).double(), atol=1e-5)
         return
-    later = list(drawn(engine, state, "A", 1).values()) if method["name"] == "flora" else []
+    later = list(drawn(server, state, "A", 1).values()) if method["name"] == "flora" else []
     for one, other in combinations([*A.values(), *later], 2):
         assert one.shape != other.shape or (one - other).abs().mean() > 0.1 * one.abs().mean()
 

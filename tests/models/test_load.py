@@ -23,9 +23,7 @@ from transformers import (
 )
 
 from conftest import WORDS, _save, set_all
-from federation.opened import started
 from fedsb.adapters.adapted import AdaptedModel, find_targets
-from fedsb.channels.in_process import EmbeddedEngine
 from fedsb.config.load import load_config
 from fedsb.config.resolved import ResolvedSetting
 from fedsb.config.schema import ModelConfig, method_of
@@ -40,7 +38,9 @@ from fedsb.models.load import (
     resolve_name,
 )
 from fedsb.runs.run import federate
+from fedsb.server.server import Server
 from fedsb.utils.errors import UserError
+from support.server import started
 
 CLASSIFIER, LM = "AutoModelForSequenceClassification", "AutoModelForCausalLM"
 TINY = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
@@ -256,7 +256,7 @@ def test_engines_in_two_processes_would_start_alike(without_pooler: Path, tiny_c
     heads = []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        heads.append(EmbeddedEngine(config, method_of(config), "test").head)
+        heads.append(Server(config, method_of(config), "test").head)
     assert heads[0].keys() == {
         f"{part}.{t}" for part in ("classifier", "bert.pooler.dense") for t in ("weight", "bias")
     }
@@ -318,11 +318,11 @@ def test_attention_and_matrix_precision_are_as_asked(
     forward = scoring.forward
     monkeypatch.setattr(cohort, "forward", watched)
     monkeypatch.setattr(scoring, "forward", watched)
-    model = {**tiny_config["model"], "attention": "eager", "matmul": "medium"}
-    engine, state = started(set_all(tiny_config, model=model))
-    assert engine.base.model.config._attn_implementation == "eager"
-    list(engine.train(engine.method, state, [engine.sites[0].name], {}).envelopes)
-    assert engine.score(engine.method, state, {}) is not None
+    model = {**tiny_config["model"], "attn_implementation": "eager", "float32_matmul_precision": "medium"}
+    server, state = started(set_all(tiny_config, model=model))
+    assert server.trainer.base.model.config._attn_implementation == "eager"
+    list(engine.train(server.method, state, [server.clients[0].name], {}).envelopes)
+    assert engine.score(server.method, state, {}) is not None
     assert seen == {"medium"}
     assert torch.get_float32_matmul_precision() == "highest"
 

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 
 from conftest import set_all
-from fedsb.channels.in_process import EmbeddedEngine
 from fedsb.config.load import load_config
 from fedsb.config.schema import ModelConfig, method_of
 from fedsb.models.load import load_base, load_tokenizer, tokenizer_fingerprint
 from fedsb.reporting.run_directory import read_manifest
 from fedsb.runs.evaluate import export_to
 from fedsb.runs.run import federate, resume
+from fedsb.server.server import Server
 from fedsb.utils.errors import UserError
 from support.architectures import build, save_tokenizer, write_rows
 
@@ -165,7 +165,7 @@ def test_code_of_a_model_folder_is_never_run(tiny_config: dict[str, Any], tmp_pa
     save_tokenizer(folder)
     config = load_config(set_all(tiny_config, model={"name": str(folder)}, task={"kind": "text"})).config
     with pytest.raises(UserError, match="comes with Python code of its own, which fedsb never runs"):
-        EmbeddedEngine(config, method_of(config), "run")
+        Server(config, method_of(config), "run")
     assert not (tmp_path / "ran").exists()
 
 

@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import set_all
-from federation.opened import open_engine, started
 from fedsb.config.load import load_config
 from fedsb.data.tasks.classification import Classification
 from fedsb.privacy import policy as setup
@@ -33,6 +32,7 @@ from fedsb.training.per_example import add_clipped, clipped_sums
 from fedsb.training.scoring import forward
 from fedsb.utils.errors import ConfigError, DivergedError, UserError
 from laws.test_codecs import StopAfterOne
+from support.server import open_engine, started
 
 METHODS = [
     pytest.param({"name": "fed-sb", "rank": 4}, id="fed-sb"),
@@ -67,9 +67,9 @@ def private(config: dict[str, Any], **privacy: Any) -> dict[str, Any]:
 
 def moved(engine: Any, state: Any) -> tuple[dict[str, torch.Tensor], frozenset[str]]:
     """A client's tensors with nothing at zero, so that every gradient is there."""
-    tensors = engine.method.model(state)
+    tensors = server.method.model(state)
     draw = torch.Generator().manual_seed(0)
-    trainable = engine.method.trainable(tensors, 0)
+    trainable = server.method.trainable(tensors, 0)
     return {
         key: x + 0.1 * torch.randn(x.shape, generator=draw) if key in trainable else x for key, x in tensors.items()
     }, trainable
@@ -79,11 +79,11 @@ def one_by_one(engine: Any, tensors: Any, trainable: Any, rows: Any) -> list[dic
     """Every row's gradient by a backward of its own."""
     each = []
     for row in rows:
-        engine.adapted.load(join_tensors(engine.adapted, [tensors]), trainable=trainable)
-        logits, batch = forward(engine.adapted.model, engine.task, [row])
-        loss, weight = engine.task.losses(logits, batch)
+        server.trainer.adapted.load(join_tensors(server.trainer.adapted, [tensors]), trainable=trainable)
+        logits, batch = forward(server.trainer.adapted.model, server.trainer.task, [row])
+        loss, weight = server.trainer.task.losses(logits, batch)
         (loss / weight.clamp(min=1)).sum().backward()
-        each.append({key: p.grad[0].clone() for key, p in engine.adapted.parameters().items()})
+        each.append({key: p.grad[0].clone() for key, p in server.trainer.adapted.parameters().items()})
     return each
 
 
@@ -96,7 +96,7 @@ def test_clipped_sums_are_those_of_single_backwards(
     task = {"kind": "classification"} if model == "tiny_bert" else {"kind": "text"}
     folder = str(request.getfixturevalue(model))
     checkpointed = model == "tiny_llama"
-    engine, state = started(
+    server, state = started(
         set_all(
             tiny_config,
             model={"name": folder, "max_seq_length": 16, "activation_checkpointing": checkpointed},
@@ -104,15 +104,15 @@ def test_clipped_sums_are_those_of_single_backwards(
             method=method,
         )
     )
-    tensors, trainable = moved(engine, state)
-    rows = [engine.sites[0].train[:5], [], engine.sites[1].train[:3]]
-    each = [one_by_one(engine, tensors, trainable, own) for own in rows]
+    tensors, trainable = moved(server, state)
+    rows = [server.clients[0].train[:5], [], server.clients[1].train[:3]]
+    each = [one_by_one(server, tensors, trainable, own) for own in rows]
     lengths = [float(torch.cat([g.flatten() for g in one.values()]).norm()) for own in each for one in own]
     clip = sorted(lengths)[len(lengths) // 2] * 0.999
     assert min(lengths) < clip < max(lengths)
-    joined = join_tensors(engine.adapted, [tensors] * 3)
+    joined = join_tensors(server.trainer.adapted, [tensors] * 3)
     for micro in (1, 3, 64):
-        sums, losses = clipped_sums(engine.adapted, engine.task, joined, trainable, rows, clip, micro)
+        sums, losses = clipped_sums(server.trainer.adapted, server.trainer.task, joined, trainable, rows, clip, micro)
         assert [len(own) for own in losses] == [5, 0, 3]
         for k, own in enumerate(each):
             for key in trainable:
@@ -124,14 +124,14 @@ def test_clipped_sums_are_those_of_single_backwards(
 
 
 def test_one_row_moves_the_sum_by_at_most_the_clip(tiny_config: dict[str, Any]) -> None:
-    engine, state = started(tiny_config)
-    tensors, trainable = moved(engine, state)
-    rows, clip = engine.sites[0].train[:6], 0.01
-    joined = join_tensors(engine.adapted, [tensors])
-    whole, _ = clipped_sums(engine.adapted, engine.task, joined, trainable, [rows], clip, 64)
+    server, state = started(tiny_config)
+    tensors, trainable = moved(server, state)
+    rows, clip = server.clients[0].train[:6], 0.01
+    joined = join_tensors(server.trainer.adapted, [tensors])
+    whole, _ = clipped_sums(server.trainer.adapted, server.trainer.task, joined, trainable, [rows], clip, 64)
     for left_out in range(len(rows)):
         others = [row for i, row in enumerate(rows) if i != left_out]
-        without, _ = clipped_sums(engine.adapted, engine.task, joined, trainable, [others], clip, 64)
+        without, _ = clipped_sums(server.trainer.adapted, server.trainer.task, joined, trainable, [others], clip, 64)
         distance = float(torch.cat([(whole[key] - without[key]).flatten() for key in trainable]).norm())
         assert 0.99 * clip < distance <= clip * (1 + 1e-4)
 
@@ -200,15 +200,15 @@ def test_without_noise_and_clip_it_is_training_on_all_rows(
 ) -> None:
     """The noised mean is the sum over the drawn rows by the expected batch; SGD then takes that step."""
     monkeypatch.setattr(setup, "noise_for", lambda client: NoNoise())
-    train = {"steps": 1, "batch_size": 4, "lr": 0.5, "head_lr": 0.5, "optimizer": "sgd", "clip_norm": 0}
+    train = {"local_steps": 1, "batch_size": 4, "lr": 0.5, "head_lr": 0.5, "optimizer": "sgd", "max_grad_norm": 0}
     config = set_all(private(tiny_config, clip=1e6, epsilon=None, noise_multiplier=1.0), train=train)
-    engine, state = started(set_all(config, privacy={}))
-    tensors, trainable = engine.method.model(state), engine.method.trainable(engine.method.model(state), 0)
+    server, state = started(set_all(config, privacy={}))
+    tensors, trainable = server.method.model(state), server.method.trainable(server.method.model(state), 0)
     guarded = open_engine(config)
     guarded.policy.open_ledgers(tmp_path, "test", new=True)
     name = guarded.sites[0].name
     (reply,) = guarded.train(guarded.method, state, [name], {}).each
-    each = one_by_one(engine, tensors, trainable, engine.sites[0].train)
+    each = one_by_one(server, tensors, trainable, server.clients[0].train)
     sent = unpack(reply.envelope).tensors
     for key in trainable:
         step = torch.stack([one[key] for one in each]).sum(0) / 4  # the expected batch, not the rows drawn
@@ -226,16 +226,16 @@ def test_the_noise_on_a_step_is_as_planned(
     tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """What a step of SGD does with noise, less what it does without, is sigma clip / batch wide."""
-    train = {"steps": 1, "batch_size": 4, "lr": 1.0, "head_lr": 1.0, "optimizer": "sgd"}
+    train = {"local_steps": 1, "batch_size": 4, "lr": 1.0, "head_lr": 1.0, "optimizer": "sgd"}
     config = set_all(private(tiny_config, clip=0.05), train=train, method={"name": "fed-sb", "rank": 16})
     ends = []
     for noise in (Quiet, SeededNoise):
         monkeypatch.setattr(setup, "noise_for", lambda client, noise=noise: noise(0, client))
         engine, state = started_private(config, tmp_path / noise.__name__)
-        name = engine.sites[0].name
-        (reply,) = engine.train(engine.method, state, [name], {}).each
+        name = server.clients[0].name
+        (reply,) = engine.train(server.method, state, [name], {}).each
         ends.append(torch.cat([torch.tensor(x).flatten() for _, x in sorted(unpack(reply.envelope).tensors.items())]))
-    plan = engine.policy.plans[name]
+    plan = server.policy.plans[name]
     assert float((ends[1] - ends[0]).std()) == pytest.approx(plan.sigma * 0.05 / 4, rel=0.05)
 
 
@@ -248,20 +248,20 @@ def test_an_empty_draw_still_steps_and_is_charged(
 
     monkeypatch.setattr(setup, "noise_for", lambda client: Nobody(0, client))
     engine, state = started_private(private(tiny_config), tmp_path)
-    name = engine.sites[0].name
-    (reply,) = engine.train(engine.method, state, [name], {}).each
-    before = engine.method.model(state)
+    name = server.clients[0].name
+    (reply,) = engine.train(server.method, state, [name], {}).each
+    before = server.method.model(state)
     after = unpack(reply.envelope).tensors
     assert all((torch.tensor(x) != before[key]).any() for key, x in after.items())  # noise alone has moved it
-    (release,) = engine.policy.mechanisms[name].ledger.releases()
+    (release,) = server.policy.mechanisms[name].ledger.releases()
     assert release.count == 3
 
 
 def started_private(config: dict[str, Any], folder: Path) -> tuple[Any, Any]:
-    engine = open_engine(config)
-    engine.policy.open_ledgers(folder, "test", new=True)
-    basis, _ = engine.build_basis(engine.method)
-    return engine, engine.method.start(engine.shapes, basis, engine.head, engine.config.seed)
+    server = open_engine(config)
+    server.policy.open_ledgers(folder, "test", new=True)
+    basis, _ = engine.build_basis(server.method)
+    return engine, server.method.start(server.trainer.shapes, basis, server.trainer.head, server.config.seed)
 
 
 def test_a_private_run(tiny_config: dict[str, Any]) -> None:
@@ -342,9 +342,9 @@ def test_a_step_ahead_is_along_the_mean_of_the_rows_expected(
     starts = []
     for samples in (10, 20):
         basis = {"kind": "core", "samples": samples, "R0": "step", "outer_rank": 16}
-        engine = open_engine(private(set_all(tiny_config, basis=basis), clip=1e6))
-        engine.policy.open_ledgers(tmp_path / str(samples), "test", new=True)
-        starts.append(engine.build_basis(engine.method)[0].R0)
+        server = open_engine(private(set_all(tiny_config, basis=basis), clip=1e6))
+        server.policy.open_ledgers(tmp_path / str(samples), "test", new=True)
+        starts.append(engine.build_basis(server.method)[0].R0)
     for layer, R in starts[1].items():
         assert torch.allclose(starts[0][layer], 2 * R, rtol=1e-4, atol=1e-8) and (R != 0).any()
 
@@ -403,10 +403,10 @@ def test_the_noise_on_a_core_basis_is_as_planned(
     tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """What a client sends, less what it sends without noise, has the planned standard deviation."""
-    from fedsb.channels.in_process import EmbeddedEngine
+    from fedsb.server.server import Server
 
     sent: list[torch.Tensor] = []
-    count = EmbeddedEngine._count
+    count = Server._count
 
     def watched(self: Any, envelope: bytes, *args: Any, **kwargs: Any) -> Any:
         payload = unpack(envelope)
@@ -414,14 +414,14 @@ def test_the_noise_on_a_core_basis_is_as_planned(
             sent.append(torch.cat([torch.tensor(x).flatten() for _, x in sorted(payload.tensors.items())]))
         return count(self, envelope, *args, **kwargs)
 
-    monkeypatch.setattr(EmbeddedEngine, "_count", watched)
+    monkeypatch.setattr(Server, "_count", watched)
     config = set_all(private(tiny_config), basis={"kind": "core", "samples": 30})
 
     for number, noise in enumerate((Quiet, SeededNoise)):
         monkeypatch.setattr(setup, "noise_for", lambda client, noise=noise: noise(0, client))
         engine, _ = started_private(config, tmp_path / str(number))
     half = len(sent) // 2
-    for plan, quiet, noisy in zip(engine.policy.plans.values(), sent[:half], sent[half:], strict=True):
+    for plan, quiet, noisy in zip(server.policy.plans.values(), sent[:half], sent[half:], strict=True):
         assert plan.basis is not None
         std = float((noisy - quiet).std())
         assert std == pytest.approx(plan.basis.sigma * plan.basis.clip, rel=0.05)
@@ -455,14 +455,14 @@ def test_the_servers_noise_and_the_clients_clip(
 
     monkeypatch.setattr(setup, "noise_for", lambda client: SeededNoise(0, client))
     engine, state = started_private(of_clients(set_all(tiny_config, method={"name": "fed-sb", "rank": 16})), tmp_path)
-    everyone = [site.name for site in engine.sites]
-    replies = engine.train(engine.method, state, everyone, {})
-    updates, _ = validate_updates(replies.envelopes, rules(engine.method, state, engine.config.server, "test", {}))
+    everyone = [site.name for site in server.clients]
+    replies = engine.train(server.method, state, everyone, {})
+    updates, _ = validate_updates(replies.envelopes, rules(server.method, state, server.config.server, "test", {}))
     for update in updates:
         change = torch.cat([(x - state.tensors[key]).flatten() for key, x in update.tensors.items()])
         assert float(change.norm()) == pytest.approx(0.5, rel=1e-4)  # it was longer
-    noised = engine.policy.noised(updates, 0)
-    plan = engine.policy.mechanisms[setup.SERVER].plan
+    noised = server.policy.noised(updates, 0)
+    plan = server.policy.mechanisms[setup.SERVER].plan
     total = [
         torch.cat([sum(u.tensors[k] for u in each).flatten() for k in updates[0].tensors]) for each in (updates, noised)
     ]

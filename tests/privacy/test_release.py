@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from conftest import Said, labelled_rows, set_all, write_rows
-from federation.opened import open_engine, started
 from fedsb.config.load import load_config
 from fedsb.data.sources import load_table
 from fedsb.data.tasks.classification import Classification
@@ -36,6 +35,7 @@ from fedsb.training.scoring import forward
 from fedsb.utils.errors import UserError
 from fedsb.utils.formatting import delta_text, epsilon_text
 from laws.test_codecs import StopAfterOne
+from support.server import open_engine, started
 
 CORE = {"kind": "core", "samples": 30, "R0": "zero", "outer_rank": 8}
 
@@ -110,17 +110,17 @@ def test_each_step_is_of_the_rows_drawn_for_it(
             return [next(self.rotates_basis)]
 
     with_noise(monkeypatch, lambda client: InTurn(0, client))
-    train = {"steps": 2, "batch_size": 4, "lr": 0.5, "head_lr": 0.5, "optimizer": "sgd", "clip_norm": 0}
+    train = {"local_steps": 2, "batch_size": 4, "lr": 0.5, "head_lr": 0.5, "optimizer": "sgd", "max_grad_norm": 0}
     config = set_all(private(tiny_config, clip=1e6, epsilon=None, noise_multiplier=1.0), train=train)
-    engine, state = started(set_all(config, privacy={}))
-    tensors = engine.method.model(state)
-    trainable = engine.method.trainable(tensors, 0)
-    site = engine.sites[0]
+    server, state = started(set_all(config, privacy={}))
+    tensors = server.method.model(state)
+    trainable = server.method.trainable(tensors, 0)
+    site = server.clients[0]
     for row in (3, 1):
-        engine.adapted.load(join_tensors(engine.adapted, [tensors]), trainable=trainable)
-        logits, batch = forward(engine.adapted.model, engine.task, [site.train[row]])
-        engine.task.losses(logits, batch)[0].sum().backward()
-        steps = {key: 0.5 * p.grad[0] / 4 for key, p in engine.adapted.parameters().items()}
+        server.trainer.adapted.load(join_tensors(server.trainer.adapted, [tensors]), trainable=trainable)
+        logits, batch = forward(server.trainer.adapted.model, server.trainer.task, [site.train[row]])
+        server.trainer.task.losses(logits, batch)[0].sum().backward()
+        steps = {key: 0.5 * p.grad[0] / 4 for key, p in server.trainer.adapted.parameters().items()}
         tensors = {key: x - steps[key] if key in steps else x for key, x in tensors.items()}
     guarded = open_engine(config)
     guarded.policy.open_ledgers(tmp_path, "test", new=True)
@@ -137,25 +137,25 @@ def test_a_basis_is_made_of_the_rows_drawn_for_it(
             return [5, rows - 2, rows - 1]
 
     with_noise(monkeypatch, lambda client: Some(0, client))
-    engine = open_engine(set_all(private(tiny_config, clip=1e6), basis=CORE))
-    engine.policy.open_ledgers(tmp_path, "test", new=True)
-    site, basis = engine.sites[0], engine.config.basis
-    outer = outer_basis(basis, engine.adapted, engine.method.total_rank, 0, 0)
-    common = (engine.adapted, engine.task)
+    server = open_engine(set_all(private(tiny_config, clip=1e6), basis=CORE))
+    server.policy.open_ledgers(tmp_path, "test", new=True)
+    site, basis = server.clients[0], server.config.basis
+    outer = outer_basis(basis, server.trainer.adapted, server.method.total_rank, 0, 0)
+    common = (server.trainer.adapted, server.trainer.task)
     found, _ = core_sums(
         basis,
         *common,
         site,
         1000,
-        engine.head,
+        server.trainer.head,
         outer,
-        engine.policy.mechanisms[site.name],
+        server.policy.mechanisms[site.name],
         seed=0,
         round=0,
         batch_size=4,
     )
     drawn = [site.train[i] for i in (5, site.rows - 2, site.rows - 1)]
-    wanted = core_gradients(*common, engine.head, outer, drawn, 4)
+    wanted = core_gradients(*common, server.trainer.head, outer, drawn, 4)
     for key, S in wanted.items():
         assert torch.allclose(found[key], S, atol=1e-5 * float(S.abs().max())), key
 
@@ -167,16 +167,16 @@ def test_every_tensor_and_every_step_has_noise_of_its_own(
     tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """With noise shared by tensors of one shape their difference would be without."""
-    train = {"steps": 1, "batch_size": 4, "lr": 1.0, "head_lr": 1.0, "optimizer": "sgd"}
+    train = {"local_steps": 1, "batch_size": 4, "lr": 1.0, "head_lr": 1.0, "optimizer": "sgd"}
     config = set_all(private(tiny_config, clip=0.05), train=train, method={"name": "fed-sb", "rank": 16})
     ends: list[dict[str, torch.Tensor]] = []
     for noise in (Quiet, SeededNoise):
         with_noise(monkeypatch, lambda client, noise=noise: noise(0, client))
-        engine, state = started(set_all(config, privacy={}))
-        engine = open_engine(config)
-        engine.policy.open_ledgers(tmp_path / noise.__name__, "test", new=True)
+        server, state = started(set_all(config, privacy={}))
+        server = open_engine(config)
+        server.policy.open_ledgers(tmp_path / noise.__name__, "test", new=True)
         for round in (0, 1):
-            (reply,) = engine.train(engine.method, _at(state, round), [engine.sites[0].name], {}).each
+            (reply,) = engine.train(server.method, _at(state, round), [server.clients[0].name], {}).each
             ends.append({f"{round} {k}": torch.tensor(x) for k, x in unpack(reply.envelope).tensors.items()})
     quiet, noisy = ends[0] | ends[1], ends[2] | ends[3]
     parts = [(noisy[key] - quiet[key]).flatten().double() for key in sorted(noisy) if key.endswith(".R")]
@@ -358,7 +358,7 @@ def test_an_epsilon_is_rounded_up(value: float, text: str) -> None:
 def test_what_a_private_run_says_of_its_epsilon(tiny_config: dict[str, Any], cli: Callable[..., Said]) -> None:
     """The relation it holds for, that runs add up, that what is printed is no less, and no memory in use."""
     config = set_all(private(tiny_config, epsilon=None, noise_multiplier=1.0), basis=CORE | {"kind": "random"})
-    config["clients"] = {"split": "dirichlet", "count": 3, "held_out": 0.0}
+    config["clients"] = {"partition": "dirichlet", "count": 3, "holdout_fraction": 0.0}
     done = federate(load_config(config))
     manifest, result = read_manifest(done.folder), read_result(done.folder)
     assert result is not None
@@ -388,22 +388,22 @@ def test_the_mean_is_over_the_updates_that_arrived(
     config = set_all(
         tiny_config, privacy=privacy, server={"weighting": "uniform"}, method={"name": "fed-sb", "rank": 16}
     )
-    engine, state = started(set_all(config, privacy={}))
-    engine = open_engine(config)
-    engine.policy.open_ledgers(tmp_path, "test", new=True)
-    everyone = [site.name for site in engine.sites]
-    replies = engine.train(engine.method, state, everyone, {})
-    updates, _ = validate_updates(replies.envelopes, rules(engine.method, state, engine.config.server, "test", {}))
-    plan = engine.policy.plans[setup.SERVER]
+    server, state = started(set_all(config, privacy={}))
+    server = open_engine(config)
+    server.policy.open_ledgers(tmp_path, "test", new=True)
+    everyone = [site.name for site in server.clients]
+    replies = engine.train(server.method, state, everyone, {})
+    updates, _ = validate_updates(replies.envelopes, rules(server.method, state, server.config.server, "test", {}))
+    plan = server.policy.plans[setup.SERVER]
     assert (plan.batch, len(updates)) == (3, 3)
     for count in (3, 2):
         arrived = updates[:count]
-        mean = engine.method.aggregate(state, arrived, ServerOptimizer())
-        noised = engine.method.aggregate(state, engine.policy.noised(arrived, 3 - count), ServerOptimizer())
+        mean = server.method.aggregate(state, arrived, ServerOptimizer())
+        noised = server.method.aggregate(state, server.policy.noised(arrived, 3 - count), ServerOptimizer())
         noise = torch.cat([(noised.tensors[key] - mean.tensors[key]).flatten() for key in mean.tensors])
         assert float(noise.std()) == pytest.approx(plan.sigma * plan.clip / count, rel=0.05)
         assert torch.allclose(
             mean.tensors["classifier.bias"], sum(u.tensors["classifier.bias"] for u in arrived) / count
         )
-    said = promised(engine.policy, engine.config, 3)
+    said = promised(server.policy, server.config, 3)
     assert said is not None and "which clients' updates arrive in a round" in "; ".join(said["not_covered"])

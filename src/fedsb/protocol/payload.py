@@ -143,11 +143,16 @@ def _unpack(data: bytes) -> Payload:
 
 @lru_cache(maxsize=4)
 def measure(data: bytes) -> tuple[Layout, int]:
-    """Returns (the layout, the bytes of the values) of a payload of ours, from its header."""
-    header = _header(data)
-    layout = _layout(header["layout"])
-    exact = layout.sizes.count(1)
-    return layout, payload_bytes(header["codec"], layout.size - exact, exact)
+    """Returns (the layout, the bytes of the values), from the header. Raises PayloadError for other bytes."""
+    try:
+        header = _header(data)
+        layout = _layout(header["layout"])
+        exact = layout.sizes.count(1)
+        return layout, payload_bytes(header["codec"], layout.size - exact, exact)
+    except PayloadError:
+        raise
+    except Exception as error:
+        raise PayloadError(f"Not a payload of fedsb ({len(data)} bytes): {type(error).__name__}: {error}") from error
 
 
 @lru_cache(maxsize=16)

@@ -335,13 +335,13 @@ class _Round:
             if (server.secure_sums is None) != len(reply.parts):
                 raise PayloadError(f"sent {len(reply.parts)} updates")
             server.copy_ledger(answer.client, reply.entries)
+            up = [
+                server.counter.record(part, self.state.round + 1, answer.client, "up", wire_bytes=reply.wire_bytes)
+                for part in reply.parts
+            ]
         except PayloadError as error:
             replies.dropped.append(Dropped(client=answer.client, reason=str(error)))
             return None
-        up = [
-            server.counter.record(part, self.state.round + 1, answer.client, "up", wire_bytes=reply.wire_bytes)
-            for part in reply.parts
-        ]
         travels = not server.method.spec.pools_data
         return ClientReply(
             client=answer.client,

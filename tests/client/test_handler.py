@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 
-from engines.in_process import Federation
 from fedsb.client import handler as handle_module
 from fedsb.client.policy import fingerprint, load_site
 from fedsb.config.load import load_config
 from fedsb.privacy.ledger import read_ledger
-from fedsb.protocol.messages import Note, pack_note, read_note
+from fedsb.protocol.messages import Note, pack_note
 from fedsb.reporting.run_directory import read_rows
 from fedsb.runs.run import federate
 from fedsb.utils.errors import RunError, UserError
-from laws.test_engines import federation, merged, remote_of
+from laws.test_channels import federation, merged, remote_of
+from support.sites import Federation
 
 PRIVATE = {
     "privacy": {"unit": "example", "epsilon": 5.0, "clip": 1.0, "delta": 1e-3},
@@ -27,7 +27,9 @@ PRIVATE = {
 
 
 def run(tiny_config: dict[str, Any], sites: Federation, **changes: Any) -> Path:
-    return federate(load_config(merged(remote_of(tiny_config, {}), changes)), open_federation=sites.open_federation).folder
+    return federate(
+        load_config(merged(remote_of(tiny_config, {}), changes)), open_federation=sites.open_federation
+    ).folder
 
 
 def allowing(folder: Path, **allow: Any) -> Federation:
@@ -211,7 +213,7 @@ def test_a_site_that_was_never_asked_says_so(tmp_path: Path) -> None:
 )
 def test_bytes_that_are_no_note(data: bytes) -> None:
     with pytest.raises(ValueError, match="not a message of fedsb"):
-        read_note(data)
+        read_request(data)
 
 
 def test_site_toml_is_strict(tmp_path: Path) -> None:

@@ -8,29 +8,31 @@ from typing import Any
 
 import pytest
 import torch
-from opened import members_of, open_engine, started
 from transformers import OPTConfig, OPTForCausalLM
 from transformers.models.bert.modeling_bert import BertIntermediate
 
 from conftest import WORDS, _save, set_all
-from fedsb.channels.in_process import EmbeddedEngine
 from fedsb.config.load import load_config
-from fedsb.training.joint import Dropout, Member, train_together
+from fedsb.server.server import Server
+from fedsb.training.joint import ClientTraining, Dropout, train_together
 from fedsb.training.resolved import local_training
 from fedsb.utils.errors import RunError, UserError
+from support.server import members_of, open_engine, started
 
 
-def train_all(engine: EmbeddedEngine, state: Any, members: list[Member], round: int = 0) -> list[Member]:
-    moving = engine.method.trainable(members[0].tensors, 0)
-    return train_together(engine.adapted, engine.task, members, moving, engine.local, seed=0, round=round)
+def train_all(server: Server, state: Any, members: list[ClientTraining], round: int = 0) -> list[ClientTraining]:
+    moving = server.method.trainable(members[0].tensors, 0)
+    return train_together(
+        server.trainer.adapted, server.trainer.task, members, moving, server.local, seed=0, round=round
+    )
 
 
-def run(config: dict[str, Any], rows: list[int] | None = None, **train: Any) -> list[Member]:
-    engine, state = started(set_all(config, train={**config["train"], **train}))
-    return train_all(engine, state, members_of(engine, state, rows))
+def run(config: dict[str, Any], rows: list[int] | None = None, **train: Any) -> list[ClientTraining]:
+    server, state = started(set_all(config, train={**config["train"], **train}))
+    return train_all(server, state, members_of(server, state, rows))
 
 
-def assert_same(one: list[Member], other: list[Member], atol: float = 2e-4) -> None:
+def assert_same(one: list[ClientTraining], other: list[ClientTraining], atol: float = 2e-4) -> None:
     for a, b in zip(one, other, strict=True):
         assert a.losses == pytest.approx(b.losses, rel=1e-4)
         moved = 0.0
@@ -44,13 +46,13 @@ def assert_same(one: list[Member], other: list[Member], atol: float = 2e-4) -> N
 
 
 def test_a_nan_loss_names_client_and_round(tiny_config: dict[str, Any]) -> None:
-    engine, state = started(tiny_config)
-    members = members_of(engine, state)
+    server, state = started(tiny_config)
+    members = members_of(server, state)
     sick = members[1]
     broken = {key: value * math.nan if key.endswith(".R") else value for key, value in sick.tensors.items()}
-    members[1] = Member(name=sick.name, examples=sick.examples, tensors=broken)
+    members[1] = ClientTraining(name=sick.name, examples=sick.examples, tensors=broken)
     with pytest.raises(RunError, match=rf"'{sick.name}' became nan in round 3, local step 1.*checkpoint"):
-        train_all(engine, state, members, round=2)
+        train_all(server, state, members, round=2)
 
 
 def test_the_loss_is_the_mean_over_the_steps_rows(tiny_config: dict[str, Any]) -> None:
@@ -63,10 +65,10 @@ def test_the_loss_is_the_mean_over_the_steps_rows(tiny_config: dict[str, Any]) -
 def test_on_a_bfloat16_base_small_steps_still_count(tiny_config: dict[str, Any]) -> None:
     """Three steps of about 1e-5 from R = 1: lost in bfloat16, whose next number below 1 is 0.996."""
     base = {**tiny_config["model"], "dtype": "bfloat16"}
-    engine, state = started(set_all(tiny_config, model=base, train={**tiny_config["train"], "lr": 1e-5}))
-    (member, *_) = members_of(engine, state)
+    server, state = started(set_all(tiny_config, model=base, train={**tiny_config["train"], "lr": 1e-5}))
+    (member, *_) = members_of(server, state)
     ones = {key: torch.ones_like(t) if key.endswith(".R") else t for key, t in member.tensors.items()}
-    (after,) = train_all(engine, state, [Member(name=member.name, examples=member.examples, tensors=ones)])
+    (after,) = train_all(server, state, [ClientTraining(name=member.name, examples=member.examples, tensors=ones)])
     for key, value in after.tensors.items():
         assert value.dtype == torch.float32
         if key.endswith(".R"):
@@ -87,8 +89,8 @@ def test_accumulation_equals_a_large_batch(tiny_config: dict[str, Any], dropout:
 def test_a_short_last_batch_is_a_mean_over_its_own_rows(tiny_config: dict[str, Any]) -> None:
     """5, 7 and 3 rows in batches of 4, together and alone: 4 + 1, 4 + 3, and 3."""
     joint = run(set_all(tiny_config, engine={"clients_per_forward": 3}), [5, 7, 3], steps=None, epochs=1, batch_size=4)
-    engine, state = started(set_all(tiny_config, train={"local_epochs": 1, "batch_size": 4, "lr": 0.02}))
-    alone = [train_all(engine, state, [member])[0] for member in members_of(engine, state, [5, 7, 3])]
+    server, state = started(set_all(tiny_config, train={"local_epochs": 1, "batch_size": 4, "lr": 0.02}))
+    alone = [train_all(server, state, [member])[0] for member in members_of(server, state, [5, 7, 3])]
     assert [len(member.losses) for member in joint] == [2, 2, 1]
     assert_same(alone, joint)
 
@@ -148,10 +150,10 @@ def test_a_client_with_short_batches_keeps_its_masks_in_company(
     tiny_config: dict[str, Any], method: dict[str, Any]
 ) -> None:
     config = set_all(tiny_config, method=method, train={"local_epochs": 2, "batch_size": 4, "lr": 0.02, "dropout": 0.4})
-    engine, state = started(config)
-    members = members_of(engine, state, [3, 4, 2])  # all of one step an epoch, of three widths
-    alone = [train_all(engine, state, [member])[0] for member in members]
-    for a, b in zip(alone, train_all(engine, state, members), strict=True):
+    server, state = started(config)
+    members = members_of(server, state, [3, 4, 2])  # all of one step an epoch, of three widths
+    alone = [train_all(server, state, [member])[0] for member in members]
+    for a, b in zip(alone, train_all(server, state, members), strict=True):
         assert a.losses == pytest.approx(b.losses, rel=1e-5)
 
 
@@ -186,16 +188,18 @@ def test_activation_checkpointing_changes_nothing(
     folder = request.getfixturevalue(model)
     ends = []
     for checkpointing in (False, True):
-        base = {"name": str(folder), "max_tokens": 16, "activation_checkpointing": checkpointing}
+        base = {"name": str(folder), "max_seq_length": 16, "activation_checkpointing": checkpointing}
         config = set_all(tiny_config, model=base)
         if model != "tiny_bert":
             config = set_all(config, task={"kind": "text"}, clients={"partition": "iid", "count": 3})
-        engine, state = started(set_all(config, train={**tiny_config["train"], "dropout": 0.2}))
-        blocks = [m for m in engine.base.model.modules() if getattr(m, "gradient_checkpointing", False) and m.training]
+        server, state = started(set_all(config, train={**tiny_config["train"], "dropout": 0.2}))
+        blocks = [
+            m for m in server.trainer.base.model.modules() if getattr(m, "gradient_checkpointing", False) and m.training
+        ]
         assert bool(blocks) == checkpointing
-        ends.append([train_all(engine, state, [member])[0] for member in members_of(engine, state)])
-        score = engine.evaluate(engine.method.model(state), engine.sites[0].train)
-        assert score == engine.evaluate(engine.method.model(state), engine.sites[0].train)
+        ends.append([train_all(server, state, [member])[0] for member in members_of(server, state)])
+        score = server.trainer.evaluate(server.method.model(state), server.clients[0].train)
+        assert score == server.trainer.evaluate(server.method.model(state), server.clients[0].train)
     assert_same(*ends, atol=1e-6)
 
 
@@ -204,11 +208,11 @@ def test_checkpointing_runs_the_blocks_twice(tiny_config: dict[str, Any]) -> Non
     calls = []
     for checkpointing in (False, True):
         base = {**tiny_config["model"], "activation_checkpointing": checkpointing}
-        engine, state = started(set_all(tiny_config, model=base, train={**tiny_config["train"], "local_steps": 1}))
+        server, state = started(set_all(tiny_config, model=base, train={**tiny_config["train"], "local_steps": 1}))
         count: list[int] = []
-        layer = engine.adapted.layers["bert.encoder.layer.0.intermediate.dense"]
+        layer = server.trainer.adapted.layers["bert.encoder.layer.0.intermediate.dense"]
         layer.register_forward_hook(lambda *_: count.append(1))  # noqa: B023
-        train_all(engine, state, members_of(engine, state))
+        train_all(server, state, members_of(server, state))
         calls.append(len(count))
     assert calls == [1, 2]
 
@@ -227,21 +231,23 @@ def flattening(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(BertIntermediate, "forward", flat)
 
 
-def choice(engine: EmbeddedEngine) -> tuple[Any, str]:
-    (found,) = (c for c in engine.choices if c.key == "engine.clients_per_forward")
+def choice(server: Server) -> tuple[Any, str]:
+    (found,) = (c for c in server.settings if c.key == "server.channel.clients_per_forward")
     return found.value, found.reason
 
 
 def test_a_model_whose_rows_cannot_be_routed_trains_one_client_at_a_time(
     tiny_config: dict[str, Any], flattening: None
 ) -> None:
-    engine, state = started(tiny_config)
-    value, reason = choice(engine)
-    assert value == engine.clients_per_forward == 1
+    server, state = started(tiny_config)
+    value, reason = choice(server)
+    assert value == server.channel.clients_per_forward == 1
     assert reason.startswith("auto: Layer 'bert.encoder.layer.0.intermediate.dense' sees")
-    (reply,) = engine.train(engine.method, state, [engine.sites[0].name], {}).each
+    (reply,) = engine.train(server.method, state, [server.clients[0].name], {}).each
     assert not reply.kept
-    with pytest.raises(UserError, match=r"engine.clients_per_forward = 2: Layer 'bert.*engine.clients_per_forward = 1"):
+    with pytest.raises(
+        UserError, match=r"server.channel.clients_per_forward = 2: Layer 'bert.*server.channel.clients_per_forward = 1"
+    ):
         open_engine(set_all(tiny_config, engine={"clients_per_forward": 2}))
     assert choice(open_engine(set_all(tiny_config, engine={"clients_per_forward": 1}))) == (1, "as asked")
 
@@ -250,7 +256,7 @@ def test_opt_flattens_its_rows(tiny_config: dict[str, Any], tiny_opt: Path) -> N
     config = set_all(tiny_config, model={"name": str(tiny_opt), "max_seq_length": 16}, task={"kind": "text"})
     value, reason = choice(open_engine(config))
     assert value == 1 and "'model.decoder.layers.0.fc1' sees 32 rows where the batch has 2" in reason
-    attention = {"name": str(tiny_opt), "max_tokens": 16, "targets": ["q_proj", "v_proj"]}
+    attention = {"name": str(tiny_opt), "max_seq_length": 16, "target_modules": ["q_proj", "v_proj"]}
     assert choice(open_engine(set_all(config, model=attention)))[0] == 64  # its attention does not
 
 
@@ -265,13 +271,13 @@ def test_the_cohort_size_fits_the_memory(tiny_config: dict[str, Any], monkeypatc
     """The estimate for the clients of one forward stays below the device's memory, and the reason says so."""
     from fedsb.training import resolved
 
-    engine = open_engine(tiny_config)
+    server = open_engine(tiny_config)
     sizes = {}
     for mib in (64, 2, 1):
         monkeypatch.setattr(resolved, "memory_of", lambda _, mib=mib: mib << 20)
         sizes[mib], reason = choice(open_engine(tiny_config))
         assert ("as many as fit the memory" in reason) == (mib < 64)
-    assert engine.clients_per_forward == sizes[64] > sizes[2] > sizes[1] >= 1
+    assert server.channel.clients_per_forward == sizes[64] > sizes[2] > sizes[1] >= 1
 
 
 def test_a_pooled_client_takes_the_steps_of_a_rounds_clients(tiny_config: dict[str, Any]) -> None:
@@ -284,9 +290,9 @@ def test_a_pooled_client_takes_the_steps_of_a_rounds_clients(tiny_config: dict[s
 
 def test_moments_are_kept_only_where_asked(tiny_config: dict[str, Any]) -> None:
     """Kept, they hold the steps taken; a second round goes on from them."""
-    engine, state = started(set_all(tiny_config, train={**tiny_config["train"], "persist_optimizer_state": True}))
-    name = engine.sites[0].name
-    (first,) = engine.train(engine.method, state, [name], {}).each
+    server, state = started(set_all(tiny_config, train={**tiny_config["train"], "persist_optimizer_state": True}))
+    name = server.clients[0].name
+    (first,) = engine.train(server.method, state, [name], {}).each
     assert float(first.kept["optimizer/steps"]) == 3
-    (again,) = engine.train(engine.method, state, [name], {name: first.kept}).each
+    (again,) = engine.train(server.method, state, [name], {name: first.kept}).each
     assert float(again.kept["optimizer/steps"]) == 6

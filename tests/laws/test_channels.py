@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 
 from conftest import adapter_bytes, labelled_rows, set_all
-from engines.in_process import Calls, Federation
 from fedsb.config.load import load_config
 from fedsb.protocol.channel import NoResponse
+from fedsb.protocol.messages import read_request
 from fedsb.reporting.run_directory import read_rows
 from fedsb.runs.record import Record
 from fedsb.runs.run import federate, resume
 from fedsb.secagg.protocol import SumServer
 from fedsb.utils.errors import RunError
+from support.sites import Calls, Federation
 
 METHODS: dict[str, dict[str, Any]] = {
     "fed-sb": {"method": {"name": "fed-sb", "rank": 4}},
@@ -168,14 +169,14 @@ def test_a_change_goes_into_one_sum_only(tiny_config: dict[str, Any], tmp_path: 
     def without_one(self: Calls, requests: Any, timeout_s: float | None = None) -> Any:
         first = sorted(requests)[0]
         for name, answer in ask(self, requests, timeout_s):
-            note = read_note(requests[name])
-            dropped = note.verb == "sum" and note.facts["phase"] == "masked" and name == first
+            note = read_request(requests[name])
+            dropped = note.verb == "secagg" and note.phase == "masked" and name == first
             yield name, NoResponse("late") if dropped else answer
 
     monkeypatch.setattr(Calls, "ask", without_one)
     with pytest.raises(RunError, match="1: 0 of 3 clients sent 'shares'"):
         resume(folder, open_federation=sites.open_federation)
-    assert "a second sum would tell the difference" in str([answer for _, _, answer in sites.channel.log])
+    assert "a second sum would reveal the difference" in str([answer for _, _, answer in sites.channel.log])
 
 
 def test_a_run_is_taken_up_without_a_site_that_is_away(
@@ -193,7 +194,7 @@ def test_a_run_is_taken_up_without_a_site_that_is_away(
     honest, asked = sites.channel.handles["site 0"], []
 
     def away_at_first(request: bytes) -> bytes:
-        asked.append(read_note(request).verb)
+        asked.append(read_request(request).verb)
         if len(asked) == 1:
             raise RunError("away")
         return honest(request)
@@ -202,6 +203,6 @@ def test_a_run_is_taken_up_without_a_site_that_is_away(
     resume(folder, open_federation=sites.taken_up(folder))
     dropped = [[drop["client"] for drop in row["dropped"]] for row in read_rows(folder / "rounds.jsonl")]
     assert dropped == [[], [], ["site 0"], []]  # the second round's answer was stored, and was sent again
-    assert set(asked) == {"round", "finish"}
+    assert set(asked) == {"train", "finish"}
     (weights,) = (sites.folder / "site 0").glob("runs/*/adapter/adapter_model.safetensors")
     assert weights.read_bytes() == (folder / "adapter" / "adapter_model.safetensors").read_bytes()

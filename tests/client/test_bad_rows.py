@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from conftest import adapter_bytes
-from engines.in_process import Federation
 from fedsb.client.policy import SiteConfig
 from fedsb.config.load import load_config
 from fedsb.runs.run import federate
 from fedsb.utils.errors import RunError
-from laws.test_engines import federation, remote_of
+from laws.test_channels import federation, remote_of
+from support.sites import Federation
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,9 @@ def test_rows_that_cannot_be_used(
 ) -> None:
     own = {**federation(tmp_path).rows, "site 1": rows}
     with pytest.raises(RunError) as told:
-        federate(load_config(remote_of(tiny_config, {})), open_federation=Federation(tmp_path / "bad", own).open_federation)
+        federate(
+            load_config(remote_of(tiny_config, {})), open_federation=Federation(tmp_path / "bad", own).open_federation
+        )
     reason = str(told.value).splitlines()[1].strip()
     assert reason == "site 1: refused: what it has does not fit this run (its own log says more)"
     assert re.search(said, capsys.readouterr().out)
@@ -57,4 +59,6 @@ def test_a_sites_own_file_format(tiny_config: dict[str, Any], tmp_path: Path) ->
         data = {"data": str(tmp_path / "own" / name / "rows.csv"), **form}
         handle.settings = SiteConfig.model_validate(data)
     config = remote_of(tiny_config, {"rounds": 1, "out": str(tmp_path / "other")})
-    assert adapter_bytes(federate(load_config(config), open_federation=own.open_federation).folder) == adapter_bytes(plain)
+    assert adapter_bytes(federate(load_config(config), open_federation=own.open_federation).folder) == adapter_bytes(
+        plain
+    )

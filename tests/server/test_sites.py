@@ -15,16 +15,16 @@ import pytest
 from fedsb.server.remote import RemoteEngine
 
 from conftest import set_all
-from engines.in_process import Federation
 from fedsb.config.load import load_config
 from fedsb.config.schema import Config
 from fedsb.methods.base import Method
-from fedsb.protocol.messages import Note, Trained, pack_note, read_answer, read_note
+from fedsb.protocol.messages import Note, Trained, pack_note, read_answer
 from fedsb.protocol.payload import PayloadError, pack, unpack
 from fedsb.reporting.run_directory import read_rows
 from fedsb.runs.run import federate
 from fedsb.utils.errors import RunError, UserError
-from laws.test_engines import federation, merged, remote_of
+from laws.test_channels import federation, merged, remote_of
+from support.sites import Federation
 
 Spoil = Callable[[Note], Note | bytes]
 
@@ -35,9 +35,9 @@ def spoiled(sites: Federation, name: str, verb: str, spoil: Spoil) -> None:
 
     def handle(request: bytes) -> bytes:
         answer = honest(request)
-        if read_note(request).verb != verb:
+        if read_request(request).verb != verb:
             return answer
-        made = spoil(read_note(answer))
+        made = spoil(read_request(answer))
         return made if isinstance(made, bytes) else pack_note(made)
 
     sites.channel.handles[name] = handle
@@ -168,7 +168,7 @@ def test_a_site_that_stays_away_misses_the_round_and_comes_back(tiny_config: dic
     honest, asked = sites.channel.handles["site 0"], []
 
     def away_once(request: bytes) -> bytes:
-        if read_note(request).verb == "round":
+        if read_request(request).verb == "round":
             asked.append(request)
             if len(asked) == 2:
                 raise RunError("away")
@@ -193,7 +193,7 @@ def test_a_site_that_derives_another_basis_is_told_the_coordinators(
 
     def other_bits(request: bytes) -> bytes:
         answer = honest(request)
-        if read_note(request).verb == "start":
+        if read_request(request).verb == "start":
             held = {key: x * (1 + 1e-7) for key, x in part.part._start.items()}
             return pack_note(Note("start", {"holds": part.part.hold(held)}))
         return answer
@@ -243,7 +243,7 @@ def test_a_site_that_fails_while_it_is_brought_up_misses_the_round(tiny_config: 
     honest = sites.channel.handles["site 0"]
 
     def forgetful(request: bytes) -> bytes:
-        note = read_note(request)
+        note = read_request(request)
         if note.verb == "hold":
             raise RunError("the disk is full")
         if note.verb == "round" and unpack(note.parts[0]).round == 1:
@@ -266,7 +266,7 @@ def test_only_a_round_has_the_deadline(tiny_config: dict[str, Any], tmp_path: Pa
     ask = sites.channel.ask
 
     def noting(requests: Any, timeout_s: float | None = None) -> Any:
-        given.update({read_note(request).verb: timeout_s for request in requests.values()})
+        given.update({read_request(request).verb: timeout_s for request in requests.values()})
         return ask(requests, timeout_s)
 
     sites.channel.ask = noting  # type: ignore[method-assign]

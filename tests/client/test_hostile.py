@@ -11,21 +11,21 @@ import numpy as np
 import pytest
 
 from conftest import labelled_rows, set_all, write_rows
-from engines.in_process import Federation
 from fedsb.adapters.basis import basis_hash
 from fedsb.config.load import load_config
 from fedsb.data.sources import load_table
 from fedsb.models.load import tokenizer_fingerprint
 from fedsb.privacy.ledger import read_ledger
 from fedsb.privacy.mechanism import DPMechanism, PrivacyBudgetExceededError
-from fedsb.protocol.messages import Note, Phase, pack_note, read_answer, read_note
+from fedsb.protocol.messages import Note, Phase, pack_note, read_answer
 from fedsb.protocol.payload import Payload, pack
 from fedsb.protocol.tensors import to_arrays
 from fedsb.secagg.protocol import MessageError, SumError, SumServer
 from fedsb.training.trainer import Trainer
 from fedsb.utils.environment import versions
 from fedsb.utils.errors import RefusalError, UserError
-from laws.test_engines import remote_of
+from laws.test_channels import remote_of
+from support.sites import Federation
 
 RUN = "abc1"
 OUTSIDE = {"out": True, "compare": True, "data": {"train", "test"}}
@@ -58,7 +58,7 @@ class Hostile:
         self.sites = {name: self.federation.restarted(name) for name in names}
 
     def ask(self, name: str, verb: str, *parts: bytes, **facts: Any) -> Note:
-        return read_note(self.sites[name](pack_note(Note(verb, {"run": RUN, **facts}, parts))))
+        return read_request(self.sites[name](pack_note(Note(verb, {"run": RUN, **facts}, parts))))
 
     def look(self, name: str, config: dict[str, Any]) -> Note:
         return self.ask(name, "look", config=config, versions=versions())

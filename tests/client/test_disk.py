@@ -15,7 +15,7 @@ from fedsb.privacy.ledger import Ledger, read_ledger
 from fedsb.reporting.run_directory import read_rows
 from fedsb.runs.run import federate
 from fedsb.utils.errors import DiskError
-from laws.test_engines import federation, merged, remote_of
+from laws.test_channels import federation, merged, remote_of
 
 PRIVATE = {
     "privacy": {"unit": "example", "epsilon": 5.0, "clip": 1.0, "delta": 1e-3},

@@ -7,34 +7,34 @@ from typing import Any
 
 import pytest
 import torch
-from opened import added, dense_gradients, open_engine
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import set_all
 from fedsb.adapters.basis import Basis, core_pair, random_pair, svd, truncated_svd, weight_pair
-from fedsb.channels.in_process import EmbeddedEngine
 from fedsb.protocol.traffic import TrafficRecord
+from fedsb.server.server import Server
 from fedsb.training import gradients as federation_gradients
 from fedsb.training.basis import draw_samples
 from fedsb.training.gradients import captured_share, core_gradients
 from fedsb.utils.errors import ConfigError, UserError
 from fedsb.utils.rng import generator
+from support.server import added, dense_gradients, open_engine
 
 SQUARE = "bert.encoder.layer.0.attention.self.query"  # 32 x 32
 WIDE = "bert.encoder.layer.0.intermediate.dense"  # 48 x 32
 EVERYTHING = 10**6  # samples: all rows of every client
 
 
-def built(config: dict[str, Any], **basis: Any) -> tuple[EmbeddedEngine, Basis, list[TrafficRecord]]:
-    engine = open_engine(set_all(config, basis={"share_samples": 0, "samples": EVERYTHING, **basis}))
-    made, sent = engine.build_basis(engine.method)
+def built(config: dict[str, Any], **basis: Any) -> tuple[Server, Basis, list[TrafficRecord]]:
+    server = open_engine(set_all(config, basis={"share_samples": 0, "samples": EVERYTHING, **basis}))
+    made, sent = engine.build_basis(server.method)
     assert made is not None
     return engine, made, sent
 
 
-def total_gradient(engine: EmbeddedEngine) -> dict[str, Tensor]:
-    return added([dense_gradients(engine, site.train) for site in engine.sites])
+def total_gradient(server: Server) -> dict[str, Tensor]:
+    return added([dense_gradients(server, site.train) for site in server.clients])
 
 
 def close(a: Tensor, b: Tensor, atol: float = 1e-4) -> None:
@@ -44,15 +44,17 @@ def close(a: Tensor, b: Tensor, atol: float = 1e-4) -> None:
 
 def test_core_gradients_are_U_G_V(tiny_config: dict[str, Any]) -> None:
     """Whatever the micro-batches, and the scale of the adapter."""
-    engine = open_engine(tiny_config)
-    outer = {layer: random_pair(m, n, 9, 0, layer) for layer, (m, n) in engine.shapes.items()}
-    examples = engine.sites[0].train[:7]
-    dense = dense_gradients(engine, examples)
+    server = open_engine(tiny_config)
+    outer = {layer: random_pair(m, n, 9, 0, layer) for layer, (m, n) in server.trainer.shapes.items()}
+    examples = server.clients[0].train[:7]
+    dense = dense_gradients(server, examples)
     for scale, batch_size in ((1.0, 3), (4.0, 64)):
-        engine.adapted.scale = scale
-        for layer in engine.adapted.layers.values():
+        server.trainer.adapted.scale = scale
+        for layer in server.trainer.adapted.layers.values():
             layer.scale = scale
-        sums = core_gradients(engine.adapted, engine.task, engine.head, outer, examples, batch_size)
+        sums = core_gradients(
+            server.trainer.adapted, server.trainer.task, server.trainer.head, outer, examples, batch_size
+        )
         for layer, (A, B) in outer.items():
             close(sums[f"{layer}.S"], B.T @ dense[layer] @ A.T)
 
@@ -61,8 +63,8 @@ def test_core_gradients_are_U_G_V(tiny_config: dict[str, Any]) -> None:
 def test_core_is_that_of_the_clients_pooled_samples(tiny_config: dict[str, Any], outer: str) -> None:
     """The sum of the clients' S is U' G V of all their rows: B' G A' = diag(D), falling, the best inside U and V."""
     engine, basis, _ = built(tiny_config, kind="core", outer=outer, outer_rank=12)
-    G = total_gradient(engine)
-    for layer, W0 in engine.adapted.base_weights():
+    G = total_gradient(server)
+    for layer, W0 in server.trainer.adapted.base_weights():
         A, B = basis.A[layer], basis.B[layer]
         pair = weight_pair(W0, 12) if outer == "weights" else random_pair(*W0.shape, 12, 0, layer)
         S = pair[1].T @ G[layer] @ pair[0].T
@@ -81,7 +83,7 @@ def _product(made: tuple[Tensor, Tensor, Tensor]) -> Tensor:
 
 def test_core_over_the_whole_space_is_the_svd_of_the_gradient(tiny_config: dict[str, Any]) -> None:
     engine, basis, _ = built(tiny_config, kind="core", outer_rank=32)
-    G = total_gradient(engine)[SQUARE]
+    G = total_gradient(server)[SQUARE]
     U, S, V = svd(G.double())
     best = (U[:, :4] @ S[:4].diag() @ V[:, :4].T).float()
     close(basis.B[SQUARE] @ (basis.B[SQUARE].T @ G @ basis.A[SQUARE].T) @ basis.A[SQUARE], best, atol=1e-3)
@@ -89,8 +91,8 @@ def test_core_over_the_whole_space_is_the_svd_of_the_gradient(tiny_config: dict[
 
 def test_core_never_holds_a_gradient_of_a_whole_weight(tiny_config: dict[str, Any]) -> None:
     """No matrix product on the way has the shape of a weight, and the frozen base gets no gradient."""
-    engine = open_engine(tiny_config)
-    outer = {layer: random_pair(m, n, 9, 0, layer) for layer, (m, n) in engine.shapes.items()}
+    server = open_engine(tiny_config)
+    outer = {layer: random_pair(m, n, 9, 0, layer) for layer, (m, n) in server.trainer.shapes.items()}
     made: set[tuple[int, ...]] = set()
 
     class Record(TorchDispatchMode):
@@ -100,34 +102,36 @@ def test_core_never_holds_a_gradient_of_a_whole_weight(tiny_config: dict[str, An
                 made.add(tuple(result.shape))
             return result
 
-    examples = engine.sites[0].train[:10]  # 5 rows of 8 or 16 tokens: 40 or 80, no side of a weight
+    examples = server.clients[0].train[:10]  # 5 rows of 8 or 16 tokens: 40 or 80, no side of a weight
     with Record():
-        core_gradients(engine.adapted, engine.task, engine.head, outer, examples, 5)
+        core_gradients(server.trainer.adapted, server.trainer.task, server.trainer.head, outer, examples, 5)
     assert made and (9, 9) in {shape[-2:] for shape in made}
-    weights = {shape for m, n in engine.shapes.values() for shape in ((m, n), (n, m))}
+    weights = {shape for m, n in server.trainer.shapes.values() for shape in ((m, n), (n, m))}
     assert not made & weights
-    assert all(p.grad is None for p in engine.base.model.parameters())
-    assert not any(p.requires_grad for name, p in engine.base.model.named_parameters() if not name.endswith(".R"))
+    assert all(p.grad is None for p in server.trainer.base.model.parameters())
+    assert not any(
+        p.requires_grad for name, p in server.trainer.base.model.named_parameters() if not name.endswith(".R")
+    )
 
 
 def test_core_sends_k_squared_and_never_a_row(tiny_config: dict[str, Any]) -> None:
     engine, basis, sent = built(tiny_config, kind="core", outer_rank=12)
     assert (basis.up, basis.down) == (12 * 12**2, 12 * 2 * 12 * 4)
-    assert [each.values for each in sent if each.direction == "up"] == [basis.up] * len(engine.sites)
-    assert [each.values for each in sent if each.direction == "down"] == [basis.down] * len(engine.sites)
+    assert [each.values for each in sent if each.direction == "up"] == [basis.up] * len(server.clients)
+    assert [each.values for each in sent if each.direction == "down"] == [basis.down] * len(server.clients)
     assert {each.round for each in sent} == {0}
 
 
 def test_start_of_R(tiny_config: dict[str, Any]) -> None:
     """core: 0, or -eta D / N when asked; update: one step ahead, or 0 when asked; data-free bases: 0."""
     engine, basis, _ = built(tiny_config, kind="core", R0="step", eta=0.5)
-    G, N = total_gradient(engine), sum(len(site.train) for site in engine.sites)
-    for layer in engine.shapes:
+    G, N = total_gradient(server), sum(len(site.train) for site in server.clients)
+    for layer in server.trainer.shapes:
         inner = basis.B[layer].T @ G[layer] @ basis.A[layer].T
         close(basis.R0[layer], -0.5 / N * inner.diag(), atol=1e-3)
     for kind in ("random", "weights", "core"):
         assert not built(tiny_config, kind=kind)[1].R0
-    assert built(tiny_config, kind="update-pooled")[1].R0.keys() == engine.shapes.keys()
+    assert built(tiny_config, kind="update-pooled")[1].R0.keys() == server.trainer.shapes.keys()
     assert not built(tiny_config, kind="update-pooled", R0="zero")[1].R0
 
 
@@ -144,8 +148,8 @@ def test_update_pooled_weighs_every_sample_alike(tiny_config: dict[str, Any], ba
         tiny_config, eval={"batch_size": batch_size}, train={**tiny_config["train"], "optimizer": "sgd", "lr": 0.3}
     )
     engine, basis, _ = built(config, kind="update-pooled")
-    G, N = total_gradient(engine), sum(len(site.train) for site in engine.sites)
-    for layer in engine.shapes:
+    G, N = total_gradient(server), sum(len(site.train) for site in server.clients)
+    for layer in server.trainer.shapes:
         U, S, V = truncated_svd(-0.3 * G[layer].double() / N, 4)
         close(basis.B[layer] @ basis.R0[layer].diag() @ basis.A[layer], (U * S @ V.T).float(), atol=1e-3)
 
@@ -153,7 +157,7 @@ def test_update_pooled_weighs_every_sample_alike(tiny_config: dict[str, Any], ba
 def test_update_starts_one_signed_step_ahead(tiny_config: dict[str, Any]) -> None:
     """At full rank W0 + B R0 A is W0 - eta sign(G), eta being the first local step's rate: 0.02 in this run."""
     engine, basis, _ = built(set_all(tiny_config, method={"name": "fed-sb", "rank": 32}), kind="update-pooled")
-    G = total_gradient(engine)[WIDE]
+    G = total_gradient(server)[WIDE]
     step = basis.B[WIDE] @ basis.R0[WIDE].diag() @ basis.A[WIDE]
     clear = G.abs() > 1e-3 * G.abs().max()  # rounding may turn the sign of the smallest
     assert float(clear.float().mean()) > 0.98
@@ -167,8 +171,8 @@ def test_update_looks_at_the_public_rows_alone(tiny_config: dict[str, Any], tabl
         set_all(tiny_config, train={**tiny_config["train"], "optimizer": "sgd"}), eta=1.0, **public
     )
     drawn = sorted(generator(0, "basis rows").permutation(40)[:5].tolist())
-    G = dense_gradients(engine, [engine.data.test[i] for i in drawn])
-    for layer in engine.shapes:
+    G = dense_gradients(server, [server.data.test[i] for i in drawn])
+    for layer in server.trainer.shapes:
         U, S, V = truncated_svd(-G[layer] / 5, 4)
         close(basis.B[layer] @ basis.R0[layer].diag() @ basis.A[layer], U * S @ V.T, atol=1e-3)
     assert {each.direction for each in sent} == {"down"}
@@ -179,8 +183,8 @@ def test_update_looks_at_the_public_rows_alone(tiny_config: dict[str, Any], tabl
 def test_captured_share_is_that_of_the_clients_own_gradients(tiny_config: dict[str, Any]) -> None:
     """sum_k ||B' G_k A'||^2 / sum_k ||G_k||^2; all rows of every client here."""
     engine, basis, _ = built(tiny_config, kind="random", share_samples=EVERYTHING)
-    own = [dense_gradients(engine, site.train) for site in engine.sites]
-    for layer in engine.shapes:
+    own = [dense_gradients(server, site.train) for site in server.clients]
+    for layer in server.trainer.shapes:
         inside = sum((basis.B[layer].T @ G[layer] @ basis.A[layer].T).square().sum() for G in own)
         total = sum(G[layer].square().sum() for G in own)
         assert basis.captured[layer] == pytest.approx(float(inside / total), rel=1e-3)
@@ -214,19 +218,23 @@ def test_a_small_memory_budget_costs_passes_not_accuracy(
     passes: list[int] = []
     real = federation_gradients.backward_sum
     monkeypatch.setattr(federation_gradients, "backward_sum", lambda *args: passes.append(1) or real(*args))
-    samples = {site.name: site.train[:4] for site in engine.sites}
+    samples = {site.name: site.train[:4] for site in server.clients}
     shares, counts = [], []
     for budget_bytes in (1, 1 << 30):
         passes.clear()
-        shares.append(captured_share(engine.adapted, engine.task, engine.head, basis, samples, 4, budget_bytes))
+        shares.append(
+            captured_share(
+                server.trainer.adapted, server.trainer.task, server.trainer.head, basis, samples, 4, budget_bytes
+            )
+        )
         counts.append(len(passes))
     assert counts == [12 * len(samples), len(samples)]
     assert shares[0] == pytest.approx(shares[1], rel=1e-5)
 
 
 def test_samples_are_drawn_by_site_in_proportion(tiny_config: dict[str, Any]) -> None:
-    engine = open_engine(tiny_config)
-    sites = engine.sites
+    server = open_engine(tiny_config)
+    sites = server.clients
     rows = sum(len(site.train) for site in sites)
     drawn = {site.name: draw_samples(site, rows, 12, 0) for site in sites}
     for site in sites:
@@ -243,8 +251,8 @@ def test_a_basis_in_a_codec_is_orthonormal_and_near_the_exact_one(tiny_config: d
     """Everyone holds the same: what was told, made orthonormal again. int8 turns the span by little."""
     made = {}
     for codec in ("float32", "bfloat16", "int8", "int4"):
-        engine = open_engine(set_all(tiny_config, basis={"kind": kind, "share_samples": 0}, server={"codec": codec}))
-        made[codec], sent = engine.build_basis(engine.method)
+        server = open_engine(set_all(tiny_config, basis={"kind": kind, "share_samples": 0}, server={"codec": codec}))
+        made[codec], sent = engine.build_basis(server.method)
         factor = {"float32": 1.0, "bfloat16": 0.5, "int8": 0.27, "int4": 0.15}[codec]
         assert all(each.bytes <= 4 * each.values * factor for each in sent)
     for codec, basis in made.items():

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fedsb.server.rounds import play
+from fedsb.server.types import SUM
 
 from conftest import set_all
-from federation.opened import open_engine, started
 from fedsb.config.load import load_config
 from fedsb.methods import method_types
 from fedsb.methods.averaging import ServerOptimizer
@@ -23,9 +24,8 @@ from fedsb.protocol.secure_sum import noise_share
 from fedsb.reporting.run_directory import read_manifest, read_rows
 from fedsb.runs.run import federate, resume
 from fedsb.secagg.protocol import SumPlan
-from fedsb.server.rounds import play
-from fedsb.server.types import SUM
 from fedsb.utils.errors import RunError, UserError
+from support.server import open_engine, started
 
 SUMMED = [name for name, cls in method_types().items() if cls.spec.secagg_compatible and cls.spec.adapter]
 OTHERS = [name for name, cls in method_types().items() if not cls.spec.secagg_compatible or not cls.spec.adapter]
@@ -36,17 +36,17 @@ def secure(config: dict[str, Any], **server: Any) -> dict[str, Any]:
 
 
 def round_of(config: dict[str, Any], folder: Path | None = None) -> tuple[Any, Any, Any]:
-    """(engine, the state it started from, what came of a round)."""
-    engine, state = started(config) if folder is None else _started_private(config, folder)
-    cohort = [site.name for site in engine.sites]
-    return engine, state, play(engine, state, cohort, set(), {}, ServerOptimizer())
+    """(server, the state it started from, what came of a round)."""
+    server, state = started(config) if folder is None else _started_private(config, folder)
+    cohort = [site.name for site in server.clients]
+    return engine, state, play(server, state, cohort, set(), {}, ServerOptimizer())
 
 
 def _started_private(config: dict[str, Any], folder: Path) -> tuple[Any, Any]:
-    engine = open_engine(config)
-    engine.policy.open_ledgers(folder, "test", new=True)
-    basis, _ = engine.build_basis(engine.method)
-    return engine, engine.method.start(engine.shapes, basis, engine.head, engine.config.seed)
+    server = open_engine(config)
+    server.policy.open_ledgers(folder, "test", new=True)
+    basis, _ = engine.build_basis(server.method)
+    return engine, server.method.start(server.trainer.shapes, basis, server.trainer.head, server.config.seed)
 
 
 @pytest.mark.parametrize("weighting", ["samples", "uniform"])
@@ -57,7 +57,7 @@ def test_a_secure_round_is_the_plain_round_within_the_bound(
     config = set_all(tiny_config, method={"name": name, "rank": 2}, server={"weighting": weighting})
     _, _, plain = round_of(config)
     engine, _, summed = round_of(secure(config, weighting=weighting))
-    clients = len(engine.sites)
+    clients = len(server.clients)
     bound = 3 * clients * 4.0 * clients / 2**31  # of the sum, over the smallest sum of weights here, a third
     for key, x in plain.state.tensors.items():
         assert torch.allclose(x, summed.state.tensors[key], rtol=1e-6, atol=bound + 1e-6), key
@@ -113,7 +113,7 @@ def test_a_client_that_finds_a_fault_in_its_own_leaves_and_the_sum_is_of_the_oth
     spoil(monkeypatch, 1, by)
     engine, _, summed = round_of(secure(config, weighting="uniform"))
     (drop,) = summed.dropped
-    names = [site.name for site in engine.sites]
+    names = [site.name for site in server.clients]
     assert drop.client == names[0] and said in drop.reason
     assert set(summed.kept) == set(names[1:])
     assert [sent.direction for sent in summed.replies.sent if sent.client == drop.client] == ["down"]
@@ -173,7 +173,7 @@ def test_the_noise_of_the_sum_is_as_planned_when_only_the_threshold_stays(
     tiny_config: dict[str, Any], tmp_path: Path
 ) -> None:
     engine, _ = _started_private(of_clients(tiny_config), tmp_path)
-    mechanism = engine.policy.mechanisms[setup.SERVER]
+    mechanism = server.policy.mechanisms[setup.SERVER]
     mechanism.charge(1)
     sites = {name: bytes([i]) * 32 for i, name in enumerate("abcde")}
     plan = SumPlan(run="r", round=0, sites=sites, threshold=3, size=60_000, clip=0.5)
@@ -195,9 +195,9 @@ def test_a_share_is_sized_for_the_threshold_and_for_the_rounding(
     sites = {name: bytes([i]) * 32 for i, name in enumerate("abcde")}
     plan = SumPlan(run="r", round=0, sites=sites, threshold=4, size=90_000, clip=2.0)
     with pytest.raises(RunError, match="the ledger has no line for"):
-        module.noise_share(plan, engine.policy.mechanisms[setup.SERVER])
-    engine.policy.mechanisms[setup.SERVER].charge(1)
-    module.noise_share(plan, engine.policy.mechanisms[setup.SERVER])
+        module.noise_share(plan, server.policy.mechanisms[setup.SERVER])
+    server.policy.mechanisms[setup.SERVER].charge(1)
+    module.noise_share(plan, server.policy.mechanisms[setup.SERVER])
     assert asked == [pytest.approx(1.5 * (0.5 / plan.grid.step + 300) / 2, rel=1e-12)]
 
 
@@ -215,7 +215,7 @@ def test_the_server_gets_a_clipped_noised_sum_and_the_ledger_has_it(
 
     monkeypatch.setattr(module, "noise_share", lambda plan, mechanism: np.zeros(plan.size, np.int64))
     _, _, plain = round_of(config, tmp_path / "plain")
-    clients, threshold = len(engine.sites), len(engine.sites) // 2 + 1
+    clients, threshold = len(server.clients), len(server.clients) // 2 + 1
     noise = torch.cat([(noised.state.tensors[k] - plain.state.tensors[k]).flatten() for k in state.tensors])
     assert float(noise.std()) == pytest.approx(1.5 * 0.5 * np.sqrt(clients / threshold) / clients, rel=0.05)
     change = torch.cat([(plain.state.tensors[k] - state.tensors[k]).flatten() for k in state.tensors])
@@ -238,7 +238,7 @@ def test_a_clients_change_is_no_longer_than_the_clip_in_the_ring(
 
     monkeypatch.setattr(FixedPoint, "encode", encode)
     engine, _, _ = round_of(of_clients(tiny_config), tmp_path)
-    assert len(seen) == len(engine.sites)
+    assert len(seen) == len(server.clients)
     for change in seen:
         step = 0.5 * (1 + module.HEADROOM * 1.5 / len(seen)) * len(seen) / 2**31
         assert np.linalg.norm(change) == pytest.approx(0.5, rel=1e-3)

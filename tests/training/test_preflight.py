@@ -14,12 +14,12 @@ from torch import nn
 
 from conftest import set_all
 from fedsb.adapters.adapted import AdaptedModel, find_targets, left_out
-from fedsb.channels.in_process import EmbeddedEngine
 from fedsb.config.load import load_config
 from fedsb.config.schema import method_of
 from fedsb.data.tasks import Task
 from fedsb.privacy.ledger import read_ledger
 from fedsb.runs.run import federate
+from fedsb.server.server import Server
 from fedsb.training.per_example import clipped_sums
 from fedsb.training.preflight import Preflight, preflight
 from fedsb.utils.errors import UserError
@@ -49,9 +49,9 @@ def on(config: dict[str, Any], model: Path, kind: str = "classification", **chan
     return set_all(config, model={"name": str(model), "max_seq_length": 16}, task={"kind": kind}, **changes)
 
 
-def opened(config: dict[str, Any]) -> EmbeddedEngine:
+def opened(config: dict[str, Any]) -> Server:
     loaded = load_config(config).config
-    return EmbeddedEngine(loaded, method_of(loaded), "run")
+    return Server(loaded, method_of(loaded), "run")
 
 
 def found(config: dict[str, Any]) -> Preflight:
@@ -79,20 +79,24 @@ def test_rows_that_cannot_be_routed_are_protected_one_by_one(
 
 def test_one_by_one_clips_each_row_as_a_loop_does(tiny_config: dict[str, Any], made: Make) -> None:
     engine = opened(on(tiny_config, made("opt", LM), "text"))
-    rows = engine.sites[0].train[:5]
-    tensors = {key: x.unsqueeze(0) if not engine.adapted.is_shared(key) else x for key, x in start(engine).items()}
+    rows = server.clients[0].train[:5]
+    tensors = {
+        key: x.unsqueeze(0) if not server.trainer.adapted.is_shared(key) else x for key, x in start(server).items()
+    }
     trained = frozenset(key for key in tensors if key.endswith(".R"))
-    together, _ = clipped_sums(engine.adapted, engine.task, tensors, trained, [rows], 0.01, 8)
-    one = [clipped_sums(engine.adapted, engine.task, tensors, trained, [[row]], 0.01, 1)[0] for row in rows]
+    together, _ = clipped_sums(server.trainer.adapted, server.trainer.task, tensors, trained, [rows], 0.01, 8)
+    one = [
+        clipped_sums(server.trainer.adapted, server.trainer.task, tensors, trained, [[row]], 0.01, 1)[0] for row in rows
+    ]
     for key in trained:
         torch.testing.assert_close(together[key], sum(each[key] for each in one))
     norm = sum(float(x.square().sum()) for x in one[0].values()) ** 0.5
     assert norm == pytest.approx(0.01, rel=1e-3)  # clipped, not zero
 
 
-def start(engine: EmbeddedEngine) -> dict[str, torch.Tensor]:
-    basis, _ = engine.build_basis(engine.method)
-    return engine.method.model(engine.method.start(engine.shapes, basis, engine.head, 0))
+def start(server: Server) -> dict[str, torch.Tensor]:
+    basis, _ = engine.build_basis(server.method)
+    return server.method.model(server.method.start(server.trainer.shapes, basis, server.trainer.head, 0))
 
 
 # --- rows that depend on each other ---
@@ -138,14 +142,19 @@ def test_a_rotary_embedding_that_depends_on_the_batch(
 
 def test_a_layer_that_looks_at_the_whole_batch_is_found(tiny_config: dict[str, Any]) -> None:
     engine = opened(tiny_config)
-    assert engine.preflight.alone is None
-    engine.adapted.unwrap()
-    model: Any = engine.base.model
+    assert server.trainer.preflight.alone is None
+    server.trainer.adapted.unwrap()
+    model: Any = server.trainer.base.model
     model.bert.embeddings = wrapped(model.bert.embeddings)
     adapted = AdaptedModel(
-        model, kind="core", targets=find_targets(model, "blocks", engine.base.head), head=engine.base.head
+        model,
+        kind="core",
+        targets=find_targets(model, "blocks", server.trainer.base.head),
+        head=server.trainer.base.head,
     )
-    assert "with a longer row" in str(preflight(adapted, engine.task, engine.head, private_rows=False, batch=4).mixing)
+    assert "with a longer row" in str(
+        preflight(adapted, server.trainer.task, server.trainer.head, private_rows=False, batch=4).mixing
+    )
 
 
 def wrapped(embeddings: nn.Module) -> nn.Module:
@@ -187,7 +196,7 @@ def test_a_decoder_is_causal(tiny_config: dict[str, Any], made: Make, model_type
 
 def test_layers_whose_weight_a_model_reads_itself(tiny_config: dict[str, Any], made: Make) -> None:
     """Mamba multiplies with dt_proj.weight: an adapter there would do nothing, and change the merged model."""
-    model = {"name": str(made("mamba", LM)), "max_tokens": 16, "targets": ["in_proj", "dt_proj"]}
+    model = {"name": str(made("mamba", LM)), "max_seq_length": 16, "target_modules": ["in_proj", "dt_proj"]}
     with pytest.raises(UserError, match=r"model.target_modules: the model reads the weights of mixer.dt_proj"):
         opened(set_all(tiny_config, model=model, task={"kind": "text"}))
 
@@ -207,10 +216,10 @@ def test_blocks_leaves_out_what_cannot_be_adapted_and_says_so(
     tiny_config: dict[str, Any], made: Make, model_type: str, without: set[str]
 ) -> None:
     engine = opened(on(tiny_config, made(model_type, LM), "text"))
-    model = engine.adapted.unwrap()
+    model = server.trainer.adapted.unwrap()
     found = {name.split(".", 3)[-1] for name in left_out(model)}
     assert found == without
-    reason = next(choice.reason for choice in engine.choices if choice.key == "model.target_modules")
+    reason = next(choice.reason for choice in server.settings if choice.key == "model.target_modules")
     assert all(name in reason for name in without) and ("not adapted" in reason) == bool(without)
 
 
@@ -255,26 +264,26 @@ def test_a_window_beyond_the_positions_is_an_error_in_check_and_run(
     for verb in ("check", "run"):
         said = cli(verb, path, "--set", f"model.max_seq_length={usable + 1}")
         assert said.code == 1 and f"has {usable} positions" in said.err and f"max_seq_length={usable}" in said.err
-    model = {"name": str(made(model_type, auto_class)), "max_tokens": usable}
+    model = {"name": str(made(model_type, auto_class)), "max_seq_length": usable}
     opened(set_all(tiny_config, model=model, task={"kind": kind}))  # a row of that length is read
 
 
 def test_a_rotary_model_beyond_its_positions_is_a_warning(tiny_config: dict[str, Any], made: Make) -> None:
-    model = {"name": str(made("llama", LM)), "max_tokens": 2 * POSITIONS}
+    model = {"name": str(made("llama", LM)), "max_seq_length": 2 * POSITIONS}
     engine = opened(set_all(tiny_config, model=model, task={"kind": "text"}))
-    reason = next(choice.reason for choice in engine.choices if choice.key == "model.max_seq_length")
+    reason = next(choice.reason for choice in server.settings if choice.key == "model.max_seq_length")
     assert reason == f"warning: the model was made for {POSITIONS} positions; longer rows may be read badly"
 
 
 def test_a_padding_token_that_only_the_tokenizer_has_is_replaced(tiny_config: dict[str, Any], tmp_path: Path) -> None:
     folder = with_new_token(tmp_path / "model", {"pad_token": "<pad>"})
     engine = opened(on(tiny_config, folder, "text"))
-    assert engine.tokenizer.pad_token == "[EOS]"
+    assert server.trainer.tokenizer.pad_token == "[EOS]"
     assert (
-        engine.task.collate([{"input_ids": [9], "labels": [9]}, {"input_ids": [9] * 9, "labels": [9] * 9}])[
+        server.trainer.task.collate([{"input_ids": [9], "labels": [9]}, {"input_ids": [9] * 9, "labels": [9] * 9}])[
             "input_ids"
         ].max()
-        < engine.base.model.get_input_embeddings().num_embeddings
+        < server.trainer.base.model.get_input_embeddings().num_embeddings
     )
 
 
@@ -411,7 +420,7 @@ def test_a_checkpoint_in_4_bits_trains_and_merges_or_says_why_not(
 
 
 def test_a_layer_that_peft_refuses_is_named_before_training(tiny_config: dict[str, Any], made: Make) -> None:
-    model = {"name": str(made("mamba2", LM)), "max_tokens": 16, "targets": ["in_proj", "out_proj"]}
+    model = {"name": str(made("mamba2", LM)), "max_seq_length": 16, "target_modules": ["in_proj", "out_proj"]}
     config = set_all(tiny_config, model=model, task={"kind": "text"})
     with pytest.raises(UserError, match=r"could not be used. Nothing was trained. PEFT .*out_proj"):
         federate(load_config(config))
@@ -434,7 +443,7 @@ def test_what_a_merge_would_write_is_known_at_the_start(tiny_config: dict[str, A
     ):
         config = on(tiny_config, made(model_type))
         engine = opened(set_all(config, task={"kind": "classification", "pooling": pooling}))
-        (choice,) = (choice for choice in engine.choices if choice.key == "export --merged")
+        (choice,) = (choice for choice in server.settings if choice.key == "export --merged")
         assert choice.value == value and reason in choice.reason
 
 
@@ -443,15 +452,17 @@ def test_the_trial_with_peft_leaves_the_model_as_it_was(tiny_config: dict[str, A
     from fedsb.models.load import load_base
 
     engine = opened(tiny_config)
-    fresh = load_base(engine.config.model, auto_class=engine.task.auto_class, num_labels=3, pad_token=0)
-    names = {name for name, _ in engine.adapted.unwrap().named_modules()}
+    fresh = load_base(server.config.model, auto_class=server.trainer.task.auto_class, num_labels=3, pad_token=0)
+    names = {name for name, _ in server.trainer.adapted.unwrap().named_modules()}
     assert names == {name for name, _ in fresh.model.named_modules()}
-    assert not any("peft" in type(module).__module__ for module in engine.base.model.modules())
-    torch.testing.assert_close(features(engine.base.model, engine), features(fresh.model, engine), rtol=0, atol=0)
+    assert not any("peft" in type(module).__module__ for module in server.trainer.base.model.modules())
+    torch.testing.assert_close(
+        features(server.trainer.base.model, engine), features(fresh.model, engine), rtol=0, atol=0
+    )
 
 
-def features(model: Any, engine: EmbeddedEngine) -> torch.Tensor:
-    batch = engine.task.collate(engine.data.test[:4])
+def features(model: Any, server: Server) -> torch.Tensor:
+    batch = server.trainer.task.collate(server.data.test[:4])
     with torch.no_grad():
         found: torch.Tensor = model.bert(batch["input_ids"], attention_mask=batch["attention_mask"]).pooler_output
     return found
