@@ -94,7 +94,7 @@ def python_findings(source: str, *, commands: bool) -> Iterator[Finding]:
             continue
         if not (text := ast.get_docstring(node)):
             continue
-        line, (first, *_) = node.body[0].lineno, text.split()
+        line, first = node.body[0].lineno, text.split()[0].strip(",.:;")
         if first in FIRST_WORDS:
             yield line, first, "start with a verb, a class or module with a noun"
         elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not commands and not _is_property(node):
@@ -106,13 +106,11 @@ def _is_property(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
     return any("property" in ast.unparse(decorator) for decorator in node.decorator_list)
 
 
-def markdown_findings(text: str, old_settings: Iterable[str]) -> Iterator[Finding]:
-    """Yields the findings in a Markdown page: banned phrases, old names in code quotes, and files that do not exist."""
-    yield from phrases(text)
-    old = re.compile(rf"\b({'|'.join(map(re.escape, old_settings))})\b") if old_settings else None
-    for pattern in (OLD_NAME, old):
-        for found in pattern.finditer(text) if pattern else ():
-            yield text.count("\n", 0, found.start()) + 1, found[1], "an old name; see CHANGELOG.md"
+def markdown_findings(text: str, old_settings: Iterable[str] = ()) -> Iterator[Finding]:
+    """Yields the old names in code quotes of a Markdown page, and the files that it names and that do not exist."""
+    for pattern in (OLD_NAME, re.compile(rf"\b({'|'.join(map(re.escape, old_settings)) or '(?!)'})\b")):
+        for found in pattern.finditer(text):
+            yield text.count("\n", 0, found.start()) + 1, found[1], "an old name; CHANGELOG.md has the new one"
     for found in NAMED_FILE.finditer(text):
         if not any((folder / found[1]).exists() for folder in (ROOT, ROOT / "src" / "fedsb")):
             yield text.count("\n", 0, found.start()) + 1, found[1], "this file does not exist"
@@ -132,11 +130,10 @@ def findings(path: Path, old_settings: Iterable[str] = ()) -> list[Finding]:
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".py":
         return sorted(python_findings(text, commands=path.parent.name == "cli"))
-    if path.suffix == ".md":
-        return sorted(markdown_findings(text, () if path.name == "CHANGELOG.md" else old_settings))
+    found = list(markdown_findings(text, old_settings)) if path.suffix == ".md" and path.name != "CHANGELOG.md" else []
     if path.suffix == ".toml":  # comments only
         text = "\n".join(line[line.find("#") :] if "#" in line else "" for line in text.splitlines())
-    return sorted(phrases(text))
+    return sorted([*found, *phrases(text)])
 
 
 def main(places: Iterable[str]) -> int:
