@@ -8,9 +8,9 @@ from fedsb.cli.listing import settings
 
 HEAD = """# Settings
 
-Every key of a run's TOML. `fedsb ls settings` prints the same. On the command line, `--set section.key=value` overrides a
-key, and `none` unsets it, unless `none` is one of its values. `fedsb check --verbose` shows the value of each key in a run
-and the reason for it. The section `[method]` also has the options of its method (`rank`, `alpha`, `blocks`), which
+Every key of a run's TOML. `fedsb ls settings` prints the same. On the command line, `--set section.key=value` sets a
+key, and `none` unsets it, unless `none` is one of its values. `fedsb check --verbose` shows the value of each key in a
+run and the reason for it. The section `[method]` also has the options of its method (`rank`, `alpha`, `blocks`), which
 `fedsb check` names.
 """
 
