@@ -65,7 +65,7 @@ PHRASES = (
     (r"embedded engine", "in-process channel"),
     (r"(?:of|from|with|by|at|in|has|is) another (?:version|kind|model|name|length|shape|size|type)", "a different ..."),
 )
-SPACE = r"[\s#]+"  # a comment's next line starts with "#"
+SPACE = r"(?:[ \t]+|[ \t]*\n[ \t#]*)"  # also a line break in a paragraph, or in a comment
 RULES = [(re.compile(rf"\b(?:{rule.replace(' ', SPACE)})\b", re.IGNORECASE), instead) for rule, instead in PHRASES]
 
 NOT_FIRST = {"Of", "As", "That", "In", "What", "Who", "Where", "Whether", "Which", "How"}
