@@ -8,10 +8,10 @@ from fedsb.cli.listing import settings
 
 HEAD = """# Settings
 
-Every key of a run's TOML. `fedsb ls settings` prints the same. On the command line, `--set section.key=value` sets a
-key, and `none` unsets it, unless `none` is one of its values. `fedsb check --verbose` shows the value of each key in a
-run and the reason for it. The section `[method]` also has the options of its method (`rank`, `alpha`, `blocks`), which
-`fedsb check` names.
+Every key of a run's TOML. `fedsb ls settings` prints the same; `--set section.key=value` overrides a key on the command
+line, and `none` unsets one, unless `none` is one of its values. `fedsb check --verbose` shows the value that each
+has in a run, and why. A section `[method]` also takes the options of its method (`rank`, `alpha`,
+`blocks`), which `fedsb check` names.
 """
 
 
