@@ -1,4 +1,4 @@
-# fedsb, for a coordinator and for a site. No key, no row and no weight is in the image: they are mounted.
+# The image for a coordinator and for a site. It contains no keys, rows or weights; they are mounted.
 #
 #   docker build -t fedsb .                                for CPUs
 #   docker build -t fedsb:cuda --build-arg TORCH=cu128 .   for NVIDIA GPUs; run with --gpus all
@@ -12,7 +12,7 @@ WORKDIR /src
 RUN python -m venv /opt/fedsb
 ENV PATH=/opt/fedsb/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 COPY constraints.txt ./
-# Torch first and from its own index, so that nothing asks for another build of it.
+# torch comes first and from its own index, so that no other package installs a different build of it.
 RUN pip install --index-url "https://download.pytorch.org/whl/${TORCH}" --extra-index-url https://pypi.org/simple \
     "$(grep '^torch==' constraints.txt)+${TORCH}"
 COPY pyproject.toml README.md LICENSE ./
@@ -20,7 +20,7 @@ COPY src ./src
 RUN pip install -c constraints.txt '.[flower,privacy]'
 
 FROM python:${PYTHON}-slim
-# Names the user by number too: Kubernetes checks that it is not root, and files that are mounted must be readable by it.
+# The user also has a number: Kubernetes checks that it is not root, and mounted files must be readable by it.
 RUN groupadd --gid 10001 fedsb && useradd --uid 10001 --gid 10001 --create-home fedsb \
     && install -d -o fedsb -g fedsb -m 0700 /federation /site
 COPY --from=build /opt/fedsb /opt/fedsb

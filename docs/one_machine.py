@@ -47,13 +47,13 @@ def base_model(folder: str | None) -> LlamaForCausalLM:
 
 
 def token_rows(folder: str | None) -> list[dict[str, torch.Tensor]]:
-    """The lines of TEXT as token ids; bytes where there is no tokenizer."""
+    """Returns the lines of TEXT as token ids, or as bytes without a tokenizer."""
     encode = AutoTokenizer.from_pretrained(folder).encode if folder else lambda line: list(line.encode())
     return [{"input_ids": torch.tensor(ids), "labels": torch.tensor(ids)} for ids in map(encode, TEXT.splitlines())]
 
 
 def main(folder: str | None, out: Path, steps: int = 100) -> tuple[float, float, float]:
-    """Trains, saves, loads, merges; returns the first and last loss, and the relative difference of logits."""
+    """Trains, saves, loads and merges. Returns the first and last loss, and the relative difference of logits."""
     rows = token_rows(folder)
 
     model = get_peft_model(base_model(folder), LoraSBConfig(r=16, basis="weights"))

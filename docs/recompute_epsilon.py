@@ -1,6 +1,6 @@
-"""Epsilon of a private run, from its ledgers and dp-accounting alone: python recompute_epsilon.py runs/NAME
+"""Recomputes the epsilon of a private run from its ledgers with dp-accounting: python recompute_epsilon.py runs/NAME
 
-Nothing of fedsb is used. Prints every client's epsilon and the run's, which is the worst client's.
+Does not import fedsb. Prints every client's epsilon and the run's, which is the worst client's.
 """
 
 import json

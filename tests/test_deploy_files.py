@@ -1,4 +1,4 @@
-"""What is in deploy/ and the docs is read by the tools it is for, and every command in it by the command line."""
+"""The files in deploy/ are read by their tools, and the command line parses every command in them and in the docs."""
 
 from __future__ import annotations
 
@@ -55,9 +55,10 @@ def commands() -> Iterator[tuple[str, list[str]]]:
         yield unit.name, shlex.split(start)[1:]
     pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *DEPLOY.rglob("*.yaml"), ROOT / "Dockerfile"]
     for page in pages:
-        for line in re.findall(
-            r"^(?:#\s*)?(?:    )?\s*(?:\$ )?(fedsb [a-z].*)$", page.read_text().replace("\\\n", " "), re.M
-        ):
+        text = page.read_text().replace("\\\n", " ")
+        if page.suffix == ".md":
+            text = "\n".join(re.findall(r"^```\w*\n(.*?)^```$", text, re.M | re.S))
+        for line in re.findall(r"^(?:#\s*)?(?:    )?\s*(?:\$ )?(fedsb [a-z].*)$", text, re.M):
             if not PLACEHOLDER.search(line):
                 yield page.name, _line(line)
 
@@ -71,9 +72,12 @@ def _line(text: str) -> list[str]:
 
 @pytest.mark.parametrize(("where", "arguments"), list(commands()))
 def test_every_command_parses(where: str, arguments: list[str]) -> None:
-    name, *rest = arguments
-    assert name in CLI.commands, where
-    CLI.commands[name].make_context(name, rest)
+    command, name = CLI, "fedsb"
+    while hasattr(command, "commands"):  # a group of commands
+        name, *arguments = arguments
+        assert name in command.commands, where
+        command = command.commands[name]
+    command.make_context(name, arguments)
 
 
 def test_there_are_commands_of_every_kind() -> None:

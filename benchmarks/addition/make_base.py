@@ -3,7 +3,7 @@
     python benchmarks/addition/make_base.py
 
 A row is {"question": "07+45", "answer": "The answer is: 052", "client": "0-24"}. All 10,000 sums of two numbers of
-0..99 are cut at random into test and train; a client holds 2,000 rows whose first operand is in its own quarter. The
+0..99 are cut at random into test and train; a client has 2,000 rows whose first operand is in its own quarter. The
 base has only seen sums of two numbers below 50, and of any number with one below 10 (no test row is among them): it
 reads digits and carries, but has never added to a ten above four. Some 45 seconds of one core's work.
 """
@@ -28,7 +28,7 @@ CHAT = "{% for m in messages %}{{ m['content'] }}{{ '=' if m['role'] == 'user' e
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A token a digit or sign, and one for "The answer is:"; the chat template asks "07+45="."""
+    """Makes a tokenizer with a token for each digit or sign and for "The answer is:". Its template asks "07+45="."""
     symbols = ["[PAD]", "[EOS]", "[UNK]", *"0123456789+= "]
     inner = Tokenizer(models.WordLevel({symbol: i for i, symbol in enumerate(symbols)}, unk_token="[UNK]"))
     inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
@@ -51,12 +51,12 @@ def row_of(a: int, b: int) -> dict[str, str]:
 
 
 def is_small(a: int, b: int) -> bool:
-    """Whether the base model sees such sums."""
+    """Returns whether the base model sees such sums."""
     return max(a, b) < 50 or min(a, b) < 10
 
 
 def make_rows(seed: int) -> tuple[list[dict[str, str]], list[dict[str, str]], list[dict[str, str]]]:
-    """(train, test, the base model's) rows; no test row is in the others."""
+    """Returns the rows (train, test, the base model's). No test row is in the others."""
     pairs = [divmod(int(i), 100) for i in np.random.default_rng(seed).permutation(10_000)]
     test, rest = pairs[:TEST_ROWS], pairs[TEST_ROWS:]
     train = [pair for quarter in range(4) for pair in [p for p in rest if p[0] // 25 == quarter][:TRAIN_ROWS]]
@@ -65,13 +65,13 @@ def make_rows(seed: int) -> tuple[list[dict[str, str]], list[dict[str, str]], li
 
 
 def encode(tokenizer: Any, rows: list[dict[str, str]]) -> torch.Tensor:
-    """(rows, t) int64: question, "=", answer, end; all are of one length."""
+    """Returns the tokens (rows, t), int64: question, "=", answer, end. All rows have the same length."""
     texts = [f"{row['question']}={row['answer']}{tokenizer.eos_token}" for row in rows]
     return torch.tensor(tokenizer(texts, add_special_tokens=False)["input_ids"])
 
 
 def train_base(tokenizer: Any, rows: list[dict[str, str]], *, args: argparse.Namespace) -> LlamaForCausalLM:
-    """Full-weight training on the answers, AdamW with a cosine rate."""
+    """Trains all weights on the answers, by AdamW with a cosine schedule."""
     torch.manual_seed(args.seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -109,7 +109,7 @@ def train_base(tokenizer: Any, rows: list[dict[str, str]], *, args: argparse.Nam
 
 @torch.inference_mode()
 def accuracy(model: LlamaForCausalLM, tokenizer: Any, rows: list[dict[str, str]]) -> float:
-    """Of the sums, told the digits before each digit: an answer is right where all its digits are the likeliest."""
+    """Returns the share of sums whose digits are all the likeliest, each given the digits before it."""
     tokens_nt = encode(tokenizer, rows)
     read = len(rows[0]["question"]) + 1
     likeliest_nt = model(input_ids=tokens_nt).logits[:, read - 1 : -1].argmax(-1)

@@ -126,7 +126,7 @@ def shares(updates: Any) -> list[float]:
 
 
 def dense_mean(method: Any, state: Any, updates: Any) -> Any:
-    """sum_k p_k dW_k from every client's m x n update."""
+    """Computes sum_k p_k dW_k from every client's m x n update."""
     M = 0
     for p, update in zip(shares(updates), updates, strict=True):
         factors = method.export({**state.shared, **state.tensors, **update.tensors})["layer"]
@@ -150,7 +150,7 @@ def dense_norms(method: Any, state: Any, updates: Any) -> Any:
 
 
 def dense_na(method: Any, state: Any, updates: Any) -> Any:
-    """The same sweeps, with H and b from explicit m x n products, in float64."""
+    """Computes the same sweeps, with H and b from explicit m x n products, in float64."""
     import torch
 
     p = torch.tensor(shares(updates), dtype=torch.float64)

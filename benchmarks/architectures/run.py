@@ -4,7 +4,7 @@
 
 A cell is "ok", "refused" with the reason (before anything was trained or charged), or a "fault": an exception that is
 not meant for the user, an adapter that PEFT reads differently, a merged model with other logits. Writes results.json
-and table.md beside this file.
+and table.md to the folder of this file.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ STATES = ("ok", "refused", "fault", "not tried")
 
 
 def check_site(folder: Path, model_type: str, task: str, auto_class: str) -> dict[str, str] | None:
-    """The three cells of one model and task; None where transformers has no such class."""
+    """Returns the three cells of one model and task, or None if transformers has no such class."""
     from support.architectures import build
 
     try:
@@ -101,7 +101,7 @@ def cell(run: Any) -> str:
 
 
 def train(folder: Path, model: Path, task: str, more: dict[str, Any]) -> None:
-    """Two clients, two rounds; PEFT's reload is part of a run."""
+    """Runs two rounds with two clients. PEFT's reload is part of a run."""
     from fedsb.config.load import load_config
     from fedsb.runs.run import federate
     from support.architectures import WORDS, write_rows
@@ -125,7 +125,7 @@ def train(folder: Path, model: Path, task: str, more: dict[str, Any]) -> None:
 
 
 def merged(folder: Path, auto_class: str) -> None:
-    """The merged model, loaded by transformers alone, against the adapter, loaded by PEFT."""
+    """Compares the merged model, loaded by transformers alone, with the adapter, loaded by PEFT."""
     import torch
     import transformers
     from peft import PeftModel
@@ -150,7 +150,7 @@ def merged(folder: Path, auto_class: str) -> None:
 
 
 def table(rows: list[dict[str, Any]], commit: str | None) -> str:
-    """A line for each model and task, the reasons of refusals below."""
+    """Writes one line per model and task, followed by the reasons of refusals."""
     lines = [
         f"Made by `python benchmarks/architectures/run.py` at commit {commit}: tiny random models, two clients, two "
         "rounds.",

@@ -1,7 +1,7 @@
-"""A federation whose parties are apart: each in a network namespace of its own, by the commands that its user types.
+"""A federation whose parties are in separate network namespaces and run the commands that their users type.
 
 Below a folder: coordinator/ with the federation, and a folder for each site with its join file and its rows, split as
-one process splits them. On the way it is seen who is connected to whom, and cables are pulled.
+one process splits them. During the run it records who is connected to whom, and disconnects parties.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Apart:
         self._pairs: dict[str, set[str]] = {}
 
     def carry_out(self, cuts: Sequence[Cut] = (), *, scan: bool = False) -> dict[str, Any]:
-        """From making the federation to the adapter; gives back what was seen on the network."""
+        """Runs a federation from its creation to the adapter. Returns what was seen on the network."""
         with Network([CO, *self.rows]) as net, self._parties(net):
             begun, todo, seen = datetime.now(UTC), list(cuts), dict[str, Any]()
             seen["addresses"], seen["routes"] = net.address, {name: net.routes(name) for name in net.address}
@@ -116,7 +116,7 @@ class Apart:
         return len(read_rows(self.run / "rounds.jsonl"))
 
     def _look(self, net: Network) -> None:
-        """Who is connected: from where, to where; the port that a caller has by chance is left out."""
+        """Returns who is connected: from where, to where, without the random ports of callers."""
         door = f"{net.address[CO]}:9443"
         for party in net.address:
             for here, there in net.connections(party):

@@ -1,15 +1,15 @@
-"""Pulls cables in every phase of a real federation whose parties are in network namespaces; nothing may be lost.
+"""Disconnects parties of a real federation in network namespaces, in every phase. Nothing may be lost.
 
     python benchmarks/federation/cuts.py [--only NUMBER ...]
 
 opening    before the first round
 training   a site is in the middle of a round's steps
-up         a site's answer is half-way: its line is slow, so that an answer takes seconds
+up         a site's answer is half-way: its link is slow, so that an answer takes seconds
 down       a site's request is half-way
-between    a site has answered, others have not; the next round begins while it is away and not yet known to be
-finish     sites are told the final model
+between    a site has answered, others have not; the next round begins while it is offline and nobody knows it yet
+finish     sites receive the final model
 
-Afterwards the adapter must be, bit for bit, that of the same run with no cable pulled, and no site dropped from any
+Afterwards the adapter must be, bit for bit, that of the same run without interruptions, and no site dropped from any
 round. Writes cuts.json.
 """
 

@@ -1,11 +1,11 @@
-"""One coordinator and three sites as processes of their own, over TLS, beside the same runs in one process.
+"""Runs one coordinator and three sites as separate processes over TLS, and the same runs in one process.
 
     python benchmarks/federation/demo.py [--loopback] [--train rows.jsonl --test rows.jsonl --text text --label label]
 
-Without files the rows are the docstrings of this Python's library. Plain sums must give the very same adapter; secure
-sums one that differs after the first round by no more than the fixed point allows, and the same score at the end.
-Where this machine allows it, each party is in a network namespace with its own address, and cables are pulled on the
-way: the adapter must be the same again. Where it does not, the demo says why, and all parties are on loopback.
+Without files the rows are the docstrings of this Python's library. Plain sums must give the same adapter. Secure
+aggregation must give one that differs after the first round by at most the fixed point's error, and the same final
+score. If this machine allows it, each party is in a network namespace with its own address, and is disconnected during
+the run: the adapter must again be the same. Otherwise the demo prints the reason, and all parties use loopback.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def overrides(folder: Path, name: str, data: dict[str, str], **more: Any) -> lis
 
 
 def fedsb(folder: Path, name: str, given: Sequence[str], engine: str) -> Path:
-    """A run by the command that a user types; gives back its run directory."""
+    """Runs the command that a user types. Returns its run directory."""
     command = [sys.executable, "-m", "fedsb", "run", "quickstart", "--engine", engine]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # sums of floats depend on how many threads share them
     command += [word for text in given for word in ("--set", text)]
@@ -77,7 +77,7 @@ def facts(run: Path) -> dict[str, Any]:
 
 
 def largest_difference(one: Path, other: Path) -> float:
-    """Between two adapters, of any value of B A."""
+    """Returns the largest difference between two adapters in any value of B A."""
     a, b = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (one, other))
     worst = max(float(abs(a[key] - b[key]).max()) for key in a if "lora_" not in key)
     for key in a:
@@ -131,9 +131,9 @@ def main() -> None:
         "network": network,
         "one process": facts(here),
         "real sites, plain sums": facts(there),
-        "real sites, secure sums": facts(secure),
+        "real sites, secure aggregation": facts(secure),
         "the same adapter with plain sums": facts(here)["sha256"] == facts(there)["sha256"],
-        "largest difference after one round of secure sums": largest_difference(*once),
+        "largest difference after one round of secure aggregation": largest_difference(*once),
     }
     same = found["the same adapter with plain sums"]
     if demo.apart:

@@ -1,9 +1,9 @@
-"""Every fault that a federation can meet, carried out on a real one: what was said, how long it took, what was lost.
+"""Causes every fault on a real federation, and records what was logged, how long it took and what was lost.
 
     make faults        (half an hour on two cores, ten minutes of it a pause; --only unbroken kills answers private)
 
-A coordinator and three sites, each in processes of its own, TLS between them; a tiny model: a round takes a second.
-Writes faults.json and faults.md beside this file.
+A coordinator and three sites are separate processes with TLS between them. The model is tiny: a round takes a second.
+Writes faults.json and faults.md to the folder of this file.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def kills(folder: Path, mount: bool) -> dict[str, Any]:
 
 
 def answers(folder: Path, mount: bool) -> dict[str, Any]:
-    """Sites that misbehave, one after another, in one run; site-c's node brings every answer twice besides."""
+    """Runs misbehaving sites, one after another, in one run. site-c's node also sends every answer twice."""
     spoils: dict[str, dict[str, str]] = {name: {} for name in SITES}
     for number, (site, fault, _) in ANSWERS.items():
         spoils[site][f"round {number}"] = fault
@@ -158,7 +158,7 @@ def dropped(rig: Rig) -> dict[int, dict[str, str]]:
 
 
 def ledgers(rig: Rig, before: dict[str, int]) -> dict[str, Any]:
-    """Every site's own ledger beside the coordinator's copy; `before` is how long they were."""
+    """Compares every site's own ledger with the coordinator's copy. `before` is how long they were."""
     found: dict[str, Any] = {"entries": {}, "equal": True, "never_shorter": True}
     for name in SITES:
         (own,) = (rig.folder / name / "runs").glob(f"*/privacy/{name}.jsonl")
@@ -183,7 +183,7 @@ def last(rig: Rig) -> str:
 
 
 def same_as_left_out(rig: Rig, out: dict[int, dict[str, str]]) -> bool:
-    """Whether the adapter is that of the same rounds in one process, without those who were dropped."""
+    """Returns whether the adapter is that of the same rounds in one process, without the dropped clients."""
     loaded = load_config(rig.toml, [f"name={json.dumps('left-out')}", f"out={json.dumps(str(rig.folder))}"])
     sites = OneProcess(rig.folder / "left-out-sites", rig.rows)
     sites.absent = {(name, "round", number) for number, row in out.items() for name in row}

@@ -1,10 +1,10 @@
-"""kill -9 of every process of a federation in every phase that it can be in, all of them in one run.
+"""Kills every process of a federation by kill -9, in every phase, all in one run.
 
 opening      before the first round: sites read their rows and load the model
 training     a site is in the middle of a round's steps
 travel       the update is made and its push is on the wire: the SuperLink is held (SIGSTOP) until the kill
-checkpoint   the coordinator has added the round to its records, and its checkpoint is not there yet
-finish       sites are told the final model, and the coordinator writes the adapter
+checkpoint   the coordinator has added the round to its records, and its checkpoint does not exist yet
+finish       sites receive the final model, and the coordinator writes the adapter
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def strike(rig: Rig, phase: str, number: int, party: str, process: str) -> dict[
 
 
 def full_disk(rig: Rig) -> dict[str, Any]:
-    """The run ends and says why; with room again, the same command goes on."""
+    """Fills the disk: the run ends and states the reason. With free space, the same command continues it."""
     begun = now()
     rig.when("site-b", "round", FULL)
     rig.fill(CO)
@@ -102,7 +102,7 @@ def full_disk(rig: Rig) -> dict[str, Any]:
 
 
 def pause(rig: Rig) -> dict[str, Any]:
-    """SIGTERM, ten minutes of nothing, the same command again."""
+    """Sends SIGTERM, waits ten minutes, and runs the same command again."""
     begun = now()
     rig.when("site-b", "round", PAUSED)
     at = time.monotonic()

@@ -1,13 +1,13 @@
-"""A network on one machine, without root: each party in a network namespace of its own, with its own address.
+"""A network on one machine, without root: each party has its own network namespace and address.
 
     with Network(["coordinator", "a", "b"]) as net:
         subprocess.run(net.inside("a", "ip", "route"))      # as if typed on a's machine
         net.cut("a")                                        # a's cable, at the switch
         net.mend("a")
 
-Every party has one card, eth0, on one switch (a bridge in a namespace that is nobody's), and no route but to that
-switch. Its loopback is its own. Only the network is apart: files and users are the machine's. A namespace is held by a
-process that ends with this one, however this one ends, and nothing is left behind.
+Every party has one card, eth0, on one switch (a bridge in a separate namespace), its own loopback, and no route except
+to that switch. Only the network is separate: files and users are the machine's. A namespace is kept by a process that
+ends with this one, however this one ends, and nothing is left over.
 
     python namespaces.py HOST ...       which TCP ports of these hosts take a connection, as JSON
 """
@@ -62,7 +62,7 @@ class Network:
             holder.communicate()
 
     def inside(self, party: str, *command: str) -> list[str]:
-        """The command as it is run in the party's namespace; its process keeps its id."""
+        """Returns the command that runs in the party's namespace. Its process keeps its id."""
         pid = str(self._holders[party].pid)
         return ["nsenter", "--target", pid, "--user", "--net", "--preserve-credentials", *command]
 
@@ -73,7 +73,7 @@ class Network:
         self._do("switch", f"ip link set {self._port[party]} up")
 
     def slow(self, party: str, rate: str) -> None:
-        """What the party sends and gets goes at this rate, as "8mbit", from now on."""
+        """Limits the rate at which the party sends and receives, such as "8mbit"."""
         for where, card in ((party, "eth0"), ("switch", self._port[party])):
             self._do(where, f"tc qdisc add dev {card} root tbf rate {rate} burst 32k latency 400ms")
 
@@ -83,21 +83,21 @@ class Network:
         return [line.strip() for line in self._do(party, "ip route").splitlines()]
 
     def listening(self, party: str) -> list[str]:
-        """Local addresses that take connections over TCP."""
+        """Returns the local addresses that accept TCP connections."""
         return sorted(line.split()[3] for line in self._do(party, "ss -Htln").splitlines())
 
     def connections(self, party: str) -> list[tuple[str, str]]:
-        """(local address, the other end's address), each with its port."""
+        """Returns pairs (local address, remote address), each with its port."""
         lines = self._do(party, "ss -Htn state established").splitlines()
         return [(line.split()[2], line.split()[3]) for line in lines]
 
     def card_bytes(self, party: str) -> dict[str, int]:
-        """What went through the party's card so far, frames of every kind."""
+        """Returns the bytes that went through the party's card so far, frames of every kind."""
         (card,) = json.loads(self._do(party, "ip -s -j link show eth0"))
         return {"out": card["stats64"]["tx"]["bytes"], "in": card["stats64"]["rx"]["bytes"]}
 
     def reaches(self, party: str, *others: str) -> dict[str, list[int]]:
-        """Which ports, of all that there are, of the other parties take a connection from this one."""
+        """Returns the ports of the other parties that accept a connection from this one, of all ports."""
         hosts = [self.address.get(other, other) for other in others]
         scan = self.inside(party, sys.executable, str(Path(__file__).resolve()), *hosts)
         found: dict[str, list[int]] = json.loads(subprocess.run(scan, stdout=subprocess.PIPE, check=True).stdout)
@@ -106,7 +106,7 @@ class Network:
     # --- inner parts ---
 
     def _hold(self, name: str, how: list[str]) -> None:
-        """A namespace, for as long as a process waits in it for an input that never comes."""
+        """Starts a process that keeps a namespace by waiting for an input that never comes."""
         pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
         try:
             holder = subprocess.Popen([*how, "sh", "-c", "echo; exec cat"], text=True, **pipes)
@@ -128,7 +128,7 @@ class Network:
 
 
 def why_not() -> str | None:
-    """Why this machine does not allow such a network; found by making one. None where it does."""
+    """Returns why this machine does not allow such a network, found by making one, or None if it does."""
     try:
         with Network(["one", "other"]) as net:
             net.connections("one")

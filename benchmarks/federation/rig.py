@@ -55,7 +55,7 @@ class Rig:
         self.host = net.address[CO] if net else "127.0.0.1"
 
     def make(self) -> None:
-        """The federation and its sites' folders, on the disks that were asked for."""
+        """Creates the federation and its sites' folders, on the requested disks."""
         for party, size in self.disks.items():
             (self.folder / party).mkdir()
             subprocess.run(
@@ -153,7 +153,7 @@ class Rig:
     # --- disks ---
 
     def fill(self, party: str) -> None:
-        """Until not a byte fits."""
+        """Fills the disk until not a byte fits."""
         for piece in (2**20, 4096, 1):
             with contextlib.suppress(OSError), (self.folder / party / "ballast").open("ab", buffering=0) as ballast:
                 while ballast.write(b"x" * piece):
@@ -175,7 +175,7 @@ def running(rig: Rig, twice: str = "") -> Iterator[Rig]:
 
 
 def said(folders: Mapping[str, Path], since: datetime) -> list[str]:
-    """What the parties' logs tell of since then, each kind once."""
+    """Returns the events in the parties' logs since then, each kind once."""
     told: Counter[str] = Counter()
     for party, folder in folders.items():
         for path in sorted((folder / "logs").glob("*.jsonl")):
@@ -198,7 +198,7 @@ def mount(folder: Path, size: str) -> bool:
 
 
 def can_mount(folder: Path) -> bool:
-    """Whether this process may make small disks."""
+    """Returns whether this process may make small disks."""
     here = folder / "mount"
     here.mkdir(parents=True, exist_ok=True)
     return mount(here, "1m") and subprocess.run(["umount", str(here)], check=False).returncode == 0
@@ -209,7 +209,7 @@ def now() -> datetime:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """Of a log; lines that a kill or a full disk cut off are left out."""
+    """Reads a log, without lines that a kill or a full disk cut off."""
     found = []
     for line in path.read_text().splitlines():
         with contextlib.suppress(ValueError):

@@ -1,10 +1,10 @@
-"""What a coordinator needs as sites and models grow, and the bytes at its door beside those of its ledger.
+"""Measures a coordinator's memory and time for growing sites and models, and the bytes at its public port.
 
     python benchmarks/federation/scale.py        (about twenty minutes on two cores)
 
 real       eight sites on this machine, each in processes of its own, TLS between them, 20 rounds
-messages   up to forty sites behind the same messages in one other process: the coordinator alone is measured
-wire       three real sites with payloads of kB and of MB: bytes of HTTP at the door against traffic.jsonl
+messages   up to forty sites with the same messages in one other process: the coordinator alone is measured
+wire       three real sites with payloads of kB and of MB: bytes of HTTP at the public port against traffic.jsonl
 
 Writes scale.json. Memory is the high-water mark of resident memory (VmHWM).
 """
@@ -56,7 +56,7 @@ def real(folder: Path, sites: int, shape: Mapping[str, int]) -> dict[str, Any]:
 
 
 def wire(folder: Path, what: str, **changes: Any) -> dict[str, Any]:
-    """From the first checkpoint to the last, so that rounds are compared with rounds."""
+    """Returns the time from the first checkpoint to the last, so that only rounds are compared."""
     os.environ["FEDSB_PAUSE"] = "2.5"  # traffic.json is written every second
     rig, at = Rig(folder / f"wire-{what.replace(' ', '-')}", rounds=FEW, shape=LARGE, **changes), []
     with running(rig):
@@ -170,7 +170,7 @@ def size_mb(folder: Path) -> float:
 
 
 def fresh(count: int, shape: Mapping[str, int]) -> dict[str, Any]:
-    """In a process of its own: memory that another run left would count."""
+    """Runs in a new process, because memory that a previous run left would count."""
     command = [sys.executable, __file__, "--one", str(count), str(shape["width"]), str(shape["layers"])]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return dict(json.loads(done.stdout.splitlines()[-1]))

@@ -52,7 +52,7 @@ def verb_and_round(request: bytes) -> tuple[str, int]:
 
 
 def open_handle(folder: Path) -> Handle:
-    """A real site's handle, whose answers are spoiled as spoil.json says."""
+    """Opens a real site's handle, whose answers are spoiled as spoil.json says."""
     from fedsb.client.handler import open_handle as open_real
 
     real, announce, last = open_real(folder), announcer(folder), [b""]
@@ -75,7 +75,7 @@ def open_handle(folder: Path) -> Handle:
 
 
 def spoil(fault: str, answer: bytes, before: bytes) -> bytes:
-    """What a site sends instead of its answer."""
+    """Returns what a site sends instead of its answer."""
     note = read_note(answer)
     changed: dict[str, Callable[[Payload], Payload]] = {
         "nan": lambda payload: _each(payload, lambda x: np.full_like(x, np.nan)),
@@ -109,7 +109,7 @@ def _each(payload: Payload, change: Callable[[Any], Any]) -> Payload:
 
 
 def node_twice() -> None:
-    """A site's node that brings every answer twice."""
+    """Runs a site's node that sends every answer twice."""
     from fedsb.deployment import flower_client
 
     push = flower_client.FlowerNode._push
@@ -130,7 +130,7 @@ def node_twice() -> None:
 
 
 def coordinate(channel: Channel, folder: Path) -> None:
-    """The coordinator's program, slowed down where it is too fast to be hit."""
+    """Runs the coordinator's program, slowed down where a kill would come too late."""
     import fedsb.runs.run
     from fedsb.deployment import coordinate as real
     from fedsb.runs.record import Record

@@ -1,4 +1,4 @@
-"""What faults.py and scale.py run: a tiny random BERT, a toy labelled text, and sites that hold some rows each."""
+"""The federation of faults.py and scale.py: a tiny random BERT, toy labelled texts, and sites with some rows each."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CLASSES = ("red", "blue", "green")
 
 
 def make_model(folder: Path, width: int = 32, layers: int = 2) -> Path:
-    """A random BERT with a word-level tokenizer over WORDS; the same for the same shape."""
+    """Saves a random BERT with a word-level tokenizer over WORDS. It depends on the shape only."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
@@ -61,7 +61,7 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, str]]) -> Path:
 
 
 def write_toml(path: Path, settings: Mapping[str, Any]) -> Path:
-    """A configuration as a TOML file: its values first, then its sections."""
+    """Writes a configuration as a TOML file: its values first, then its sections."""
     lines = [f"{key} = {json.dumps(value)}" for key, value in settings.items() if not isinstance(value, dict)]
     for section, values in settings.items():
         if isinstance(values, dict):
@@ -71,7 +71,7 @@ def write_toml(path: Path, settings: Mapping[str, Any]) -> Path:
 
 
 def settings(model: Path, test: Path, **more: Any) -> dict[str, Any]:
-    """A run of Fed-SB; `more` replaces values and adds to sections."""
+    """Returns the configuration of a run of Fed-SB. `more` replaces values and adds to sections."""
     config: dict[str, Any] = {
         "name": "run",
         "rounds": 4,
@@ -94,7 +94,7 @@ class OneProcess:
     """Real sites with folders of their own, called one after another: the same messages, and no network."""
 
     def __init__(self, folder: Path, rows: Mapping[str, Sequence[Mapping[str, str]]], resident: bool = True) -> None:
-        """Without `resident` a site is read from its folder for each request, and let go: one model in memory."""
+        """Creates the sites. Without `resident`, each request reads its site from its folder: one model in memory."""
         self.folder, self.resident = folder, resident
         self.keys = {name: Ed25519PrivateKey.generate() for name in rows}
         self.directory = {name: key.public_key().public_bytes_raw() for name, key in self.keys.items()}

@@ -2,8 +2,8 @@
 
     python benchmarks/glue/run.py --data FOLDER
 
-FOLDER holds trec/, sst2/ and snli/, each with train.jsonl.gz and test.jsonl.gz (TREC) or dev.jsonl.gz. What is finished
-is kept in trec/, sst2/ and snli/ here, and a second run goes on where the first one stopped.
+FOLDER contains trec/, sst2/ and snli/, each with train.jsonl.gz and test.jsonl.gz (TREC) or dev.jsonl.gz. Completed
+runs are kept in trec/, sst2/ and snli/ here, and a second command continues after the last one.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ COLUMNS = {
 
 
 def loaded(task: str, overrides: list[str]) -> ResolvedConfig:
-    """compare.toml for a task; where RATES has it, every contender at its rate, without trials."""
+    """Returns compare.toml for a task. If RATES has the task, every contender has its rate, without trials."""
     raw = tomllib.loads((HERE / "compare.toml").read_text())
     if task in RATES:
         raw["compare"]["trials"] = 0

@@ -1,12 +1,12 @@
-"""How far pass@1 can be trusted: right programs that do not pass their tests, and wrong ones that do.
+"""Measures the errors of pass@1: right programs that do not pass their tests, and wrong ones that do.
 
-    python benchmarks/grading/programs.py --data FOLDER        (FOLDER holds humaneval/ and mbpp/, as jsonl.gz)
+    python benchmarks/grading/programs.py --data FOLDER        (FOLDER contains humaneval/ and mbpp/, as jsonl.gz)
 
 Right programs are the data sets' own solutions, as a model is taught to write them (HumanEval's also as a body alone).
-Wrong ones are made of them (of MBPP's every third): every function gives back None; its first operator is turned; its
-first number is one more; its last return is left out; it ends its process before the tests. Some changes leave a
-program right, or are seen by none of the row's tests: they pass, and are listed with their rows. Some 3,500 programs,
-in a sandbox each: about a quarter of an hour on one core. Writes programs.json.
+Wrong ones are made from them (from every third of MBPP): every function returns None; the first operator is replaced;
+the first number plus one; the last return is removed; the process ends before the tests. Some changes leave a program
+right, or are detected by none of the row's tests: they pass, and are listed with their rows. Some 3,500 programs, each
+in a sandbox, take about a quarter of an hour on one core. Writes programs.json.
 """
 
 from __future__ import annotations
@@ -84,13 +84,13 @@ ENDINGS = {
 
 
 def changed(program: str, change: Callable[[ast.Module], bool]) -> str | None:
-    """None where there is nothing to change."""
+    """Returns the changed program, or None if there is nothing to change."""
     tree = ast.parse(program)
     return ast.unparse(ast.fix_missing_locations(tree)) if change(tree) else None
 
 
 def tally(cases: list[tuple[Any, str, Any]], *, right: bool) -> dict[str, Any]:
-    """How many of the cases (row, answer, question) are judged otherwise than `right`, and which."""
+    """Returns how many of the cases (row, answer, question) are judged differently from `right`, and which."""
     failures, stopped = [], 0
     for row, answer, question in cases:
         ran = ran_with(question, code_of(answer, question.gold))

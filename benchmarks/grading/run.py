@@ -1,6 +1,6 @@
-"""How far the grading can be trusted: right answers that it calls wrong, and wrong ones that it calls right.
+"""Measures the errors of grading: right answers that it calls wrong, and wrong ones that it calls right.
 
-    python benchmarks/grading/run.py --data FOLDER     (FOLDER holds gsm8k/, math/ and commonsense/, as jsonl.gz)
+    python benchmarks/grading/run.py --data FOLDER     (FOLDER contains gsm8k/, math/ and commonsense/, as jsonl.gz)
 
 Right answers are every row's own gold: as it stands, and written otherwise (LaTeX for LaTeX, a number with its
 thousands set apart). Wrong ones are another row's gold, one more and one less, the other sign, the last digit dropped.
@@ -43,7 +43,7 @@ def questions_of(task: Any, path: Path) -> list[Question]:
 def tally(
     cases: Iterable[tuple[int, str, str]], grade: Callable[[int, str], Verdict], *, right: bool
 ) -> dict[str, Any]:
-    """How many of the cases (row, gold, what is written) get another verdict than `right`, and which."""
+    """Returns how many of the cases (row, gold, answer) are judged differently from `right`, and which."""
     count, faults, failures = 0, 0, []
     for row, gold, written in cases:
         verdict = grade(row, written)
@@ -60,13 +60,13 @@ def tally(
 
 
 def otherwise(gold: str) -> str:
-    """The same LaTeX, set in another way; the same text where there is nothing to change."""
+    """Returns the same LaTeX in a different notation, or the same text if there is nothing to change."""
     text = re.sub(r"\\frac(?![a-z])", r"\\dfrac", gold).replace("\\left", "").replace("\\right", "")
     return re.sub(r"(?<![0-9.,])([0-9]{1,3})([0-9]{3})(?![0-9.,])", r"\1,\2", text)
 
 
 def spoilt(gold: str) -> dict[str, str]:
-    """Wrong answers that look like the gold: its last number one off or with a digit dropped, its sign turned."""
+    """Yields wrong answers that look like the gold: its last number one off or without a digit, its sign changed."""
     numbers = list(re.finditer(r"[0-9]+(?:,[0-9]{3})*(?![0-9])", gold))
     if not numbers:
         return {}
@@ -149,7 +149,7 @@ def main() -> None:
 
 
 def alone(questions: list[Question]) -> dict[str, Any]:
-    """Gold against gold by math-verify, without the short cut for equal texts."""
+    """Compares gold with gold by math-verify, without the short cut for equal texts."""
     checker = math_check.MathChecker()
 
     def grade(row: int, written: str) -> Verdict:

@@ -1,4 +1,4 @@
-"""What a step of DP-SGD on the core costs: plain, ours, and Opacus with hooks and with ghost clipping.
+"""Measures a step of DP-SGD on the core: plain, ours, and Opacus with hooks and with ghost clipping.
 
     pip install opacus;  python benchmarks/private_step/run.py [--device cuda]       some ten minutes on a core
 
@@ -129,7 +129,7 @@ class Trainer:
             self.three.classifier.requires_grad_(True)
 
     def step(self, mode: str) -> Callable[[], Tensor]:
-        """A step's gradient, as a function; it gives back the sum's norm."""
+        """Returns a function that computes a step's gradient and returns the sum's norm."""
         return {"plain": self.plain, "ours": self.ours}.get(mode) or self.opacus(mode)
 
     def plain(self) -> Tensor:
@@ -213,13 +213,13 @@ def measure(kind: str, rank: int, device: str) -> dict[str, Any]:
 
 
 def peak_bytes(kind: str, rank: int, device: str, mode: str) -> int:
-    """Of a process that takes three steps in one mode ("load": none)."""
+    """Returns the peak memory of a process that takes three steps in one mode ("load": none)."""
     command = [sys.executable, __file__, "--peak", kind, str(rank), mode, "--device", device]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
 def high_water_bytes() -> int:
-    """Of this process alone: getrusage's figure starts from that of the process it was forked from."""
+    """Returns the peak memory of this process alone. getrusage starts from that of the parent process."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 

@@ -1,6 +1,6 @@
-"""roles.md, a row a role, from the kept runs of the comparison beside it: python benchmarks/shakespeare/roles.py
+"""Writes roles.md, one row per role, from the kept runs of the comparison: python benchmarks/shakespeare/roles.py
 
-Scores are nats a token on the last tenth of a role's text. The roles' scores are of seed 0, the means over all seeds.
+Scores are nats per token on the last tenth of a role's text. The roles' scores are of seed 0, the means over all seeds.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def main() -> None:
         f"{CONTENDER}, lr {chosen['lr']:g}: before federation {before}; mean over roles "
         f"{means[False]} of those taking part, {means[True]} of those that never do.",
         "",
-        "| role | nats a token (seed 0) | windows scored | rounds | took part |",
+        "| role | nats per token (seed 0) | windows scored | rounds | took part |",
         "|---|---|---|---|---|",
     ]
     for role in sorted(cells[0]["clients"], key=lambda role: role["score"]):

@@ -1,4 +1,4 @@
-"""Whose gradient a private step hears: the adapter's and the head's share of a clipped row, and their signal to noise.
+"""Measures the adapter's and the head's share of a clipped row, and their signal to noise, in a private step.
 
     python benchmarks/sst2_private/gradients.py train.jsonl dev.jsonl          some minutes on a core
 
@@ -9,7 +9,7 @@ For contenders in the setting of first/compare.toml, at the start of a run, over
               means over two halves of the rows
     ratio     signal over the length of a step's noise, sigma sqrt(values) / batch
 
-Writes gradients.json beside it. It looks at raw gradients and adds no noise to them: not private.
+Writes gradients.json to this folder. It reads raw gradients without noise, so it is not private.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""A head alone on the frozen model, under the same DP-SGD: what is left for an adapter to add.
+"""Trains a head alone on the frozen model with the same DP-SGD, as a reference for adapters.
 
-    python benchmarks/sst2_private/head.py train.jsonl dev.jsonl          some minutes on a core
+    python benchmarks/sst2_private/head.py train.jsonl dev.jsonl          some minutes on one core
 
 A head on mean-pooled states is linear in them, so that the model is run once, over a quarter of each client's rows
 (q and sigma are those of all rows), and a run takes a second. Over epsilons, rates of the head, and two lengths: 40
@@ -93,7 +93,7 @@ def sigma_of(rows: int, epsilon: float | None, setting: dict[str, Any]) -> float
 def train(
     sites: list[Rows], sigma: float, lr: float, seed: int, *, rounds: int, steps: int, batch: int, clip: float
 ) -> Tensor:
-    """FedAvg of DP-SGD with Adam, fresh each round, as in fedsb: the head's weight with its bias, (2, d)."""
+    """Trains by FedAvg of DP-SGD with Adam, restarted each round, as fedsb does. The head is (2, d), with its bias."""
     draw = torch.Generator().manual_seed(seed)
     width = sites[0][0].shape[1]
     W = torch.cat([0.02 * torch.randn(2, width - 1, generator=draw), torch.zeros(2, 1)], dim=1)
