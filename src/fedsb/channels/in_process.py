@@ -101,7 +101,7 @@ class InProcessChannel:
             self._started[name] = client.start(rows, store, policy, secagg)
 
     def resume(self, state: State) -> None:
-        view = ClientView(state.shared, state.client_view)
+        view = ClientView(state.shared, state.client_view, state.round)
         for client in self._started.values():
             client.store.save_start(view, state.round)
 

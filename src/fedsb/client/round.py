@@ -8,7 +8,7 @@ from functools import cached_property
 from fedsb.adapters.adapted import Tensors
 from fedsb.adapters.basis import basis_hash
 from fedsb.adapters.layout import Layout
-from fedsb.adapters.residual import is_delta
+from fedsb.adapters.residual import is_delta, is_residual
 from fedsb.methods.base import Method
 from fedsb.protocol.compressor import baseline_upload, read_change
 from fedsb.protocol.payload import Payload, Vector
@@ -22,10 +22,12 @@ class ClientView:
     Args:
         shared: the shared state.
         tensors: as decoded from the last broadcasts; a lossy codec's change is added to them.
+        rounds: how many rounds' changes are in the shared state.
     """
 
     shared: Tensors
     tensors: Tensors = field(default_factory=dict)
+    rounds: int = 0
     known_hash: str | None = None
 
     @cached_property
@@ -36,15 +38,24 @@ class ClientView:
     def receive(self, method: Method, payload: Payload, total_rank: int | None, *, lossy: bool) -> ClientRound | None:
         """Returns the round that a broadcast starts; None where this view lacks what the broadcast adds to.
 
-        A view that already has the announced shared state stays as it is: the run was resumed after it got there.
+        A view that has the changes of all rounds so far, because the run was resumed here, does not add them again.
         """
         message = payload.tensors if payload.codec == "float32" else read_change(self.tensors, payload)
-        now = self if self.hash == payload.basis else ClientView(method.update_shared(self.shared, message))
+        new = message
+        if self.rounds == payload.round:
+            new = {key: x for key, x in message.items() if not is_delta(key)}
+        now = self._updated(method.update_shared(self.shared, new))
         if now.hash != payload.basis:
             return None
         own = method if total_rank is None else method.at(total_rank)
-        view = ClientView(now.shared, {**self.tensors, **message} if lossy else {}, now.hash)
+        view = ClientView(now.shared, {**self.tensors, **message} if lossy else {}, payload.round, now.hash)
         return ClientRound(own, view, message, payload.round, payload.basis)
+
+    def _updated(self, shared: Tensors) -> ClientView:
+        """Returns a view with this shared state, whose hash is computed where it has changed."""
+        hashed = {key: x for key, x in shared.items() if not is_residual(key)}
+        same = all(x is self.shared.get(key) for key, x in hashed.items())
+        return ClientView(shared, known_hash=self.hash if same else None)
 
     def needs_whole(self, payload: Payload) -> bool:
         """Returns whether the payload adds to an earlier broadcast."""

@@ -226,14 +226,15 @@ class StartedClient:
             A, B = inner_basis(received, outer) if outer else whole_basis(received, self.trainer.shapes)
             shared = {**self._start(Basis(kind=kind, A=A, B=B)), **within("residual", self.store.refresh_start())}
             self._check_shared(shared)
-            return ClientView(shared, self._known())
+            return ClientView(shared, self._known(), round)
 
         return self._hold(self.memo.get(("basis", request.payload, round), build), round)
 
     def set_shared(self, shared: Tensors) -> str:
         """Takes `shared` as the shared state at the start. Raises RefusalError for a basis that is not orthonormal."""
         self._check_shared(shared)
-        return self._hold(ClientView(shared, self._known()), self.store.start_round)
+        round = self.store.start_round
+        return self._hold(ClientView(shared, self._known(), round), round)
 
     def refresh(self, request: Refresh) -> str | None:
         """Merges the adapter into the residual, for a new basis that starts from here.
@@ -257,7 +258,8 @@ class StartedClient:
 
         def build() -> ClientView:
             basis = self.trainer.data_free_basis(payload.round)
-            return ClientView({**self._start(basis), **within("residual", start)}, self._known())
+            shared = {**self._start(basis), **within("residual", start)}
+            return ClientView(shared, self._known(), payload.round)
 
         return self._hold(self.memo.get(("start", payload.round), build), payload.round)
 

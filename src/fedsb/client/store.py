@@ -195,7 +195,7 @@ class DiskStore:
             if (parts := self._round(round)) is None:
                 return None
             shared = {**start[1].shared, **within("shared", parts)}
-            self._newest = round, ClientView(shared, within("message", parts))
+            self._newest = round, ClientView(shared, within("message", parts), round - 1)
         return self._newest[1]
 
     def save_start(self, view: ClientView, round: int) -> None:
@@ -297,7 +297,8 @@ class DiskStore:
     def _read_start(self) -> tuple[int, ClientView] | None:
         if self._start is None and (found := self._read("start")) is not None:
             tensors, facts = found
-            self._start = int(facts["round"]), ClientView(within("shared", tensors), within("tensors", tensors))
+            round = int(facts["round"])
+            self._start = round, ClientView(within("shared", tensors), within("tensors", tensors), round)
         return self._start
 
     def _round(self, round: int) -> Tensors | None:
