@@ -21,7 +21,7 @@ from typing import Any
 from namespaces import Network
 from rig import CO, said
 
-from fedsb.config.find import recipe_path
+from fedsb.runs.find import recipe_path
 from fedsb.config.load import load_config
 from fedsb.data.sites import rows_by_client
 from fedsb.models.load import load_tokenizer

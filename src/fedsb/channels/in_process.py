@@ -145,7 +145,7 @@ class EmbeddedEngine(Trainer):
         late: Set[str] = frozenset(),
     ) -> Replies:
         """One round: broadcast, local training, upload. `kept` is the clients' own state, theirs alone."""
-        sites, ranks = {site.name: site for site in self.sites}, {**self.ranks, **state.ranks}
+        sites, ranks = {site.name: site for site in self.sites}, {**self.ranks, **state.total_ranks}
         link = build_compressor(self.config, method, self.run)
         heard = link.heard(method, state)
         common = basis_hash(heard.shared)

@@ -19,7 +19,6 @@ from fedsb.client.session import Identity, Participant
 from fedsb.client.store import Store
 from fedsb.config.load import load_config
 from fedsb.config.schema import Config
-from fedsb.methods import build_method
 from fedsb.models.load import tokenizer_fingerprint
 from fedsb.protocol.messages import (
     Behind,
@@ -196,7 +195,7 @@ class SiteHandle:
     def _allowed(self, settings: Any) -> Config:
         """A run's settings. Raises RefusalError where this site's rules are against them."""
         config = load_config(settings).config
-        refuse_run(self.settings.allow, config, build_method(config.method.name, config.method.options))
+        refuse_run(self.settings.allow, config, config.method)
         return config
 
     def _folder(self, run: str) -> Path:

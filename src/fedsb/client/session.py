@@ -20,7 +20,6 @@ from fedsb.client.secure_sum import SecAggSession
 from fedsb.client.store import Answer, Pending, Store
 from fedsb.config.schema import Config
 from fedsb.data.sites import elsewhere, load_own, open_own, open_task_of
-from fedsb.methods import build_method
 from fedsb.methods.base import State
 from fedsb.models.load import load_tokenizer
 from fedsb.privacy.accounting import Release
@@ -59,7 +58,7 @@ class Participant:
         self.settings, self.identity, self.run = settings, identity, run
         own = {"name": settings.model or config.model.name, "device": settings.device}
         self.config = config.model_copy(update={"model": config.model.model_copy(update=own)})
-        self.method = build_method(config.method.name, config.method.options)
+        self.method = config.method
         self.link, self.local = build_compressor(config, self.method, run), local_training(config)
         self.store, self.folder = Store(folder), folder
         self.tokenizer = load_tokenizer(self.config.model)

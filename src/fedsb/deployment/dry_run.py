@@ -40,12 +40,11 @@ def _rows(folder: Path, site: SiteConfig, config: str | None) -> Iterator[str]:
         return
     from fedsb.client.handler import open_handle
     from fedsb.client.session import Participant
-    from fedsb.config.find import load
-    from fedsb.methods import build_method
+    from fedsb.runs.find import load
     from fedsb.training.resolved import sum_threshold
 
     settings = load(config, []).config
-    refuse_run(site.allow, settings, build_method(settings.method.name, settings.method.options))
+    refuse_run(site.allow, settings, settings.method)
     yield "rules: this site takes part in such a run"
     identity = open_handle(folder).identity
     if settings.server.secure_aggregation:

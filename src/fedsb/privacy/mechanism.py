@@ -174,7 +174,7 @@ def clipped_change(sent: Tensors, unmoved: Tensors, clip: float) -> Tensors:
     length = math.sqrt(sum(float(x.double().square().sum()) for x in unmoved.values()))
     if (rounding := FLOAT32_ROUNDING * (length + clip)) > SLACK * clip:
         raise UserError(
-            f"privacy.clip = {clip:g} is too small: the tensors that a client sends have length {length:.3g}, and "
+            f"privacy.clip_norm = {clip:g} is too small: the tensors that a client sends have length {length:.3g}, and "
             f"float32 rounds them by up to {rounding:.2g}. Set it to at least "
             f"{FLOAT32_ROUNDING / SLACK * length * 1.01:.2g}"
         )

@@ -77,7 +77,7 @@ class Compressor:
         if not whole(method, state, late=late, rank=rank):
             data = self._change(method, state, basis)
             return data, read_change(state.client_view, data)
-        tensors = to_arrays(method.broadcast(heard, late=late, rank=rank))
+        tensors = to_arrays(method.broadcast(heard, missed_last_round=late, total_rank=rank))
         data = pack(Payload(kind="broadcast", run=self.run, round=state.round, basis=basis, tensors=tensors))
         return data, to_tensors(unpack(data).tensors)
 

@@ -19,7 +19,6 @@ from fedsb.config.load import load_config
 from fedsb.config.resolved import ResolvedSetting
 from fedsb.config.schema import Config
 from fedsb.data.tasks.base import Example
-from fedsb.methods import build_method
 from fedsb.methods.base import Method, State
 from fedsb.models.load import quiet
 from fedsb.privacy.policy import PrivacyPolicy
@@ -284,7 +283,7 @@ def card_facts(folder: Path) -> dict[str, str]:
     """Returns the rows of a model card's table: how the run in `folder` was made and what it scored."""
     manifest, facts = read_manifest(folder), summary(folder)
     config = load_config(manifest["config"]).config
-    method = build_method(config.method.name, config.method.options)
+    method = config.method
     warnings = run_warnings(manifest, read_rows(folder / "rounds.jsonl"))
     settings = {choice["key"]: choice for choice in manifest["settings"]}
     fixed = settings.get("model.template_date", {})

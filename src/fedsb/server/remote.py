@@ -116,7 +116,7 @@ class RemoteEngine(Trainer):
         late: Set[str] = frozenset(),
     ) -> Replies:
         """One round. What sites keep to themselves stays with them: `kept` is nobody's."""
-        ranks = {**self.ranks, **state.ranks}
+        ranks = {**self.ranks, **state.total_ranks}
         link = build_compressor(self.config, method, self.run)
         heard = link.heard(method, state)
         common = basis_hash(heard.shared)
@@ -180,7 +180,7 @@ class RemoteEngine(Trainer):
 
     def score_sites(self, method: Method, state: State, kept: Mapping[str, Tensors]) -> dict[str, Score]:
         """Ends the run at every site: it is told the final model, scores it on its held-out rows, and keeps it."""
-        tensors = to_arrays(method.broadcast(state, late=True))
+        tensors = to_arrays(method.broadcast(state, missed_last_round=True))
         whole = Payload(kind="broadcast", run=self.run, round=state.round, tensors=tensors)
         card = {
             "Method": f"{method.spec.id} ({method.spec.paper}), rank {method.rank}",

@@ -79,7 +79,7 @@ def rules(
     `judge_norms` is off where clients' changes are clipped and noised in sum: who is left out for its norm would depend
     on the others' rows.
     """
-    ranks = {**ranks, **state.ranks}
+    ranks = {**ranks, **state.total_ranks}
     by_rank = {rank: _wanted(method, state, rank) for rank in set(ranks.values())}
     return UpdateRules(
         run=run,
@@ -98,9 +98,9 @@ def rules(
 
 def _wanted(method: Method, state: State, rank: int | None) -> UpdateSpec:
     own = method if rank is None else method.at(rank)
-    sent = unmoved(own, state.shared, method.broadcast(state, rank=rank), state.round)
+    sent = unmoved(own, state.shared, method.broadcast(state, total_rank=rank), state.round)
     shapes = {name: tuple(tensor.shape) for name, tensor in sent.items()}
-    return UpdateSpec(shapes=shapes, reference=to_arrays(sent), claims=method.claims)
+    return UpdateSpec(shapes=shapes, reference=to_arrays(sent), claims=method.metadata_keys)
 
 
 def validate_updates(
