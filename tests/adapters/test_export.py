@@ -26,8 +26,9 @@ from fedsb.adapters.export import (
     merge,
     try_adapter,
 )
+from fedsb.adapters.factors import Factors
 from fedsb.adapters.serving import serving
-from fedsb.methods.base import Factors, Method
+from fedsb.methods.base import Method
 from fedsb.methods.fed_sb import FedSB
 from fedsb.methods.fedit import FedIT
 from fedsb.utils.errors import RunError, UserError

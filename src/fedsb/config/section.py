@@ -34,10 +34,7 @@ class UsedIf:
 
 
 def used_if(path: str, *values: object) -> UsedIf:
-    """Returns the condition that the setting at the dotted `path` has one of these values.
-
-    >>> used_if("server.optimizer", "adam").otherwise
-    'server.optimizer is {0.server.optimizer}'
-    """
+    """Returns the condition that the setting at the dotted `path` has one of these values."""
     value_of = attrgetter(path)
-    return UsedIf(lambda config: value_of(config) in values, f"{path} is {{0.{path}}}")
+    now = str(not values[0]).lower() if isinstance(values[0], bool) else f"{{0.{path}}}"
+    return UsedIf(lambda config: value_of(config) in values, f"{path} is {now}")
