@@ -34,7 +34,7 @@ def methods() -> list[dict[str, Any]]:
 
 def recipes() -> list[dict[str, Any]]:
     """Returns the recipes with their commands."""
-    from fedsb.config.load import RECIPES
+    from fedsb.config import RECIPES
 
     rows = []
     for path in sorted(RECIPES.glob("*.toml")):

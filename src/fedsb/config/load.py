@@ -5,13 +5,13 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from fedsb.config import RECIPES
 from fedsb.config.faults import explain, place_of
 from fedsb.config.nested import difference, flatten, set_key
 from fedsb.config.renamed import KNOWN_ELSEWHERE, RENAMED, RENAMED_VALUES, notice_of, with_new_names
@@ -21,7 +21,6 @@ from fedsb.utils.errors import ConfigError, UserError, did_you_mean
 
 __all__ = [
     "KNOWN_ELSEWHERE",
-    "RECIPES",
     "ResolvedConfig",
     "difference",
     "explain",
@@ -31,8 +30,6 @@ __all__ = [
     "set_key",
     "unused_settings",
 ]
-
-RECIPES = Path(str(files("fedsb.config") / "recipes"))
 
 
 @dataclass(frozen=True, kw_only=True)

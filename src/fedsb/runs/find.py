@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedsb.config.load import RECIPES, load_config
+from fedsb.config import RECIPES
 from fedsb.utils.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ def recipe_path(name: str) -> Path:
 
 def load(config: str, overrides: Sequence[str]) -> ResolvedConfig:
     """Reads a TOML file, the settings of a run directory, or a recipe. Raises ConfigError with all faults."""
+    from fedsb.config.load import load_config
     from fedsb.models.hub import stay_offline_without_network
 
     stay_offline_without_network()
@@ -39,6 +40,7 @@ def load(config: str, overrides: Sequence[str]) -> ResolvedConfig:
 
 
 def _settings_of(run: Path, overrides: Sequence[str]) -> ResolvedConfig:
+    from fedsb.config.load import load_config
     from fedsb.reporting.run_directory import read_manifest
 
     manifest = read_manifest(run)
