@@ -249,7 +249,7 @@ def test_a_model_whose_rows_cannot_be_routed_trains_one_client_at_a_time(
 def test_opt_flattens_its_rows(tiny_config: dict[str, Any], tiny_opt: Path) -> None:
     config = set_all(tiny_config, model={"name": str(tiny_opt), "max_seq_length": 16}, task={"kind": "text"})
     value, reason = choice(open_engine(config))
-    assert value == 1 and "'model.decoder.layers.0.fc1' sees 32 rows where the batch has 2" in reason
+    assert value == 1 and "'model.decoder.layers.0.fc1' receives 32 rows, and the batch has 2" in reason
     attention = {"name": str(tiny_opt), "max_tokens": 16, "targets": ["q_proj", "v_proj"]}
     assert choice(open_engine(set_all(config, model=attention)))[0] == 64  # its attention does not
 

@@ -102,7 +102,8 @@ def _method_settings() -> list[dict[str, Any]]:
     from fedsb.config.registry import DEFAULT, method_types
 
     what = "Name of the method, see `fedsb ls methods`. It determines the other keys of this section."
-    rows = {"name": {"setting": "method.name", "value": "text", "default": [json.dumps(DEFAULT)], "what": what}}
+    name = {"setting": "method.name", "value": "text", "default": [json.dumps(DEFAULT)], "what": what}
+    rows: dict[str, dict[str, Any]] = {"name": name}
     owners: dict[str, list[str]] = {}
     for method, cls in sorted(method_types().items()):
         for row in _fields(cls):

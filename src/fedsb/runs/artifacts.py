@@ -12,7 +12,8 @@ from typing import Any
 from fedsb.adapters.adapted import Tensors
 from fedsb.adapters.basis import BASES, Basis, basis_hash
 from fedsb.adapters.card import load_lines, model_card
-from fedsb.adapters.export import check_adapter, companion_files, lora_config, lora_files
+from fedsb.adapters.export import companion_files, lora_config, lora_files
+from fedsb.adapters.export_check import check_adapter
 from fedsb.adapters.serving import serving
 from fedsb.channels.in_process import EmbeddedEngine
 from fedsb.config.load import load_config

@@ -16,7 +16,8 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from fedsb.adapters.card import merged_card
-from fedsb.adapters.export import BaseModelInfo, merge
+from fedsb.adapters.export import BaseModelInfo
+from fedsb.adapters.merge import merge
 from fedsb.config.load import load_config
 from fedsb.config.schema import Config
 from fedsb.data.sites import load_rows, open_task_of
