@@ -403,7 +403,7 @@ def test_a_checkpoint_in_4_bits_trains_and_merges_or_says_why_not(
 
     config = on(tiny_config, quantised(made, tmp_path, load_in_4bit=True, bnb_4bit_quant_type="nf4"), "text", rounds=1)
     folder = federate(load_config(config)).folder
-    with pytest.raises(UserError, match=r"are stored quantised, and an adapter is merged into unquantised ones only"):
+    with pytest.raises(UserError, match=r"are quantised, and an adapter can be merged into unquantised weights only"):
         export_to(folder, str(tmp_path / "merged"), merged=True)
 
 

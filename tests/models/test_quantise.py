@@ -244,8 +244,11 @@ def test_without_bitsandbytes(
 @pytest.mark.parametrize(
     ("more", "part"),
     [
-        ({"engine": {"clients_per_forward": 2}}, "engine.clients_per_forward must be 1"),
-        ({"privacy": {"unit": "example", "epsilon": 3.0}}, "so none is protected: take 4bit"),
+        ({"engine": {"clients_per_forward": 2}}, "Set engine.clients_per_forward to 1"),
+        (
+            {"privacy": {"unit": "example", "epsilon": 3.0}},
+            "so no single row is protected. Set model.quantize to '4bit'",
+        ),
     ],
 )
 def test_8_bits_mix_a_batchs_rows(tiny_config: dict[str, Any], more: dict[str, Any], part: str) -> None:

@@ -549,9 +549,9 @@ def test_what_clients_as_the_unit_rule_out(tiny_config: dict[str, Any], changes:
 
 def test_settings_that_do_not_go_together() -> None:
     for privacy, said in (
-        ({"unit": "example"}, "needs epsilon, or noise_multiplier"),
+        ({"unit": "example"}, "needs epsilon or noise_multiplier"),
         ({"unit": "example", "epsilon": 1, "noise_multiplier": 1}, "and not both"),
-        ({"epsilon": 1}, "unit = 'none' says not at all"),
+        ({"epsilon": 1}, "unit = 'none' means no privacy"),
     ):
         with pytest.raises(ConfigError, match=said):
             load_config({"privacy": privacy})

@@ -71,7 +71,8 @@ def _joined(placed: Iterable[tuple[str, Any]]) -> list[str]:
         messages.setdefault(place, ([], error["input"]))[0].append(message)
         hints[place] = hints.get(place, "") + error.get("hint", "")
     return [
-        f"{place}: {' or '.join([first, *(other.removeprefix('it must be ') for other in others)])}"
+        (f"{place}: " if place else "")
+        + f"{' or '.join([first, *(other.removeprefix('it must be ') for other in others)])}"
         + ("" if isinstance(value, dict) else f" (it is {value!r:.80})")
         + hints[place]
         for place, ((first, *others), value) in messages.items()
