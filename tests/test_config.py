@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from fedsb.config.load import (
-    KNOWN_ELSEWHERE,
     difference,
     flatten,
     load_config,
@@ -20,7 +19,7 @@ from fedsb.config.load import (
     unused_settings,
 )
 from fedsb.config.registry import method_types
-from fedsb.config.renamed import RENAMED
+from fedsb.config.renamed import KNOWN_ELSEWHERE, RENAMED
 from fedsb.config.schema import Config
 from fedsb.config.section import Section, UsedIf
 from fedsb.data.sources import make_table

@@ -70,7 +70,7 @@ def test_rows_that_cannot_be_routed_are_protected_one_by_one(
     """Their layers flatten rows into tokens: each row gets a forward of its own, and what is charged is trained."""
     model = made(model_type, LM if kind == "text" else CLASSIFIER)
     config = on(tiny_config, model, kind, privacy=PRIVATE)
-    assert "sees" in str(found(config).unroutable)
+    assert "receives" in str(found(config).unroutable)
     result = federate(load_config(config))
     rows = [json.loads(line) for line in (result.folder / "rounds.jsonl").read_text().splitlines()]
     assert len(rows) == 3 and rows[-1]["epsilon"] > 0

@@ -238,7 +238,7 @@ def test_a_model_whose_rows_cannot_be_routed_trains_one_client_at_a_time(
     engine, state = started(tiny_config)
     value, reason = choice(engine)
     assert value == engine.clients_per_forward == 1
-    assert reason.startswith("auto: Layer 'bert.encoder.layer.0.intermediate.dense' sees")
+    assert reason.startswith("auto: Layer 'bert.encoder.layer.0.intermediate.dense' receives")
     (reply,) = engine.train(engine.method, state, [engine.sites[0].name], {}).each
     assert not reply.kept
     with pytest.raises(UserError, match=r"engine.clients_per_forward = 2: Layer 'bert.*engine.clients_per_forward = 1"):

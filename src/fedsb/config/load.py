@@ -14,22 +14,13 @@ from pydantic.fields import FieldInfo
 from fedsb.config import RECIPES
 from fedsb.config.faults import explain, place_of
 from fedsb.config.nested import difference, flatten, set_key
-from fedsb.config.renamed import KNOWN_ELSEWHERE, RENAMED, RENAMED_VALUES, notice_of, with_new_names
+from fedsb.config.renamed import RENAMED, RENAMED_VALUES, notice_of, with_new_names
 from fedsb.config.resolved import ResolvedSetting
-from fedsb.config.schema import Config, UsedIf
+from fedsb.config.schema import Config
+from fedsb.config.section import UsedIf
 from fedsb.utils.errors import ConfigError, UserError, did_you_mean
 
-__all__ = [
-    "KNOWN_ELSEWHERE",
-    "ResolvedConfig",
-    "difference",
-    "explain",
-    "flatten",
-    "load_config",
-    "parse_override",
-    "set_key",
-    "unused_settings",
-]
+__all__ = ["ResolvedConfig", "difference", "explain", "load_config", "set_key", "unused_settings"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,20 +35,13 @@ __all__ = [
     "Codec",
     "CompareConfig",
     "Config",
-    "ContenderConfig",
     "Count",
-    "DataConfig",
-    "EngineConfig",
-    "EvalConfig",
     "ModelConfig",
     "Positive",
-    "PrivacyConfig",
     "Rate",
     "Section",
     "ServerConfig",
     "TaskConfig",
-    "TrainConfig",
-    "UsedIf",
     "method_of",
 ]
 
@@ -61,49 +54,50 @@ def method_of(config: Config) -> Method:
 class ContenderConfig(Section):
     """A configuration to compare: a name, and the settings that differ, as in `set = { "method.rank" = 8 }`."""
 
-    name: Annotated[str, Field(min_length=1)] = Field(description="Name of the contender.")
-    set: dict[str, Any] = Field({}, description="Settings of the contender, by dotted key.")
+    name: Annotated[str, Field(min_length=1)]
+    """Name of the contender."""
+    set: dict[str, Any] = Field({})
+    """Settings of the contender, by dotted key."""
 
 
 class CompareConfig(Section):
     """The contenders of `fedsb compare`. No other command reads this section, see docs/compare.md."""
 
-    methods: list[str] = Field([], description="Methods to compare: names, or name@rank.")
-    ranks: Annotated[list[Positive], UsedIf(lambda c: bool(c.compare.methods), "compare.methods is empty")] = Field(
-        [], description="Ranks of the methods that are given without one. Default: each method's own rank."
-    )
-    grid: dict[str, Any] = Field(
-        {}, description="Settings with lists of values. Every contender runs with every combination."
-    )
-    contenders: list[ContenderConfig] = Field([], description="Further configurations to compare.")
-    seeds: Positive = Field(3, description="Number of runs per contender, with the seeds 0, 1, ...")
-    trials: Count = Field(
-        4, description="Number of learning rates tried per contender. 0: every contender uses train.lr."
-    )
-    validation_fraction: Annotated[Fraction, UsedIf(lambda c: c.compare.trials > 0, "compare.trials is 0")] = Field(
-        0.1, description="Value of data.validation_fraction in the trials."
-    )
-    target: Annotated[float, Field(allow_inf_nan=False)] | None = Field(
-        None, description="Score whose first round and bytes are reported."
-    )
-    reference: str | None = Field(
-        None, description="Contender with which the others are compared. Default: the first one."
-    )
-    workers: Positive | Auto = Field(
-        "auto", description="Number of parallel runs. Default: one per core, or one if there is a GPU."
-    )
+    methods: list[str] = Field([])
+    """Methods to compare: names, or name@rank."""
+    ranks: Annotated[list[Positive], UsedIf(lambda c: bool(c.compare.methods), "compare.methods is empty")] = Field([])
+    """Ranks of the methods that are given without one. Default: each method's own rank."""
+    grid: dict[str, Any] = Field({})
+    """Settings with lists of values. Every contender runs with every combination."""
+    contenders: list[ContenderConfig] = Field([])
+    """Further configurations to compare."""
+    seeds: Positive = 3
+    """Number of runs per contender, with the seeds 0, 1, ..."""
+    trials: Count = 4
+    """Number of learning rates tried per contender. 0: every contender uses train.lr."""
+    validation_fraction: Annotated[Fraction, UsedIf(lambda c: c.compare.trials > 0, "compare.trials is 0")] = 0.1
+    """Value of data.validation_fraction in the trials."""
+    target: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    """Score whose first round and bytes are reported."""
+    reference: str | None = None
+    """Contender with which the others are compared. Default: the first one."""
+    workers: Positive | Auto = "auto"
+    """Number of parallel runs. Default: one per core, or one if there is a GPU."""
 
 
 class Config(Section):
     """A whole run."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
-        "run", description="Name of the run, and of its directory in `out`."
-    )
-    seed: Count = Field(0, description="Seed of every random draw, except for the noise of a private run.")
-    rounds: Positive = Field(10, description="Number of rounds.")
-    out: str = Field("runs", description="Folder of the run directories.")
-    keep_checkpoints: Positive = Field(2, description="Number of the newest checkpoints that are kept.")
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
+    """Name of the run, and of its directory in `out`."""
+    seed: Count = 0
+    """Seed of every random draw, except for the noise of a private run."""
+    rounds: Positive = 10
+    """Number of rounds."""
+    out: str = "runs"
+    """Folder of the run directories."""
+    keep_checkpoints: Positive = 2
+    """Number of the newest checkpoints that are kept."""
     model: ModelConfig = ModelConfig()
     task: TaskConfig = TaskConfig()
     data: DataConfig = DataConfig()

@@ -20,9 +20,9 @@ Auto = Literal["auto"]
 
 
 class Section(BaseModel):
-    """A frozen group of settings. Unknown keys are errors."""
+    """A frozen group of settings. Unknown keys are errors. The docstring of a field is its description."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), use_attribute_docstrings=True)
 
 
 @dataclass(frozen=True)

@@ -50,39 +50,32 @@ AGGREGATES = UsedIf(lambda config: config.method.spec.aggregates, "{0.method.spe
 class BasisConfig(Section):
     """The frozen B and A of a core, see adapters/basis.py."""
 
-    kind: Literal["random", "weights", "update", "update-pooled", "core"] = Field(
-        "weights", description="How B and A are made, see docs/bases.md."
-    )
+    kind: Literal["random", "weights", "update", "update-pooled", "core"] = "weights"
+    """How B and A are made, see docs/bases.md."""
     side: Annotated[
         Literal["leading", "trailing"], UsedIf(_uses_side, "B and A are not singular vectors of W0 here")
-    ] = Field("leading", description="Which singular vectors of W0 form the basis, or the outer basis of 'core'.")
-    outer: Annotated[Literal["weights", "random"], used_if("basis.kind", "core")] = Field(
-        "weights", description="Kind of the data-free outer basis in which 'core' searches."
-    )
-    outer_rank: Annotated[Positive | None, used_if("basis.kind", "core")] = Field(
-        None, description="Rank k of the outer basis. Default: 4 x total rank, at most half of min(m, n)."
-    )
-    samples: Annotated[Positive, used_if("basis.kind", *FROM_GRADIENTS)] = Field(
-        256, description="Number of rows whose gradient is summed, over all clients together."
-    )
-    data: Annotated[str | None, used_if("basis.kind", "update")] = Field(
-        None, description="File of rows that are declared public, for 'update'."
-    )
-    R0: Annotated[Literal["auto", "zero", "step"], used_if("basis.kind", *FROM_GRADIENTS)] = Field(
-        "auto", description="Initial R: zero, or one approximate full step. Default: a step for 'update', else zero."
-    )
-    eta: Annotated[Rate | Auto, UsedIf(_steps_ahead, "R starts at zero")] = Field(
-        "auto", description="Learning rate of the initial step. Default: that of the first local step."
-    )
-    refresh: Positive | None = Field(
-        None, description="Number of rounds after which the basis is recomputed from the current model. Default: never."
-    )
+    ] = "leading"
+    """Which singular vectors of W0 form the basis, or the outer basis of 'core'."""
+    outer: Annotated[Literal["weights", "random"], used_if("basis.kind", "core")] = "weights"
+    """Kind of the data-free outer basis in which 'core' searches."""
+    outer_rank: Annotated[Positive | None, used_if("basis.kind", "core")] = None
+    """Rank k of the outer basis. Default: 4 x total rank, at most half of min(m, n)."""
+    samples: Annotated[Positive, used_if("basis.kind", *FROM_GRADIENTS)] = 256
+    """Number of rows whose gradient is summed, over all clients together."""
+    data: Annotated[str | None, used_if("basis.kind", "update")] = None
+    """File of rows that are declared public, for 'update'."""
+    R0: Annotated[Literal["auto", "zero", "step"], used_if("basis.kind", *FROM_GRADIENTS)] = "auto"
+    """Initial R: zero, or one approximate full step. Default: a step for 'update', else zero."""
+    eta: Annotated[Rate | Auto, UsedIf(_steps_ahead, "R starts at zero")] = "auto"
+    """Learning rate of the initial step. Default: that of the first local step."""
+    refresh: Positive | None = None
+    """Number of rounds after which the basis is recomputed from the current model. Default: never."""
     share_samples: Annotated[
         Count, UsedIf(_reports_share, "the captured share is computed in simulations without privacy only")
-    ] = Field(16, description="Number of rows on which the captured share of the gradient is reported. 0: none.")
-    budget_mib: Annotated[Positive, UsedIf(_needs_gradients, "no gradients of whole weights are computed")] = Field(
-        1024, description="Memory for gradients of whole weights, which are computed one group of layers at a time."
-    )
+    ] = 16
+    """Number of rows on which the captured share of the gradient is reported. 0: none."""
+    budget_mib: Annotated[Positive, UsedIf(_needs_gradients, "no gradients of whole weights are computed")] = 1024
+    """Memory for gradients of whole weights, which are computed one group of layers at a time."""
 
     @model_validator(mode="after")
     def _step_needs_a_gradient(self) -> Self:
@@ -102,32 +95,40 @@ class BasisConfig(Section):
 class TrainConfig(Section):
     """Local training, see training/local.py."""
 
-    local_steps: Positive | None = Field(
-        None, description="Optimizer steps per client and round. Default: 10, unless local_epochs is set."
-    )
-    local_epochs: Positive | None = Field(
-        None, description="Passes over a client's rows per round. Replaces local_steps."
-    )
-    batch_size: Positive = Field(8, description="Rows per client in one forward.")
-    gradient_accumulation_steps: Positive = Field(1, description="Forwards per optimizer step.")
-    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="Optimizer of the clients.")
-    lr: Rate = Field(0.01, description="Learning rate of the adapter.")
-    head_lr: Annotated[Rate, used_if("task.kind", *HEADS)] = Field(0.01, description="Learning rate of the task head.")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="Decoupled weight decay, as in AdamW.")
-    momentum: Annotated[Share, used_if("train.optimizer", "sgd")] = Field(0.0, description="Momentum of SGD.")
+    local_steps: Positive | None = None
+    """Optimizer steps per client and round. Default: 10, unless local_epochs is set."""
+    local_epochs: Positive | None = None
+    """Passes over a client's rows per round. Replaces local_steps."""
+    batch_size: Positive = 8
+    """Rows per client in one forward."""
+    gradient_accumulation_steps: Positive = 1
+    """Forwards per optimizer step."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """Optimizer of the clients."""
+    lr: Rate = 0.01
+    """Learning rate of the adapter."""
+    head_lr: Annotated[Rate, used_if("task.kind", *HEADS)] = 0.01
+    """Learning rate of the task head."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay, as in AdamW."""
+    momentum: Annotated[Share, used_if("train.optimizer", "sgd")] = 0.0
+    """Momentum of SGD."""
     max_grad_norm: Annotated[
         Annotated[float, Field(ge=0)],
         UsedIf(lambda config: config.privacy.unit != "example", "privacy.clip_norm bounds each row's gradient"),
-    ] = Field(1.0, description="Maximum L2 norm of a client's gradient. 0: no clipping.")
-    schedule: Literal["constant", "linear", "cosine"] = Field(
-        "constant", description="Learning rate schedule over all rounds."
-    )
-    warmup_ratio: Share = Field(0.0, description="Fraction of all steps of the run in which the learning rate rises.")
-    dropout: Share = Field(0.0, description="Dropout on the adapter's input.")
+    ] = 1.0
+    """Maximum L2 norm of a client's gradient. 0: no clipping."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate schedule over all rounds."""
+    warmup_ratio: Share = 0.0
+    """Fraction of all steps of the run in which the learning rate rises."""
+    dropout: Share = 0.0
+    """Dropout on the adapter's input."""
     persist_optimizer_state: Annotated[
         bool,
         UsedIf(lambda c: c.train.optimizer == "adamw" or c.train.momentum > 0, "SGD without momentum has no state"),
-    ] = Field(False, description="Whether clients keep their optimizer's moments between rounds.")
+    ] = False
+    """Whether clients keep their optimizer's moments between rounds."""
 
     @model_validator(mode="before")
     @classmethod
@@ -148,44 +149,36 @@ class TrainConfig(Section):
 class ServerConfig(Section):
     """Rounds and aggregation."""
 
-    clients_per_round: Positive | None = Field(
-        None, description="Number of clients that are sampled in each round. Default: all."
-    )
-    min_clients: Annotated[Positive, TRAVELS] = Field(
-        1, description="Minimum number of valid updates per round. The run ends if there are fewer."
-    )
-    weighting: Annotated[Literal["samples", "uniform"], TRAVELS, AGGREGATES] = Field(
-        "samples", description="Weights of the updates: by number of rows, or all equal."
-    )
-    codec: Annotated[Codec, TRAVELS, UsedIf(_sends_values, "{0.method.spec.id} sends nothing")] = Field(
-        "float32", description="Encoding of the values that are sent: 4, 2, 1 or half a byte per value."
-    )
-    secure_aggregation: bool = Field(
-        False, description="Whether the server learns only the sum of the clients' changes."
-    )
-    secagg_clip: Annotated[Rate, used_if("server.secure_aggregation", True)] = Field(
-        4.0, description="Largest change of a single value in secure aggregation."
-    )
+    clients_per_round: Positive | None = None
+    """Number of clients that are sampled in each round. Default: all."""
+    min_clients: Annotated[Positive, TRAVELS] = 1
+    """Minimum number of valid updates per round. The run ends if there are fewer."""
+    weighting: Annotated[Literal["samples", "uniform"], TRAVELS, AGGREGATES] = "samples"
+    """Weights of the updates: by number of rows, or all equal."""
+    codec: Annotated[Codec, TRAVELS, UsedIf(_sends_values, "{0.method.spec.id} sends nothing")] = "float32"
+    """Encoding of the values that are sent: 4, 2, 1 or half a byte per value."""
+    secure_aggregation: bool = False
+    """Whether the server learns only the sum of the clients' changes."""
+    secagg_clip: Annotated[Rate, used_if("server.secure_aggregation", True)] = 4.0
+    """Largest change of a single value in secure aggregation."""
     max_norm_ratio: Annotated[
         Annotated[float, Field(gt=1, allow_inf_nan=False)],
         TRAVELS,
         AGGREGATES,
         used_if("server.secure_aggregation", False),
         used_if("privacy.unit", "none", "example"),
-    ] = Field(30.0, description="An update is dropped if its change is larger than this many times the median.")
-    optimizer: Annotated[Literal["none", "momentum", "adam"], AGGREGATES] = Field(
-        "none", description="Optimizer of the server, which steps along the mean change. 'none' adds the mean change."
-    )
-    lr: Annotated[Rate, SERVER_STEPS, AGGREGATES] = Field(1.0, description="Learning rate of the server's optimizer.")
-    beta1: Annotated[Share, SERVER_STEPS, AGGREGATES] = Field(
-        0.9, description="Decay of the first moment of the server's optimizer."
-    )
-    beta2: Annotated[Share, used_if("server.optimizer", "adam"), AGGREGATES] = Field(
-        0.99, description="Decay of the second moment of the server's Adam."
-    )
-    tau: Annotated[Rate, used_if("server.optimizer", "adam"), AGGREGATES] = Field(
-        1e-3, description="Value that is added to the root of the second moment of the server's Adam."
-    )
+    ] = 30.0
+    """An update is dropped if its change is larger than this many times the median."""
+    optimizer: Annotated[Literal["none", "momentum", "adam"], AGGREGATES] = "none"
+    """Optimizer of the server, which steps along the mean change. 'none' adds the mean change."""
+    lr: Annotated[Rate, SERVER_STEPS, AGGREGATES] = 1.0
+    """Learning rate of the server's optimizer."""
+    beta1: Annotated[Share, SERVER_STEPS, AGGREGATES] = 0.9
+    """Decay of the first moment of the server's optimizer."""
+    beta2: Annotated[Share, used_if("server.optimizer", "adam"), AGGREGATES] = 0.99
+    """Decay of the second moment of the server's Adam."""
+    tau: Annotated[Rate, used_if("server.optimizer", "adam"), AGGREGATES] = 1e-3
+    """Value that is added to the root of the second moment of the server's Adam."""
 
     @model_validator(mode="after")
     def _enough(self) -> Self:
@@ -205,28 +198,25 @@ class ServerConfig(Section):
 class PrivacyConfig(Section):
     """Differential privacy, see docs/privacy.md."""
 
-    unit: Literal["none", "example", "client"] = Field(
-        "none", description="What is protected: one row, or all rows of one client."
-    )
-    epsilon: Rate | None = Field(None, description="Target epsilon. The noise is calibrated to it before training.")
-    noise_multiplier: Rate | None = Field(
-        None, description="Standard deviation of the noise over the clip norm, instead of a target."
-    )
-    delta: Annotated[Fraction | Auto, PRIVATE] = Field(
-        "auto", description="Delta of the guarantee. Default: 1e-5, or a tenth of 1 / rows."
-    )
-    clip_norm: Annotated[Rate, PRIVATE] = Field(
-        1.0, description="Maximum L2 norm, over all trained tensors, of a row's gradient or of a client's update."
-    )
+    unit: Literal["none", "example", "client"] = "none"
+    """What is protected: one row, or all rows of one client."""
+    epsilon: Rate | None = None
+    """Target epsilon. The noise is calibrated to it before training."""
+    noise_multiplier: Rate | None = None
+    """Standard deviation of the noise over the clip norm, instead of a target."""
+    delta: Annotated[Fraction | Auto, PRIVATE] = "auto"
+    """Delta of the guarantee. Default: 1e-5, or a tenth of 1 / rows."""
+    clip_norm: Annotated[Rate, PRIVATE] = 1.0
+    """Maximum L2 norm, over all trained tensors, of a row's gradient or of a client's update."""
     basis_share: Annotated[
         Fraction | Auto,
         PRIVATE,
         UsedIf(lambda config: config.method.adapter == "core", "{0.method.spec.id} has no basis"),
         used_if("basis.kind", "core"),
-    ] = Field("auto", description="Fraction of epsilon that the basis 'core' spends.")
-    release: Annotated[list[Literal["loss", "scores"]], PRIVATE] = Field(
-        [], description="Values computed on private rows that are shown, although epsilon does not cover them."
-    )
+    ] = "auto"
+    """Fraction of epsilon that the basis 'core' spends."""
+    release: Annotated[list[Literal["loss", "scores"]], PRIVATE] = Field([])
+    """Values computed on private rows that are shown, although epsilon does not cover them."""
 
     @property
     def on(self) -> bool:
@@ -249,26 +239,23 @@ class PrivacyConfig(Section):
 class EngineConfig(Section):
     """Where the clients run."""
 
-    name: Literal["in_process", "flower"] = Field(
-        "in_process", description="All clients in this process, or sites over Flower."
-    )
-    clients_per_forward: Annotated[Positive | Auto, used_if("engine.name", "in_process"), TRAVELS] = Field(
-        "auto", description="Number of clients that are trained in one forward. Default: as many as fit."
-    )
-    deadline_s: Annotated[Rate, used_if("engine.name", "flower")] = Field(
-        3600.0, description="Seconds after which a site that has not answered misses the round."
-    )
+    name: Literal["in_process", "flower"] = "in_process"
+    """All clients in this process, or sites over Flower."""
+    clients_per_forward: Annotated[Positive | Auto, used_if("engine.name", "in_process"), TRAVELS] = "auto"
+    """Number of clients that are trained in one forward. Default: as many as fit."""
+    deadline_s: Annotated[Rate, used_if("engine.name", "flower")] = 3600.0
+    """Seconds after which a site that has not answered misses the round."""
 
 
 class EvalConfig(Section):
     """Evaluation during training."""
 
-    every: Positive = Field(1, description="Number of rounds between evaluations. The last round is always evaluated.")
-    batch_size: Positive = Field(64, description="Rows per forward in evaluation.")
-    gap: bool = Field(
-        False,
-        description="Whether to score each client's own model and the global model on the client's held-out rows.",
-    )
+    every: Positive = 1
+    """Number of rounds between evaluations. The last round is always evaluated."""
+    batch_size: Positive = 64
+    """Rows per forward in evaluation."""
+    gap: bool = False
+    """Whether to score each client's own model and the global model on the client's held-out rows."""
 
     def due(self, round: int, rounds: int) -> bool:
         """Returns whether the model is evaluated after `round` completed rounds out of `rounds`."""

@@ -14,7 +14,6 @@ unless the spec has `mixed_ranks`. `missed_last_round` marks a client that did n
 
 A complete method, with one round of two clients. The fields are the options that `[method]` in a TOML may set:
 
->>> from pydantic import Field
 >>> from fedsb.adapters.factors import factor_start
 >>> class Toy(Method):
 ...     """W = W0 + B A with a frozen random A. Clients train B, and the server averages it."""
@@ -22,7 +21,7 @@ A complete method, with one round of two clients. The fields are the options tha
 ...     spec: ClassVar[MethodSpec] = MethodSpec(
 ...         id="toy", paper="arXiv 0000.00000", travels="B, up and down", adapter="factors", exact=True,
 ...         secagg_compatible=True, dp_noise="linear")
-...     rank: Positive = Field(2, description="Rank r of the factors A and B.")
+...     rank: Positive = 2
 ...
 ...     def traffic(self, shapes, *, head, clients, round=1):
 ...         values = sum(self.rank * m for m, _ in shapes.values())

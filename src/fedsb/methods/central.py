@@ -17,8 +17,6 @@ from fedsb.methods.control import Control
 
 
 class Central(Control):
-    """Trains one adapter on the rows of all clients."""
-
     spec: ClassVar[MethodSpec] = MethodSpec(
         id="central",
         paper="a control: no federation, all data in one place",

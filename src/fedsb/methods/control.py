@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from fedsb.adapters.adapted import Shapes, Tensors
 from fedsb.adapters.basis import Basis
@@ -24,17 +24,16 @@ from fedsb.methods.ravan import Ravan
 class Control(Method):
     """The base class of the controls."""
 
-    rank: Positive = Field(32, description="Rank r of one core, or of the factors A and B.")
-    adapter: AdapterKind = Field("core", description="Adapter to train: a core, or LoRA's factors.")  # type: ignore[misc]
-    blocks: Annotated[Positive, used_if("method.adapter", "core")] = Field(
-        1, description="Number h of cores per layer."
-    )
-    scalars: Annotated[bool, used_if("method.adapter", "core")] = Field(
-        False, description="Whether the scalars s of RAVAN are trained."
-    )
-    alpha: Annotated[Rate | None, used_if("method.adapter", "factors")] = Field(
-        None, description="Alpha of LoRA; the scale s is alpha / rank. Default: 2 x rank."
-    )
+    rank: Positive = 32
+    """Rank r of one core, or of the factors A and B."""
+    adapter: AdapterKind = "core"  # type: ignore[misc]
+    """Adapter to train: a core, or LoRA's factors."""
+    blocks: Annotated[Positive, used_if("method.adapter", "core")] = 1
+    """Number h of cores per layer."""
+    scalars: Annotated[bool, used_if("method.adapter", "core")] = False
+    """Whether the scalars s of RAVAN are trained."""
+    alpha: Annotated[Rate | None, used_if("method.adapter", "factors")] = None
+    """Alpha of LoRA; the scale s is alpha / rank. Default: 2 x rank."""
 
     @model_validator(mode="after")
     def _options_of_the_adapter(self) -> Self:

@@ -18,8 +18,6 @@ from __future__ import annotations
 
 from typing import ClassVar, Self
 
-from pydantic import Field
-
 from fedsb.adapters.adapted import Shapes, Tensors
 from fedsb.adapters.basis import Basis
 from fedsb.adapters.residual import is_residual
@@ -29,8 +27,6 @@ from fedsb.utils.errors import UserError
 
 
 class FedSB(Method):
-    """Trains and averages the core R, in a frozen basis."""
-
     spec: ClassVar[MethodSpec] = MethodSpec(
         id="fed-sb",
         paper="Fed-SB, Singhal et al., arXiv 2502.15436",
@@ -41,8 +37,10 @@ class FedSB(Method):
         mixed_ranks=True,
         dp_noise="linear",
     )
-    rank: Positive = Field(32, description="Rank r of one core.")
-    blocks: Positive = Field(1, description="Number h of cores per layer, each with its own part of the basis.")
+    rank: Positive = 32
+    """Rank r of one core."""
+    blocks: Positive = 1
+    """Number h of cores per layer, each with its own part of the basis."""
 
     @property
     def total_rank(self) -> int:

@@ -31,8 +31,6 @@ from fedsb.methods.fedit import FedIT, layers_of
 
 
 class FedExLoRA(FedIT):
-    """Averages both factors and adds the error of the average to the residual adapter."""
-
     spec: ClassVar[MethodSpec] = MethodSpec(
         id="fedex-lora",
         paper="FedEx-LoRA, Singhal et al., arXiv 2410.09432",

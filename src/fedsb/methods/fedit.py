@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar, Self
 
-from pydantic import Field
 from torch import Tensor
 
 from fedsb.adapters.adapted import Shapes, Tensors
@@ -27,8 +26,6 @@ from fedsb.utils.errors import UserError
 
 
 class FedIT(Method):
-    """Trains and averages both factors of LoRA."""
-
     spec: ClassVar[MethodSpec] = MethodSpec(
         id="fedit",
         paper="FedIT, Zhang et al., arXiv 2305.05644",
@@ -38,8 +35,10 @@ class FedIT(Method):
         secagg_compatible=True,
         dp_noise="quadratic",
     )
-    rank: Positive = Field(4, description="Rank r of the factors A and B.")
-    alpha: Rate | None = Field(None, description="Alpha of LoRA; the scale s is alpha / rank. Default: 2 x rank.")
+    rank: Positive = 4
+    """Rank r of the factors A and B."""
+    alpha: Rate | None = None
+    """Alpha of LoRA; the scale s is alpha / rank. Default: 2 x rank."""
 
     @property
     def scale(self) -> float:

@@ -25,8 +25,6 @@ from fedsb.methods.fedit import FedIT, layers_of
 
 
 class FedRotLoRA(FedIT):
-    """Averages both factors after the clients have rotated them towards the last global ones."""
-
     spec: ClassVar[MethodSpec] = MethodSpec(
         id="fedrot-lora",
         paper="FedRot-LoRA, Zhang et al., arXiv 2602.23638",

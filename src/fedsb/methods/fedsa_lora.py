@@ -21,8 +21,6 @@ from fedsb.methods.fedit import FedIT
 
 
 class FedSALoRA(FedIT):
-    """Trains both factors, averages A, and leaves B with the clients."""
-
     spec: ClassVar[MethodSpec] = MethodSpec(
         id="fedsa-lora",
         paper="FedSA-LoRA, Guo et al., arXiv 2410.01463",

@@ -26,8 +26,6 @@ from fedsb.methods.fedit import FedIT, layers_of
 
 
 class FedSVD(FedIT):
-    """Trains and averages B, and orthonormalises A between rounds."""
-
     spec: ClassVar[MethodSpec] = MethodSpec(
         id="fedsvd",
         paper="FedSVD, Lee et al., arXiv 2505.12805",

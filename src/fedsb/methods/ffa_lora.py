@@ -20,8 +20,6 @@ from fedsb.methods.fedit import FedIT
 
 
 class FFALoRA(FedIT):
-    """Trains and averages B, with a frozen random A."""
-
     spec: ClassVar[MethodSpec] = MethodSpec(
         id="ffa-lora",
         paper="FFA-LoRA, Sun et al., arXiv 2403.12313",

@@ -28,8 +28,6 @@ from fedsb.methods.fedit import FedIT, layers_of
 
 
 class FlexLoRA(FedIT):
-    """Returns the best approximation of the exact update at each client's rank."""
-
     spec: ClassVar[MethodSpec] = MethodSpec(
         id="flexlora",
         paper="FlexLoRA, Bai et al., arXiv 2402.11505",

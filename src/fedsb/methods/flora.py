@@ -33,8 +33,6 @@ SEED = "seed"  # a shared tensor, from which A is drawn in every round
 
 
 class FLoRA(FedIT):
-    """Stacks the clients' factors into the residual adapter and restarts."""
-
     spec: ClassVar[MethodSpec] = MethodSpec(
         id="flora",
         paper="FLoRA, Wang et al., arXiv 2409.05976",

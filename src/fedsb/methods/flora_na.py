@@ -31,8 +31,6 @@ from fedsb.methods.fedit import FedIT, layers_of
 
 
 class FLoRANA(FedIT):
-    """Averages both factors with weights that are fitted to the exact update."""
-
     spec: ClassVar[MethodSpec] = MethodSpec(
         id="flora-na",
         paper="FLoRA-NA, arXiv 2509.26399",
@@ -43,11 +41,12 @@ class FLoRANA(FedIT):
         supports_server_optimizer=False,
         dp_noise="quadratic",
     )
-    sweeps: Positive = Field(30, description="Maximum number of sweeps of alternating least squares.")
-    tolerance: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
-        1e-6, description="Relative decrease of the error below which the sweeps stop."
-    )
-    best_error: bool = Field(True, description="Whether to log the error of the best rank-r matrix.")
+    sweeps: Positive = 30
+    """Maximum number of sweeps of alternating least squares."""
+    tolerance: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-6
+    """Relative decrease of the error below which the sweeps stop."""
+    best_error: bool = True
+    """Whether to log the error of the best rank-r matrix."""
 
     def aggregate(self, state: State, updates: Sequence[Update], server: ServerOptimizer) -> State:
         ordered = sorted(updates, key=lambda update: update.client)

@@ -43,8 +43,6 @@ def _prunes(config: Config) -> bool:
 
 
 class HetLoRA(FedIT):
-    """Averages factors of different ranks, weighted by the size of the updates, and prunes ranks."""
-
     spec: ClassVar[MethodSpec] = MethodSpec(
         id="hetlora",
         paper="HetLoRA, Cho et al., arXiv 2401.06432",
@@ -58,12 +56,10 @@ class HetLoRA(FedIT):
         dp_noise="quadratic",
     )
     metadata_keys: ClassVar[frozenset[str]] = frozenset({RANK})
-    gamma: Annotated[float, Field(gt=0, le=1)] = Field(
-        0.99, description="Fraction of a client's rank that is kept if its tail shrinks. 1: no pruning."
-    )
-    penalty_weight: Annotated[float, Field(ge=0, allow_inf_nan=False), UsedIf(_prunes, "method.gamma is 1")] = Field(
-        1e-3, description="Weight lambda of the penalty on the tail in the local loss."
-    )
+    gamma: Annotated[float, Field(gt=0, le=1)] = 0.99
+    """Fraction of a client's rank that is kept if its tail shrinks. 1: no pruning."""
+    penalty_weight: Annotated[float, Field(ge=0, allow_inf_nan=False), UsedIf(_prunes, "method.gamma is 1")] = 1e-3
+    """Weight lambda of the penalty on the tail in the local loss."""
 
     def traffic(self, shapes: Shapes, *, head: int, clients: int, round: int = 1) -> Traffic:
         factors = sum(self.rank * (m + n) for m, n in shapes.values())

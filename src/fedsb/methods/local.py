@@ -22,8 +22,6 @@ from fedsb.methods.control import Control
 
 
 class Local(Control):
-    """Trains one adapter per client, without communication."""
-
     spec: ClassVar[MethodSpec] = MethodSpec(
         id="local",
         paper="a control: no federation",

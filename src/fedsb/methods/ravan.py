@@ -18,7 +18,6 @@ from __future__ import annotations
 from typing import ClassVar, Self
 
 import torch
-from pydantic import Field
 
 from fedsb.adapters.adapted import Tensors
 from fedsb.config.section import Positive
@@ -28,8 +27,6 @@ from fedsb.utils.errors import UserError
 
 
 class Ravan(FedSB):
-    """Trains and averages several scaled cores, each in its own frozen basis."""
-
     spec: ClassVar[MethodSpec] = MethodSpec(
         id="ravan",
         paper="Ravan, Raje et al., arXiv 2506.05568",
@@ -40,9 +37,12 @@ class Ravan(FedSB):
         mixed_ranks=True,
         dp_noise="linear",
     )
-    rank: Positive = Field(16, description="Rank r of one core.")
-    blocks: Positive = Field(4, description="Number h of cores per layer, each with its own part of the basis.")
-    scalars: bool = Field(True, description="Whether the scalars s are trained. If not, this is Fed-SB with blocks.")
+    rank: Positive = 16
+    """Rank r of one core."""
+    blocks: Positive = 4
+    """Number h of cores per layer, each with its own part of the basis."""
+    scalars: bool = True
+    """Whether the scalars s are trained. If not, this is Fed-SB with blocks."""
 
     def at(self, total_rank: int) -> Self:
         if total_rank % self.rank or not 0 < total_rank <= self.total_rank:

@@ -26,8 +26,6 @@ from fedsb.methods.fedit import FedIT
 
 
 class RoLoRA(FedIT):
-    """Trains and averages B and A alternately."""
-
     spec: ClassVar[MethodSpec] = MethodSpec(
         id="rolora",
         paper="RoLoRA, Chen et al., arXiv 2502.01755",
