@@ -22,7 +22,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from fedsb.adapters.peft_tuner import LoraSBConfig, save_as_lora
+from fedsb.adapters.peft_export import save_as_lora
+from fedsb.adapters.peft_tuner import LoraSBConfig
 
 TEXT = """\
 The lighthouse keeper counted the ships at dusk, and wrote each name in a green book.

@@ -1,4 +1,4 @@
-"""Writes docs/settings.md, the reference of all settings: python docs/settings.py"""
+"""Writes docs/settings.md, the reference of all settings. Usage: python docs/settings.py"""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from fedsb.cli.listing import settings
 
 HEAD = """# Settings
 
-Every key of a run's TOML. `fedsb ls settings` prints the same; `--set section.key=value` overrides a key on the command
-line, and `none` unsets one, unless `none` is one of its values. `fedsb check --verbose` shows the value that each
-has in a run, and why. A section `[method]` also takes the options of its method (`rank`, `alpha`,
-`blocks`), which `fedsb check` names.
+Every key of a run's TOML. `fedsb ls settings` prints the same list. `--set section.key=value` overrides a key on the
+command line. `none` unsets a key, unless `none` is one of its values. `fedsb check --verbose` shows the value of each
+key in a run, and the reason for it. Keys of `[method]` are options of the method, whose defaults depend on the method.
 """
 
 

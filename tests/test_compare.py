@@ -29,6 +29,7 @@ from fedsb.comparison.spent import together
 from fedsb.comparison.table import difference_text, spread_text
 from fedsb.config.load import load_config
 from fedsb.data.sites import open_data
+from fedsb.methods.fed_sb import FedSB
 from fedsb.privacy.accounting import Release, epsilon
 from fedsb.privacy.ledger import Ledger, read_ledger
 from fedsb.utils.errors import ConfigError, RunError, UserError
@@ -190,9 +191,9 @@ def test_what_a_contender_is(tiny_config: dict[str, Any]) -> None:
         contenders=own,
     )
     fed_sb, fedit, core, epochs = contenders_of(load_config(config, ["train.lr=0.03"]))
-    assert fed_sb.config.method.options == {"rank": 32, "blocks": 1}
-    assert fedit.config.method.options["rank"] == 2
-    assert core.config.method.options == {"rank": 4, "blocks": 2} and core.config.basis.kind == "core"
+    assert fed_sb.config.method == FedSB(rank=32, blocks=1)
+    assert fedit.config.method.rank == 2
+    assert core.config.method == FedSB(rank=4, blocks=2) and core.config.basis.kind == "core"
     assert epochs.config.train.local_epochs == 1 and epochs.config.train.lr == 0.03
 
 
@@ -211,7 +212,7 @@ def test_a_control_has_the_adapter_of_a_method_beside_it(
     tiny_config: dict[str, Any], methods: list[str], control: str, options: dict[str, Any], of: str | None
 ) -> None:
     found = {each.name: each for each in contenders_of(load_config(asked(tiny_config, methods=methods)))}
-    assert found[control].config.method.options.items() >= options.items()
+    assert found[control].config.method.model_dump().items() >= options.items()
     assert found[control].control_of == of
 
 

@@ -1,16 +1,16 @@
-"""A configuration is strict, says every fault at once, and knows where each of its values comes from."""
+"""A configuration is strict, reports every fault at once, and knows the origin of each of its values."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fedsb.config.load import (
-    KNOWN_ELSEWHERE,
     difference,
     flatten,
     load_config,
@@ -18,6 +18,10 @@ from fedsb.config.load import (
     set_key,
     unused_settings,
 )
+from fedsb.config.registry import method_types
+from fedsb.config.renamed import KNOWN_ELSEWHERE, RENAMED
+from fedsb.config.schema import Config
+from fedsb.config.section import Section, UsedIf
 from fedsb.data.sources import make_table
 from fedsb.data.tasks import TASKS, TaskOptions, open_task
 from fedsb.utils.errors import ConfigError, UserError
@@ -65,9 +69,14 @@ def faults(raw: dict[str, Any], overrides: list[str] | None = None) -> list[str]
         pytest.param({"clients": {"sizes": [1, -1]}}, "clients.sizes: it must be greater than 0 (it is -1)"),
         pytest.param({"train": {"lr": float("nan")}}, "train.lr: it must be"),
         pytest.param(
-            {"train": {"local_steps": 5, "local_epochs": 1}}, "train: set local_steps or local_epochs, not both; --set"
+            {"train": {"local_steps": 5, "local_epochs": 1}},
+            "train: local_steps and local_epochs are both set. Remove one",
         ),
-        pytest.param({"server": {"clients_per_round": 2, "min_clients": 3}}, "server: min_clients = 3 of 2"),
+        pytest.param(
+            {"server": {"clients_per_round": 2, "min_clients": 3}},
+            "server: min_clients = 3 is above clients_per_round = 2. Lower",
+        ),
+        pytest.param({"eval": {"gap": True}}, "eval.gap scores clients on held-out rows. Set clients.holdout_fraction"),
         pytest.param({"rounds": 0}, "rounds: it must be greater than or equal to 1 (it is 0)"),
         pytest.param({"name": "../x"}, "name: it must begin with a letter or digit and contain only letters, digits"),
         pytest.param({"model": {"template_date": "31.1.2026"}}, "model.template_date: it must be a date such as 2026"),
@@ -79,7 +88,7 @@ def faults(raw: dict[str, Any], overrides: list[str] | None = None) -> list[str]
 )
 def test_a_fault_names_its_key(raw: dict[str, Any], said: str) -> None:
     (fault,) = faults(raw)
-    assert said in fault
+    assert said in fault and not fault.startswith(":")
 
 
 def test_names_of_other_libraries_lead_to_settings_that_exist() -> None:
@@ -168,7 +177,7 @@ def test_difference() -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"", "is empty; `fedsb init quickstart"),
+        (b"", "is empty. `fedsb init quickstart"),
         (b"rounds = ", "is not valid TOML"),
         (b"name = '\xff'", "cannot read"),
     ],
@@ -220,8 +229,7 @@ class Recorded:
 @pytest.mark.parametrize("score", ["auto", "loss", "options"])
 @pytest.mark.parametrize("kind", TASKS)
 def test_a_tasks_settings_have_an_effect_where_the_task_reads_them(kind: str, score: str, tiny_llama: Path) -> None:
-    """Every kind of task opens and encodes its rows; the settings that it never read are those that are named
-    unused_settings."""
+    """Every kind of task opens and encodes its rows. The settings that it never read are those without effect."""
     from transformers import AutoTokenizer
 
     if score != "auto" and score not in TASKS[kind].scorings:
@@ -240,14 +248,16 @@ def test_a_tasks_settings_have_an_effect_where_the_task_reads_them(kind: str, sc
     unused = {key.removeprefix("task.") for key in unused_settings(config) if key.startswith("task.")}
     everything = {field.name for field in dataclasses.fields(TaskOptions)}
     if not TASKS[kind].metrics:
-        everything -= {"metric"}  # any but "auto" is refused
+        options.read.discard("metric")  # read by every task, and refused if it is not "auto"
+    if len(TASKS[kind].scorings) == 1:
+        options.read.discard("score")  # likewise
     if kind == "code":
         options.read.add("run_code")  # also where only a loss is scored: a site's rules read it
     if score == "options":
         options.read.discard("new_tokens")  # it is written into the question, and nothing is generated
     if kind != "classification":
         options.read.discard("names")  # copied by every task, of use where there are classes
-    assert options.read & unused == set(), "an option that is read is called unused_settings"
+    assert options.read & unused == set(), "an option that is read is said to have no effect"
     assert everything - options.read == unused
 
 
@@ -263,15 +273,52 @@ def test_a_tasks_settings_have_an_effect_where_the_task_reads_them(kind: str, sc
         ({"method": {"name": "fedit"}}, "basis.kind", "fedit has no basis"),
         ({"method": {"name": "fedit"}}, "basis.samples", "fedit has no basis"),
         ({"method": {"name": "central"}}, "server.codec", "all data are in one place, nothing travels"),
-        ({"method": {"name": "central"}}, "basis.samples", None),
+        ({"method": {"name": "central"}}, "basis.kind", None),
+        ({"method": {"name": "central", "adapter": "factors"}}, "basis.kind", "central has no basis"),
+        ({}, "basis.samples", "basis.kind is weights"),
+        ({"basis": {"kind": "core"}}, "basis.samples", None),
+        ({"basis": {"kind": "core", "outer": "random"}}, "basis.side", "B and A are not singular vectors of W0 here"),
+        ({"basis": {"kind": "core"}}, "basis.side", None),
+        ({"basis": {"kind": "core"}}, "basis.eta", "R starts at zero"),
+        ({"basis": {"kind": "update"}}, "basis.eta", None),
+        ({"basis": {"share_samples": 0}}, "basis.budget_mib", "no gradients of whole weights are computed"),
+        ({}, "basis.budget_mib", None),
+        ({"method": {"name": "local"}}, "server.codec", "local sends nothing"),
+        ({"method": {"name": "local"}, "basis": {"kind": "core"}}, "server.codec", None),
+        (
+            {"method": {"name": "local"}, "server": {"optimizer": "adam"}},
+            "server.optimizer",
+            "local aggregates nothing",
+        ),
+        ({"method": {"name": "central"}}, "method.alpha", "method.adapter is core"),
+        ({"method": {"name": "central", "adapter": "factors"}}, "method.blocks", "method.adapter is factors"),
+        ({"method": {"name": "hetlora", "gamma": 1.0}}, "method.penalty_weight", "method.gamma is 1"),
+        ({"method": {"name": "hetlora"}}, "method.penalty_weight", None),
+        ({"server": {"secure_aggregation": True}}, "server.max_norm_ratio", "server.secure_aggregation is true"),
+        ({"privacy": {"unit": "client", "epsilon": 3}}, "server.max_norm_ratio", "privacy.unit is client"),
+        ({"server": {"optimizer": "momentum"}}, "server.tau", "server.optimizer is momentum"),
+        (
+            {"privacy": {"unit": "example", "epsilon": 3}},
+            "train.max_grad_norm",
+            "privacy.clip_norm bounds each row's g",
+        ),
+        ({"train": {"optimizer": "sgd"}}, "train.persist_optimizer_state", "SGD without momentum has no state"),
+        ({"task": {"kind": "text"}}, "train.head_lr", "task.kind is text"),
+        ({"task": {"kind": "text"}}, "task.score", "task.kind is text"),
+        ({"task": {"kind": "chat"}}, "model.template_date", None),
+        ({}, "model.template_date", "task.kind is classification"),
+        ({"data": {"train": "a.csv"}}, "data.train_split", "data.train is not a data set of the Hub"),
+        ({"data": {"train": "hub:a/b"}}, "data.revision", None),
+        ({"data": {"train": "a.csv"}}, "data.test_rows", "data.test is not set"),
+        ({"compare": {"trials": 0}}, "compare.validation_fraction", "compare.trials is 0"),
         ({"train": {"optimizer": "adamw"}}, "train.momentum", "train.optimizer is adamw"),
         ({"server": {"optimizer": "adam"}}, "server.tau", None),
         ({}, "server.tau", "server.optimizer is none"),
         ({}, "server.secagg_clip", "server.secure_aggregation is false"),
-        ({}, "privacy.clip", "privacy.unit is none"),
-        ({"privacy": {"unit": "example", "epsilon": 3}}, "privacy.clip", None),
+        ({}, "privacy.clip_norm", "privacy.unit is none"),
+        ({"privacy": {"unit": "example", "epsilon": 3}}, "privacy.clip_norm", None),
         ({}, "engine.deadline_s", "engine.name is in_process"),
-        ({"engine": {"name": "flower"}}, "server.channel.clients_per_forward", "engine.name is flower"),
+        ({"engine": {"name": "flower"}}, "engine.clients_per_forward", "engine.name is flower"),
         ({"task": {"kind": "code", "run_code": True}}, "task.new_tokens", None),
         ({"task": {"kind": "code", "score": "loss"}}, "task.new_tokens", "no answers are written"),
         ({"task": {"kind": "text"}}, "task.pooling", "task.kind is text"),
@@ -279,8 +326,96 @@ def test_a_tasks_settings_have_an_effect_where_the_task_reads_them(kind: str, sc
         ({"basis": {"kind": "random", "data": "public.csv"}}, "data.delimiter", "no .csv or .tsv file is read here"),
     ],
 )
-def test_what_has_no_effect_beside_other_settings(raw: dict[str, Any], key: str, why: str | None) -> None:
-    assert unused_settings(load_config(raw).config).get(key) == why
+def test_what_has_no_effect_with_other_settings(raw: dict[str, Any], key: str, why: str | None) -> None:
+    found = unused_settings(load_config(raw).config).get(key)
+    assert found == why if why is None else found is not None and found.startswith(why)
+
+
+ALWAYS_USED = {  # settings that have an effect, or are refused, whatever the others are
+    "": "name seed rounds out keep_checkpoints model task data clients method train server privacy engine eval compare",
+    "model": "name dtype quantize device target_modules max_seq_length activation_checkpointing attn_implementation "
+    "float32_matmul_precision",
+    "task": "kind",
+    "data": "train train_rows exclude classes validation_fraction",
+    "clients": "partition min_rows holdout_fraction holdout_clients total_ranks memory_mib",
+    "method": "rank blocks alpha adapter scalars gamma sweeps tolerance best_error",
+    "basis": "kind refresh",
+    "train": "local_steps local_epochs batch_size gradient_accumulation_steps optimizer lr weight_decay schedule "
+    "warmup_ratio dropout",
+    "server": "clients_per_round secure_aggregation",
+    "privacy": "unit epsilon noise_multiplier",
+    "engine": "name",
+    "eval": "every batch_size gap",
+    "compare": "methods grid contenders seeds trials target reference workers",
+}
+
+
+def sections() -> dict[str, list[type[Section]]]:
+    """Every section of the schema; [method] has one for each method."""
+    found: dict[str, list[type[Section]]] = {"": [Config], "method": list(method_types().values())}
+    for name, field in Config.model_fields.items():
+        if name != "method" and isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            found[name] = [field.annotation]
+    return found
+
+
+def test_every_setting_states_when_it_has_an_effect() -> None:
+    """A new field needs `UsedIf` in its annotation, or a place in ALWAYS_USED."""
+    found = sections()
+    assert found.keys() == ALWAYS_USED.keys()
+    for name, classes in found.items():
+        fields = [item for cls in classes for item in cls.model_fields.items()]
+        plain = {key for key, field in fields if not any(isinstance(each, UsedIf) for each in field.metadata)}
+        assert plain == set(ALWAYS_USED[name].split()), name
+        assert [key for key, field in fields if name and not field.description] == [], name
+
+
+# --- renamed keys ---
+
+
+@pytest.mark.parametrize("old", RENAMED)
+def test_an_old_key_works_with_a_notice(old: str) -> None:
+    """Every renamed key leads to a setting that exists, in a file and with --set."""
+    new = RENAMED[old]
+    section, _, key = new.partition(".")
+    field = Config.model_fields[section].annotation.model_fields[key]  # type: ignore[union-attr]
+    value = {"clients.total_ranks": [2], "data.exclude": {"label": "x"}}.get(new, field.default)
+    value = 3 if value is None else value
+    by_file = load_config({section: {old.partition(".")[2]: value}})
+    by_override = load_config({}, [f"{old}={json.dumps(value)}"]) if not isinstance(value, dict) else by_file
+    for loaded in (by_file, by_override):
+        assert getattr(getattr(loaded.config, section), key) == value
+        assert key in loaded.given[section]
+        (notice,) = loaded.notices
+        assert f"{old} was renamed to {new}. The old name works in this version only" in notice
+    assert old not in by_file.origin
+
+
+def test_an_old_value_works_with_a_notice() -> None:
+    for loaded in (load_config({"engine": {"name": "embedded"}}), load_config({}, ["engine.name=embedded"])):
+        assert loaded.config.engine.name == "in_process"
+        assert "embedded" in loaded.notices[0] and "in_process" in loaded.notices[0]
+
+
+def test_an_old_and_a_new_key_are_one_fault() -> None:
+    (fault,) = faults({"train": {"steps": 3, "local_steps": 4}})
+    assert fault == "train.steps: it was renamed to train.local_steps, and both are set. Remove train.steps"
+    (fault,) = faults({"compare": {"grid": {"train.steps": [3], "train.local_steps": [4]}}})
+    assert "train.steps: it was renamed to train.local_steps, and both are set" in fault
+
+
+def test_old_keys_are_renamed_in_a_comparison() -> None:
+    contenders = [{"name": "a", "set": {"privacy.clip": 1.0}}]
+    loaded = load_config({"compare": {"grid": {"train.steps": [3]}, "contenders": contenders}})
+    assert loaded.config.compare.grid == {"train.local_steps": [3]}
+    assert loaded.config.compare.contenders[0].set == {"privacy.clip_norm": 1.0}
+    assert len(loaded.notices) == 2
+
+
+def test_the_settings_of_a_run_of_the_last_version_are_read() -> None:
+    old = {"method": {"name": "fedit", "rank": 3, "alpha": None}, "train": {"steps": 4, "clip_norm": 0.5}}
+    config = load_config(old | {"engine": {"name": "embedded", "cohort_size": "auto"}}).config
+    assert (config.method.rank, config.train.local_steps, config.train.max_grad_norm) == (3, 4, 0.5)
 
 
 def test_a_setting_without_effect_is_shown_as_such() -> None:
@@ -301,7 +436,7 @@ def test_every_setting_is_described() -> None:
 
 
 def test_the_reference_in_the_docs_is_that_of_the_code() -> None:
-    """`python docs/settings.py` writes it anew."""
+    """`python docs/settings.py` writes it."""
     path = Path(__file__).parents[1] / "docs" / "settings.py"
     spec = importlib.util.spec_from_file_location("settings_reference", path)
     assert spec is not None and spec.loader is not None

@@ -304,7 +304,7 @@ def test_a_classifier_of_several_layers_that_averages_is_not_merged(
     settings = config_of("mean", request, tmp_path)
     result = federate(load_config(set_all(settings, model={"name": str(folder), "max_seq_length": 16}, rounds=1)))
     said = cli("export", result.folder, "--to", tmp_path / "out", "--merged")
-    assert said.code == 1 and "--merged: task.pooling = 'mean' is not available" in said.err
+    assert said.code == 1 and "--merged is not possible: task.pooling = 'mean' is not available" in said.err
     assert "'modernbert'" in said.err and not (tmp_path / "out").exists()
     assert cli("export", result.folder, "--to", tmp_path / "out").code == 0
 
@@ -389,10 +389,10 @@ def test_a_merged_model_also_ends_where_its_base_does(tmp_path: Path, request: p
     path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": [2, 7]}))
     settings = config_of("text", request, tmp_path)
     run = federate(load_config(set_all(settings, model={"name": str(folder), "max_seq_length": 16}, rounds=1))).folder
-    assert "Generation ends at the tokens 2, 7:" in (run / "adapter" / "README.md").read_text()
+    assert "Generation ends at the tokens 2, 7." in (run / "adapter" / "README.md").read_text()
     merged = export_to(run, str(tmp_path / "out"), merged=True)
     assert GenerationConfig.from_pretrained(merged).eos_token_id == [2, 7]
-    assert "Generation ends at the tokens 2, 7:" in (Path(merged) / "README.md").read_text()
+    assert "Generation ends at the tokens 2, 7." in (Path(merged) / "README.md").read_text()
 
 
 def test_a_generation_config_that_contradicts_itself_does_not_stop_an_export(

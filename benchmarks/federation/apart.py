@@ -21,11 +21,11 @@ from typing import Any
 from namespaces import Network
 from rig import CO, said
 
-from fedsb.config.find import recipe_path
 from fedsb.config.load import load_config
 from fedsb.data.sites import rows_by_client
 from fedsb.models.load import load_tokenizer
 from fedsb.reporting.run_directory import read_rows
+from fedsb.runs.find import recipe_path
 from fedsb.utils.files import json_lines, write_atomic
 
 RECIPE, LOOK_SECONDS, STOP_SECONDS = "quickstart", 0.2, 60.0

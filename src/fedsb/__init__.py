@@ -20,7 +20,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fedsb.adapters.peft_tuner import LoraSBConfig, save_as_lora
+    from fedsb.adapters.peft_export import save_as_lora
+    from fedsb.adapters.peft_tuner import LoraSBConfig
     from fedsb.adapters.peft_update import update_basis_
     from fedsb.config.load import load_config
     from fedsb.methods.base import Method, MethodSpec, State, Traffic, Update
@@ -33,7 +34,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "LoraSBConfig": "fedsb.adapters.peft_tuner",
-    "save_as_lora": "fedsb.adapters.peft_tuner",
+    "save_as_lora": "fedsb.adapters.peft_export",
     "update_basis_": "fedsb.adapters.peft_update",
     "load_config": "fedsb.config.load",
     "ConfigError": "fedsb.utils.errors",

@@ -182,5 +182,5 @@ def test_rows_that_are_not_the_batch_are_refused_by_name() -> None:
     layer = layer_of(nn.Linear(N, M).double(), A, B, R_Khrr)
     layer.routing.rows = 4
     layer(x)
-    with pytest.raises(RoutingError, match=r"'layer' sees 20 rows where the batch has 4.*clients_per_forward = 1"):
+    with pytest.raises(RoutingError, match=r"'layer' receives 20 rows, and the batch has 4.*clients_per_forward = 1"):
         layer(x.repeat(5, 1))  # tokens, flattened

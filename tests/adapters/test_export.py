@@ -16,23 +16,17 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from fedsb.adapters.adapted import AdaptedModel, find_targets, head_linears
 from fedsb.adapters.basis import make_basis, random_pair
 from fedsb.adapters.card import load_lines, model_card
-from fedsb.adapters.export import (
-    BaseModelInfo,
-    check_adapter,
-    has_conv1d,
-    lora_config,
-    lora_files,
-    lora_tensors,
-    merge,
-    try_adapter,
-)
+from fedsb.adapters.export import BaseModelInfo, has_conv1d, lora_config, lora_files, lora_tensors
+from fedsb.adapters.export_check import check_adapter, try_adapter
+from fedsb.adapters.factors import Factors
+from fedsb.adapters.merge import merge
 from fedsb.adapters.serving import serving
-from fedsb.methods.base import Factors, Method
+from fedsb.methods.base import Method
 from fedsb.methods.fed_sb import FedSB
 from fedsb.methods.fedit import FedIT
 from fedsb.utils.errors import RunError, UserError
 
-FACTS = BaseModelInfo(
+INFO = BaseModelInfo(
     name="folder",
     shared_name="tiny",
     revision=None,
@@ -65,7 +59,7 @@ def drawn(method: Method, shapes: dict[str, tuple[int, int]], head: dict[str, Te
 class Exported:
     """A tiny model, an adapter on it, and what the adapted model answers."""
 
-    facts: BaseModelInfo
+    info: BaseModelInfo
     plain: nn.Module
     folder: Path
     inputs: dict[str, Tensor]
@@ -74,7 +68,7 @@ class Exported:
     factors: dict[str, Factors]
 
     def check(self) -> float:
-        return check_adapter(self.folder, self.plain, self.inputs, self.logits, self.factors, self.spec)
+        return check_adapter(self.folder, self.plain, self.inputs, self.logits, self.factors, self.info)
 
 
 def exported(source: Path, auto_class: str, method: Method, folder: Path) -> Exported:
@@ -98,21 +92,21 @@ def exported(source: Path, auto_class: str, method: Method, folder: Path) -> Exp
     inputs = {"input_ids": torch.randint(3, 40, (3, 7)), "attention_mask": torch.ones(3, 7, dtype=torch.int64)}
     with torch.no_grad():
         logits = plain(**inputs).logits
-    facts = dataclasses.replace(
-        FACTS,
+    info = dataclasses.replace(
+        INFO,
         name=str(source),
         auto_class=auto_class,
         task_type="SEQ_CLS" if labels else "CAUSAL_LM",
         head=head,
-        label_names=FACTS.label_names if labels else [],
+        label_names=INFO.label_names if labels else [],
         conv1d=has_conv1d(adapted.layers),
         pad_token=0,
         model_type=plain.config.model_type,
     )
     own_head = {key: tensors[key] for key in adapted.head_keys}
     plain = adapted.unwrap()
-    files = lora_files(method.export(tensors), own_head, facts, "card")
-    return Exported(facts, plain, written(folder, files), inputs, logits, tensors, method.export(tensors))
+    files = lora_files(method.export(tensors), own_head, info, "card")
+    return Exported(info, plain, written(folder, files), inputs, logits, tensors, method.export(tensors))
 
 
 CASES = [
@@ -131,7 +125,7 @@ def test_blocks_are_stacked() -> None:
     """Two blocks of rank 1: lora_B = (B_1 R_1, B_2 R_2) = (2 b_1, 3 b_2), lora_A = A, rank 2, alpha = 2."""
     B, A = torch.eye(3)[:, :2], torch.eye(4)[:2]
     tensors = {"x.A": A, "x.B": B, "x.R": torch.tensor([[[2.0]], [[3.0]]])}
-    files = lora_files(FedSB(rank=1, blocks=2).export(tensors), {}, dataclasses.replace(FACTS, head=[]), "card")
+    files = lora_files(FedSB(rank=1, blocks=2).export(tensors), {}, dataclasses.replace(INFO, head=[]), "card")
     saved = load(files["adapter_model.safetensors"])
     assert saved["base_model.model.x.lora_B.weight"].tolist() == [[2, 0], [0, 3], [0, 0]]
     assert torch.equal(saved["base_model.model.x.lora_A.weight"], A)
@@ -151,7 +145,7 @@ def test_blocks_are_stacked() -> None:
 )
 def test_rank_and_alpha(method: Method, rank: int, alpha: float) -> None:
     """alpha / rank is the scale: 1, 2.5, 2."""
-    files = lora_files(method.export(drawn(method, {"x": (8, 9)}, {})), {}, FACTS, "card")
+    files = lora_files(method.export(drawn(method, {"x": (8, 9)}, {})), {}, INFO, "card")
     config = json.loads(files["adapter_config.json"])
     assert config["r"] == rank
     assert config["lora_alpha"] == pytest.approx(alpha)
@@ -182,7 +176,7 @@ def test_peft_answers_as_the_trained_model_did(
         assert float((before - made.logits).abs().max()) > 0.01  # the adapter does something
         assert made.check() < 1e-5
         after = made.plain(**made.inputs).logits
-    if not made.spec.head:  # PEFT leaves a trained head in place
+    if not made.info.head:  # PEFT leaves a trained head in place
         assert torch.equal(after, before)
     assert not any("lora" in name for name, _ in made.plain.named_modules())
     made.check()  # and once more, on the same base
@@ -256,7 +250,7 @@ def test_the_merged_model_answers_the_same(
     """Loaded as any model is, without PEFT; a batch of three needs the pad token that GPT-2's config lacks."""
     made = exported(request.getfixturevalue(model), auto_class, FedSB(rank=2, blocks=3), tmp_path / "adapter")
     tokenizer = AutoTokenizer.from_pretrained(request.getfixturevalue(model))
-    merge(made.spec, made.folder, tmp_path / "merged", tokenizer)
+    merge(made.info, made.folder, tmp_path / "merged", tokenizer)
     auto: Any = AutoModelForCausalLM if auto_class == "AutoModelForCausalLM" else AutoModelForSequenceClassification
     plain = auto.from_pretrained(tmp_path / "merged").eval()
     with torch.no_grad():
@@ -264,7 +258,7 @@ def test_the_merged_model_answers_the_same(
     assert float((got - made.logits).abs().max()) < 1e-4
     assert not any("lora" in name for name, _ in plain.named_modules())
     assert AutoTokenizer.from_pretrained(tmp_path / "merged")("red1").input_ids
-    if made.spec.label_names:
+    if made.info.label_names:
         assert plain.config.id2label == {0: "blue", 1: "green", 2: "red"}
         assert plain.config.label2id == {"blue": 0, "green": 1, "red": 2}
 
@@ -273,19 +267,19 @@ def test_the_merged_model_answers_the_same(
 
 
 def test_the_lines_name_a_revision() -> None:
-    assert "revision='abc'" in load_lines(dataclasses.replace(FACTS, revision="abc"), "adapter")
+    assert "revision='abc'" in load_lines(dataclasses.replace(INFO, revision="abc"), "adapter")
 
 
 def test_the_card() -> None:
-    card = model_card(dataclasses.replace(FACTS, shared_name='a "b"'), {"Method": "fed-sb"})
+    card = model_card(dataclasses.replace(INFO, shared_name='a "b"'), {"Method": "fed-sb"})
     import yaml
 
     head = yaml.safe_load(card.split("---")[1])
     assert head["base_model"] == 'a "b"' and head["library_name"] == "peft"
-    assert "| Method | fed-sb |" in card and "- 2: red" in card and "Elsewhere" not in card
+    assert "| Method | fed-sb |" in card and "- 2: red" in card and "Serving" not in card
     servers = serving({"r": 8, "target_modules": ["x"], "task_type": "SEQ_CLS"}, "bert")
     said = "- vLLM and llama.cpp will not load it: they serve causal language models, and this adapter has a task head"
-    assert f"## Elsewhere\n\n{said}" in model_card(FACTS, {}, servers)
+    assert f"## Serving\n\n{said}" in model_card(INFO, {}, servers)
 
 
 PEFT_0_13 = {
@@ -299,7 +293,7 @@ PEFT_0_13 = {
 def test_an_older_peft_knows_every_key_of_the_config() -> None:
     """PEFT 0.13 makes a LoraConfig of all keys, and raises TypeError at one that it does not know."""
     factor = Factors(A=torch.ones(2, 4), B=torch.ones(3, 2), scale=1)
-    assert lora_config({"a.b": factor}, FACTS).keys() <= PEFT_0_13
+    assert lora_config({"a.b": factor}, INFO).keys() <= PEFT_0_13
 
 
 # --- before training ---
@@ -314,7 +308,7 @@ def test_an_adapter_of_zeros_is_tried_before_training(tiny_bert: Path) -> None:
         shapes = {name: model.get_submodule(name).weight.shape for name in targets}
         factors = {name: Factors(A=torch.zeros(2, n), B=torch.zeros(m, 2), scale=1) for name, (m, n) in shapes.items()}
         head = {f"classifier.{name}": tensor.clone() for name, tensor in model.classifier.state_dict().items()}
-        assert try_adapter(model, inputs, logits, factors, head, FACTS) < 1e-5
+        assert try_adapter(model, inputs, logits, factors, head, INFO) < 1e-5
         assert torch.equal(model(**inputs).logits, logits)
         assert not any("lora" in name for name, _ in model.named_modules())
 
@@ -332,7 +326,7 @@ def test_a_layer_that_peft_refuses_is_named() -> None:
         for name in layers
         for m, n in [model.get_submodule(name).weight.shape]
     }
-    base = dataclasses.replace(FACTS, task_type="CAUSAL_LM", head=[], label_names=[])
+    base = dataclasses.replace(INFO, task_type="CAUSAL_LM", head=[], label_names=[])
     inputs = {"input_ids": torch.randint(3, 40, (1, 7))}
     with torch.no_grad(), pytest.raises(UserError) as raised:
         try_adapter(model, inputs, model(**inputs).logits, factors, {}, base)

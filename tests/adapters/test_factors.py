@@ -72,7 +72,7 @@ def test_rows_that_are_not_the_batch_are_refused_by_name() -> None:
     layer = FactorLinear(nn.Linear(N, M).double(), scale=SCALE, routing=Routing(rows=4), key="layer")
     layer.A, layer.B = nn.Parameter(A), nn.Parameter(B)
     layer(torch.randn(4, N).double())
-    with pytest.raises(RoutingError, match="'layer' sees 8 rows where the batch has 4"):
+    with pytest.raises(RoutingError, match="'layer' receives 8 rows, and the batch has 4"):
         layer(torch.randn(8, N).double())
 
 

@@ -41,8 +41,10 @@ from transformers import (
     T5ForSequenceClassification,
 )
 
-from fedsb.adapters import peft_tuner
-from fedsb.adapters.peft_tuner import LoraSBConfig, adapter_layers, save_as_lora
+from fedsb.adapters import peft_export
+from fedsb.adapters.peft_export import save_as_lora
+from fedsb.adapters.peft_layer import adapter_layers
+from fedsb.adapters.peft_tuner import LoraSBConfig
 from fedsb.utils.errors import RunError, UserError
 
 IDS = torch.arange(3, 24).reshape(3, 7)
@@ -262,7 +264,7 @@ def test_default_targets_train_merge_and_convert(family: str, tmp_path: Path) ->
 def test_a_plain_lora_that_peft_would_rewrite_is_not_left_unnoticed(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(peft_tuner, "lora_targets", lambda layers, model_type: (layers, None))
+    monkeypatch.setattr(peft_export, "lora_targets", lambda layers, model_type: (layers, None))
     model = get_peft_model(base(family), LoraSBConfig(r=1))
     with pytest.raises(RunError, match="as it was trained"):
         save_as_lora(model, tmp_path)

@@ -53,7 +53,7 @@ def test_a_plain_adapter_loads_in_both(model: str) -> None:
             {"fan_in_fan_out": True, "target_modules": ["h.0.attn.c_attn"]},
             "gpt2",
             f"no LoRA for gpt2{MERGE}",
-            f"the converter turns gpt2's layers around{MERGE}",
+            f"the converter transposes gpt2's layers{MERGE}",
         ),
     ],
 )

@@ -211,12 +211,13 @@ def test_law_10_a_site_that_skipped_rounds_catches_up(method: Method, late: tupl
     last = 0
     for round in range(5):
         if round not in late:
-            held = method.update_shared(held, method.broadcast(state, late=round > 0 and last != round - 1))
+            missed = round > 0 and last != round - 1
+            held = method.update_shared(held, method.broadcast(state, missed_last_round=missed))
             last = round
             assert held.keys() == state.shared.keys()
             assert all(torch.equal(held[key], state.shared[key]) for key in held)
         state = round_of(method, state, [10 * round] if method.spec.pools_data else [10 * round, 10 * round + 1])
-    message = method.broadcast(state, late=last != state.round - 1)
+    message = method.broadcast(state, missed_last_round=last != state.round - 1)
     own = method.init_client(method.update_shared(held, message), message, kept, state.round)
     if method.spec.global_model:
         assert worst(deltas(method, own), deltas(method, method.model(state))) == 0
@@ -249,7 +250,7 @@ def test_clients_of_mixed_ranks(method: Method, ranks: tuple[int, ...]) -> None:
         for k, rank in enumerate(ranks):
             mine = method.at(rank)
             assert mine.total_rank == rank and mine.scale == method.scale
-            tensors = mine.init_client(state.shared, method.broadcast(state, rank=rank), {}, state.round)
+            tensors = mine.init_client(state.shared, method.broadcast(state, total_rank=rank), {}, state.round)
             whole = received(method, state)
             for layer in SHAPES:
                 for key, leading in corners(method, whole, layer, rank).items():
@@ -313,8 +314,8 @@ def test_hetlora_prunes_a_tail_that_shrank() -> None:
     assert not sent["a"]["blocks.0.up.A"][2:].any() and sent["a"]["blocks.0.up.A"][:2].all()
     assert not sent["a"]["blocks.0.up.B"][:, 2:].any() and sent["b"]["blocks.0.up.B"].all()
     end = method.aggregate(state, [Update(client=n, weight=1, tensors=t) for n, t in sent.items()], PLAIN)
-    assert end.ranks["a"] == 2 and end.ranks["b"] == 4
-    assert len(method.broadcast(end, rank=2)["blocks.0.up.A"]) == 2
+    assert end.total_ranks["a"] == 2 and end.total_ranks["b"] == 4
+    assert len(method.broadcast(end, total_rank=2)["blocks.0.up.A"]) == 2
     one = torch.ones(1, 4, 3)
     penalty = method.penalty({"x.A": one, "x.B": one.mT})  # ||(3 x 2 ones)|| ||(2 x 3 ones)|| = sqrt 6 sqrt 6
     assert penalty is not None and penalty.tolist() == pytest.approx([6 * method.penalty_weight])

@@ -100,7 +100,12 @@ def test_law_4_bytes_of_a_basis(tiny_config: dict[str, Any], basis: str) -> None
 def test_law_5_resume_is_bit_exact(tiny_config: dict[str, Any], tmp_path: Path, method: dict[str, Any]) -> None:
     """Three rounds equal one round, a stop in the middle of the second, a resume and the rest: bit for bit."""
     facts = method_type(method["name"]).spec
-    train = {**tiny_config["train"], "persist_optimizer_state": not facts.rotates_basis, "dropout": 0.1, "schedule": "cosine"}
+    train = {
+        **tiny_config["train"],
+        "persist_optimizer_state": not facts.rotates_basis,
+        "dropout": 0.1,
+        "schedule": "cosine",
+    }
     server = {"clients_per_round": 2, "optimizer": "momentum" if facts.supports_server_optimizer else "none"}
     config = set_all(tiny_config, method=method, train=train, server=server)
     whole = federate(load_config(set_all(config, out=str(tmp_path / "whole"))))

@@ -264,11 +264,11 @@ def test_8_bits_are_trained_a_client_at_a_time(folder: Path, tiny_config: dict[s
     model = {"name": str(folder), "max_seq_length": 16, "quantize": "8bit"}
     config = load_config(set_all(tiny_config, model=model)).config
     engine = Server(config, method_of(config), "test")
-    assert server.channel.clients_per_forward == 1
+    assert engine.clients_per_forward == 1
     assert any(
         "whole batch" in choice.reason
         for choice in server.settings
-        if choice.key == "server.channel.clients_per_forward"
+        if choice.key == "engine.clients_per_forward"
     )
 
 

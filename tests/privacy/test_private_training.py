@@ -487,7 +487,7 @@ def test_a_short_change_is_left_as_it_is() -> None:
     assert clipped_change(sent, unmoved, 50.0)["a"].tolist() == [3.0, 0.0]
     assert clipped_change(unmoved, unmoved, 1.0)["b"].tolist() == [1.0]
     for clip in (1e-7, 5e-5):  # float32 rounds values of 1 by up to 6e-8, which is more than a thousandth of these
-        with pytest.raises(UserError, match=r"privacy.clip = .* is too small.* Set it to at least 6e-05"):
+        with pytest.raises(UserError, match=r"privacy.clip_norm = .* is too small.* Set it to at least 6e-05"):
             clipped_change(sent, unmoved, clip)
     broken = clipped_change({**sent, "b": torch.tensor([math.nan])}, unmoved, 5.0)
     assert broken["a"].tolist() == [0.0, 0.0] and broken["b"].tolist() == [1.0]
@@ -549,9 +549,9 @@ def test_what_clients_as_the_unit_rule_out(tiny_config: dict[str, Any], changes:
 
 def test_settings_that_do_not_go_together() -> None:
     for privacy, said in (
-        ({"unit": "example"}, "needs epsilon, or noise_multiplier"),
+        ({"unit": "example"}, "needs epsilon or noise_multiplier"),
         ({"unit": "example", "epsilon": 1, "noise_multiplier": 1}, "and not both"),
-        ({"epsilon": 1}, "unit = 'none' says not at all"),
+        ({"epsilon": 1}, "unit = 'none' means no privacy"),
     ):
         with pytest.raises(ConfigError, match=said):
             load_config({"privacy": privacy})

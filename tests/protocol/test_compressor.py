@@ -71,7 +71,7 @@ def one_round(
     heard = wire.heard(method, state)
     replies = []
     for client in cohort:
-        rank = state.ranks.get(client)
+        rank = state.total_ranks.get(client)
         mine = method if rank is None else method.at(rank)
         _, message = wire.down(method, state, heard, basis=basis_hash(heard.shared), late=False, rank=rank)
         own = mine.init_client(heard.shared, message, within("method", kept.get(client, {})), state.round)
@@ -186,7 +186,7 @@ def test_a_client_of_another_rank_is_told_its_part_of_what_all_hold(name: str) -
     for rank, codec in ((None, "int4"), (4, "int4"), (2, "float32")):
         data, message = wire.down(method, state, heard, basis=basis_hash(heard.shared), late=False, rank=rank)
         assert unpack(data).codec == codec
-        assert same(message, method.broadcast(heard, rank=rank))
+        assert same(message, method.broadcast(heard, total_rank=rank))
 
 
 # --- what is owed ---

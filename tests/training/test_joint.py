@@ -232,7 +232,7 @@ def flattening(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def choice(server: Server) -> tuple[Any, str]:
-    (found,) = (c for c in server.settings if c.key == "server.channel.clients_per_forward")
+    (found,) = (c for c in server.settings if c.key == "engine.clients_per_forward")
     return found.value, found.reason
 
 
@@ -241,12 +241,12 @@ def test_a_model_whose_rows_cannot_be_routed_trains_one_client_at_a_time(
 ) -> None:
     server, state = started(tiny_config)
     value, reason = choice(server)
-    assert value == server.channel.clients_per_forward == 1
+    assert value == engine.clients_per_forward == 1
     assert reason.startswith("auto: Layer 'bert.encoder.layer.0.intermediate.dense' sees")
     (reply,) = engine.train(server.method, state, [server.clients[0].name], {}).each
     assert not reply.kept
     with pytest.raises(
-        UserError, match=r"server.channel.clients_per_forward = 2: Layer 'bert.*server.channel.clients_per_forward = 1"
+        UserError, match=r"engine.clients_per_forward = 2: Layer 'bert.*server.channel.clients_per_forward = 1"
     ):
         open_engine(set_all(tiny_config, engine={"clients_per_forward": 2}))
     assert choice(open_engine(set_all(tiny_config, engine={"clients_per_forward": 1}))) == (1, "as asked")
@@ -277,7 +277,7 @@ def test_the_cohort_size_fits_the_memory(tiny_config: dict[str, Any], monkeypatc
         monkeypatch.setattr(resolved, "memory_of", lambda _, mib=mib: mib << 20)
         sizes[mib], reason = choice(open_engine(tiny_config))
         assert ("as many as fit the memory" in reason) == (mib < 64)
-    assert server.channel.clients_per_forward == sizes[64] > sizes[2] > sizes[1] >= 1
+    assert engine.clients_per_forward == sizes[64] > sizes[2] > sizes[1] >= 1
 
 
 def test_a_pooled_client_takes_the_steps_of_a_rounds_clients(tiny_config: dict[str, Any]) -> None:

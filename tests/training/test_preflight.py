@@ -70,7 +70,7 @@ def test_rows_that_cannot_be_routed_are_protected_one_by_one(
     """Their layers flatten rows into tokens: each row gets a forward of its own, and what is charged is trained."""
     model = made(model_type, LM if kind == "text" else CLASSIFIER)
     config = on(tiny_config, model, kind, privacy=PRIVATE)
-    assert "sees" in str(found(config).unroutable)
+    assert "receives" in str(found(config).unroutable)
     result = federate(load_config(config))
     rows = [json.loads(line) for line in (result.folder / "rounds.jsonl").read_text().splitlines()]
     assert len(rows) == 3 and rows[-1]["epsilon"] > 0
@@ -412,7 +412,7 @@ def test_a_checkpoint_in_4_bits_trains_and_merges_or_says_why_not(
 
     config = on(tiny_config, quantised(made, tmp_path, load_in_4bit=True, bnb_4bit_quant_type="nf4"), "text", rounds=1)
     folder = federate(load_config(config)).folder
-    with pytest.raises(UserError, match=r"are stored quantised, and an adapter is merged into unquantised ones only"):
+    with pytest.raises(UserError, match=r"are quantised, and an adapter can be merged into unquantised weights only"):
         export_to(folder, str(tmp_path / "merged"), merged=True)
 
 

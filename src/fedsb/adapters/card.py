@@ -1,7 +1,7 @@
 """Model cards, and Python that loads and uses an adapter or a merged model without fedsb.
 
-Every snippet runs as it is printed, with transformers and peft alone. In a terminal it names the folders of this
-machine, in a card the folder that it is run in, so that a folder can be moved.
+Every snippet runs as it is printed, with transformers and peft alone. In a terminal it contains the folders of this
+machine. In a card it refers to the current folder, so that the folder can be moved.
 """
 
 from __future__ import annotations
@@ -11,19 +11,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from fedsb.adapters.export import DENSE, ENCODER, BaseModelInfo
+from fedsb.adapters.export import BaseModelInfo
+from fedsb.adapters.merge import DENSE, ENCODER
 from fedsb.adapters.serving import Serving, serving_lines
 
 PIPELINES = {"SEQ_CLS": "text-classification", "CAUSAL_LM": "text-generation"}
 
 
 def load_lines(base: BaseModelInfo, adapter: Path | str) -> str:
-    """Returns Python that loads the adapter from its folder onto the base of this machine, and uses it."""
+    """Returns Python that loads the adapter onto the base model of this machine, and uses it."""
     return _adapter_snippet(base, repr(str(adapter)), repr(str(base.name)), names="PeftModel")
 
 
 def card_lines(base: BaseModelInfo) -> str:
-    """Returns the same for a card: run in the adapter's own folder, wherever that is."""
+    """Returns Python for a card, to be run in the adapter's own folder."""
     if not base.is_local:
         return _adapter_snippet(base, '"."  # this folder', json.dumps(base.shared_name), names="PeftModel")
     name = "PeftConfig.from_pretrained(adapter).base_model_name_or_path  # the folder of the base model"
@@ -59,7 +60,7 @@ def _adapter_snippet(base: BaseModelInfo, adapter: str, name: str, *, names: str
 
 
 def merged_lines(base: BaseModelInfo, folder: Path | str | None = None) -> str:
-    """Returns Python that loads a merged model from `folder` (default: the folder that it is run in) and uses it."""
+    """Returns Python that loads a merged model from `folder` (default: the current folder), and uses it."""
     where = '"."  # this folder' if folder is None else repr(str(folder))
     if not base.averages:
         lines = [
@@ -100,14 +101,14 @@ def merged_lines(base: BaseModelInfo, folder: Path | str | None = None) -> str:
 
 def _batch(base: BaseModelInfo) -> list[str]:
     texts = ['texts = ["A first text.", "A second, longer text."]']
-    texts += ['pairs = ["What goes with the first.", "What goes with the second."]'] if base.pair else []
+    texts += ['pairs = ["A pair of the first.", "A pair of the second."]'] if base.pair else []
     read = "texts, pairs" if base.pair else "texts"
     how = f'padding=True, truncation=True, max_length={base.max_tokens}, return_tensors="pt"'
     return [*texts, f"batch = tokenizer({read}, {how})"]
 
 
 def _mean(name: str) -> list[str]:
-    """Returns the lines that average over a text's tokens, without its padding."""
+    """Returns the lines that average over a text's tokens, without padding."""
     return [
         'mask = batch["attention_mask"].unsqueeze(-1)',
         f"{name} = ({name} * mask).sum(1) / mask.sum(1)  # the mean over each text's tokens",
@@ -148,55 +149,54 @@ def _use(base: BaseModelInfo) -> list[str]:
 
 
 def model_card(base: BaseModelInfo, facts: Mapping[str, str], servers: Sequence[Serving] = ()) -> str:
-    """Returns an adapter's card in Markdown: how it was made, what it scored and how it is loaded."""
-    elsewhere = "\n".join(f"- {line}" for line in serving_lines([asdict(server) for server in servers]))
+    """Returns an adapter's card in Markdown: how it was trained, its score, and how to load it."""
+    lines = "\n".join(f"- {line}" for line in serving_lines([asdict(server) for server in servers]))
     quantised = (
-        "\nIt was trained on the base quantised as above. On the unquantised base it works too, but is not what was "
-        "scored.\n"
+        "\nThe adapter was trained on the base quantised as above. On the unquantised base, its scores differ.\n"
         if base.quantization
         else ""
     )
     return (
         _front(base, library_name="peft")
-        + "# A LoRA adapter, trained by federation with fedsb\n\n"
+        + "# A LoRA adapter, trained with federated learning by fedsb\n\n"
         + _table(base, facts)
-        + f"\n## Load it\n\n```python\n{card_lines(base)}\n```\n"
+        + f"\n## Usage\n\n```python\n{card_lines(base)}\n```\n"
         + quantised
         + _notes(base)
-        + (f"\n## Elsewhere\n\n{elsewhere}\n" if elsewhere else "")
+        + (f"\n## Serving\n\n{lines}\n" if lines else "")
         + _outputs(base)
     )
 
 
 def merged_card(base: BaseModelInfo, facts: Mapping[str, str], licence: str | None = None) -> str:
-    """Returns the card of a merged model; `licence` is the base's, where it is known."""
+    """Returns the card of a merged model; `licence` is the base's, if it is known."""
     library = "sentence-transformers" if base.averages else "transformers"
     plain = f"```python\n{merged_lines(base)}\n```\n"
     return (
         _front(base, library_name=library, licence=licence)
-        + "# A model, trained by federation with fedsb\n\n"
+        + "# A model, trained with federated learning by fedsb\n\n"
         + "The base model with a LoRA adapter merged into its weights.\n\n"
         + _table(base, facts)
-        + f"\n## Load it\n\n{_short_way(base)}{plain}"
+        + f"\n## Usage\n\n{_short_usage(base)}{plain}"
         + _notes(base)
         + _outputs(base)
     )
 
 
-def _short_way(base: BaseModelInfo) -> str:
-    """Returns how a merged classifier is loaded by a library that does all the rest."""
-    first = '("A first text.", "What goes with the first.")' if base.pair else '"A first text."'
+def _short_usage(base: BaseModelInfo) -> str:
+    """Returns how to use a merged classifier with a single call of a library."""
+    first = '("A first text.", "A pair of the first.")' if base.pair else '"A first text."'
     if base.averages:
         return (
             "This is a folder of sentence-transformers: an encoder, the mean over a text's tokens, and a linear layer "
-            "with a logit for each output. transformers has no class for it, so its text-classification pipeline "
-            "refuses it.\n\n```python\nfrom sentence_transformers import SentenceTransformer\n\n"
+            "with one logit per output. transformers has no such class, so its text-classification pipeline refuses "
+            "the folder.\n\n```python\nfrom sentence_transformers import SentenceTransformer\n\n"
             f'logits = SentenceTransformer(".").encode([{first}])\n```\n\nWith transformers alone:\n\n'
         )
     if not base.label_names:
         return ""
     if base.pair:
-        first = '{"text": "A first text.", "text_pair": "What goes with the first."}'
+        first = '{"text": "A first text.", "text_pair": "A pair of the first."}'
     return (
         '```python\nfrom transformers import pipeline\n\nmodel = pipeline("text-classification", model=".")\n'
         f"print(model([{first}], truncation=True))\n```\n\nWithout a pipeline:\n\n"
@@ -204,7 +204,7 @@ def _short_way(base: BaseModelInfo) -> str:
 
 
 def _front(base: BaseModelInfo, *, library_name: str, licence: str | None = None) -> str:
-    """Returns the card's metadata. A folder on this machine is not named there: it says nothing to others."""
+    """Returns the card's metadata. It contains no local folder, which would mean nothing to others."""
     lines = [] if base.is_local else [f"base_model: {json.dumps(base.shared_name)}"]
     lines += [] if licence is None else [f"license: {json.dumps(licence)}"]
     lines += [f"library_name: {library_name}"]
@@ -219,21 +219,21 @@ def _table(base: BaseModelInfo, facts: Mapping[str, str]) -> str:
 
 
 def _notes(base: BaseModelInfo) -> str:
-    """Returns what a user must know to get the answers that were scored."""
+    """Returns the settings that a user needs to reproduce the scores."""
     if base.label_names:
-        return f"\nTexts are cut after {base.max_tokens} tokens, as in training.\n"
+        return f"\nTexts are truncated to {base.max_tokens} tokens, as in training.\n"
     ends = (
-        f"Generation ends at the tokens {', '.join(map(str, base.ends))}: pass them as `eos_token_id`, since the base "
-        "model's own generation config may name others."
+        f"Generation ends at the tokens {', '.join(map(str, base.ends))}. Pass them as `eos_token_id`, since the base "
+        "model's own generation config may contain different ones."
         if base.ends
-        else "The tokenizer has no end token, so the model was not trained to end: it writes until `max_new_tokens`."
+        else "The tokenizer has no end token, so the model was not trained to stop before `max_new_tokens`."
     )
-    cut = f" A text that goes on with {' or '.join(map(repr, base.stops))} is cut before it." if base.stops else ""
-    return f"\n## Where it stops\n\n{ends}{cut}\n"
+    cut = f" A generated text is cut before {' or '.join(map(repr, base.stops))}." if base.stops else ""
+    return f"\n## End of generation\n\n{ends}{cut}\n"
 
 
 def _outputs(base: BaseModelInfo) -> str:
     if not base.label_names:
         return ""
-    heading = "Output, a number" if base.problem_type == "regression" else "Classes"
+    heading = "Output" if base.problem_type == "regression" else "Classes"
     return f"\n## {heading}\n\n" + "".join(f"- {i}: {name}\n" for i, name in enumerate(base.label_names))

@@ -1,14 +1,14 @@
-"""The core adapter: a frozen basis around a small trained matrix.
+"""The core adapter: a small trained matrix in a frozen basis.
 
     W = W0 + s * sum_i B_i R_i A_i          i = 1..h blocks; only R is trained, sent and averaged
 
 h = 1 is Fed-SB (Singhal et al., "Fed-SB: A Silver Bullet for Extreme Communication Efficiency and Performance in
 (Private) Federated LoRA Fine-Tuning", arXiv 2502.15436) on LoRA-SB (Ponkshe et al., arXiv 2411.19557); h > 1 is the
-adapter of RAVAN (arXiv 2506.05568). Federated rounds, joint training and the PEFT tuner all run this one layer.
+adapter of RAVAN (arXiv 2506.05568). Federated rounds, joint training and the PEFT tuner all use `core_forward`.
 
 Shapes: m out, n in, r rank, h blocks, K clients, b rows (examples), t tokens.
-  A (h r, n) and B (m, h r) stack the blocks; R is (K, h, r, r), block-diagonal were it written out.
-R is float32 whatever the base's dtype: in bfloat16 an entry of 0.02 no longer moves by a step of 1e-4.
+  A (h r, n) and B (m, h r) stack the blocks; R (K, h, r, r) is the list of the diagonal blocks.
+R is float32, independent of the base's dtype: in bfloat16, a step of 1e-4 does not change an entry of 0.02.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ def core_forward(
     R_Khrr: Tensor,  # (K, h, r, r)
     scale: float,
 ) -> Tensor:  # (b, ..., m)
-    """The adapter's output s * sum_i x A_i' R_i' B_i', every slice of rows with its own client's R.
+    """Returns the adapter's output s * sum_i x A_i' R_i' B_i', where each client's slice of rows uses that client's R.
 
-    Autograd keeps x A' (tokens x h r) for the backward and no more: B and A need no gradient. The gradient of R is
+    Autograd keeps only x A' (tokens x h r) for the backward, since B and A need no gradient. The gradient of R is
     s * sum_t (B' g_t)(A x_t)' over the tokens t of the client's rows.
     """
     K, h, r, _ = R_Khrr.shape
     z = nn.functional.linear(x, A)  # (b, ..., h r)
-    if K == h == 1:  # one client and one block: no reshaping
+    if K == h == 1:  # one client and one block need no reshaping
         return nn.functional.linear(nn.functional.linear(z, R_Khrr[0, 0].to(z.dtype)), B) * scale
     z_Kphr = z.reshape(K, -1, h, r).transpose(1, 2)  # (K, h, p, r); p = the client's tokens
     u_Kphr = z_Kphr @ R_Khrr.to(z.dtype).mT  # (K, h, p, r)
@@ -44,12 +44,12 @@ def core_forward(
 
 
 def core_delta(A: Tensor, B: Tensor, R_hrr: Tensor, scale: float) -> Tensor:
-    """The change of the weight, s * sum_i B_i R_i A_i: (m, n), in the dtype of R. For merging and for tests."""
+    """Returns the change of the weight, s * sum_i B_i R_i A_i (m, n), in the dtype of R. For merging and tests."""
     return scale * core_left(B.to(R_hrr.dtype), R_hrr) @ A.to(R_hrr.dtype)
 
 
 def core_left(B: Tensor, R_hrr: Tensor) -> Tensor:
-    """B R with R block-diagonal: (m, h r). With A beside it, this is the plain LoRA of the same change."""
+    """Returns B R (m, h r), with R block-diagonal. B R and A are the factors of an equal plain LoRA."""
     h, r, _ = R_hrr.shape
     return torch.einsum("mhr,hrq->mhq", B.reshape(-1, h, r), R_hrr).reshape(-1, h * r)
 
@@ -58,7 +58,7 @@ class CoreLinear(AdaptedLinear):
     """A frozen linear layer with a core adapter: y = x W0' + s * sum_i x A_i' R_i' B_i'."""
 
     names = ("A", "B", "R")
-    optional = (*AdaptedLinear.optional, "s")  # RAVAN's scalars (K, h), trained beside R
+    optional = (*AdaptedLinear.optional, "s")  # RAVAN's scalars (K, h), trained together with R
     shared = (*AdaptedLinear.shared, "A", "B")
 
     def __init__(self, base: nn.Module, *, scale: float, routing: Routing, key: str) -> None:

@@ -1,42 +1,30 @@
-"""From a trained adapter to files that others load: plain PEFT LoRA, and a merged model.
+"""Writes a trained adapter as a plain PEFT LoRA.
 
-    lora_B = B R,  lora_A = A,  rank h r,  lora_alpha = rank * s           multiplied in float32; exact
+    lora_B = B R,  lora_A = A,  rank h r,  lora_alpha = h r s           multiplied in float32; exact
 
-A trained head is saved with the adapter (PEFT's modules_to_save). Every adapter that is written is loaded again by
-PEFT, on the same base, and its logits are compared with those of the model that was trained.
-
-A classifier with mean pooling is trained as a token classifier whose logits are averaged over each text's tokens.
-transformers has no text classifier that does this: loaded as one, the folder would get a head of random weights. It
-is therefore merged into a folder of sentence-transformers (encoder, masked mean, linear layer), which has no
-config.json of its own, so that `pipeline("text-classification")` refuses it.
+A trained head is saved with the adapter (PEFT's modules_to_save). Every adapter that is written is loaded again with
+PEFT and compared with the trained model, see export_check.py.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
 from safetensors.torch import save
-from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from fedsb.adapters.adapted import Tensors
 from fedsb.adapters.factors import Factors
 from fedsb.adapters.layer import is_conv1d
-from fedsb.utils.errors import RunError, UserError
 
-TOLERANCE = 1e-5  # of a layer's change, relative to its largest entry, in float32
-LOGITS_TOLERANCE = 1e-3  # of logits: B R first and R z first round differently, and deep layers make more of it
-OLD_PEFT_KEYS = frozenset(  # fields of LoraConfig in PEFT 0.13, which refuses a config with any other
+OLD_PEFT_KEYS = frozenset(  # fields of LoraConfig in PEFT 0.13, which refuses a config with other fields
     (
         *("alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "fan_in_fan_out", "inference_mode"),
         *("init_lora_weights", "layer_replication", "layers_pattern", "layers_to_transform", "loftq_config"),
@@ -44,36 +32,35 @@ OLD_PEFT_KEYS = frozenset(  # fields of LoraConfig in PEFT 0.13, which refuses a
         *("rank_pattern", "revision", "target_modules", "task_type", "use_dora", "use_rslora"),
     )
 )
-ENCODER, POOLING, DENSE = "0_Transformer", "1_Pooling", "2_Dense"  # folders of a sentence-transformers model
 
 
 @dataclass(frozen=True, kw_only=True)
 class BaseModelInfo:
-    """What a plain adapter must say of its base."""
+    """The facts about a base model, its head and its prompts that the files of an adapter contain."""
 
-    name: str  # where it was loaded from: a folder or a Hub name
-    shared_name: str  # what others know it by
+    name: str  # where the model was loaded from: a folder or a Hub name
+    shared_name: str  # the name under which others find it
     revision: str | None
     auto_class: str
     task_type: str  # PEFT's: SEQ_CLS, TOKEN_CLS, CAUSAL_LM
     head: Sequence[str]  # modules trained in full
-    label_names: Sequence[str]  # of the head's outputs
-    conv1d: bool  # GPT-2's layers, stored transposed
-    pad_token: int | None = None  # where the base's own config names none and a classifier needs one
-    problem_type: str | None = None  # "regression", where the head gives a number
-    model_type: str = ""  # of its config.json
-    quantization: Mapping[str, Any] = field(default_factory=dict)  # keys of BitsAndBytesConfig, of a quantised base
-    max_tokens: int = 512  # of a classifier: longer texts are cut
-    pair: bool = False  # of a classifier: it reads two texts
-    chat: bool = False  # of a model that writes: prompts are made by the tokenizer's chat template
-    template: str = "{prompt}"  # else what a prompt stands in
-    starts: bool = False  # and whether the begin-of-text token stands before it
-    ends: Sequence[int] = ()  # tokens that end what is written
-    stops: Sequence[str] = ()  # texts at which it is cut where none of them came
+    label_names: Sequence[str]  # names of the head's outputs
+    conv1d: bool  # whether the layers are GPT-2's, which are stored transposed
+    pad_token: int | None = None  # set if a classifier needs one that the base's own config does not contain
+    problem_type: str | None = None  # "regression" if the head returns a number
+    model_type: str = ""  # as in its config.json
+    quantization: Mapping[str, Any] = field(default_factory=dict)  # keys of BitsAndBytesConfig
+    max_tokens: int = 512  # for classifiers: longer texts are truncated
+    pair: bool = False  # for classifiers: whether they read two texts
+    chat: bool = False  # for generation: whether prompts are made by the tokenizer's chat template
+    template: str = "{prompt}"  # for generation without a chat template: the text around a prompt
+    starts: bool = False  # for generation without a chat template: whether the text starts with a begin token
+    ends: Sequence[int] = ()  # tokens that end a generated text
+    stops: Sequence[str] = ()  # texts at which a generated text is cut if it does not end
 
     @property
     def is_local(self) -> bool:
-        """Returns whether others know the base by no name: it is a folder on this machine."""
+        """Returns whether the base is a folder on this machine, without a public name."""
         return Path(self.shared_name).is_dir()
 
     @property
@@ -83,9 +70,9 @@ class BaseModelInfo:
 
 
 def lora_tensors(factors: Mapping[str, Factors], head: Tensors) -> Tensors:
-    """The tensors of a PEFT LoRA file: "base_model.model.<layer>.lora_A.weight" (R, n), ".lora_B.weight" (m, R).
+    """Returns the tensors of a PEFT LoRA file, with keys such as "base_model.model.<layer>.lora_A.weight".
 
-    Layers of a lower rank are filled up with zeros: not everything that loads LoRA knows a rank for each layer.
+    Layers of a lower rank are padded with zeros, since not every library supports a rank per layer.
     """
     tensors: Tensors = {}
     rank = max(len(factor.A) for factor in factors.values())
@@ -107,7 +94,7 @@ def lora_files(factors: Mapping[str, Factors], head: Tensors, base: BaseModelInf
 
 
 def lora_config(factors: Mapping[str, Factors], base: BaseModelInfo) -> dict[str, Any]:
-    """What is written as adapter_config.json."""
+    """Returns the contents of adapter_config.json."""
     from peft import LoraConfig
 
     rank = max(len(factor.A) for factor in factors.values())
@@ -134,11 +121,10 @@ def lora_config(factors: Mapping[str, Factors], base: BaseModelInfo) -> dict[str
 
 
 def companion_files(tokenizer: Any, config: Any, base: BaseModelInfo) -> dict[str, bytes]:
-    """Returns what a user of the adapter needs beside its weights, by name: the tokenizer and, for a classifier, the
-    base model's config with the classes.
+    """Returns further files of an adapter folder: the tokenizer and, for classifiers, the config with the classes.
 
-    A config.json also keeps `pipeline(task, model=folder)` of transformers from loading the adapter: without one it
-    loads the base with a config that does not know the classes, and with mean pooling under a random head.
+    The config.json also prevents transformers' `pipeline(task, model=folder)` from loading the adapter. Without it, the
+    pipeline loads the base with a config without the classes and, with mean pooling, with a random head.
     """
     with TemporaryDirectory(prefix="fedsb.") as folder:
         ready_tokenizer(tokenizer, base).save_pretrained(folder)
@@ -149,7 +135,7 @@ def companion_files(tokenizer: Any, config: Any, base: BaseModelInfo) -> dict[st
 
 
 def ready_tokenizer(tokenizer: Any, base: BaseModelInfo) -> Any:
-    """Returns a copy of the tokenizer that pads, and cuts a classifier's texts, as in training."""
+    """Returns a copy of the tokenizer that pads, and truncates a classifier's texts, as in training."""
     ready = copy.deepcopy(tokenizer)
     if ready.pad_token is None and ready.eos_token is not None:
         ready.pad_token = ready.eos_token
@@ -169,35 +155,17 @@ def labelled_config(config: Any, base: BaseModelInfo) -> Any:
     labelled.label2id = {name: i for i, name in enumerate(base.label_names)}
     if base.pad_token is not None and labelled.get_text_config().pad_token_id is None:
         labelled.get_text_config().pad_token_id = base.pad_token
-    if hasattr(labelled, "quantization_config"):  # said where the base is loaded
+    if hasattr(labelled, "quantization_config"):  # part of loading the base
         del labelled.quantization_config
     return labelled
-
-
-def try_adapter(
-    model: nn.Module,
-    inputs: Mapping[str, Tensor],
-    wanted: Tensor,
-    factors: Mapping[str, Factors],
-    head: Tensors,
-    base: BaseModelInfo,
-) -> float:
-    """Writes an adapter to a temporary folder, loads it with PEFT onto the bare base and compares, as `check_adapter`.
-
-    Needs no training: with factors of zeros, `wanted` are the base's own logits.
-    """
-    with TemporaryDirectory(prefix="fedsb.") as folder:
-        for name, content in lora_files(factors, head, base, "").items():
-            Path(folder, name).write_bytes(content)
-        return check_adapter(Path(folder), model, inputs, wanted, factors, base)
 
 
 def lora_targets(layers: Sequence[str], model_type: str) -> tuple[list[str], list[str] | None]:
     """Returns target_modules and target_parameters with which PEFT adapts exactly these linear layers.
 
-    In models with fused experts, such as DeepSeek-V3, PEFT takes every gate_proj, up_proj and down_proj for one of the
-    experts', also in dense and shared layers, and then adapts other weights than were trained. A layer that is named
-    by its parameter is left alone. The names of the tensors are the same either way.
+    In models with fused experts, such as DeepSeek-V3, PEFT treats every gate_proj, up_proj and down_proj as a part of
+    the experts, also in dense and shared layers, and then adapts the wrong weights. Layers that are given by their
+    parameters are not affected. The names of the tensors are the same in both cases.
     """
     from peft import LoraConfig
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
@@ -208,7 +176,7 @@ def lora_targets(layers: Sequence[str], model_type: str) -> tuple[list[str], lis
         config = LoraConfig(target_modules=[layer])
         try:
             convert_peft_config_for_transformers(config, model, None)
-        except ValueError:  # it would be fused with others that are not named
+        except ValueError:  # it would be fused with layers that are not targets
             config.target_modules = set()
         if layer not in (config.target_modules or ()):
             parameters.append(layer)
@@ -216,207 +184,6 @@ def lora_targets(layers: Sequence[str], model_type: str) -> tuple[list[str], lis
     return modules, [f"{layer}.weight" for layer in parameters] or None
 
 
-@torch.no_grad()
-def check_adapter(
-    folder: Path,
-    model: nn.Module,
-    inputs: Mapping[str, Tensor],
-    wanted: Tensor,
-    factors: Mapping[str, Factors],
-    base: BaseModelInfo,
-) -> float:
-    """Loads the adapter with PEFT onto the bare base and compares it with what was trained.
-
-    Compared are the change of every layer's weight, in float32, and the logits, where the base is float32: on another
-    the logits of two right adapters differ by rounding. Returns the largest relative difference of a layer's change.
-    The model is given back without the adapter, but with its head, as PEFT leaves it.
-    Raises:
-        UserError: PEFT has no LoRA for one of the layers. The message names the layer.
-        RunError: the files cannot be read, or a difference is above TOLERANCE or LOGITS_TOLERANCE.
-    """
-    from peft import PeftModel
-
-    try:
-        with warnings.catch_warnings():  # PEFT asks it
-            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-            loaded = PeftModel.from_pretrained(model, folder)
-    except (ValueError, NotImplementedError) as error:
-        raise _refused_by_peft(folder, [layer for layer in factors if _names(error, layer)], error) from error
-    except (KeyError, RuntimeError, SafetensorError) as error:
-        raise RunError(f"PEFT cannot load the adapter in {folder}: {type(error).__name__}: {error}") from error
-    try:
-        loaded.eval()
-        modules = dict(loaded.get_base_model().named_modules())
-        if left_out := [layer for layer in factors if not hasattr(modules.get(layer), "get_delta_weight")]:
-            raise _refused_by_peft(folder, left_out, None)
-        by_layer = [
-            _relative(modules[layer].get_delta_weight("default"), _stored(factor.scale * factor.B @ factor.A, base))
-            for layer, factor in factors.items()
-        ]
-        difference = float(torch.tensor(by_layer).max())  # NaN where one is
-        faults = [] if difference <= TOLERANCE else [f"the change of a layer differs by {difference:.2g}"]
-        if all(p.dtype == torch.float32 for p in model.parameters()):
-            logits = _relative(loaded(**inputs).logits, wanted)
-            faults += [] if logits <= LOGITS_TOLERANCE else [f"logits differ by {logits:.2g}"]
-    finally:
-        loaded.unload()
-    if faults:
-        raise RunError(
-            f"the adapter in {folder}, loaded by PEFT, is not the trained model: {' and '.join(faults)} of the largest "
-            "value; this is a defect of fedsb, please report it with `fedsb env`"
-        )
-    return difference
-
-
-def _names(error: Exception, layer: str) -> bool:
-    return layer.rsplit(".", 1)[-1] in str(error)
-
-
-def _refused_by_peft(folder: Path, layers: Sequence[str], error: Exception | None) -> UserError:
-    """Returns the error for layers that PEFT does not adapt, with its own words where it has some."""
-    named = ", ".join(map(repr, layers[:3])) + (f" and {len(layers) - 3} more" if len(layers) > 3 else "")
-    what = f"the layer{'s' if len(layers) > 1 else ''} {named}" if layers else f"the adapter in {folder}"
-    said = f": {error}" if error is not None else ", and leaves the base model as it is there."
-    return UserError(
-        f"PEFT loads no LoRA on {what}{said} Leave such layers out in a new run with model.target_modules, for example "
-        '--set \'model.target_modules=["q_proj", "v_proj"]\''
-    )
-
-
-def _relative(got: Tensor, wanted: Tensor) -> float:
-    wanted = wanted.float().cpu()
-    return float((got.float().cpu() - wanted).abs().max() / wanted.abs().max().clamp(min=1e-12))
-
-
-def _stored(delta: Tensor, base: BaseModelInfo) -> Tensor:
-    """A change (m, n) as the base stores its weights."""
-    return delta.T if base.conv1d else delta
-
-
-def merge(base: BaseModelInfo, adapter: Path, folder: Path, tokenizer: Any) -> BaseModelInfo:
-    """Writes the base with the adapter merged into its weights, and the tokenizer, as an ordinary model folder.
-
-    With mean pooling the folder is one of sentence-transformers. Returns `base` with the end tokens of the base model's
-    own generation config added. Raises UserError where `merged_plan` says that there is no such folder.
-    """
-    import transformers
-    from peft import PeftModel
-
-    labels: dict[str, Any] = (
-        {"num_labels": len(base.label_names), "ignore_mismatched_sizes": True} if base.label_names else {}
-    )
-    model = getattr(transformers, base.auto_class).from_pretrained(
-        base.name, revision=base.revision, trust_remote_code=False, **labels
-    )
-    available, why = merged_plan(base, model.eval())
-    if not available:
-        raise UserError(f"--merged: {why}. Export the adapter, without --merged. Its README shows how to load it")
-    merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
-    ready = ready_tokenizer(tokenizer, base)
-    if base.averages:
-        _write_averaging(base, merged.eval(), ready, folder)
-        return base
-    if base.label_names:
-        merged.config = labelled_config(merged.config, base)
-    elif base.task_type == "CAUSAL_LM":
-        own = merged.generation_config.eos_token_id
-        named = own if isinstance(own, list) else [] if own is None else [own]
-        base = replace(base, ends=sorted({*base.ends, *named}))
-        merged.generation_config = _ending(merged.generation_config, base, ready.pad_token_id)
-    merged.save_pretrained(folder)
-    ready.save_pretrained(folder)
-    return base
-
-
-@torch.no_grad()
-def merged_plan(base: BaseModelInfo, model: Any) -> tuple[bool, str]:
-    """Returns whether the adapter can be merged into this base model, and into what, or why not.
-
-    A classifier that averages its tokens' logits must be one linear layer on the encoder's last states: the mean of the
-    logits is then that layer of the mean of the states.
-    """
-    if getattr(model.config, "quantization_config", None) is not None:
-        return (
-            False,
-            f"the weights of {base.name} are stored quantised, and an adapter is merged into unquantised ones only",
-        )
-    if not base.averages:
-        return True, "an ordinary model folder"
-    encoder, ids = model.base_model, torch.arange(1, 5, device=model.device).unsqueeze(0)
-    heads = _heads(model)
-    try:
-        plain = len(heads) == 1 and isinstance(heads[0], nn.Linear)
-        plain = plain and _relative(heads[0](encoder(ids)[0]), model(ids).logits) <= TOLERANCE
-    except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError):
-        plain = False  # an encoder that cannot be called by itself
-    if plain:
-        return True, "a folder of sentence-transformers: no class of transformers averages a classifier's logits"
-    return False, (
-        f"task.pooling = 'mean' is not available for a model of the type {model.config.model_type!r}: its classifier "
-        "has more than one layer, and no format that others load averages its logits"
-    )
-
-
-def _heads(model: Any) -> list[nn.Module]:
-    """Returns the parts of a model outside its encoder that have parameters."""
-    return [part for part in model.children() if part is not model.base_model and any(True for _ in part.parameters())]
-
-
-def _ending(settings: Any, base: BaseModelInfo, pad_token: int | None) -> Any:
-    """Returns a copy of a generation config that stops at the end tokens of `base`.
-
-    A config that contradicts itself, which transformers does not save, is replaced by one without its sampling.
-    """
-    from transformers import GenerationConfig
-
-    ending = copy.deepcopy(settings)
-    try:
-        ending.validate(strict=True)
-    except ValueError:
-        ending = GenerationConfig(bos_token_id=settings.bos_token_id, eos_token_id=settings.eos_token_id)
-    ending.eos_token_id = list(base.ends) or None
-    ending._from_model_config = False  # else transformers may take the end token of config.json instead
-    ending.pad_token_id = settings.pad_token_id if settings.pad_token_id is not None else pad_token
-    return ending
-
-
-@torch.no_grad()
-def _write_averaging(base: BaseModelInfo, model: Any, tokenizer: Any, folder: Path) -> None:
-    """Writes a token classifier, of which `merged_plan` approves, as an encoder, a masked mean and a linear layer."""
-    from transformers import AutoModel
-
-    encoder, kind, (head,) = model.base_model, model.config.model_type, _heads(model)
-    assert isinstance(head, nn.Linear)
-    whole = AutoModel.from_pretrained(  # with a pooler, where the base has one
-        base.name, revision=base.revision, trust_remote_code=False
-    )
-    if strange := whole.load_state_dict(encoder.state_dict(), strict=False).unexpected_keys:
-        raise RunError(f"the encoder of a {kind} model has no tensor {strange[0]!r}; please report it with `fedsb env`")
-    whole.save_pretrained(folder / ENCODER)
-    tokenizer.save_pretrained(folder / ENCODER)
-    (m, n), dense = head.weight.shape, "torch.nn.modules.linear.Identity"
-    types = ((ENCODER, "Transformer"), (POOLING, "Pooling"), (DENSE, "Dense"))
-    files: dict[str, Any] = {
-        "modules.json": [
-            {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
-            for i, (path, kind) in enumerate(types)
-        ],
-        f"{ENCODER}/sentence_bert_config.json": {"max_seq_length": base.max_tokens, "do_lower_case": False},
-        f"{POOLING}/config.json": {"word_embedding_dimension": n, "pooling_mode_mean_tokens": True},
-        f"{DENSE}/config.json": {
-            "in_features": n,
-            "out_features": m,
-            "bias": head.bias is not None,
-            "activation_function": dense,
-        },
-        "labels.json": list(base.label_names),
-    }
-    for name, content in files.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(json.dumps(content, indent=2))
-    tensors = {f"linear.{name}": tensor.contiguous() for name, tensor in head.state_dict().items()}
-    (folder / DENSE / "model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
-
-
 def has_conv1d(layers: Mapping[str, Any]) -> bool:
+    """Returns whether some of the adapted layers are GPT-2's Conv1D."""
     return any(is_conv1d(layer.base) for layer in layers.values())

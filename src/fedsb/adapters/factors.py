@@ -2,8 +2,8 @@
 
     W = W0 + s B A          s = alpha / r
 
-Shapes: m out, n in, r rank, K clients, b rows. A is (K, r, n) and B is (K, m, r); a factor that every client shares
-may have K = 1. Both are float32 whatever the base's dtype.
+Shapes: m out, n in, r rank, K clients, b rows. A is (K, r, n) and B is (K, m, r). A factor that all clients share may
+have K = 1. Both are float32, independent of the base's dtype.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def factor_forward(
     B_Kmr: Tensor,  # (K or 1, m, r)
     scale: float,
 ) -> Tensor:  # (b, ..., m)
-    """The adapter's output s x A' B', every slice of rows with its own client's factors."""
+    """Returns the adapter's output s x A' B', where each client's slice of rows uses that client's factors."""
     K = max(len(A_Krn), len(B_Kmr))
     x_Kpn = x.reshape(K, -1, x.shape[-1])  # p = the client's tokens
     y_Kpm = (x_Kpn @ A_Krn.to(x.dtype).mT) @ B_Kmr.to(x.dtype).mT
@@ -33,14 +33,14 @@ def factor_forward(
 
 @dataclass(frozen=True, kw_only=True)
 class Factors:
-    """An adapter as plain LoRA: dW = scale * B A with B (m, R) and A (R, n), R the total rank."""
+    """An adapter as plain LoRA: dW = scale * B A, with B (m, h r) and A (h r, n), where h r is the total rank."""
 
     A: Tensor
     B: Tensor
     scale: float
 
     def plus(self, other: tuple[Tensor, Tensor] | None) -> Factors:
-        """The same with B' A' of `other` added: ranks add up."""
+        """Returns the factors of the sum of this adapter and of B' A' in `other`. The ranks add up."""
         if other is None:
             return self
         B, A = other
@@ -72,9 +72,9 @@ class FactorLinear(AdaptedLinear):
 
 
 def factor_start(shapes: Mapping[str, tuple[int, int]], rank: int, seed: int, round: int = 0) -> dict[str, Tensor]:
-    """LoRA's start, by layer: "<layer>.A" (r, n) uniform with variance 1 / (3 n), "<layer>.B" (m, r) zero; float32.
+    """Returns LoRA's initial factors: "<layer>.A" (r, n), uniform with variance 1 / (3 n); "<layer>.B" (m, r), zero.
 
-    A is keyed by (seed, layer, round), so that two layers of one shape differ and every client has the same.
+    A is drawn by the key (seed, layer, round): layers differ, and all clients have the same A. Both are float32.
     """
     tensors: dict[str, Tensor] = {}
     for layer, (m, n) in shapes.items():

@@ -1,15 +1,14 @@
-"""Full-size gradients of frozen linear layers, a group of layers at a time, without ever giving a weight a gradient.
+"""Full-size gradients of frozen linear layers, one group of layers at a time, without gradients on the weights.
 
     dL/dW = sum over calls and tokens of  g_t x_t'          x the layer's input, g = dL/dy of its output
 
-Hooks add g' x up while autograd passes by, so that the weights may be frozen or quantised, and the gradient of the
-whole model is never held: only the group's, at most `budget_bytes` (one layer at least). The price is one pass over
-the samples a group. The `update` basis (LoRA-SB, arXiv 2411.19557) needs these gradients, in the federation and on
-one machine alike.
+Hooks accumulate g' x during the backward pass, so the weights may be frozen or quantised. Only the gradients of one
+group are in memory: at most `budget_bytes`, or one layer. The cost is one pass over the samples per group. The `update`
+basis (LoRA-SB, arXiv 2411.19557) needs these gradients, both in a federation and on one machine.
 
-Shapes: m out, n in. Besides the gradients a group keeps its layers' inputs from forward to backward, activation
-checkpointing or not. Both kinds of checkpointing work; the re-entrant kind needs a model whose embeddings require
-grad (`model.enable_input_require_grads()`), as it does for training.
+Shapes: m out, n in. A group also keeps its layers' inputs from forward to backward, with or without activation
+checkpointing. Both kinds of checkpointing work. The re-entrant kind needs embeddings that require grad
+(`model.enable_input_require_grads()`), as it does in training.
 """
 
 from __future__ import annotations
@@ -29,22 +28,22 @@ FLOAT32_BYTES = 4
 def weight_gradients(
     layers: Mapping[str, nn.Module], run: Callable[[], None], *, budget_bytes: int = 1 << 30
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yields (name, dL/dW (m, n) float32) of each of `layers`, one by one, in their order.
+    """Yields (name, dL/dW (m, n) float32) for each of `layers`, in their order.
 
     Args:
-        layers: nn.Linear, Conv1D, or quantised layers with their interface. A module called twice sums its calls.
-        run: makes all forward and backward passes, of the summed loss over all samples; called once a group of
-            layers, it must do the same each time. Parameters that require grad get theirs as in any backward.
-        budget_bytes: what the gradients of a group may take.
+        layers: nn.Linear, Conv1D, or quantised layers with the same interface. The gradients of several calls add up.
+        run: runs all forward and backward passes, for the loss summed over all samples. It is called once per group
+            and must do the same each time. Parameters that require grad accumulate their gradients as usual.
+        budget_bytes: maximum size of the gradients of a group.
 
-    A layer that the loss does not depend on (the last ones of CANINE) has a gradient of zeros.
+    A layer that does not affect the loss (such as the last layers of CANINE) has a gradient of zeros.
 
     Raises:
-        RunError: a layer was only ever called without a graph, so that its gradient is unknown.
+        RunError: a layer was only called without a graph, so its gradient is unknown.
     """
     for group in layer_groups(layers, budget_bytes):
-        sums = {name: _Sum(layer) for name, layer in group.items()}
-        handles = [layer.register_forward_hook(sums[name].tap) for name, layer in group.items()]
+        sums = {name: _GradientSum(layer) for name, layer in group.items()}
+        handles = [layer.register_forward_hook(sums[name].forward_hook) for name, layer in group.items()]
         try:
             with torch.enable_grad():
                 run()
@@ -55,14 +54,14 @@ def weight_gradients(
             done = sums.pop(name)
             if done.calls and not done.calls_with_graph:
                 raise RunError(
-                    f"No gradient can come back to layer {name!r}: it was called without a graph. Re-entrant "
-                    "activation checkpointing needs model.enable_input_require_grads()."
+                    f"The gradient of layer {name!r} is unknown, because the layer was called without a graph. With "
+                    "re-entrant activation checkpointing, call model.enable_input_require_grads() first."
                 )
             yield name, done.G
 
 
 def layer_groups(layers: Mapping[str, nn.Module], budget_bytes: int) -> Iterator[dict[str, nn.Module]]:
-    """`layers` in groups, in order, whose float32 gradients fit the budget; a layer above it is a group of its own."""
+    """Yields groups of layers whose float32 gradients fit the budget. A layer that exceeds it forms its own group."""
     group: dict[str, nn.Module] = {}
     used_bytes = 0
     for name, layer in layers.items():
@@ -76,8 +75,8 @@ def layer_groups(layers: Mapping[str, nn.Module], budget_bytes: int) -> Iterator
         yield group
 
 
-class _Sum:
-    """The gradient of one layer's weight, as it adds up: G (m, n)."""
+class _GradientSum:
+    """The accumulated gradient G (m, n) of one layer's weight."""
 
     def __init__(self, layer: nn.Module) -> None:
         device = next(layer.parameters()).device
@@ -85,13 +84,13 @@ class _Sum:
         self.calls = 0
         self.calls_with_graph = 0
 
-    def tap(self, _: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
-        """A forward hook. Under re-entrant checkpointing the first forward has no graph: the second one counts."""
+    def forward_hook(self, _: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
+        """Registers the backward hook. In re-entrant checkpointing, only the second forward has a graph."""
         self.calls += 1
         if not torch.is_grad_enabled():
             return y
         self.calls_with_graph += 1
-        if not y.requires_grad:  # nothing upstream is trained; the copy is no leaf, so it may be changed in place
+        if not y.requires_grad:  # nothing before this layer is trained; a clone may be changed in place
             y = y.detach().requires_grad_().clone()
         x = args[0].detach()
 

@@ -1,8 +1,8 @@
-"""What the adapted layers share: the frozen base, the leading axis of clients, and the routing of a batch's rows.
+"""The base class of adapted layers: the frozen base, the leading axis of clients, and the routing of a batch's rows.
 
-Several clients are trained in one forward: their batches are joined along the first axis, K equal slices in a row,
-and each layer applies its own client's adapter to each slice. That needs an input whose first axis is the rows of
-the batch; a layer that sees anything else (a mixture of experts, packed rows) raises `RoutingError`.
+Several clients are trained in one forward. Their batches are concatenated along the first axis as K equal slices, and
+each layer applies the adapter of the slice's client. This needs an input whose first axis is the rows of the batch. A
+layer with a different input (a mixture of experts, packed rows) raises `RoutingError`.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ from fedsb.utils.errors import RunError
 
 
 class RoutingError(RunError):
-    """Raised where a layer's input does not have one row per example, so that rows cannot be assigned to clients."""
+    """Raised if a layer's input does not have one row per example, so that rows cannot be assigned to clients."""
 
 
 @dataclass
 class Routing:
-    """What adapted layers need to know of the batch in flight. One object, shared by all layers of a model."""
+    """The state of the current batch. One object is shared by all adapted layers of a model."""
 
-    rows: int | None = None  # rows of the joined batch; None: one client, nothing to route
-    one_by_one: bool = False  # the model cannot route rows: an example whose gradient is needed gets its own forward
-    dropout: Callable[[str, Tensor], Tensor] | None = None  # (layer key, x) -> x with the clients' own dropout
+    rows: int | None = None  # rows of the joined batch; None: a single client
+    one_by_one: bool = False  # the model cannot route rows: per-example gradients need one forward per example
+    dropout: Callable[[str, Tensor], Tensor] | None = None  # (layer key, x) -> x with each client's dropout
 
 
 class AdaptedLinear(nn.Module):
-    """A frozen linear layer (nn.Linear, GPT-2's Conv1D, a quantised one) plus an adapter. Subclasses give `adapter`.
+    """A frozen linear layer (nn.Linear, GPT-2's Conv1D, a quantised layer) with an adapter, which subclasses define.
 
-    Beside the adapter there may be a carried one, common to all clients: see adapters/carry.py.
+    A residual adapter, shared by all clients, may be added: see adapters/residual.py.
     """
 
     names: tuple[str, ...] = ()  # the adapter's tensors
     optional: tuple[str, ...] = RESIDUAL  # tensors that may be None
-    shared: tuple[str, ...] = RESIDUAL  # tensors that all clients share: without their axis
+    shared: tuple[str, ...] = RESIDUAL  # tensors that all clients share, without a client axis
 
     def __init__(self, base: nn.Module, *, scale: float, routing: Routing, key: str) -> None:
         super().__init__()
@@ -52,11 +52,11 @@ class AdaptedLinear(nn.Module):
         self.residual_B: Tensor | None = None
         self.residual_D: Tensor | None = None
 
-    # Some models read these of their layers: T5 asks for the dtype of `wo.weight`, Mamba multiplies with it.
+    # Some models read these attributes: T5 reads the dtype of `wo.weight`, Mamba multiplies with the weight.
 
     @property
     def weight(self) -> Tensor:
-        """The base layer's weight, as it stores it."""
+        """The base layer's weight, in its own layout."""
         weight = self.base.weight
         assert isinstance(weight, Tensor)
         return weight
@@ -77,11 +77,12 @@ class AdaptedLinear(nn.Module):
         return linear_shape(self.base)[0]
 
     def adapter(self, x: Tensor) -> Tensor:  # (b, ..., n) -> (b, ..., m)
+        """Returns the output of the adapter."""
         raise NotImplementedError
 
     @staticmethod
     def sizes(own: Mapping[str, Tensor], m: int, n: int) -> dict[str, tuple[int, ...]]:
-        """What the shapes of one client's tensors must be, by the ranks that `own` shows."""
+        """Returns the expected shapes of one client's tensors, at the ranks of `own`."""
         q = length(own, "residual_A")
         return {"residual_A": (q, n), "residual_B": (m, q), "residual_D": (m, n)}
 
@@ -99,14 +100,14 @@ class AdaptedLinear(nn.Module):
 
 
 def length(own: Mapping[str, Tensor], name: str) -> int:
-    """Returns the length of the tensor's first axis; 1 if it is empty or missing, so that no shape fits."""
+    """Returns the length of the tensor's first axis, or 1 if the tensor is empty or missing."""
     return max([1, *own[name].shape[:1]]) if name in own else 1
 
 
 class HeadLinear(nn.Module):
-    """A linear layer of the task head, trained in full: every client its own weight (K, m, n) and bias (K, m).
+    """A linear layer of the task head, trained in full. Each client has its own weight (K, m, n) and bias (K, m).
 
-    The head computes in float32, as its tensors are, and answers in the input's dtype.
+    The head computes in float32 and returns the input's dtype.
     """
 
     names = ("weight", "bias")
@@ -115,7 +116,7 @@ class HeadLinear(nn.Module):
     def __init__(self, base: nn.Linear, *, routing: Routing, key: str) -> None:
         super().__init__()
         self.in_features, self.out_features = base.in_features, base.out_features
-        self.__dict__["base"] = base  # to be given back by `unwrap`; not a part of this module
+        self.__dict__["base"] = base  # restored by `unwrap`; not a submodule
         self.key = key
         self.routing = routing
         self.weight = nn.Parameter(base.weight.detach().float().unsqueeze(0))
@@ -130,17 +131,18 @@ class HeadLinear(nn.Module):
 
 
 def check_rows(x: Tensor, routing: Routing, key: str) -> None:
+    """Raises RoutingError if the first axis of a layer's input is not the rows of the joined batch."""
     if routing.rows is not None and x.shape[0] != routing.rows:
         raise RoutingError(
-            f"Layer {key!r} sees {x.shape[0]} rows where the batch has {routing.rows}, so its rows cannot be "
+            f"Layer {key!r} receives {x.shape[0]} rows, and the batch has {routing.rows}, so its rows cannot be "
             "assigned to their clients or examples. Train one client at a time: engine.clients_per_forward = 1."
         )
 
 
 def base_weight(base: nn.Module) -> Tensor:
-    """W0 as (out, in), detached, whatever the layer stores: GPT-2's Conv1D the transpose, a quantised one packed bits.
+    """Returns W0 (m, n), detached, for every kind of layer. GPT-2's Conv1D stores the transpose.
 
-    Of a quantised layer it is a new float32 matrix, what its bits stand for.
+    For a quantised layer, the result is a new, dequantised float32 matrix.
     """
     weight = base.weight
     assert isinstance(weight, Tensor)
@@ -151,7 +153,7 @@ def base_weight(base: nn.Module) -> Tensor:
 
 
 def _dequantised(base: nn.Module, kind: str) -> Tensor:
-    """W0 (m, n) of a layer of bitsandbytes, float32."""
+    """Returns W0 (m, n) of a bitsandbytes layer, in float32."""
     from bitsandbytes import functional
 
     weight: Any = base.weight
@@ -164,7 +166,7 @@ def _dequantised(base: nn.Module, kind: str) -> Tensor:
 
 
 def linear_shape(base: nn.Module) -> tuple[int, int]:
-    """(m, n) = (out, in) of a linear layer."""
+    """Returns (m, n) = (out, in) of a linear layer."""
     if is_conv1d(base):
         n, m = base.weight.shape  # type: ignore[misc]
         return int(m), int(n)
@@ -172,13 +174,14 @@ def linear_shape(base: nn.Module) -> tuple[int, int]:
 
 
 def is_conv1d(module: nn.Module) -> bool:
+    """Returns whether the layer is GPT-2's Conv1D, which stores its weight transposed."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Returns whether the layer maps (..., n) to (..., m) with one weight: nn.Linear and its kin, or GPT-2's Conv1D.
+    """Returns whether the layer maps (..., n) to (..., m) with one weight: nn.Linear, a subclass, or GPT-2's Conv1D.
 
-    A subclass with a forward of its own is tried on one row: Falcon's passes, a router that returns a tuple does not.
+    A subclass with its own forward is called with one row: Falcon's passes, a router that returns a tuple does not.
     """
     if not isinstance(module, nn.Linear):
         return is_conv1d(module)
@@ -197,8 +200,8 @@ def is_linear(module: nn.Module) -> bool:
 def reads_weight(model: nn.Module, name: str) -> bool:
     """Returns whether the model computes with the weight of this layer without calling the layer.
 
-    The state-space mixers of Mamba and its relatives do so with dt_proj, and some fused kernels with x_proj and
-    out_proj; PEFT refuses out_proj in these models. An adapter there has no effect until it is merged.
+    The state-space mixers of Mamba and similar models do this with dt_proj, and some fused kernels with x_proj and
+    out_proj. PEFT refuses out_proj in these models. An adapter on such a layer has no effect until it is merged.
     """
     parent, _, child = name.removesuffix(".base_layer").rpartition(".")
     mixer = model.get_submodule(parent)

@@ -2,8 +2,8 @@
 
     G = sum over samples of dL/dW at W0,   D = -lr sign(G)  (or -lr G),   D ~ B diag(S) A,   R0 = diag(S) / s
 
-so that training starts one approximate full step from W0 (Ponkshe et al., arXiv 2411.19557, eq. 9). It costs a forward
-and a backward pass over the samples for each group of layers whose gradients fit `budget_bytes`.
+so that training starts one approximate full step from W0 (Ponkshe et al., arXiv 2411.19557, eq. 9). The cost is one
+forward and backward pass over the samples for each group of layers whose gradients fit `budget_bytes`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from torch import Tensor
 
 from fedsb.adapters.basis import captured_energy, update_pair
 from fedsb.adapters.gradients import weight_gradients
-from fedsb.adapters.peft_tuner import LoraSBConfig, adapter_layers
+from fedsb.adapters.peft_config import LoraSBConfig
+from fedsb.adapters.peft_layer import adapter_layers
 from fedsb.utils.errors import RunError, UserError
 
 Batch = Mapping[str, Any]
@@ -32,23 +33,25 @@ def update_basis_(
     adapter_name: str = "default",
     budget_bytes: int = 1 << 30,
 ) -> dict[str, float]:
-    """Sets A, B and R of the adapter from the first full step on `batches`; returns each layer's captured share.
+    """Sets A, B and R of the adapter from the first full step on `batches`, and returns each layer's captured share.
 
     Args:
-        model: a PeftModel with a `LoraSBConfig`. Its adapters are off, and it is in eval mode, during the call.
-        batches: dicts of tensors, examples first; a list or a DataLoader, for it is read once a group of layers.
-        loss_fn: (model, batch) -> the sum of the losses of the batch's samples. By default the model's own loss of
-            one sample at a time, which weights samples equally whatever their lengths.
-        lr: the learning rate at the first warm-up step of the training to come.
+        model: a PeftModel with a `LoraSBConfig`. During the call, adapters are disabled and the model is in eval mode.
+        batches: dicts of tensors whose first axis is the examples. A list or a DataLoader, since it is read once per
+            group of layers.
+        loss_fn: (model, batch) -> the sum of the losses of the batch's samples. Default: the model's own loss on one
+            sample at a time, which weights samples equally, independent of their lengths.
+        lr: the learning rate of the first step of training.
         sign: True for Adam-like training, D = -lr sign(G); False for SGD, D = -lr G.
-        budget_bytes: what the float32 gradients of a group of layers may take.
+        budget_bytes: maximum size of the float32 gradients of a group of layers.
 
     Returns:
-        For each layer, ||B' G A'||^2 / ||G||^2.
+        ||B' G A'||^2 / ||G||^2 for each layer.
     """
     if iter(batches) is batches:
         raise UserError(
-            "batches ends after one pass, and it is read once a group of layers: give a list or a DataLoader"
+            "batches is an iterator, which ends after one pass. It is read once per group of layers. Pass a list or a "
+            "DataLoader."
         )
     layers = adapter_layers(model, adapter_name)
     config: LoraSBConfig = model.peft_config[adapter_name]
@@ -63,7 +66,7 @@ def update_basis_(
                 loss.backward()
                 samples += 1
         if not samples:
-            raise UserError("batches is empty: the `update` basis needs at least one sample")
+            raise UserError("batches is empty. The `update` basis needs at least one sample.")
 
     captured = {}
     training = model.training
@@ -75,8 +78,8 @@ def update_basis_(
             bases = {name: layer.get_base_layer() for name, layer in layers.items()}
             for name, G in weight_gradients(bases, run, budget_bytes=budget_bytes):
                 if not torch.isfinite(G).all():
-                    raise RunError(f"the gradient of layer {name!r} is not finite: look at the loss of the samples")
-                A, B, S = update_pair(G, config.rank, lr, sign)
+                    raise RunError(f"The gradient of layer {name!r} is not finite. Check the loss of the samples.")
+                A, B, S = update_pair(G, config.total_rank, lr, sign)
                 R0 = torch.diag_embed(S.reshape(config.blocks, config.r)) / config.scale
                 layers[name].set_basis(adapter_name, A, B, R0)
                 inside, total = captured_energy(G, A, B, config.blocks)
@@ -90,7 +93,7 @@ def update_basis_(
 
 
 def single_samples(batch: Batch) -> Iterator[dict[str, Any]]:
-    """The rows of a batch as batches of one: every tensor is cut along its first axis."""
+    """Yields the rows of a batch as batches of one row. Tensors are split along their first axis."""
     rows = max((len(value) for value in batch.values() if isinstance(value, Tensor) and value.ndim), default=0)
     for row in range(rows):
         yield {

@@ -1,13 +1,13 @@
-"""The residual adapter: what rounds have added to the base outside the trained adapter, frozen.
+"""The residual adapter: the sum of what rounds have added to the base outside the trained adapter. It is frozen.
 
     W = W0 + C + s * (adapter)          C = sum over rounds of E_t
 
-FLoRA, FedEx-LoRA and a refreshed basis put their E_t here, in float32. A quantised base is therefore never written to,
+FLoRA, FedEx-LoRA and a refreshed basis add their E_t here, in float32. A quantised base is therefore never modified,
 and a client that skipped rounds can receive all of C at once.
 
-Keys of a layer: "residual_B" (m, q) and "residual_A" (q, n) are the factors of all E_t side by side until q reaches
-min(m, n) / 2, then "residual_D" (m, n) is their sum. E_t itself travels as "delta_B" (m, p) and "delta_A" (p, n), or as
-"delta_D" (m, n).
+Keys of a layer: "residual_B" (m, q) and "residual_A" (q, n) are the concatenated factors of all E_t until q reaches
+min(m, n) / 2. From then on, "residual_D" (m, n) is their sum. E_t itself is sent as "delta_B" (m, p) and "delta_A"
+(p, n), or as "delta_D" (m, n).
 """
 
 from __future__ import annotations
@@ -24,22 +24,25 @@ Tensors = dict[str, Tensor]
 
 
 def is_residual(key: str) -> bool:
+    """Returns whether the tensor is a part of C."""
     return key.rpartition(".")[2] in RESIDUAL
 
 
 def is_delta(key: str) -> bool:
+    """Returns whether the tensor is a part of some E_t."""
     return key.rpartition(".")[2] in DELTA
 
 
 def residual_of(tensors: Mapping[str, Tensor]) -> Tensors:
-    """Those of `tensors` that make up C."""
+    """Returns those of `tensors` that are parts of C."""
     return {key: tensor for key, tensor in tensors.items() if is_residual(key)}
 
 
 def delta_of(layer: str, B: Tensor, A: Tensor) -> Tensors:
-    """E = B A with B (m, p) and A (p, n), as it travels: its factors, or E where that is no larger.
+    """Returns E = B A, with B (m, p) and A (p, n), as it is sent: as its factors, or as a matrix if that is not larger.
 
-    Row by row in memory, as a site reads them: products of the same numbers in another order differ in their last bits.
+    The tensors are contiguous, as a client reads them. Otherwise products of the same numbers would differ in their
+    last bits.
     """
     (m, p), n = B.shape, A.shape[1]
     A, B = A.contiguous(), B.contiguous()
@@ -49,15 +52,15 @@ def delta_of(layer: str, B: Tensor, A: Tensor) -> Tensors:
 
 
 def delta_values(m: int, n: int, p: int) -> int:
-    """Values that E of rank p takes."""
+    """Returns the number of values with which E of rank p is sent."""
     return min(p * (m + n), m * n)
 
 
-def apply_delta(held: Mapping[str, Tensor], message: Mapping[str, Tensor]) -> Tensors:
-    """What a site holds after a message: with the news added to C, or with C as a whole from the message."""
+def apply_delta(shared: Mapping[str, Tensor], message: Mapping[str, Tensor]) -> Tensors:
+    """Returns a client's shared tensors after a message, which contains either E_t or the whole of C."""
     if whole := residual_of(message):
-        return {**{key: tensor for key, tensor in held.items() if not is_residual(key)}, **whole}
-    now = dict(held)
+        return {**{key: tensor for key, tensor in shared.items() if not is_residual(key)}, **whole}
+    now = dict(shared)
     for layer in sorted({key.rpartition(".")[0] for key in message if is_delta(key)}):
         part = {name: message.get(f"{layer}.{name}") for name in DELTA}
         old = {name: now.pop(f"{layer}.{name}", None) for name in RESIDUAL}
@@ -66,7 +69,10 @@ def apply_delta(held: Mapping[str, Tensor], message: Mapping[str, Tensor]) -> Te
 
 
 def residual_factors(tensors: Mapping[str, Tensor], layer: str) -> tuple[Tensor, Tensor] | None:
-    """(B (m, q), A (q, n)) of C; None where nothing was carried. A dense C has q = min(m, n): U S and V' of its SVD."""
+    """Returns the factors B (m, q) and A (q, n) of C, or None if C is zero.
+
+    A dense C has q = min(m, n): the factors are U S and V' of its SVD.
+    """
     A, B, D = (tensors.get(f"{layer}.{name}") for name in RESIDUAL)
     if D is not None:
         U, S, Vh = torch.linalg.svd(D.double(), full_matrices=False)
@@ -77,7 +83,7 @@ def residual_factors(tensors: Mapping[str, Tensor], layer: str) -> tuple[Tensor,
 def _add(
     A: Tensor | None, B: Tensor | None, D: Tensor | None, A_new: Tensor | None, B_new: Tensor | None, E: Tensor | None
 ) -> Tensors:
-    """C + E."""
+    """Returns C + E."""
     if D is None and E is None:
         assert A_new is not None and B_new is not None
         A = A_new if A is None else torch.cat([A, A_new])

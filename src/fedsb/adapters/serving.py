@@ -1,9 +1,9 @@
-"""Whether vLLM and llama.cpp will load an adapter, told from its files: what is refused there is known here already.
+"""Predicts from an adapter's files whether vLLM and llama.cpp can load it.
 
-Read from their code, for neither is installed here: vLLM (lora/peft_helper.py, lora/lora_model.py, config/lora.py)
-takes LoRA alone, of rank 512 at most, for architectures that support it; llama.cpp's convert_lora_to_gguf.py stops at
-any tensor that is no lora_A or lora_B, and turns GPT-2's layers around as if they were weights. Both serve causal
-language models. Architectures and layers that are not in the lists below may load: nobody has looked.
+The rules are taken from their code; neither is installed here. vLLM (lora/peft_helper.py, lora/lora_model.py,
+config/lora.py) supports plain LoRA up to rank 512, for certain architectures. llama.cpp's convert_lora_to_gguf.py stops
+at any tensor that is not a lora_A or lora_B, and transposes GPT-2's layers as if they were weights. Both serve causal
+language models only. Architectures and layers that are not listed below may load; this was not checked.
 """
 
 from __future__ import annotations
@@ -12,24 +12,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's max_lora_rank may be, and has kernels for
-USUAL_RANK = 16  # vLLM's own max_lora_rank
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")  # of which both are known
-LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # theirs
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values of max_lora_rank for which vLLM has kernels
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")  # supported by both
+LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of these architectures
 MERGE = "merge it: fedsb export RUN --to DIR --merged"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Serving:
-    """What a server makes of an adapter."""
+    """Whether a server can load an adapter."""
 
     name: str
-    loads: bool | None  # None: not known
-    says: str  # why not, or how
+    loads: bool | None  # None: unknown
+    says: str  # the reason, or the command
 
 
 def serving(config: Mapping[str, Any], model_type: str) -> tuple[Serving, ...]:
-    """vLLM's and llama.cpp's view of an adapter_config.json, on a base of that `model_type` (of its config.json)."""
+    """Returns the results for vLLM and llama.cpp, from an adapter_config.json and the `model_type` of the base."""
     rank, names = int(config["r"]), config["target_modules"]
     names = [names] if isinstance(names, str) else [*names]
     names += [name.removesuffix(".weight") for name in config.get("target_parameters") or ()]
@@ -39,24 +38,24 @@ def serving(config: Mapping[str, Any], model_type: str) -> tuple[Serving, ...]:
         return tuple(Serving(name=name, loads=False, says=only) for name in ("vLLM", "llama.cpp"))
     common = [f"{key} = {config[key]!r}" for key in ("modules_to_save", "use_dora") if config.get(key)]
     common += [f"bias = {config['bias']!r}"] if config.get("bias", "none") != "none" else []
-    room = max_lora_rank(rank)
-    vllm = [*common, *([f"rank {rank} is above {LORA_RANKS[-1]}"] if room is None else [])]
+    max_rank = max_lora_rank(rank)
+    vllm = [*common, *([f"rank {rank} is above {LORA_RANKS[-1]}"] if max_rank is None else [])]
     gguf = list(common)
     if config.get("fan_in_fan_out"):
         vllm.append(f"no LoRA for {model_type}")
-        gguf.append(f"the converter turns {model_type}'s layers around")
+        gguf.append(f"the converter transposes {model_type}'s layers")
     strange = [] if model_type in ARCHITECTURES else [f"the architecture {model_type}"]
     strange += [f"the layer {layer}" for layer in layers if layer not in LAYERS]
     return (
         _verdict(
-            "vLLM", vllm, strange, f"vllm serve BASE --enable-lora --max-lora-rank {room} --lora-modules NAME=DIR"
+            "vLLM", vllm, strange, f"vllm serve BASE --enable-lora --max-lora-rank {max_rank} --lora-modules NAME=DIR"
         ),
         _verdict("llama.cpp", gguf, strange, "convert_lora_to_gguf.py --base BASE DIR"),
     )
 
 
 def serving_lines(servers: Sequence[Mapping[str, Any]], *, only_doubts: bool = False) -> list[str]:
-    """A line for each thing to say of the servers (as dicts); `only_doubts` leaves out what loads."""
+    """Returns a line for each result (as a dict); `only_doubts` leaves out the servers that can load the adapter."""
     said: dict[tuple[bool | None, str], list[str]] = {}
     for server in servers:
         said.setdefault((server["loads"], server["says"]), []).append(server["name"])
@@ -69,7 +68,7 @@ def serving_lines(servers: Sequence[Mapping[str, Any]], *, only_doubts: bool = F
 
 
 def max_lora_rank(rank: int) -> int | None:
-    """The smallest max_lora_rank that vLLM takes for an adapter of that rank; None where there is none."""
+    """Returns the smallest max_lora_rank of vLLM for an adapter of this rank; None if the rank is too large."""
     return next((known for known in LORA_RANKS if known >= rank), None)
 
 

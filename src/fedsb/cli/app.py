@@ -17,7 +17,7 @@ import typer
 
 from fedsb import __version__
 from fedsb.cli import federation as cli_federation
-from fedsb.config.find import load, recipe_path
+from fedsb.runs.find import load, recipe_path
 from fedsb.utils.errors import RunError, UserError
 
 if TYPE_CHECKING:

@@ -140,8 +140,8 @@ def serve(
             f"fedsb serve needs the run's TOML file or the name of a recipe: fedsb serve {folder} my.toml. A new "
             "federation is made with --init."
         )
-    from fedsb.config.find import load
     from fedsb.deployment.coordinate import PROGRAM, prepare, run_folder
+    from fedsb.runs.find import load
 
     register.read_federation(folder)
     loaded = load(config, overrides)

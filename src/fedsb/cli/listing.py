@@ -1,4 +1,4 @@
-"""Lists methods, recipes, tasks and bases with their facts, for `fedsb ls` and for tests. Loads a recipe by name."""
+"""Lists methods, recipes, tasks, bases and settings, for `fedsb ls` and for docs/settings.py."""
 
 from __future__ import annotations
 
@@ -6,33 +6,35 @@ import itertools
 import json
 import re
 import tomllib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedsb.config.section import Section
 
 
 def methods() -> list[dict[str, Any]]:
-    from fedsb.methods import method_types
+    """Returns the methods with the main properties of their specs."""
+    from fedsb.config.registry import method_types
 
-    rows = []
-    for name, cls in sorted(method_types().items()):
-        facts = cls.spec
-        rows.append(
-            {
-                "method": name,
-                "travels": facts.travels,
-                "adapter": facts.adapter or "either",
-                "exact": facts.exact,
-                "sum only": facts.secagg_compatible,
-                "client keeps": facts.client_state,
-                "mixed ranks": facts.mixed_ranks,
-                "changes base": facts.changes_base,
-                "paper": facts.paper,
-            }
-        )
-    return rows
+    return [
+        {
+            "method": name,
+            "travels": cls.spec.travels,
+            "adapter": cls.spec.adapter or "either",
+            "exact": cls.spec.exact,
+            "secure aggregation": cls.spec.secagg_compatible,
+            "client state": cls.spec.client_state,
+            "mixed ranks": cls.spec.mixed_ranks,
+            "changes base": cls.spec.changes_base,
+            "paper": cls.spec.paper,
+        }
+        for name, cls in sorted(method_types().items())
+    ]
 
 
 def recipes() -> list[dict[str, Any]]:
-    from fedsb.config.load import RECIPES
+    """Returns the recipes with their commands."""
+    from fedsb.config import RECIPES
 
     rows = []
     for path in sorted(RECIPES.glob("*.toml")):
@@ -51,20 +53,21 @@ def recipes() -> list[dict[str, Any]]:
 
 
 def _what(recipe: str) -> str:
-    """Returns what a recipe is, from its comment: the first words under its command."""
+    """Returns the description of a recipe: the first words of its comment after the command."""
     comment = itertools.takewhile(lambda line: line.startswith("#"), recipe.splitlines())
     words = " ".join(line.removeprefix("#").strip() for line in list(comment)[1:])
     return re.split(r" *[:;(]|\.\s", words.strip(), maxsplit=1)[0]
 
 
 def everything() -> list[dict[str, Any]]:
-    """Returns the names of all that can be listed, kind by kind."""
+    """Returns the names of everything that can be listed, by kind."""
     kinds = {"methods": methods, "recipes": recipes, "tasks": tasks, "bases": bases}
     named = {kind: [str(next(iter(row.values()))) for row in of()] for kind, of in kinds.items()}
     return [{"list": kind, "names": ", ".join(names)} for kind, names in named.items()]
 
 
 def tasks() -> list[dict[str, Any]]:
+    """Returns the tasks with their metrics."""
     from fedsb.data.tasks import TASKS
 
     return [
@@ -79,33 +82,54 @@ def tasks() -> list[dict[str, Any]]:
 
 
 def settings() -> list[dict[str, Any]]:
-    """Returns every key of a TOML, in the order of its sections: what it may be, its default, what it does."""
-    from pydantic import BaseModel
+    """Returns every key of a TOML, in the order of its sections: its values, its default, and what it does."""
+    from fedsb.config.schema import Config, Section
 
-    from fedsb.config.schema import Config
-
-    schema = Config.model_json_schema()
     rows = []
     for name, field in Config.model_fields.items():
         section = field.annotation
-        if isinstance(section, type) and issubclass(section, BaseModel):
-            of = schema["$defs"][section.__name__]["properties"]
-            rows += [
-                _setting(f"{name}.{key}", of[key], inner.description) for key, inner in section.model_fields.items()
-            ]
+        if name == "method":
+            rows += _method_settings()
+        elif isinstance(section, type) and issubclass(section, Section):
+            rows += [row | {"setting": f"{name}.{row['setting']}"} for row in _fields(section)]
         else:
-            rows.append(_setting(name, schema["properties"][name], field.description))
+            rows += [row for row in _fields(Config) if row["setting"] == name]
     return rows
 
 
-def _setting(key: str, schema: dict[str, Any], description: str | None) -> dict[str, Any]:
-    default = schema.get("default")
-    shown = "not set" if default is None else json.dumps(default)
-    return {"setting": key, "value": _values(schema), "default": shown, "what": description or ""}
+def _method_settings() -> list[dict[str, Any]]:
+    """Returns the name, and the options of all methods. Options of the same name are listed once."""
+    from fedsb.config.registry import DEFAULT, method_types
+
+    what = "Name of the method, see `fedsb ls methods`. It determines the other keys of this section."
+    name = {"setting": "method.name", "value": "text", "default": [json.dumps(DEFAULT)], "what": what}
+    rows: dict[str, dict[str, Any]] = {"name": name}
+    owners: dict[str, list[str]] = {}
+    for method, cls in sorted(method_types().items()):
+        for row in _fields(cls):
+            key, default = row["setting"], row["default"]
+            known = rows.setdefault(key, row | {"setting": f"method.{key}", "default": []})
+            known["default"] += [] if default in known["default"] else [default]
+            owners.setdefault(key, []).append(method)
+    for key, methods in owners.items():
+        if len(methods) < len(method_types()):
+            rows[key]["what"] += f" Option of {', '.join(methods)}."
+    return [row | {"default": " or ".join(row["default"])} for row in rows.values()]
+
+
+def _fields(section: type[Section]) -> list[dict[str, Any]]:
+    """Returns a row for each field of a section."""
+    schemas = section.model_json_schema()["properties"]
+    rows = []
+    for key, field in section.model_fields.items():
+        default = schemas[key].get("default")
+        shown = "not set" if default is None else json.dumps(default)
+        rows.append({"setting": key, "value": _values(schemas[key]), "default": shown, "what": field.description or ""})
+    return rows
 
 
 def _values(schema: dict[str, Any]) -> str:
-    """Returns what a value may be, from its JSON schema."""
+    """Returns the values that a JSON schema accepts, in words."""
     if "anyOf" in schema:
         return " or ".join(kind for of in schema["anyOf"] if (kind := _values(of)) != "nothing")
     if "enum" in schema or "const" in schema:
@@ -118,16 +142,17 @@ def _values(schema: dict[str, Any]) -> str:
 
 
 def bases() -> list[dict[str, Any]]:
+    """Returns the bases with their costs."""
     from fedsb.adapters.basis import BASES
 
     return [
         {
-            "basis": facts.id,
-            "looks at": facts.looks_at,
-            "up, a layer": facts.up,
-            "down, a layer": facts.down,
-            "passes": facts.passes,
-            "simulation only": facts.simulation_only,
+            "basis": spec.id,
+            "reads": spec.looks_at,
+            "up per layer": spec.up,
+            "down per layer": spec.down,
+            "passes": spec.passes,
+            "simulation only": spec.simulation_only,
         }
-        for facts in BASES.values()
+        for spec in BASES.values()
     ]

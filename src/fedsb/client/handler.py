@@ -27,7 +27,7 @@ from fedsb.client.secure_sum import Identity, SecAggSession
 from fedsb.client.session import DescribedClient, PreparedClient, StartedClient
 from fedsb.client.store import DiskStore
 from fedsb.config.load import load_config
-from fedsb.config.schema import Config, method_of
+from fedsb.config.schema import Config
 from fedsb.data.sites import elsewhere, load_own, open_task_of
 from fedsb.models.load import load_tokenizer, tokenizer_fingerprint
 from fedsb.privacy.accounting import Release
@@ -195,7 +195,7 @@ class SiteHandler:
             name=self.identity.name,
             run=run,
             config=config,
-            method=method_of(config),
+            method=config.method,
             task=task,
             tokenizer=tokenizer,
             table=table,
@@ -262,7 +262,7 @@ class SiteHandler:
     def _allowed(self, settings: Any) -> Config:
         """Returns a run's settings. Raises RefusalError where this site's rules are against them."""
         config = load_config(settings).config
-        refuse_run(self.settings.allow, config, method_of(config))
+        refuse_run(self.settings.allow, config, config.method)
         return config
 
     def _folder(self, run: str) -> Path:

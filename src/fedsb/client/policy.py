@@ -105,8 +105,8 @@ def refuse_run(allow: AllowConfig, config: Config, method: Method) -> None:
             refuse(config, method)
         except UserError as error:
             faults.append(str(error))
-    if allow.methods is not None and config.method.name not in allow.methods:
-        faults.append(f"method.name = {config.method.name!r}, allowed are {', '.join(allow.methods) or 'none'}")
+    if allow.methods is not None and config.method.spec.id not in allow.methods:
+        faults.append(f"method.name = {config.method.spec.id!r}, allowed are {', '.join(allow.methods) or 'none'}")
     model = config.model.name + (f"@{config.model.revision}" if config.model.revision else "")
     if allow.models is not None and model not in allow.models:
         faults.append(f"the base model {model!r}, allowed are {', '.join(allow.models) or 'none'}")

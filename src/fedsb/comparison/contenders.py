@@ -19,7 +19,6 @@ from typing import Any
 
 from fedsb.config.load import ResolvedConfig, load_config, set_key, unused_settings
 from fedsb.config.schema import CompareConfig, Config, TaskConfig
-from fedsb.methods import build_method
 from fedsb.methods.base import Method
 from fedsb.methods.control import control_options
 from fedsb.utils.errors import ConfigError, UserError, did_you_mean
@@ -38,7 +37,7 @@ class Contender:
 
     @property
     def method(self) -> Method:
-        return build_method(self.config.method.name, self.config.method.options)
+        return self.config.method
 
     @property
     def is_control(self) -> bool:

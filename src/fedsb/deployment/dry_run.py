@@ -38,13 +38,12 @@ def _rows(folder: Path, site: SiteConfig, config: str | None) -> Iterator[str]:
         yield f"rows: {len(table.rows):,} with the columns {', '.join(table.columns)}"
         yield "not tried: the run's own needs; name its TOML with --config"
         return
-    from fedsb.config.find import load
-    from fedsb.config.schema import method_of
     from fedsb.deployment.site_process import open_handler
     from fedsb.protocol.secure_sum import sum_threshold
+    from fedsb.runs.find import load
 
     settings = load(config, []).config
-    refuse_run(site.allow, settings, method_of(settings))
+    refuse_run(site.allow, settings, settings.method)
     yield "rules: this site takes part in such a run"
     handler = open_handler(folder)
     if settings.server.secure_aggregation:

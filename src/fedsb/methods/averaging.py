@@ -1,10 +1,10 @@
-"""The server's arithmetic: the weighted mean of updates, and an optional optimiser that steps towards it.
+"""The server's arithmetic: the weighted mean of updates, and an optional optimizer that steps along the mean change.
 
     mean = sum_k p_k x_k,  p_k = weight_k / sum weight        FedAvg (McMahan et al., AISTATS 2017, arXiv 1602.05629)
     momentum:  v <- beta1 v + d;  x <- x + lr v               FedAvgM (Hsu et al. 2019, arXiv 1909.06335), d = mean - x
     adam:      m, v of d, then    x <- x + lr m / (sqrt v + tau)    FedAdam (Reddi et al., ICLR 2021, arXiv 2003.00295)
 
-Means are formed in float64 and given back in the tensors' own dtype.
+Means are computed in float64 and returned in the tensors' own dtype.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ServerOptimizer:
-    """How the server moves towards the mean. "none" takes the mean itself."""
+    """The settings of the server's optimizer. With "none", the mean becomes the new state."""
 
     kind: Literal["none", "momentum", "adam"] = "none"
     lr: float = 1.0
@@ -32,10 +32,10 @@ class ServerOptimizer:
 
 
 def average(updates: Sequence[Update], old: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """sum_k p_k x_k of the updates' tensors. The order of the updates does not matter: they are summed by name.
+    """Returns sum_k p_k x_k for each tensor. Updates are summed in the order of their names.
 
-    Clients of a lower rank send the leading corner of a tensor: each entry is averaged over those that hold it, and
-    stays as it is in `old` where none does.
+    Clients of a lower rank send the leading corner of a tensor. Each entry is averaged over the clients that sent it;
+    entries that no client sent keep their value in `old`.
     """
     if not updates:
         raise ValueError("no updates to average")
@@ -52,24 +52,35 @@ def _mean(weighted: Sequence[tuple[float, Tensor]], old: Tensor) -> Tensor:
     return torch.where(weight > 0, total / weight, old.double()).to(old.dtype)
 
 
+def weighted_stack(updates: Sequence[Update], layer: str, scale: float) -> tuple[Tensor, Tensor]:
+    """Returns [p_1 s B_1, p_2 s B_2, ...] (m, sum r_k) and [A_1; A_2; ...] (sum r_k, n), whose product is the mean dW.
+
+    Clients are in the order of their names. Only B is multiplied by the weights.
+    """
+    ordered = sorted(updates, key=lambda update: update.client)
+    total = sum(update.weight for update in ordered)
+    B = torch.cat([u.tensors[f"{layer}.B"].double() * (scale * u.weight / total) for u in ordered], dim=1)
+    return B, torch.cat([update.tensors[f"{layer}.A"].double() for update in ordered])
+
+
 def server_step(
     server: ServerOptimizer, old: Mapping[str, Tensor], mean: Mapping[str, Tensor], moments: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(the new tensors, the new moments), of what is in `mean`. A key's moments are kept as "m.<key>" and "v.<key>"."""
+    """Returns the new tensors for the keys of `mean`, and the new moments "m.<key>" and "v.<key>"."""
     if server.kind == "none":
         return dict(mean), {}
     new: dict[str, Tensor] = {}
-    kept: dict[str, Tensor] = {}
+    new_moments: dict[str, Tensor] = {}
     for key, target in mean.items():
         x = old[key]
         d = target - x
         m = moments.get(f"m.{key}", torch.zeros_like(d))
         if server.kind == "momentum":
-            m = kept[f"m.{key}"] = server.beta1 * m + d
+            m = new_moments[f"m.{key}"] = server.beta1 * m + d
             new[key] = x + server.lr * m
         else:
             v = moments.get(f"v.{key}", torch.zeros_like(d))
-            m = kept[f"m.{key}"] = server.beta1 * m + (1 - server.beta1) * d
-            v = kept[f"v.{key}"] = server.beta2 * v + (1 - server.beta2) * d**2
+            m = new_moments[f"m.{key}"] = server.beta1 * m + (1 - server.beta1) * d
+            v = new_moments[f"v.{key}"] = server.beta2 * v + (1 - server.beta2) * d**2
             new[key] = x + server.lr * m / (v.sqrt() + server.tau)
-    return new, kept
+    return new, new_moments

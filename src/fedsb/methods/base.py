@@ -1,27 +1,64 @@
-"""What a method is: facts as data, and pure functions from state to state.
+'''Defines what a federated method is: options, facts about it (its spec), and pure functions from state to state.
 
-A round, on every channel (types below; tensors are named "<layer>.<tensor>"):
+A round, on every channel. Tensors are named "<layer>.<tensor>":
 
-    message = method.broadcast(state, late=..., rank=...)              server: what one client receives
-    shared  = method.update_shared(shared, message)                    client: equals state.shared afterwards
-    own     = method.init_client(shared, message, client_state, round) client: all tensors of its adapter
-    trained = the same tensors after local training; only those in method.trainable(own, round) have moved
-    sent, client_state = method.upload(own, trained, round)            client: what it sends, what it keeps
-    state   = method.aggregate(state, updates, server)                 server
+    message = method.broadcast(state, missed_last_round=..., total_rank=...)    server: what one client receives
+    shared  = method.update_shared(shared, message)                        client: equals state.shared afterwards
+    own     = method.init_client(shared, message, client_state, round)     client: all tensors of its adapter
+    trained = the same tensors after local training, which changes method.trainable(own, round) only
+    sent, client_state = method.upload(own, trained, round)                client: what it sends and what it keeps
+    state   = method.aggregate(state, updates, server)                     server
 
-A client calls these on `method.at(rank)`, the method at its own rank, which is the server's unless `mixed_ranks`.
-`late` is a client that did not get the last round's broadcast: it lacks what has changed in `shared` since then.
+A client calls these functions on `method.at(total_rank)`, the method at its own total rank, which is the server's
+unless the spec has `mixed_ranks`. `missed_last_round` marks a client that did not receive the last broadcast.
 
-A third party's method is a frozen keyword-only dataclass that derives from `Method`, announced in the entry-point
-group `fedsb.methods`. Its fields are what `[method]` in a TOML may set.
-"""
+A complete method, with one round of two clients. The fields are the options that `[method]` in a TOML may set:
+
+>>> from fedsb.adapters.factors import factor_start
+>>> class Toy(Method):
+...     """W = W0 + B A with a frozen random A. Clients train B, and the server averages it."""
+...
+...     spec: ClassVar[MethodSpec] = MethodSpec(
+...         id="toy", paper="arXiv 0000.00000", travels="B, up and down", adapter="factors", exact=True,
+...         secagg_compatible=True, dp_noise="linear")
+...     rank: Positive = 2
+...
+...     def traffic(self, shapes, *, head, clients, round=1):
+...         values = sum(self.rank * m for m, _ in shapes.values())
+...         return Traffic(up=values, down=values, head=head)
+...
+...     def start(self, shapes, basis, head, seed):
+...         tensors = factor_start(shapes, self.rank, seed)
+...         A = {f"{layer}.A": tensors.pop(f"{layer}.A") for layer in shapes}
+...         return State(tensors={**tensors, **head}, shared=A)
+...
+...     def trainable(self, tensors, round):
+...         return frozenset(key for key in tensors if not key.endswith(".A"))
+>>> method = Toy(rank=1)
+>>> method.traffic({"layer": (3, 4)}, head=0, clients=2)
+Traffic(one_off=0, up=3, down=3, head=0)
+>>> state = method.start({"layer": (3, 4)}, basis=None, head={}, seed=0)
+>>> updates = []
+>>> for client, rows, change in (("a", 1, 1.0), ("b", 3, 2.0)):
+...     own = method.init_client(state.shared, method.broadcast(state), {}, state.round)
+...     trained = {**own, "layer.B": own["layer.B"] + change}
+...     sent, client_state = method.upload(own, trained, state.round)
+...     updates.append(Update(client=client, weight=rows, tensors=sent))
+>>> state = method.aggregate(state, updates, ServerOptimizer())
+>>> state.round, state.tensors["layer.B"].flatten().tolist()
+(1, [1.75, 1.75, 1.75])
+
+A third party's method is announced in the entry-point group `fedsb.methods`, under the id of its spec.
+'''
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
+from pydantic import ConfigDict, SerializerFunctionWrapHandler, model_serializer
 from torch import Tensor
 
 from fedsb.adapters.adapted import Shapes, Tensors
@@ -29,6 +66,7 @@ from fedsb.adapters.basis import Basis
 from fedsb.adapters.core import core_left
 from fedsb.adapters.factors import Factors
 from fedsb.adapters.residual import apply_delta, delta_of, is_delta, residual_factors, residual_of
+from fedsb.config.section import Positive, Section
 from fedsb.methods.averaging import ServerOptimizer, average, server_step
 
 AdapterKind = Literal["core", "factors"]
@@ -36,51 +74,52 @@ AdapterKind = Literal["core", "factors"]
 
 @dataclass(frozen=True, kw_only=True)
 class MethodSpec:
-    """What `fedsb ls methods`, `fedsb check`, the docs and the laws know of a method."""
+    """The properties of a method that `fedsb ls methods`, `fedsb check`, the docs and the laws read."""
 
     id: str
     paper: str  # title, authors, arXiv id
-    travels: str  # in words: what goes up and down
-    adapter: AdapterKind | None  # None: the user chooses
+    travels: str  # what is sent in each direction, in words
+    adapter: AdapterKind | None  # None: a control, whose adapter is an option
     exact: bool  # every client starts the next round at W0 + sum p_k dW_k
-    secagg_compatible: bool  # the server needs only a sum: secure aggregation works
-    client_state: str = "nothing"  # what a client must keep between rounds
-    changes_base: bool = False  # rounds leave a residual outside the adapter
-    mixed_ranks: bool = False  # clients may differ in rank
+    secagg_compatible: bool  # the server needs only a sum, so secure aggregation works
+    client_state: str = "nothing"  # what a client keeps between rounds, in words
+    aggregates: bool = True  # False: clients send nothing, and every client trains alone
+    changes_base: bool = False  # rounds add to the residual adapter
+    mixed_ranks: bool = False  # clients may differ in total rank
     dp_noise: Literal["linear", "quadratic"]
-    supports_server_optimizer: bool = True  # the server takes a mean, so that a server optimiser can step to it
-    rotates_basis: bool = False  # the adapter's coordinates turn between rounds: a client's moments cannot be kept
-    global_model: bool = True  # False: every client ends with a model of its own
-    pools_data: bool = False  # True: all data in one place, a control for simulation
+    supports_server_optimizer: bool = True  # the server takes a mean, along which a server optimizer can step
+    rotates_basis: bool = False  # the adapter's coordinates rotate between rounds, so moments cannot be kept
+    global_model: bool = True  # False: every client ends with its own model
+    pools_data: bool = False  # True: all data are in one place; a control, for simulation only
 
 
 @dataclass(frozen=True, kw_only=True)
 class Traffic:
-    """Values that travel for one client, the head aside: once at the start, then up and down in every round."""
+    """The number of values that one client sends and receives, without the task head."""
 
-    one_off: int = 0
-    up: int
-    down: int
-    head: int = 0  # values of the task head, once in each direction in every round
+    one_off: int = 0  # once, at the start
+    up: int  # in every round
+    down: int  # in every round
+    head: int = 0  # values of the task head, in each direction, in every round
 
 
 @dataclass(frozen=True, kw_only=True)
 class State:
-    """All the server knows between rounds. Immutable: a round makes a new one.
+    """Everything the server knows between rounds. A round makes a new state.
 
-    Tensors lie row by row in memory, as they do when a checkpoint is read: products of the same numbers in another
-    order differ in their last bits.
+    Tensors are stored contiguously, as they are read from a checkpoint. Otherwise products of the same numbers would
+    differ in their last bits after a resume.
     """
 
-    round: int = 0  # rounds finished
-    tensors: Tensors  # what is trained and averaged, the head included
-    shared: Tensors = field(default_factory=dict)  # what a site holds that is up to date: A and B, say
+    round: int = 0  # completed rounds
+    tensors: Tensors  # the tensors that are trained and averaged, including the head
+    shared: Tensors = field(default_factory=dict)  # the tensors that every up-to-date client has, such as A and B
     shared_delta: Tensors = field(default_factory=dict)  # what the last round changed in `shared`
-    server: Tensors = field(default_factory=dict)  # the server optimiser's moments
-    ranks: Mapping[str, int] = field(default_factory=dict)  # client -> its rank, where it changed on the way
-    accepted: Mapping[str, int] = field(default_factory=dict)  # client -> the last round whose update of it was used
-    metrics: Mapping[str, float] = field(default_factory=dict)  # what the last aggregation says of itself
-    client_view: Tensors = field(default_factory=dict)  # `tensors` as clients hold them after a lossy codec
+    server: Tensors = field(default_factory=dict)  # the moments of the server optimizer
+    total_ranks: Mapping[str, int] = field(default_factory=dict)  # client -> its total rank, if it changed in the run
+    accepted: Mapping[str, int] = field(default_factory=dict)  # client -> the last round whose update was aggregated
+    metrics: Mapping[str, float] = field(default_factory=dict)  # metrics of the last aggregation
+    client_view: Tensors = field(default_factory=dict)  # `tensors` as clients have them after a lossy codec
 
     def __post_init__(self) -> None:
         for name in ("tensors", "shared", "shared_delta", "server"):
@@ -90,53 +129,64 @@ class State:
 
 @dataclass(frozen=True, kw_only=True)
 class Update:
-    """What one client sent in one round, after validation. `weight` is n_k, or 1 when clients weigh alike."""
+    """A client's validated update. `weight` is its number of rows, or 1 if all clients have equal weights."""
 
     client: str
     weight: float
     tensors: Tensors
 
 
-@dataclass(frozen=True, kw_only=True)
-class Method:
-    """The contract. The defaults are those of a method whose tensors all travel and are averaged as they are."""
+class Method(Section):
+    """The base class of all methods. Its defaults suit methods whose trained tensors are all sent and averaged.
+
+    The fields are the method's options. `rank` is r, the size of one core or of LoRA's factors, as in the papers.
+    """
+
+    model_config = ConfigDict(strict=True)
 
     spec: ClassVar[MethodSpec]
-    metadata_keys: ClassVar[frozenset[str]] = frozenset()  # what goes up beside the model, such as a client's next rank
-    rank: int
+    metadata_keys: ClassVar[frozenset[str]] = frozenset()  # tensors of an update that are not a part of the model
+    adapter: ClassVar[AdapterKind]  # of the spec; controls have an option of this name
+    rank: Positive
 
-    @property
-    def adapter(self) -> AdapterKind:
-        assert self.spec.adapter is not None
-        return self.spec.adapter
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        spec = vars(cls).get("spec")
+        if isinstance(spec, MethodSpec) and spec.adapter is not None:
+            cls.adapter = spec.adapter
+
+    @model_serializer(mode="wrap")
+    def _with_name(self, options: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {"name": self.spec.id, **options(self)}
 
     @property
     def scale(self) -> float:
-        """s in W = W0 + s * (adapter)."""
+        """The scale s in W = W0 + s * (adapter)."""
         return 1.0
 
     @property
     def total_rank(self) -> int:
-        """The rank of the exported LoRA; a basis must have as many directions."""
+        """The rank of the update and of the exported LoRA: blocks x rank. A basis has this many directions."""
         return self.rank
 
-    def at(self, rank: int) -> Self:
-        """The method of a client of this total rank. Raises UserError where it cannot be."""
-        return replace(self, rank=rank)
+    def at(self, total_rank: int) -> Self:
+        """Returns the method of a client with this total rank. Raises UserError for a rank that is not possible."""
+        return self.model_copy(update={"rank": total_rank})
 
+    @abstractmethod
     def traffic(self, shapes: Shapes, *, head: int, clients: int, round: int = 1) -> Traffic:
-        """Values that a client, up to date, sends and receives in a round; `clients` take part in it.
+        """Returns the values that one of `clients` up-to-date clients sends and receives in a round.
 
-        `head` counts the task head's values. Round 0 is the first. At most, where a rank depends on the data.
+        `head` is the number of values of the task head. Round 0 is the first. Where a rank depends on the data, the
+        result is an upper bound.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def start(self, shapes: Shapes, basis: Basis | None, head: Tensors, seed: int) -> State:
-        """The state before round 0. A core method needs `basis`; `head` holds the task head's first tensors."""
-        raise NotImplementedError
+        """Returns the state before round 0. Methods with a core need `basis`; `head` is the task head's first value."""
 
     def merge_into_residual(self, state: State) -> Tensors:
-        """The carried adapter with the state's own added to it, as a site adds it that holds `common` and is told R."""
+        """Returns the residual adapter with the state's own adapter added, as every client computes it from R."""
         tensors, shared = self.model(state), residual_of(state.shared)
         for layer in [key.removesuffix(".A") for key in tensors if key.endswith(".A")]:
             own = self._factors(tensors, layer)
@@ -144,9 +194,9 @@ class Method:
         return shared
 
     def refresh(self, state: State, shapes: Shapes, basis: Basis, seed: int) -> State:
-        """The state with a new basis under it: the old one's adapter is carried, the new one's starts where it starts.
+        """Returns the state with a new basis: the current adapter moves into the residual, and R starts again.
 
-        The head goes on, and so do its moments; those of the old core pointed elsewhere.
+        The head and its moments are kept. The moments of the old core are dropped, since its coordinates have changed.
         """
         adapter = tuple(f"{layer}." for layer in shapes)
         head = {key: tensor for key, tensor in state.tensors.items() if not key.startswith(adapter)}
@@ -156,48 +206,48 @@ class Method:
             fresh, round=state.round, shared={**fresh.shared, **self.merge_into_residual(state)}, server=server
         )
 
-    def broadcast(self, state: State, *, late: bool = False, rank: int | None = None) -> Tensors:
-        """What goes down to a client; `rank` is its total rank, None the method's own.
+    def broadcast(self, state: State, *, missed_last_round: bool = False, total_rank: int | None = None) -> Tensors:
+        """Returns what the server sends to a client; `total_rank` is the client's, None the method's own.
 
-        What a refresh carries is never sent: every site is there and folds for itself.
+        The residual of a refresh is not sent: every client takes part in it and computes it by itself.
         """
-        return {
-            **state.tensors,
-            **(residual_of(state.shared) if late and self.spec.changes_base else state.shared_delta),
-        }
+        whole = missed_last_round and self.spec.changes_base
+        return {**state.tensors, **(residual_of(state.shared) if whole else state.shared_delta)}
 
     def update_shared(self, shared: Tensors, message: Tensors) -> Tensors:
-        """What a site holds after the message, if it held `common` before."""
+        """Returns a client's shared tensors after a message."""
         return apply_delta(shared, message)
 
     def init_client(self, shared: Tensors, message: Tensors, client_state: Tensors, round: int) -> Tensors:
+        """Returns all tensors of a client's adapter at the start of a round."""
         return {**shared, **{key: tensor for key, tensor in message.items() if not is_delta(key)}}
 
+    @abstractmethod
     def trainable(self, tensors: Tensors, round: int) -> frozenset[str]:
-        """Which of a client's tensors move in this round."""
-        raise NotImplementedError
+        """Returns the names of a client's tensors that are trained in this round."""
 
     def penalty(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
-        """A local regulariser, one value a client (K,), of the trained tensors (K, ...); None: none."""
+        """Returns a local regulariser of the trained tensors (K, ...): one value per client (K,), or None."""
         return None
 
     def upload(self, received: Tensors, trained: Tensors, round: int) -> tuple[Tensors, Tensors]:
-        """(what goes up, what the client keeps), from the client's tensors before and after its training."""
-        moved = self.trainable(received, round)
-        return {key: tensor for key, tensor in trained.items() if key in moved}, {}
+        """Returns what a client sends and what it keeps, from its tensors before and after local training."""
+        changed = self.trainable(received, round)
+        return {key: tensor for key, tensor in trained.items() if key in changed}, {}
 
     def aggregate(self, state: State, updates: Sequence[Update], server: ServerOptimizer) -> State:
+        """Returns the state after a round."""
         mean = average(updates, state.tensors)
         stepped, moments = server_step(server, state.tensors, mean, state.server)
         tensors, moments = {**state.tensors, **stepped}, {**state.server, **moments}
         return replace(state, round=state.round + 1, tensors=tensors, server=moments)
 
     def model(self, state: State) -> Tensors:
-        """The global model's tensors, for evaluation and export."""
+        """Returns the global model's tensors, for evaluation and export."""
         return self.init_client(state.shared, self.broadcast(state), {}, state.round)
 
     def export(self, tensors: Tensors) -> dict[str, Factors]:
-        """A client's or the global tensors as plain LoRA, by layer, the carried adapter included. Exact, in float32."""
+        """Returns the adapter as plain LoRA, by layer, including the residual adapter. Exact, in float32."""
         layers = [key.removesuffix(".A") for key in tensors if key.endswith(".A")]
         return {layer: self._factors(tensors, layer).plus(residual_factors(tensors, layer)) for layer in layers}
 

@@ -1,21 +1,21 @@
-"""Central: all data in one place. The control that shows what federation costs; for simulation only.
+"""Central: all data in one place. A control that shows what federation costs, for simulation only.
 
-    one client holds every client's rows and takes as many steps in a round as a cohort does (or the same epochs).
+    One client has the rows of all clients and takes as many steps per round as a whole cohort (or the same epochs).
 
-Shapes as in fed-sb or ravan (`adapter = "core"`, with `blocks` and `scalars`) or fedit (`adapter = "factors"`, with
-`alpha`). Nothing travels but the data themselves, which is what federation is there to avoid.
+Shapes as in Fed-SB or RAVAN (`adapter = "core"`, with `blocks` and `scalars`) or FedIT (`adapter = "factors"`, with
+`alpha`).
+What travels: nothing but the data themselves, which federation exists to avoid.
+Limits: a simulation only; no site would send its rows.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 from fedsb.methods.base import MethodSpec
 from fedsb.methods.control import Control
 
 
-@dataclass(frozen=True, kw_only=True)
 class Central(Control):
     spec: ClassVar[MethodSpec] = MethodSpec(
         id="central",

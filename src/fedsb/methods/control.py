@@ -1,45 +1,55 @@
-"""The common part of the two controls: the adapter of another method, trained as its clients train it. Nothing travels.
+"""The common part of the two controls, which train the adapter of another method without communication.
 
     adapter = "core"       W = W0 + sum_i s_i B_i R_i A_i    i = 1..blocks; s_i is trained if `scalars` is true, else 1
-    adapter = "factors"    W = W0 + (alpha / rank) B A       alpha is 2 rank by default
+    adapter = "factors"    W = W0 + (alpha / rank) B A       alpha is 2 x rank by default
 
-`control_options` gives the options with which a control has the same adapter as a given method.
+`control_options` returns the options with which a control has the adapter of a given method.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Self
+
+from pydantic import model_validator
 
 from fedsb.adapters.adapted import Shapes, Tensors
 from fedsb.adapters.basis import Basis
+from fedsb.config.section import Positive, Rate, used_if
 from fedsb.methods.base import AdapterKind, Method, State, Traffic
 from fedsb.methods.fed_sb import FedSB
 from fedsb.methods.fedit import FedIT
 from fedsb.methods.ravan import Ravan
-from fedsb.utils.errors import UserError
 
 
-@dataclass(frozen=True, kw_only=True)
 class Control(Method):
-    rank: int = 32
-    adapter: AdapterKind = "core"  # here the user chooses
-    blocks: int = 1
-    scalars: bool = False
-    alpha: float | None = None
+    """The base class of the controls."""
 
-    def __post_init__(self) -> None:
-        """Raises UserError for an option of the adapter that was not chosen."""
+    rank: Positive = 32
+    """Rank r of one core, or of the factors A and B."""
+    adapter: AdapterKind = "core"  # type: ignore[misc]
+    """Adapter to train: a core, or LoRA's factors."""
+    blocks: Annotated[Positive, used_if("method.adapter", "core")] = 1
+    """Number h of cores per layer."""
+    scalars: Annotated[bool, used_if("method.adapter", "core")] = False
+    """Whether the scalars s of RAVAN are trained."""
+    alpha: Annotated[Rate | None, used_if("method.adapter", "factors")] = None
+    """Alpha of LoRA; the scale s is alpha / rank. Default: 2 x rank."""
+
+    @model_validator(mode="after")
+    def _options_of_the_adapter(self) -> Self:
         if self.adapter == "core" and self.alpha is not None:
-            raise UserError("method.alpha scales LoRA's two factors. Leave it out, or set method.adapter = 'factors'.")
-        if self.adapter == "factors" and (self.blocks != 1 or self.scalars):
-            raise UserError(
-                "method.blocks and method.scalars are of a core. Leave them out, or set method.adapter = 'core'."
+            raise ValueError(
+                "alpha scales LoRA's two factors, and adapter is 'core'. Remove alpha, or set adapter to 'factors'"
             )
+        if self.adapter == "factors" and (self.blocks != 1 or self.scalars):
+            raise ValueError(
+                "blocks and scalars belong to a core, and adapter is 'factors'. Remove them, or set adapter to 'core'"
+            )
+        return self
 
     @property
-    def twin(self) -> Method:
-        """The method that trains this adapter."""
+    def trains_as(self) -> Method:
+        """The federated method that trains the same adapter."""
         if self.adapter == "factors":
             return FedIT(rank=self.rank, alpha=self.alpha)
         if self.scalars:
@@ -48,30 +58,30 @@ class Control(Method):
 
     @property
     def scale(self) -> float:
-        return self.twin.scale
+        return self.trains_as.scale
 
     @property
     def total_rank(self) -> int:
-        return self.twin.total_rank
+        return self.trains_as.total_rank
 
     def traffic(self, shapes: Shapes, *, head: int, clients: int, round: int = 1) -> Traffic:
         return Traffic(up=0, down=0)
 
     def start(self, shapes: Shapes, basis: Basis | None, head: Tensors, seed: int) -> State:
-        return self.twin.start(shapes, basis, head, seed)
+        return self.trains_as.start(shapes, basis, head, seed)
 
     def init_client(self, shared: Tensors, message: Tensors, client_state: Tensors, round: int) -> Tensors:
-        return self.twin.init_client(shared, message, client_state, round)
+        return self.trains_as.init_client(shared, message, client_state, round)
 
     def trainable(self, tensors: Tensors, round: int) -> frozenset[str]:
-        return self.twin.trainable(tensors, round)
+        return self.trains_as.trainable(tensors, round)
 
     def upload(self, received: Tensors, trained: Tensors, round: int) -> tuple[Tensors, Tensors]:
-        return self.twin.upload(received, trained, round)
+        return self.trains_as.upload(received, trained, round)
 
 
 def control_options(method: Method) -> dict[str, Any]:
-    """Returns the options of the control whose adapter is that of `method`."""
+    """Returns the options of a control with the adapter of `method`."""
     if method.adapter == "factors":
         alpha = getattr(method, "alpha", method.scale * method.rank)
         return {"adapter": "factors", "rank": method.rank, "alpha": alpha}

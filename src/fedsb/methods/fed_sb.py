@@ -1,32 +1,31 @@
-"""Fed-SB: only the core R travels, and its plain average is exact.
+"""Fed-SB: clients send only the core R, and its plain average is exact.
 
-    W = W0 + s B R A        client k trains R_k from the common R;   R <- sum_k p_k R_k
+    W = W0 + s B R A        client k trains R_k, starting from the shared R;   R <- sum_k p_k R_k
 
 Paper: "Fed-SB: A Silver Bullet for Extreme Communication Efficiency and Performance in (Private) Federated LoRA
-Fine-Tuning", Singhal et al., arXiv 2502.15436. The basis is that of LoRA-SB (Ponkshe et al., arXiv 2411.19557), or
-another of fedsb/adapters/basis.py.
+Fine-Tuning", Singhal et al., arXiv 2502.15436. The basis is that of LoRA-SB (Ponkshe et al., arXiv 2411.19557) or any
+other basis of adapters/basis.py.
 
-Shapes, a layer: B (m, h r) and A (h r, n) frozen and common; R (h, r, r), h = `blocks`, 1 in the paper.
-What travels: R, up and down: h r^2 values, whatever m, n and the number of clients. B and A once, if a site cannot
-derive them for itself. Exact, since B and A are common: sum p_k B R_k A = B (sum p_k R_k) A.
+Shapes, per layer: B (m, h r) and A (h r, n), frozen and shared; R (h, r, r), with h = `blocks`, 1 in the paper.
+What travels: R, up and down: h r^2 values, independent of m, n and the number of clients. B and A are sent once, if a
+client cannot compute them itself. Exact, since B and A are shared: sum p_k B R_k A = B (sum p_k R_k) A.
 Mixed ranks: a client of rank r_k trains the leading r_k x r_k corner, and each entry is averaged over the clients that
-hold it; exact only where all ranks are equal.
-Limits: the update stays in the span of the basis; with it badly chosen, a low rank learns little.
+sent it. This is exact only if all ranks are equal.
+Limits: the update stays in the span of the basis. With a bad basis, a low rank learns little.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 from fedsb.adapters.adapted import Shapes, Tensors
 from fedsb.adapters.basis import Basis
 from fedsb.adapters.residual import is_residual
+from fedsb.config.section import Positive
 from fedsb.methods.base import Method, MethodSpec, State, Traffic
 from fedsb.utils.errors import UserError
 
 
-@dataclass(frozen=True, kw_only=True)
 class FedSB(Method):
     spec: ClassVar[MethodSpec] = MethodSpec(
         id="fed-sb",
@@ -38,17 +37,22 @@ class FedSB(Method):
         mixed_ranks=True,
         dp_noise="linear",
     )
-    rank: int = 32
-    blocks: int = 1
+    rank: Positive = 32
+    """Rank r of one core."""
+    blocks: Positive = 1
+    """Number h of cores per layer, each with its own part of the basis."""
 
     @property
     def total_rank(self) -> int:
         return self.rank * self.blocks
 
-    def at(self, rank: int) -> Self:
-        if rank % self.blocks or not 0 < rank <= self.total_rank:
-            raise UserError(f"a client's rank of {rank}: with {self.blocks} blocks of {self.rank}, it must be a part")
-        return replace(self, rank=rank // self.blocks)
+    def at(self, total_rank: int) -> Self:
+        if total_rank % self.blocks or not 0 < total_rank <= self.total_rank:
+            raise UserError(
+                f"A client cannot have the total rank {total_rank} with {self.spec.id}. Choose a multiple of "
+                f"{self.blocks}, the number of blocks, up to {self.total_rank}."
+            )
+        return self.model_copy(update={"rank": total_rank // self.blocks})
 
     def traffic(self, shapes: Shapes, *, head: int, clients: int, round: int = 1) -> Traffic:
         core = len(shapes) * self.blocks * self.rank**2
@@ -58,14 +62,14 @@ class FedSB(Method):
         assert basis is not None
         return State(tensors={**basis.start(self.blocks, self.rank), **head}, shared=basis.tensors)
 
-    def broadcast(self, state: State, *, late: bool = False, rank: int | None = None) -> Tensors:
-        """A client of a lower rank gets the leading corner of every block."""
-        message = super().broadcast(state, late=late)
-        r = self.rank if rank is None else self.at(rank).rank
+    def broadcast(self, state: State, *, missed_last_round: bool = False, total_rank: int | None = None) -> Tensors:
+        """A client of a lower rank receives the leading corner of every block."""
+        message = super().broadcast(state, missed_last_round=missed_last_round)
+        r = self.rank if total_rank is None else self.at(total_rank).rank
         return {key: tensor[..., :r, :r] if key.endswith(".R") else tensor for key, tensor in message.items()}
 
     def init_client(self, shared: Tensors, message: Tensors, client_state: Tensors, round: int) -> Tensors:
-        """The basis is ordered, the most important directions first: a lower rank takes the leading ones."""
+        """The basis is ordered by importance, so a client of a lower rank uses its leading directions."""
         own = super().init_client(shared, message, client_state, round)
         for layer in [key.removesuffix(".R") for key in own if key.endswith(".R")]:
             h, r, _ = own[f"{layer}.R"].shape

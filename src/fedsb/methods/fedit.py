@@ -1,10 +1,10 @@
-"""FedIT: federated averaging of LoRA's factors, each apart.
+"""FedIT: federated averaging of LoRA's factors, each factor separately.
 
     dW_k = s B_k A_k        A <- sum_k p_k A_k,   B <- sum_k p_k B_k
 
 Paper: "Towards Building the Federated GPT: Federated Instruction Tuning", Zhang et al., ICASSP 2024, arXiv 2305.05644.
 
-Shapes, a layer: A (r, n), from a seed and the same on every client; B (m, r), zero at the start. s = alpha / r.
+Shapes, per layer: A (r, n), drawn from the seed, the same on every client; B (m, r), zero at the start. s = alpha / r.
 What travels: A and B, up and down: r (m + n) values.
 Limits: not exact. (sum p_k B_k)(sum p_k A_k) differs from sum p_k B_k A_k by sum p_k (B_k - Bbar)(A_k - Abar).
 """
@@ -12,7 +12,6 @@ Limits: not exact. (sum p_k B_k)(sum p_k A_k) differs from sum p_k B_k A_k by su
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 from torch import Tensor
@@ -21,11 +20,11 @@ from fedsb.adapters.adapted import Shapes, Tensors
 from fedsb.adapters.basis import Basis
 from fedsb.adapters.factors import factor_start
 from fedsb.adapters.residual import is_residual
+from fedsb.config.section import Positive, Rate
 from fedsb.methods.base import Method, MethodSpec, State, Traffic
 from fedsb.utils.errors import UserError
 
 
-@dataclass(frozen=True, kw_only=True)
 class FedIT(Method):
     spec: ClassVar[MethodSpec] = MethodSpec(
         id="fedit",
@@ -36,18 +35,23 @@ class FedIT(Method):
         secagg_compatible=True,
         dp_noise="quadratic",
     )
-    rank: int = 4
-    alpha: float | None = None  # None: 2 r
+    rank: Positive = 4
+    """Rank r of the factors A and B."""
+    alpha: Rate | None = None
+    """Alpha of LoRA; the scale s is alpha / rank. Default: 2 x rank."""
 
     @property
     def scale(self) -> float:
         return 2.0 if self.alpha is None else self.alpha / self.rank
 
-    def at(self, rank: int) -> Self:
-        """The scale is that of the whole federation, whatever a client's rank."""
-        if not 0 < rank <= self.rank:
-            raise UserError(f"a client's rank of {rank}: the federation's is {self.rank}")
-        return replace(self, rank=rank, alpha=self.scale * rank)
+    def at(self, total_rank: int) -> Self:
+        """The scale is the same for all clients, whatever their ranks."""
+        if not 0 < total_rank <= self.rank:
+            raise UserError(
+                f"A client cannot have the total rank {total_rank} with {self.spec.id}. Choose at most {self.rank}, "
+                "the rank of the federation."
+            )
+        return self.model_copy(update={"rank": total_rank, "alpha": self.scale * total_rank})
 
     def traffic(self, shapes: Shapes, *, head: int, clients: int, round: int = 1) -> Traffic:
         factors = sum(self.rank * (m + n) for m, n in shapes.values())
@@ -61,5 +65,5 @@ class FedIT(Method):
 
 
 def layers_of(tensors: Mapping[str, Tensor]) -> list[str]:
-    """The adapted layers that have an A among `tensors`, in an order that a checkpoint does not change."""
+    """Returns the sorted names of the layers that have an A among `tensors`."""
     return sorted(key.removesuffix(".A") for key in tensors if key.endswith(".A"))

@@ -1,21 +1,20 @@
-"""FedRot-LoRA: every client turns its factors onto the last global ones before they are averaged.
+"""FedRot-LoRA: every client rotates its factors towards the last global ones before they are averaged.
 
     O_k = argmin over orthogonal O of ||B_k O - B||^2 + ||O' A_k - A||^2
-    A <- sum_k p_k O_k' A_k,   B <- sum_k p_k B_k O_k        (O_k' turns A_k and O_k turns B_k: their product stays)
+    A <- sum_k p_k O_k' A_k,   B <- sum_k p_k B_k O_k        (the rotation does not change the product B_k A_k)
 
 Paper: "FedRot-LoRA: Mitigating Rotational Misalignment in Federated LoRA", Zhang et al. 2026, arXiv 2602.23638.
 O_k = P Q' from the SVD P D Q' of B_k' B + A_k A' (r x r): the orthogonal Procrustes problem, over both factors at
-once and at full strength. The authors' code fits A and B in alternate rounds from the second on, without reflections,
-and has a partial rotation too.
+once and without partial rotation. The authors' code fits A and B in alternate rounds from the second round on, without
+reflections, and also offers a partial rotation.
 
-Shapes, a layer: A (r, n) from a seed, B (m, r), zero at the start. s = alpha / r.
+Shapes, per layer: A (r, n), drawn from the seed; B (m, r), zero at the start. s = alpha / r.
 What travels: A and B, up and down: r (m + n) values, as in FedIT.
-Limits: not exact, but nearer than FedIT where clients differ by a rotation only.
+Limits: not exact, but closer than FedIT if clients differ only by a rotation.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -25,12 +24,11 @@ from fedsb.methods.base import MethodSpec
 from fedsb.methods.fedit import FedIT, layers_of
 
 
-@dataclass(frozen=True, kw_only=True)
 class FedRotLoRA(FedIT):
     spec: ClassVar[MethodSpec] = MethodSpec(
         id="fedrot-lora",
         paper="FedRot-LoRA, Zhang et al., arXiv 2602.23638",
-        travels="A and B, turned onto the last global ones, up; their means down",
+        travels="A and B up, rotated towards the last global ones; their means down",
         adapter="factors",
         exact=False,
         secagg_compatible=True,

@@ -1,18 +1,17 @@
-"""FedSA-LoRA: A is shared, B stays at home.
+"""FedSA-LoRA: A is shared; B stays with its client.
 
-    dW_k = s B_k A_k        A <- sum_k p_k A_k;   B_k, and the task head, are client k's own
+    dW_k = s B_k A_k        A <- sum_k p_k A_k;   client k keeps B_k and its task head
 
 Paper: "Selective Aggregation for Low-Rank Adaptation in Federated Learning", Guo et al., ICLR 2025, arXiv 2410.01463.
 
-Shapes, a layer: A (r, n) from a seed, common; B (m, r), zero at the start, kept by its client. s = alpha / r.
+Shapes, per layer: A (r, n), drawn from the seed, shared; B (m, r), zero at the start, one per client. s = alpha / r.
 What travels: A, up and down: r n values.
-Limits: no global model. It is scored as the mean over the clients' own models, and exports one adapter a client; a
+Limits: no global model. The score is the mean over the clients' own models, and one adapter per client is exported. A
 client that never took part has A and an untrained B.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 from fedsb.adapters.adapted import Shapes, Tensors
@@ -21,7 +20,6 @@ from fedsb.methods.base import MethodSpec, State, Traffic
 from fedsb.methods.fedit import FedIT
 
 
-@dataclass(frozen=True, kw_only=True)
 class FedSALoRA(FedIT):
     spec: ClassVar[MethodSpec] = MethodSpec(
         id="fedsa-lora",

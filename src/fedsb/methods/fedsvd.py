@@ -1,19 +1,19 @@
-"""FedSVD: only B is trained, and after every round the global update is turned into an orthonormal A and a new B.
+"""FedSVD: clients train B; after every round the SVD of the global update gives an orthonormal A and a new B.
 
     dW_k = s B_k A        U S V' = (sum_k p_k B_k) A,   A <- V',   B <- U S
 
 Paper: "FedSVD: Adaptive Orthogonalization for Private Federated Learning with LoRA", Lee et al., NeurIPS 2025,
 arXiv 2505.12805.
 
-Shapes, a layer: A (r, n) from a seed at first; B (m, r), zero at the start. s = alpha / r.
-What travels: B up, r m values; A and B down, r (m + n). Exact: the product is not changed by the SVD.
-Limits: the coordinates turn with every round, so neither clients nor the server can keep an optimiser's moments.
+Shapes, per layer: A (r, n), drawn from the seed at the start; B (m, r), zero at the start. s = alpha / r.
+What travels: B up, r m values; A and B down, r (m + n) values. Exact: the SVD does not change the product.
+Limits: the coordinates rotate in every round, so neither clients nor the server can keep an optimizer's moments.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -25,7 +25,6 @@ from fedsb.methods.base import MethodSpec, State, Traffic, Update
 from fedsb.methods.fedit import FedIT, layers_of
 
 
-@dataclass(frozen=True, kw_only=True)
 class FedSVD(FedIT):
     spec: ClassVar[MethodSpec] = MethodSpec(
         id="fedsvd",
@@ -50,7 +49,7 @@ class FedSVD(FedIT):
         tensors = {**state.tensors, **average(updates, state.tensors)}
         for layer in layers_of(tensors):
             A, B = tensors[f"{layer}.A"], tensors[f"{layer}.B"]
-            if torch.any(B != 0):  # a product of zero has no directions: A stays
+            if torch.any(B != 0):  # a product of zero has no directions, so A stays
                 U, S, V = product_svd(B, A)
                 tensors |= {f"{layer}.A": V.mT.to(A), f"{layer}.B": (U * S).to(B)}
         return replace(state, round=state.round + 1, tensors=tensors)

@@ -1,17 +1,16 @@
-"""FFA-LoRA: A is frozen, only B is trained and averaged.
+"""FFA-LoRA: A is frozen; only B is trained and averaged.
 
     dW_k = s B_k A        B <- sum_k p_k B_k
 
 Paper: "Improving LoRA in Privacy-preserving Federated Learning", Sun et al., ICLR 2024, arXiv 2403.12313.
 
-Shapes, a layer: A (r, n) from a seed, another one for each layer; B (m, r), zero at the start. s = alpha / r.
+Shapes, per layer: A (r, n), drawn from the seed, different for each layer; B (m, r), zero at the start. s = alpha / r.
 What travels: B, up and down: r m values. Exact, since A is shared.
-Limits: half of LoRA's values are never trained; every update lies in the row space of a random A.
+Limits: half of LoRA's values are never trained. Every update lies in the row space of a random A.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 from fedsb.adapters.adapted import Shapes, Tensors
@@ -20,7 +19,6 @@ from fedsb.methods.base import MethodSpec, State, Traffic
 from fedsb.methods.fedit import FedIT
 
 
-@dataclass(frozen=True, kw_only=True)
 class FFALoRA(FedIT):
     spec: ClassVar[MethodSpec] = MethodSpec(
         id="ffa-lora",

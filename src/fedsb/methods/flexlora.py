@@ -1,32 +1,32 @@
-"""FlexLoRA: the server forms the exact update and hands back its best approximation at each client's rank.
+"""FlexLoRA: the server computes the exact update and returns its best approximation at each client's rank.
 
     M = sum_k p_k s B_k A_k,   U S V' = svd(M),   B <- U_r S_r^(1/2) / s^(1/2),   A <- S_r^(1/2) V_r' / s^(1/2)
 
 Paper: "Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and Client Resources", Bai et al.,
-NeurIPS 2024, arXiv 2402.11505. The singular values go to both factors alike, and one SVD serves all ranks: the leading
-r_k columns and rows are the best rank-r_k approximation.
+NeurIPS 2024, arXiv 2402.11505. Here the singular values are split evenly between the factors. One SVD serves all ranks:
+the leading r_k columns and rows are the best approximation of rank r_k.
 
-Shapes, a layer: A (r_k, n) from a seed at first, B (m, r_k), zero at the start. s = alpha / r, the same for all.
-What travels: A_k and B_k, up and down: r_k (m + n) values. Exact only where the rank of M is at most r.
-Limits: the server sees every client's factors. The coordinates turn with every round: moments cannot be kept.
+Shapes, per layer: A (r_k, n), drawn from the seed at the start; B (m, r_k), zero at the start. s = alpha / r, the same
+for all.
+What travels: A_k and B_k, up and down: r_k (m + n) values. Exact only if the rank of M is at most r.
+Limits: the server sees every client's factors. The coordinates rotate in every round, so moments cannot be kept.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
 
 from fedsb.adapters.adapted import Tensors
-from fedsb.adapters.low_rank import product_svd, weighted_stack
-from fedsb.methods.averaging import ServerOptimizer, average
+from fedsb.adapters.low_rank import product_svd
+from fedsb.methods.averaging import ServerOptimizer, average, weighted_stack
 from fedsb.methods.base import MethodSpec, State, Update
 from fedsb.methods.fedit import FedIT, layers_of
 
 
-@dataclass(frozen=True, kw_only=True)
 class FlexLoRA(FedIT):
     spec: ClassVar[MethodSpec] = MethodSpec(
         id="flexlora",
@@ -41,8 +41,9 @@ class FlexLoRA(FedIT):
         dp_noise="quadratic",
     )
 
-    def broadcast(self, state: State, *, late: bool = False, rank: int | None = None) -> Tensors:
-        return leading(super().broadcast(state, late=late), self.rank if rank is None else rank)
+    def broadcast(self, state: State, *, missed_last_round: bool = False, total_rank: int | None = None) -> Tensors:
+        message = super().broadcast(state, missed_last_round=missed_last_round)
+        return leading(message, self.rank if total_rank is None else total_rank)
 
     def aggregate(self, state: State, updates: Sequence[Update], server: ServerOptimizer) -> State:
         tensors = dict(state.tensors)
@@ -58,14 +59,14 @@ class FlexLoRA(FedIT):
 
 
 def leading(tensors: Tensors, rank: int) -> Tensors:
-    """The leading `rank` rows of every A and columns of every B; the rest as it is."""
+    """Returns the tensors with the leading `rank` rows of every A and columns of every B."""
     return {
         key: x[:rank] if key.endswith(".A") else x[:, :rank] if key.endswith(".B") else x for key, x in tensors.items()
     }
 
 
 def _widen(columns: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """`columns` in the dtype and with the width of `like`, zeros behind."""
+    """Returns `columns` in the dtype of `like`, padded with zeros to its width."""
     wide = torch.zeros_like(like)
     wide[:, : columns.shape[1]] = columns.to(like)
     return wide

@@ -1,22 +1,22 @@
-"""FLoRA: the clients' factors are stacked, added to the base, and everyone starts afresh.
+"""FLoRA: the clients' factors are stacked and added to the base, and every client restarts.
 
     W0 <- W0 + [p_1 s B_1, ..., p_c s B_c] [A_1; ...; A_c]        then A random, B = 0
 
 Paper: "FLoRA: Federated Fine-Tuning Large Language Models with Heterogeneous Low-Rank Adaptations", Wang et al.,
-NeurIPS 2024, arXiv 2409.05976. The weights stand on one side only.
+NeurIPS 2024, arXiv 2409.05976. Here only B is multiplied by the weights.
 
-Shapes, a layer: A_k (r_k, n), random from (seed, round); B_k (m, r_k), zero at every start. s = alpha / r, the same for
-all.
-What travels: A_k and B_k up, r_k (m + n) values; the stack down, sum_k r_k (m + n), or m n where that is less. It stays
-in the carried adapter (adapters/carry.py); a site that missed a round gets all of that.
-Limits: the server, and with the stack every client, sees everyone's factors. An ordinary LoRA of the result has a high
-rank. An optimiser's moments mean nothing after a fresh start.
+Shapes, per layer: A_k (r_k, n), drawn from (seed, round); B_k (m, r_k), zero at every restart. s = alpha / r, the same
+for all.
+What travels: A_k and B_k up, r_k (m + n) values; the stack down, sum_k r_k (m + n) values, or m n if that is less.
+Clients add the stack to the residual adapter (adapters/residual.py). A client that missed a round receives all of it.
+Limits: the server sees every client's factors, and so does every client, through the stack. The result as an ordinary
+LoRA has a high rank. An optimizer's moments have no meaning after a restart.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -24,16 +24,14 @@ import torch
 from fedsb.adapters.adapted import Shapes, Tensors
 from fedsb.adapters.basis import Basis
 from fedsb.adapters.factors import factor_start
-from fedsb.adapters.low_rank import weighted_stack
 from fedsb.adapters.residual import delta_of, delta_values
-from fedsb.methods.averaging import ServerOptimizer, average
+from fedsb.methods.averaging import ServerOptimizer, average, weighted_stack
 from fedsb.methods.base import MethodSpec, State, Traffic, Update
 from fedsb.methods.fedit import FedIT, layers_of
 
-SEED = "seed"  # in common: every round's A is drawn from it
+SEED = "seed"  # a shared tensor, from which A is drawn in every round
 
 
-@dataclass(frozen=True, kw_only=True)
 class FLoRA(FedIT):
     spec: ClassVar[MethodSpec] = MethodSpec(
         id="flora",
@@ -59,7 +57,7 @@ class FLoRA(FedIT):
         return State(tensors=dict(head), shared={**first, SEED: torch.tensor(seed)})
 
     def init_client(self, shared: Tensors, message: Tensors, client_state: Tensors, round: int) -> Tensors:
-        """A and B of this round's start are drawn from the seed; a client of a lower rank has the leading rows of A."""
+        """A is drawn from the seed and the round. A client of a lower rank has its leading rows."""
         own = super().init_client(shared, message, client_state, round)
         seed = int(own.pop(SEED))
         shapes = {layer: (len(own[f"{layer}.B"]), own[f"{layer}.A"].shape[1]) for layer in layers_of(own)}

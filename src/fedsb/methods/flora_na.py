@@ -1,34 +1,35 @@
-"""FLoRA-NA: the server mixes the clients' factors with two vectors, so that the product comes near the exact update.
+"""FLoRA-NA: the server mixes the clients' factors with two vectors, so that the product approximates the exact update.
 
     Ahat = sum_u P_u A_u,   Bhat = sum_u Q_u B_u,   (P, Q) = argmin ||M - s Bhat Ahat||_F,   M = sum_u p_u s B_u A_u
 
-Paper: "FLoRA-NA: Nearly Accurate Aggregation for Federated Low-Rank Adaptation", arXiv 2509.26399. Its solver is
-not documented; here it is alternating least squares on the Gram blocks GB[u,v] = B_u' B_v and GA[u,v] = A_u A_v', in
-float64, from P = Q = p, which is FedIT: the error never rises above FedIT's.
+Paper: "FLoRA-NA: Nearly Accurate Aggregation for Federated Low-Rank Adaptation", arXiv 2509.26399. The paper does not
+describe its solver. Here it is alternating least squares on the Gram blocks GB[u,v] = B_u' B_v and GA[u,v] = A_u A_v',
+in float64, starting from P = Q = p, which is FedIT. The error therefore never exceeds that of FedIT.
 
-Shapes, a layer: A_u (r, n), B_u (m, r), c clients; P and Q (c,). s = alpha / r.
+Shapes, per layer: A_u (r, n), B_u (m, r), c clients; P and Q (c,). s = alpha / r.
 What travels: A and B, up and down: r (m + n) values, as in FedIT.
-Limits: the server sees every client's factors. Not exact: Bhat Ahat is never nearer than the best rank-r approximation.
-Logged each round: the errors of FedIT, FLoRA-NA and (an SVD of c r x c r a layer, `best_error`) the best rank-r matrix,
-relative to ||M||_F over all layers.
+Limits: the server sees every client's factors. Not exact: Bhat Ahat is never closer than the best approximation of rank
+r. Each round logs the errors of FedIT, of FLoRA-NA and, if `best_error` is set, of the best rank-r matrix (one SVD of
+c r x c r per layer), relative to ||M||_F over all layers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import replace
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from fedsb.adapters.low_rank import product_svd, weighted_stack
-from fedsb.methods.averaging import ServerOptimizer, average
+from fedsb.adapters.low_rank import product_svd
+from fedsb.config.section import Positive
+from fedsb.methods.averaging import ServerOptimizer, average, weighted_stack
 from fedsb.methods.base import MethodSpec, State, Update
 from fedsb.methods.fedit import FedIT, layers_of
 
 
-@dataclass(frozen=True, kw_only=True)
 class FLoRANA(FedIT):
     spec: ClassVar[MethodSpec] = MethodSpec(
         id="flora-na",
@@ -40,16 +41,19 @@ class FLoRANA(FedIT):
         supports_server_optimizer=False,
         dp_noise="quadratic",
     )
-    sweeps: int = 30  # at most
-    tolerance: float = 1e-6  # of the error: a sweep that gains less is the last
-    best_error: bool = True  # log the best rank-r matrix's too
+    sweeps: Positive = 30
+    """Maximum number of sweeps of alternating least squares."""
+    tolerance: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-6
+    """Relative decrease of the error below which the sweeps stop."""
+    best_error: bool = True
+    """Whether to log the error of the best rank-r matrix."""
 
     def aggregate(self, state: State, updates: Sequence[Update], server: ServerOptimizer) -> State:
         ordered = sorted(updates, key=lambda update: update.client)
         tensors = {**state.tensors, **average(ordered, state.tensors)}
         p = torch.tensor([update.weight for update in ordered], dtype=torch.float64)
         p /= p.sum()
-        squares = torch.zeros(4, dtype=torch.float64)  # ||M||^2, and the errors' of fedit, flora-na, the best
+        squares = torch.zeros(4, dtype=torch.float64)  # ||M||^2, and the squared errors of fedit, flora-na, the best
         for layer in layers_of(tensors):
             A_urn, B_umr = (torch.stack([u.tensors[f"{layer}.{name}"].double() for u in ordered]) for name in "AB")
             GA, GB = torch.einsum("urn,vqn->uvrq", A_urn, A_urn), torch.einsum("umr,vmq->uvrq", B_umr, B_umr)
@@ -73,12 +77,12 @@ def solve(
     sweeps: int,
     tolerance: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """P and Q (c,), ||M||_F^2, and the squared errors ||M - Bhat Ahat||_F^2 of FedIT's P = Q = p and of the result.
+    """Returns P, Q (c,), ||M||_F^2, and the squared error ||M - Bhat Ahat||_F^2 of FedIT (P = Q = p) and of the result.
 
-    Given P, the error is quadratic in Q: Q' H Q - 2 b' Q + ||M||^2, H_uv = <GB[u,v], S>, S = sum P_u P_v GA[u,v], and
-    b_u = sum_w p_w <GB[u,w], T_w>, T_w = sum_u P_u GA[u,w]; and the other way round. A ridge of 1e-8 tr(H), centred on
-    the last iterate, keeps H invertible and the error falling. The scale between P and Q is fixed at the end so that
-    ||Ahat|| = ||Abar||.
+    Given P, the error is quadratic in Q: Q' H Q - 2 b' Q + ||M||^2, with H_uv = <GB[u,v], S>, S = sum P_u P_v GA[u,v],
+    b_u = sum_w p_w <GB[u,w], T_w> and T_w = sum_u P_u GA[u,w]. The same holds with P and Q exchanged. A ridge of
+    1e-8 tr(H), centred on the last iterate, keeps H invertible and the error decreasing. At the end, the scale between
+    P and Q is chosen such that ||Ahat|| = ||Abar||.
     """
     P, Q = p.clone(), p.clone()
     norm = torch.einsum("u,uv,v->", p, (GB * GA).sum((-2, -1)), p)
@@ -98,10 +102,10 @@ def solve(
     return (P, Q, norm, fedit, ours) if ours <= fedit else (p, p, norm, fedit, fedit)
 
 
-def _best(G: Tensor, F: Tensor, held: Tensor, last: Tensor, p: Tensor) -> Tensor:
-    """The best mixture of the factors with Gram blocks G, while those with F are mixed by `held`."""
-    T_wrq = torch.einsum("v,vwrq->wrq", held, F)
-    S = torch.einsum("w,wrq->rq", held, T_wrq)
+def _best(G: Tensor, F: Tensor, fixed: Tensor, last: Tensor, p: Tensor) -> Tensor:
+    """Returns the best mixture of the factors with Gram blocks G; those with F are mixed by `fixed`."""
+    T_wrq = torch.einsum("v,vwrq->wrq", fixed, F)
+    S = torch.einsum("w,wrq->rq", fixed, T_wrq)
     H = torch.einsum("uvrq,rq->uv", G, S)
     if not H.trace() > 0:
         return last
@@ -112,7 +116,7 @@ def _best(G: Tensor, F: Tensor, held: Tensor, last: Tensor, p: Tensor) -> Tensor
 
 
 def _error(GA: Tensor, GB: Tensor, P: Tensor, Q: Tensor, p: Tensor, norm: Tensor) -> Tensor:
-    """||M - Bhat Ahat||_F^2 from the Gram blocks."""
+    """Returns ||M - Bhat Ahat||_F^2, computed from the Gram blocks."""
     T_wrq = torch.einsum("v,vwrq->wrq", P, GA)
     U_wrq = torch.einsum("u,uwrq->wrq", Q, GB)
     cross = (p[:, None, None] * T_wrq * U_wrq).sum()
@@ -120,6 +124,6 @@ def _error(GA: Tensor, GB: Tensor, P: Tensor, Q: Tensor, p: Tensor, norm: Tensor
 
 
 def _norm(G: Tensor, mix: Tensor) -> Tensor:
-    """||sum_u mix_u X_u||_F^2."""
+    """Returns ||sum_u mix_u X_u||_F^2."""
     squares: Tensor = mix @ torch.einsum("uvrr->uv", G) @ mix
     return squares

@@ -1,16 +1,17 @@
-"""Local: every client trains alone. The control that shows what federation is worth.
+"""Local: every client trains alone. A control that shows what federation is worth.
 
-    dW_k stays with client k, from round to round; nothing travels.
+    dW_k stays with client k, from round to round.
 
-Shapes as in fed-sb or ravan (`adapter = "core"`, with `blocks` and `scalars`) or fedit (`adapter = "factors"`, with
+Shapes as in Fed-SB or RAVAN (`adapter = "core"`, with `blocks` and `scalars`) or FedIT (`adapter = "factors"`, with
 `alpha`).
-Limits: no global model. It is scored as the mean over the clients' own models, and exports one adapter a client.
+What travels: nothing.
+Limits: no global model. The score is the mean over the clients' own models, and one adapter per client is exported.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import ClassVar
 
 from fedsb.adapters.adapted import Shapes, Tensors
@@ -20,7 +21,6 @@ from fedsb.methods.base import MethodSpec, State, Update
 from fedsb.methods.control import Control
 
 
-@dataclass(frozen=True, kw_only=True)
 class Local(Control):
     spec: ClassVar[MethodSpec] = MethodSpec(
         id="local",
@@ -30,19 +30,20 @@ class Local(Control):
         exact=False,
         secagg_compatible=True,
         client_state="its whole adapter and head",
+        aggregates=False,
         dp_noise="linear",
         global_model=False,
     )
 
     def start(self, shapes: Shapes, basis: Basis | None, head: Tensors, seed: int) -> State:
-        first = self.twin.start(shapes, basis, head, seed)
+        first = self.trains_as.start(shapes, basis, head, seed)
         return State(tensors={}, shared={**first.shared, **first.tensors})
 
     def init_client(self, shared: Tensors, message: Tensors, client_state: Tensors, round: int) -> Tensors:
         return super().init_client({**shared, **client_state}, {}, {}, round)
 
     def upload(self, received: Tensors, trained: Tensors, round: int) -> tuple[Tensors, Tensors]:
-        return {}, self.twin.upload(received, trained, round)[0]
+        return {}, self.trains_as.upload(received, trained, round)[0]
 
     def aggregate(self, state: State, updates: Sequence[Update], server: ServerOptimizer) -> State:
         return replace(state, round=state.round + 1)

@@ -1,31 +1,31 @@
-"""RAVAN: several blocks with their own frozen bases, each block scaled by a trained scalar.
+"""RAVAN: several cores with their own frozen bases, each scaled by a trained scalar.
 
     dW_k = sum_i s_i B_i R_i A_i        R_i <- sum_k p_k s_i,k R_i,k,   s_i <- 1          i = 1..h blocks
 
 Paper: "Ravan: Multi-Head Low-Rank Adaptation for Federated Fine-Tuning", Raje et al., NeurIPS 2025, arXiv 2506.05568
 (its H_i is R_i here, its heads are blocks).
 
-Shapes, a layer: B (m, h r) and A (h r, n), frozen, orthonormal over all blocks; R (h, r, r), zero at the start;
+Shapes, per layer: B (m, h r) and A (h r, n), frozen, orthonormal over all blocks; R (h, r, r), zero at the start;
 s (h,), one at the start of every round.
-What travels: s_i R_i, up and down: h r^2 values. Exact, as in Fed-SB. At a budget of N values, an update reaches the
-rank sqrt(N h) where Fed-SB's reaches sqrt(N).
-Mixed ranks: a client of total rank h_k r trains the first h_k blocks; exact only where all ranks are equal.
+What travels: s_i R_i, up and down: h r^2 values. Exact, as in Fed-SB. With a budget of N values, the update has rank
+sqrt(N h), compared with sqrt(N) for Fed-SB.
+Mixed ranks: a client of total rank h_k r trains the first h_k blocks. This is exact only if all ranks are equal.
+Limits: as in Fed-SB, the update stays in the span of the bases.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 import torch
 
 from fedsb.adapters.adapted import Tensors
+from fedsb.config.section import Positive
 from fedsb.methods.base import Method, MethodSpec, State
 from fedsb.methods.fed_sb import FedSB
 from fedsb.utils.errors import UserError
 
 
-@dataclass(frozen=True, kw_only=True)
 class Ravan(FedSB):
     spec: ClassVar[MethodSpec] = MethodSpec(
         id="ravan",
@@ -37,19 +37,25 @@ class Ravan(FedSB):
         mixed_ranks=True,
         dp_noise="linear",
     )
-    rank: int = 16
-    blocks: int = 4
-    scalars: bool = True  # False: they stay at 1, and this is Fed-SB with several blocks
+    rank: Positive = 16
+    """Rank r of one core."""
+    blocks: Positive = 4
+    """Number h of cores per layer, each with its own part of the basis."""
+    scalars: bool = True
+    """Whether the scalars s are trained. If not, this is Fed-SB with blocks."""
 
-    def at(self, rank: int) -> Self:
-        if rank % self.rank or not 0 < rank <= self.total_rank:
-            raise UserError(f"a client's rank of {rank}: it must be some of the {self.blocks} blocks of {self.rank}")
-        return replace(self, blocks=rank // self.rank)
+    def at(self, total_rank: int) -> Self:
+        if total_rank % self.rank or not 0 < total_rank <= self.total_rank:
+            raise UserError(
+                f"A client cannot have the total rank {total_rank} with {self.spec.id}, which trains whole blocks. "
+                f"Choose a multiple of {self.rank} up to {self.total_rank}."
+            )
+        return self.model_copy(update={"blocks": total_rank // self.rank})
 
-    def broadcast(self, state: State, *, late: bool = False, rank: int | None = None) -> Tensors:
-        """A client of a lower rank gets the first blocks."""
-        h = self.blocks if rank is None else self.at(rank).blocks
-        message = Method.broadcast(self, state, late=late)
+    def broadcast(self, state: State, *, missed_last_round: bool = False, total_rank: int | None = None) -> Tensors:
+        """A client of a lower rank receives the first blocks."""
+        h = self.blocks if total_rank is None else self.at(total_rank).blocks
+        message = Method.broadcast(self, state, missed_last_round=missed_last_round)
         return {key: tensor[:h] if key.endswith(".R") else tensor for key, tensor in message.items()}
 
     def init_client(self, shared: Tensors, message: Tensors, client_state: Tensors, round: int) -> Tensors:
@@ -66,7 +72,7 @@ class Ravan(FedSB):
         return keys if self.scalars else frozenset(key for key in keys if not key.endswith(".s"))
 
     def upload(self, received: Tensors, trained: Tensors, round: int) -> tuple[Tensors, Tensors]:
-        sent, kept = super().upload(received, trained, round)
+        sent, client_state = super().upload(received, trained, round)
         scalars = {key.removesuffix(".s"): trained[key] for key in trained if key.endswith(".s")}
         scaled = {f"{layer}.R": trained[f"{layer}.R"] * s[:, None, None] for layer, s in scalars.items()}
-        return {key: tensor for key, tensor in sent.items() if not key.endswith(".s")} | scaled, kept
+        return {key: tensor for key, tensor in sent.items() if not key.endswith(".s")} | scaled, client_state

@@ -26,7 +26,6 @@ from fedsb.config.schema import Config
 from fedsb.data.sites import Data, elsewhere
 from fedsb.data.sources import load_table
 from fedsb.data.tasks.base import Task, ids, pad_token
-from fedsb.methods import build_method
 from fedsb.methods.base import Method
 from fedsb.models.hub import has_weights
 from fedsb.models.limits import check_positions, check_tokens
@@ -69,7 +68,7 @@ def estimate(loaded: ResolvedConfig) -> dict[str, Any]:
     if loaded.config.data.train is None and "engine.name" not in loaded.origin:
         loaded = _as_served(loaded)
     config = loaded.config
-    method = build_method(config.method.name, config.method.options)
+    method = config.method
     refuse_what_facts_forbid(config, method)
     refuse_what_would_leak(config, method)
     if config.engine.name == "flower":

@@ -174,7 +174,7 @@ def clip_change(sent: Tensor, baseline: Tensor, clip: float) -> Tensor:  # (P,) 
     length = float(torch.linalg.vector_norm(baseline, dtype=torch.float64))
     if (rounding := FLOAT32_ROUNDING * (length + clip)) > SLACK * clip:
         raise UserError(
-            f"privacy.clip = {clip:g} is too small: the tensors that a client sends have length {length:.3g}, and "
+            f"privacy.clip_norm = {clip:g} is too small: the tensors that a client sends have length {length:.3g}, and "
             f"float32 rounds them by up to {rounding:.2g}. Set it to at least "
             f"{FLOAT32_ROUNDING / SLACK * length * 1.01:.2g}"
         )

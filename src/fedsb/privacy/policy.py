@@ -174,7 +174,7 @@ def build_privacy_policy(config: Config, method: Method, sites: Sequence[Site], 
     if privacy.unit == "client":
         plan = PrivacyPlan(
             unit="client",
-            clip=privacy.clip,
+            clip=privacy.clip_norm,
             delta=delta,
             batch=len(cohorts[0]),
             rows=len(rows),
@@ -188,7 +188,7 @@ def build_privacy_policy(config: Config, method: Method, sites: Sequence[Site], 
         for name, count in rows.items():
             first = PrivacyPlan(
                 unit="example",
-                clip=privacy.clip,
+                clip=privacy.clip_norm,
                 delta=delta,
                 batch=local.rows_a_step,
                 rows=count,
@@ -241,4 +241,4 @@ def _basis_noise(config: Config, method: Method, rows: int, all_rows: int) -> Ba
     if config.basis.refresh and config.server.clients_per_round:
         raise UserError("basis.refresh in a private run: every client must take part in every round")
     q = min(1.0, config.basis.samples / all_rows)
-    return BasisNoise(clip=config.privacy.clip, q=q, every=config.basis.refresh)
+    return BasisNoise(clip=config.privacy.clip_norm, q=q, every=config.basis.refresh)

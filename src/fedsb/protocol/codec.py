@@ -14,12 +14,13 @@ Limits: values below 2^-133 may become 0. Rounding hides nothing: whoever knows 
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-Codec = Literal["float32", "bfloat16", "int8", "int4"]
+from fedsb.config.schema import Codec as Codec
+
 CODECS: tuple[str, ...] = get_args(Codec)
 BLOCK = 64  # values that share a scale; see docs/decisions.md
 SCALE_BYTES = 2  # bfloat16

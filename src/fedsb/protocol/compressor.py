@@ -86,7 +86,7 @@ class Compressor:
         """Returns the payload that a client receives in this round."""
         if not whole(method, state, missed_last_round=missed_last_round, total_rank=total_rank):
             return self._change(method, state, shared_hash)
-        tensors = method.broadcast(view, late=missed_last_round, rank=total_rank)
+        tensors = method.broadcast(view, missed_last_round=missed_last_round, total_rank=total_rank)
         payload = Payload.of(tensors, kind="broadcast", run=self.run, round=state.round)
         return pack(replace(payload, basis=shared_hash))
 

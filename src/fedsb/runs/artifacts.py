@@ -14,7 +14,6 @@ from fedsb.adapters.card import load_lines
 from fedsb.adapters.serving import serving
 from fedsb.config.load import load_config
 from fedsb.config.resolved import ResolvedSetting
-from fedsb.methods import build_method
 from fedsb.methods.base import State
 from fedsb.models.load import quiet
 from fedsb.privacy.policy import PrivacyPolicy
@@ -250,7 +249,7 @@ def card_facts(folder: Path) -> dict[str, str]:
     """Returns the rows of a model card's table: how the run in `folder` was made and what it scored."""
     manifest, facts = read_manifest(folder), summary(folder)
     config = load_config(manifest["config"]).config
-    method = build_method(config.method.name, config.method.options)
+    method = config.method
     warnings = run_warnings(manifest, read_rows(folder / "rounds.jsonl"))
     settings = {choice["key"]: choice for choice in manifest["settings"]}
     fixed = settings.get("model.template_date", {})

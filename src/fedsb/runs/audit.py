@@ -17,7 +17,7 @@ from typing import Any
 
 from fedsb.channels.in_process import open_in_process
 from fedsb.config.load import ResolvedConfig
-from fedsb.config.schema import Config, method_of
+from fedsb.config.schema import Config
 from fedsb.privacy.audit import ERROR, SHARES, Canaries, audited, best_bound, ceiling
 from fedsb.privacy.mechanism import ROUNDING, SLACK, UnsafeReleaseError
 from fedsb.privacy.plan import PrivacyPlan, worst_client
@@ -46,7 +46,7 @@ def audit(
     folder = Path(config.out) / f"{config.name}-audit"
     _refuse(config, canaries, folder)
     started, run = time.monotonic(), uuid.uuid4().hex[:12]
-    method = method_of(config)
+    method = config.method
     opened = open_in_process(config, method, run)
     server = Server(config, method, run, opened)
     name, plan = _of(server.policy.plans, client)

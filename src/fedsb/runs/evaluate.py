@@ -16,7 +16,8 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from fedsb.adapters.card import merged_card
-from fedsb.adapters.export import BaseModelInfo, merge
+from fedsb.adapters.export import BaseModelInfo
+from fedsb.adapters.merge import merge
 from fedsb.config.load import load_config
 from fedsb.config.schema import Config
 from fedsb.data.sites import load_rows, open_task_of
@@ -24,7 +25,6 @@ from fedsb.data.sources import Table
 from fedsb.data.tasks import TASKS
 from fedsb.data.tasks.answers import Answers
 from fedsb.data.tasks.base import Example, Task, pad_token, question_of
-from fedsb.methods import method_type
 from fedsb.models.hub import hub_errors, licence_of
 from fedsb.models.load import load_base, load_tokenizer, matmul_precision, quiet, resolve_name, shared_name
 from fedsb.reporting.run_directory import read_manifest, read_result
@@ -286,9 +286,9 @@ def finished_run(folder: Path) -> tuple[dict[str, Any], Config, Path]:
     if result is None:
         raise UserError(f"{folder} is not finished: `fedsb resume {folder}` goes on")
     config, adapter = load_config(manifest["config"]).config, folder / "adapter"
-    if not method_type(config.method.name).spec.global_model:
+    if not config.method.spec.global_model:
         names = ", ".join(sorted(path.name for path in adapter.glob("*")))
-        raise UserError(f"method {config.method.name!r} has no global model; its clients' adapters are {names}")
+        raise UserError(f"method {config.method.spec.id!r} has no global model; its clients' adapters are {names}")
     if not (adapter / "adapter_config.json").exists():
         raise UserError(f"{adapter} is gone: `fedsb resume {folder}` writes it again")
     if result.get("adapter_fault"):

@@ -175,7 +175,7 @@ class Record:
         parts["shared"] = {key: x for key, x in state.shared.items() if not _same(x, self._shared.get(key))}
         content = save(_contiguous({key: x for name, part in parts.items() for key, x in under(name, part).items()}))
         facts = {"run": self.run, "round": state.round, "sha256": hashlib.sha256(content).hexdigest()}
-        facts |= {"ranks": dict(state.ranks), "accepted": dict(state.accepted)}
+        facts |= {"ranks": dict(state.total_ranks), "accepted": dict(state.accepted)}
         final = self.folder / "checkpoints" / f"{PREFIX}{state.round:04d}"
         temporary = final.with_name(f".{final.name}.{os.getpid()}")
         with disk_errors(self.folder):
@@ -232,7 +232,7 @@ class Record:
                 shared={**common, **within("shared", tensors)},
                 shared_delta=within("shared_delta", tensors),
                 client_view=within("client_view", tensors),
-                ranks=ranks,
+                total_ranks=ranks,
                 accepted=accepted,
             )
         if found:

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from fedsb.channels.in_process import open_in_process
 from fedsb.config.load import ResolvedConfig, difference, load_config
 from fedsb.config.resolved import ResolvedSetting
-from fedsb.config.schema import Config, method_of
+from fedsb.config.schema import Config
 from fedsb.data.card import shown_lines
 from fedsb.methods.base import Method, State
 from fedsb.privacy.mechanism import PrivacyBudgetExceededError
@@ -87,7 +87,7 @@ def federate(
     folder = Path(config.out) / config.name
     refuse_existing(folder)
     run_id = uuid.uuid4().hex[:12]
-    opened = open_federation(config, method_of(config), run_id)
+    opened = open_federation(config, config.method, run_id)
     manifest = {
         "format": FORMAT,
         "fedsb": versions()["fedsb"],
@@ -123,7 +123,7 @@ def resume(
             + "\n  ".join(lines)
         )
     with Record.open(folder) as record:
-        opened = open_federation(resolved.config, method_of(resolved.config), record.run)
+        opened = open_federation(resolved.config, resolved.config.method, record.run)
         return _run(resolved, opened, record, display or Silent())
 
 

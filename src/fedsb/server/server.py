@@ -163,7 +163,7 @@ class Server:
 
     def finish(self, state: State, card: Mapping[str, str]) -> dict[str, Score]:
         """Ends the run at every client: it receives the final model and scores it. Returns the clients' scores."""
-        tensors = self.method.broadcast(state, late=True)
+        tensors = self.method.broadcast(state, missed_last_round=True)
         payload = pack(Payload.of(tensors, kind="broadcast", run=self.run, round=state.round))
         request = Finish(run=self.run, card=dict(card), parts=(payload,))
         scores: dict[str, Score] = {}
@@ -240,7 +240,7 @@ class _Round:
 
     def __init__(self, server: Server, state: State, view: State, *, missed: frozenset[str], score: bool) -> None:
         self.server, self.state, self.view, self.missed, self.score = server, state, view, missed, score
-        self.ranks = {**server.ranks, **state.ranks}
+        self.ranks = {**server.ranks, **state.total_ranks}
         self.shared_hash = basis_hash(view.shared)
         self._payloads: dict[tuple[bool, int | None], bytes] = {}
 

@@ -38,7 +38,7 @@ class UpdateSpec:
     @classmethod
     def of(cls, method: Method, state: State, total_rank: int | None) -> UpdateSpec:
         own = method if total_rank is None else method.at(total_rank)
-        sent = baseline_upload(own, state.shared, method.broadcast(state, rank=total_rank), state.round)
+        sent = baseline_upload(own, state.shared, method.broadcast(state, total_rank=total_rank), state.round)
         layout = Layout.of(sent)
         model = layout.mask(frozenset(sent) - method.metadata_keys)
         return cls(layout=layout, reference=layout.flatten(sent).numpy(), model=model.numpy())
@@ -88,7 +88,7 @@ def update_rules(
     `judge_norms` is off where clients' changes are clipped and noised in sum: who is dropped for its norm would depend
     on the others' rows.
     """
-    ranks = {**ranks, **state.ranks}
+    ranks = {**ranks, **state.total_ranks}
     by_rank = {rank: UpdateSpec.of(method, state, rank) for rank in set(ranks.values())}
     return UpdateRules(
         run=run,

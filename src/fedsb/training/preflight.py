@@ -25,7 +25,8 @@ from torch import Tensor
 
 from fedsb.adapters.adapted import AdaptedModel, Tensors, kinds
 from fedsb.adapters.core import core_left
-from fedsb.adapters.export import BaseModelInfo, try_adapter
+from fedsb.adapters.export import BaseModelInfo
+from fedsb.adapters.export_check import try_adapter
 from fedsb.adapters.factors import Factors
 from fedsb.adapters.layer import RoutingError
 from fedsb.config.resolved import ResolvedSetting

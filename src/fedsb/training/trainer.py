@@ -8,8 +8,9 @@ import torch
 
 from fedsb.adapters.adapted import AdaptedModel, Tensors, block_layers, find_targets, left_out
 from fedsb.adapters.basis import Basis
-from fedsb.adapters.export import BaseModelInfo, merged_plan
+from fedsb.adapters.export import BaseModelInfo
 from fedsb.adapters.layer import linear_shape
+from fedsb.adapters.merge import merged_plan
 from fedsb.config.resolved import ResolvedSetting
 from fedsb.config.schema import Config
 from fedsb.data.tasks.base import Example, Task, Tokenizer, ids, pad_token

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedsb.config.load import RECIPES
+from fedsb.config import RECIPES
 from fedsb.utils.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def recipe_path(name: str) -> Path:
-    """The TOML of a recipe. Raises UserError with the nearest name."""
+    """Returns the TOML of a recipe. Raises UserError with the nearest name if there is no such recipe."""
     path = RECIPES / f"{name}.toml"
     if not path.is_file():
         names = [recipe.stem for recipe in RECIPES.glob("*.toml")]
@@ -24,7 +24,7 @@ def recipe_path(name: str) -> Path:
 
 
 def load(config: str, overrides: Sequence[str]) -> ResolvedConfig:
-    """Reads a TOML file, a run directory's settings, or a recipe by its name. Raises ConfigError with all faults."""
+    """Reads a TOML file, the settings of a run directory, or a recipe. Raises ConfigError with all faults."""
     from fedsb.config.load import load_config
     from fedsb.models.hub import stay_offline_without_network
 

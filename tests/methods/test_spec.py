@@ -1,30 +1,24 @@
-"""What methods say of themselves, and how a name becomes a method, third parties' included."""
+"""The specs of all methods, their scales and ranks, and what the specs forbid."""
 
 from __future__ import annotations
 
-import dataclasses
 import re
-from collections.abc import Iterator
-from importlib.metadata import EntryPoint, entry_points
-from typing import Any, ClassVar
+from importlib.metadata import entry_points
+from typing import Any
 
 import pytest
 import torch
+from fedsb.protocol.requirements import fitting_rank
 
-import fedsb.methods
 from conftest import set_all
 from fedsb.adapters.basis import Basis
 from fedsb.config.load import load_config
-from fedsb.methods import GROUP, build_method, method_type, method_types
-from fedsb.methods.base import Method, MethodSpec
+from fedsb.methods import GROUP, build_method
 from fedsb.methods.control import control_options
-from fedsb.methods.fed_sb import FedSB
 from fedsb.planning.estimate import estimate
-from fedsb.protocol.prices import price_list
-from fedsb.protocol.requirements import fitting_rank
 from fedsb.reporting.run_directory import read_rows
 from fedsb.runs.run import federate
-from fedsb.utils.errors import ConfigError, UserError
+from fedsb.utils.errors import UserError
 
 OURS = {point.name: point.load() for point in entry_points(group=GROUP) if point.value.startswith("fedsb.")}
 SHAPES = {"up": (20, 10), "down": (10, 20)}
@@ -51,21 +45,22 @@ SPEC = {
 
 
 @pytest.mark.parametrize("name", sorted({*OURS, *SPEC}))
-def test_facts_say_what_the_spec_says(name: str) -> None:
-    f = OURS[name].spec
-    facts = (f.adapter, f.exact, f.secagg_compatible, f.changes_base, f.mixed_ranks, f.dp_noise, f.global_model)
-    assert facts == SPEC[name]
+def test_specs_are_those_of_the_table(name: str) -> None:
+    s = OURS[name].spec
+    spec = (s.adapter, s.exact, s.secagg_compatible, s.changes_base, s.mixed_ranks, s.dp_noise, s.global_model)
+    assert spec == SPEC[name]
 
 
 @pytest.mark.parametrize("name", sorted(OURS))
-def test_facts_are_complete(name: str) -> None:
+def test_specs_are_complete(name: str) -> None:
     cls = OURS[name]
-    facts = cls.spec
-    assert facts.id == name
-    assert facts.adapter in ("core", "factors", None)
-    assert facts.dp_noise in ("linear", "quadratic")
+    spec = cls.spec
+    assert spec.id == name
+    assert spec.adapter in ("core", "factors", None)
+    assert spec.dp_noise in ("linear", "quadratic")
     for field in (
         "exact",
+        "aggregates",
         "secagg_compatible",
         "changes_base",
         "mixed_ranks",
@@ -74,31 +69,30 @@ def test_facts_are_complete(name: str) -> None:
         "rotates_basis",
         "supports_server_optimizer",
     ):
-        assert isinstance(getattr(facts, field), bool), field
-    assert facts.travels and facts.client_state
-    assert re.search(r"arXiv \d{4}\.\d{5}|^a control", facts.paper)
-    assert dataclasses.is_dataclass(cls) and cls.__dataclass_params__.frozen  # type: ignore[attr-defined]
+        assert isinstance(getattr(spec, field), bool), field
+    assert spec.travels and spec.client_state
+    assert re.search(r"arXiv \d{4}\.\d{5}|^a control", spec.paper)
 
 
 @pytest.mark.parametrize("name", sorted(OURS))
-def test_facts_agree_with_each_other(name: str) -> None:
+def test_the_properties_of_a_spec_agree(name: str) -> None:
     """A method with a residual needs every client's factors; one whose clients keep a model has none in common."""
-    facts = OURS[name].spec
-    if facts.changes_base:
-        assert not facts.secagg_compatible
-    if not facts.global_model:
-        assert facts.client_state != "nothing"
-        assert not facts.exact
-    if facts.adapter == "core":
-        assert facts.dp_noise == "linear"
+    spec = OURS[name].spec
+    if spec.changes_base:
+        assert not spec.secagg_compatible
+    if not spec.global_model:
+        assert spec.client_state != "nothing"
+        assert not spec.exact
+    if spec.adapter == "core":
+        assert spec.dp_noise == "linear"
     up = OURS[name]().traffic(SHAPES, head=3, clients=1)
     more = OURS[name]().traffic(SHAPES, head=3, clients=9)
     assert more.up == up.up  # what a client sends does not depend on the others
-    assert (more.down > up.down) == facts.changes_base  # but what comes down does, where it is a residual of all
+    assert (more.down > up.down) == spec.changes_base  # but what comes down does, where it is a residual of all
 
 
 def test_scales_and_ranks() -> None:
-    """fed-sb: s = 1 and h r directions; fedit: s = alpha / r, 2 unless set; a control has its twin's."""
+    """fed-sb: s = 1 and h r directions; fedit: s = alpha / r, 2 by default; a control trains as another method."""
     build = build_method
     assert (build("fed-sb", {"rank": 4, "blocks": 3}).scale, build("fed-sb", {"rank": 4, "blocks": 3}).total_rank) == (
         1,
@@ -139,9 +133,12 @@ def test_the_control_of_a_method_has_its_adapter(control: str, name: str) -> Non
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"alpha": 6.0}, "method.alpha scales LoRA's two factors"),
-        ({"adapter": "factors", "blocks": 2}, "method.blocks and method.scalars are of a core"),
-        ({"adapter": "factors", "scalars": True}, "method.blocks and method.scalars are of a core"),
+        ({"alpha": 6.0}, "method: alpha scales LoRA's two factors"),
+        ({"adapter": "factors", "blocks": 2}, "method: blocks and scalars belong to a core"),
+        (
+            {"adapter": "factors", "scalars": True},
+            "method: blocks and scalars belong to a core",
+        ),
     ],
 )
 def test_a_control_refuses_options_of_the_other_adapter(options: dict[str, Any], said: str) -> None:
@@ -149,14 +146,7 @@ def test_a_control_refuses_options_of_the_other_adapter(options: dict[str, Any],
         load_config({"method": {"name": "central", **options}})
 
 
-@pytest.mark.parametrize(("wrong", "right"), [("fedsb", "fed-sb"), ("fed_it", "fedit"), ("Local", "local")])
-def test_an_unknown_method_gets_the_nearest_name_and_the_list(wrong: str, right: str) -> None:
-    with pytest.raises(UserError, match=f"unknown method '{wrong}'; did you mean '{right}'") as caught:
-        method_type(wrong)
-    assert all(name in str(caught.value) for name in OURS)
-
-
-# --- what facts forbid ---
+# --- what the specs forbid ---
 
 
 @pytest.mark.parametrize(
@@ -174,17 +164,25 @@ def test_an_unknown_method_gets_the_nearest_name_and_the_list(wrong: str, right:
             "all clients of fedit have one rank .its fact mixed_ranks is false",
         ),
         ("flora", {"clients": {"total_ranks": [1], "memory_mib": [1]}}, "both set the ranks"),
-        ("flora", {"clients": {"count": 3, "total_ranks": [1, 9]}}, "a client's rank of 9: the federation's is 4"),
+        (
+            "flora",
+            {"clients": {"count": 3, "total_ranks": [1, 9]}},
+            "the total rank 9 with flora. Choose at most 4",
+        ),
         (
             "flora",
             {"clients": {"count": 3, "total_ranks": {"client-9": 1}}},
             "names the client 'client-9'; did you mean",
         ),
         ("flora", {"clients": {"count": 3, "memory_mib": [1e-6]}}, "hold not even the smallest rank"),
-        ("ravan", {"clients": {"count": 3, "total_ranks": [3]}}, "it must be some of the 4 blocks of 2"),
+        (
+            "ravan",
+            {"clients": {"count": 3, "total_ranks": [3]}},
+            "3 with ravan, which trains whole blocks. Choose a multiple of 2",
+        ),
     ],
 )
-def test_what_the_facts_forbid_is_refused(
+def test_what_the_spec_forbids_is_refused(
     tiny_config: dict[str, Any], method: str, settings: dict[str, Any], message: str
 ) -> None:
     config = load_config(
@@ -218,100 +216,3 @@ def test_a_run_of_mixed_ranks(tiny_config: dict[str, Any], method: dict[str, Any
     up = {row["client"]: row["values"] for row in rows if row["direction"] == "up" and row["round"] == 1}
     assert max(up[name] for name in ranks) < min(value for name, value in up.items() if name not in ranks)
     assert finished.score is not None
-
-
-# --- third parties ---
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class HalfSB(FedSB):
-    """A third party's: fed-sb under another name, with an option."""
-
-    spec: ClassVar[MethodSpec] = dataclasses.replace(FedSB.spec, id="half-sb", paper="theirs")
-    share: float = 0.5
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Silent(Method):
-    rank: int = 1
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class NoStart(Method):
-    spec: ClassVar[MethodSpec] = dataclasses.replace(FedSB.spec, id="theirs")
-    rank: int = 1
-    traffic = FedSB.traffic
-    trainable = FedSB.trainable
-
-
-class Thawed(NoStart):
-    """Its options would be lost: a subclass that is no dataclass of its own still reads as one."""
-
-    start = FedSB.start
-
-
-def no_method() -> None: ...
-
-
-@pytest.fixture
-def announce(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """`announce(name, value)` adds an entry point to ours."""
-    real = list(entry_points(group=GROUP))
-    extra: list[EntryPoint] = []
-
-    def add(name: str, value: str) -> None:
-        extra.append(EntryPoint(name, value, GROUP))
-
-    monkeypatch.setattr(fedsb.methods, "entry_points", lambda group: [*real, *extra])
-    method_types.cache_clear()
-    yield add
-    method_types.cache_clear()
-
-
-def test_a_third_partys_method_is_known_priced_and_runs(announce: Any, tiny_config: dict[str, Any]) -> None:
-    announce("half-sb", f"{__name__}:HalfSB")
-    assert build_method("half-sb", {"rank": 4, "share": 0.1}) == HalfSB(rank=4, share=0.1)
-    labels = [p.label for p in price_list(FedSB(rank=4), SHAPES, head=0, clients=2, rounds=1, basis=None, sites=2)]
-    assert "half-sb (rank 32)" in labels
-    with pytest.raises(ConfigError, match="did you mean 'share'"):
-        load_config(set_all(tiny_config, method={"name": "half-sb", "shares": 0.1}))
-    config = load_config(set_all(tiny_config, rounds=1, method={"name": "half-sb", "rank": 3, "share": 0.2}))
-    assert federate(config).score is not None
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "message"),
-    [
-        ("theirs", "{here}:no_method", r"entry point 'theirs' \(.*no_method\) is no fedsb.methods.base.Method"),
-        ("theirs", "{here}:Silent", "is no fedsb.methods.base.Method with a spec"),
-        ("theirs", "{here}:NoStart", "does not define start, which every method must"),
-        ("theirs", "{here}:Thawed", "is no frozen dataclass"),
-        ("theirs", "{here}:HalfSB", "names a method whose id is 'half-sb'"),
-        ("theirs", "{here}:Nothing", "cannot be loaded"),
-        ("theirs", "no_such_package.x:Y", "cannot be loaded: No module named 'no_such_package'"),
-    ],
-)
-def test_a_broken_entry_point_is_named(announce: Any, name: str, value: str, message: str) -> None:
-    announce(name, value.format(here=__name__))
-    with pytest.raises(UserError, match=message):
-        method_type("fed-sb")
-
-
-def test_two_entry_points_of_one_name_are_refused(announce: Any) -> None:
-    """Else the last one found would quietly stand in for the other."""
-    announce("fed-sb", "fedsb.methods.fed_sb:FedSB")  # installed twice: the same, and fine
-    assert method_type("fed-sb") is FedSB
-    method_types.cache_clear()
-    announce("fed-sb", f"{__name__}:Impostor")
-    with pytest.raises(UserError, match=r"'fed-sb'.*another"):
-        method_type("fed-sb")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Impostor(FedSB):
-    spec: ClassVar[MethodSpec] = FedSB.spec
-
-
-def test_methods_are_frozen() -> None:
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        FedSB().rank = 3  # type: ignore[misc]
