@@ -244,7 +244,7 @@ def test_without_bitsandbytes(
 @pytest.mark.parametrize(
     ("more", "part"),
     [
-        ({"engine": {"clients_per_forward": 2}}, "server.channel.clients_per_forward must be 1"),
+        ({"engine": {"clients_per_forward": 2}}, "engine.clients_per_forward must be 1"),
         ({"privacy": {"unit": "example", "epsilon": 3.0}}, "so none is protected: take 4bit"),
     ],
 )

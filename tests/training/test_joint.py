@@ -246,7 +246,7 @@ def test_a_model_whose_rows_cannot_be_routed_trains_one_client_at_a_time(
     (reply,) = engine.train(server.method, state, [server.clients[0].name], {}).each
     assert not reply.kept
     with pytest.raises(
-        UserError, match=r"engine.clients_per_forward = 2: Layer 'bert.*server.channel.clients_per_forward = 1"
+        UserError, match=r"engine.clients_per_forward = 2: Layer 'bert.*engine.clients_per_forward = 1"
     ):
         open_engine(set_all(tiny_config, engine={"clients_per_forward": 2}))
     assert choice(open_engine(set_all(tiny_config, engine={"clients_per_forward": 1}))) == (1, "as asked")
