@@ -117,7 +117,7 @@ def test_a_metric_of_all_rows_in_a_run_and_for_each_client(
     basis, _ = engine.build_basis(engine.method)
     state = engine.method.start(engine.shapes, basis, engine.head, 0)
     each = engine.score_sites(engine.method, state, {})
-    for site in engine.data.sites:  # a head that is all but zero: what it says is read from the model itself
+    for site in engine.data.clients:  # a head that is all but zero: what it says is read from the model itself
         predicted, true = predictions(engine, site.held_out)
         wanted = metrics.f1(predicted, true, len(CLASSES)) if metric == "f1" else metrics.matthews(predicted, true)
         assert each[site.name].value == pytest.approx(wanted)

@@ -14,7 +14,8 @@ from conftest import Said, labelled_rows, set_all, write_rows, write_toml
 from fedsb.adapters.adapted import find_targets
 from fedsb.config.load import load_config
 from fedsb.config.schema import ModelConfig
-from fedsb.data.sites import load_rows, open_task_of
+from fedsb.data.clients import build_task
+from fedsb.data.tables import load_rows
 from fedsb.methods import build_method
 from fedsb.methods.fed_sb import FedSB
 from fedsb.methods.fedit import FedIT
@@ -518,7 +519,7 @@ def test_without_rows_nothing_trains_on_others(
 
 def test_a_served_run_is_scored_on_its_own_test_rows_or_on_none(tiny_config: dict[str, Any]) -> None:
     config = load_config(served(tiny_config)).config
-    task = open_task_of(config, load_tokenizer(config.model))
+    task = build_task(config, load_tokenizer(config.model))
     assert len(load_rows(config, task, None).rows) == 40
     with pytest.raises(UserError, match="no test file of its own: name one with --data"):
         load_rows(load_config(set_all(tiny_config, data={})).config, task, None)

@@ -11,7 +11,7 @@ import pytest
 
 from conftest import CLASSES, Said, labelled_rows, set_all, write_rows, write_toml
 from fedsb.config.load import load_config
-from fedsb.data.sites import open_data
+from fedsb.data.clients import open_data
 from fedsb.models.load import load_tokenizer
 from fedsb.runs.run import Silent, federate
 from fedsb.utils.errors import UserError
@@ -255,7 +255,7 @@ def test_training_rows_are_drawn_by_the_seed_and_test_rows_once(tiny_config: dic
     assert found.card.headline()["rows"] == "60 of own-train.jsonl (drawn from 300 by the seed)"
     again, other = opened(config), opened(set_all(config, seed=1))
     assert found.test == again.test == other.test  # runs with other seeds are scored on the same rows
-    assert found.sites[0].train == again.sites[0].train != other.sites[0].train
+    assert found.clients[0].train == again.clients[0].train != other.clients[0].train
     whole = opened(set_all(config, data={**config["data"], "train_rows": 10_000}))
     assert whole.card.train.rows == 300 and whole.card.train.drawn_from is None
 

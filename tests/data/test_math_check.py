@@ -155,7 +155,7 @@ def test_the_child_has_little_memory_and_an_alarm_that_ends_it():
     """Whatever its caller had ignored: a process of its own, whose input is at its end."""
     pytest.importorskip("math_verify")
     script = (
-        "import io, resource, signal, sys; from fedsb.data import math_check\n"
+        "import io, resource, signal, sys; from fedsb.data.grading import math_check\n"
         "signal.signal(signal.SIGALRM, signal.SIG_IGN); sys.stdin = io.StringIO('')\n"
         "out = sys.stdout; math_check.serve(1)\n"
         "print(resource.getrlimit(resource.RLIMIT_AS)[0], signal.getsignal(signal.SIGALRM) == signal.SIG_DFL, file=out)"

@@ -202,7 +202,7 @@ def test_whole_code_passes_where_canaries_are_heard(config: dict[str, Any]) -> N
 
 
 def no_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(DPMechanism, "noised", lambda self, total, std: total)
+    monkeypatch.setattr(DPMechanism, "add_noise", lambda self, total, std: total)
 
 
 def no_clipping(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,9 +210,9 @@ def no_clipping(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def thin_noise(share: float) -> Callable[[pytest.MonkeyPatch], None]:
-    whole = DPMechanism.noised
+    whole = DPMechanism.add_noise
     return lambda monkeypatch: monkeypatch.setattr(
-        DPMechanism, "noised", lambda self, total, std: whole(self, total, std * share)
+        DPMechanism, "add_noise", lambda self, total, std: whole(self, total, std * share)
     )
 
 
@@ -230,7 +230,7 @@ def shared(by: str) -> Callable[[pytest.MonkeyPatch], None]:
             for key, x in sums.items():
                 place = tuple(x.shape) if by == "layers" else key
                 if place not in kept:
-                    kept[place] = self.noised(torch.zeros_like(x), self.plan.noise_std)
+                    kept[place] = self.add_noise(torch.zeros_like(x), self.plan.noise_std)
                 made[key] = (x + kept[place]) / self.plan.batch
             return made
 

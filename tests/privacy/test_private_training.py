@@ -461,7 +461,7 @@ def test_the_servers_noise_and_the_clients_clip(
     for update in updates:
         change = torch.cat([(x - state.tensors[key]).flatten() for key, x in update.tensors.items()])
         assert float(change.norm()) == pytest.approx(0.5, rel=1e-4)  # it was longer
-    noised = engine.policy.noised(updates, 0)
+    noised = engine.policy.add_noise(updates, 0)
     plan = engine.policy.mechanisms[setup.SERVER].plan
     total = [
         torch.cat([sum(u.tensors[k] for u in each).flatten() for k in updates[0].tensors]) for each in (updates, noised)

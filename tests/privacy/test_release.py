@@ -399,7 +399,7 @@ def test_the_mean_is_over_the_updates_that_arrived(
     for count in (3, 2):
         arrived = updates[:count]
         mean = engine.method.aggregate(state, arrived, ServerOptimizer())
-        noised = engine.method.aggregate(state, engine.policy.noised(arrived, 3 - count), ServerOptimizer())
+        noised = engine.method.aggregate(state, engine.policy.add_noise(arrived, 3 - count), ServerOptimizer())
         noise = torch.cat([(noised.tensors[key] - mean.tensors[key]).flatten() for key in mean.tensors])
         assert float(noise.std()) == pytest.approx(plan.sigma * plan.clip / count, rel=0.05)
         assert torch.allclose(

@@ -16,7 +16,7 @@ from fedsb.secagg.keys import mask_private, pair_mask, public_key, self_check, s
 from fedsb.secagg.primitives import SEED_BYTES, combine, fresh_seed, mask
 from fedsb.secagg.protocol import Phase, Simulated, SumClient, SumError, SumPlan, simulate
 from fedsb.utils.errors import RunError, UserError
-from fedsb.utils.rng import generator
+from fedsb.utils.rng import keyed_generator
 
 LARGE = 50_000  # values where a test looks at the bytes' distribution
 
@@ -42,9 +42,9 @@ def simulated(
 def summed(n: int, size: int, threshold: int, vanish: dict[str, Phase] | None = None) -> Simulated:
     """Runs one, and compares it with the plain weighted sum over those that should be in it."""
     names = "abcdefgh"[:n]
-    vectors = {k: generator("x", k).normal(0, 0.4, size).astype(np.float32) for k in names}
-    weights = {k: float(generator("p", k).uniform(0.01, 1)) for k in names}
-    draws = {k: generator("round", k) for k in names}
+    vectors = {k: keyed_generator("x", k).normal(0, 0.4, size).astype(np.float32) for k in names}
+    weights = {k: float(keyed_generator("p", k).uniform(0.01, 1)) for k in names}
+    draws = {k: keyed_generator("round", k) for k in names}
     result = simulated(vectors, weights, threshold=threshold, clip=0.8, draws=draws, vanish=vanish)
     stay = [k for k in names if (vanish or {}).get(k) not in ("advert", "sealed", "masked")]
     assert result.clients == tuple(stay)
@@ -76,7 +76,7 @@ def test_the_ring_is_summed_exactly() -> None:
 
 def test_all_clients_at_the_clip_bound_with_weight_one_do_not_overflow() -> None:
     vectors = {k: np.array([3, -3, 1e38, -1e38], np.float32) for k in "abcdefgh"}
-    ones, draws = dict.fromkeys(vectors, 1.0), {k: generator(k) for k in vectors}
+    ones, draws = dict.fromkeys(vectors, 1.0), {k: keyed_generator(k) for k in vectors}
     result = simulated(vectors, ones, threshold=5, clip=3.0, draws=draws)
     assert result.values == pytest.approx([24, -24, 24, -24], abs=FixedPoint(clients=8, clip=3.0).bound(8))
 
@@ -88,7 +88,7 @@ def test_a_dict_of_arrays_comes_back_as_its_mean() -> None:
         {"a": 0.5, "b": 0.25, "c": 0.25},
         threshold=2,
         clip=4.0,
-        draws={k: generator(k) for k in sites},
+        draws={k: keyed_generator(k) for k in sites},
         vanish={"a": "masked"},
     )
     mean = unflatten(result.values / result.weight, {"w": (2, 2), "b": (3,)})

@@ -13,7 +13,7 @@ from fedsb.adapters.basis import Basis, Pair, basis_hash
 from fedsb.client.round import ClientRound, at_rank
 from fedsb.config.resolved import ResolvedSetting
 from fedsb.config.schema import Config
-from fedsb.data.sites import Site, open_data
+from fedsb.data.clients import ClientData, open_data
 from fedsb.data.tasks.base import Example
 from fedsb.methods.base import Method, State
 from fedsb.models.load import load_tokenizer
@@ -48,11 +48,11 @@ class EmbeddedEngine(Trainer):
         self.data = open_data(config, tokenizer)
         super().__init__(config, method, tokenizer, self.data.task)
         self.check_rows(self.data.test)
-        for site in self.data.sites:
+        for site in self.data.clients:
             self.check_rows([*site.train, *site.held_out])
         self.run = run
-        self.sites: list[Site] = [self.data.pooled()] if method.spec.pools_data else self.data.taking_part
-        self.local = local_training(config, clients=len(self.data.taking_part) if method.spec.pools_data else 1)
+        self.sites: list[ClientData] = [self.data.pooled()] if method.spec.pools_data else self.data.participants
+        self.local = local_training(config, clients=len(self.data.participants) if method.spec.pools_data else 1)
         self.policy = build_privacy_policy(config, method, self.sites, self.local)
         self.ranks, rank_settings = client_ranks(config, method, self.shapes, [site.name for site in self.sites])
         self.clients_per_forward, reason = self._choose_clients_per_forward()
@@ -77,7 +77,7 @@ class EmbeddedEngine(Trainer):
         if method.adapter != "core":
             return None, sent
         config, round = self.config, 0 if state is None else state.round
-        link, mechanisms = build_compressor(config, method, self.run), self.policy.of_rows()
+        link, mechanisms = build_compressor(config, method, self.run), self.policy.row_mechanisms()
         rows = sum(site.rows for site in self.sites)
 
         def send(direction: Direction, client: str, tensors: Tensors, codec: Codec = link.codec) -> Tensors:
@@ -182,7 +182,7 @@ class EmbeddedEngine(Trainer):
                     client=after.name,
                     envelope=sending.envelope,
                     kept=sending.kept,
-                    loss=after.loss if self.policy.shows("loss") else None,
+                    loss=after.loss if self.policy.may_release("loss") else None,
                     own=self.evaluate(after.tensors, site.held_out).value if due and site.held_out else None,
                     sent=[]
                     if method.spec.pools_data
@@ -209,7 +209,7 @@ class EmbeddedEngine(Trainer):
 
     def score(self, method: Method, state: State, kept: Mapping[str, Tensors]) -> Score | None:
         """The metric on the test rows, of the global model or the mean over the clients' own; None without rows."""
-        if not self.data.test or not (self.data.test_is_public or self.policy.shows("scores")):
+        if not self.data.test or not (self.data.test_is_public or self.policy.may_release("scores")):
             return None
         if method.spec.global_model:
             score = self.evaluate(method.model(state), self.data.test)
@@ -224,9 +224,9 @@ class EmbeddedEngine(Trainer):
     def score_sites(self, method: Method, state: State, kept: Mapping[str, Tensors]) -> dict[str, Score]:
         """The metric on each client's held-out rows, by its own model or the global one; unseen clients included."""
         scores: dict[str, Score] = {}
-        if not self.policy.shows("scores"):
+        if not self.policy.may_release("scores"):
             return scores
-        for site in self.data.sites:
+        for site in self.data.clients:
             if site.held_out and (method.spec.global_model or not site.unseen):
                 scores[site.name] = self.evaluate(self.tensors_of(method, state, kept, site.name), site.held_out)
         return scores

@@ -137,7 +137,7 @@ class SiteHandle:
         done = part.round(note.parts[0], note.facts["rank"])
         if done is None:
             return Behind(holds=part.holds)
-        loss = done.loss if self.settings.allow.tells and part.policy.shows("loss") else None
+        loss = done.loss if self.settings.allow.tells and part.policy.may_release("loss") else None
         if part.sums is None:
             return Trained(entries=part.entries(), loss=_finite(loss), parts=(done.envelope,))
         refuse_payload(self.settings.allow, unpack(done.envelope), len(done.envelope))
@@ -155,7 +155,7 @@ class SiteHandle:
     def finish(self, note: Note) -> Facts:
         part = self._part(note)
         held_out = len(part.site.held_out)
-        tells = self.settings.allow.tells and part.policy.shows("scores")
+        tells = self.settings.allow.tells and part.policy.may_release("scores")
         score = part.finish(note.parts[0], note.facts["card"], tells=tells)
         entries = part.entries()
         self._let_go()

@@ -7,7 +7,7 @@ from functools import cached_property
 
 from fedsb.adapters.adapted import Tensors
 from fedsb.adapters.basis import basis_hash
-from fedsb.data.sites import Site
+from fedsb.data.clients import ClientData
 from fedsb.methods.base import Method
 from fedsb.privacy.policy import PrivacyPolicy
 from fedsb.protocol.compressor import Compressor, unmoved
@@ -45,7 +45,7 @@ class ClientRound:
         """A hash of what a change is against, of the tensors that were told."""
         return basis_hash({key: self.message[key] for key in self.unmoved if key in self.message})
 
-    def member(self, site: Site, kept: Tensors) -> Member:
+    def member(self, site: ClientData, kept: Tensors) -> Member:
         """The client before its training; `kept` is its own state."""
         received = self.method.init_client(self.shared, self.message, within("method", kept), self.round)
         return Member(name=site.name, examples=site.train, tensors=received, moments=within("optimizer", kept))
@@ -62,7 +62,7 @@ class ClientRound:
         keep_optimizer: bool,
     ) -> ClientUpload:
         up, own = self.method.upload(before.tensors, after.tensors, self.round)
-        up = policy.bounded(up, self.unmoved)
+        up = policy.clip_update(up, self.unmoved)
         payload = Payload(
             kind="update",
             run=link.run,

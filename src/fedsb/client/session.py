@@ -19,7 +19,8 @@ from fedsb.client.round import ClientRound, at_rank
 from fedsb.client.secure_sum import SecAggSession
 from fedsb.client.store import Answer, Pending, Store
 from fedsb.config.schema import Config
-from fedsb.data.sites import elsewhere, load_own, open_own, open_task_of
+from fedsb.data.clients import build_task, prepare_client_data, remote_client
+from fedsb.data.tables import load_client_table
 from fedsb.methods import build_method
 from fedsb.methods.base import State
 from fedsb.models.load import load_tokenizer
@@ -63,9 +64,9 @@ class Participant:
         self.link, self.local = build_compressor(config, self.method, run), local_training(config)
         self.store, self.folder = Store(folder), folder
         self.tokenizer = load_tokenizer(self.config.model)
-        self.task = open_task_of(self.config, self.tokenizer)
+        self.task = build_task(self.config, self.tokenizer)
         refuse_columns(settings, self.task.needs)
-        self.table = table = load_own(
+        self.table = table = load_client_table(
             self.config,
             self.task,
             settings.data,
@@ -108,7 +109,7 @@ class Participant:
         if class_names is not None and len(class_names) != len(label_names):
             raise RefusalError(f"The coordinator sends {len(class_names)} names for {len(label_names)} classes.")
         self.task.take_classes({"label_names": label_names, "class_names": class_names})
-        self.site, self.cut, self.unused = open_own(self.config, self.task, self.identity.name, self.table)
+        self.site, self.cut, self.unused = prepare_client_data(self.config, self.task, self.identity.name, self.table)
         self.trainer = Trainer(self.config, self.method, self.tokenizer, self.task)
         self.trainer.check_rows([*self.site.train, *self.site.held_out])
 
@@ -120,7 +121,7 @@ class Participant:
                 "this site has another number of rows than the coordinator says; if its file has changed since the run "
                 "began, bring back the old one, or begin a new run"
             )
-        sites, held = [elsewhere(name, count) for name, count in rows.items()], self.store.common()
+        sites, held = [remote_client(name, count) for name, count in rows.items()], self.store.common()
         policy, cap = build_privacy_policy(self.config, self.method, sites, self.local), None
         if policy.unit == "example":
             plan = policy.plans[self.identity.name]
@@ -147,7 +148,7 @@ class Participant:
             raise RefusalError(f"basis.kind = {self.config.basis.kind!r} looks at no row of a site")
         if (stored := self.store.basis_sums()) is not None:
             return stored
-        mechanisms = self.policy.of_rows()
+        mechanisms = self.policy.row_mechanisms()
         own, rows = core_sums(
             self.config.basis,
             self.trainer.adapted,

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsb.utils.errors import UserError, did_you_mean
-from fedsb.utils.rng import generator
+from fedsb.utils.rng import keyed_generator
 
 KINDS = ("iid", "dirichlet", "column", "size")
 MAX_REDRAWS = 200  # of a Dirichlet split that leaves a client under min_rows
@@ -72,7 +72,7 @@ def split_rows(
         held = _by_label(_given(labels, n_rows, kind), clients, alpha, seed, floor)
     else:
         counts = _counts(n_rows, np.ones(clients) if kind == "iid" else _relative_sizes(sizes, clients))
-        held = np.split(generator(seed, "partition").permutation(n_rows), np.cumsum(counts)[:-1])
+        held = np.split(keyed_generator(seed, "partition").permutation(n_rows), np.cumsum(counts)[:-1])
     named = zip(client_names(clients), held, strict=True)
     shards = [Shard(name=name, rows=sorted(rows.tolist())) for name, rows in named]
     for shard in shards:
@@ -127,7 +127,7 @@ def _by_label(labels: Sequence[Any], clients: int, alpha: float, seed: int, floo
     by_label: dict[Any, list[int]] = {}
     for position, label in enumerate(labels):
         by_label.setdefault(label, []).append(position)
-    rng = generator(seed, "partition")
+    rng = keyed_generator(seed, "partition")
     for _ in range(MAX_REDRAWS):
         parts: list[list[NDArray[np.int64]]] = []  # [label][client]
         for positions in by_label.values():

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fedsb.config.load import ResolvedConfig
-from fedsb.data.sites import rows_by_client
+from fedsb.data.clients import rows_by_client
 from fedsb.data.sources import Row
 from fedsb.deployment.coordinate import PROGRAM, prepare, run_folder
 from fedsb.deployment.federation import serve_init

@@ -23,7 +23,7 @@ from fedsb.comparison.contenders import Contender, contenders_of
 from fedsb.config.load import ResolvedConfig, unused_settings
 from fedsb.config.resolved import ResolvedSetting
 from fedsb.config.schema import Config
-from fedsb.data.sites import Data, elsewhere
+from fedsb.data.clients import Data, remote_client
 from fedsb.data.sources import load_table
 from fedsb.data.tasks.base import Task, ids, pad_token
 from fedsb.methods import build_method
@@ -82,7 +82,7 @@ def estimate(loaded: ResolvedConfig) -> dict[str, Any]:
     )
     positions = check_positions(base.model, config.model)
     if data is not None:
-        rows = [*data.test, *(example for site in data.sites for example in [*site.train, *site.held_out])]
+        rows = [*data.test, *(example for site in data.clients for example in [*site.train, *site.held_out])]
         check_tokens(base.model, here.tokenizer, (ids(example, "input_ids") for example in rows))
     if said := missing_package(config.model.quantize):
         unknown.append(said)
@@ -121,10 +121,10 @@ def estimate(loaded: ResolvedConfig) -> dict[str, Any]:
     privacy, seconds, seconds_reason = None, None, "not known: it depends on the rows"
     choices = [*loaded.choices(), *base.choices, *positions, targets_choice(config, targets, without)]
     choices += end_choices(here.task)
-    sites = [elsewhere(name, 0) for name in names]
+    sites = [remote_client(name, 0) for name in names]
     local = local_training(config, clients=len(here.clients) if method.spec.pools_data else 1)
     if data is not None:
-        sites = [data.pooled()] if method.spec.pools_data else data.taking_part
+        sites = [data.pooled()] if method.spec.pools_data else data.participants
         seconds, seconds_reason = _seconds(config, local, data, linear, cohort)
         choices += [*data.choices, *rank_settings]
     if data is not None or config.privacy.unit != "example":  # else it depends on how many rows each has
@@ -144,7 +144,7 @@ def estimate(loaded: ResolvedConfig) -> dict[str, Any]:
     return {
         "settings": [asdict(choice) for choice in choices],
         "data": data.card.as_dict() if data else None,
-        "clients": {site.name: site.rows for site in data.sites} if data else None,
+        "clients": {site.name: site.rows for site in data.clients} if data else None,
         "values_a_client_a_round": {
             "up": traffic.up,
             "down": traffic.down,
@@ -245,8 +245,8 @@ def _ranks(
 
 def _seconds(config: Config, local: LocalTraining, data: Data, linear: int, cohort: int) -> tuple[float, str]:
     """(seconds, reason): 2 operations a weight and token forward, the same again backward to the activations."""
-    pool = [len(ids(example, "input_ids")) for site in data.taking_part for example in site.train]
-    rows = sum(local.steps_for(site.rows) * local.rows_a_step for site in data.taking_part) / len(data.taking_part)
+    pool = [len(ids(example, "input_ids")) for site in data.participants for example in site.train]
+    rows = sum(local.steps_for(site.rows) * local.rows_a_step for site in data.participants) / len(data.participants)
     padded = 1.5 * sum(pool) / len(pool)  # batches are as wide as their longest row
     trained = config.rounds * cohort * rows * padded
     scored = sum(len(ids(example, "input_ids")) for example in data.test) * (

@@ -45,7 +45,7 @@ from fedsb.privacy.mechanism import DPMechanism
 from fedsb.privacy.noise import Noise
 from fedsb.privacy.release_checks import ReleaseChecks
 from fedsb.training.per_example import add_clipped
-from fedsb.utils.rng import Key, generator
+from fedsb.utils.rng import Key, keyed_generator
 
 ERROR = 0.05  # the chance that a bound is above the true epsilon
 SHARES = (2, 8, 32)  # "in" is guessed for the highest m/2, m/8 or m/32; "out" for as many of the lowest, or none
@@ -190,7 +190,7 @@ class Canaries:
         step = max(1, CHUNK // size)
         for start in range(0, len(which), step):
             part = which[start : start + step]
-            drawn = [generator(*self.key, "canary", i).standard_normal(size, np.float32) for i in part]
+            drawn = [keyed_generator(*self.key, "canary", i).standard_normal(size, np.float32) for i in part]
             u_bd = torch.from_numpy(np.stack(drawn))
             yield part, u_bd / torch.linalg.vector_norm(u_bd, dim=1, keepdim=True)
 

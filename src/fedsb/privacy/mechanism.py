@@ -100,7 +100,7 @@ class DPMechanism:
         self._take("basis")
         _refuse_long(sums, rows, self.plan.basis.clip)
         std = self.plan.basis.sigma * self.plan.basis.clip
-        return {key: self.noised(sums[key], std) for key in sorted(sums)}
+        return {key: self.add_noise(sums[key], std) for key in sorted(sums)}
 
     def mean(self, sums: Tensors, rows: int) -> Tensors:
         """Returns the clipped sums of one step over `rows` rows as a noised mean, float32.
@@ -109,7 +109,7 @@ class DPMechanism:
         """
         self._take("training")
         _refuse_long(sums, rows, self.plan.clip)
-        return {key: self.noised(sums[key], self.plan.noise_std) / self.plan.batch for key in sorted(sums)}
+        return {key: self.add_noise(sums[key], self.plan.noise_std) / self.plan.batch for key in sorted(sums)}
 
     def noised_update(self, tensors: Tensors) -> Tensors:
         """Returns one client's update with the noise of the sum of all clients' changes.
@@ -117,7 +117,7 @@ class DPMechanism:
         Raises UnsafeReleaseError if the round was not charged.
         """
         self._take("training")
-        return {key: self.noised(tensors[key], self.plan.noise_std) for key in sorted(tensors)}
+        return {key: self.add_noise(tensors[key], self.plan.noise_std) for key in sorted(tensors)}
 
     def require_charged(self, what: What) -> None:
         """Raises UnsafeReleaseError if no noised sum of this kind is charged and still to be made."""
@@ -127,7 +127,7 @@ class DPMechanism:
                 "released. This is a fault of fedsb; please report it"
             )
 
-    def noised(self, total: torch.Tensor, std: float) -> torch.Tensor:
+    def add_noise(self, total: torch.Tensor, std: float) -> torch.Tensor:
         """total + N(0, std^2), added in float64 and rounded to float32, on the tensor's device."""
         noise = torch.from_numpy(self.noise.normal(tuple(total.shape))) * std
         return (total.detach().cpu().double() + noise).float().to(total.device)

@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsb.utils.extras import needs_extra
-from fedsb.utils.rng import Key, generator
+from fedsb.utils.rng import Key, keyed_generator
 
 PAIRS = 1 << 16  # normals are made so many pairs at a time, which stay in the processor's cache
 
@@ -111,7 +111,7 @@ class SeededNoise(_Stream):
     """For tests: the same seed and key give the same numbers. A run with it is not private."""
 
     def __init__(self, seed: int, *key: Key) -> None:
-        self._generator = generator(seed, "noise", *key)
+        self._generator = keyed_generator(seed, "noise", *key)
 
     @property
     def secret(self) -> bool:

@@ -13,7 +13,7 @@ from typing import Literal
 from fedsb.adapters.adapted import Tensors
 from fedsb.config.resolved import ResolvedSetting
 from fedsb.config.schema import Config
-from fedsb.data.sites import Site
+from fedsb.data.clients import ClientData
 from fedsb.methods.base import Method, Update
 from fedsb.privacy.ledger import Ledger
 from fedsb.privacy.mechanism import Cap, DPMechanism, clipped_change
@@ -35,7 +35,7 @@ class PrivacyPolicy:
     plans: Mapping[str, PrivacyPlan] = field(default_factory=dict)  # by who adds the noise: the clients, or the server
     choices: tuple[ResolvedSetting, ...] = ()
     release: Collection[str] = ()  # computed on private rows, and shown all the same
-    in_shares: bool = False  # clients add the server's noise, each a share of it, in a secure sum
+    noise_in_shares: bool = False  # clients add the server's noise, each a share of it, in a secure sum
     mechanisms: dict[str, DPMechanism] = field(default_factory=dict)  # as `plans`, once the ledgers are open
 
     def __bool__(self) -> bool:
@@ -60,30 +60,30 @@ class PrivacyPolicy:
         for mechanism in self.mechanisms.values():
             mechanism.ledger.close()
 
-    def shows(self, what: Literal["loss", "scores"]) -> bool:
+    def may_release(self, what: Literal["loss", "scores"]) -> bool:
         """Whether this may be told, that was computed on private rows."""
         return not self or what in self.release
 
-    def of_rows(self) -> Mapping[str, DPMechanism] | None:
+    def row_mechanisms(self) -> Mapping[str, DPMechanism] | None:
         """The clients' mechanisms, where a row is the unit. Raises RunError where their ledgers are not open."""
         return self._opened() if self.unit == "example" else None
 
-    def of_sum(self) -> DPMechanism | None:
+    def sum_mechanism(self) -> DPMechanism | None:
         """The mechanism of the clients' sum, where a client is the unit. Raises RunError where its ledger is not
         open."""
         return self._opened()[SERVER] if self.unit == "client" else None
 
-    def bounded(self, sent: Tensors, unmoved: Tensors) -> Tensors:
+    def clip_update(self, sent: Tensors, unmoved: Tensors) -> Tensors:
         """A client's update, its change clipped where a client is the unit."""
         return clipped_change(sent, unmoved, self.plans[SERVER].clip) if self.unit == "client" else sent
 
-    def noised(self, updates: Sequence[Update], round: int) -> Sequence[Update]:
+    def add_noise(self, updates: Sequence[Update], round: int) -> Sequence[Update]:
         """The updates with the server's noise on their sum, where a client is the unit.
 
         The noise stands in the first update: only their sum is used.
         """
-        mechanism = self.of_sum()
-        if mechanism is None or self.in_shares:
+        mechanism = self.sum_mechanism()
+        if mechanism is None or self.noise_in_shares:
             return updates
         mechanism.charge(round + 1)
         first, *others = updates
@@ -151,7 +151,9 @@ def _client_faults(config: Config, method: Method) -> list[str]:
     return faults
 
 
-def build_privacy_policy(config: Config, method: Method, sites: Sequence[Site], local: LocalTraining) -> PrivacyPolicy:
+def build_privacy_policy(
+    config: Config, method: Method, sites: Sequence[ClientData], local: LocalTraining
+) -> PrivacyPolicy:
     """The plans of all who add noise.
 
     Raises UserError or ConfigError where a plan cannot be, or the target cannot be reached.
@@ -209,7 +211,7 @@ def build_privacy_policy(config: Config, method: Method, sites: Sequence[Site], 
         plans=plans,
         choices=tuple(choices),
         release=privacy.release,
-        in_shares=config.server.secure_aggregation,
+        noise_in_shares=config.server.secure_aggregation,
     )
 
 

@@ -50,7 +50,7 @@ def encode(
     if codec == "bfloat16":
         return _bytes(_to_bfloat16(x))
     if draw is None:
-        raise ValueError(f"{codec} rounds by chance: give a generator, such as draws.generator(seed, 'codec', ...)")
+        raise ValueError(f"{codec} rounds by chance: give a generator, such as keyed_generator(seed, 'codec', ...)")
     blocks = np.pad(x, (0, -len(x) % BLOCK)).reshape(-1, BLOCK).astype(np.float64)
     with np.errstate(invalid="ignore", over="ignore"):
         scales = _scales(np.abs(blocks).max(axis=1, initial=0.0) / Q_MAX[codec])

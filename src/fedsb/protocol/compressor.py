@@ -40,7 +40,7 @@ from fedsb.methods.base import Method, State
 from fedsb.protocol.codec import Codec
 from fedsb.protocol.payload import Payload, pack, unpack
 from fedsb.protocol.tensors import to_arrays, to_tensors, under, within
-from fedsb.utils.rng import generator
+from fedsb.utils.rng import keyed_generator
 
 OWED = "codec"  # the prefix of error feedback in a client's own state
 
@@ -124,7 +124,7 @@ class Compressor:
         return pack(payload, self._draw("", state.round, "down"))
 
     def _draw(self, client: str, round: int, direction: str) -> np.random.Generator:
-        return generator(self.seed, "codec", client, round, direction)
+        return keyed_generator(self.seed, "codec", client, round, direction)
 
 
 def read_change(held: Tensors, envelope: bytes) -> Tensors:

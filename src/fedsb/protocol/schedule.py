@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 
 from fedsb.config.schema import Config
 from fedsb.methods.base import Method
-from fedsb.utils.rng import generator
+from fedsb.utils.rng import keyed_generator
 
 
 def sample(names: Sequence[str], round: int, config: Config) -> list[str]:
@@ -14,7 +14,7 @@ def sample(names: Sequence[str], round: int, config: Config) -> list[str]:
     wanted = config.server.clients_per_round
     if wanted is None or wanted >= len(names):
         return list(names)
-    chosen = generator(config.seed, "cohort", round).permutation(len(names))[:wanted]
+    chosen = keyed_generator(config.seed, "cohort", round).permutation(len(names))[:wanted]
     return [names[i] for i in sorted(chosen)]
 
 

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from fedsb.adapters.adapted import Tensors
 from fedsb.config.resolved import ResolvedSetting
 from fedsb.config.schema import Config
-from fedsb.data.sites import Site
+from fedsb.data.clients import ClientData
 from fedsb.privacy.discrete import discrete_gaussian
 from fedsb.privacy.mechanism import DPMechanism
 from fedsb.privacy.policy import PrivacyPolicy
@@ -41,7 +41,7 @@ from fedsb.server.types import SUM, Answer, Reply, Summed
 from fedsb.server.validation import Dropped
 from fedsb.training.resolved import sum_threshold
 from fedsb.utils.errors import UserError
-from fedsb.utils.rng import generator
+from fedsb.utils.rng import keyed_generator
 
 ALIKE = {"rounds", "seed", "model", "task", "method", "basis", "train", "clients", "server", "privacy"}  # settings
 OWN = {"model": {"name", "device"}}  # of these: where a site has its model
@@ -92,7 +92,7 @@ class Terms:
     def encode(self, client: str, change: Floats) -> Ring:
         plan, weight = self.plan(len(change)), 1.0
         exact = change.astype(np.float64)
-        draw, noise = generator(self.seed, "secure sum", client, self.round), None
+        draw, noise = keyed_generator(self.seed, "secure sum", client, self.round), None
         if self.mechanism is not None:
             exact *= min(
                 1.0, self.mechanism.plan.clip / max(float(np.linalg.norm(exact)), 1e-300)
@@ -127,7 +127,7 @@ class Terms:
 class SecureSums:
     """The sums of a run. Raises UserError where a round has too few clients."""
 
-    def __init__(self, config: Config, policy: PrivacyPolicy, run: str, sites: Sequence[Site]) -> None:
+    def __init__(self, config: Config, policy: PrivacyPolicy, run: str, sites: Sequence[ClientData]) -> None:
         self.server, self.seed, self.run, self.policy = config.server, config.seed, run, policy
         self.rows = {site.name: site.rows for site in sites}
         self.settings = config.model_dump(mode="json", include=ALIKE, exclude=OWN)
@@ -161,7 +161,7 @@ class SecureSums:
             rows={name: self.rows[name] for name in sites} if self.server.weighting == "samples" else None,
             threshold=self.threshold,
             limit=self.server.secagg_clip,
-            mechanism=self.policy.of_sum(),
+            mechanism=self.policy.sum_mechanism(),
         )
 
 

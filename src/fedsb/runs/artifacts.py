@@ -74,7 +74,7 @@ def describe_start(
             "trained_values": sum(tensors[key].numel() for key in trained),
         },
         "data_card": data.card.as_dict(),
-        "test": data.test_is if data.test else None,
+        "test": data.test_description if data.test else None,
         "task": {
             "kind": config.task.kind,
             "metric": task.metric,
@@ -93,7 +93,7 @@ def describe_start(
                 "labels": None if engine.policy else site.labels,
                 "unseen": site.unseen,
             }
-            for site in data.sites
+            for site in data.clients
         ],
         "method": {"id": method.spec.id, "paper": method.spec.paper, "travels": method.spec.travels},
         "basis": _basis_facts(basis, private=bool(engine.policy)),
@@ -240,7 +240,7 @@ def finish(
                 "counted": counted_rounds(rounds, site.name),
                 "unseen": site.unseen,
             }
-            for site in engine.data.sites
+            for site in engine.data.clients
         ],
         "epsilon": spent(engine.policy) if engine.policy else None,
         # Of a private run it is not told: it depends on how many rows were drawn, and on how long they are.

@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from fedsb.data.sites import load_unlabelled, require_read_columns
 from fedsb.data.sources import Row, make_table
+from fedsb.data.tables import load_unlabelled, require_read_columns
 from fedsb.data.tasks.answers import Answers
 from fedsb.data.tasks.causal import CausalTask
 from fedsb.data.tasks.classification import Classification, pooled

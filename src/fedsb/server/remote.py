@@ -13,8 +13,9 @@ from fedsb.adapters.basis import Basis, Pair, basis_hash
 from fedsb.client.round import ClientRound
 from fedsb.config.schema import Config
 from fedsb.data.card import TableCard, make_card
-from fedsb.data.sites import Data, cut_choices, elsewhere, load_test, open_task_of, table_facts
+from fedsb.data.clients import Data, build_task, cut_choices, remote_client
 from fedsb.data.sources import Table
+from fedsb.data.tables import load_test, table_facts
 from fedsb.data.tasks.base import Example
 from fedsb.methods.base import Method, State
 from fedsb.models.load import load_tokenizer, tokenizer_fingerprint
@@ -61,7 +62,7 @@ class RemoteEngine(Trainer):
         self.run, self.directory, self.note = run, directory, note
         self.asking = Asking(channel, run, config.engine.deadline_s, note)
         tokenizer = load_tokenizer(config.model)
-        task = open_task_of(config, tokenizer)
+        task = build_task(config, tokenizer)
         test = load_test(config, task)
         looked = {} if begun else self._look(config)
         if begun:
@@ -73,9 +74,9 @@ class RemoteEngine(Trainer):
         super().__init__(config, method, tokenizer, task)
         opened = {} if begun else self._open(tokenizer_fingerprint(tokenizer))
         self.sites = (
-            [elsewhere(site["name"], site["rows"], site["labels"]) for site in begun["clients"]]
+            [remote_client(site["name"], site["rows"], site["labels"]) for site in begun["clients"]]
             if begun
-            else [elsewhere(name, site.rows, site.labels) for name, site in opened.items()]
+            else [remote_client(name, site.rows, site.labels) for name, site in opened.items()]
         )
         self.data = self._data(test, looked, opened, begun)
         self.check_rows(self.data.test)
@@ -329,9 +330,9 @@ class RemoteEngine(Trainer):
         )
         return Data(
             task=self.task,
-            sites=self.sites,
+            clients=self.sites,
             test=examples,
-            test_is=f"{test.origin}, {len(test.rows):,} rows" if test else "none",
+            test_description=f"{test.origin}, {len(test.rows):,} rows" if test else "none",
             test_is_public=True,
             baseline=None,
             best_guess=self.task.best_guess(examples) if examples else None,

@@ -66,7 +66,7 @@ def play(
         steps={site.name: engine.local.steps_for(site.rows) for site in engine.sites},
     )
     updates, dropped = validate_updates(replies.envelopes, wanted, spool, replies.dropped)
-    after = method.aggregate(heard, engine.policy.noised(updates, state.round), server)
+    after = method.aggregate(heard, engine.policy.add_noise(updates, state.round), server)
     return RoundResult(
         state=link.settled(method, state, heard, after), replies=replies, dropped=[*replies.dropped, *dropped]
     )

@@ -10,7 +10,7 @@ from fedsb.adapters.adapted import Shapes, Tensors
 from fedsb.adapters.basis import Basis
 from fedsb.config.resolved import ResolvedSetting
 from fedsb.config.schema import Config
-from fedsb.data.sites import Site
+from fedsb.data.clients import ClientData
 from fedsb.methods.base import Method, State
 from fedsb.privacy.policy import PrivacyPolicy
 from fedsb.protocol.traffic import TrafficRecord
@@ -93,7 +93,7 @@ class Engine(Protocol):
     def policy(self) -> PrivacyPolicy: ...
 
     @property
-    def sites(self) -> Sequence[Site]: ...
+    def sites(self) -> Sequence[ClientData]: ...
 
     @property
     def local(self) -> LocalTraining: ...

@@ -22,7 +22,7 @@ from fedsb.training.optimizer import clip_by_client, step_by_client
 from fedsb.training.per_example import clipped_sums
 from fedsb.training.scoring import forward
 from fedsb.utils.errors import DivergedError
-from fedsb.utils.rng import generator
+from fedsb.utils.rng import keyed_generator
 
 Penalty = Callable[[Mapping[str, Tensor]], Tensor | None]
 Keys = Sequence[tuple[int | str, ...]]  # for each client, what its draws of this step are keyed by
@@ -222,7 +222,7 @@ class Dropout:
 
 def word(*key: int | str) -> int:
     """Returns the key as a signed 32-bit number."""
-    return int(generator(*key).integers(-(2**31), 2**31))
+    return int(keyed_generator(*key).integers(-(2**31), 2**31))
 
 
 def random_words(count: int, keys: Sequence[int], device: torch.device) -> Tensor:

@@ -10,8 +10,9 @@ import torch
 from fedsb.adapters.adapted import kinds
 from fedsb.config.resolved import ResolvedSetting
 from fedsb.config.schema import Config, ServerConfig
-from fedsb.data.sites import Site, draw_rows, format_of
+from fedsb.data.clients import ClientData
 from fedsb.data.sources import load_table
+from fedsb.data.tables import draw_rows, format_of
 from fedsb.data.tasks.base import Example, Task
 from fedsb.data.tasks.chat import Chat
 from fedsb.data.tasks.instruction import Instruction
@@ -66,7 +67,7 @@ def auto_clients_per_forward(
     return size, f"auto: up to {tokens:,} tokens in one forward on {device.type}"
 
 
-def open_sums(config: Config, policy: PrivacyPolicy, run: str, sites: Sequence[Site]) -> SecureSums | None:
+def open_sums(config: Config, policy: PrivacyPolicy, run: str, sites: Sequence[ClientData]) -> SecureSums | None:
     """Where server.secure_aggregation is asked for. Raises UserError without the extra `privacy`, and as SecureSums
     does."""
     if not config.server.secure_aggregation:
@@ -97,7 +98,7 @@ def targets_choice(config: Config, targets: Sequence[str], without: Mapping[str,
     return ResolvedSetting(key="model.target_modules", value=f"{len(targets)} layers", reason=reason)
 
 
-def batch_warnings(config: Config, local: LocalTraining, sites: Sequence[Site]) -> list[str]:
+def batch_warnings(config: Config, local: LocalTraining, sites: Sequence[ClientData]) -> list[str]:
     """Returns a warning where clients have fewer rows than one step takes, of which each step then takes all."""
     short = [site for site in sites if site.rows < local.rows_a_step]
     if not short:

@@ -144,8 +144,8 @@ class Trainer:
                 seed=self.config.seed,
                 round=round,
                 penalty=method.penalty,
-                mechanisms=policy.of_rows(),
-                watch=policy.shows("loss"),
+                mechanisms=policy.row_mechanisms(),
+                watch=policy.may_release("loss"),
             )
 
     def evaluate(self, tensors: Tensors, examples: Sequence[Example]) -> Score:

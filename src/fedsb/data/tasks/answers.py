@@ -75,7 +75,7 @@ class Answers(Instruction):
             "--set task.prompt=COLUMN --set task.answer=COLUMN"
         )
 
-    def asking_layout(self, columns: Sequence[str], origin: str = "the table") -> Layout:
+    def prompt_layout(self, columns: Sequence[str], origin: str = "the table") -> Layout:
         """Returns how to read a table whose rows may lack their answers."""
         own = Layout(name="own", prompt=self.options.prompt, answer=self.options.answer)
         whole = (layout for layout in (own, *self.layouts) if {layout.prompt, layout.answer} <= set(columns))
@@ -86,7 +86,7 @@ class Answers(Instruction):
         """Returns what rows ask; how long an answer may be is as in scoring, where a row has its answer."""
         if not rows:
             return []
-        layout = self.asking_layout(list(rows[0]))
+        layout = self.prompt_layout(list(rows[0]))
         self._texts(rows, layout.prompt)  # raises where there is none
         asked = [self.asked(row, layout) for row in rows]
         prompts = self.prompts(asked, self.given(rows))

@@ -52,14 +52,14 @@ class Code(Answers):
     def reads_also(self) -> tuple[str, ...]:
         return ("test", "entry_point", "test_list", "test_imports", "test_setup_code")
 
-    def asking_layout(self, columns: Sequence[str], origin: str = "the table") -> Layout:
+    def prompt_layout(self, columns: Sequence[str], origin: str = "the table") -> Layout:
         """Returns how to read a table; the columns of tests distinguish HumanEval and MBPP from a table of prompts."""
         tests = {"entry_point": (HUMANEVAL,), "test_list": (MBPP, SANITIZED)}
         for column, layouts in tests.items():
             found = next((layout for layout in layouts if {layout.prompt, column} <= set(columns)), None)
             if found is not None:
                 return found
-        return super().asking_layout(columns, origin)
+        return super().prompt_layout(columns, origin)
 
     def told(self, row: Row, layout: Layout) -> str:
         text = str(row[layout.answer])
