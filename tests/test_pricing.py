@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from conftest import Said, labelled_rows, set_all, write_rows, write_toml
-from fedsb.adapters.adapted import find_targets
 from fedsb.config.load import load_config
 from fedsb.config.schema import ModelConfig
 from fedsb.data.clients import build_task
@@ -21,6 +20,7 @@ from fedsb.methods.fed_sb import FedSB
 from fedsb.methods.fedit import FedIT
 from fedsb.methods.flora import FLoRA
 from fedsb.models.hub import SHIPPED, shipped_shapes
+from fedsb.models.layers import find_targets
 from fedsb.models.load import load_base, load_tokenizer
 from fedsb.planning.estimate import estimate
 from fedsb.training.memory import trained_values, training_memory

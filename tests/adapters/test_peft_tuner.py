@@ -30,9 +30,9 @@ from transformers import (
 
 import fedsb.adapters.peft_tuner as tuner
 from fedsb.adapters.basis import random_pair, truncated_svd, weight_pair
-from fedsb.adapters.layer import base_weight
 from fedsb.adapters.peft_tuner import LoraSBConfig, LoraSBLinear, adapter_layers, save_as_lora, to_lora
 from fedsb.adapters.peft_update import single_samples, update_basis_
+from fedsb.models.layers import base_weight
 from fedsb.utils.errors import UserError
 
 IDS = torch.arange(21).reshape(3, 7)

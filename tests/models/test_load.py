@@ -24,13 +24,14 @@ from transformers import (
 
 from conftest import WORDS, _save, set_all
 from federation.opened import started
-from fedsb.adapters.adapted import AdaptedModel, find_targets
+from fedsb.adapters.adapted import AdaptedModel
 from fedsb.channels.in_process import EmbeddedEngine
 from fedsb.config.load import load_config
 from fedsb.config.resolved import ResolvedSetting
 from fedsb.config.schema import ModelConfig, method_of
 from fedsb.models import load as models
 from fedsb.models.heads import find_head, head_start
+from fedsb.models.layers import find_targets
 from fedsb.models.load import (
     MINILM_HUB,
     BaseModel,

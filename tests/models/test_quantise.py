@@ -15,9 +15,9 @@ from torch import nn
 
 from conftest import WORDS, Said, _save, set_all, write_toml
 from fedsb.adapters.basis import weight_pair
-from fedsb.adapters.layer import base_weight
 from fedsb.config.load import load_config
 from fedsb.config.schema import ModelConfig
+from fedsb.models.layers import base_weight
 from fedsb.models.load import load_base
 from fedsb.models.quantise import count_values, missing_package, weight_bytes
 from fedsb.runs.run import federate

@@ -29,10 +29,10 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from fedsb.adapters.adapted import Tensors
 from fedsb.adapters.factors import Factors
-from fedsb.adapters.layer import is_conv1d
+from fedsb.models.layers import is_conv1d
 from fedsb.utils.errors import RunError, UserError
+from fedsb.utils.tensors import Tensors
 
 TOLERANCE = 1e-5  # of a layer's change, relative to its largest entry, in float32
 LOGITS_TOLERANCE = 1e-3  # of logits: B R first and R z first round differently, and deep layers make more of it

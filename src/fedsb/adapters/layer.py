@@ -7,15 +7,13 @@ the batch; a layer that sees anything else (a mixture of experts, packed rows) r
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fedsb.adapters.residual import RESIDUAL
+from fedsb.models.layers import linear_shape
 from fedsb.utils.errors import RunError
 
 
@@ -135,71 +133,3 @@ def check_rows(x: Tensor, routing: Routing, key: str) -> None:
             f"Layer {key!r} sees {x.shape[0]} rows where the batch has {routing.rows}, so its rows cannot be "
             "assigned to their clients or examples. Train one client at a time: engine.clients_per_forward = 1."
         )
-
-
-def base_weight(base: nn.Module) -> Tensor:
-    """W0 as (out, in), detached, whatever the layer stores: GPT-2's Conv1D the transpose, a quantised one packed bits.
-
-    Of a quantised layer it is a new float32 matrix, what its bits stand for.
-    """
-    weight = base.weight
-    assert isinstance(weight, Tensor)
-    kind = type(weight).__name__
-    if kind in ("Params4bit", "Int8Params"):
-        return _dequantised(base, kind)
-    return weight.detach().T if is_conv1d(base) else weight.detach()
-
-
-def _dequantised(base: nn.Module, kind: str) -> Tensor:
-    """W0 (m, n) of a layer of bitsandbytes, float32."""
-    from bitsandbytes import functional
-
-    weight: Any = base.weight
-    if kind == "Params4bit":
-        W0: Tensor = functional.dequantize_4bit(weight.data, weight.quant_state)
-    else:
-        state: Any = base.state
-        W0 = functional.int8_vectorwise_dequant(weight.data, weight.SCB if state.SCB is None else state.SCB)
-    return W0.detach().float()
-
-
-def linear_shape(base: nn.Module) -> tuple[int, int]:
-    """(m, n) = (out, in) of a linear layer."""
-    if is_conv1d(base):
-        n, m = base.weight.shape  # type: ignore[misc]
-        return int(m), int(n)
-    return int(base.out_features), int(base.in_features)  # type: ignore[arg-type]
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Returns whether the layer maps (..., n) to (..., m) with one weight: nn.Linear and its kin, or GPT-2's Conv1D.
-
-    A subclass with a forward of its own is tried on one row: Falcon's passes, a router that returns a tuple does not.
-    """
-    if not isinstance(module, nn.Linear):
-        return is_conv1d(module)
-    kind = type(module)
-    if kind.forward is nn.Linear.forward or not kind.__module__.startswith("transformers."):
-        return True
-    weight = module.weight
-    try:
-        with torch.no_grad():
-            y = module(torch.zeros(1, module.in_features, dtype=weight.dtype, device=weight.device))
-    except (RuntimeError, ValueError, IndexError, TypeError):
-        return False
-    return isinstance(y, Tensor) and y.shape == (1, module.out_features)
-
-
-def reads_weight(model: nn.Module, name: str) -> bool:
-    """Returns whether the model computes with the weight of this layer without calling the layer.
-
-    The state-space mixers of Mamba and its relatives do so with dt_proj, and some fused kernels with x_proj and
-    out_proj; PEFT refuses out_proj in these models. An adapter there has no effect until it is merged.
-    """
-    parent, _, child = name.removesuffix(".base_layer").rpartition(".")
-    mixer = model.get_submodule(parent)
-    return hasattr(mixer, "A_log") and f"self.{child}.weight" in inspect.getsource(type(mixer))

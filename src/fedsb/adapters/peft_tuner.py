@@ -49,11 +49,10 @@ from peft.utils.quantization_utils import quantization_extra_repr
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fedsb.adapters.adapted import find_targets
 from fedsb.adapters.basis import check_rank, random_pair, weight_pair
 from fedsb.adapters.core import core_delta, core_forward, core_left
 from fedsb.adapters.export import lora_targets
-from fedsb.adapters.layer import is_conv1d, is_linear, linear_shape, reads_weight
+from fedsb.models.layers import find_targets, is_conv1d, is_linear, linear_shape, reads_weight
 from fedsb.utils.errors import RunError, UserError, did_you_mean
 
 BASES = ("random", "weights", "update", "given")

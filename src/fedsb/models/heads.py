@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fedsb.adapters.adapted import Tensors, is_inside
+from fedsb.models.layers import is_inside
 from fedsb.utils.errors import UserError
 from fedsb.utils.rng import keyed_generator
+from fedsb.utils.tensors import Tensors
 
 
 def find_head(model: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:

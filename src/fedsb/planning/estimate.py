@@ -16,9 +16,8 @@ from typing import Any
 
 import torch
 
-from fedsb.adapters.adapted import AdaptedModel, Shapes, block_layers, find_targets, left_out
+from fedsb.adapters.adapted import AdaptedModel
 from fedsb.adapters.basis import check_rank
-from fedsb.adapters.layer import is_linear, linear_shape
 from fedsb.comparison.contenders import Contender, contenders_of
 from fedsb.config.load import ResolvedConfig, unused_settings
 from fedsb.config.resolved import ResolvedSetting
@@ -29,6 +28,7 @@ from fedsb.data.tasks.base import Task, ids, pad_token
 from fedsb.methods import build_method
 from fedsb.methods.base import Method
 from fedsb.models.hub import has_weights
+from fedsb.models.layers import block_layers, find_targets, is_linear, left_out, linear_shape
 from fedsb.models.limits import check_positions, check_tokens
 from fedsb.models.load import BaseModel, choose_device, load_base, resolve_name
 from fedsb.models.quantise import missing_package, weight_bytes
@@ -55,6 +55,7 @@ from fedsb.training.trainer import Trainer
 from fedsb.utils.environment import memory_of
 from fedsb.utils.errors import NotAvailableError, UserError
 from fedsb.utils.formatting import bytes_text
+from fedsb.utils.tensors import Shapes
 
 TRIED_SHARE = 0.5  # of the device's memory: a model whose weights take more is not loaded to be checked
 OVERHEAD = 1.5  # of a real step over its matrix products, as seen with MiniLM on two cores

@@ -40,12 +40,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedsb.adapters.adapted import Tensors
 from fedsb.privacy.mechanism import DPMechanism
 from fedsb.privacy.noise import Noise
 from fedsb.privacy.release_checks import ReleaseChecks
 from fedsb.training.per_example import add_clipped
 from fedsb.utils.rng import Key, keyed_generator
+from fedsb.utils.tensors import Tensors
 
 ERROR = 0.05  # the chance that a bound is above the true epsilon
 SHARES = (2, 8, 32)  # "in" is guessed for the highest m/2, m/8 or m/32; "out" for as many of the lowest, or none

@@ -16,12 +16,12 @@ from typing import Literal
 
 import torch
 
-from fedsb.adapters.adapted import Tensors
 from fedsb.privacy.accounting import Release, epsilon
 from fedsb.privacy.ledger import Ledger
 from fedsb.privacy.noise import Noise
 from fedsb.privacy.plan import PrivacyPlan
 from fedsb.utils.errors import RunError, UserError
+from fedsb.utils.tensors import Tensors
 
 ROUNDING = 1e-6  # the same releases in another order compose alike but for this
 FLOAT32_ROUNDING = 2.0**-24  # relative, of each value

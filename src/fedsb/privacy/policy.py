@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from fedsb.adapters.adapted import Tensors
 from fedsb.config.resolved import ResolvedSetting
 from fedsb.config.schema import Config
 from fedsb.data.clients import ClientData
@@ -23,6 +22,7 @@ from fedsb.protocol.schedule import sample
 from fedsb.training.local import LocalTraining
 from fedsb.utils.errors import RunError, UserError
 from fedsb.utils.files import safe_name
+from fedsb.utils.tensors import Tensors
 
 SERVER = "the server"  # who adds the noise where clients are the unit
 

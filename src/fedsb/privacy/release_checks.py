@@ -27,7 +27,7 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
-from fedsb.adapters.adapted import Tensors
+from fedsb.utils.tensors import Tensors
 
 FALSE_ALARM = 1e-6  # the probability that an audit of correct code fails any of these tests
 FEWEST = 20.0  # rows expected: with fewer a count is not nearly normal and is not tested

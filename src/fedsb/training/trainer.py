@@ -10,12 +10,12 @@ import torch
 from fedsb.adapters.adapted import AdaptedModel, Tensors, block_layers, find_targets, left_out
 from fedsb.adapters.basis import Basis
 from fedsb.adapters.export import BaseModelInfo, merged_plan
-from fedsb.adapters.layer import linear_shape
 from fedsb.config.resolved import ResolvedSetting
 from fedsb.config.schema import Config
 from fedsb.data.tasks.base import Example, Task, Tokenizer, ids, pad_token
 from fedsb.methods.base import Method
 from fedsb.models.heads import head_start
+from fedsb.models.layers import linear_shape
 from fedsb.models.limits import check_positions, check_tokens
 from fedsb.models.load import load_base, matmul_precision
 from fedsb.privacy.policy import PrivacyPolicy
