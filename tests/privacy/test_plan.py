@@ -234,5 +234,5 @@ def test_a_plain_run_is_a_plan_without_noise() -> None:
 
 @pytest.mark.parametrize("target", [0.0, -3.0, math.nan, math.inf])
 def test_a_target_that_is_none(target: float) -> None:
-    with pytest.raises(UserError, match="a target of epsilon"):
+    with pytest.raises(UserError, match="A target of epsilon"):
         PLAN.calibrate(target)
