@@ -514,14 +514,14 @@ def test_without_rows_nothing_trains_on_others(
     toml = write_toml(tmp_path / "served.toml", served(tiny_config))
     for command in (["run"], ["run", "--engine", "flower"], ["check", "--set", "engine.name=in_process"]):
         said = cli(command[0], toml, *command[1:])
-        assert said.code == 1 and "data.train is not set: name the rows to train on" in said.err, command
+        assert said.code == 1 and "data.train is not set. Name the rows to train on" in said.err, command
 
 
 def test_a_served_run_is_scored_on_its_own_test_rows_or_on_none(tiny_config: dict[str, Any]) -> None:
     config = load_config(served(tiny_config)).config
     task = build_task(config, load_tokenizer(config.model))
     assert len(load_rows(config, task, None).rows) == 40
-    with pytest.raises(UserError, match="no test file of its own: name one with --data"):
+    with pytest.raises(UserError, match=r"no test table of its own\. Name one with --data"):
         load_rows(load_config(set_all(tiny_config, data={})).config, task, None)
 
 

@@ -303,7 +303,7 @@ def test_the_cache_can_be_turned_off(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert calibrate(2.5, DELTA, gaussians) < sigma
     assert list(tmp_path.rglob("*.json")) == [file]
     monkeypatch.setenv("FEDSB_CALIBRATION_CACHE", "0")
-    with pytest.raises(UserError, match="FEDSB_CALIBRATION_CACHE=0 is invalid. Set this environment variable to on or off"):
+    with pytest.raises(UserError, match="FEDSB_CALIBRATION_CACHE=0 is invalid"):
         calibrate(2.0, DELTA, gaussians)
 
 

@@ -515,7 +515,7 @@ def test_a_clients_own_cap_is_for_its_own_delta_and_all_runs(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"basis": {"kind": "update-pooled"}}, "looks at raw private rows without noise"),
+        ({"basis": {"kind": "update-pooled"}}, "reads private rows without noise"),
         ({"train": {"local_steps": 1, "batch_size": 4, "dropout": 0.1}}, "train.dropout"),
         ({"eval": {"gap": True}}, "eval.gap scores private rows"),
         ({"method": {"name": "hetlora", "rank": 2}}, "hetlora adds a local regulariser"),
@@ -535,10 +535,10 @@ def test_what_would_make_epsilon_untrue_is_refused(tiny_config: dict[str, Any], 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"method": {"name": "flora", "rank": 2}}, "flora is no such"),
+        ({"method": {"name": "flora", "rank": 2}}, "flora does not compute one"),
         ({"server": {"weighting": "samples"}}, "needs server.weighting = 'uniform'"),
         ({"server": {"weighting": "uniform", "codec": "int8"}}, "server.codec = 'float32'"),
-        ({"basis": {"kind": "core"}}, "its noise is planned for unit = 'example'"),
+        ({"basis": {"kind": "core"}}, "Its noise is planned only for privacy.unit = 'example'"),
     ],
     ids=lambda value: str(value)[:40],
 )

@@ -107,7 +107,7 @@ def test_each_step_is_of_the_rows_drawn_for_it(
         turns = iter((3, 1))
 
         def poisson_sample(self, rows: int, q: float) -> list[int]:
-            return [next(self.rotates_basis)]
+            return [next(self.turns)]
 
     with_noise(monkeypatch, lambda client: InTurn(0, client))
     train = {"steps": 2, "batch_size": 4, "lr": 0.5, "head_lr": 0.5, "optimizer": "sgd", "clip_norm": 0}
@@ -296,7 +296,7 @@ def test_a_long_row_behind_short_ones_is_refused(tiny_config: dict[str, Any], ti
         clients={"partition": "column", "column": "client", "holdout_fraction": 0.0},
         train={"local_steps": 1, "batch_size": 2},
     )
-    with pytest.raises(UserError, match=r"of the 6 rows of client 'a' 1 .* would be cut into several examples"):
+    with pytest.raises(UserError, match=r"1 of the 6 rows of client 'a' .* would be cut into several examples"):
         federate(load_config(config))
 
 

@@ -352,7 +352,7 @@ def test_no_sums_but_of_a_core_basis(changes: dict[str, Any], settings: Settings
     [
         ({"basis": {"kind": "core"}, **SUMS}, "every client sends the server something of its own"),
         ({"basis": {"kind": "core"}, **CLIENT, "server": {"weighting": "uniform"}}, "looks at private rows"),
-        ({**EXAMPLE, "train": {"dropout": 0.1}}, "train.dropout: not in a private run"),
+        ({**EXAMPLE, "train": {"dropout": 0.1}}, "train.dropout = 0.1 is not supported in a private run"),
         ({"basis": {"kind": "update-pooled"}}, "pools raw rows"),
     ],
 )

@@ -21,6 +21,7 @@ from fedsb.privacy.policy import build_privacy_policy, refuse_what_would_leak
 from fedsb.protocol.codec import Codec
 from fedsb.protocol.compressor import build_compressor
 from fedsb.protocol.payload import unpack
+from fedsb.protocol.schedule import participation
 from fedsb.protocol.tensors import to_tensors, within
 from fedsb.protocol.traffic import Direction, TrafficRecord
 from fedsb.server.requirements import client_ranks, refuse_what_facts_forbid
@@ -53,7 +54,9 @@ class EmbeddedEngine(Trainer):
         self.run = run
         self.sites: list[ClientData] = [self.data.pooled()] if method.spec.pools_data else self.data.participants
         self.local = local_training(config, clients=len(self.data.participants) if method.spec.pools_data else 1)
-        self.policy = build_privacy_policy(config, method, self.sites, self.local)
+        rows = {site.name: site.rows for site in self.sites}
+        steps, rounds = {name: self.local.steps_for(rows[name]) for name in rows}, participation(rows, config)
+        self.policy = build_privacy_policy(config, method, rows, steps, self.local.rows_a_step, rounds)
         self.ranks, rank_settings = client_ranks(config, method, self.shapes, [site.name for site in self.sites])
         self.clients_per_forward, reason = self._choose_clients_per_forward()
         self.sums = open_sums(config, self.policy, run, self.sites)

@@ -30,6 +30,7 @@ from fedsb.privacy.policy import PrivacyPolicy, build_privacy_policy
 from fedsb.privacy.statement import spent
 from fedsb.protocol.compressor import build_compressor, read_change
 from fedsb.protocol.payload import Payload, PayloadError, unpack
+from fedsb.protocol.schedule import participation
 from fedsb.protocol.tensors import change_of, to_tensors
 from fedsb.runs.artifacts import write_adapters
 from fedsb.server.validation import fault_of_shapes
@@ -122,7 +123,9 @@ class Participant:
                 "began, bring back the old one, or begin a new run"
             )
         sites, held = [remote_client(name, count) for name, count in rows.items()], self.store.common()
-        policy, cap = build_privacy_policy(self.config, self.method, sites, self.local), None
+        steps, rounds = {name: self.local.steps_for(rows[name]) for name in rows}, participation(rows, self.config)
+        policy = build_privacy_policy(self.config, self.method, rows, steps, self.local.rows_a_step, rounds)
+        cap = None
         if policy.unit == "example":
             plan = policy.plans[self.identity.name]
             policy.plans = {self.identity.name: plan}

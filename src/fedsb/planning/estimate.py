@@ -37,7 +37,7 @@ from fedsb.privacy.policy import build_privacy_policy, refuse_what_would_leak
 from fedsb.privacy.statement import promised
 from fedsb.protocol.codec import payload_bytes
 from fedsb.protocol.prices import price_list
-from fedsb.protocol.schedule import refreshes, whole_broadcasts
+from fedsb.protocol.schedule import participation, refreshes, whole_broadcasts
 from fedsb.server.requirements import client_ranks, refuse_what_facts_forbid, refuse_what_needs_one_place
 from fedsb.training.basis import basis_values
 from fedsb.training.local import LocalTraining
@@ -129,7 +129,9 @@ def estimate(loaded: ResolvedConfig) -> dict[str, Any]:
         seconds, seconds_reason = _seconds(config, local, data, linear, cohort)
         choices += [*data.choices, *rank_settings]
     if data is not None or config.privacy.unit != "example":  # else it depends on how many rows each has
-        policy = build_privacy_policy(config, method, sites, local)
+        counts = {site.name: site.rows for site in sites}
+        steps, rounds = {name: local.steps_for(counts[name]) for name in counts}, participation(counts, config)
+        policy = build_privacy_policy(config, method, counts, steps, local.rows_a_step, rounds)
         open_sums(config, policy, "check", sites)  # refuses a sum that hides nothing
         privacy = promised(policy, config, trained_values(method, adapted.shapes, head))
         choices += policy.choices

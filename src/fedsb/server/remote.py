@@ -25,6 +25,7 @@ from fedsb.protocol.channel import Channel, NoResponse
 from fedsb.protocol.compressor import build_compressor
 from fedsb.protocol.messages import Behind, Finished, Looked, Opened, Phase, Started, Summed, Told, Trained
 from fedsb.protocol.payload import Payload, PayloadError, pack, unpack
+from fedsb.protocol.schedule import participation
 from fedsb.protocol.tensors import to_arrays, to_tensors
 from fedsb.protocol.traffic import TrafficRecord
 from fedsb.server.exchange import Asking, lost
@@ -81,10 +82,11 @@ class RemoteEngine(Trainer):
         self.data = self._data(test, looked, opened, begun)
         self.check_rows(self.data.test)
         self.local = local_training(config)
-        self.policy = build_privacy_policy(config, method, self.sites, self.local)
+        rows = {site.name: site.rows for site in self.sites}
+        steps, rounds = {name: self.local.steps_for(rows[name]) for name in rows}, participation(rows, config)
+        self.policy = build_privacy_policy(config, method, rows, steps, self.local.rows_a_step, rounds)
         self.ranks, rank_settings = client_ranks(config, method, self.shapes, [site.name for site in self.sites])
         self.sums = open_sums(config, self.policy, run, self.sites)
-        rows = {site.name: site.rows for site in self.sites}
         self.holdings = Holdings(self.asking, self._count)
         if not begun:
             self.holdings.by_site = {name: site.holds for name, site in self.asking.all(Started, rows=rows).items()}
