@@ -1,7 +1,7 @@
 """An audit of a private configuration: its real data, model, plan and noise, in a run that is thrown away.
 
-One client is trained, with canaries among its rows (privacy/audit.py), and what it releases is held against its
-epsilon. The others are left out: to one client's policy it does not matter what others send.
+One client is trained, with canaries among its rows (training/privacy_audit.py), and what it releases is compared with
+its epsilon. The other clients are left out, because one client's policy does not depend on what they send.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from fedsb.channels.in_process import EmbeddedEngine
 from fedsb.config.load import ResolvedConfig
 from fedsb.config.schema import Config, method_of
 from fedsb.methods.averaging import ServerOptimizer
-from fedsb.privacy.audit import ERROR, SHARES, Canaries, audited, best_bound, ceiling
 from fedsb.privacy.mechanism import ROUNDING, SLACK, UnsafeReleaseError
 from fedsb.privacy.plan import PrivacyPlan, worst_client
 from fedsb.privacy.release_checks import KINDS, Score, failed, limit
 from fedsb.protocol import schedule
 from fedsb.server.rounds import play, renew
+from fedsb.training.privacy_audit import ERROR, SHARES, Canaries, audited, best_bound, ceiling
 from fedsb.utils.environment import versions
 from fedsb.utils.errors import UserError, did_you_mean
 from fedsb.utils.files import write_atomic
@@ -66,7 +66,7 @@ def audit(
         except UnsafeReleaseError as error:
             refused = error
 
-    bound = best_bound(planted.scores(), planted.taking_part, plan.delta)
+    bound = best_bound(planted.scores(), planted.coins, plan.delta)
     stated, booked = plan.epsilon(rounds), mechanism.ledger.epsilon(plan.delta)
     most = ceiling(canaries, plan.delta, plan.q, rounds * plan.steps)
     scores = watched.checks.scores(SLACK)
