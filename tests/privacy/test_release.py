@@ -23,7 +23,7 @@ from fedsb.privacy import policy as setup
 from fedsb.privacy.ledger import read_ledger
 from fedsb.privacy.mechanism import PrivacyBudgetExceededError
 from fedsb.privacy.noise import SeededNoise
-from fedsb.privacy.statement import promised
+from fedsb.privacy.statement import privacy_statement
 from fedsb.protocol.payload import unpack
 from fedsb.reporting.run_directory import read_manifest, read_result, read_rows
 from fedsb.runs.record import Record
@@ -110,7 +110,7 @@ def test_each_step_is_of_the_rows_drawn_for_it(
             return [next(self.turns)]
 
     with_noise(monkeypatch, lambda client: InTurn(0, client))
-    train = {"steps": 2, "batch_size": 4, "lr": 0.5, "head_lr": 0.5, "optimizer": "sgd", "clip_norm": 0}
+    train = {"local_steps": 2, "batch_size": 4, "lr": 0.5, "head_lr": 0.5, "optimizer": "sgd", "max_grad_norm": 0}
     config = set_all(private(tiny_config, clip=1e6, epsilon=None, noise_multiplier=1.0), train=train)
     engine, state = started(set_all(config, privacy={}))
     tensors = engine.method.model(state)
@@ -358,7 +358,7 @@ def test_an_epsilon_is_rounded_up(value: float, text: str) -> None:
 def test_what_a_private_run_says_of_its_epsilon(tiny_config: dict[str, Any], cli: Callable[..., Said]) -> None:
     """The relation it holds for, that runs add up, that what is printed is no less, and no memory in use."""
     config = set_all(private(tiny_config, epsilon=None, noise_multiplier=1.0), basis=CORE | {"kind": "random"})
-    config["clients"] = {"split": "dirichlet", "count": 3, "held_out": 0.0}
+    config["clients"] = {"partition": "dirichlet", "count": 3, "holdout_fraction": 0.0}
     done = federate(load_config(config))
     manifest, result = read_manifest(done.folder), read_result(done.folder)
     assert result is not None
@@ -367,7 +367,7 @@ def test_what_a_private_run_says_of_its_epsilon(tiny_config: dict[str, Any], cli
     assert says["relation"] in says["says"] and says["relation"] in (done.adapter / "README.md").read_text()
     uncovered = "; ".join(says["not_covered"])
     assert "other runs on the same rows: their epsilons add up" in uncovered
-    assert "how many rows of each class there are" in uncovered and "which clients' updates arrive" not in uncovered
+    assert "the number of rows of each class" in uncovered and "which clients' updates arrive" not in uncovered
     assert result["peak_memory_bytes"] is None and manifest["basis"]["peak_memory_bytes"] is None
     printed = cli("report", done.folder).out
     (stated,) = re.findall(r"epsilon ([0-9.]+) at delta", printed)
@@ -405,5 +405,5 @@ def test_the_mean_is_over_the_updates_that_arrived(
         assert torch.allclose(
             mean.tensors["classifier.bias"], sum(u.tensors["classifier.bias"] for u in arrived) / count
         )
-    said = promised(engine.policy, engine.config, 3)
+    said = privacy_statement(engine.policy, engine.config, 3)
     assert said is not None and "which clients' updates arrive in a round" in "; ".join(said["not_covered"])

@@ -136,7 +136,7 @@ def test_a_start_that_failed_leaves_no_run_without_a_promise(settings: Settings,
     part = world.part("a")
     part.store.save_common(part._state(part._derived()).shared)
     broadcast = world.broadcast(0)
-    with pytest.raises(Exception, match="is gone, and with it what 'a' has released"):
+    with pytest.raises(Exception, match="is gone, and with it the record of what 'a' has released"):
         world.ask("a", "start", rows=world.rows())
     with pytest.raises(RefusalError, match="has not started this run"):
         world.ask("a", "round", broadcast, rank=None, versions=versions())

@@ -27,7 +27,7 @@ from fedsb.models.load import load_tokenizer
 from fedsb.privacy.accounting import Release
 from fedsb.privacy.ledger import read_ledger
 from fedsb.privacy.policy import PrivacyPolicy, build_privacy_policy
-from fedsb.privacy.statement import spent
+from fedsb.privacy.statement import epsilon_spent
 from fedsb.protocol.compressor import build_compressor, read_change
 from fedsb.protocol.payload import Payload, PayloadError, unpack
 from fedsb.protocol.schedule import participation
@@ -286,7 +286,7 @@ class Participant:
 
     def spent(self) -> float | None:
         """Epsilon of this site's rows so far, by its ledger; None where it makes no policy of its own."""
-        return spent(self.policy) if self.policy.unit == "example" else None
+        return epsilon_spent(self.policy) if self.policy.unit == "example" else None
 
     # --- the inside ---
 

@@ -34,7 +34,7 @@ from fedsb.models.load import BaseModel, choose_device, load_base, resolve_name
 from fedsb.models.quantise import missing_package, weight_bytes
 from fedsb.planning.availability import Availability, find_availability
 from fedsb.privacy.policy import build_privacy_policy, refuse_what_would_leak
-from fedsb.privacy.statement import promised
+from fedsb.privacy.statement import privacy_statement
 from fedsb.protocol.codec import payload_bytes
 from fedsb.protocol.prices import price_list
 from fedsb.protocol.schedule import participation, refreshes, whole_broadcasts
@@ -133,7 +133,7 @@ def estimate(loaded: ResolvedConfig) -> dict[str, Any]:
         steps, rounds = {name: local.steps_for(counts[name]) for name in counts}, participation(counts, config)
         policy = build_privacy_policy(config, method, counts, steps, local.rows_a_step, rounds)
         open_sums(config, policy, "check", sites)  # refuses a sum that hides nothing
-        privacy = promised(policy, config, trained_values(method, adapted.shapes, head))
+        privacy = privacy_statement(policy, config, trained_values(method, adapted.shapes, head))
         choices += policy.choices
     warnings = batch_warnings(config, local, sites) if data is not None else []
     most = max((site.rows for site in sites), default=0) if data is not None else None

@@ -23,7 +23,7 @@ from fedsb.methods import build_method
 from fedsb.methods.base import Method, State
 from fedsb.models.load import quiet
 from fedsb.privacy.policy import PrivacyPolicy
-from fedsb.privacy.statement import promised, spent, why_not_private
+from fedsb.privacy.statement import epsilon_spent, privacy_statement, why_not_private
 from fedsb.protocol.prices import price_list
 from fedsb.protocol.schedule import refreshes, whole_broadcasts
 from fedsb.reporting.report import summary, write_report
@@ -118,7 +118,7 @@ def describe_start(
             "majority": data.baseline,
             "majority_of_test": data.best_guess,
         },
-        "privacy": promised(engine.policy, config, sum(tensors[key].numel() for key in trained)),
+        "privacy": privacy_statement(engine.policy, config, sum(tensors[key].numel() for key in trained)),
         "not_private": why_not_private(engine.policy),
     }
 
@@ -160,7 +160,7 @@ def round_row(
         "down_bytes": sum(sent.bytes for sent in replies.sent if sent.direction == "down"),
         **state.metrics,
         **gap,
-        **({"epsilon": spent(policy)} if policy else {}),
+        **({"epsilon": epsilon_spent(policy)} if policy else {}),
         "seconds": round(seconds, 3),
     }
 
@@ -242,7 +242,7 @@ def finish(
             }
             for site in engine.data.clients
         ],
-        "epsilon": spent(engine.policy) if engine.policy else None,
+        "epsilon": epsilon_spent(engine.policy) if engine.policy else None,
         # Of a private run it is not told: it depends on how many rows were drawn, and on how long they are.
         "peak_memory_bytes": None
         if engine.policy

@@ -9,7 +9,6 @@ was cut off, and are dropped when it is taken up again. Everything is safetensor
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -31,7 +30,7 @@ from fedsb.protocol.tensors import under, within
 from fedsb.protocol.traffic import TrafficRecord
 from fedsb.reporting.run_directory import read_manifest, read_rows
 from fedsb.utils.errors import RunError, UserError
-from fedsb.utils.files import disk_errors, flush, json_lines, keyed_fingerprint, safe_name, write, write_atomic
+from fedsb.utils.files import disk_errors, flush, json_lines, keyed_fingerprint, lock, safe_name, write, write_atomic
 
 PREFIX = "round-"
 
@@ -301,13 +300,11 @@ class Record:
         with disk_errors(self.folder):
             self._lock = (self.folder / "lock").open("a+")
             try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BaseException as error:
+                lock(
+                    self._lock, f"{self.folder} is in use by another fedsb process. Wait for that process, or stop it."
+                )
+            except BaseException:
                 self._release()
-                if isinstance(error, BlockingIOError):
-                    raise UserError(
-                        f"{self.folder} is in use by another fedsb process; wait for it, or end it"
-                    ) from error
                 raise
 
     def _release(self) -> None:

@@ -10,9 +10,11 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from fedsb.utils.errors import DiskError
+from filelock import lock_descriptor
+
+from fedsb.utils.errors import DiskError, UserError
 
 
 def write_atomic(path: Path, content: bytes, *, private: bool = False) -> None:
@@ -63,6 +65,15 @@ def disk_errors(folder: Path) -> Iterator[None]:
         else:
             why = f"{error}. What was finished is kept. Check the permissions of the folder, then try again."
         raise DiskError(f"cannot write below {folder}: {why}") from error
+
+
+def lock(file: IO[Any] | int, busy: str) -> None:
+    """Locks an open file until it is closed. Raises UserError with the text `busy` if another process has locked it.
+
+    The system releases the lock when the process ends, so a lock is never stale.
+    """
+    if not lock_descriptor(file if isinstance(file, int) else file.fileno(), blocking=False):
+        raise UserError(busy)
 
 
 def safe_name(client: str) -> str:
