@@ -175,7 +175,7 @@ def test_the_one_off_basis_of_mistral() -> None:
 def test_memory_of_mistral_part_by_part() -> None:
     """By hand: 7.24G weights of 2 bytes; r (m + n) = 2.62M x 200 of 4 and 8.96M of 16; 512 tokens of 2.62M of 2."""
     clients = 8
-    model, engine = {"max_tokens": 512, "device": "cpu"}, {"cohort_size": clients}
+    model, engine = {"max_seq_length": 512, "device": "cpu"}, {"clients_per_forward": clients}
     parts = priced(MISTRAL, "fed-sb", 200, 25, model=model, engine=engine)["memory_parts"]
     assert parts["base"] == 2 * PARAMETERS[MISTRAL]
     assert parts["adapter"] == 4 * 200 * 2_621_440 + clients * 16 * 8_960_000

@@ -117,9 +117,9 @@ def test_columns_that_nobody_reads(tiny_config: dict[str, Any], tmp_path: Path) 
 def test_a_private_run_counts_nothing_of_its_rows(tiny_config: dict[str, Any], tmp_path: Path) -> None:
     rows = labelled_rows(90, 0)
     rows[3] = {**rows[3], "text": ""}
-    model = {"name": "minilm", "max_tokens": 64}
+    model = {"name": "minilm", "max_seq_length": 64}
     private = {"unit": "example", "epsilon": 8.0}
-    train = {"steps": 3, "batch_size": 4, "lr": 0.02}
+    train = {"local_steps": 3, "batch_size": 4, "lr": 0.02}
     config = set_all(with_rows(tiny_config, tmp_path, rows, rows[:40]), privacy=private, train=train, model=model)
     card = opened(config).card
     assert card.train.counted is card.train.classes is card.train.dropped is card.test_in_train is None

@@ -103,6 +103,6 @@ def test_a_value_that_no_row_has(tiny_config: dict[str, Any]) -> None:
 
 def test_a_value_that_the_test_alone_has_is_dropped_there(tiny_config: dict[str, Any], tmp_path: Path) -> None:
     rows = [*labelled_rows(20, 1), {"text": "red1", "label": "-1", "client": "x"}]
-    data = {**tiny_config["data"], "test": str(write_rows(tmp_path / "test.jsonl", rows)), "drop": {"label": -1}}
+    data = {**tiny_config["data"], "test": str(write_rows(tmp_path / "test.jsonl", rows)), "exclude": {"label": -1}}
     found = opened(set_all(tiny_config, data=data))
     assert found.card.test.dropped == 1 and len(found.test) == 20

@@ -71,8 +71,8 @@ def test_a_hub_table_brings_its_names(
     monkeypatch.chdir(tmp_path)
     table = load_table("hub:me/data")
     assert table.class_names == {"label": ("not_equivalent", "equivalent")} and table.rows[3]["label"] == -1
-    data = {"train": "hub:me/data", "drop": {"label": -1}}
-    clients = {"split": "iid", "count": 2, "held_out": 0.2}
+    data = {"train": "hub:me/data", "exclude": {"label": -1}}
+    clients = {"partition": "iid", "count": 2, "holdout_fraction": 0.2}
     folder = federate(load_config(set_all(tiny_config, data=data, clients=clients, rounds=1))).folder
     task = json.loads((folder / "manifest.json").read_text())["task"]
     assert (task["label_names"], task["class_names"]) == (["0", "1"], names)

@@ -319,7 +319,7 @@ def test_attention_and_matrix_precision_are_as_asked(
     forward = scoring.forward
     monkeypatch.setattr(cohort, "forward", watched)
     monkeypatch.setattr(scoring, "forward", watched)
-    model = {**tiny_config["model"], "attention": "eager", "matmul": "medium"}
+    model = {**tiny_config["model"], "attn_implementation": "eager", "float32_matmul_precision": "medium"}
     engine, state = started(set_all(tiny_config, model=model))
     assert engine.base.model.config._attn_implementation == "eager"
     list(engine.train(engine.method, state, [engine.sites[0].name], {}).envelopes)

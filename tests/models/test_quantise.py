@@ -154,7 +154,7 @@ def test_training_on_4_bits_is_training_on_what_they_stand_for(
     plain = dequantised(folder, "4bit", tmp_path / "plain")
     adapters = []
     for name, quantize in ((folder, "4bit"), (plain, "none")):
-        model = {"name": str(name), "max_tokens": 16, "quantize": quantize, "dtype": "float32"}
+        model = {"name": str(name), "max_seq_length": 16, "quantize": quantize, "dtype": "float32"}
         basis = {"kind": "weights", "share_samples": 0}
         config = set_all(tiny_config, name=quantize, model=model, method=method, basis=basis, task={"kind": kind})
         config["train"] = {**tiny_config["train"], "optimizer": "sgd", "lr": 0.1}  # Adam's first step is a sign
@@ -177,7 +177,7 @@ def test_a_run_in_bfloat16_through_the_command_line(
     cli: Callable[..., Said], folder: Path, tiny_config: dict[str, Any], tmp_path: Path, quantize: str
 ) -> None:
     """Run, score, stop and resume, load again from the card's own lines, merge."""
-    model = {"name": str(folder), "max_tokens": 16, "dtype": "bfloat16", "quantize": quantize}
+    model = {"name": str(folder), "max_seq_length": 16, "dtype": "bfloat16", "quantize": quantize}
     config = set_all(tiny_config, model=model, basis={"kind": "weights"}, task={"kind": "text"}, rounds=2)
     toml = write_toml(tmp_path / "q.toml", config)
     said = cli("run", toml)
@@ -229,7 +229,7 @@ def test_without_bitsandbytes(
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *a: None if name == "bitsandbytes" else find(name, *a)
     )
-    model = {"name": str(tiny_llama), "max_tokens": 16, "quantize": "4bit"}
+    model = {"name": str(tiny_llama), "max_seq_length": 16, "quantize": "4bit"}
     toml = write_toml(tmp_path / "q.toml", set_all(tiny_config, model=model))
     said = cli("run", toml)
     assert said.code == 1
@@ -261,7 +261,7 @@ def test_8_bits_are_trained_a_client_at_a_time(folder: Path, tiny_config: dict[s
     from fedsb.channels.in_process import EmbeddedEngine
     from fedsb.config.schema import method_of
 
-    model = {"name": str(folder), "max_tokens": 16, "quantize": "8bit"}
+    model = {"name": str(folder), "max_seq_length": 16, "quantize": "8bit"}
     config = load_config(set_all(tiny_config, model=model)).config
     engine = EmbeddedEngine(config, method_of(config), "test")
     assert engine.clients_per_forward == 1

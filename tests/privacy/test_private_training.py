@@ -200,7 +200,7 @@ def test_without_noise_and_clip_it_is_training_on_all_rows(
 ) -> None:
     """The noised mean is the sum over the drawn rows by the expected batch; SGD then takes that step."""
     monkeypatch.setattr(setup, "noise_for", lambda client: NoNoise())
-    train = {"steps": 1, "batch_size": 4, "lr": 0.5, "head_lr": 0.5, "optimizer": "sgd", "clip_norm": 0}
+    train = {"local_steps": 1, "batch_size": 4, "lr": 0.5, "head_lr": 0.5, "optimizer": "sgd", "max_grad_norm": 0}
     config = set_all(private(tiny_config, clip=1e6, epsilon=None, noise_multiplier=1.0), train=train)
     engine, state = started(set_all(config, privacy={}))
     tensors, trainable = engine.method.model(state), engine.method.trainable(engine.method.model(state), 0)
@@ -226,7 +226,7 @@ def test_the_noise_on_a_step_is_as_planned(
     tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """What a step of SGD does with noise, less what it does without, is sigma clip / batch wide."""
-    train = {"steps": 1, "batch_size": 4, "lr": 1.0, "head_lr": 1.0, "optimizer": "sgd"}
+    train = {"local_steps": 1, "batch_size": 4, "lr": 1.0, "head_lr": 1.0, "optimizer": "sgd"}
     config = set_all(private(tiny_config, clip=0.05), train=train, method={"name": "fed-sb", "rank": 16})
     ends = []
     for noise in (Quiet, SeededNoise):

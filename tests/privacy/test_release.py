@@ -167,7 +167,7 @@ def test_every_tensor_and_every_step_has_noise_of_its_own(
     tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """With noise shared by tensors of one shape their difference would be without."""
-    train = {"steps": 1, "batch_size": 4, "lr": 1.0, "head_lr": 1.0, "optimizer": "sgd"}
+    train = {"local_steps": 1, "batch_size": 4, "lr": 1.0, "head_lr": 1.0, "optimizer": "sgd"}
     config = set_all(private(tiny_config, clip=0.05), train=train, method={"name": "fed-sb", "rank": 16})
     ends: list[dict[str, torch.Tensor]] = []
     for noise in (Quiet, SeededNoise):

@@ -132,7 +132,7 @@ def test_several_may_vanish_down_to_the_threshold(vanish: dict[str, Phase]) -> N
 @pytest.mark.parametrize("phase", ANSWERS)
 def test_below_the_threshold_the_round_fails_and_says_who_is_missing(phase: Phase) -> None:
     with pytest.raises(
-        SumError, match=rf"2 of 5 clients sent '{phase}'; the threshold is 3.*Not heard: b, d, e"
+        SumError, match=rf"2 of 5 clients sent '{phase}'; the threshold is 3.*Missing: b, d, e"
     ) as info:
         summed(5, 10, 3, {"b": phase, "d": phase, "e": phase})
     assert isinstance(info.value, RunError)
@@ -276,7 +276,7 @@ def test_plans_that_cannot_be_carried_out_are_refused() -> None:
         return SumPlan(**facts)  # type: ignore[arg-type]
 
     for changes, match in [
-        ({"sites": one, "threshold": 1}, "a sum of one hides nothing"),
+        ({"sites": one, "threshold": 1}, "a sum of one client hides nothing"),
         ({"size": 0}, "0 values"),
         ({"size": 2**40}, "values"),
         ({"round": -1}, "round -1"),
@@ -285,7 +285,7 @@ def test_plans_that_cannot_be_carried_out_are_refused() -> None:
         ({"clip": 0.0}, "clip bound"),
         ({"sites": {**good.sites, "": bytes(32)}, "threshold": 3}, "characters"),
         ({"sites": {**good.sites, "b": b"short"}}, "32 bytes"),
-        ({"sites": {**good.sites, "b": key}}, "each site with its own"),
+        ({"sites": {**good.sites, "b": key}}, "must be different Ed25519"),
     ]:
         with pytest.raises(UserError, match=match):
             plan(**changes)

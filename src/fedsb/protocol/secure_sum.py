@@ -75,7 +75,7 @@ class Terms:
             threshold=self.threshold,
             size=size,
             clip=limit,
-            told=self.told,
+            context=self.told,
         )
 
     # --- a client ---
