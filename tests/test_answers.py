@@ -289,7 +289,7 @@ def test_what_went_wrong_is_counted_and_shown() -> None:
     from fedsb.data.grading.verdict import Verdict
     from fedsb.data.tasks.base import Question
     from fedsb.training.score import Score, mean_of
-    from fedsb.utils.formatting import beside_text, counts_text
+    from fedsb.utils.formatting import counts_text, extra_metrics_text
 
     def answered(written: Written, extracted: str | None, *, right: bool, fault: str | None = None) -> scoring.Answered:
         verdict = Verdict(right=right, extracted=extracted, fault=fault)
@@ -308,8 +308,8 @@ def test_what_went_wrong_is_counted_and_shown() -> None:
     assert found == {"accuracy": 0.5, "cut": 2, "no_room": 1, "without_answer": 1, "grading_faults": 1}
     beside = {name: found[name] for name in COUNTS}
     assert counts_text(beside) == ", 2 cut, 1 no room, 1 without answer, 1 grading faults"
-    assert counts_text(dict.fromkeys(COUNTS, 0)) == "" == beside_text({})
-    assert beside_text({"f1": 0.5, "matthews": 0.25, "cut": 3}) == "f1 50.0\xa0%, matthews 0.25, 3 cut"
+    assert counts_text(dict.fromkeys(COUNTS, 0)) == "" == extra_metrics_text({})
+    assert extra_metrics_text({"f1": 0.5, "matthews": 0.25, "cut": 3}) == "f1 50.0\xa0%, matthews 0.25, 3 cut"
     both = mean_of(
         {
             "a": Score(value=0.5, count=4, beside={"cut": 2, "f1": 0.5}),

@@ -131,9 +131,7 @@ def test_several_may_vanish_down_to_the_threshold(vanish: dict[str, Phase]) -> N
 
 @pytest.mark.parametrize("phase", ANSWERS)
 def test_below_the_threshold_the_round_fails_and_says_who_is_missing(phase: Phase) -> None:
-    with pytest.raises(
-        SumError, match=rf"2 of 5 clients sent '{phase}'; the threshold is 3.*Missing: b, d, e"
-    ) as info:
+    with pytest.raises(SumError, match=rf"2 of 5 clients sent '{phase}'; the threshold is 3.*Missing: b, d, e") as info:
         summed(5, 10, 3, {"b": phase, "d": phase, "e": phase})
     assert isinstance(info.value, RunError)
 
