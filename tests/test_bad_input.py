@@ -97,7 +97,7 @@ def test_a_client_without_a_usable_row(
     rows = [{"text": "red1 red2 red3", "client": "a"}, {"text": "red1", "client": "one word"}]
     data = {"train": str(write_rows(tmp_path / "train.jsonl", rows))}
     config = set_all(tiny_config, model={"name": str(tiny_llama)}, task={"kind": "text"}, data=data)
-    assert "client 'one word' has no usable row" in refused(config)
+    assert "Client 'one word' has no usable row" in refused(config)
 
 
 def test_text_that_is_too_long_is_counted_and_shown(
@@ -155,7 +155,7 @@ def test_a_basis_that_looks_at_data_it_is_not_given(tiny_config: dict[str, Any],
 
 def test_min_clients_above_the_clients(tiny_config: dict[str, Any], refused: Callable[..., str]) -> None:
     said = refused(set_all(tiny_config, server={"min_clients": 4}))
-    assert "server.min_clients = 4, but 3 clients take part" in said
+    assert "server.min_clients = 4, but only 3 clients take part" in said
 
 
 def test_no_network_for_a_hub_model(tiny_config: dict[str, Any], refused: Callable[..., str]) -> None:
@@ -242,7 +242,7 @@ def test_prompts_that_fill_the_window_are_counted_and_shown(
     config = set_all(tiny_config, data={"train": train}, model=model, task={"kind": "instruction"})
     said = cli("check", write_toml(tmp_path / "full.toml", config), "--verbose")
     lines = [" ".join(line.split()) for line in said.out.splitlines()]
-    assert "data.cut 3 counted: rows longer than model.max_seq_length = 60, their end is not read" in lines
+    assert "data.cut 3 counted: rows longer than model.max_seq_length = 60, whose end is not read" in lines
     assert "data.unused 3 counted: of these, rows with nothing to learn within 60 tokens, left out" in lines
 
 

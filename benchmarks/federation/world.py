@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tomli_w
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedsb.client.handler import SiteHandle
@@ -61,12 +62,8 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, str]]) -> Path:
 
 
 def write_toml(path: Path, settings: Mapping[str, Any]) -> Path:
-    """A configuration as a TOML file: its values first, then its sections."""
-    lines = [f"{key} = {json.dumps(value)}" for key, value in settings.items() if not isinstance(value, dict)]
-    for section, values in settings.items():
-        if isinstance(values, dict):
-            lines += [f"[{section}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items())]
-    path.write_text("\n".join(lines) + "\n")
+    """Writes a configuration as a TOML file."""
+    path.write_text(tomli_w.dumps(settings))
     return path
 
 

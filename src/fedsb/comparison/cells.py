@@ -26,6 +26,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import tomli_w
+
 from fedsb.comparison.contenders import dotted
 from fedsb.config.load import load_config, set_key
 from fedsb.models.load import choose_device
@@ -195,14 +197,12 @@ class Results:
 
 
 def to_toml(settings: Mapping[str, Any]) -> str:
-    """A line a dotted key; what is None is left out, since None is the default wherever it is allowed."""
-
-    def text(value: Any) -> str:
-        if isinstance(value, Mapping):
-            return "{" + ", ".join(f"{json.dumps(key)} = {text(each)}" for key, each in value.items()) + "}"
-        return f"[{', '.join(map(text, value))}]" if isinstance(value, list) else json.dumps(value, ensure_ascii=False)
-
-    return "".join(f"{key} = {text(value)}\n" for key, value in settings.items() if value is not None)
+    """Returns settings with dotted keys as TOML. None is left out: it is the default wherever it is allowed."""
+    nested: dict[str, Any] = {}
+    for key, value in settings.items():
+        if value is not None:
+            nested = set_key(nested, key, value)
+    return tomli_w.dumps(nested)
 
 
 def fingerprint(path: str) -> str:
