@@ -46,12 +46,12 @@ def refused(cli: Cli, tmp_path: Path) -> Callable[..., str]:
 def test_a_missing_file(tiny_config: dict[str, Any], refused: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_text("text,label\n")
     said = refused(set_all(tiny_config, data={"train": str(tmp_path / "trian.csv")}))
-    assert "there is no file" in said and "near it there is train.csv" in said
+    assert "There is no file" in said and "Did you mean train.csv?" in said
 
 
 def test_an_empty_file(tiny_config: dict[str, Any], refused: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text("\n")
-    assert "is empty: give a file with at least one row" in refused(
+    assert "is empty. Give a file with at least one row" in refused(
         set_all(tiny_config, data={"train": str(tmp_path / "train.jsonl")})
     )
 
@@ -178,8 +178,8 @@ def test_no_network_for_a_hub_data_set(tiny_config: dict[str, Any], cli: Cli, tm
 @pytest.mark.parametrize(
     ("message", "said", "check"),
     [
-        ("Dataset 'me/rows' is a gated dataset", "accept its terms at https://huggingface.co/datasets/me/rows", 0),
-        ("Dataset 'me/rows' doesn't exist on the Hub.", "check the name, or set HF_TOKEN (or: hf auth login)", 1),
+        ("Dataset 'me/rows' is a gated dataset", "Accept its terms at https://huggingface.co/datasets/me/rows", 0),
+        ("Dataset 'me/rows' doesn't exist on the Hub.", "Check the name, or set HF_TOKEN (or: hf auth login)", 1),
     ],
 )
 def test_a_hub_data_set_that_is_gated_or_none(

@@ -18,7 +18,7 @@ from fedsb.config.load import (
     set_key,
     unused_settings,
 )
-from fedsb.data.sources import make_table
+from fedsb.data.rows import make_table
 from fedsb.data.tasks import TASKS, TaskOptions, open_task
 from fedsb.utils.errors import ConfigError, UserError
 

@@ -377,7 +377,7 @@ def test_a_missing_local_file_is_not_known_and_a_misspelt_one_is_a_fault(
     assert cli("run", toml).code == 1
     write_rows(tmp_path / "data" / "trian.jsonl", labelled_rows(9, 0))
     said = cli("check", toml)
-    assert said.code == 1 and "near it there is trian.jsonl" in said.err
+    assert said.code == 1 and "Did you mean trian.jsonl?" in said.err
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from fedsb.data.grading.code_check import check_sandbox
-from fedsb.data.sources import Row, load_table
+from fedsb.data.rows import Row
+from fedsb.data.sources import load_table
 from fedsb.data.tasks import TaskOptions
 from fedsb.data.tasks.code import Code, code_of, fenced, ran_with
 

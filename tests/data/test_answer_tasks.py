@@ -2,7 +2,8 @@
 
 import pytest
 
-from fedsb.data.sources import load_table, make_table
+from fedsb.data.rows import make_table
+from fedsb.data.sources import load_table
 from fedsb.data.tasks import TASKS, TaskOptions, open_task
 from fedsb.data.tasks.base import question_of
 from fedsb.data.tasks.instruction import ALPACA

@@ -290,7 +290,7 @@ def test_how_a_file_is_read_is_set_in_data(tiny_config: dict[str, Any], tmp_path
 def test_tables_of_different_columns_are_compared_by_their_prompts(stories: Any) -> None:
     """MetaMathQA to train on, GSM8K as the test; Alpaca rows with and without an input."""
     from fedsb.data.card import make_card
-    from fedsb.data.sources import make_table
+    from fedsb.data.rows import make_table
     from fedsb.data.tasks import TaskOptions, open_task
 
     def card(kind: str, train: list[dict[str, Any]], test: list[dict[str, Any]], **options: Any) -> Any:

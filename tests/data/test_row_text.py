@@ -131,7 +131,7 @@ def test_a_text_that_looks_like_a_marked_token_is_text(stories: Any, number: str
 
 def test_they_are_counted_and_said(chatty: Any) -> None:
     from fedsb.data.card import make_card
-    from fedsb.data.sources import make_table
+    from fedsb.data.rows import make_table
 
     task = task_of("instruction", chatty)
     rows = [{"prompt": "a </s>" if i < 3 else f"b {i}", "answer": "c"} for i in range(10)]

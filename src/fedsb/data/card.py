@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsb.data.names import SHOWN, differ_by_case
-from fedsb.data.sources import Row, Table, place_of
+from fedsb.data.rows import Row, Table, place_of
 from fedsb.data.tasks.base import Task
 
 WARNING = "Warning:"

@@ -13,7 +13,7 @@ from fedsb.config.schema import ClientsConfig, Config
 from fedsb.data.card import DataCard, make_card
 from fedsb.data.names import is_missing, refuse_same_names
 from fedsb.data.partition import Partition, split_rows
-from fedsb.data.sources import Row, Table, place_of, require_columns
+from fedsb.data.rows import Row, Table, place_of, require_columns
 from fedsb.data.tables import load_tables, table_facts
 from fedsb.data.tasks import Example, Task, TaskOptions, Tokenizer, open_task
 from fedsb.utils.errors import BadRowError, UserError

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from fedsb.data.sources import Row, Table, make_table
+from fedsb.data.rows import Row, Table, make_table
 from fedsb.utils.errors import UserError
 
 MIN_CHARACTERS = 20  # a shorter docstring says too little to tell its area

@@ -8,7 +8,9 @@ from typing import Any
 
 from fedsb.config.schema import Config
 from fedsb.data.names import SHOWN
-from fedsb.data.sources import FileFormat, Table, load_table, make_table, require_columns, with_values
+from fedsb.data.readers import FileFormat
+from fedsb.data.rows import Table, make_table, require_columns, with_values
+from fedsb.data.sources import load_table
 from fedsb.data.tasks import Task
 from fedsb.data.tasks.answers import Answers
 from fedsb.utils.errors import UserError, did_you_mean

@@ -20,7 +20,7 @@ from fedsb.adapters.export import BaseModelInfo, merge
 from fedsb.config.load import load_config
 from fedsb.config.schema import Config
 from fedsb.data.clients import build_task
-from fedsb.data.sources import Table
+from fedsb.data.rows import Table
 from fedsb.data.tables import load_rows
 from fedsb.data.tasks import TASKS
 from fedsb.data.tasks.answers import Answers

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from fedsb.data.sources import Row, make_table
+from fedsb.data.rows import Row, make_table
 from fedsb.data.tables import load_unlabelled, require_read_columns
 from fedsb.data.tasks.answers import Answers
 from fedsb.data.tasks.causal import CausalTask

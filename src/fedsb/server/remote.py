@@ -14,7 +14,7 @@ from fedsb.client.round import ClientRound
 from fedsb.config.schema import Config
 from fedsb.data.card import TableCard, make_card
 from fedsb.data.clients import Data, build_task, cut_choices, remote_client
-from fedsb.data.sources import Table
+from fedsb.data.rows import Table
 from fedsb.data.tables import load_test, table_facts
 from fedsb.data.tasks.base import Example
 from fedsb.methods.base import Method, State

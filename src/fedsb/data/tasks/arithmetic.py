@@ -15,7 +15,7 @@ import re
 
 from fedsb.data.grading.math_check import MathChecker, need_math_verify
 from fedsb.data.grading.verdict import ANSWER, Verdict, after_hashes, as_number, grade_number, last_answer, last_boxed
-from fedsb.data.sources import Row
+from fedsb.data.rows import Row
 from fedsb.data.tasks.answers import Answers, Layout
 from fedsb.data.tasks.base import Question, TaskOptions, Tokenizer
 from fedsb.utils.errors import UserError

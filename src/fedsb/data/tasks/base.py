@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 import numpy as np
 
 from fedsb.data.grading.metrics import Values
-from fedsb.data.sources import Row, Table, place_of, require_columns
+from fedsb.data.rows import Row, Table, place_of, require_columns
 from fedsb.utils.errors import BadRowError, UserError, did_you_mean
 
 if TYPE_CHECKING:

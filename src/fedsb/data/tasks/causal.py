@@ -10,7 +10,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from fedsb.data.sources import Row
+from fedsb.data.rows import Row
 from fedsb.data.tasks.base import NO_LOSS, Batch, Example, Question, Scored, Task, ids, start_tokens
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-from fedsb.data.sources import Row, place_of
+from fedsb.data.rows import Row, place_of
 from fedsb.data.tasks.base import NO_LOSS, Example, Question, TaskOptions, Tokenizer, errors_at
 from fedsb.data.tasks.causal import CausalTask
 from fedsb.data.tasks.instruction import answer_end, from_template, stop_texts

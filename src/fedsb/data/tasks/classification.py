@@ -21,7 +21,7 @@ import numpy as np
 from fedsb.data.grading import metrics
 from fedsb.data.grading.metrics import Values
 from fedsb.data.names import SHOWN, is_missing, refuse_same_names
-from fedsb.data.sources import Row, place_of
+from fedsb.data.rows import Row, place_of
 from fedsb.data.tasks.base import Batch, Example, Scored, Task, TaskOptions, Tokenizer, together
 from fedsb.utils.errors import BadRowError, UserError, did_you_mean
 

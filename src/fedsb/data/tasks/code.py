@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 from fedsb.data.grading.code_check import Ran, run_tests
 from fedsb.data.grading.verdict import Verdict
-from fedsb.data.sources import Row
+from fedsb.data.rows import Row
 from fedsb.data.tasks.answers import Answers, Layout
 from fedsb.data.tasks.base import Question, TaskOptions, Tokenizer
 from fedsb.utils.errors import UserError

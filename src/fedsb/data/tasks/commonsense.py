@@ -11,7 +11,7 @@ import re
 from dataclasses import replace
 
 from fedsb.data.grading.verdict import Verdict, grade_choice
-from fedsb.data.sources import PlacedRow, Row, Table
+from fedsb.data.rows import PlacedRow, Row, Table
 from fedsb.data.tasks.answers import Answers, Layout
 from fedsb.data.tasks.base import Question
 from fedsb.utils.errors import BadRowError, UserError

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fedsb.data.sources import Row, with_values
+from fedsb.data.rows import Row, with_values
 from fedsb.data.tasks.base import NO_LOSS, Example, Question, Tokenizer, start_tokens
 from fedsb.data.tasks.causal import CausalTask
 from fedsb.utils.errors import UserError

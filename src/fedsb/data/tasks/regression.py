@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from fedsb.data.grading import metrics
-from fedsb.data.sources import Row, place_of
+from fedsb.data.rows import Row, place_of
 from fedsb.data.tasks.base import Batch, Example, Scored, together
 from fedsb.data.tasks.classification import Classification, pooled
 from fedsb.utils.errors import BadRowError, UserError

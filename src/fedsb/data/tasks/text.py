@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from fedsb.data.sources import Row, place_of
+from fedsb.data.rows import Row, place_of
 from fedsb.data.tasks.base import NO_LOSS, Example, Question, check_share, start_tokens
 from fedsb.data.tasks.causal import CausalTask
 from fedsb.utils.errors import BadRowError
