@@ -277,7 +277,7 @@ def test_what_was_written_is_kept_with_its_row() -> None:
         def grade(self, question: Question, written: str) -> Verdict:
             return Verdict(right=written == question.gold, extracted=written)
 
-    questions = [Question(asked=g, gold=g, kind="", new_tokens=1) for g in "abc"]
+    questions = [Question(prompt=g, gold=g, kind="", new_tokens=1) for g in "abc"]
     written = [(i, Written(text="abc"[i], tokens=1, ended=True)) for i in (2, 0, 1)]
     found = list(scoring.graded(Echo(), questions, written))  # type: ignore[arg-type]
     assert [answered.position for answered in found] == [2, 0, 1]
@@ -293,7 +293,7 @@ def test_what_went_wrong_is_counted_and_shown() -> None:
 
     def answered(written: Written, extracted: str | None, *, right: bool, fault: str | None = None) -> scoring.Answered:
         verdict = Verdict(right=right, extracted=extracted, fault=fault)
-        question = Question(asked="", gold="", kind="", new_tokens=1)
+        question = Question(prompt="", gold="", kind="", new_tokens=1)
         return scoring.Answered(position=0, question=question, written=written, verdict=verdict)
 
     found = scoring.figures(

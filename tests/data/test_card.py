@@ -180,9 +180,7 @@ def test_a_label_that_is_missing(tiny_config: dict[str, Any], tmp_path: Path, ce
     with pytest.raises(UserError) as raised:
         opened(config)
     said = str(raised.value)
-    assert said.startswith(
-        f"{tmp_path / 'own-train.jsonl'}, line 8 has the label {shown} in the column 'label', as 2 of"
-    )
+    assert said.startswith(f"{tmp_path / 'own-train.jsonl'}, line 8 has the label {shown} in the column 'label'. 2 of")
     value = cell or ""
     assert f"data.exclude = {{ label = {json.dumps(value)} }}" in said
     card = opened(with_rows(tiny_config, tmp_path, rows, [], drop={"label": value})).card

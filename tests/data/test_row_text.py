@@ -121,7 +121,7 @@ def test_the_templates_own_tokens_stay_special(chatty: Any) -> None:
 
 @pytest.mark.parametrize("number", ["999999", "9" * 5000])
 def test_a_text_that_looks_like_a_marked_token_is_text(stories: Any, number: str) -> None:
-    from fedsb.data.tasks.base import MARK
+    from fedsb.data.tasks.tokens import MARK
 
     task = open_task("instruction", tokenizer=stories, options=TaskOptions(), max_tokens=60_000)
     ids = ids_of(task, {"prompt": f"say {MARK}{number}{MARK} and </s>", "answer": "so"})

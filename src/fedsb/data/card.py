@@ -237,7 +237,7 @@ def _of_table(
     if isinstance(table, TableCard):
         return table, None
     read = task.columns_of(table)
-    unread = [name for name in table.columns if name not in {*read, *task.reads_also, *also}]
+    unread = [name for name in table.columns if name not in {*read, *task.optional_columns, *also}]
     card = TableCard(
         origin=table.origin,
         rows=len(table.rows),
@@ -245,7 +245,7 @@ def _of_table(
         dropped=None if hidden else table.dropped,
         cut=lost[0] if lost else None,
         unused=lost[1] if lost else None,
-        read=tuple(name for name in table.columns if name in {*read, *task.reads_also}),
+        read=tuple(name for name in table.columns if name in {*read, *task.optional_columns}),
         not_read=tuple(unread),
     )
     if hidden:
@@ -269,7 +269,9 @@ def count(task: Task, rows: Sequence[Row], read: Sequence[str]) -> tuple[Counted
     empty = duplicates = contradictions = special = 0
     empty_at = None
     for number, row in enumerate(rows, start=1):
-        values = [_key(row[name]) for name in texts] + [_key(row.get(name) or "") for name in task.prompt_also]
+        values = [_key(row[name]) for name in texts] + [
+            _key(row.get(name) or "") for name in task.optional_prompt_columns
+        ]
         key = values[0] if len(values) == 1 else tuple(values)
         keys.append(key)
         wanted = _key(row[target]) if target else None
@@ -283,7 +285,7 @@ def count(task: Task, rows: Sequence[Row], read: Sequence[str]) -> tuple[Counted
         if not all(text.strip() for text in found):
             empty += 1
             empty_at = empty_at or place_of(row, number)
-        special += any(task.has_special(text) for text in found)
+        special += any(task.encoder.has_special(text) for text in found)
     counted = Counted(
         empty=empty,
         empty_at=empty_at,

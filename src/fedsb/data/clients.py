@@ -304,7 +304,7 @@ def _check_one_example_per_row(task: Task, name: str, rows: list[Row]) -> None:
 
     Each example is sampled and clipped separately, so that such a row would not be protected as one row.
     """
-    if cut := task.cut_in_pieces(rows):
+    if cut := task.count_split_rows(rows):
         raise UserError(
             f"privacy.unit = 'example': {cut} of the {len(rows)} rows of client {name!r} are longer than "
             f"model.max_seq_length = {task.max_tokens} and would be cut into several examples. Epsilon would then "

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,17 @@ def place_of(row: Row, number: int) -> str:
 def with_values(row: Row, values: Row) -> Row:
     """Returns a row with these columns and the place of `row`."""
     return PlacedRow(values, row.place) if isinstance(row, PlacedRow) else values
+
+
+@contextmanager
+def errors_at(row: Row, number: int) -> Iterator[None]:
+    """Adds the file and line of a row to errors that are raised inside."""
+    try:
+        yield
+    except BadRowError:
+        raise
+    except UserError as error:
+        raise BadRowError(f"{place_of(row, number)}: {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)

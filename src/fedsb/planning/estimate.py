@@ -24,7 +24,8 @@ from fedsb.config.resolved import ResolvedSetting
 from fedsb.config.schema import Config
 from fedsb.data.clients import Data, remote_client
 from fedsb.data.sources import load_table
-from fedsb.data.tasks.base import Task, ids, pad_token
+from fedsb.data.tasks.base import Task, ids
+from fedsb.data.tasks.tokens import pad_token
 from fedsb.methods import build_method
 from fedsb.methods.base import Method
 from fedsb.models.hub import has_weights

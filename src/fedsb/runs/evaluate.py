@@ -24,7 +24,8 @@ from fedsb.data.rows import Table
 from fedsb.data.tables import load_rows
 from fedsb.data.tasks import TASKS
 from fedsb.data.tasks.answers import Answers
-from fedsb.data.tasks.base import Example, Task, pad_token, question_of
+from fedsb.data.tasks.base import Example, Task, question_of
+from fedsb.data.tasks.tokens import pad_token
 from fedsb.methods import method_type
 from fedsb.models.hub import hub_errors, licence_of
 from fedsb.models.load import load_base, load_tokenizer, matmul_precision, quiet, resolve_name, shared_name

@@ -12,7 +12,8 @@ from fedsb.adapters.basis import Basis
 from fedsb.adapters.export import BaseModelInfo, merged_plan
 from fedsb.config.resolved import ResolvedSetting
 from fedsb.config.schema import Config
-from fedsb.data.tasks.base import Example, Task, Tokenizer, ids, pad_token
+from fedsb.data.tasks.base import Example, Task, ids
+from fedsb.data.tasks.tokens import Tokenizer, pad_token
 from fedsb.methods.base import Method
 from fedsb.models.heads import head_start
 from fedsb.models.layers import linear_shape
