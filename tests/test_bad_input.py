@@ -69,7 +69,7 @@ def test_a_label_that_only_the_test_has(
     rows = [*rows_of(tiny_config["data"]["test"]), {"text": "red1", "label": "mauve", "client": "x"}]
     data = {**tiny_config["data"], "test": str(write_rows(tmp_path / "test.jsonl", rows))}
     said = refused(set_all(tiny_config, data=data))
-    assert "the test has the label 'mauve', which no training row has: there are: blue, green, red. Add" in said
+    assert "The test has the label 'mauve', which no training row has: there are: blue, green, red. Add" in said
 
 
 def test_a_label_that_only_some_clients_have_is_fine(tiny_config: dict[str, Any], tmp_path: Path) -> None:
@@ -82,13 +82,13 @@ def test_a_label_that_only_some_clients_have_is_fine(tiny_config: dict[str, Any]
 
 def test_more_clients_than_rows(tiny_config: dict[str, Any], refused: Callable[..., str]) -> None:
     said = refused(set_all(tiny_config, clients={"partition": "iid", "count": 91}))
-    assert "91 clients for 90 rows: a client needs a row; take 90 clients or fewer" in said
+    assert "91 clients for 90 rows are too many, because a client needs a row. Set clients.count to 90 or fewer" in said
 
 
 def test_a_client_with_no_rows(tiny_config: dict[str, Any], refused: Callable[..., str]) -> None:
     clients = {"split": "size", "count": 2, "sizes": [1, 1000]}
     said = refused(set_all(tiny_config, clients=clients))
-    assert "client-00 holds 0 of 90 rows, fewer than 1: take fewer clients" in said
+    assert "client-00 has 0 of 90 rows, fewer than 1. Set fewer clients" in said
 
 
 def test_a_client_without_a_usable_row(
