@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tomli_w
 
 from support.architectures import WORDS, write_rows
 
@@ -157,12 +157,8 @@ def set_all(config: dict[str, Any], **changes: Any) -> dict[str, Any]:
 
 
 def write_toml(path: Path, config: Mapping[str, Any]) -> Path:
-    """A configuration as a TOML file: its values first, then its sections."""
-    values = [f"{key} = {json.dumps(value)}" for key, value in config.items() if not isinstance(value, dict)]
-    for section, settings in config.items():
-        if isinstance(settings, dict):
-            values += [f"[{section}]", *(f"{key} = {json.dumps(value)}" for key, value in settings.items())]
-    path.write_text("\n".join(values) + "\n")
+    """Writes a configuration as a TOML file."""
+    path.write_text(tomli_w.dumps(config))
     return path
 
 

@@ -15,8 +15,9 @@ import pytest
 
 from conftest import Said, set_all, write_rows
 from fedsb.config.load import load_config
-from fedsb.config.schema import ModelConfig
-from fedsb.data.tasks import TaskOptions, open_task
+from fedsb.config.inputs import ModelConfig
+from fedsb.data.tasks.base import TaskOptions
+from fedsb.data.tasks import open_task
 from fedsb.models.load import load_base, load_tokenizer
 from fedsb.reporting.run_directory import read_rows
 from fedsb.runs.run import federate
@@ -277,7 +278,7 @@ def test_what_was_written_is_kept_with_its_row() -> None:
         def grade(self, question: Question, written: str) -> Verdict:
             return Verdict(right=written == question.gold, extracted=written)
 
-    questions = [Question(asked=g, gold=g, kind="", new_tokens=1) for g in "abc"]
+    questions = [Question(prompt=g, gold=g, kind="", new_tokens=1) for g in "abc"]
     written = [(i, Written(text="abc"[i], tokens=1, ended=True)) for i in (2, 0, 1)]
     found = list(scoring.graded(Echo(), questions, written))  # type: ignore[arg-type]
     assert [answered.position for answered in found] == [2, 0, 1]
@@ -289,11 +290,11 @@ def test_what_went_wrong_is_counted_and_shown() -> None:
     from fedsb.data.grading.verdict import Verdict
     from fedsb.data.tasks.base import Question
     from fedsb.training.score import Score, mean_of
-    from fedsb.utils.formatting import beside_text, counts_text
+    from fedsb.utils.formatting import counts_text, extra_metrics_text
 
     def answered(written: Written, extracted: str | None, *, right: bool, fault: str | None = None) -> scoring.Answered:
         verdict = Verdict(right=right, extracted=extracted, fault=fault)
-        question = Question(asked="", gold="", kind="", new_tokens=1)
+        question = Question(prompt="", gold="", kind="", new_tokens=1)
         return scoring.Answered(position=0, question=question, written=written, verdict=verdict)
 
     found = scoring.figures(
@@ -308,8 +309,8 @@ def test_what_went_wrong_is_counted_and_shown() -> None:
     assert found == {"accuracy": 0.5, "cut": 2, "no_room": 1, "without_answer": 1, "grading_faults": 1}
     beside = {name: found[name] for name in COUNTS}
     assert counts_text(beside) == ", 2 cut, 1 no room, 1 without answer, 1 grading faults"
-    assert counts_text(dict.fromkeys(COUNTS, 0)) == "" == beside_text({})
-    assert beside_text({"f1": 0.5, "matthews": 0.25, "cut": 3}) == "f1 50.0\xa0%, matthews 0.25, 3 cut"
+    assert counts_text(dict.fromkeys(COUNTS, 0)) == "" == extra_metrics_text({})
+    assert extra_metrics_text({"f1": 0.5, "matthews": 0.25, "cut": 3}) == "f1 50.0\xa0%, matthews 0.25, 3 cut"
     both = mean_of(
         {
             "a": Score(value=0.5, count=4, beside={"cut": 2, "f1": 0.5}),

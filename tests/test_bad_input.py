@@ -46,12 +46,12 @@ def refused(cli: Cli, tmp_path: Path) -> Callable[..., str]:
 def test_a_missing_file(tiny_config: dict[str, Any], refused: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_text("text,label\n")
     said = refused(set_all(tiny_config, data={"train": str(tmp_path / "trian.csv")}))
-    assert "there is no file" in said and "near it there is train.csv" in said
+    assert "There is no file" in said and "Did you mean train.csv?" in said
 
 
 def test_an_empty_file(tiny_config: dict[str, Any], refused: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text("\n")
-    assert "is empty: give a file with at least one row" in refused(
+    assert "is empty. Give a file with at least one row" in refused(
         set_all(tiny_config, data={"train": str(tmp_path / "train.jsonl")})
     )
 
@@ -69,7 +69,7 @@ def test_a_label_that_only_the_test_has(
     rows = [*rows_of(tiny_config["data"]["test"]), {"text": "red1", "label": "mauve", "client": "x"}]
     data = {**tiny_config["data"], "test": str(write_rows(tmp_path / "test.jsonl", rows))}
     said = refused(set_all(tiny_config, data=data))
-    assert "the test has the label 'mauve', which no training row has: there are: blue, green, red. Add" in said
+    assert "The test has the label 'mauve', which no training row has: there are: blue, green, red. Add" in said
 
 
 def test_a_label_that_only_some_clients_have_is_fine(tiny_config: dict[str, Any], tmp_path: Path) -> None:
@@ -82,13 +82,13 @@ def test_a_label_that_only_some_clients_have_is_fine(tiny_config: dict[str, Any]
 
 def test_more_clients_than_rows(tiny_config: dict[str, Any], refused: Callable[..., str]) -> None:
     said = refused(set_all(tiny_config, clients={"partition": "iid", "count": 91}))
-    assert "91 clients for 90 rows: a client needs a row; take 90 clients or fewer" in said
+    assert "91 clients for 90 rows are too many, because a client needs a row. Set clients.count to 90 or fewer" in said
 
 
 def test_a_client_with_no_rows(tiny_config: dict[str, Any], refused: Callable[..., str]) -> None:
     clients = {"partition": "size", "count": 2, "sizes": [1, 1000]}
     said = refused(set_all(tiny_config, clients=clients))
-    assert "client-00 holds 0 of 90 rows, fewer than 1: take fewer clients" in said
+    assert "client-00 has 0 of 90 rows, fewer than 1. Set fewer clients" in said
 
 
 def test_a_client_without_a_usable_row(
@@ -97,7 +97,7 @@ def test_a_client_without_a_usable_row(
     rows = [{"text": "red1 red2 red3", "client": "a"}, {"text": "red1", "client": "one word"}]
     data = {"train": str(write_rows(tmp_path / "train.jsonl", rows))}
     config = set_all(tiny_config, model={"name": str(tiny_llama)}, task={"kind": "text"}, data=data)
-    assert "client 'one word' has no usable row" in refused(config)
+    assert "Client 'one word' has no usable row" in refused(config)
 
 
 def test_text_that_is_too_long_is_counted_and_shown(
@@ -155,7 +155,7 @@ def test_a_basis_that_looks_at_data_it_is_not_given(tiny_config: dict[str, Any],
 
 def test_min_clients_above_the_clients(tiny_config: dict[str, Any], refused: Callable[..., str]) -> None:
     said = refused(set_all(tiny_config, server={"min_clients": 4}))
-    assert "server.min_clients = 4, but 3 clients take part" in said
+    assert "server.min_clients = 4, but only 3 clients take part" in said
 
 
 def test_no_network_for_a_hub_model(tiny_config: dict[str, Any], refused: Callable[..., str]) -> None:
@@ -178,8 +178,8 @@ def test_no_network_for_a_hub_data_set(tiny_config: dict[str, Any], cli: Cli, tm
 @pytest.mark.parametrize(
     ("message", "said", "check"),
     [
-        ("Dataset 'me/rows' is a gated dataset", "accept its terms at https://huggingface.co/datasets/me/rows", 0),
-        ("Dataset 'me/rows' doesn't exist on the Hub.", "check the name, or set HF_TOKEN (or: hf auth login)", 1),
+        ("Dataset 'me/rows' is a gated dataset", "Accept its terms at https://huggingface.co/datasets/me/rows", 0),
+        ("Dataset 'me/rows' doesn't exist on the Hub.", "Check the name, or set HF_TOKEN (or: hf auth login)", 1),
     ],
 )
 def test_a_hub_data_set_that_is_gated_or_none(
@@ -242,7 +242,7 @@ def test_prompts_that_fill_the_window_are_counted_and_shown(
     config = set_all(tiny_config, data={"train": train}, model=model, task={"kind": "instruction"})
     said = cli("check", write_toml(tmp_path / "full.toml", config), "--verbose")
     lines = [" ".join(line.split()) for line in said.out.splitlines()]
-    assert "data.cut 3 counted: rows longer than model.max_seq_length = 60, their end is not read" in lines
+    assert "data.cut 3 counted: rows longer than model.max_seq_length = 60, whose end is not read" in lines
     assert "data.unused 3 counted: of these, rows with nothing to learn within 60 tokens, left out" in lines
 
 

@@ -28,7 +28,7 @@ from fedsb.comparison.search import at_an_end, best_rate, next_rate, start_rate
 from fedsb.comparison.spent import together
 from fedsb.comparison.table import difference_text, spread_text
 from fedsb.config.load import load_config
-from fedsb.data.sites import open_data
+from fedsb.data.clients import open_data
 from fedsb.methods.fed_sb import FedSB
 from fedsb.privacy.accounting import Release, epsilon
 from fedsb.privacy.ledger import Ledger, read_ledger

@@ -10,20 +10,15 @@ from typing import Any
 
 import pytest
 
-from fedsb.config.load import (
-    difference,
-    flatten,
-    load_config,
-    parse_override,
-    set_key,
-    unused_settings,
-)
+from fedsb.config.nested import difference, flatten, set_key
+from fedsb.config.load import load_config, parse_override, unused_settings
 from fedsb.config.registry import method_types
 from fedsb.config.renamed import KNOWN_ELSEWHERE, RENAMED
 from fedsb.config.schema import Config
 from fedsb.config.section import Section, UsedIf
-from fedsb.data.sources import make_table
-from fedsb.data.tasks import TASKS, TaskOptions, open_task
+from fedsb.data.rows import make_table
+from fedsb.data.tasks import TASKS, open_task
+from fedsb.data.tasks.base import TaskOptions
 from fedsb.utils.errors import ConfigError, UserError
 
 

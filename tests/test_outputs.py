@@ -428,7 +428,7 @@ def test_a_template_that_asks_for_a_system_turn(
     assert codes["chat"].code == 0, codes["chat"].err
     assert "Generation ends at the tokens 2, 51" in (tmp_path / "chat/runs/chat/adapter/README.md").read_text()
     assert codes["instruction"].code == 1
-    assert "the chat template refuses a conversation of the roles user" in codes["instruction"].err
+    assert "the chat template refuses a conversation with the roles user" in codes["instruction"].err
 
 
 def test_check_warns_of_a_template_without_an_end(

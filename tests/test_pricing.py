@@ -11,15 +11,16 @@ import pytest
 import torch
 
 from conftest import Said, labelled_rows, set_all, write_rows, write_toml
-from fedsb.adapters.adapted import find_targets
 from fedsb.config.load import load_config
-from fedsb.config.schema import ModelConfig
-from fedsb.data.sites import load_rows, open_task_of
-from fedsb.methods import build_method
+from fedsb.config.inputs import ModelConfig
+from fedsb.data.clients import build_task
+from fedsb.data.tables import load_rows
+from fedsb.config.registry import build_method
 from fedsb.methods.fed_sb import FedSB
 from fedsb.methods.fedit import FedIT
 from fedsb.methods.flora import FLoRA
 from fedsb.models.hub import SHIPPED, shipped_shapes
+from fedsb.models.layers import find_targets
 from fedsb.models.load import load_base, load_tokenizer
 from fedsb.planning.estimate import estimate
 from fedsb.training.memory import trained_values, training_memory
@@ -376,7 +377,7 @@ def test_a_missing_local_file_is_not_known_and_a_misspelt_one_is_a_fault(
     assert cli("run", toml).code == 1
     write_rows(tmp_path / "data" / "trian.jsonl", labelled_rows(9, 0))
     said = cli("check", toml)
-    assert said.code == 1 and "near it there is trian.jsonl" in said.err
+    assert said.code == 1 and "Did you mean trian.jsonl?" in said.err
 
 
 @pytest.mark.parametrize(
@@ -513,14 +514,14 @@ def test_without_rows_nothing_trains_on_others(
     toml = write_toml(tmp_path / "served.toml", served(tiny_config))
     for command in (["run"], ["run", "--engine", "flower"], ["check", "--set", "engine.name=in_process"]):
         said = cli(command[0], toml, *command[1:])
-        assert said.code == 1 and "data.train is not set: name the rows to train on" in said.err, command
+        assert said.code == 1 and "data.train is not set. Name the rows to train on" in said.err, command
 
 
 def test_a_served_run_is_scored_on_its_own_test_rows_or_on_none(tiny_config: dict[str, Any]) -> None:
     config = load_config(served(tiny_config)).config
-    task = open_task_of(config, load_tokenizer(config.model))
+    task = build_task(config, load_tokenizer(config.model))
     assert len(load_rows(config, task, None).rows) == 40
-    with pytest.raises(UserError, match="no test file of its own: name one with --data"):
+    with pytest.raises(UserError, match=r"no test table of its own\. Name one with --data"):
         load_rows(load_config(set_all(tiny_config, data={})).config, task, None)
 
 

@@ -11,14 +11,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fedsb.server.types import Engine, Replies
+from fedsb.cli.app import Engine
+from fedsb.server.replies import Replies
 
 from conftest import Said, adapter_bytes, set_all, write_toml
 from fedsb.config.load import load_config
 from fedsb.config.schema import Config
 from fedsb.protocol.payload import pack, unpack
 from fedsb.reporting.run_directory import read_rows
-from fedsb.runs.run import federate, resume, sample
+from fedsb.runs.run import federate, resume
+from fedsb.protocol.schedule import sample
 from fedsb.server.server import Server
 from fedsb.utils.errors import ConfigError, UserError
 

@@ -12,7 +12,7 @@ import pytest
 
 from conftest import WORDS, labelled_rows, set_all, write_rows, write_toml
 from fedsb.config.load import load_config
-from fedsb.data.tasks import TaskOptions
+from fedsb.data.tasks.base import TaskOptions
 from fedsb.data.tasks.classification import Classification
 from fedsb.reporting.warnings import counted_rounds, run_warnings
 from fedsb.runs.run import federate

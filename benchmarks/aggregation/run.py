@@ -92,7 +92,7 @@ def inputs(name: str, size: int, rank: int, clients: int) -> Any:
     import torch
 
     from fedsb.adapters.basis import make_basis
-    from fedsb.methods import build_method
+    from fedsb.config.registry import build_method
     from fedsb.methods.base import Update
 
     options: dict[str, Any] = {"rank": rank}

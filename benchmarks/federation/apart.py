@@ -22,7 +22,7 @@ from namespaces import Network
 from rig import CO, said
 
 from fedsb.config.load import load_config
-from fedsb.data.sites import rows_by_client
+from fedsb.data.clients import rows_by_client
 from fedsb.models.load import load_tokenizer
 from fedsb.reporting.run_directory import read_rows
 from fedsb.runs.find import recipe_path

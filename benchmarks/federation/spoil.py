@@ -154,7 +154,9 @@ def coordinate(channel: Channel, folder: Path) -> None:
 
 
 def main() -> None:
-    from fedsb.deployment import join, run, serve
+    from fedsb.deployment.run import join
+    from fedsb.deployment import run
+    from fedsb.deployment.trainer import serve
     from fedsb.deployment.coordinate import prepare
 
     try:

@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedsb.client.handler import SiteHandle
 from fedsb.client.policy import SiteConfig
-from fedsb.client.session import Identity
+from fedsb.client.secure_sum import Identity
 from fedsb.config.schema import Config
 from fedsb.methods.base import Method
 from fedsb.protocol.channel import Handle, NoResponse

@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from fedsb.data.grading.code_check import check_sandbox
-from fedsb.data.sources import Row, load_table
-from fedsb.data.tasks import TaskOptions
-from fedsb.data.tasks.code import Code, code_of, fenced, ran_with
+from fedsb.data.rows import Row
+from fedsb.data.sources import load_table
+from fedsb.data.tasks.base import TaskOptions
+from fedsb.data.tasks.code import Code, code_of, fenced, run_with_tests
 
 HERE = Path(__file__).parent
 TURNED = {ast.Lt: ast.GtE, ast.Gt: ast.LtE, ast.LtE: ast.Gt, ast.GtE: ast.Lt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
@@ -93,7 +94,7 @@ def tally(cases: list[tuple[Any, str, Any]], *, right: bool) -> dict[str, Any]:
     """Returns how many of the cases (row, answer, question) are judged differently from `right`, and which."""
     failures, stopped = [], 0
     for row, answer, question in cases:
-        ran = ran_with(question, code_of(answer, question.gold))
+        ran = run_with_tests(question, code_of(answer, question.gold))
         stopped += not ran.ended
         if ran.passed != right:
             failures.append({"row": row, "why": ran.why, "answer": answer})
@@ -104,7 +105,7 @@ def measure(rows: list[Row], keep: Callable[[str, dict[str, Any]], None], *, spo
     task = Code(tokenizer=None, options=TaskOptions(run_code=True), max_tokens=512)
     layout = task.layout(list(rows[0]))
     questions = [task.question(row, layout) for row in rows]
-    told = [task.told(row, layout) for row in rows]
+    told = [task.row_answer(row, layout) for row in rows]
     names = [row["task_id"] for row in rows]
     golds = [code_of(answer, question.gold) for answer, question in zip(told, questions, strict=True)]
     keep("solutions", tally(list(zip(names, told, questions, strict=True)), right=True))
@@ -126,7 +127,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
     data = parser.parse_args().data
-    results: dict[str, Any] = {"walls": check_sandbox()}
+    results: dict[str, Any] = {"isolation": check_sandbox()}
     for name, path in (("HumanEval", "humaneval/HumanEval.jsonl.gz"), ("MBPP", "mbpp/mbpp.jsonl.gz")):
         started = [time.monotonic()]
 

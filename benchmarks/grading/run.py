@@ -21,7 +21,7 @@ from typing import Any
 from fedsb.data.grading import math_check
 from fedsb.data.grading.verdict import Verdict, as_number
 from fedsb.data.sources import load_table
-from fedsb.data.tasks import TaskOptions
+from fedsb.data.tasks.base import TaskOptions
 from fedsb.data.tasks.arithmetic import Arithmetic
 from fedsb.data.tasks.base import Question
 from fedsb.data.tasks.commonsense import Commonsense
@@ -134,7 +134,7 @@ def main() -> None:
         def grade(row: int, written: str, rows: list[Question] = rows) -> Verdict:
             return commonsense.grade(rows[row], written)
 
-        told = [(i, q.gold, w, o) for i, q in enumerate(rows) for o, w in zip(q.options, q.written, strict=True)]
+        told = [(i, q.gold, w, o) for i, q in enumerate(rows) for o, w in zip(q.options, q.option_texts, strict=True)]
         found = {
             "gold as it stands": tally([case[:3] for case in told if case[3] == case[1]], grade, right=True),
             "wrong: another option": tally([case[:3] for case in told if case[3] != case[1]], grade, right=False),

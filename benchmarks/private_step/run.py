@@ -26,8 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedsb.adapters.adapted import AdaptedModel, find_targets
+from fedsb.adapters.adapted import AdaptedModel
 from fedsb.adapters.basis import random_pair
+from fedsb.models.layers import find_targets
 from fedsb.training.optimizer import clip_by_client
 from fedsb.training.per_example import clipped_sums
 from fedsb.training.scoring import forward

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from fedsb.channels.in_process import EmbeddedEngine
-from fedsb.config.load import load_config, set_key
+from fedsb.config.load import load_config
+from fedsb.config.nested import set_key
 from fedsb.config.schema import Config, method_of
 from fedsb.models.load import matmul_precision
 from fedsb.training.joint import join_tensors

@@ -20,8 +20,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from fedsb.adapters.peft_config import LoraSBConfig
     from fedsb.adapters.peft_export import save_as_lora
-    from fedsb.adapters.peft_tuner import LoraSBConfig
     from fedsb.adapters.peft_update import update_basis_
     from fedsb.config.load import load_config
     from fedsb.methods.base import Method, MethodSpec, State, Traffic, Update

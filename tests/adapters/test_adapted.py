@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from fedsb.adapters.adapted import AdaptedModel, find_targets, head_linears
+from fedsb.adapters.adapted import AdaptedModel, head_linears
+from fedsb.models.layers import find_targets
 from fedsb.utils.errors import UserError
 
 PER_BLOCK = {  # model -> the kinds of linear layers in a block; each tiny model has two blocks

@@ -271,7 +271,7 @@ def test_a_rank_above_a_layer_is_refused_with_the_highest_that_fits() -> None:
 def test_the_facts_are_of_the_bases_that_can_be_asked_for() -> None:
     from typing import get_args
 
-    from fedsb.config.schema import BasisConfig
+    from fedsb.config.training import BasisConfig
 
     assert set(BASES) == set(get_args(BasisConfig.model_fields["kind"].annotation))
     assert all(facts.id == kind for kind, facts in BASES.items())

@@ -12,7 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 from fedsb.adapters.basis import random_pair
 from fedsb.adapters.core import CoreLinear, core_delta, core_forward, core_left
-from fedsb.adapters.layer import Routing, RoutingError, base_weight, linear_shape
+from fedsb.adapters.layer import Routing, RoutingError
+from fedsb.models.layers import base_weight, linear_shape
 
 M, N, R = 12, 10, 2
 SCALE = 1.5

@@ -13,7 +13,7 @@ from safetensors.torch import load, load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from fedsb.adapters.adapted import AdaptedModel, find_targets, head_linears
+from fedsb.adapters.adapted import AdaptedModel, head_linears
 from fedsb.adapters.basis import make_basis, random_pair
 from fedsb.adapters.card import load_lines, model_card
 from fedsb.adapters.export import BaseModelInfo, has_conv1d, lora_config, lora_files, lora_tensors
@@ -24,6 +24,7 @@ from fedsb.adapters.serving import serving
 from fedsb.methods.base import Method
 from fedsb.methods.fed_sb import FedSB
 from fedsb.methods.fedit import FedIT
+from fedsb.models.layers import find_targets
 from fedsb.utils.errors import RunError, UserError
 
 INFO = BaseModelInfo(

@@ -18,9 +18,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from fedsb.adapters.adapted import find_targets
 from fedsb.adapters.gradients import layer_groups, weight_gradients
-from fedsb.adapters.layer import is_conv1d, linear_shape
+from fedsb.models.layers import find_targets, is_conv1d, linear_shape
 from fedsb.utils.errors import RunError
 
 

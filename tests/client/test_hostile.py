@@ -17,10 +17,12 @@ from fedsb.data.sources import load_table
 from fedsb.models.load import tokenizer_fingerprint
 from fedsb.privacy.ledger import read_ledger
 from fedsb.privacy.mechanism import DPMechanism, PrivacyBudgetExceededError
-from fedsb.protocol.messages import Note, Phase, pack_note, read_answer
+from fedsb.protocol.messages import Note, pack_note, read_answer
+from fedsb.secagg.messages import Phase
 from fedsb.protocol.payload import Payload, pack
 from fedsb.protocol.tensors import to_arrays
-from fedsb.secagg.protocol import MessageError, SumError, SumServer
+from fedsb.secagg.messages import MessageError, SumError
+from fedsb.secagg.server import SumServer
 from fedsb.training.trainer import Trainer
 from fedsb.utils.environment import versions
 from fedsb.utils.errors import RefusalError, UserError
@@ -136,7 +138,7 @@ def test_a_start_that_failed_leaves_no_run_without_a_promise(settings: Settings,
     part = world.part("a")
     part.store.save_common(part._state(part._derived()).shared)
     broadcast = world.broadcast(0)
-    with pytest.raises(Exception, match="is gone, and with it what 'a' has released"):
+    with pytest.raises(Exception, match="is gone, and with it the record of what 'a' has released"):
         world.ask("a", "start", rows=world.rows())
     with pytest.raises(RefusalError, match="has not started this run"):
         world.ask("a", "round", broadcast, rank=None, versions=versions())
@@ -352,7 +354,7 @@ def test_no_sums_but_of_a_core_basis(changes: dict[str, Any], settings: Settings
     [
         ({"basis": {"kind": "core"}, **SUMS}, "every client sends the server something of its own"),
         ({"basis": {"kind": "core"}, **CLIENT, "server": {"weighting": "uniform"}}, "looks at private rows"),
-        ({**EXAMPLE, "train": {"dropout": 0.1}}, "train.dropout: not in a private run"),
+        ({**EXAMPLE, "train": {"dropout": 0.1}}, "train.dropout = 0.1 is not supported in a private run"),
         ({"basis": {"kind": "update-pooled"}}, "pools raw rows"),
     ],
 )

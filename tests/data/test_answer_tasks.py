@@ -2,8 +2,10 @@
 
 import pytest
 
-from fedsb.data.sources import load_table, make_table
-from fedsb.data.tasks import TASKS, TaskOptions, open_task
+from fedsb.data.rows import make_table
+from fedsb.data.sources import load_table
+from fedsb.data.tasks import TASKS, open_task
+from fedsb.data.tasks.base import TaskOptions
 from fedsb.data.tasks.base import question_of
 from fedsb.data.tasks.instruction import ALPACA
 from fedsb.utils.errors import UserError
@@ -74,7 +76,7 @@ def test_columns_and_how_to_map_them(stories):
         task.columns_of(make_table([{"q": "1 + 1?", "a": "2"}], "my.jsonl"))
     assert str(said.value) == (
         "my.jsonl has the columns q, a. Known are MetaMathQA: query, response; GSM8K: question, answer; MATH: problem, "
-        "solution. For another table name its columns: --set task.prompt=COLUMN --set task.answer=COLUMN"
+        "solution. For a different table, name its columns: --set task.prompt=COLUMN --set task.answer=COLUMN"
     )
     own = task_of("arithmetic", stories, prompt="q", answer="a")
     assert own.columns_of(make_table([{"q": "1 + 1?", "a": "The answer is: 2"}], "my.jsonl")) == ["q", "a"]
@@ -87,15 +89,15 @@ def test_columns_and_how_to_map_them(stories):
 
 def test_rows_that_cannot_be_graded(stories):
     arithmetic, commonsense = task_of("arithmetic", stories), task_of("commonsense", stories)
-    with pytest.raises(UserError, match=r"holds 'it is 2': a gold answer stands behind 'The answer is:'"):
+    with pytest.raises(UserError, match=r"contains 'it is 2', which has no gold answer. Write it after"):
         arithmetic.encode_test([{"prompt": "1 + 1?", "answer": "it is 2"}])
-    with pytest.raises(UserError, match="the gold answer '2 or 3' in the column 'answer' is not one number"):
+    with pytest.raises(UserError, match="the gold answer '2 or 3' in the column 'answer' is not a single number"):
         arithmetic.encode_test([GSM8K | {"answer": "#### 2 or 3"}])
     with pytest.raises(UserError, match="does not end with its answers, as in 'Answer format: true/false'"):
         commonsense.encode_test([CHOICE | {"instruction": "Which?"}])
     with pytest.raises(UserError, match="does not end with its answers"):
         commonsense.encode_test([CHOICE | {"instruction": "Which? Answer format: yes/no"}])
-    with pytest.raises(UserError, match="the answer 'answer4' is none of answer1/answer2/answer3"):
+    with pytest.raises(UserError, match="'answer4' is not one of the question's options, answer1/answer2/answer3"):
         commonsense.encode_test([CHOICE | {"answer": "answer4"}])
     with pytest.raises(UserError, match="the output 'It is answer3' is not 'the correct answer is answer3'"):
         commonsense.columns_of(make_table([CHOICE | {"output": "It is answer3"}], "t"))
@@ -106,7 +108,7 @@ def test_rows_that_cannot_be_graded(stories):
 def test_an_input_stands_behind_the_instruction(stories):
     row = CHOICE | {"instruction": "Which?", "input": "Answer format: answer1/answer3"}
     (example,), _ = task_of("commonsense", stories).encode_test([row])
-    assert question_of(example).asked == "Which?\n\nAnswer format: answer1/answer3"
+    assert question_of(example).prompt == "Which?\n\nAnswer format: answer1/answer3"
     assert question_of(example).options == ("answer1", "answer3")
 
 
@@ -138,9 +140,9 @@ def test_a_task_knows_how_it_is_scored(stories):
         assert "question" not in loss.encode_test([CHOICE if kind == "commonsense" else GSM8K])[0][0]
         assert [TASKS[kind].higher_is_better_by(score) for score in ("auto", "answers", "loss")] == [True, True, False]
     assert TASKS["classification"].higher_is_better_by("auto") and not TASKS["text"].higher_is_better_by("auto")
-    with pytest.raises(UserError, match=r"task\.score = 'options': this task has answers, loss"):
+    with pytest.raises(UserError, match=r"'options' is not supported by this task. Supported: answers, loss"):
         task_of("arithmetic", stories, score="options")
-    with pytest.raises(UserError, match=r"task\.score = 'answers': this task has loss"):
+    with pytest.raises(UserError, match=r"task\.score = 'answers' is not supported by this task. Supported: loss"):
         task_of("text", stories, score="answers")
 
 
@@ -185,7 +187,7 @@ def test_the_eight_tests_at_full_size(stories, real_data, name):
     assert (len(questions), max(len(question.options) for question in questions)) == TESTS[name]
     for row, question in zip(table.rows, questions, strict=True):
         assert task.grade(question, row["output"]).right
-        for option, written in zip(question.options, question.written, strict=True):
+        for option, written in zip(question.options, question.option_texts, strict=True):
             assert task.grade(question, written).right == (option == row["answer"])
 
 
@@ -199,7 +201,7 @@ def test_gsm8k_at_full_size(stories, real_data, name):
     golds = [int(question.gold.replace(",", "")) for question in questions]
     assert len(golds) == {"train": 7473, "test": 1319}[name]
     for row, question, gold, other in zip(table.rows, questions, golds, golds[1:] + golds[:1], strict=True):
-        told = task.told(row, layout)
+        told = task.row_answer(row, layout)
         assert "<<" not in told and task.grade(question, told).right
         wrong = {gold + 1, gold - 1, other, gold * 100} - {gold}
         assert not any(task.grade(question, f"The answer is: {value}").right for value in wrong)

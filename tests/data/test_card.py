@@ -11,7 +11,7 @@ import pytest
 
 from conftest import CLASSES, Said, labelled_rows, set_all, write_rows, write_toml
 from fedsb.config.load import load_config
-from fedsb.data.sites import open_data
+from fedsb.data.clients import open_data
 from fedsb.models.load import load_tokenizer
 from fedsb.runs.run import Silent, federate
 from fedsb.utils.errors import UserError
@@ -180,9 +180,7 @@ def test_a_label_that_is_missing(tiny_config: dict[str, Any], tmp_path: Path, ce
     with pytest.raises(UserError) as raised:
         opened(config)
     said = str(raised.value)
-    assert said.startswith(
-        f"{tmp_path / 'own-train.jsonl'}, line 8 has the label {shown} in the column 'label', as 2 of"
-    )
+    assert said.startswith(f"{tmp_path / 'own-train.jsonl'}, line 8 has the label {shown} in the column 'label'. 2 of")
     value = cell or ""
     assert f"data.exclude = {{ label = {json.dumps(value)} }}" in said
     card = opened(with_rows(tiny_config, tmp_path, rows, [], drop={"label": value})).card
@@ -255,7 +253,7 @@ def test_training_rows_are_drawn_by_the_seed_and_test_rows_once(tiny_config: dic
     assert found.card.headline()["rows"] == "60 of own-train.jsonl (drawn from 300 by the seed)"
     again, other = opened(config), opened(set_all(config, seed=1))
     assert found.test == again.test == other.test  # runs with other seeds are scored on the same rows
-    assert found.sites[0].train == again.sites[0].train != other.sites[0].train
+    assert found.clients[0].train == again.clients[0].train != other.clients[0].train
     whole = opened(set_all(config, data={**config["data"], "train_rows": 10_000}))
     assert whole.card.train.rows == 300 and whole.card.train.drawn_from is None
 
@@ -290,8 +288,9 @@ def test_how_a_file_is_read_is_set_in_data(tiny_config: dict[str, Any], tmp_path
 def test_tables_of_different_columns_are_compared_by_their_prompts(stories: Any) -> None:
     """MetaMathQA to train on, GSM8K as the test; Alpaca rows with and without an input."""
     from fedsb.data.card import make_card
-    from fedsb.data.sources import make_table
-    from fedsb.data.tasks import TaskOptions, open_task
+    from fedsb.data.rows import make_table
+    from fedsb.data.tasks.base import TaskOptions
+    from fedsb.data.tasks import open_task
 
     def card(kind: str, train: list[dict[str, Any]], test: list[dict[str, Any]], **options: Any) -> Any:
         task = open_task(kind, tokenizer=stories, options=TaskOptions(**options), max_tokens=64)

@@ -2,7 +2,8 @@
 
 import pytest
 
-from fedsb.data.tasks import TaskOptions, open_task
+from fedsb.data.tasks.base import TaskOptions
+from fedsb.data.tasks import open_task
 from fedsb.utils.errors import UserError
 
 TURNS = (
@@ -75,7 +76,7 @@ def test_a_row_is_cut_and_one_without_a_target_is_dropped(chatty):
     examples, n_cut = task_of(tokenizer, max_tokens=first + 2).encode([{"messages": TALK}, {"messages": long}])
     assert len(examples) == 1 and n_cut == 2
     assert examples[0]["input_ids"] == whole["input_ids"][: first + 2]
-    with pytest.raises(UserError, match=r"no assistant's turn begins within 4 tokens. Raise model.max_seq_length."):
+    with pytest.raises(UserError, match=r"No assistant's turn begins within 4 tokens. Raise model.max_seq_length."):
         task_of(tokenizer, max_tokens=4).encode([{"messages": long}])
 
 
@@ -117,7 +118,7 @@ def test_a_template_that_writes_turns_otherwise_later(chatty, template, said):
 
 def test_a_template_that_refuses(chatty):
     task = task_of(chatty("{{ raise_exception('no system role') }}"))
-    with pytest.raises(UserError, match="refuses a conversation of the roles user: no system role"):
+    with pytest.raises(UserError, match="refuses a conversation with the roles user: no system role"):
         task.encode([{"messages": TALK[1:]}])
 
 
@@ -130,5 +131,5 @@ def test_what_messages_must_be(chatty, messages):
 
 
 def test_a_row_without_the_assistant(chatty):
-    with pytest.raises(UserError, match=r"row 1 has no turn of the role 'assistant' \(its roles: user\)"):
+    with pytest.raises(UserError, match=r"row 1 has no turn of the role 'assistant', .* Its roles are: user"):
         task_of(chatty()).encode([{"messages": TALK[1:2]}])

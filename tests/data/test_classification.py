@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from fedsb.data.sources import load_table
-from fedsb.data.tasks import TaskOptions, open_task
+from fedsb.data.tasks.base import TaskOptions
+from fedsb.data.tasks import open_task
 from fedsb.utils.errors import UserError
 
 
@@ -34,8 +35,8 @@ def test_labels_are_sorted_by_value_or_alphabet(minilm, labels, names):
 @pytest.mark.parametrize(
     ("train", "test", "message"),
     [
-        ((0, 1), (0, 5), "the test has the label '5', which no training row has"),
-        ((0, 0), (0,), "every training row has the label '0'"),
+        ((0, 1), (0, 5), "The test has the label '5', which no training row has"),
+        ((0, 0), (0,), "Every training row has the label '0'"),
         ((0, "a"), (0,), "mixes labels of the types int, str"),
         ((0, 1, None), (0,), "row 3 has the label None"),
         ((0.5, 1.5), (0.5,), r"row 1 has the label 0\.5 \(float\)"),
@@ -47,7 +48,7 @@ def test_labels_that_cannot_be(minilm, train, test, message):
 
 
 def test_a_label_must_be_fitted_first(minilm):
-    with pytest.raises(UserError, match="the label 1 is none of this model"):
+    with pytest.raises(UserError, match="the label 1 is not one of this model"):
         task_of(minilm).encode(rows_of(1))
 
 

@@ -11,7 +11,8 @@ import pytest
 from fedsb.data.grading import code_check
 from fedsb.data.grading.code_check import run_tests
 from fedsb.data.sources import load_table
-from fedsb.data.tasks import TaskOptions, open_task
+from fedsb.data.tasks.base import TaskOptions
+from fedsb.data.tasks import open_task
 from fedsb.data.tasks import code as programs
 from fedsb.data.tasks.base import question_of
 from fedsb.data.tasks.code import code_of, fenced
@@ -43,7 +44,7 @@ def question(task, row):
 
 
 def test_nothing_runs_unless_it_is_allowed(stories):
-    with pytest.raises(UserError, match=r"allow it with task\.run_code = true, or take task\.score = 'loss'"):
+    with pytest.raises(UserError, match=r"Allow it with task\.run_code = true, or set task\.score = 'loss'"):
         task_of(stories)
     loss = task_of(stories, score="loss")
     assert (loss.metric, loss.higher_is_better) == ("nats_per_token", False)
@@ -54,13 +55,13 @@ def test_nothing_runs_unless_it_is_allowed(stories):
 def test_humaneval(stories):
     task = task_of(stories, run_code=True)
     asked = question(task, HUMANEVAL)
-    assert asked.asked == (
+    assert asked.prompt == (
         "Complete this Python function, and write the whole of it.\n```python\n" + HUMANEVAL["prompt"].strip() + "\n```"
     )
     assert (asked.gold.splitlines()[-1], asked.new_tokens) == ("check(half)", 512)
     layout = task.layout(list(HUMANEVAL))
-    assert task.told(HUMANEVAL, layout) == fenced(HUMANEVAL["prompt"] + HUMANEVAL["canonical_solution"])
-    assert task.grade(asked, task.told(HUMANEVAL, layout)).right
+    assert task.row_answer(HUMANEVAL, layout) == fenced(HUMANEVAL["prompt"] + HUMANEVAL["canonical_solution"])
+    assert task.grade(asked, task.row_answer(HUMANEVAL, layout)).right
     for written, right in [
         (HUMANEVAL["canonical_solution"], True),  # a body alone
         ("def half(x):\n    return x // 2", True),
@@ -76,10 +77,10 @@ def test_humaneval(stories):
 def test_mbpp(stories):
     task = task_of(stories, run_code=True)
     asked = question(task, MBPP)
-    assert asked.asked == (
+    assert asked.prompt == (
         "Write a function to add one.\nYour code should pass these tests:\nassert one(1) == 2\nassert one(2) == 3"
     )
-    told = task.told(MBPP, task.layout(list(MBPP)))
+    told = task.row_answer(MBPP, task.layout(list(MBPP)))
     assert told == "```python\ndef one(x):\n  return x + step\n```"
     assert task.grade(asked, told).right
     assert not task.grade(asked, told.replace("+", "-")).right
@@ -92,7 +93,7 @@ def test_rows_to_train_on_need_no_tests_rows_to_score_do(stories):
     (example,), _ = task.encode(rows)
     told = [token for token in example["labels"] if token != -100]
     assert stories.decode(told) == "Sure:\n```python\nx = 1 + 1\n```</s>"
-    with pytest.raises(UserError, match=r"CodeFeedback rows hold no tests to run .* or take task\.score = 'loss'"):
+    with pytest.raises(UserError, match=r"CodeFeedback rows have no tests to run .* or set task\.score = 'loss'"):
         task.encode_test(rows)
 
 
@@ -156,7 +157,7 @@ def test_what_must_not_pass(what):
 def test_what_passes():
     program = "import re, math, collections, heapq, bisect, itertools, typing, json\nimport encodings.latin_1\n"
     ran = run_tests(program + "open('here', 'w').write('x')\nprint('x' * 10**7)", "assert open('here').read() == 'x'")
-    assert ran == code_check.Ran(passed=True, why=None, ended=True, walls=code_check.check_sandbox())
+    assert ran == code_check.ProgramResult(passed=True, why=None, ended=True, isolation=code_check.check_sandbox())
     ran = run_tests("x = 1", "assert x == 2, 'no'")
     assert (ran.passed, ran.why, ran.ended) == (False, "AssertionError: no", True)
 
@@ -200,7 +201,7 @@ def test_without_namespaces_python_refuses_instead():
         "import os\nos._exit(0)": False,
     }.items():
         ran = code_check._run(program, "", 5, namespaces=False)
-        assert (ran.passed, ran.walls) == (passes, "hooks"), (program, ran.why)
+        assert (ran.passed, ran.isolation) == (passes, "hooks"), (program, ran.why)
 
 
 def test_the_limits_are_those_of_the_page():
@@ -211,7 +212,7 @@ def test_the_limits_are_those_of_the_page():
 def test_a_system_without_limits_is_refused(monkeypatch):
     monkeypatch.setattr(code_check, "os", SimpleNamespace(name="nt"))
     code_check.check_sandbox.cache_clear()
-    with pytest.raises(UserError, match=r"use Linux, or task\.score = 'loss'"):
+    with pytest.raises(UserError, match=r"Use Linux, or task\.score = 'loss'"):
         run_tests("x = 1", "")
     code_check.check_sandbox.cache_clear()
 
@@ -219,7 +220,7 @@ def test_a_system_without_limits_is_refused(monkeypatch):
 def test_a_sandbox_that_does_not_hold_is_not_used(monkeypatch):
     monkeypatch.setattr(code_check, "PROBES", {"done = True": False})
     code_check.check_sandbox.cache_clear()
-    with pytest.raises(RunError, match=r"does not hold here \('done = True': passed\)"):
+    with pytest.raises(RunError, match=r"does not work here \('done = True': passed\)"):
         run_tests("x = 1", "")
     code_check.check_sandbox.cache_clear()
 
@@ -232,5 +233,5 @@ def test_real_solutions_pass_and_none_passes_not(stories, real_data, name):
     layout = task.layout(table.columns)
     for row in table.rows[::40][:10]:
         asked = task.question(row, layout)
-        assert task.grade(asked, task.told(row, layout)).right, row["task_id"]
+        assert task.grade(asked, task.row_answer(row, layout)).right, row["task_id"]
         assert not task.grade(asked, "    return None\n").right

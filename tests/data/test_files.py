@@ -10,7 +10,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from fedsb.data.sources import FileFormat, load_table, place_of
+from fedsb.data.readers import FileFormat
+from fedsb.data.rows import place_of
+from fedsb.data.sources import load_table
 from fedsb.utils.errors import UserError
 
 
@@ -28,7 +30,7 @@ def test_a_quote_in_a_tsv_is_text(tmp_path: Path) -> None:
 def test_a_tsv_that_is_quoted_says_so(tmp_path: Path) -> None:
     path = tmp_path / "rows.tsv"
     path.write_text('text\tlabel\n"a\tb"\tx\n')
-    with pytest.raises(UserError, match=r"line 2: 3 fields .* set data.quoting = 'standard'"):
+    with pytest.raises(UserError, match=r"line 2: 3 fields, .* set data.quoting = 'standard'"):
         load_table(str(path))
     assert load_table(str(path), form=FileFormat(quoting="standard")).rows == [{"text": "a\tb", "label": "x"}]
 

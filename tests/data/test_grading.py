@@ -150,7 +150,7 @@ def test_gsm8k_by_value(gold, written, right, extracted):
 
 
 def test_a_gold_that_is_no_number():
-    with pytest.raises(ValueError, match="'x' is not one number"):
+    with pytest.raises(ValueError, match="'x' is not a single number"):
         grade_number("x", "The answer is: 3")
 
 

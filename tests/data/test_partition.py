@@ -64,7 +64,7 @@ def test_dirichlet_draws_until_every_client_has_enough():
     first = min(counts(split("dirichlet", 300, labels=LABELS, alpha=0.3)))
     made = split("dirichlet", 300, labels=LABELS, alpha=0.3, min_rows=first + 1)
     assert min(counts(made)) > first
-    with pytest.raises(UserError, match="raise alpha, take fewer clients or lower min_rows"):
+    with pytest.raises(UserError, match=r"Raise clients\.dirichlet_alpha, set fewer clients or lower"):
         split("dirichlet", 300, labels=LABELS, alpha=0.1, min_rows=75)
 
 
@@ -78,16 +78,19 @@ FAULTS = {
     "unknown": ({"kind": "dirichelt"}, "did you mean 'dirichlet'"),
     "too many": ({"kind": "iid", "clients": 11}, "11 clients for 10 rows"),
     "none": ({"kind": "iid", "clients": 0}, "clients = 0"),
-    "min rows": ({"kind": "iid", "min_rows": 3}, "client-02 holds 2 of 10 rows, fewer than 3"),
-    "no row": ({"kind": "size", "clients": 2, "sizes": [1, 1000]}, "client-00 holds 0 of 10 rows"),
-    "size zero": ({"kind": "size", "clients": 2, "sizes": [0, 1]}, "every size must be a number above 0"),
+    "min rows": ({"kind": "iid", "min_rows": 3}, "client-02 has 2 of 10 rows, fewer than 3"),
+    "no row": ({"kind": "size", "clients": 2, "sizes": [1, 1000]}, "client-00 has 0 of 10 rows"),
+    "size zero": ({"kind": "size", "clients": 2, "sizes": [0, 1]}, "Every size must be a number above 0"),
     "sizes": ({"kind": "size", "clients": 3, "sizes": [1, 1]}, "2 sizes for 3 clients"),
     "alpha": ({"kind": "dirichlet", "alpha": 0.0, "labels": LABELS[:10]}, "alpha = 0.0"),
     "labels": ({"kind": "dirichlet"}, "'dirichlet' needs labels"),
     "few labels": ({"kind": "dirichlet", "labels": [1]}, "1 values of labels for 10 rows"),
     "column": ({"kind": "column"}, "'column' needs a column"),
-    "null": ({"kind": "column", "column": ["a", None] * 5}, "row 2 holds null"),
-    "all small": ({"kind": "column", "column": ["a", "b"] * 5, "min_rows": 6}, "no client holds 6 rows, the largest 5"),
+    "null": ({"kind": "column", "column": ["a", None] * 5}, "Row 2 has null"),
+    "all small": (
+        {"kind": "column", "column": ["a", "b"] * 5, "min_rows": 6},
+        "No client has 6 rows; the largest has",
+    ),
 }
 
 

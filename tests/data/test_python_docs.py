@@ -36,7 +36,7 @@ def test_eight_uneven_clients_and_a_test_on_other_modules(rows):
     assert len(sizes) == 8
     assert 2 < max(sizes.values()) / min(sizes.values()) < 6
     areas = {row["label"] for row in train}
-    assert areas == {row["label"] for row in test} == set(python_docs.HOLDINGS)
+    assert areas == {row["label"] for row in test} == set(python_docs.MODULES)
     assert {row["client"] for row in test} == {"test"}
     assert not {row["module"] for row in train} & {row["module"] for row in test}
     by_client = {name: Counter(row["label"] for row in train if row["client"] == name) for name in sizes}
@@ -46,14 +46,14 @@ def test_eight_uneven_clients_and_a_test_on_other_modules(rows):
 
 
 def test_each_module_is_named_once_and_none_is_forgotten():
-    named = [m for held in python_docs.HOLDINGS.values() for modules in held.values() for m in modules.split()]
+    named = [m for held in python_docs.MODULES.values() for modules in held.values() for m in modules.split()]
     assert [module for module, times in Counter(named).items() if times > 1] == []
     assert not set(named) & set(python_docs.LEFT_OUT.split())
     root = python_docs.Path(python_docs.sysconfig.get_path("stdlib"))
     forgotten = {
         module
         for module, path in python_docs._modules(root)
-        if python_docs._holding(module) is None and any(len(text) >= 20 for text in python_docs._docstrings(path))
+        if python_docs._assignment(module) is None and any(len(text) >= 20 for text in python_docs._docstrings(path))
     }
     assert forgotten == set()
 
@@ -77,5 +77,5 @@ def test_quick_and_repeatable(rows):
 
 def test_a_python_without_sources_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(python_docs.sysconfig, "get_path", lambda name: str(tmp_path))
-    with pytest.raises(UserError, match="without its library's sources"):
+    with pytest.raises(UserError, match="has no sources of its library"):
         python_docs.rows()

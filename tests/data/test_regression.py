@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from fedsb.data.tasks import TaskOptions, open_task
+from fedsb.data.tasks.base import TaskOptions
+from fedsb.data.tasks import open_task
 from fedsb.utils.errors import UserError
 
 
@@ -28,14 +29,14 @@ def test_a_label_is_a_number(minilm):
 
 @pytest.mark.parametrize("label", ["similar", None, True, "nan", float("inf"), "1,5", 10**400])
 def test_a_label_that_is_none(minilm, label):
-    with pytest.raises(UserError, match=r"row 2 has the label .* in the column 'label', where a number is needed"):
+    with pytest.raises(UserError, match=r"row 2 has the label .* in the column 'label', where a number is expected"):
         task_of(minilm).fit_labels(rows_of(1.0, label), [])
 
 
 def test_labels_that_are_all_alike(minilm):
-    with pytest.raises(UserError, match=r"every training row has the label 2 in the column 'label'"):
+    with pytest.raises(UserError, match=r"Every training row has the label 2 in the column 'label'"):
         task_of(minilm).fit_labels(rows_of(2, 2.0), rows_of(1, 2))
-    with pytest.raises(UserError, match=r"every test row has the label 2 "):
+    with pytest.raises(UserError, match=r"Every test row has the label 2 "):
         task_of(minilm).fit_labels(rows_of(1, 2.0), rows_of(2))
 
 
@@ -66,11 +67,11 @@ def test_what_a_metric_may_be(minilm):
     assert task_of(minilm, metric="spearman").metric == "spearman"
     assert task_of(minilm, "classification", metric="f1").metric == "f1"
     for kind, metric, said in (
-        ("regression", "f1", "this task has pearson, spearman"),
-        ("classification", "pearson", "this task has accuracy, f1, matthews"),
-        ("text", "accuracy", "this task has nats_per_token only"),
+        ("regression", "f1", "pearson, spearman"),
+        ("classification", "pearson", "accuracy, f1, matthews"),
+        ("text", "accuracy", "nats_per_token only"),
     ):
-        with pytest.raises(UserError, match=rf"task\.metric = '{metric}': {said}"):
+        with pytest.raises(UserError, match=rf"'{metric}' is not supported by this task. Supported: {said}"):
             task_of(minilm, kind, metric=metric)
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from fedsb.data.tasks import NO_LOSS, TaskOptions, open_task
+from fedsb.data.tasks.base import NO_LOSS, TaskOptions
+from fedsb.data.tasks import open_task
 from fedsb.utils.errors import UserError
 
 TURNS = (
@@ -121,7 +122,7 @@ def test_the_templates_own_tokens_stay_special(chatty: Any) -> None:
 
 @pytest.mark.parametrize("number", ["999999", "9" * 5000])
 def test_a_text_that_looks_like_a_marked_token_is_text(stories: Any, number: str) -> None:
-    from fedsb.data.tasks.base import MARK
+    from fedsb.data.tasks.tokens import MARK
 
     task = open_task("instruction", tokenizer=stories, options=TaskOptions(), max_tokens=60_000)
     ids = ids_of(task, {"prompt": f"say {MARK}{number}{MARK} and </s>", "answer": "so"})
@@ -131,7 +132,7 @@ def test_a_text_that_looks_like_a_marked_token_is_text(stories: Any, number: str
 
 def test_they_are_counted_and_said(chatty: Any) -> None:
     from fedsb.data.card import make_card
-    from fedsb.data.sources import make_table
+    from fedsb.data.rows import make_table
 
     task = task_of("instruction", chatty)
     rows = [{"prompt": "a </s>" if i < 3 else f"b {i}", "answer": "c"} for i in range(10)]

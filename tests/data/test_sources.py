@@ -6,7 +6,8 @@ import json
 import datasets
 import pytest
 
-from fedsb.data.sources import load_table, make_table, require_columns
+from fedsb.data.rows import make_table, require_columns
+from fedsb.data.sources import load_table
 from fedsb.utils.errors import UserError
 
 ROWS = [{"text": "one", "label": "a"}, {"text": "two, or more", "label": "b"}]
@@ -62,13 +63,13 @@ def test_a_field_may_be_longer_than_the_csv_module_likes(tmp_path):
 FAULTS = {
     "empty": ("rows.jsonl", b"", "is empty"),
     "blank": ("rows.jsonl", b"\n\n", "is empty"),
-    "no rows": ("rows.json", b"[]", "holds no rows"),
-    "header only": ("rows.csv", b"text,label\n", "holds no rows"),
-    "broken line": ("rows.jsonl", b'{"text": 1}\n{"text": \n', "line 2 is not JSON"),
-    "not a row": ("rows.jsonl", b'{"text": 1}\n[1]\n', "line 2: a row is an object"),
-    "broken json": ("rows.json", b'[{"text": 1},\n{"text": }]', "line 2 is not JSON"),
-    "jsonl called json": ("rows.json", b'{"a": 1}\n{"a": 2}', "one object a line is called .jsonl"),
-    "not a list": ("rows.json", b"3", "holds a int"),
+    "no rows": ("rows.json", b"[]", "contains no rows"),
+    "header only": ("rows.csv", b"text,label\n", "contains no rows"),
+    "broken line": ("rows.jsonl", b'{"text": 1}\n{"text": \n', "line 2 is not valid JSON"),
+    "not a row": ("rows.jsonl", b'{"text": 1}\n[1]\n', "line 2: a row must be an object"),
+    "broken json": ("rows.json", b'[{"text": 1},\n{"text": }]', "line 2 is not valid JSON"),
+    "jsonl called json": ("rows.json", b'{"a": 1}\n{"a": 2}', "one object per line must be named .jsonl"),
+    "not a list": ("rows.json", b"3", "a value of type int"),
     "lacks a column": (
         "rows.jsonl",
         b'{"a": 1, "b": 2}\n\n{"a": 1}',
@@ -79,8 +80,8 @@ FAULTS = {
         b'[{"a": 1}, {"a": 1, "b": 2}]',
         "item 2: the row has the column 'b' that item 1 lacks",
     ),
-    "short csv": ("rows.csv", b"a,b\n1,2\n3\n", "line 3: 1 fields where the header has 2"),
-    "open quote": ("rows.csv", b'a,b\n1,"2\n', "is a quote left open"),
+    "short csv": ("rows.csv", b"a,b\n1,2\n3\n", "line 3: 1 fields, but the header has 2"),
+    "open quote": ("rows.csv", b'a,b\n1,"2\n', "quote may be left open"),
     "twice": ("rows.csv", b"a,a\n1,2\n", "names a column twice"),
     "latin-1": ("rows.csv", "text\ncafé\n".encode("latin-1"), "not UTF-8 text at byte 8"),
     "extension": ("rows.jsnl", b"{}", "did you mean '.json"),
@@ -102,11 +103,11 @@ def test_a_faulty_file_is_refused(tmp_path, fault):
 
 def test_a_missing_file_names_its_neighbours(tmp_path):
     (tmp_path / "train.jsonl.gz").write_bytes(b"")
-    with pytest.raises(UserError, match=r"there is no file .*trian.jsonl.gz: near it there is train.jsonl.gz"):
+    with pytest.raises(UserError, match=r"There is no file .*trian.jsonl.gz. Did you mean train.jsonl.gz\?"):
         load_table(str(tmp_path / "trian.jsonl.gz"))
-    with pytest.raises(UserError, match=r"its folder .* does not exist either"):
+    with pytest.raises(UserError, match=r"its folder .* does not exist"):
         load_table(str(tmp_path / "no" / "train.jsonl"))
-    with pytest.raises(UserError, match="is a folder: name one file in it"):
+    with pytest.raises(UserError, match=r"is a folder\. Name one file in it"):
         load_table(str(tmp_path))
     (tmp_path / "folder.csv").mkdir()
     with pytest.raises(UserError, match="is a folder"):
@@ -162,9 +163,9 @@ def test_the_hub_gets_name_config_revision_and_split(tmp_path, monkeypatch):
 
 
 def test_a_hub_name_has_an_owner_and_no_folder_in_its_way(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="write hub:owner/name"):
+    with pytest.raises(UserError, match="Write hub:owner/name"):
         load_table("hub:gsm8k")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "me" / "data").mkdir(parents=True)
-    with pytest.raises(UserError, match="the folder me/data here hides"):
+    with pytest.raises(UserError, match="the folder me/data in this directory hides"):
         load_table("hub:me/data")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from conftest import Said
-from fedsb.deployment import serve_init
+from fedsb.deployment.federation import serve_init
 from fedsb.deployment.federation import read_federation
 
 

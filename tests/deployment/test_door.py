@@ -15,7 +15,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 
-from fedsb.deployment import read_join_file, revoke, serve_init
+from fedsb.deployment.join_file import read_join_file
+from fedsb.deployment.federation import revoke, serve_init
 from fedsb.deployment.door import PATHS, AuthMiddleware, Limits, TrafficCounter
 from fedsb.deployment.federation import SiteRegistry
 

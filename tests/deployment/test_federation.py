@@ -15,16 +15,9 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedsb.deployment import (
-    add_site,
-    certificates,
-    read_join_file,
-    renew,
-    revoke,
-    serve_init,
-    sign_directory,
-    update_directory,
-)
+from fedsb.deployment.federation import add_site, renew, revoke, serve_init, sign_directory
+from fedsb.deployment import certificates
+from fedsb.deployment.join_file import read_join_file, update_directory
 from fedsb.deployment.federation import SiteRegistry, read_federation
 from fedsb.deployment.join_file import keep_join_file, make_keys
 from fedsb.utils.errors import UserError

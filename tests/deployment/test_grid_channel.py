@@ -17,7 +17,7 @@ from flwr.shared.constant import ErrorCode
 from fedsb.channels import flower as grid_channel
 from fedsb.channels.flower import GridChannel
 from fedsb.channels.flower_wire import pack, unpack
-from fedsb.deployment import revoke, serve_init
+from fedsb.deployment.federation import revoke, serve_init
 from fedsb.deployment.federation import SiteRegistry, read_federation
 from fedsb.protocol.channel import NoResponse
 from fedsb.utils.errors import UserError

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fedsb.deployment import read_join_file, serve_init
+from fedsb.deployment.join_file import read_join_file
+from fedsb.deployment.federation import serve_init
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks" / "federation"))
 from namespaces import Network, why_not

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fedsb.adapters.basis import make_basis, random_pair
-from fedsb.methods import GROUP
+from fedsb.config.registry import GROUP
 from fedsb.methods.averaging import ServerOptimizer
 from fedsb.methods.base import Method, State, Update
 from fedsb.methods.central import Central

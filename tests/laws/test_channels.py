@@ -16,7 +16,7 @@ from fedsb.protocol.messages import read_request
 from fedsb.reporting.run_directory import read_rows
 from fedsb.runs.record import Record
 from fedsb.runs.run import federate, resume
-from fedsb.secagg.protocol import SumServer
+from fedsb.secagg.server import SumServer
 from fedsb.utils.errors import RunError
 from support.sites import Calls, Federation
 

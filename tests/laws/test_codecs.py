@@ -14,7 +14,7 @@ from conftest import adapter_bytes, set_all
 from fedsb.channels.in_process import InProcessChannel
 from fedsb.config.load import load_config
 from fedsb.config.schema import Config
-from fedsb.methods import method_type
+from fedsb.config.registry import method_type
 from fedsb.methods.averaging import ServerOptimizer
 from fedsb.methods.base import State, Update
 from fedsb.methods.fed_sb import FedSB

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from conftest import adapter_bytes, set_all
 from fedsb.adapters.basis import basis_hash
 from fedsb.config.load import load_config
-from fedsb.methods import method_type
+from fedsb.config.registry import method_type
 from fedsb.methods.averaging import ServerOptimizer
 from fedsb.protocol.payload import unpack
 from fedsb.runs.evaluate import evaluate_adapter

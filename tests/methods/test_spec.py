@@ -13,7 +13,7 @@ from fedsb.protocol.requirements import fitting_rank
 from conftest import set_all
 from fedsb.adapters.basis import Basis
 from fedsb.config.load import load_config
-from fedsb.methods import GROUP, build_method
+from fedsb.config.registry import GROUP, build_method
 from fedsb.methods.control import control_options
 from fedsb.planning.estimate import estimate
 from fedsb.reporting.run_directory import read_rows

@@ -23,12 +23,16 @@ from transformers import (
 )
 
 from conftest import WORDS, _save, set_all
-from fedsb.adapters.adapted import AdaptedModel, find_targets
+from federation.opened import started
+from fedsb.adapters.adapted import AdaptedModel
+from fedsb.channels.in_process import EmbeddedEngine
 from fedsb.config.load import load_config
 from fedsb.config.resolved import ResolvedSetting
-from fedsb.config.schema import ModelConfig, method_of
+from fedsb.config.inputs import ModelConfig
+from fedsb.config.schema import method_of
 from fedsb.models import load as models
 from fedsb.models.heads import find_head, head_start
+from fedsb.models.layers import find_targets
 from fedsb.models.load import (
     MINILM_HUB,
     BaseModel,
@@ -319,10 +323,10 @@ def test_attention_and_matrix_precision_are_as_asked(
     monkeypatch.setattr(cohort, "forward", watched)
     monkeypatch.setattr(scoring, "forward", watched)
     model = {**tiny_config["model"], "attn_implementation": "eager", "float32_matmul_precision": "medium"}
-    server, state = started(set_all(tiny_config, model=model))
-    assert server.trainer.base.model.config._attn_implementation == "eager"
-    list(engine.train(server.method, state, [server.clients[0].name], {}).envelopes)
-    assert engine.score(server.method, state, {}) is not None
+    engine, state = started(set_all(tiny_config, model=model))
+    assert engine.base.model.config._attn_implementation == "eager"
+    list(engine.train(engine.method, state, [engine.sites[0].name], {}).envelopes)
+    assert engine.score(engine.method, state, {}) is not None
     assert seen == {"medium"}
     assert torch.get_float32_matmul_precision() == "highest"
 

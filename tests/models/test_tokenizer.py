@@ -14,7 +14,8 @@ import pytest
 
 from conftest import set_all
 from fedsb.config.load import load_config
-from fedsb.config.schema import ModelConfig, method_of
+from fedsb.config.inputs import ModelConfig
+from fedsb.config.schema import method_of
 from fedsb.models.load import load_base, load_tokenizer, tokenizer_fingerprint
 from fedsb.reporting.run_directory import read_manifest
 from fedsb.runs.evaluate import export_to

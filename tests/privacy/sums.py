@@ -10,7 +10,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedsb.secagg.fixed_point import Ring
 from fedsb.secagg.keys import pair_mask
-from fedsb.secagg.protocol import Phase, SumClient, SumPlan, SumServer
+from fedsb.secagg.messages import Phase, SumPlan
+from fedsb.secagg.client import SumClient
+from fedsb.secagg.server import SumServer
 
 IDENTITIES = {name: Ed25519PrivateKey.generate() for name in "abcdefghi"}
 WHOLE = [1 + 2 + 3 + 4] * 6  # what Sum() comes to
@@ -112,12 +114,12 @@ def flip(message: bytes, at: int) -> bytes:
 
 
 HEADERS = [
-    ({"version": 3}, "the version 3; this is 2"),
-    ({"run": "other"}, "the run 'other'; this is 'run'"),
-    ({"round": 6}, "the round 6; this is 7"),
+    ({"version": 3}, "the version 3; expected 2"),
+    ({"run": "other"}, "the run 'other'; expected 'run'"),
+    ({"round": 6}, "the round 6; expected 7"),
     ({"phase": "joke"}, "the phase 'joke'"),
     ({"sender": "b"}, "the sender 'b'"),
-    ({"plan": "00" * 32}, "other sites, threshold, size or clip"),
+    ({"plan": "00" * 32}, "different sites, threshold, size, clip"),
     ({"fedsb": "update"}, "the fedsb 'update'"),
     ({"version": 2.0}, "does not write"),  # equal to 2 in Python
     ({"more": 1}, "does not write"),
@@ -129,8 +131,8 @@ SHAPES = [
     (lambda m: m[:-1], "torn: "),
     (lambda m: m + b"\0", "oversized"),
     (lambda m: m + m, "oversized"),
-    (lambda m: b"\x02\x00[]" + m, "none of a secure sum"),
-    (lambda m: b"\xff\xff" + b"[" * 65535, "none of a secure sum"),
-    (lambda m: b"\x80\x04\x95" + m, "none of a secure sum"),  # a pickle's first bytes
-    (lambda m: flip(m, 3), "none of a secure sum|has the"),
+    (lambda m: b"\x02\x00[]" + m, "not of a secure sum"),
+    (lambda m: b"\xff\xff" + b"[" * 65535, "not of a secure sum"),
+    (lambda m: b"\x80\x04\x95" + m, "not of a secure sum"),  # a pickle's first bytes
+    (lambda m: flip(m, 3), "not of a secure sum|has the"),
 ]

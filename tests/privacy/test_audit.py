@@ -14,10 +14,8 @@ import torch
 
 from conftest import Said, set_all, write_toml
 from fedsb.config.load import load_config
-from fedsb.privacy import audit as module
 from fedsb.privacy import policy as setup
 from fedsb.privacy.accounting import Release, epsilon
-from fedsb.privacy.audit import SHARES, Canaries, audited, best_bound, ceiling, lower_bound, p_value
 from fedsb.privacy.ledger import Ledger
 from fedsb.privacy.mechanism import DPMechanism
 from fedsb.privacy.noise import SeededNoise
@@ -26,6 +24,8 @@ from fedsb.privacy.release_checks import ReleaseChecks, failed, limit
 from fedsb.runs.audit import audit
 from fedsb.runs.run import federate
 from fedsb.training import per_example
+from fedsb.training import privacy_audit as module
+from fedsb.training.privacy_audit import SHARES, Canaries, audited, best_bound, ceiling, lower_bound, p_value
 from fedsb.utils.errors import UserError
 
 # --- the bound ---
@@ -165,8 +165,8 @@ def test_directions_do_not_depend_on_the_chunk(monkeypatch: pytest.MonkeyPatch) 
     for chunk in (1, 1 << 22):
         monkeypatch.setattr(module, "CHUNK", chunk)
         canaries = Canaries(40, SeededNoise(0), 7)
-        canaries.see(seen)
-        canaries.see({"a": seen["a"]})  # a round that trains less
+        canaries.record(seen)
+        canaries.record({"a": seen["a"]})  # a round that trains less
         each.append(canaries.scores())
     assert np.allclose(*each, atol=1e-5)
 
@@ -202,7 +202,7 @@ def test_whole_code_passes_where_canaries_are_heard(config: dict[str, Any]) -> N
 
 
 def no_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(DPMechanism, "noised", lambda self, total, std: total)
+    monkeypatch.setattr(DPMechanism, "add_noise", lambda self, total, std: total)
 
 
 def no_clipping(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,9 +210,9 @@ def no_clipping(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def thin_noise(share: float) -> Callable[[pytest.MonkeyPatch], None]:
-    whole = DPMechanism.noised
+    whole = DPMechanism.add_noise
     return lambda monkeypatch: monkeypatch.setattr(
-        DPMechanism, "noised", lambda self, total, std: whole(self, total, std * share)
+        DPMechanism, "add_noise", lambda self, total, std: whole(self, total, std * share)
     )
 
 
@@ -230,7 +230,7 @@ def shared(by: str) -> Callable[[pytest.MonkeyPatch], None]:
             for key, x in sums.items():
                 place = tuple(x.shape) if by == "layers" else key
                 if place not in kept:
-                    kept[place] = self.noised(torch.zeros_like(x), self.plan.noise_std)
+                    kept[place] = self.add_noise(torch.zeros_like(x), self.plan.noise_std)
                 made[key] = (x + kept[place]) / self.plan.batch
             return made
 
@@ -378,10 +378,10 @@ def test_the_tests_of_a_release_hardly_ever_accuse_whole_code() -> None:
     for _ in range(300):
         checks = ReleaseChecks(0.05)
         for step in range(6):
-            checks.see_draw(np.flatnonzero(draw.random(400) < 0.05).tolist(), 400)
+            checks.record_draw(np.flatnonzero(draw.random(400) < 0.05).tolist(), 400)
             keys = {"bias": (3,), "a": (6, 6), "b": (6, 6), "c": (6, 6)} if step % 2 else {"bias": (3,), "d": (50, 4)}
             noise = {key: torch.from_numpy(2.0 * draw.standard_normal(shape)) for key, shape in keys.items()}
-            checks.see_noise(noise, 2.0)
+            checks.record_noise(noise, 2.0)
         scores = checks.scores(1e-3)
         assert failed(scores) == []
         assert {score.kind for score in scores} == {"size", "mean", "shape", "tensors", "steps", "draws"}

@@ -7,13 +7,13 @@ import pytest
 
 from fedsb.secagg.fixed_point import FixedPoint, flatten, unflatten
 from fedsb.utils.errors import UserError
-from fedsb.utils.rng import generator
+from fedsb.utils.rng import keyed_generator
 
 
 def test_by_hand() -> None:
     grid = FixedPoint(clients=2, clip=2.0)  # M = 2^30 - 1
     assert grid.largest == 2**30 - 1
-    ring = grid.encode(np.array([2, -2, 0, 5], np.float32), 1.0, generator(0))
+    ring = grid.encode(np.array([2, -2, 0, 5], np.float32), 1.0, keyed_generator(0))
     M = 2**30 - 1
     assert ring.dtype == np.uint32
     assert ring.tolist() == [M, 2**32 - M, 0, M, M]  # 5 is clipped; the last is the weight's
@@ -30,7 +30,7 @@ def test_no_overflow_where_all_are_at_the_clip_bound(n: int, sign: int) -> None:
     x[1] *= 1e30
     total = np.zeros(4, np.uint32)
     for k in range(n):
-        total += grid.encode(x, 1.0, generator(k))
+        total += grid.encode(x, 1.0, keyed_generator(k))
     values, weight = grid.decode(total)
     plain = n * sign * np.clip(np.abs(x.astype(np.float64)), 0, 0.37)
     assert np.abs(values - plain).max() <= grid.bound(n)
@@ -41,9 +41,9 @@ def test_no_overflow_where_all_are_at_the_clip_bound(n: int, sign: int) -> None:
 def test_the_stated_bound_is_kept_and_not_wide(clip: float) -> None:
     n, size = 5, 20_000
     grid = FixedPoint(clients=n, clip=clip)
-    x = generator("x").uniform(-1.2 * clip, 1.2 * clip, (n, size)).astype(np.float32)
-    p = generator("p").uniform(0.01, 1, n)
-    total = np.sum([grid.encode(x[k], p[k], generator(k)) for k in range(n)], axis=0, dtype=np.uint32)
+    x = keyed_generator("x").uniform(-1.2 * clip, 1.2 * clip, (n, size)).astype(np.float32)
+    p = keyed_generator("p").uniform(0.01, 1, n)
+    total = np.sum([grid.encode(x[k], p[k], keyed_generator(k)) for k in range(n)], axis=0, dtype=np.uint32)
     values, weight = grid.decode(total)
     errors = np.abs(values - p @ np.clip(x.astype(np.float64), -clip, clip))
     assert 0.4 * grid.bound(n) < errors.max() <= grid.bound(n)
@@ -55,7 +55,7 @@ def test_the_stated_bound_is_kept_and_not_wide(clip: float) -> None:
 def test_rounding_has_no_bias() -> None:
     grid = FixedPoint(clients=4, clip=1.0)
     x = np.full(100_000, 1000.3 * grid.step, np.float32)
-    whole = grid.encode(x, 1.0, generator("round"))[:-1].astype(np.float64)
+    whole = grid.encode(x, 1.0, keyed_generator("round"))[:-1].astype(np.float64)
     exact = float(x[0]) / grid.step
     assert set(np.unique(whole)) == {np.floor(exact), np.ceil(exact)}
     assert abs(whole.mean() - exact) < 5 * 0.5 / np.sqrt(x.size)
@@ -69,18 +69,18 @@ def test_values_beyond_the_clip_bound_are_counted() -> None:
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_is_refused(bad: float) -> None:
     with pytest.raises(ValueError, match="finite"):
-        FixedPoint(clients=2, clip=1.0).encode(np.array([0, bad], np.float32), 1.0, generator(0))
+        FixedPoint(clients=2, clip=1.0).encode(np.array([0, bad], np.float32), 1.0, keyed_generator(0))
 
 
 def test_a_table_is_no_vector() -> None:
     with pytest.raises(ValueError, match="flat"):
-        FixedPoint(clients=2, clip=1.0).encode(np.zeros((2, 2), np.float32), 1.0, generator(0))
+        FixedPoint(clients=2, clip=1.0).encode(np.zeros((2, 2), np.float32), 1.0, keyed_generator(0))
 
 
 @pytest.mark.parametrize("weight", [0.0, -0.1, 1.0000001, np.nan])
 def test_a_weight_that_could_overflow_or_says_nothing_is_refused(weight: float) -> None:
     with pytest.raises(ValueError, match="weight"):
-        FixedPoint(clients=2, clip=1.0).encode(np.zeros(2, np.float32), weight, generator(0))
+        FixedPoint(clients=2, clip=1.0).encode(np.zeros(2, np.float32), weight, keyed_generator(0))
 
 
 @pytest.mark.parametrize("clip", [0.0, -1.0, np.inf, np.nan, 5e-324])

@@ -135,7 +135,7 @@ def test_what_is_not_charged_is_neither_drawn_nor_released(tmp_path: Path) -> No
 
 def test_noise_has_the_bits_of_float32(tmp_path: Path) -> None:
     """Noise in half precision has some 2000 values in each octave: the sum beneath it could be read off."""
-    noise = guarded(tmp_path).noised(torch.zeros(100_000), 1.0)
+    noise = guarded(tmp_path).add_noise(torch.zeros(100_000), 1.0)
     assert noise.dtype == torch.float32
     for dtype in (torch.float16, torch.bfloat16):
         assert float((noise.to(dtype).float() == noise).float().mean()) < 0.01

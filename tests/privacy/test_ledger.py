@@ -153,8 +153,8 @@ def test_a_torn_line_of_zeros(tmp_path: Path) -> None:
         ({"count": 1.5}, "count = 1.5"),
         ({"clip": 0.0}, "clip = 0.0"),
         ({"round": None}, "round = None"),
-        ({"client": "site-b"}, "it is of 'site-b' in run f00d"),
-        ({"run": "beef"}, "it is of 'site-a' in run beef"),
+        ({"client": "site-b"}, "it belongs to 'site-b' in run f00d"),
+        ({"run": "beef"}, "it belongs to 'site-a' in run beef"),
         ({"refund": True}, "refund"),
     ],
 )
@@ -165,7 +165,7 @@ def test_a_line_that_cannot_be_is_an_error(tmp_path: Path, changes: dict[str, An
     broken = "\n".join(lines) + "\n"
     path.write_text(broken)
     for attempt in (taken_up, read_ledger):
-        with pytest.raises(RunError, match=f"cannot read line 3 .*{words}.*never started anew"):
+        with pytest.raises(RunError, match=f"cannot read line 3 .*{words}.*never recreates it"):
             attempt(path)
     assert path.read_text() == broken
 
@@ -197,7 +197,7 @@ def test_it_is_of_one_run_and_one_client(tmp_path: Path) -> None:
 def test_it_is_never_started_anew(tmp_path: Path) -> None:
     path = after(tmp_path, 1)
     content = path.read_bytes()
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="already exists"):
         started(tmp_path)
     assert path.read_bytes() == content
     path.unlink()
@@ -209,7 +209,7 @@ def test_it_is_never_started_anew(tmp_path: Path) -> None:
 
 
 def test_one_process_holds_it(tmp_path: Path) -> None:
-    with started(tmp_path) as ledger, pytest.raises(UserError, match="held by another process"):
+    with started(tmp_path) as ledger, pytest.raises(UserError, match="in use by another process"):
         taken_up(ledger.path)
     taken_up(ledger.path).close()
 

@@ -119,7 +119,7 @@ def test_an_automatic_share() -> None:
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -0.1, math.nan])
 def test_a_share_that_is_none(share: float) -> None:
-    with pytest.raises(UserError, match="a share of"):
+    with pytest.raises(UserError, match="It must be between 0 and 1"):
         replace(PLAN, basis=BASIS).share(3.0, share)
     with pytest.raises(UserError, match="nothing to share"):
         PLAN.share(3.0, "auto")
@@ -195,17 +195,21 @@ def test_signal_to_noise() -> None:
         (PLAN, {"sigma": -0.1}, "sigma = -0.1"),
         (PLAN, {"sigma": math.inf}, "sigma = inf"),
         (PLAN, {"sigma": math.nan}, "sigma = nan"),
-        (PLAN, {"delta": 0.0}, r"delta = 0.0: it is a probability"),
-        (PLAN, {"delta": 1.0}, r"delta = 1.0: it is a probability"),
-        (PLAN, {"delta": math.nan}, "delta = nan: it is a probability"),
-        (PLAN, {"delta": 2e-4}, r"delta = 0.0002 for 5000 rows: .* Take at most a tenth of 1/5000, 2e-05"),
-        (CLIENTS, {"delta": 0.025}, "delta = 0.025 for 40 clients"),
+        (PLAN, {"delta": 0.0}, r"delta = 0.0 is invalid. It must be a probability"),
+        (PLAN, {"delta": 1.0}, r"delta = 1.0 is invalid. It must be a probability"),
+        (PLAN, {"delta": math.nan}, "delta = nan is invalid. It must be a probability"),
+        (
+            PLAN,
+            {"delta": 2e-4},
+            r"delta = 0.0002 is too large for 5000 rows: .* at most a tenth of 1/5000, 2e-05",
+        ),
+        (CLIENTS, {"delta": 0.025}, "delta = 0.025 is too large for 40 clients"),
         (PLAN, {"batch": 5001}, "an expected batch of 5001 from 5000 rows"),
         (CLIENTS, {"batch": 41}, "an expected batch of 41 from 40 clients"),
         (PLAN, {"batch": 0}, "an expected batch of 0"),
         (PLAN, {"rows": 0}, "an expected batch of 64 from 0 rows"),
         (PLAN, {"steps": -1}, "steps = -1"),
-        (CLIENTS, {"steps": 2}, "a round releases one sum of clients"),
+        (CLIENTS, {"steps": 2}, "steps = 2 is invalid. A round releases one sum"),
         (PLAN, {"rounds": -1}, "rounds = -1"),
         (PLAN, {"basis": BasisNoise(clip=0.0)}, "clip=0.0"),
         (PLAN, {"basis": BasisNoise(clip=math.inf)}, "clip=inf"),
@@ -234,5 +238,5 @@ def test_a_plain_run_is_a_plan_without_noise() -> None:
 
 @pytest.mark.parametrize("target", [0.0, -3.0, math.nan, math.inf])
 def test_a_target_that_is_none(target: float) -> None:
-    with pytest.raises(UserError, match="a target of epsilon"):
+    with pytest.raises(UserError, match="A target of epsilon"):
         PLAN.calibrate(target)

@@ -371,7 +371,7 @@ def test_a_ledger_that_is_gone_stops_the_run(tiny_config: dict[str, Any]) -> Non
         federate(load_config(private(tiny_config)), StopAfterOne())
     folder = Path(tiny_config["out"]) / "tiny"
     next((folder / "privacy").glob("*.jsonl")).unlink()
-    with pytest.raises(UserError, match="is gone, and with it what"):
+    with pytest.raises(UserError, match="is gone, and with it the record of what"):
         resume(folder)
 
 
@@ -461,8 +461,8 @@ def test_the_servers_noise_and_the_clients_clip(
     for update in updates:
         change = torch.cat([(x - state.tensors[key]).flatten() for key, x in update.tensors.items()])
         assert float(change.norm()) == pytest.approx(0.5, rel=1e-4)  # it was longer
-    noised = server.policy.noised(updates, 0)
-    plan = server.policy.mechanisms[setup.SERVER].plan
+    noised = engine.policy.add_noise(updates, 0)
+    plan = engine.policy.mechanisms[setup.SERVER].plan
     total = [
         torch.cat([sum(u.tensors[k] for u in each).flatten() for k in updates[0].tensors]) for each in (updates, noised)
     ]
@@ -503,7 +503,7 @@ def test_a_clients_own_cap_is_for_its_own_delta_and_all_runs(tmp_path: Path) -> 
     mechanism = DPMechanism(plan=plan, ledger=ledger, noise=SeededNoise(0, "a"), cap=cap)
     mechanism.charge(1)
     mechanism.charge(2)
-    with pytest.raises(PrivacyBudgetExceededError, match=r"at a delta of 1e-05; this site allows"):
+    with pytest.raises(PrivacyBudgetExceededError, match=r"at a delta of 1e-05. This site allows"):
         mechanism.charge(3)
     assert epsilon(ledger.releases(), plan.delta) < plan.epsilon()
     assert len(read_ledger(ledger.path)) == 2
@@ -515,7 +515,7 @@ def test_a_clients_own_cap_is_for_its_own_delta_and_all_runs(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"basis": {"kind": "update-pooled"}}, "looks at raw private rows without noise"),
+        ({"basis": {"kind": "update-pooled"}}, "reads private rows without noise"),
         ({"train": {"local_steps": 1, "batch_size": 4, "dropout": 0.1}}, "train.dropout"),
         ({"eval": {"gap": True}}, "eval.gap scores private rows"),
         ({"method": {"name": "hetlora", "rank": 2}}, "hetlora adds a local regulariser"),
@@ -535,10 +535,10 @@ def test_what_would_make_epsilon_untrue_is_refused(tiny_config: dict[str, Any], 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"method": {"name": "flora", "rank": 2}}, "flora is no such"),
+        ({"method": {"name": "flora", "rank": 2}}, "flora does not compute one"),
         ({"server": {"weighting": "samples"}}, "needs server.weighting = 'uniform'"),
         ({"server": {"weighting": "uniform", "codec": "int8"}}, "server.codec = 'float32'"),
-        ({"basis": {"kind": "core"}}, "its noise is planned for unit = 'example'"),
+        ({"basis": {"kind": "core"}}, "Its noise is planned only for privacy.unit = 'example'"),
     ],
     ids=lambda value: str(value)[:40],
 )

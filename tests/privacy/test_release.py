@@ -22,7 +22,7 @@ from fedsb.privacy import policy as setup
 from fedsb.privacy.ledger import read_ledger
 from fedsb.privacy.mechanism import PrivacyBudgetExceededError
 from fedsb.privacy.noise import SeededNoise
-from fedsb.privacy.statement import promised
+from fedsb.privacy.statement import privacy_statement
 from fedsb.protocol.payload import unpack
 from fedsb.reporting.run_directory import read_manifest, read_result, read_rows
 from fedsb.runs.record import Record
@@ -107,7 +107,7 @@ def test_each_step_is_of_the_rows_drawn_for_it(
         turns = iter((3, 1))
 
         def poisson_sample(self, rows: int, q: float) -> list[int]:
-            return [next(self.rotates_basis)]
+            return [next(self.turns)]
 
     with_noise(monkeypatch, lambda client: InTurn(0, client))
     train = {"local_steps": 2, "batch_size": 4, "lr": 0.5, "head_lr": 0.5, "optimizer": "sgd", "max_grad_norm": 0}
@@ -296,7 +296,7 @@ def test_a_long_row_behind_short_ones_is_refused(tiny_config: dict[str, Any], ti
         clients={"partition": "column", "column": "client", "holdout_fraction": 0.0},
         train={"local_steps": 1, "batch_size": 2},
     )
-    with pytest.raises(UserError, match=r"of the 6 rows of client 'a' 1 .* would be cut into several examples"):
+    with pytest.raises(UserError, match=r"1 of the 6 rows of client 'a' .* would be cut into several examples"):
         federate(load_config(config))
 
 
@@ -367,7 +367,7 @@ def test_what_a_private_run_says_of_its_epsilon(tiny_config: dict[str, Any], cli
     assert says["relation"] in says["says"] and says["relation"] in (done.adapter / "README.md").read_text()
     uncovered = "; ".join(says["not_covered"])
     assert "other runs on the same rows: their epsilons add up" in uncovered
-    assert "how many rows of each class there are" in uncovered and "which clients' updates arrive" not in uncovered
+    assert "the number of rows of each class" in uncovered and "which clients' updates arrive" not in uncovered
     assert result["peak_memory_bytes"] is None and manifest["basis"]["peak_memory_bytes"] is None
     printed = cli("report", done.folder).out
     (stated,) = re.findall(r"epsilon ([0-9.]+) at delta", printed)
@@ -398,12 +398,12 @@ def test_the_mean_is_over_the_updates_that_arrived(
     assert (plan.batch, len(updates)) == (3, 3)
     for count in (3, 2):
         arrived = updates[:count]
-        mean = server.method.aggregate(state, arrived, ServerOptimizer())
-        noised = server.method.aggregate(state, server.policy.noised(arrived, 3 - count), ServerOptimizer())
+        mean = engine.method.aggregate(state, arrived, ServerOptimizer())
+        noised = engine.method.aggregate(state, engine.policy.add_noise(arrived, 3 - count), ServerOptimizer())
         noise = torch.cat([(noised.tensors[key] - mean.tensors[key]).flatten() for key in mean.tensors])
         assert float(noise.std()) == pytest.approx(plan.sigma * plan.clip / count, rel=0.05)
         assert torch.allclose(
             mean.tensors["classifier.bias"], sum(u.tensors["classifier.bias"] for u in arrived) / count
         )
-    said = promised(server.policy, server.config, 3)
+    said = privacy_statement(engine.policy, engine.config, 3)
     assert said is not None and "which clients' updates arrive in a round" in "; ".join(said["not_covered"])

@@ -11,7 +11,8 @@ from sums import ANSWERS, HEADERS, IDENTITIES, LOW_ORDER, SHAPES, WHOLE, Sum, bo
 
 from fedsb.secagg.keys import ADVERT_BYTES, SEALED_BYTES, Keys, pack_advert, public_key, sign_survivors
 from fedsb.secagg.messages import SERVER, members_bits, pack, pack_list, read_list
-from fedsb.secagg.protocol import MessageError, Phase, SumClient, SumError
+from fedsb.secagg.messages import MessageError, Phase, SumError
+from fedsb.secagg.client import SumClient
 
 PHASES_TOLD: dict[Phase, Phase] = {"sealed": "roster", "masked": "inbox", "confirm": "survivors", "shares": "confirmed"}
 
@@ -24,15 +25,15 @@ def test_a_client_refuses_a_bad_message_and_the_round_goes_on(phase: Phase) -> N
     world = Sum().to(phase)
     good = world.mail["a"]
     for changes, match in HEADERS:
-        match = match.replace("the sender 'b'", "the sender 'b'; this is ''")
+        match = match.replace("the sender 'b'", "the sender 'b'; expected ''")
         with pytest.raises(MessageError, match=re.escape(match)):
             world.answer("a", spoil(good, **changes))
     for change, match in SHAPES:
         with pytest.raises(MessageError, match=match):
             world.answer("a", change(good))
-    with pytest.raises(MessageError, match="the round 8; this is 7"):  # a replay from another round
+    with pytest.raises(MessageError, match="the round 8; expected 7"):  # a replay from another round
         world.answer("a", Sum(make_plan(round=8)).to(phase).mail["a"])
-    with pytest.raises(MessageError, match=r"the phase '\w+'; this is"):  # reordered: a client's message, reflected
+    with pytest.raises(MessageError, match=r"the phase '\w+'; expected"):  # reordered: a client's message, reflected
         world.answer("a", world.sent[ANSWERS[ANSWERS.index(phase) - 1], "a"])
     start = len(pack(world.plan, PHASES_TOLD[phase], SERVER, b""))
     with pytest.raises(MessageError, match="more clients than the plan's 4"):
@@ -64,7 +65,7 @@ def test_a_client_refuses_a_list_with_one_who_was_not_on_the_last(phase: Phase, 
     told = PHASES_TOLD[phase]
     width = {"inbox": SEALED_BYTES, "survivors": 0, "confirmed": 64}[told]
     owners = 3 if told == "inbox" else 4
-    with pytest.raises(MessageError, match=f"'{told}' lists d, whom the list before it lacks"):
+    with pytest.raises(MessageError, match=f"'{told}' lists d, missing in the previous list"):
         world.answer("a", pack_list(world.plan, told, SERVER, "abcd", [bytes(width)] * owners))
     assert world.finish().tolist() == [1 + 2 + 3] * 6
 
@@ -87,7 +88,7 @@ def test_a_client_refuses_a_roster_with_keys_that_are_not_the_sites() -> None:
         ({"b": advert("b", "c", *fresh)}, "keys of b are not signed"),  # the server's, in b's place
         ({"b": body(world.sent["advert", "c"])}, "keys of b are not signed"),
         ({"b": pack_advert(make_plan(round=8), "b", IDENTITIES["b"], Keys(*fresh))}, "keys of b are not signed"),
-        ({"a": advert("a", "a", *fresh)}, "other keys under this client's name"),  # of an earlier try of a's
+        ({"a": advert("a", "a", *fresh)}, "different keys under this client's name"),  # of an earlier try of a's
         ({"b": advert("b", "b", theirs.seal, mine.mask)}, "one key twice"),
         ({"b": advert("b", "b", mine.seal, theirs.mask)}, "one key twice"),
         ({"c": advert("c", "c", theirs.seal, fresh[0])}, "one key twice"),
@@ -114,7 +115,7 @@ def test_a_client_refuses_shares_that_were_not_sealed_for_it_by_their_sender_in_
         ({"b": from_a}, "b"),  # what a sealed for b, reflected
     ]:
         lie = items | changes
-        with pytest.raises(MessageError, match=f"what {bad} sealed for this client does not open"):
+        with pytest.raises(MessageError, match=f"the shares that {bad} sealed for this client cannot be decrypted"):
             world.answer("a", pack_list(world.plan, "inbox", SERVER, lie, [lie[k] for k in "bcd"]))
     assert world.finish().tolist() == WHOLE
 
@@ -127,14 +128,14 @@ def test_shares_do_not_open_where_the_server_showed_two_rosters() -> None:
     for_a = body(answers["b"])[32 : 32 + SEALED_BYTES]  # a is the first of b's two peers
     world.phase = "masked"
     inbox = pack_list(world.plan, "inbox", SERVER, "abc", [for_a, bytes(SEALED_BYTES)])
-    with pytest.raises(MessageError, match="what b sealed for this client does not open"):
+    with pytest.raises(MessageError, match="the shares that b sealed for this client cannot be decrypted"):
         world.answer("a", inbox)
 
 
 @pytest.mark.parametrize("vector", [np.zeros(5, np.uint32), np.zeros(7, np.uint32), np.zeros(6, np.int64)])
 def test_a_client_refuses_a_vector_of_another_shape_or_type(vector: np.ndarray) -> None:
     world = Sum().to("masked")
-    with pytest.raises(ValueError, match=r"the plan says uint32 \(6,\)"):
+    with pytest.raises(ValueError, match=r"expected uint32 \(6,\)"):
         world.clients["a"].masked(world.mail["a"], vector)
     assert world.finish().tolist() == WHOLE
 
@@ -220,7 +221,7 @@ def test_a_client_gives_no_shares_on_forged_signatures() -> None:
         sign_survivors(world.plan, "b", IDENTITIES["c"], "abc", world.server._roster),
         sign_survivors(make_plan(round=8), "b", IDENTITIES["b"], "abc", world.server._roster),
     ):
-        with pytest.raises(MessageError, match="b did not sign the survivors that this client was told"):
+        with pytest.raises(MessageError, match="b did not sign the survivors that this client received"):
             world.answer("a", pack_list(world.plan, "confirmed", SERVER, "abc", [good["a"], bad, good["c"]]))
     assert world.finish().tolist() == [6] * 6
 

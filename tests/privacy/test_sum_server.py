@@ -10,7 +10,7 @@ from sums import ANSWERS, HEADERS, IDENTITIES, LOW_ORDER, SHAPES, WHOLE, Sum, fl
 
 from fedsb.secagg.keys import Keys, pack_advert, public_key, sign_survivors
 from fedsb.secagg.messages import pack
-from fedsb.secagg.protocol import MessageError, Phase, SumError
+from fedsb.secagg.messages import MessageError, Phase, SumError
 
 
 @pytest.mark.parametrize("phase", ANSWERS)
@@ -23,11 +23,11 @@ def test_the_server_refuses_a_bad_message_and_the_round_goes_on(phase: Phase) ->
     for change, match in SHAPES:
         with pytest.raises(MessageError, match=match):
             world.server.receive("a", change(good))
-    with pytest.raises(MessageError, match="the round 8; this is 7"):  # a replay from another round
+    with pytest.raises(MessageError, match="the round 8; expected 7"):  # a replay from another round
         world.server.receive("a", Sum(make_plan(round=8)).to(phase).answer("a"))
-    with pytest.raises(MessageError, match="the sender 'a'; this is 'b'"):  # in another's name
+    with pytest.raises(MessageError, match="the sender 'a'; expected 'b'"):  # in another's name
         world.server.receive("b", good)
-    with pytest.raises(MessageError, match="'z', who is none of its clients"):
+    with pytest.raises(MessageError, match="'z', which is not one of its clients"):
         world.server.receive("z", good)
     world.server.receive("a", good)
     with pytest.raises(MessageError, match=f"a second message '{phase}' from a"):
@@ -43,9 +43,9 @@ def test_the_server_refuses_a_message_of_an_earlier_phase_and_of_one_who_left(ph
     world = Sum().to(before)
     late = world.answer("d")
     world.to(phase, {"d": before})
-    with pytest.raises(MessageError, match="'d', who has left this round"):
+    with pytest.raises(MessageError, match="'d', which has left this round"):
         world.server.receive("d", late)
-    with pytest.raises(MessageError, match=f"the phase '{before}'; this is '{phase}'"):
+    with pytest.raises(MessageError, match=f"the phase '{before}'; expected '{phase}'"):
         world.server.receive("a", world.sent[before, "a"])
     assert world.finish().tolist() == ([1 + 2 + 3] if phase in ("sealed", "masked", "confirm") else WHOLE[:1]) * 6
 
@@ -53,7 +53,7 @@ def test_the_server_refuses_a_message_of_an_earlier_phase_and_of_one_who_left(ph
 def test_the_server_refuses_messages_when_it_is_over() -> None:
     world = Sum()
     world.finish()
-    with pytest.raises(MessageError, match="the sum is over"):
+    with pytest.raises(MessageError, match="but the sum is over"):
         world.server.receive("a", world.sent["shares", "a"])
     with pytest.raises(SumError, match="it is over"):
         world.server.total()
@@ -79,9 +79,9 @@ def test_the_server_refuses_keys_that_are_not_the_sites_or_hide_nothing() -> Non
     for signer, keys, match in [
         ("c", Keys(*fresh), "the keys of a are not signed by that site"),
         ("a", Keys(fresh[0], fresh[0]), "a key twice"),
-        ("a", Keys(fresh[0], theirs.mask), "that of another client"),
-        ("a", Keys(theirs.seal, fresh[0]), "that of another client"),
-        ("a", Keys(fresh[0], theirs.seal), "that of another client"),
+        ("a", Keys(fresh[0], theirs.mask), "that of a different client"),
+        ("a", Keys(theirs.seal, fresh[0]), "that of a different client"),
+        ("a", Keys(fresh[0], theirs.seal), "that of a different client"),
         ("a", Keys(LOW_ORDER, fresh[0]), "low order"),
         ("a", Keys(fresh[0], LOW_ORDER), "low order"),
     ]:
@@ -103,7 +103,7 @@ def test_the_server_refuses_a_signature_of_other_survivors() -> None:
         sign_survivors(world.plan, "b", IDENTITIES["a"], "abcd", world.server._roster),
         sign_survivors(make_plan(round=8), "a", IDENTITIES["a"], "abcd", world.server._roster),
     ):
-        with pytest.raises(MessageError, match="'confirm' from a is no signature of the survivors"):
+        with pytest.raises(MessageError, match="'confirm' from a is not a valid signature of the survivors"):
             world.server.receive("a", pack(world.plan, "confirm", "a", signature))
     assert world.finish().tolist() == WHOLE
 

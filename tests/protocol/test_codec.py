@@ -7,23 +7,16 @@ import math
 import numpy as np
 import pytest
 
-from fedsb.protocol.codec import (
-    BLOCK,
-    CODECS,
-    Q_MAX,
-    Codec,
-    decode,
-    encode,
-    payload_bytes,
-)
-from fedsb.utils.rng import generator
+from fedsb.protocol.codec import BLOCK, CODECS, Q_MAX, decode, encode, payload_bytes
+from fedsb.config.training import Codec
+from fedsb.utils.rng import keyed_generator
 
 ROUNDED: tuple[Codec, ...] = ("int8", "int4")
 LARGEST = float(np.finfo(np.float32).max)
 
 
 def through(x: np.ndarray, codec: Codec, key: int = 0) -> np.ndarray:
-    return decode(encode(x.astype(np.float32), codec, generator(key, "codec")), codec, x.size)
+    return decode(encode(x.astype(np.float32), codec, keyed_generator(key, "codec")), codec, x.size)
 
 
 def steps(x: np.ndarray, codec: Codec) -> np.ndarray:
@@ -53,13 +46,13 @@ def steps(x: np.ndarray, codec: Codec) -> np.ndarray:
 def test_bytes_by_hand(codec: Codec, count: int, size: int) -> None:
     assert payload_bytes(codec, count) == size
     assert payload_bytes(codec, count, exact=3) == size + 12
-    assert len(encode(np.ones(count, np.float32), codec, generator(0))) == size
+    assert len(encode(np.ones(count, np.float32), codec, keyed_generator(0))) == size
 
 
 def test_int8_by_hand() -> None:
     """The largest value, 127, makes the step 1: whole numbers are themselves, whatever the draw. 1.0 is 0x3F80."""
     x = np.array([127, -127, 5, 0], np.float32)
-    data = encode(x, "int8", generator(0))
+    data = encode(x, "int8", keyed_generator(0))
     assert data.tolist() == [127, 256 - 127, 5, 0, 0x80, 0x3F]
     assert decode(data, "int8", 4).tolist() == x.tolist()
 
@@ -67,7 +60,7 @@ def test_int8_by_hand() -> None:
 def test_int4_by_hand() -> None:
     """Two a byte, the first in the lower half, in two's complement; the odd one out is followed by a zero."""
     x = np.array([7, -7, 1, -1, 3], np.float32)
-    data = encode(x, "int4", generator(0))
+    data = encode(x, "int4", keyed_generator(0))
     assert data.tolist() == [0x97, 0xF1, 0x03, 0x80, 0x3F]
     assert decode(data, "int4", 5).tolist() == x.tolist()
 
@@ -103,7 +96,7 @@ def test_bfloat16_by_hand(x: float, bits: int) -> None:
 def test_bfloat16_agrees_with_torch_on_random_bits() -> None:
     import torch
 
-    bits = generator(0, "bits").integers(0, 2**32, 200_000, dtype=np.uint32)
+    bits = keyed_generator(0, "bits").integers(0, 2**32, 200_000, dtype=np.uint32)
     x = bits.view(np.float32)
     got = decode(encode(x, "bfloat16"), "bfloat16", x.size)
     wanted = torch.from_numpy(x.copy()).to(torch.bfloat16).float().numpy()
@@ -117,7 +110,7 @@ def test_bfloat16_agrees_with_torch_on_random_bits() -> None:
 @pytest.mark.parametrize("seed", range(30))
 def test_the_error_stays_below_a_step(codec: Codec, seed: int) -> None:
     """Random lengths, spreads over 60 powers of ten, zeros among them."""
-    draw = generator(seed, "errors")
+    draw = keyed_generator(seed, "errors")
     x = draw.standard_normal(int(draw.integers(0, 400))) * 10.0 ** draw.uniform(-40, 20)
     x = np.where(draw.random(x.size) < 0.2, 0, x * 10.0 ** draw.uniform(-3, 3, x.size)).astype(np.float32)
     got = through(x, codec, seed)
@@ -133,7 +126,7 @@ def test_no_bias(codec: Codec) -> None:
 
     The keys are fixed, so the outcome is: it cannot fail by chance.
     """
-    x = generator(0, "values").standard_normal(BLOCK).astype(np.float32)
+    x = keyed_generator(0, "values").standard_normal(BLOCK).astype(np.float32)
     mean = np.mean([through(x, codec, key) for key in range(4000)], axis=0, dtype=np.float64)
     assert np.all(np.abs(mean - x) < 6 * steps(x, codec) / 2 / math.sqrt(4000))
     nearest = np.round(x / steps(x, codec)) * steps(x, codec)  # which has a bias that this test would see
@@ -141,14 +134,14 @@ def test_no_bias(codec: Codec) -> None:
 
 
 def test_bfloat16_error() -> None:
-    x = generator(0).standard_normal(1000).astype(np.float32)
+    x = keyed_generator(0).standard_normal(1000).astype(np.float32)
     assert np.all(np.abs(through(x, "bfloat16") - x) <= np.abs(x) * 2**-8)
 
 
 @pytest.mark.parametrize("codec", ROUNDED)
 def test_the_same_key_gives_the_same_bytes(codec: Codec) -> None:
-    x = generator(0).standard_normal(200).astype(np.float32)
-    one, same, other = (encode(x, codec, generator(*key)).tobytes() for key in ((1, "a"), (1, "a"), (1, "b")))
+    x = keyed_generator(0).standard_normal(200).astype(np.float32)
+    one, same, other = (encode(x, codec, keyed_generator(*key)).tobytes() for key in ((1, "a"), (1, "a"), (1, "b")))
     assert one == same != other
 
 
@@ -202,7 +195,7 @@ def test_a_scale_that_lies_is_seen() -> None:
 
 @pytest.mark.parametrize("codec", CODECS)
 def test_any_bytes_of_the_right_length_decode_and_others_are_refused(codec: Codec) -> None:
-    draw = generator(0, codec)
+    draw = keyed_generator(0, codec)
     for count in (0, 1, 2, 63, 64, 65, 200):
         size = payload_bytes(codec, count)
         for _ in range(20):

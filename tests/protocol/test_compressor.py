@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 from fedsb.adapters.basis import basis_hash, make_basis, random_pair
-from fedsb.config.schema import ServerConfig
-from fedsb.methods import build_method
+from fedsb.config.training import ServerConfig
+from fedsb.config.registry import build_method
 from fedsb.methods.averaging import ServerOptimizer
 from fedsb.methods.base import Method, State
-from fedsb.protocol.codec import Codec
+from fedsb.config.training import Codec
 from fedsb.protocol.compressor import Compressor, unmoved
 from fedsb.protocol.payload import Payload, pack, unpack
 from fedsb.protocol.tensors import to_arrays, to_tensors, under, within
 from fedsb.server.validation import rules, validate_updates
-from fedsb.utils.rng import generator
+from fedsb.utils.rng import keyed_generator
 
 LAYER = "layer"
 SHAPES = {LAYER: (24, 20)}
@@ -51,13 +51,13 @@ def start(name: str, rank: int = 4) -> tuple[Method, State]:
     method = build_method(name, {"rank": rank, **({"blocks": 2} if name == "ravan" else {})})
     pairs = [(layer, random_pair(m, n, method.total_rank, 0, layer)) for layer, (m, n) in SHAPES.items()]
     basis = make_basis("random", pairs) if method.adapter == "core" else None
-    head = {"head.weight": torch.from_numpy(generator(0, "head").standard_normal((3, 30)).astype(np.float32))}
+    head = {"head.weight": torch.from_numpy(keyed_generator(0, "head").standard_normal((3, 30)).astype(np.float32))}
     return method, method.start(SHAPES, basis, head, 0)
 
 
 def shaken(tensors: dict[str, Tensor], moving: frozenset[str], *key: int | str, by: float = 0.1) -> dict[str, Tensor]:
     """Local training, as far as a link is concerned."""
-    draw = generator(0, *key)
+    draw = keyed_generator(0, *key)
     return {
         name: x + by * torch.from_numpy(draw.standard_normal(x.shape).astype(np.float32)) if name in moving else x
         for name, x in sorted(tensors.items())
@@ -199,11 +199,11 @@ def update(tensors: dict[str, Any], round: int = 0, client: str = "a") -> Payloa
 def test_what_was_lost_is_owed_and_paid() -> None:
     """Over ten rounds, all that was sent and what is still owed make up all that was to be sent."""
     wire, (method, _) = link("int4"), start("fed-sb")
-    base = {"x": torch.from_numpy(generator(0, "base").standard_normal(100).astype(np.float32))}
+    base = {"x": torch.from_numpy(keyed_generator(0, "base").standard_normal(100).astype(np.float32))}
     kept: dict[str, Tensor] = {}
     wanted, arrived = np.zeros(100), np.zeros(100)
     for round in range(10):
-        change = generator(round, "change").standard_normal(100).astype(np.float32)
+        change = keyed_generator(round, "change").standard_normal(100).astype(np.float32)
         data, kept = wire.up(method, update({"x": base["x"].numpy() + change}, round), base, kept)
         wanted, arrived = wanted + change, arrived + unpack(data).tensors["x"]
     owed = kept["codec/x"].numpy()
@@ -215,7 +215,7 @@ def test_what_was_lost_is_owed_and_paid() -> None:
 def test_a_tensor_that_skips_a_round_keeps_what_it_is_owed() -> None:
     wire, (method, _) = link("int4"), start("rolora")
     zero = {"A": torch.zeros(50), "B": torch.zeros(50)}
-    values = generator(0).standard_normal(50).astype(np.float32)
+    values = keyed_generator(0).standard_normal(50).astype(np.float32)
     _, first = wire.up(method, update({"B": values}, 0), zero, {})
     _, second = wire.up(method, update({"A": values}, 1), zero, first)
     assert set(second) == {"codec/A", "codec/B"} and torch.equal(second["codec/B"], first["codec/B"])
@@ -248,7 +248,7 @@ def test_a_single_number_arrives_as_it_is() -> None:
 
 def test_draws_are_of_the_client_the_round_and_the_seed() -> None:
     _, (method, _) = link("int4"), start("fed-sb")
-    values = {"x": generator(0).standard_normal(200).astype(np.float32)}
+    values = {"x": keyed_generator(0).standard_normal(200).astype(np.float32)}
     base = {"x": torch.zeros(200)}
 
     def sent(seed: int, client: str, round: int) -> list[float]:
@@ -281,7 +281,7 @@ def test_the_server_adds_what_the_change_is_a_change_of(codec: Codec) -> None:
 def test_another_codec_is_refused(claimed: Codec, wanted: Codec) -> None:
     method, state = start("fed-sb")
     payload = replace(update(to_arrays(state.tensors)), codec=claimed, basis=basis_hash(state.shared))
-    data = pack(payload, generator(0))
+    data = pack(payload, keyed_generator(0))
     with pytest.raises(Exception, match=f"its codec is '{claimed}', this round's is '{wanted}'"):
         validate_updates([("a", data)], rules(method, state, ServerConfig(codec=wanted), "run", {}))
 
@@ -294,7 +294,7 @@ def test_a_change_that_is_no_number_is_dropped(bad: float) -> None:
     payload = replace(update(tensors), codec="int8", basis=basis_hash(state.shared))
     server = rules(method, state, ServerConfig(codec="int8"), "run", {})
     with pytest.raises(Exception, match="values that are NaN or infinite"):
-        validate_updates([("a", pack(payload, generator(0)))], server)
+        validate_updates([("a", pack(payload, keyed_generator(0)))], server)
 
 
 def test_a_change_of_the_wrong_shape_or_name_is_dropped() -> None:
@@ -308,15 +308,15 @@ def test_a_change_of_the_wrong_shape_or_name_is_dropped() -> None:
     ):
         payload = replace(update(tensors), codec="int8", basis=basis_hash(state.shared))
         with pytest.raises(Exception, match=said):
-            validate_updates([("a", pack(payload, generator(0)))], server)
+            validate_updates([("a", pack(payload, keyed_generator(0)))], server)
 
 
 def test_a_torn_or_flipped_change_never_crashes_the_server() -> None:
     method, state = start("fed-sb")
     payload = replace(update(to_arrays(state.tensors)), codec="int4", basis=basis_hash(state.shared))
-    data = pack(payload, generator(0))
+    data = pack(payload, keyed_generator(0))
     server = rules(method, state, ServerConfig(codec="int4"), "run", {})
-    draw = generator(0, "flips")
+    draw = keyed_generator(0, "flips")
     for _ in range(300):
         harmed = bytearray(data)
         for position in draw.integers(0, len(data), 3):
@@ -331,7 +331,7 @@ def test_a_torn_or_flipped_change_never_crashes_the_server() -> None:
 def good_update(method: Method, state: State) -> bytes:
     tensors = to_arrays({key: torch.full_like(x, 0.1) for key, x in state.tensors.items()})
     payload = replace(update(tensors, client="b"), codec="int4", basis=basis_hash(state.shared))
-    return pack(payload, generator(0))
+    return pack(payload, keyed_generator(0))
 
 
 # --- that it matters ---
@@ -346,7 +346,7 @@ def distance(codec: Codec, feedback: bool, rounds: int = 200) -> float:
     wire, (method, state) = link(codec), start("fed-sb", rank=16)
     R = f"{LAYER}.R"
     targets = {
-        client: torch.from_numpy(generator(1, client).standard_normal((1, 16, 16)).astype(np.float32))
+        client: torch.from_numpy(keyed_generator(1, client).standard_normal((1, 16, 16)).astype(np.float32))
         for client in CLIENTS
     }
     optimum = torch.stack(list(targets.values())).mean(0)

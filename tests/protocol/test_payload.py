@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from fedsb.protocol.codec import CODECS, Codec, payload_bytes
+from fedsb.protocol.codec import CODECS, payload_bytes
+from fedsb.config.training import Codec
 from fedsb.protocol.payload import LAYOUT_LIMIT, VERSION, Payload, PayloadError, pack, unpack
-from fedsb.utils.rng import generator
+from fedsb.utils.rng import keyed_generator
 
 HEADER: dict[str, Any] = {
     "version": VERSION,
@@ -214,7 +215,7 @@ LOSSY: tuple[Codec, ...] = ("bfloat16", "int8", "int4")
 
 
 def coded(codec: Codec) -> bytes:
-    draw = generator(0, "values")
+    draw = keyed_generator(0, "values")
     tensors = {
         "a.R": draw.standard_normal((2, 5, 7)).astype(np.float32),
         "b.rank": np.array([3], np.float32),
@@ -222,7 +223,7 @@ def coded(codec: Codec) -> bytes:
         "d.empty": np.zeros((0, 4), np.float32),
         "e.scalar": np.array(-0.1, np.float32),
     }
-    return pack(Payload(kind="update", run="r", round=0, codec=codec, tensors=tensors), generator(0, "codec"))
+    return pack(Payload(kind="update", run="r", round=0, codec=codec, tensors=tensors), keyed_generator(0, "codec"))
 
 
 @pytest.mark.parametrize("codec", CODECS)

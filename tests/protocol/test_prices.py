@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from fedsb.adapters.adapted import AdaptedModel, find_targets
-from fedsb.config.schema import BasisConfig
+from fedsb.adapters.adapted import AdaptedModel
+from fedsb.models.layers import find_targets
+from fedsb.config.training import BasisConfig
 from fedsb.methods.base import Method
 from fedsb.methods.central import Central
 from fedsb.methods.fed_sb import FedSB

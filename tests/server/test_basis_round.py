@@ -18,8 +18,7 @@ from fedsb.training import gradients as federation_gradients
 from fedsb.training.basis import draw_samples
 from fedsb.training.gradients import captured_share, core_gradients
 from fedsb.utils.errors import ConfigError, UserError
-from fedsb.utils.rng import generator
-from support.server import added, dense_gradients, open_engine
+from fedsb.utils.rng import keyed_generator
 
 SQUARE = "bert.encoder.layer.0.attention.self.query"  # 32 x 32
 WIDE = "bert.encoder.layer.0.intermediate.dense"  # 48 x 32
@@ -170,9 +169,9 @@ def test_update_looks_at_the_public_rows_alone(tiny_config: dict[str, Any], tabl
     engine, basis, sent = built(
         set_all(tiny_config, train={**tiny_config["train"], "optimizer": "sgd"}), eta=1.0, **public
     )
-    drawn = sorted(generator(0, "basis rows").permutation(40)[:5].tolist())
-    G = dense_gradients(server, [server.data.test[i] for i in drawn])
-    for layer in server.trainer.shapes:
+    drawn = sorted(keyed_generator(0, "basis rows").permutation(40)[:5].tolist())
+    G = dense_gradients(engine, [engine.data.test[i] for i in drawn])
+    for layer in engine.shapes:
         U, S, V = truncated_svd(-G[layer] / 5, 4)
         close(basis.B[layer] @ basis.R0[layer].diag() @ basis.A[layer], U * S @ V.T, atol=1e-3)
     assert {each.direction for each in sent} == {"down"}

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 from fedsb.server.rounds import play
-from fedsb.server.types import SUM
+from fedsb.protocol.secure_sum import SUM
 
 from conftest import set_all
 from fedsb.config.load import load_config
-from fedsb.methods import method_types
+from fedsb.config.registry import method_types
 from fedsb.methods.averaging import ServerOptimizer
 from fedsb.methods.base import Method
 from fedsb.privacy import policy as setup
@@ -23,7 +23,7 @@ from fedsb.privacy.noise import SeededNoise
 from fedsb.protocol.secure_sum import noise_share
 from fedsb.reporting.run_directory import read_manifest, read_rows
 from fedsb.runs.run import federate, resume
-from fedsb.secagg.protocol import SumPlan
+from fedsb.secagg.messages import SumPlan
 from fedsb.utils.errors import RunError, UserError
 from support.server import open_engine, started
 

@@ -287,14 +287,16 @@ def test_metrics_are_lines_that_prometheus_reads(coordinator: Path, site: Path) 
         assert len(names) == len(set(names))
     text = metrics.exposition(state_of(coordinator, NOW))
     for line in (
-        "fedsb_round 3",
-        "fedsb_rounds_planned 5",
-        'fedsb_bytes_total{site="b",direction="up"} 200',
-        'fedsb_site_dropped_total{site="b"} 1',
-        'fedsb_site_up{site="b"} 0',
+        "fedsb_round 3.0",
+        "fedsb_rounds_planned 5.0",
+        'fedsb_bytes_total{direction="up",site="b"} 200.0',
+        'fedsb_site_dropped_total{site="b"} 1.0',
+        'fedsb_site_up{site="b"} 0.0',
     ):
         assert line in text.splitlines()
-    assert metrics._braces({"name": 'a"b\\c\nd'}) == r'{name="a\"b\\c\nd"}'
+    state = state_of(coordinator, NOW)
+    state["run"]["name"] = 'a"b\\c\nd'
+    assert r'name="a\"b\\c\nd"' in metrics.exposition(state)
 
 
 @pytest.fixture

@@ -14,7 +14,8 @@ from transformers.models.bert.modeling_bert import BertIntermediate
 from conftest import WORDS, _save, set_all
 from fedsb.config.load import load_config
 from fedsb.server.server import Server
-from fedsb.training.joint import ClientTraining, Dropout, train_together
+from fedsb.training.joint import ClientTraining, train_together
+from fedsb.training.dropout import Dropout
 from fedsb.training.resolved import local_training
 from fedsb.utils.errors import RunError, UserError
 from support.server import members_of, open_engine, started
@@ -245,9 +246,7 @@ def test_a_model_whose_rows_cannot_be_routed_trains_one_client_at_a_time(
     assert reason.startswith("auto: Layer 'bert.encoder.layer.0.intermediate.dense' sees")
     (reply,) = engine.train(server.method, state, [server.clients[0].name], {}).each
     assert not reply.kept
-    with pytest.raises(
-        UserError, match=r"engine.clients_per_forward = 2: Layer 'bert.*engine.clients_per_forward = 1"
-    ):
+    with pytest.raises(UserError, match=r"engine.clients_per_forward = 2: Layer 'bert.*engine.clients_per_forward = 1"):
         open_engine(set_all(tiny_config, engine={"clients_per_forward": 2}))
     assert choice(open_engine(set_all(tiny_config, engine={"clients_per_forward": 1}))) == (1, "as asked")
 

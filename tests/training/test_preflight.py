@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 from conftest import set_all
-from fedsb.adapters.adapted import AdaptedModel, find_targets, left_out
+from fedsb.adapters.adapted import AdaptedModel
+from fedsb.models.layers import find_targets, left_out
 from fedsb.config.load import load_config
 from fedsb.config.schema import method_of
-from fedsb.data.tasks import Task
+from fedsb.data.tasks.base import Task
 from fedsb.privacy.ledger import read_ledger
 from fedsb.runs.run import federate
 from fedsb.server.server import Server

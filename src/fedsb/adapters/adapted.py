@@ -6,146 +6,22 @@ frozen and in memory once; `load` puts in the tensors of one client or of severa
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import regex
 import torch
 from torch import Tensor, nn
 
 from fedsb.adapters.core import CoreLinear
 from fedsb.adapters.factors import FactorLinear
-from fedsb.adapters.layer import (
-    AdaptedLinear,
-    HeadLinear,
-    Routing,
-    base_weight,
-    is_linear,
-    linear_shape,
-    reads_weight,
-)
-from fedsb.utils.errors import UserError, did_you_mean
+from fedsb.adapters.layer import AdaptedLinear, HeadLinear, Routing
+from fedsb.models.layers import base_weight, block_layers, find_targets, kinds, left_out, linear_shape
+from fedsb.utils.errors import UserError
+from fedsb.utils.tensors import Shapes, Tensors
 
-Shapes = dict[str, tuple[int, int]]
-Tensors = dict[str, Tensor]
-PATTERN_SECONDS = 1.0  # of matching a regular expression with one layer's name
+__all__ = ["AdaptedModel", "Shapes", "Tensors", "block_layers", "find_targets", "head_linears", "kinds", "left_out"]
 
 LAYERS: dict[str, type[AdaptedLinear]] = {"core": CoreLinear, "factors": FactorLinear}
-
-
-def find_targets(model: nn.Module, targets: str | Sequence[str] = "blocks", head: Sequence[str] = ()) -> list[str]:
-    """Returns the names of the layers to adapt, in the model's order.
-
-    `targets` is "blocks" (the default: every linear layer of the language model's blocks but those that `left_out`
-    names), a regular expression that a layer's whole name must match, or a list of name endings such as
-    ["query", "value"]. Embeddings, the output embedding and the head are never adapted. Raises UserError with the list
-    of layers where nothing matches.
-    """
-    linear = _linear_layers(model, head)
-    if targets == "blocks":
-        chosen = block_layers(model, head)
-    elif isinstance(targets, str):
-        try:
-            pattern = regex.compile(targets)
-            chosen = [name for name in linear if pattern.fullmatch(name, timeout=PATTERN_SECONDS)]
-        except regex.error as error:
-            raise UserError(f"model.target_modules = {targets!r} is not a regular expression: {error}") from error
-        except TimeoutError as error:  # as of nested repeats, which a coordinator may send
-            raise UserError(f"model.target_modules = {targets!r} takes too long to match: write it simpler") from error
-    else:
-        endings = {part: [name for name in linear if name == part or name.endswith("." + part)] for part in targets}
-        for part, names in endings.items():
-            if not names:
-                raise UserError(
-                    f"model.target_modules: no linear layer is called {part!r}; {did_you_mean(part, kinds(linear))}"
-                )
-        chosen = [name for name in linear if any(name in names for names in endings.values())]
-    if not linear:
-        raise UserError(
-            f"{type(model).__name__} has no linear layers that can be adapted: its layers are of other kinds. Take "
-            "another model"
-        )
-    if not chosen:
-        raise UserError(
-            f"model.target_modules = {targets!r} matches no linear layer. There are: {', '.join(kinds(linear))}"
-        )
-    return chosen
-
-
-def block_layers(model: nn.Module, head: Sequence[str] = ()) -> list[str]:
-    """Returns the linear layers that "blocks" adapts; none in a model whose blocks have other kinds of layers."""
-    without = left_out(model, head)
-    return [name for name in _linear_layers(model, head) if re.search(r"\.\d+\.", name) and name not in without]
-
-
-def _linear_layers(model: nn.Module, head: Sequence[str]) -> list[str]:
-    output = getattr(model, "get_output_embeddings", lambda: None)()
-    return [
-        name
-        for name, module in model.named_modules()
-        if is_linear(module) and module is not output and not any(is_inside(name, part) for part in head)
-    ]
-
-
-# What PEFT refuses to adapt in these models, whose fused kernels read the weight (peft.tuners.tuners_utils).
-STATE_SPACE_MODELS = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
-ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)(\.|$)")
-
-
-def left_out(model: nn.Module, head: Sequence[str] = ()) -> dict[str, str]:
-    """Returns the weights of the blocks that "blocks" does not adapt, each with its reason.
-
-    Keys are names of linear layers and, for experts that are stored as one 3-D tensor, of parameters.
-    """
-    config = getattr(model, "config", None)
-    text = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else None
-    facts = text.to_dict() if text is not None else {}
-    experts = any("expert" in key and type(value) is int and value > 1 for key, value in facts.items())
-    towers = other_towers(model)
-    found: dict[str, str] = {}
-    for name in _linear_layers(model, head):
-        own = name.rpartition(".")[2]
-        if not re.search(r"\.\d+\.", name):
-            continue
-        if any(is_inside(name, tower) for tower in towers):
-            found[name] = "text does not reach it"
-        elif experts and ROUTER.search(name):
-            found[name] = "it routes tokens to experts"
-        elif min(linear_shape(model.get_submodule(name))) == 1:
-            found[name] = "it has one input or one output"
-        elif reads_weight(model, name):
-            found[name] = "the model reads its weight without calling it, at least in some of its kernels"
-        elif own == "out_proj" and facts.get("model_type") in STATE_SPACE_MODELS:
-            found[name] = "PEFT cannot adapt it in this model"
-    found |= {
-        name: "its experts are one 3-D tensor, not linear layers"
-        for name, p in model.named_parameters()
-        if p.dim() == 3 and "expert" in name and re.search(r"\.\d+\.", name)
-    }
-    return found
-
-
-def other_towers(model: nn.Module) -> list[str]:
-    """The modules that see or hear in a model of several senses, as Gemma 3's vision tower: text never reaches them."""
-    config = getattr(model, "config", None)
-    senses = [getattr(config, f"{sense}_config", None) for sense in ("vision", "audio")]
-    there = [sense for sense in senses if sense is not None]
-    found: list[str] = []
-    for name, module in model.named_modules():
-        seen = any(getattr(module, "config", None) is sense for sense in there)
-        if name and seen and not any(is_inside(name, tower) for tower in found):
-            found.append(name)
-    return found
-
-
-def kinds(names: Sequence[str]) -> list[str]:
-    """Layer names without what differs from block to block: 'attention.self.query', 'output.dense', ..."""
-    return sorted({re.split(r"\.\d+\.", name)[-1] for name in names})
-
-
-def is_inside(name: str, module: str) -> bool:
-    return name == module or name.startswith(module + ".")
 
 
 class AdaptedModel:

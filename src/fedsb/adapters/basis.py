@@ -29,7 +29,7 @@ from torch import Tensor
 
 from fedsb.adapters.residual import is_residual
 from fedsb.utils.errors import UserError
-from fedsb.utils.rng import generator
+from fedsb.utils.rng import keyed_generator
 
 Pair = tuple[Tensor, Tensor]  # A (k, n), B (m, k)
 EXACT_SIZE = 1024  # min(m, n) up to which the full SVD of W0 is computed
@@ -131,7 +131,7 @@ def check_rank(
 
 def random_pair(m: int, n: int, total_rank: int, seed: int, layer: str, round: int = 0) -> Pair:
     """Returns A and B of `random`, from a Gaussian keyed by (seed, layer, round), in float64 on the CPU."""
-    draw = generator(seed, "random basis", layer, *([round] if round else []))
+    draw = keyed_generator(seed, "random basis", layer, *([round] if round else []))
     B = np.linalg.qr(draw.standard_normal((m, total_rank)))[0]
     A = np.linalg.qr(draw.standard_normal((n, total_rank)))[0].T
     B *= _signs(B, axis=0)
@@ -211,7 +211,7 @@ def truncated_svd(M: Tensor, rank: int, oversample: int = 16, iterations: int = 
     if width * 4 >= min(m, n):
         U, S, V = svd(M)
         return U[:, :rank], S[:rank], V[:, :rank]
-    sketch = torch.from_numpy(generator(0, "sketch", m, n).standard_normal((n, width))).to(M)
+    sketch = torch.from_numpy(keyed_generator(0, "sketch", m, n).standard_normal((n, width))).to(M)
     Q = torch.linalg.qr(M @ sketch)[0]
     for _ in range(iterations):
         Q = torch.linalg.qr(M @ torch.linalg.qr(M.mT @ Q)[0])[0]

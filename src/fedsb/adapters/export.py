@@ -20,9 +20,9 @@ from typing import Any
 from safetensors.torch import save
 from torch.nn.functional import pad
 
-from fedsb.adapters.adapted import Tensors
 from fedsb.adapters.factors import Factors
-from fedsb.adapters.layer import is_conv1d
+from fedsb.adapters.residual import Tensors
+from fedsb.models.layers import is_conv1d
 
 OLD_PEFT_KEYS = frozenset(  # fields of LoraConfig in PEFT 0.13, which refuses a config with other fields
     (

@@ -11,9 +11,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from fedsb.adapters.adapted import Tensors
 from fedsb.adapters.export import BaseModelInfo, lora_files
 from fedsb.adapters.factors import Factors
+from fedsb.adapters.residual import Tensors
 from fedsb.utils.errors import RunError, UserError
 
 TOLERANCE = 1e-5  # relative to the largest entry of a layer's change, in float32

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsb.adapters.layer import AdaptedLinear, Routing, length
-from fedsb.utils.rng import generator
+from fedsb.utils.rng import keyed_generator
 
 
 def factor_forward(
@@ -79,7 +79,9 @@ def factor_start(shapes: Mapping[str, tuple[int, int]], rank: int, seed: int, ro
     tensors: dict[str, Tensor] = {}
     for layer, (m, n) in shapes.items():
         bound = n**-0.5
-        draw = generator(seed, "lora A", layer, *([round] if round else [])).uniform(-bound, bound, size=(rank, n))
+        draw = keyed_generator(seed, "lora A", layer, *([round] if round else [])).uniform(
+            -bound, bound, size=(rank, n)
+        )
         tensors[f"{layer}.A"] = torch.from_numpy(draw).float()
         tensors[f"{layer}.B"] = torch.zeros(m, rank)
     return tensors

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedsb.adapters.layer import linear_shape
+from fedsb.models.layers import linear_shape
 from fedsb.utils.errors import RunError
 
 FLOAT32_BYTES = 4

@@ -7,15 +7,13 @@ layer with a different input (a mixture of experts, packed rows) raises `Routing
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fedsb.adapters.residual import RESIDUAL
+from fedsb.models.layers import linear_shape
 from fedsb.utils.errors import RunError
 
 
@@ -137,72 +135,3 @@ def check_rows(x: Tensor, routing: Routing, key: str) -> None:
             f"Layer {key!r} receives {x.shape[0]} rows, and the batch has {routing.rows}, so its rows cannot be "
             "assigned to their clients or examples. Train one client at a time: engine.clients_per_forward = 1."
         )
-
-
-def base_weight(base: nn.Module) -> Tensor:
-    """Returns W0 (m, n), detached, for every kind of layer. GPT-2's Conv1D stores the transpose.
-
-    For a quantised layer, the result is a new, dequantised float32 matrix.
-    """
-    weight = base.weight
-    assert isinstance(weight, Tensor)
-    kind = type(weight).__name__
-    if kind in ("Params4bit", "Int8Params"):
-        return _dequantised(base, kind)
-    return weight.detach().T if is_conv1d(base) else weight.detach()
-
-
-def _dequantised(base: nn.Module, kind: str) -> Tensor:
-    """Returns W0 (m, n) of a bitsandbytes layer, in float32."""
-    from bitsandbytes import functional
-
-    weight: Any = base.weight
-    if kind == "Params4bit":
-        W0: Tensor = functional.dequantize_4bit(weight.data, weight.quant_state)
-    else:
-        state: Any = base.state
-        W0 = functional.int8_vectorwise_dequant(weight.data, weight.SCB if state.SCB is None else state.SCB)
-    return W0.detach().float()
-
-
-def linear_shape(base: nn.Module) -> tuple[int, int]:
-    """Returns (m, n) = (out, in) of a linear layer."""
-    if is_conv1d(base):
-        n, m = base.weight.shape  # type: ignore[misc]
-        return int(m), int(n)
-    return int(base.out_features), int(base.in_features)  # type: ignore[arg-type]
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Returns whether the layer is GPT-2's Conv1D, which stores its weight transposed."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Returns whether the layer maps (..., n) to (..., m) with one weight: nn.Linear, a subclass, or GPT-2's Conv1D.
-
-    A subclass with its own forward is called with one row: Falcon's passes, a router that returns a tuple does not.
-    """
-    if not isinstance(module, nn.Linear):
-        return is_conv1d(module)
-    kind = type(module)
-    if kind.forward is nn.Linear.forward or not kind.__module__.startswith("transformers."):
-        return True
-    weight = module.weight
-    try:
-        with torch.no_grad():
-            y = module(torch.zeros(1, module.in_features, dtype=weight.dtype, device=weight.device))
-    except (RuntimeError, ValueError, IndexError, TypeError):
-        return False
-    return isinstance(y, Tensor) and y.shape == (1, module.out_features)
-
-
-def reads_weight(model: nn.Module, name: str) -> bool:
-    """Returns whether the model computes with the weight of this layer without calling the layer.
-
-    The state-space mixers of Mamba and similar models do this with dt_proj, and some fused kernels with x_proj and
-    out_proj. PEFT refuses out_proj in these models. An adapter on such a layer has no effect until it is merged.
-    """
-    parent, _, child = name.removesuffix(".base_layer").rpartition(".")
-    mixer = model.get_submodule(parent)
-    return hasattr(mixer, "A_log") and f"self.{child}.weight" in inspect.getsource(type(mixer))

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from fedsb.adapters.core import core_left
 from fedsb.adapters.export import lora_targets
-from fedsb.adapters.layer import is_conv1d
 from fedsb.adapters.peft_config import LoraSBConfig
 from fedsb.adapters.peft_layer import adapter_layers
+from fedsb.models.layers import is_conv1d
 from fedsb.utils.errors import RunError, UserError, did_you_mean
 
 

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from fedsb.adapters.basis import random_pair, weight_pair
 from fedsb.adapters.core import core_delta, core_forward
-from fedsb.adapters.layer import is_conv1d, linear_shape
 from fedsb.adapters.peft_config import LoraSBConfig
+from fedsb.models.layers import is_conv1d, linear_shape
 from fedsb.utils.errors import UserError
 
 

@@ -27,11 +27,10 @@ from peft.utils import (
 )
 from torch import Tensor, nn
 
-from fedsb.adapters.adapted import find_targets
 from fedsb.adapters.basis import check_rank
-from fedsb.adapters.layer import is_linear, linear_shape, reads_weight
 from fedsb.adapters.peft_config import LoraSBConfig
 from fedsb.adapters.peft_layer import LoraSBLinear
+from fedsb.models.layers import find_targets, is_linear, linear_shape, reads_weight
 from fedsb.utils.errors import UserError
 
 __all__ = ["LoraSBConfig", "LoraSBLinear", "LoraSBModel"]

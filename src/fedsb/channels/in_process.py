@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from fedsb.adapters.adapted import Tensors
+from fedsb.adapters.residual import Tensors
 from fedsb.client.memo import Memo
 from fedsb.client.round import ClientView
 from fedsb.client.session import LocalRound, PreparedClient, StartedClient
 from fedsb.client.store import MemoryStore
 from fedsb.config.resolved import ResolvedSetting
 from fedsb.config.schema import Config
-from fedsb.data.sites import Site, open_data
+from fedsb.data.clients import ClientData, open_data
 from fedsb.methods.base import Method, State
 from fedsb.models.load import load_tokenizer
 from fedsb.privacy.policy import PrivacyPolicy, refuse_what_would_leak
@@ -42,12 +42,12 @@ def open_in_process(config: Config, method: Method, run: str) -> OpenedFederatio
     tokenizer = load_tokenizer(config.model)
     data = open_data(config, tokenizer)
     pooled = method.spec.pools_data
-    local = local_training(config, clients=len(data.taking_part) if pooled else 1)
+    local = local_training(config, clients=len(data.participants) if pooled else 1)
     trainer = Trainer(config, method, tokenizer, data.task, local)
     trainer.check_rows(data.test)
-    for site in data.sites:
+    for site in data.clients:
         trainer.check_rows([*site.train, *site.held_out])
-    clients = [data.pooled()] if pooled else data.taking_part
+    clients = [data.pooled()] if pooled else data.participants
     together, reason = _clients_per_forward(config, method, trainer, clients)
     channel = InProcessChannel(run, clients, trainer, together)
     setting = ResolvedSetting(key="engine.clients_per_forward", value=together, reason=reason)
@@ -67,7 +67,7 @@ class InProcessChannel:
 
     spec = ChannelSpec(name="in_process", holds_rows=True)
 
-    def __init__(self, run: str, clients: Sequence[Site], trainer: Trainer, together: int) -> None:
+    def __init__(self, run: str, clients: Sequence[ClientData], trainer: Trainer, together: int) -> None:
         memo = Memo()
         self._prepared = {
             client.name: PreparedClient(run=run, data=client, trainer=trainer, memo=memo) for client in clients
@@ -154,12 +154,14 @@ class InProcessChannel:
     def _finish(self, name: str, request: Finish) -> FinishReply:
         client = self._started[name]
         held_out, score = client.data.held_out, None
-        if held_out and client.policy.shows("scores"):
+        if held_out and client.policy.may_release("scores"):
             score = self._trainer.evaluate(client.final_tensors(unpack(request.payload)), held_out).value
         return FinishReply(score=score, held_out=len(held_out))
 
 
-def _clients_per_forward(config: Config, method: Method, trainer: Trainer, clients: Sequence[Site]) -> tuple[int, str]:
+def _clients_per_forward(
+    config: Config, method: Method, trainer: Trainer, clients: Sequence[ClientData]
+) -> tuple[int, str]:
     """Returns (clients in one forward, reason). A model whose rows cannot share a forward gets 1.
 
     Raises UserError where more were asked for.

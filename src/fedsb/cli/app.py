@@ -287,8 +287,9 @@ def predict(
     """Predict rows with a run's adapter, loaded by PEFT. Classes with probabilities, numbers, or written answers."""
     from fedsb.models.hub import stay_offline_without_network
     from fedsb.reporting.terminal import print_predictions
-    from fedsb.runs.predictions import json_lines, refuse_output, write_predictions
     from fedsb.runs.predictions import predict as predict_rows
+    from fedsb.runs.predictions import refuse_output, write_predictions
+    from fedsb.utils.files import json_lines
 
     stay_offline_without_network()
     if out is not None:
@@ -301,7 +302,7 @@ def predict(
         else:
             typer.echo(f"{len(rows):,} predictions written to {out}")
     elif as_json:
-        typer.echo(json_lines(rows), nl=False)
+        typer.echo(json_lines(rows, default=str).decode(), nl=False)
     else:
         print_predictions(rows)
 

@@ -83,7 +83,8 @@ def tasks() -> list[dict[str, Any]]:
 
 def settings() -> list[dict[str, Any]]:
     """Returns every key of a TOML, in the order of its sections: its values, its default, and what it does."""
-    from fedsb.config.schema import Config, Section
+    from fedsb.config.schema import Config
+    from fedsb.config.section import Section
 
     rows = []
     for name, field in Config.model_fields.items():

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from fedsb.adapters.adapted import Shapes, Tensors
+from fedsb.adapters.residual import Tensors
 from fedsb.utils.errors import RefusalError
+from fedsb.utils.tensors import Shapes
 
 LARGEST = 1e6  # of the values that a client receives
 ORTHONORMAL = 1e-3  # by which the entries of A A' and B'B may differ from those of the identity

@@ -28,12 +28,12 @@ from fedsb.client.session import DescribedClient, PreparedClient, StartedClient
 from fedsb.client.store import DiskStore
 from fedsb.config.load import load_config
 from fedsb.config.schema import Config
-from fedsb.data.sites import elsewhere, load_own, open_task_of
+from fedsb.data.clients import build_task
+from fedsb.data.tables import load_client_table
 from fedsb.models.load import load_tokenizer, tokenizer_fingerprint
 from fedsb.privacy.accounting import Release
 from fedsb.privacy.ledger import read_ledger
-from fedsb.privacy.policy import build_privacy_policy
-from fedsb.privacy.statement import spent
+from fedsb.privacy.statement import epsilon_spent
 from fedsb.protocol.messages import (
     Describe,
     DescribeReply,
@@ -51,7 +51,7 @@ from fedsb.protocol.messages import (
     read_request,
 )
 from fedsb.protocol.payload import unpack
-from fedsb.protocol.requirements import open_secure_sums
+from fedsb.protocol.requirements import open_secure_sums, privacy_policy_of
 from fedsb.secagg.messages import SumError
 from fedsb.training.export import write_adapters
 from fedsb.utils.environment import versions
@@ -159,7 +159,7 @@ class SiteHandler:
         """
         client = self._started(request)
         held_out, folder = client.data.held_out, self._folder(request.run)
-        tells = self.settings.allow.tells and client.policy.shows("scores")
+        tells = self.settings.allow.tells and client.policy.may_release("scores")
         tensors = client.final_tensors(unpack(request.payload))
         score = client.trainer.evaluate(tensors, held_out).value if held_out and tells else None
         probes = client.data.train[:4] if tells else []
@@ -178,9 +178,9 @@ class SiteHandler:
         own = {"name": settings.model or config.model.name, "device": settings.device}
         config = config.model_copy(update={"model": config.model.model_copy(update=own)})
         tokenizer = load_tokenizer(config.model)
-        task = open_task_of(config, tokenizer)
+        task = build_task(config, tokenizer)
         refuse_columns(settings, task.needs)
-        table = load_own(
+        table = load_client_table(
             config,
             task,
             settings.data,
@@ -206,8 +206,7 @@ class SiteHandler:
         config, method, name = prepared.trainer.config, prepared.trainer.method, self.identity.name
         store, cap = DiskStore(self._folder(prepared.run)), None
         new = store.view(store.start_round) is None
-        clients = [elsewhere(other, count) for other, count in rows.items()]
-        policy = build_privacy_policy(config, method, clients, prepared.trainer.local)
+        policy = privacy_policy_of(config, method, rows, prepared.trainer.local)
         if policy.unit == "example" and name in policy.plans:
             policy.plans = {name: policy.plans[name]}
             cap = cap_of(self.settings.allow, policy.plans[name], self._released_before(prepared.run))
@@ -316,7 +315,7 @@ class SiteHandler:
         refuse_payload(self.settings.allow, payload, len(reply.payload))
         client = self.client
         example = isinstance(client, StartedClient) and client.policy.unit == "example"
-        epsilon = spent(client.policy) if example and isinstance(client, StartedClient) else None
+        epsilon = epsilon_spent(client.policy) if example and isinstance(client, StartedClient) else None
         self.outbox.note(what, reply.payload, payload, run=run, epsilon=epsilon)
         return data
 

@@ -11,9 +11,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError
 
-from fedsb.config.load import explain
-from fedsb.config.schema import Config, Count, Positive, Rate, Section
-from fedsb.data.sources import FileFormat
+from fedsb.config.faults import explain
+from fedsb.config.schema import Config
+from fedsb.config.section import Count, Positive, Rate, Section
+from fedsb.data.readers import FileFormat
 from fedsb.methods.base import Method
 from fedsb.privacy.accounting import Release, epsilon
 from fedsb.privacy.mechanism import Cap

@@ -17,17 +17,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from fedsb.adapters.adapted import Tensors
 from fedsb.adapters.basis import Basis
+from fedsb.adapters.residual import Tensors
 from fedsb.client.checks import refuse_basis, refuse_values
 from fedsb.client.memo import Memo
 from fedsb.client.round import ClientRound, ClientView
 from fedsb.client.secure_sum import SecAggSession
 from fedsb.client.store import ClientStore, StoredRound
 from fedsb.config.schema import Config
-from fedsb.data.sites import Site, open_own
-from fedsb.data.sources import Table
-from fedsb.data.tasks.base import Task, Tokenizer
+from fedsb.data.clients import ClientData, prepare_client_data
+from fedsb.data.rows import Table
+from fedsb.data.tasks.base import Task
+from fedsb.data.tasks.tokens import Tokenizer
 from fedsb.methods.base import Method, State
 from fedsb.privacy.policy import PrivacyPolicy
 from fedsb.protocol.compressor import build_compressor
@@ -79,7 +80,7 @@ class DescribedClient:
         if class_names is not None and len(class_names) != len(label_names):
             raise RefusalError(f"The coordinator sends {len(class_names)} names for {len(label_names)} classes.")
         self.task.take_classes({"label_names": label_names, "class_names": class_names})
-        data, cut, unused = open_own(self.config, self.task, self.name, self.table)
+        data, cut, unused = prepare_client_data(self.config, self.task, self.name, self.table)
         trainer = Trainer(self.config, self.method, self.tokenizer, self.task)
         trainer.check_rows([*data.train, *data.held_out])
         return PreparedClient(run=self.run, data=data, trainer=trainer, memo=Memo(), cut=cut, unused=unused)
@@ -90,7 +91,7 @@ class PreparedClient:
     """A client whose rows are tokenised and whose base model is loaded."""
 
     run: str
-    data: Site
+    data: ClientData
     trainer: Trainer
     memo: Memo
     cut: int = 0
@@ -145,7 +146,7 @@ class StartedClient:
     """A client in a run whose policy is in force."""
 
     run: str
-    data: Site
+    data: ClientData
     trainer: Trainer
     memo: Memo
     all_rows: int
@@ -197,7 +198,7 @@ class StartedClient:
             raise RefusalError(f"basis.kind = {config.basis.kind!r} reads no row of a client.")
         if (stored := self.store.basis_gradient(round)) is not None:
             return BasisGradientReply(rows=stored[1], parts=(stored[0],))
-        mechanisms = self.policy.of_rows()
+        mechanisms = self.policy.row_mechanisms()
         own, rows = core_sums(
             config.basis,
             self.trainer.adapted,
@@ -308,7 +309,7 @@ class StartedClient:
         shared = begun.shared
         method, name = shared.method, self.data.name
         sent, own = method.upload(begun.training.tensors, trained.tensors, shared.round)
-        sent = self.policy.bounded(sent, shared.baseline)
+        sent = self.policy.clip_update(sent, shared.baseline)
         vector = shared.layout.flatten(sent).numpy()
         payload = Payload(
             kind="update",
@@ -353,8 +354,8 @@ class StartedClient:
 
     def _reply(self, begun: LocalRound, done: StoredRound) -> TrainReply:
         self.check_upload(unpack(done.payload), len(done.payload))
-        loss = done.loss if self.policy.shows("loss") else None
-        score = done.score if self.policy.shows("scores") else None
+        loss = done.loss if self.policy.may_release("loss") else None
+        score = done.score if self.policy.may_release("scores") else None
         if self.secagg is None:
             return TrainReply(loss=loss, score=score, parts=(done.payload,))
         assert done.change is not None

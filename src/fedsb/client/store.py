@@ -28,7 +28,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load, save
 
-from fedsb.adapters.adapted import Tensors
+from fedsb.adapters.residual import Tensors
 from fedsb.client.round import ClientRound, ClientView
 from fedsb.protocol.tensors import under, within
 from fedsb.secagg.fixed_point import Floats, Ring

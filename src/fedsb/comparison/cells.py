@@ -10,7 +10,6 @@ setting that fedsb did not have when a cell was kept counts as its default.
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import functools
 import hashlib
 import json
@@ -27,13 +26,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import tomli_w
+
 from fedsb.comparison.contenders import dotted
-from fedsb.config.load import load_config, set_key
+from fedsb.config.load import load_config
+from fedsb.config.nested import set_key
 from fedsb.models.load import choose_device
 from fedsb.reporting.report import summary
 from fedsb.reporting.run_directory import read_manifest, read_result, read_rows
 from fedsb.utils.errors import ConfigError, RunError, UserError
-from fedsb.utils.files import disk_errors, write_atomic
+from fedsb.utils.files import disk_errors, lock, write_atomic
 
 PATHS = ("data.train", "data.test", "basis.data", "model.name")  # settings that may name a file or a folder
 DIVERGED = re.compile(r"became (nan|-?inf)\b|NaN or infinite")  # how a client, or the server, says it of a run's end
@@ -170,12 +172,9 @@ class Results:
         """Raises UserError where another process holds the folder, or cells.json cannot be read."""
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            held = os.open(folder, os.O_RDONLY)  # the folder is its own lock, which the system lets go with us
+            held = os.open(folder, os.O_RDONLY)
         try:
-            try:
-                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(f"{folder} is in use by another fedsb process; wait for it, or end it") from error
+            lock(held, f"{folder} is in use by another fedsb process. Wait for it, or stop it.")
             yield cls(folder)
         finally:
             os.close(held)
@@ -199,14 +198,12 @@ class Results:
 
 
 def to_toml(settings: Mapping[str, Any]) -> str:
-    """A line a dotted key; what is None is left out, since None is the default wherever it is allowed."""
-
-    def text(value: Any) -> str:
-        if isinstance(value, Mapping):
-            return "{" + ", ".join(f"{json.dumps(key)} = {text(each)}" for key, each in value.items()) + "}"
-        return f"[{', '.join(map(text, value))}]" if isinstance(value, list) else json.dumps(value, ensure_ascii=False)
-
-    return "".join(f"{key} = {text(value)}\n" for key, value in settings.items() if value is not None)
+    """Returns settings with dotted keys as TOML. None is left out: it is the default wherever it is allowed."""
+    nested: dict[str, Any] = {}
+    for key, value in settings.items():
+        if value is not None:
+            nested = set_key(nested, key, value)
+    return tomli_w.dumps(nested)
 
 
 def fingerprint(path: str) -> str:

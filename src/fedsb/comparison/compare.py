@@ -24,7 +24,8 @@ from fedsb.comparison.page import write_page
 from fedsb.comparison.search import best_rate, next_rate, start_rate
 from fedsb.comparison.spent import ahead, together
 from fedsb.comparison.table import markdown
-from fedsb.config.load import ResolvedConfig, difference
+from fedsb.config.load import ResolvedConfig
+from fedsb.config.nested import difference
 from fedsb.config.schema import CompareConfig, Config
 from fedsb.data.tasks import TASKS
 from fedsb.models.load import choose_device

@@ -17,8 +17,10 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fedsb.config.load import ResolvedConfig, load_config, set_key, unused_settings
-from fedsb.config.schema import CompareConfig, Config, TaskConfig
+from fedsb.config.inputs import TaskConfig
+from fedsb.config.load import ResolvedConfig, load_config, unused_settings
+from fedsb.config.nested import set_key
+from fedsb.config.schema import CompareConfig, Config
 from fedsb.methods.base import Method
 from fedsb.methods.control import control_options
 from fedsb.utils.errors import ConfigError, UserError, did_you_mean

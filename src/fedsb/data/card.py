@@ -1,43 +1,32 @@
-"""The data card: what a run's tables contain, in five lines, with what looks wrong in them.
+"""The data card: what a run's tables contain, in five lines, with warnings about suspicious contents.
 
-`make_card` is a pure function of the tables and of what encoding them has cost. In a private run nothing is counted on
-private rows but what is shown of them anyway: how many there are, and how many are cut or unused.
+`make_card` is a pure function of the tables and of the rows that encoding has cut. In a private run nothing is counted
+on private rows except their number and how many are cut or unused, which the run shows anyway.
 """
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fedsb.data.names import SHOWN, differ_by_case
-from fedsb.data.sources import Row, Table, place_of
+from fedsb.data.row_counts import RowCounts, count_rows, text_keys
+from fedsb.data.rows import Table
 from fedsb.data.tasks.base import Task
 
 WARNING = "Warning:"
-MANY = 0.05  # a share of rows that is worth a warning
+MANY = 0.05  # the fraction of rows that is worth a warning
 CLASSES_SHOWN = 12
 MISSING_LIKE = ("null", "none", "n/a", "na", "<na>", "?", "unknown")  # classes that may be empty cells
-MEANT_TO_BE_READ = ("input", "context", "system", "tools", "weight", "weights")  # columns that other tools read
-
-
-@dataclass(frozen=True, kw_only=True)
-class Counted:
-    """What a pass over the rows of a table finds."""
-
-    empty: int  # rows with an empty text
-    empty_at: str | None  # the file and line of the first
-    duplicates: int  # rows that repeat an earlier one, with the same target
-    contradictions: int  # rows that repeat the text of an earlier one, with a different class
-    special: int  # rows with the text of a special token
+COLUMNS_OF_OTHER_TOOLS = ("input", "context", "system", "tools", "weight", "weights")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TableCard:
-    """One table. None: not known here, or private."""
+    """One table. None means unknown here, or private."""
 
     origin: str
     rows: int
@@ -47,10 +36,36 @@ class TableCard:
     unused: int | None = None  # rows with nothing to learn within model.max_seq_length
     read: tuple[str, ...] = ()
     not_read: tuple[str, ...] = ()
-    classes: Mapping[str, int] | None = None  # rows of each class, in the classes' order
-    counted: Counted | None = None
+    classes: Mapping[str, int] | None = None  # rows of each class, in the order of the classes
+    counted: RowCounts | None = None
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+
+    def all_warnings(self, name: str) -> list[str]:
+        """Returns what looks wrong in this table, which is called `name`."""
+        found = list(self.warnings)
+        what, classes = f"{name} rows", self.classes or {}
+        present = [label for label, rows in classes.items() if rows]
+        if len(present) == 1:
+            found.append(f"All {self.rows:,} {what} have the class {present[0]!r}: a score on them says little.")
+        found += [
+            f"The class {label!r} ({classes[label]:,} rows) looks like a missing value. If it is one, leave these rows "
+            "out with data.exclude."
+            for label in present
+            if label.strip().lower() in MISSING_LIKE and name == "training"
+        ]
+        if (counted := self.counted) is None:
+            return found
+        if counted.empty:
+            share = _share(counted.empty, self.rows, what)
+            found.append(f"{share} have an empty text, first in {counted.empty_at}. Remove them, or fill them in.")
+        least = max(1, MANY * self.rows)
+        if counted.duplicates >= least:
+            found.append(f"{_share(counted.duplicates, self.rows, what)} repeat an earlier row.")
+        if counted.contradictions >= least:
+            share = _share(counted.contradictions, self.rows, what)
+            found.append(f"{share} repeat the text of an earlier row with a different class.")
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,37 +74,33 @@ class DataCard:
 
     train: TableCard
     test: TableCard | None
-    clients: Mapping[str, int]  # rows of each that takes part
+    clients: Mapping[str, int]  # rows of each participant
     label_names: tuple[str, ...]
     class_names: tuple[str, ...]  # as label_names, by the names that are shown
     max_tokens: int
     private: bool
-    test_in_train: int | None  # test rows whose text is also a training row's; None: not known, or private
-    alike: tuple[tuple[str, ...], ...] = field(default=())  # names of classes or of clients that differ by case alone
+    test_in_train: int | None  # test rows whose text is also that of a training row; None: unknown, or private
+    alike: tuple[tuple[str, ...], ...] = ()  # names of classes or of clients that differ by case alone
 
     def headline(self) -> dict[str, str]:
         """Returns the card in five lines, each with its name."""
         sizes = sorted(self.clients.values())
-        of_clients = f"{len(sizes)}, {_span(sizes)} training examples" if sizes else "none"
         return {
             "rows": self._train_line(),
             "classes" if self.label_names else "columns": self._classes_line(),
-            "clients": of_clients,
+            "clients": f"{len(sizes)}, {_span(sizes)} training examples" if sizes else "none",
             "test": self._test_line(),
             "length": self._length_line(),
         }
 
     def warnings(self) -> list[str]:
-        """Returns what looks wrong, a sentence or two for each."""
-        found: list[str] = []
-        for name, table in (("training", self.train), ("test", self.test)):
-            if table is not None:
-                found += [*table.warnings, *_table_warnings(name, table)]
-        forgotten = [name for name in self._not_read() if name.lower() in MEANT_TO_BE_READ]
-        if forgotten:
+        """Returns what looks wrong, a sentence or two for each warning."""
+        found = self.train.all_warnings("training")
+        found += self.test.all_warnings("test") if self.test is not None else []
+        if unread := [repr(name) for name in self._not_read() if name.lower() in COLUMNS_OF_OTHER_TOOLS]:
             found.append(
-                f"The task does not read the column {', '.join(map(repr, forgotten))}. docs/tasks.md says which "
-                "columns each task reads."
+                f"The task does not read the column {', '.join(unread)}. docs/tasks.md says which columns each task "
+                "reads."
             )
         found += self._length_warnings()
         if self.test is not None and self.test_in_train:
@@ -107,15 +118,21 @@ class DataCard:
 
     def notes(self) -> list[str]:
         """Returns what is good to know and needs no action."""
-        found = [note for table in (self.train, self.test) if table is not None for note in table.notes]
-        special = sum(table.counted.special for table in (self.train, self.test) if table and table.counted)
-        if special:
+        found = [note for table in self._tables() for note in table.notes]
+        if special := sum(table.counted.special for table in self._tables() if table.counted):
             found.append(f"{special:,} rows contain a special token of the tokenizer, which is read as ordinary text.")
         return found
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the card for JSON, with its five lines, warnings and notes."""
         return {**asdict(self), "headline": self.headline(), "warnings": self.warnings(), "notes": self.notes()}
+
+    def _tables(self) -> list[TableCard]:
+        return [self.train] if self.test is None else [self.train, self.test]
+
+    def _not_read(self) -> list[str]:
+        """Returns the columns of either table that nothing reads."""
+        return list(dict.fromkeys(name for table in self._tables() for name in table.not_read))
 
     def _train_line(self) -> str:
         table = self.train
@@ -124,21 +141,15 @@ class DataCard:
         return f"{table.rows:,} of {Path(table.origin).name}" + (f" ({', '.join(more)})" if more else "")
 
     def _classes_line(self) -> str:
-        not_read = ", ".join(name or repr(name) for name in self._not_read())
-        unread = f"; not read: {not_read}" if not_read else ""
+        unread = "; not read: " + ", ".join(name or repr(name) for name in self._not_read()) if self._not_read() else ""
         if not self.label_names:
             return f"read: {', '.join(self.train.read) or 'those of the sites'}{unread}"
         counts = self.train.classes
         labels = zip(self.label_names, self.class_names, strict=True)
         named = [f"{name} {counts[label]:,}" if counts else name for label, name in labels]
-        shown = ", ".join(named[:CLASSES_SHOWN])
         more = f" and {len(named) - CLASSES_SHOWN} more" if len(named) > CLASSES_SHOWN else ""
         hidden = " (a private run shows no counts)" if self.private and not counts else ""
-        return f"{len(named)}: {shown}{more}{hidden}{unread}"
-
-    def _not_read(self) -> list[str]:
-        """The columns of either table that nothing reads."""
-        return list(dict.fromkeys([*self.train.not_read, *(self.test.not_read if self.test else ())]))
+        return f"{len(named)}: {', '.join(named[:CLASSES_SHOWN])}{more}{hidden}{unread}"
 
     def _test_line(self) -> str:
         table = self.test
@@ -146,45 +157,38 @@ class DataCard:
             return "none"
         text = f"{table.rows:,} of {Path(table.origin).name}"
         if table.classes:
-            name, most = max(table.classes.items(), key=lambda pair: pair[1])
-            shown = dict(zip(self.label_names, self.class_names, strict=True)).get(name, name)
+            label, most = max(table.classes.items(), key=lambda pair: pair[1])
+            shown = dict(zip(self.label_names, self.class_names, strict=True)).get(label, label)
             text += f", {shown!r} the most frequent class with {_percent(most, table.rows)}"
-        if self.test_in_train:
-            text += f", {self.test_in_train:,} also in the training rows"
-        return text
+        return text + (f", {self.test_in_train:,} also in the training rows" if self.test_in_train else "")
 
     def _length_line(self) -> str:
         cut, unused, rows = self._lengths()
         if cut is None:
-            return f"at most {self.max_tokens} tokens a row; how many are cut is not known here"
+            return f"at most {self.max_tokens} tokens per row; the number of cut rows is unknown"
         text = f"{_share(cut, rows, 'rows')} longer than {self.max_tokens} tokens"
         return text + (f", {unused:,} ({_percent(unused, rows)}) unused" if unused else "")
 
     def _length_warnings(self) -> list[str]:
         cut, unused, rows = self._lengths()
-        found = []
+        limit, found = f"model.max_seq_length = {self.max_tokens}", []
         if unused:
-            found.append(
-                f"{_share(unused, rows, 'rows')} have nothing to learn within model.max_seq_length = {self.max_tokens} "
-                "and are not used. Raise it."
-            )
+            share = _share(unused, rows, "rows")
+            found.append(f"{share} have nothing to learn within {limit} and are not used. Raise it.")
         if cut and cut >= MANY * rows:
-            found.append(
-                f"{_share(cut, rows, 'rows')} are longer than model.max_seq_length = {self.max_tokens} and lose "
-                f"their end. "
-                "Raise it if the end matters."
-            )
+            share = _share(cut, rows, "rows")
+            found.append(f"{share} are longer than {limit} and lose their end. Raise it if the end matters.")
         return found
 
     def _lengths(self) -> tuple[int | None, int, int]:
-        """(cut, unused, rows) of the tables of which it is known."""
-        known = [table for table in (self.train, self.test) if table is not None and table.cut is not None]
+        """Returns (cut, unused, all rows) of the tables for which they are known; cut is None if for neither."""
+        known = [table for table in self._tables() if table.cut is not None]
         cut = sum(table.cut or 0 for table in known) if known else None
         return cut, sum(table.unused or 0 for table in known), sum(table.rows for table in known)
 
 
 def shown_lines(card: Mapping[str, Any]) -> list[str]:
-    """Returns a card, as `as_dict` gives it, as a person reads it: five lines, then warnings and notes."""
+    """Returns the lines to show of a card from `as_dict`: its five lines, then warnings and notes."""
     lines = [f"{name:<9}{text}" for name, text in card["headline"].items()]
     warnings = [f"{WARNING} {text}" for text in card["warnings"]]
     return [*lines, *warnings, *(f"Note: {text}" for text in card["notes"]), ""]
@@ -196,29 +200,30 @@ def make_card(
     test: Table | TableCard | None,
     *,
     clients: Mapping[str, int],
-    lost: Mapping[str, tuple[int, int]],  # "train" and "test": rows that are cut, and unused
-    also_read: Iterable[str] = (),  # columns that the settings read: of clients, of data.exclude
+    lost: Mapping[str, tuple[int, int]],
+    also_read: Iterable[str] = (),
     private: bool = False,
-    held_out: bool = False,  # the test rows are some of the training table's, which are not trained on
+    held_out: bool = False,
 ) -> DataCard:
-    """Makes the card of tables, or of what is known of a table that is not here.
+    """Returns the card of tables, or of what is known about tables on other machines.
 
-    With `private`, nothing is counted on the training rows, nor on test rows that are held out of them.
+    Args:
+        lost: (rows that are cut, rows that are unused) of "train" and "test".
+        also_read: columns that settings read: those of clients and of data.exclude.
+        private: nothing is counted on the training rows, nor on test rows that are held out of them.
+        held_out: the test rows are rows of the training table that are not trained on.
     """
-    also = set(also_read)
-    card, seen = _of_table(task, train, also, lost.get("train"), hidden=private)
+    columns = set(also_read)
+    train_card, trained = _table_card(task, train, columns, lost.get("train"), hidden=private)
     test_card, in_train = None, None
     if test is not None:
-        test_card, tested = _of_table(task, test, also, lost.get("test"), hidden=private and held_out)
-        if seen is not None and tested is not None:
-            trained = Counter(seen)
-            if held_out:
-                trained -= Counter(tested)
-            in_train = sum(trained[key] > 0 for key in tested)
+        test_card, tested = _table_card(task, test, columns, lost.get("test"), hidden=private and held_out)
+        if trained is not None and tested is not None:
+            left = Counter(trained) - Counter(tested if held_out else ())
+            in_train = sum(left[key] > 0 for key in tested)
     names = tuple(task.classes)
-    alike = [*differ_by_case(names), *differ_by_case(clients)]
     return DataCard(
-        train=card,
+        train=train_card,
         test=test_card,
         clients=dict(clients),
         label_names=names,
@@ -226,18 +231,18 @@ def make_card(
         max_tokens=task.max_tokens,
         private=private,
         test_in_train=in_train,
-        alike=tuple(map(tuple, alike)),
+        alike=tuple(map(tuple, [*differ_by_case(names), *differ_by_case(clients)])),
     )
 
 
-def _of_table(
-    task: Task, table: Table | TableCard, also: set[str], lost: tuple[int, int] | None, *, hidden: bool
-) -> tuple[TableCard, list[Any] | None]:
-    """(the card of a table, the text of each of its rows as a key; None where that is hidden or not here)."""
+def _table_card(
+    task: Task, table: Table | TableCard, also_read: set[str], lost: tuple[int, int] | None, *, hidden: bool
+) -> tuple[TableCard, list[Hashable] | None]:
+    """Returns (the card of a table, the keys of its texts; None if they are hidden or on another machine)."""
     if isinstance(table, TableCard):
         return table, None
-    read = task.columns_of(table)
-    unread = [name for name in table.columns if name not in {*read, *task.reads_also, *also}]
+    columns = task.columns_of(table)
+    read = {*columns, *task.optional_columns}
     card = TableCard(
         origin=table.origin,
         rows=len(table.rows),
@@ -245,94 +250,18 @@ def _of_table(
         dropped=None if hidden else table.dropped,
         cut=lost[0] if lost else None,
         unused=lost[1] if lost else None,
-        read=tuple(name for name in table.columns if name in {*read, *task.reads_also}),
-        not_read=tuple(unread),
+        read=tuple(name for name in table.columns if name in read),
+        not_read=tuple(name for name in table.columns if name not in read | also_read),
     )
     if hidden:
         return card, None
-    card = replace(card, notes=table.notes, warnings=table.warnings)
-    counted, keys = count(task, table.rows, read)
-    of_class = Counter(str(row[read[-1]]) for row in table.rows) if task.classes else None
-    classes = {name: of_class[name] for name in task.classes} if of_class else None
-    return replace(card, counted=counted, classes=classes), keys
-
-
-def count(task: Task, rows: Sequence[Row], read: Sequence[str]) -> tuple[Counted, list[Any]]:
-    """(what a pass over the rows finds, the text of each row as a key).
-
-    `read` are the columns that the task reads, the last of several being what is to be predicted.
-    """
-    target = read[-1] if len(read) > 1 else None
-    texts = list(read[:-1]) if target else list(read)
-    seen: dict[Any, Any] = {}
-    keys = []
-    empty = duplicates = contradictions = special = 0
-    empty_at = None
-    for number, row in enumerate(rows, start=1):
-        values = [_key(row[name]) for name in texts] + [_key(row.get(name) or "") for name in task.prompt_also]
-        key = values[0] if len(values) == 1 else tuple(values)
-        keys.append(key)
-        wanted = _key(row[target]) if target else None
-        if key not in seen:
-            seen[key] = wanted
-        elif seen[key] == wanted:
-            duplicates += 1
-        else:
-            contradictions += 1
-        found = [text for name in texts for text in _texts_in(row[name])]
-        if not all(text.strip() for text in found):
-            empty += 1
-            empty_at = empty_at or place_of(row, number)
-        special += any(task.has_special(text) for text in found)
-    counted = Counted(
-        empty=empty,
-        empty_at=empty_at,
-        duplicates=duplicates,
-        contradictions=contradictions if task.classes else 0,
-        special=special,
-    )
-    return counted, keys
-
-
-def _table_warnings(name: str, table: TableCard) -> list[str]:
-    """Returns what looks wrong in one table."""
-    found = []
-    what, classes = f"{name} rows", table.classes or {}
-    present = [label for label, rows in classes.items() if rows]
-    if len(present) == 1:
-        found.append(f"All {table.rows:,} {what} have the class {present[0]!r}: a score on them says little.")
-    for label in present:
-        if label.strip().lower() in MISSING_LIKE and name == "training":
-            found.append(
-                f"The class {label!r} ({classes[label]:,} rows) looks like a missing value. If it is one, leave these "
-                "rows out with data.exclude."
-            )
-    counted = table.counted
-    if counted is None:
-        return found
-    if counted.empty:
-        said = f"{_share(counted.empty, table.rows, what)} have an empty text"
-        found.append(f"{said}, first in {counted.empty_at}. Remove them, or fill them in.")
-    if counted.duplicates >= max(1, MANY * table.rows):
-        found.append(f"{_share(counted.duplicates, table.rows, what)} repeat an earlier row.")
-    if counted.contradictions >= max(1, MANY * table.rows):
-        said = f"{_share(counted.contradictions, table.rows, what)} repeat the text of an earlier row"
-        found.append(f"{said} with a different class.")
-    return found
-
-
-def _key(value: Any) -> Any:
-    """Returns what two equal cells share, and can be a key."""
-    return value if isinstance(value, str | int | None) else json.dumps(value, sort_keys=True, default=str)
-
-
-def _texts_in(value: Any) -> list[str]:
-    """Returns the texts of a cell: itself, or the contents of its messages."""
-    if isinstance(value, str):
-        return [value]
-    turns = value if isinstance(value, list) else []
-    contents = [turn.get("content") for turn in turns if isinstance(turn, dict) and not turn.get("tool_calls")]
-    return [content for content in contents if isinstance(content, str)]
+    classes = None
+    if task.classes:
+        rows_of = Counter(str(row[columns[-1]]) for row in table.rows)
+        classes = {name: rows_of[name] for name in task.classes}
+    counted = count_rows(task, table.rows, columns)
+    card = replace(card, notes=table.notes, warnings=table.warnings, counted=counted, classes=classes)
+    return card, text_keys(task, table.rows, columns)
 
 
 def _span(sizes: Sequence[int]) -> str:
@@ -340,7 +269,11 @@ def _span(sizes: Sequence[int]) -> str:
 
 
 def _share(some: int, of: int, what: str) -> str:
-    """`_share(58, 200, "rows")` -> "58 of 200 rows (29 %)"."""
+    """Returns a share as text.
+
+    >>> _share(58, 200, "rows")
+    '58 of 200 rows (29 %)'
+    """
     return f"{some:,} of {of:,} {what} ({_percent(some, of)})"
 
 

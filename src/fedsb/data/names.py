@@ -1,4 +1,4 @@
-"""Names of classes and of clients as they stand in cells: missing ones, and those that are meant to be the same."""
+"""Names of classes and of clients in cells: missing names, and names that are meant to be the same."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from collections.abc import Callable, Iterable
 
 from fedsb.utils.errors import UserError
 
-SHOWN = 5  # names in a message
+SHOWN = 5  # names per message
 
 
 def is_missing(label: object) -> bool:
-    """Returns whether a cell is empty: null, no text, or NaN as spreadsheets and pandas write it."""
+    """Returns whether a cell is empty: null, blank, or NaN as spreadsheets and pandas write it."""
     if isinstance(label, str):
         return label.strip().lower() in ("", "nan")
     return label is None or (isinstance(label, float) and math.isnan(label))
 
 
 def refuse_same_names(names: Iterable[str], what: str) -> None:
-    """Raises UserError for names that differ by spaces, or by how an accent is encoded, alone."""
-    same = alike(names, lambda name: " ".join(unicodedata.normalize("NFC", name).split()))
-    if same:
-        said = "; ".join(" and ".join(map(repr, group)) for group in same[:SHOWN])
-        said += f"; and {len(same) - SHOWN} more" if len(same) > SHOWN else ""
+    """Raises UserError for names that differ only by spaces or by the encoding of an accent."""
+    groups = alike(names, lambda name: " ".join(unicodedata.normalize("NFC", name).split()))
+    if groups:
+        said = "; ".join(" and ".join(map(repr, group)) for group in groups[:SHOWN])
+        said += f"; and {len(groups) - SHOWN} more" if len(groups) > SHOWN else ""
         raise UserError(f"{what} {said} differ only by spaces or invisible characters. Write them the same way.")
 
 
 def differ_by_case(names: Iterable[str]) -> list[list[str]]:
-    """Returns the groups of names that differ by case alone."""
+    """Returns the groups of names that differ only by case."""
     return alike(names, str.casefold)
 
 

@@ -1,9 +1,9 @@
 """The built-in data set `python-docs`: the docstrings of the standard library, read from the running interpreter.
 
-A row is {"text": the docstring, "label": the area of the library, "client": who holds it, "module": where it stands}.
-The sources are parsed, never imported, so it takes seconds and no download. One table says which client holds which
-modules of which area. The clients cut across the areas unevenly, as real organisations do; the test is on modules
-that no client has. A Python version changes the docstrings, and a module it lacks is simply absent.
+A row is {"text": the docstring, "label": the area of the library, "client": its client, "module": its module}. The
+sources are parsed, never imported, so it takes seconds and no download. A table assigns modules of each area to
+clients. The clients cut across the areas unevenly, as real organisations do, and the test is on modules that no client
+has. A different Python version has different docstrings, and a module that it lacks is absent.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from fedsb.data.sources import Row, Table, make_table
+from fedsb.data.rows import Row, Table, make_table
 from fedsb.utils.errors import UserError
 
-MIN_CHARACTERS = 20  # a shorter docstring says too little to tell its area
-TEST = "test"  # stands where a client's name stands
+MIN_CHARACTERS = 20  # a shorter docstring says too little about its area
+TEST = "test"  # in place of a client's name
 
-# area -> client -> modules. A package stands for all of its modules but those that are named apart.
-HOLDINGS: dict[str, dict[str, str]] = {
+# area -> client -> modules. A package means all of its modules except those that are named separately.
+MODULES: dict[str, dict[str, str]] = {
     "text": {
         "site-aurora": "re",
         "site-birch": "codecs",
@@ -112,7 +112,7 @@ HOLDINGS: dict[str, dict[str, str]] = {
     },
 }
 
-# Of the standard library, but of no area above: tests, bundled programs, tables, cryptography, old sound and image
+# Modules of the standard library without an area: tests, bundled programs, tables, cryptography, old sound and image
 # files, jokes, and stubs of a few lines. Any other module that is in neither list is left out too.
 LEFT_OUT = (
     "__future__ __hello__ __phello__ _bootsubprocess _colorize _missing_stdlib_info _opcode_metadata aifc antigravity "
@@ -122,19 +122,19 @@ LEFT_OUT = (
 
 
 def rows() -> tuple[list[Row], list[Row]]:
-    """(training rows, test rows), by module and then in order of the source; a text that comes twice is kept once.
+    """Returns (training rows, test rows), by module and then in order of the source. Repeated texts are kept once.
 
-    Raises UserError where the interpreter came without the sources of its library.
+    Raises UserError if the interpreter has no sources of its library.
     """
     root = Path(sysconfig.get_path("stdlib"))
     train: list[Row] = []
     test: list[Row] = []
     seen: set[str] = set()
     for module, path in _modules(root):
-        holding = _holding(module)
-        if holding is None:
+        assignment = _assignment(module)
+        if assignment is None:
             continue
-        label, client = holding
+        label, client = assignment
         for text in _docstrings(path):
             if len(text) >= MIN_CHARACTERS and text not in seen:
                 seen.add(text)
@@ -142,21 +142,21 @@ def rows() -> tuple[list[Row], list[Row]]:
                 (test if client == TEST else train).append(row)
     if not train or not test:
         raise UserError(
-            f"python-docs found no docstrings under {root}: this Python came without its library's sources; use "
-            "another Python, or give your own file: --set data.train=PATH"
+            f"python-docs found no docstrings below {root}, because this Python has no sources of its library. Use a "
+            "different Python, or give your own file: --set data.train=PATH"
         )
     return train, test
 
 
 def tables() -> tuple[Table, Table]:
-    """`rows` as tables with an origin and a fingerprint."""
+    """Returns `rows` as tables with an origin and a fingerprint."""
     version = f"{sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro}"
     train, test = rows()
     return make_table(train, f"python-docs@{version}"), make_table(test, f"python-docs@{version} (test modules)")
 
 
 def _modules(root: Path) -> Iterator[tuple[str, Path]]:
-    """Every module of the library in alphabetical order, without the packages' own tests."""
+    """Yields every module of the library in alphabetical order, without the packages' own tests."""
     found: dict[str, Path] = {}
     for top in sorted(sys.stdlib_module_names.difference(LEFT_OUT.split())):
         for path in (root / f"{top}.py", *(root / top).rglob("*.py")):
@@ -166,28 +166,28 @@ def _modules(root: Path) -> Iterator[tuple[str, Path]]:
     yield from sorted(found.items())
 
 
-def _held() -> dict[str, tuple[str, str]]:
-    """Module or package -> (area, client)."""
+def _assigned() -> dict[str, tuple[str, str]]:
+    """Returns module or package -> (area, client)."""
     return {
         module: (area, client)
-        for area, clients in HOLDINGS.items()
+        for area, clients in MODULES.items()
         for client, modules in clients.items()
         for module in modules.split()
     }
 
 
-_HELD = _held()
+_ASSIGNED = _assigned()
 
 
-def _holding(module: str) -> tuple[str, str] | None:
-    """(area, client) by the longest prefix that the table names."""
-    while module and module not in _HELD:
+def _assignment(module: str) -> tuple[str, str] | None:
+    """Returns (area, client) by the longest prefix in the table, or None."""
+    while module and module not in _ASSIGNED:
         module = module.rpartition(".")[0]
-    return _HELD.get(module)
+    return _ASSIGNED.get(module)
 
 
 def _docstrings(path: Path) -> Iterator[str]:
-    """The cleaned docstrings of a file: of the module, and of each class, function and method."""
+    """Yields the cleaned docstrings of a file: of the module, and of each class, function and method."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the library's own invalid escapes
         nodes: list[ast.AST] = [ast.parse(path.read_bytes())]
@@ -196,4 +196,4 @@ def _docstrings(path: Path) -> Iterator[str]:
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             yield (ast.get_docstring(node) or "").strip()
         inner = [n for n in ast.iter_child_nodes(node) if isinstance(n, (ast.stmt, ast.ExceptHandler))]
-        nodes += reversed(inner)  # expressions hold no docstrings; reversed, for the last is taken first
+        nodes += reversed(inner)  # expressions have no docstrings; reversed, because the last is taken first

@@ -11,7 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from fedsb.channels.serialized import SerializedChannel
-from fedsb.config.load import ResolvedConfig, difference, load_config
+from fedsb.config.load import ResolvedConfig, load_config
+from fedsb.config.nested import difference
 from fedsb.config.schema import Config
 from fedsb.deployment.federation import read_federation
 from fedsb.methods.base import Method

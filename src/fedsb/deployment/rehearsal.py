@@ -15,8 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from fedsb.config.load import ResolvedConfig
-from fedsb.data.sites import rows_by_client
-from fedsb.data.sources import Row
+from fedsb.data.clients import rows_by_client
+from fedsb.data.rows import Row
 from fedsb.deployment.coordinate import PROGRAM, prepare, run_folder
 from fedsb.deployment.federation import serve_init
 from fedsb.deployment.join_file import CARD, make_keys

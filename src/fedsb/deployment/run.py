@@ -8,7 +8,6 @@ Either is stopped by Ctrl-C or SIGTERM. Each writes logs/*.jsonl, pids.json and 
 
 from __future__ import annotations
 
-import fcntl
 import secrets
 import tempfile
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from fedsb.deployment.join_file import keep_join_file
 from fedsb.deployment.logs import ENDED, open_log, say
 from fedsb.deployment.supervise import Child, Supervisor
 from fedsb.utils.errors import RunError, UserError
+from fedsb.utils.files import lock
 from fedsb.utils.signals import Interrupts
 
 TOKEN_BYTES = 32
@@ -120,11 +120,8 @@ def _private_folder() -> Iterator[Path]:
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Raises UserError where another process keeps this folder's processes."""
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{folder} is in use by another process: stop that one first") from None
+    with (folder / ".lock").open("w") as file:
+        lock(file, f"{folder} is in use by another process. Stop that process first.")
         yield
 
 

@@ -61,13 +61,13 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import ConfigDict, SerializerFunctionWrapHandler, model_serializer
 from torch import Tensor
 
-from fedsb.adapters.adapted import Shapes, Tensors
 from fedsb.adapters.basis import Basis
 from fedsb.adapters.core import core_left
 from fedsb.adapters.factors import Factors
-from fedsb.adapters.residual import apply_delta, delta_of, is_delta, residual_factors, residual_of
+from fedsb.adapters.residual import Tensors, apply_delta, delta_of, is_delta, residual_factors, residual_of
 from fedsb.config.section import Positive, Section
 from fedsb.methods.averaging import ServerOptimizer, average, server_step
+from fedsb.utils.tensors import Shapes
 
 AdapterKind = Literal["core", "factors"]
 

@@ -16,13 +16,13 @@ from typing import ClassVar, Self
 
 from torch import Tensor
 
-from fedsb.adapters.adapted import Shapes, Tensors
 from fedsb.adapters.basis import Basis
 from fedsb.adapters.factors import factor_start
-from fedsb.adapters.residual import is_residual
+from fedsb.adapters.residual import Tensors, is_residual
 from fedsb.config.section import Positive, Rate
 from fedsb.methods.base import Method, MethodSpec, State, Traffic
 from fedsb.utils.errors import UserError
+from fedsb.utils.tensors import Shapes
 
 
 class FedIT(Method):

@@ -19,7 +19,7 @@ from typing import ClassVar
 
 import torch
 
-from fedsb.adapters.adapted import Tensors
+from fedsb.adapters.residual import Tensors
 from fedsb.methods.base import MethodSpec
 from fedsb.methods.fedit import FedIT, layers_of
 

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from fedsb.adapters.adapted import Shapes, Tensors
 from fedsb.adapters.basis import Basis
+from fedsb.adapters.residual import Tensors
 from fedsb.methods.base import MethodSpec, State, Traffic
 from fedsb.methods.fedit import FedIT
+from fedsb.utils.tensors import Shapes
 
 
 class FFALoRA(FedIT):

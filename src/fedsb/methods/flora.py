@@ -21,13 +21,13 @@ from typing import ClassVar
 
 import torch
 
-from fedsb.adapters.adapted import Shapes, Tensors
 from fedsb.adapters.basis import Basis
 from fedsb.adapters.factors import factor_start
-from fedsb.adapters.residual import delta_of, delta_values
+from fedsb.adapters.residual import Tensors, delta_of, delta_values
 from fedsb.methods.averaging import ServerOptimizer, average, weighted_stack
 from fedsb.methods.base import MethodSpec, State, Traffic, Update
 from fedsb.methods.fedit import FedIT, layers_of
+from fedsb.utils.tensors import Shapes
 
 SEED = "seed"  # a shared tensor, from which A is drawn in every round
 

@@ -14,11 +14,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import ClassVar
 
-from fedsb.adapters.adapted import Shapes, Tensors
 from fedsb.adapters.basis import Basis
+from fedsb.adapters.residual import Tensors
 from fedsb.methods.averaging import ServerOptimizer
 from fedsb.methods.base import MethodSpec, State, Update
 from fedsb.methods.control import Control
+from fedsb.utils.tensors import Shapes
 
 
 class Local(Control):

@@ -19,7 +19,7 @@ from typing import ClassVar, Self
 
 import torch
 
-from fedsb.adapters.adapted import Tensors
+from fedsb.adapters.residual import Tensors
 from fedsb.config.section import Positive
 from fedsb.methods.base import Method, MethodSpec, State
 from fedsb.methods.fed_sb import FedSB

@@ -18,11 +18,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import ClassVar
 
-from fedsb.adapters.adapted import Shapes, Tensors
 from fedsb.adapters.basis import Basis
+from fedsb.adapters.residual import Tensors
 from fedsb.methods.averaging import ServerOptimizer
 from fedsb.methods.base import MethodSpec, State, Traffic, Update
 from fedsb.methods.fedit import FedIT
+from fedsb.utils.tensors import Shapes
 
 
 class RoLoRA(FedIT):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fedsb.adapters.adapted import Tensors, is_inside
+from fedsb.models.layers import is_inside
 from fedsb.utils.errors import UserError
-from fedsb.utils.rng import generator
+from fedsb.utils.rng import keyed_generator
+from fedsb.utils.tensors import Tensors
 
 
 def find_head(model: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -46,7 +47,7 @@ def find_fresh(model: nn.Module, missing: set[str], head: tuple[str, ...]) -> tu
 def head_start(shapes: Tensors, seed: int) -> Tensors:
     """The head's first tensors, the same for every site: weights N(0, 0.02^2) keyed by (seed, name), biases 0."""
     return {
-        key: torch.from_numpy(generator(seed, "head", key).normal(0, 0.02, size=tuple(t.shape))).float()
+        key: torch.from_numpy(keyed_generator(seed, "head", key).normal(0, 0.02, size=tuple(t.shape))).float()
         if t.dim() == 2
         else torch.zeros(t.shape)
         for key, t in shapes.items()

@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fedsb.adapters.adapted import is_inside, other_towers
+from fedsb.config.inputs import ModelConfig
 from fedsb.config.resolved import ResolvedSetting
-from fedsb.config.schema import ModelConfig
+from fedsb.models.layers import is_inside, other_towers
 from fedsb.utils.errors import UserError
 
 POSITIONS = re.compile(

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedsb.adapters.adapted import is_inside
+from fedsb.config.inputs import ModelConfig
 from fedsb.config.resolved import ResolvedSetting
-from fedsb.config.schema import ModelConfig
 from fedsb.models.activations import checkpoint_activations
 from fedsb.models.heads import find_fresh, find_head
 from fedsb.models.hub import config_for_shapes, hub_errors, read_config, refuse_no_model
+from fedsb.models.layers import is_inside
 from fedsb.models.quantise import choice as quantize_choice
 from fedsb.models.quantise import count_values, loading_options, quantised_itself, quantization_keys, settle
 from fedsb.utils.errors import UserError

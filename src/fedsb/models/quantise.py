@@ -21,9 +21,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedsb.adapters.adapted import find_targets, is_inside, other_towers
-from fedsb.adapters.layer import is_linear, linear_shape
 from fedsb.config.resolved import ResolvedSetting
+from fedsb.models.layers import find_targets, is_inside, is_linear, linear_shape, other_towers
 from fedsb.utils.errors import UserError
 
 NF4_BLOCK, NF4_GROUP = 64, 256  # values that share a scale, and 8-bit scales that share a float32

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedsb.config.schema import Config
+from fedsb.data.clients import Data, build_task, open_data
 from fedsb.data.partition import client_names
-from fedsb.data.sites import Data, load_test, open_data, open_task_of
+from fedsb.data.tables import load_test
 from fedsb.data.tasks.base import Task
 from fedsb.models.load import load_tokenizer, resolve_name
 from fedsb.utils.errors import NotAvailableError
@@ -49,12 +50,12 @@ def find_availability(config: Config) -> Availability:
     if data is not None:
         if at_sites:
             unknown.append("the sites and their rows: data.train and [clients] stand for them, as in a rehearsal")
-        names = [site.name for site in data.taking_part]
+        names = [site.name for site in data.participants]
         classes = len(data.task.label_names)
         return Availability(
             task=data.task, tokenizer=tokenizer, data=data, clients=names, classes=classes, unknown=tuple(unknown)
         )
-    task, clients = open_task_of(config, tokenizer), config.clients
+    task, clients = build_task(config, tokenizer), config.clients
     count = clients.count - clients.holdout_clients
     if served or clients.partition == "column":
         count = max(clients.count, config.server.clients_per_round or 1)

@@ -1,7 +1,8 @@
 """What a run will cost, before it starts: bytes for this method and the others, memory, time.
 
 Nothing is trained and no weights are loaded: layer shapes come from the model's config, on the meta device. Rows that
-are elsewhere are no fault: bytes and memory are priced without them, and what cannot be known is said. A relative path
+are remote_client are no fault: bytes and memory are priced without them, and what cannot be known is said. A
+relative path
 that does not exist is a fault, unless it is that of a packaged recipe: `fedsb run` would fail in this folder.
 """
 
@@ -16,29 +17,31 @@ from typing import Any
 
 import torch
 
-from fedsb.adapters.adapted import AdaptedModel, Shapes, block_layers, find_targets, left_out
+from fedsb.adapters.adapted import AdaptedModel
 from fedsb.adapters.basis import check_rank
-from fedsb.adapters.layer import is_linear, linear_shape
 from fedsb.comparison.contenders import Contender, contenders_of
 from fedsb.config.load import ResolvedConfig, unused_settings
 from fedsb.config.resolved import ResolvedSetting
 from fedsb.config.schema import Config
-from fedsb.data.sites import Data, elsewhere
+from fedsb.data.clients import Data, remote_client
 from fedsb.data.sources import load_table
-from fedsb.data.tasks.base import Task, ids, pad_token
+from fedsb.data.tasks.base import Task, ids
+from fedsb.data.tasks.tokens import pad_token
 from fedsb.methods.base import Method
 from fedsb.models.hub import has_weights
+from fedsb.models.layers import block_layers, find_targets, is_linear, left_out, linear_shape
 from fedsb.models.limits import check_positions, check_tokens
 from fedsb.models.load import BaseModel, choose_device, load_base, resolve_name
 from fedsb.models.quantise import missing_package, weight_bytes
 from fedsb.planning.availability import Availability, find_availability
-from fedsb.privacy.policy import build_privacy_policy, refuse_what_would_leak
-from fedsb.privacy.statement import promised
+from fedsb.privacy.policy import refuse_what_would_leak
+from fedsb.privacy.statement import privacy_statement
 from fedsb.protocol.codec import payload_bytes
 from fedsb.protocol.prices import price_list
 from fedsb.protocol.requirements import (
     client_ranks,
     open_secure_sums,
+    privacy_policy_of,
     refuse_what_facts_forbid,
     refuse_what_needs_one_place,
 )
@@ -58,6 +61,7 @@ from fedsb.training.trainer import Trainer
 from fedsb.utils.environment import memory_of
 from fedsb.utils.errors import NotAvailableError, UserError
 from fedsb.utils.formatting import bytes_text
+from fedsb.utils.tensors import Shapes
 
 TRIED_SHARE = 0.5  # of the device's memory: a model whose weights take more is not loaded to be checked
 OVERHEAD = 1.5  # of a real step over its matrix products, as seen with MiniLM on two cores
@@ -85,7 +89,7 @@ def estimate(loaded: ResolvedConfig) -> dict[str, Any]:
     )
     positions = check_positions(base.model, config.model)
     if data is not None:
-        rows = [*data.test, *(example for site in data.sites for example in [*site.train, *site.held_out])]
+        rows = [*data.test, *(example for site in data.clients for example in [*site.train, *site.held_out])]
         check_tokens(base.model, here.tokenizer, (ids(example, "input_ids") for example in rows))
     if said := missing_package(config.model.quantize):
         unknown.append(said)
@@ -124,18 +128,18 @@ def estimate(loaded: ResolvedConfig) -> dict[str, Any]:
     privacy, seconds, seconds_reason = None, None, "not known: it depends on the rows"
     choices = [*loaded.choices(), *base.choices, *positions, targets_choice(config, targets, without)]
     choices += end_choices(here.task)
-    sites = [elsewhere(name, 0) for name in names]
+    sites = [remote_client(name, 0) for name in names]
     local = local_training(config, clients=len(here.clients) if method.spec.pools_data else 1)
     if data is not None:
-        sites = [data.pooled()] if method.spec.pools_data else data.taking_part
+        sites = [data.pooled()] if method.spec.pools_data else data.participants
         seconds, seconds_reason = _seconds(config, local, data, linear, cohort)
         choices += [*data.choices, *rank_settings]
     if data is not None or config.privacy.unit != "example":  # else it depends on how many rows each has
-        policy = build_privacy_policy(config, method, sites, local)
+        policy = privacy_policy_of(config, method, {site.name: site.rows for site in sites}, local)
         open_secure_sums(
             config, policy, "check", {site.name: site.rows for site in sites}
         )  # refuses a sum that hides nothing
-        privacy = promised(policy, config, trained_values(method, adapted.shapes, head))
+        privacy = privacy_statement(policy, config, trained_values(method, adapted.shapes, head))
         choices += policy.choices
     warnings = batch_warnings(config, local, sites) if data is not None else []
     most = max((site.rows for site in sites), default=0) if data is not None else None
@@ -149,7 +153,7 @@ def estimate(loaded: ResolvedConfig) -> dict[str, Any]:
     return {
         "settings": [asdict(choice) for choice in choices],
         "data": data.card.as_dict() if data else None,
-        "clients": {site.name: site.rows for site in data.sites} if data else None,
+        "clients": {site.name: site.rows for site in data.clients} if data else None,
         "values_a_client_a_round": {
             "up": traffic.up,
             "down": traffic.down,
@@ -250,8 +254,8 @@ def _ranks(
 
 def _seconds(config: Config, local: LocalTraining, data: Data, linear: int, cohort: int) -> tuple[float, str]:
     """(seconds, reason): 2 operations a weight and token forward, the same again backward to the activations."""
-    pool = [len(ids(example, "input_ids")) for site in data.taking_part for example in site.train]
-    rows = sum(local.steps_for(site.rows) * local.rows_a_step for site in data.taking_part) / len(data.taking_part)
+    pool = [len(ids(example, "input_ids")) for site in data.participants for example in site.train]
+    rows = sum(local.steps_for(site.rows) * local.rows_a_step for site in data.participants) / len(data.participants)
     padded = 1.5 * sum(pool) / len(pool)  # batches are as wide as their longest row
     trained = config.rounds * cohort * rows * padded
     scored = sum(len(ids(example, "input_ids")) for example in data.test) * (

@@ -1,19 +1,20 @@
-"""What releases of noised sums cost together: epsilon at a delta, and the noise that a target asks for.
+"""The privacy cost of noised sums: epsilon at a delta, and the noise that a target epsilon needs.
 
-A release adds N(0, (sigma clip)^2) to a sum whose terms have L2 norm at most clip, over rows drawn by Poisson sampling:
-each row for itself, with probability q. Releases compose by their privacy loss distributions (PLD: Koskela, Jaelkoe,
-Honkela, "Computing Tight Differential Privacy Guarantees Using FFT", AISTATS 2020, arXiv 1906.03049), discretised so
-that epsilon is never below the true one (Doroshenko, Ghazi, Kamath, Kumar, Manurangsi, "Connect the Dots", PETS 2022,
-arXiv 2207.04380). Renyi DP (Mironov, Talwar, Zhang, "Renyi Differential Privacy of the Sampled Gaussian Mechanism",
-arXiv 1908.10530) is the cross-check, a tenth to a fifth above PLD. Both come from dp-accounting. There is no
-central-limit approximation: it reports up to a quarter too little.
+A release adds N(0, (sigma clip)^2) to a sum whose terms have an L2 norm of at most clip, over rows drawn by Poisson
+sampling: each row independently, with probability q. Releases compose by their privacy loss distributions (PLD:
+Koskela, Jaelkoe, Honkela, "Computing Tight Differential Privacy Guarantees Using FFT", AISTATS 2020, arXiv 1906.03049),
+discretised so that epsilon is never below the true value (Doroshenko, Ghazi, Kamath, Kumar, Manurangsi, "Connect the
+Dots", PETS 2022, arXiv 2207.04380). Renyi DP (Mironov, Talwar, Zhang, "Renyi Differential Privacy of the Sampled
+Gaussian Mechanism", arXiv 1908.10530) is the cross-check; its epsilon is a tenth to a fifth higher. Both come from
+dp-accounting, and so does the calibration. There is no central-limit approximation, because it reports up to a quarter
+too little.
 
-Two data sets are neighbours if the place of one row (or client) is empty in one of them: it adds 0 to every sum. How
-many places there are is public and the same for both, since splits, sampling rates and divisors depend on it. Such
+Two data sets are neighbours if the place of one row (or client) is empty in one of them: it adds 0 to every sum. The
+number of places is public and the same for both, because splits, sampling rates and divisors depend on it. Such
 neighbours have the privacy losses of dp-accounting's add-or-remove relation at a fixed q. For neighbours that differ in
 the content of one row the sensitivity is 2 clip: halve sigma in the accounting.
 
-Limits: a delta below 1e-14 a release is refused, as the float64 transforms err by up to 5e-17 a release.
+Limits: a delta below 1e-14 per release is refused, because the float64 transforms err by up to 5e-17 per release.
 """
 
 from __future__ import annotations
@@ -40,46 +41,49 @@ RELATION = "zero out one: its place is left empty, and how many there are is pub
 Spent = tuple[tuple[float, float, int], ...]  # (q, sigma, count), each (q, sigma) once
 
 CACHE = "FEDSB_CALIBRATION_CACHE"  # environment: "on" (the default) or "off"
-TOLERANCE = 5e-4  # of a calibrated sigma, relative: so much less noise would no longer do
-NO_NOISE = 0.02  # a sigma below it counts as none: one release of a row is epsilon 1000 and more
+TOLERANCE = 5e-4  # of a calibrated sigma, relative: with this much less noise the target would be exceeded
+NO_NOISE = 0.02  # a sigma below it counts as no noise: one release of a row has an epsilon of 1000 or more
 LARGEST_SIGMA = 1e6
-HUGE = 1e5  # an epsilon that Renyi DP puts above it is left at that
-ABSOLUTE, RELATIVE = 2e-3, 2e-4  # of epsilon: an interval is fine enough when halving it changes less
+HUGE = 1e5  # above this epsilon, the value of Renyi DP is precise enough
+ABSOLUTE, RELATIVE = 2e-3, 2e-4  # of epsilon: an interval is fine enough if halving it changes less
 ORDERS = (1.75, 2.25, 2.5, 2.75, 3.5, 4.5, *range(2, 65), 80, 96, 128, 192, 256, 512, 1024)
-FEW_ORDERS = (1.75, 2.5, 4, 8, 16, 64, 1024)  # for the size of epsilon
+FEW_ORDERS = (1.75, 2.5, 4, 8, 16, 64, 1024)  # for the order of magnitude of epsilon
 
 
 @dataclass(frozen=True, kw_only=True)
 class Release:
-    """One noised sum, or `count` alike. sigma is the noise multiplier: the noise's standard deviation over the clip."""
+    """One noised sum, or `count` identical ones. sigma is the noise multiplier: the noise's std over the clip."""
 
     sigma: float
-    q: float = 1.0  # of Poisson sampling; 1: every row, the plain Gaussian mechanism
+    q: float = 1.0  # Poisson sampling rate; 1: every row, the plain Gaussian mechanism
     count: int = 1
     what: str = "training"
 
     def __post_init__(self) -> None:
         if not 0 < self.q <= 1:
-            raise UserError(f"a release with the sampling rate q = {self.q}: it is a share in (0, 1]")
+            raise UserError(f"The sampling rate q = {self.q} of a release is invalid. It must be in (0, 1].")
         if not 0 <= self.sigma < math.inf:
-            raise UserError(f"a release with the noise multiplier sigma = {self.sigma}: it is finite and not negative")
+            raise UserError(
+                f"The noise multiplier sigma = {self.sigma} of a release is invalid. It must be finite and at least 0."
+            )
         if self.count < 1:
-            raise UserError(f"{self.count} releases: leave out what was not released")
+            raise UserError(f"{self.count} releases are not a valid count. Leave out what was not released.")
 
 
 def epsilon(releases: Iterable[Release], delta: float, accountant: Accountant = "pld") -> float:
-    """Epsilon of all releases together, zeroing out one row: 0 where there are none, inf without noise.
+    """Returns epsilon of all releases together, zeroing out one row: 0 if there are none, inf without noise.
 
-    With "pld" an upper bound, at most about 0.002 (or 0.02 %, if more) above the true one: the interval of privacy
-    losses is halved until that changes epsilon by less. A thousand releases take 0.1 s on one core, ten thousand up to
-    0.9 s. With "rdp" a looser upper bound.
+    With "pld" this is an upper bound, at most about 0.002 (or 0.02 %, if more) above the true value: the interval of
+    privacy losses is halved until that changes epsilon by less. A thousand releases take 0.1 s on one core, ten
+    thousand up to 0.9 s. With "rdp" it is a looser upper bound.
 
-    Raises UserError: delta out of (0, 1), or too small for float64; an unknown accountant; dp-accounting is missing.
+    Raises UserError if delta is not in (0, 1) or too small for float64, if the accountant is unknown, and if
+    dp-accounting is not installed.
     """
     check_delta(delta)
     spent = _merged(releases)
     if accountant not in ("pld", "rdp"):
-        raise UserError(f"there is no accountant {accountant!r}; {did_you_mean(accountant, ('pld', 'rdp'))}")
+        raise UserError(f"There is no accountant {accountant!r}; {did_you_mean(accountant, ('pld', 'rdp'))}")
     if not spent:
         return 0.0
     if any(sigma < NO_NOISE for _, sigma, _ in spent):
@@ -88,29 +92,32 @@ def epsilon(releases: Iterable[Release], delta: float, accountant: Accountant = 
 
 
 def check_delta(delta: float) -> None:
-    """Raises UserError where it is no probability between 0 and 1."""
+    """Raises UserError unless delta is a probability between 0 and 1."""
     if not 0 < delta < 1:
-        raise UserError(f"delta = {delta}: it is a probability in (0, 1), far below one over the number of rows")
+        raise UserError(f"delta = {delta} must be a probability in (0, 1), far below one over the number of rows.")
 
 
 def calibrate(target: float, delta: float, releases_of: Callable[[float], Sequence[Release]]) -> float:
-    """The smallest sigma, to 0.05 % and always on the safe side, with epsilon(releases_of(sigma), delta) <= target.
+    """Returns the smallest sigma, to 0.05 %, with epsilon(releases_of(sigma), delta) <= target.
 
-    `releases_of` gives the releases at a sigma; each one's own sigma is proportional to it or does not depend on it.
-    A thousand releases take about a second on one core, a hundred thousand 6 s. The answer is kept in the user's cache
-    folder (`$XDG_CACHE_HOME/fedsb/calibrations`, else `~/.cache/...`), and checked when it is read there. The
-    environment variable FEDSB_CALIBRATION_CACHE=off turns this off.
+    The result is always on the safe side. A thousand releases take about a second on one core, a hundred thousand 6 s.
+    The result is kept in the user's cache folder (`$XDG_CACHE_HOME/fedsb/calibrations`, else `~/.cache/...`) and
+    verified when it is read there. The environment variable FEDSB_CALIBRATION_CACHE=off turns this off.
 
-    Raises UserError: target not in (0, inf), or not reached by any noise; and as `epsilon` does.
+    Raises UserError if the target is not in (0, inf) or no noise reaches it, and as `epsilon` does.
+
+    Args:
+        releases_of: the releases at a sigma. The sigma of each must be proportional to the argument or independent of
+            it.
     """
     check_delta(delta)
     if not 0 < target < math.inf:
-        raise UserError(f"a target of epsilon = {target}: it is a positive number, say between 1 and 10")
+        raise UserError(f"A target of epsilon = {target} is invalid. Take a positive number, such as 1 to 10.")
 
     def spent(sigma: float) -> float:
         return epsilon(releases_of(sigma), delta)
 
-    # Two points pin down releases whose sigmas are proportional to the argument or fixed.
+    # Two points identify releases whose sigmas are proportional to the argument or fixed.
     known = {str(sigma): _merged(releases_of(sigma)) for sigma in (1.0, 2.0)}
     arguments = {"target": target, "delta": delta, "tolerance": TOLERANCE, "releases": known}
     kept = _recall(arguments)
@@ -122,40 +129,40 @@ def calibrate(target: float, delta: float, releases_of: Callable[[float], Sequen
 
 
 def _smallest(target: float, spent: Callable[[float], float]) -> float:
-    """By doubling, halving, and interpolation between bisections. `spent` falls as sigma grows, and was seen to be at
-    most `target` at what is returned."""
-    high, at_high = 1.0, spent(1.0)
-    low, at_low = high, at_high
-    while at_high > target:
+    """Brackets sigma between two powers of 2, then lets dp-accounting search there. `spent` falls as sigma grows."""
+    low = high = 1.0
+    while (at_high := spent(high)) > target:
         if high > LARGEST_SIGMA:
             raise UserError(
-                f"epsilon = {target} cannot be reached: with noise of {high:.0f} times the clip it is still "
-                f"{at_high:.3g}, spent by what is not to be calibrated. Raise epsilon or the basis's noise"
+                f"epsilon = {target} cannot be reached. With noise of {high:.0f} times the clip it is still "
+                f"{at_high:.3g}, spent by releases whose noise is fixed. Raise epsilon or the basis's noise."
             )
-        low, at_low = high, at_high
-        high, at_high = 2 * high, spent(2 * high)
-    while at_low <= target and low > NO_NOISE:
-        high, at_high = low, at_low
-        low, at_low = low / 2, spent(low / 2)
-    turn = 0
-    while high > (1 + TOLERANCE) * low:
-        middle = math.sqrt(low * high)
-        if turn % 3 < 2 and 0 < at_high < at_low < math.inf:  # nearly a power law; aim a little past it, to the far end
-            share = math.log(at_low / target) / math.log(at_low / at_high)
-            nudge = TOLERANCE / 3 / math.log(high / low)
-            share += nudge if share < 0.5 else -nudge
-            middle = low * (high / low) ** min(max(share, nudge), 1 - nudge)
-        value = spent(middle)
-        if value <= target:
-            high, at_high = middle, value
-        else:
-            low, at_low = middle, value
-        turn += 1
-    return high
+        low, high = high, 2 * high
+    while low == high or spent(low) <= target:
+        if low <= NO_NOISE:
+            return NO_NOISE
+        low, high = max(low / 2, NO_NOISE), low
+    dp = _dp_accounting()
+    bracket = dp.ExplicitBracketInterval(math.log(low), math.log(high))
+
+    class Spent:
+        """`spent` as an accountant. An event is the logarithm of sigma, so that the tolerance is relative."""
+
+        ledger = dp.NoOpDpEvent()
+
+        def compose(self, log_sigma: float) -> Spent:
+            self.epsilon = min(spent(math.exp(log_sigma)), 1e3 * target)  # finite: the search interpolates
+            return self
+
+        def get_epsilon(self, delta: float) -> float:
+            return self.epsilon
+
+    found = dp.calibrate_dp_mechanism(Spent, float, target, 0.0, bracket, tol=TOLERANCE)
+    return math.exp(found)
 
 
 def _merged(releases: Iterable[Release]) -> Spent:
-    """Order and names do not matter to epsilon."""
+    """Returns (q, sigma, count) of each kind of release. Order and names do not matter to epsilon."""
     counts: Counter[tuple[float, float]] = Counter()
     for release in releases:
         counts[float(release.q), float(release.sigma)] += release.count
@@ -167,14 +174,16 @@ def _pld(spent: Spent, delta: float) -> float:
     dp = _dp_accounting()
     count = sum(row[2] for row in spent)
     if delta < 1e-14 * count:
-        raise UserError(f"delta = {delta} is below what float64 resolves for {count} releases, {1e-14 * count:.0e}")
-    resolved = delta - 2e-16 * count  # four times what the transforms were seen to err by
+        raise UserError(
+            f"delta = {delta} is below what float64 resolves for {count} releases, {1e-14 * count:.0e}. Raise delta."
+        )
+    resolved = delta - 2e-16 * count  # four times the largest observed error of the transforms
 
     def at(interval: float) -> float:
         relation = dp.NeighboringRelation.ADD_OR_REMOVE_ONE
         return _composed(dp.pld.PLDAccountant(relation, value_discretization_interval=interval), spent, resolved)
 
-    rough = max(_rdp(spent, delta, FEW_ORDERS), 0.1)  # the size of epsilon sets the first interval
+    rough = max(_rdp(spent, delta, FEW_ORDERS), 0.1)  # the magnitude of epsilon sets the first interval
     if rough > HUGE:
         return _rdp(spent, delta)
     interval = min(1e-3 * rough, max(0.1 / math.sqrt(count), 1e-4 * rough))
@@ -184,7 +193,7 @@ def _pld(spent: Spent, delta: float) -> float:
         if value - finer <= max(ABSOLUTE, RELATIVE * finer):
             return finer
         value, interval = finer, interval / 2
-    return value  # an upper bound all the same
+    return value  # still an upper bound
 
 
 def _rdp(spent: Spent, delta: float, orders: tuple[float, ...] = ORDERS) -> float:
@@ -196,7 +205,7 @@ def _rdp(spent: Spent, delta: float, orders: tuple[float, ...] = ORDERS) -> floa
 def _composed(accountant: Any, spent: Spent, delta: float) -> float:
     dp, logger = _dp_accounting(), logging.getLogger("absl")
     level = logger.level
-    logger.setLevel(logging.ERROR)  # an order of Renyi DP that does not converge is left out: the bound is looser
+    logger.setLevel(logging.ERROR)  # orders of Renyi DP that do not converge are left out: a looser bound
     try:
         for q, sigma, count in spent:
             gaussian = dp.GaussianDpEvent(sigma)
@@ -215,22 +224,22 @@ def _dp_accounting() -> Any:
 
 
 def _cache_file(text: str) -> Path:
-    """Raises RuntimeError where the user has no home."""
+    """Returns the file of a calibration. Raises RuntimeError if the user has no home folder."""
     given = Path(os.environ.get("XDG_CACHE_HOME", ""))
     folder = given if given.is_absolute() else Path.home() / ".cache"
     return folder / "fedsb" / "calibrations" / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
 
 
 def _cached() -> bool:
-    """Returns whether calibrations are kept. Raises UserError for a setting that is neither "on" nor "off"."""
+    """Returns whether calibrations are kept. Raises UserError for a setting other than "on" and "off"."""
     asked = os.environ.get(CACHE, "on").lower()
     if asked not in ("on", "off"):
-        raise UserError(f"{CACHE}={asked}: set this environment variable to on or off")
+        raise UserError(f"{CACHE}={asked} is invalid. Set this environment variable to on or off.")
     return asked == "on"
 
 
 def _recall(arguments: dict[str, Any]) -> float | None:
-    """What was kept for the same arguments; None where there is nothing, or nothing that makes sense."""
+    """Returns the sigma that was kept for the same arguments; None if there is no valid one."""
     if not _cached():
         return None
     text = json.dumps(arguments)

@@ -1,20 +1,19 @@
-"""The ledger: what a client has released, one line each, on disk before the noise is drawn.
+"""The ledger: what a client has released, one line per release, on disk before the noise is drawn.
 
     {"ledger": 1, "run": ..., "client": ..., "unit": ..., "relation": ...}
     {"run": ..., "client": ..., "round": 3, "what": "training", "q": ..., "sigma": ..., "clip": ..., "count": ..., ...}
 
-Epsilon is computed from this file alone. A line that is there may stand for noise that was never drawn (a crash came
-between); noise without its line cannot be. A round that is done again after a crash is charged again, and nothing takes
-a line back: neither a resume nor a rollback of the state.
+Epsilon is computed from this file alone. A line may stand for noise that was never drawn, if a crash came between;
+noise without a line is impossible. A round that is repeated after a crash is charged again. Nothing removes a line:
+neither a resume nor a rollback of the state.
 
 A crash while a line is written leaves a part of it at the end. `charge` had not returned then, so nothing was released
-and the part is dropped. Anything else that cannot be read is an error. An older copy put in the place of a ledger is
-not noticed: the file is as trustworthy as the client that keeps it.
+and the part is dropped. Anything else that cannot be read is an error. An older copy put in place of a ledger is not
+detected: the file is as trustworthy as the client that keeps it.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections import Counter
@@ -28,7 +27,7 @@ from typing import Any, Self
 from fedsb.privacy.accounting import RELATION, Accountant, Release, epsilon
 from fedsb.privacy.plan import Unit
 from fedsb.utils.errors import RunError, UserError
-from fedsb.utils.files import disk_errors, write_atomic
+from fedsb.utils.files import disk_errors, lock, write_atomic
 
 VERSION = 1
 
@@ -43,7 +42,7 @@ class Entry:
     what: str
     q: float
     sigma: float
-    clip: float  # L2; says how long the noise was, and is not needed for epsilon
+    clip: float  # L2; gives the length of the noise and is not needed for epsilon
     count: int
     time: str  # UTC, ISO 8601
 
@@ -53,40 +52,42 @@ class Entry:
 
 
 class Ledger:
-    """A client's ledger, held by this process alone until it is closed."""
+    """A client's ledger, locked by this process until it is closed."""
 
     def __init__(self, path: Path, *, run: str, client: str) -> None:
-        """Takes up the ledger that `create` made.
+        """Opens the ledger that `create` made.
 
         Raises:
-            UserError: there is none, another process holds it, or it is of another run or client.
-            RunError: it cannot be read; it is left as it is.
+            UserError: it does not exist, another process uses it, or it belongs to a different run or client.
+            RunError: it cannot be read. It is left unchanged.
         """
         self.path, self.run, self.client = path, run, client
         try:
             self._file = path.open("r+b", buffering=0)
         except FileNotFoundError as error:
-            raise UserError(f"{path} is gone, and with it what {client!r} has released: bring it back") from error
+            raise UserError(
+                f"{path} is gone, and with it the record of what {client!r} has released. Restore the file."
+            ) from error
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(self._file, f"{path} is in use by another process. Wait for it, or stop it.")
             content = self._file.read()
             owner, self._entries, whole = _parse(content, path)
             if owner != (run, client):
-                raise UserError(f"{path} is the ledger of {owner[1]!r} in run {owner[0]}, not of {client!r} in {run}")
+                raise UserError(
+                    f"{path} is the ledger of {owner[1]!r} in run {owner[0]}, not of {client!r} in {run}. Restore the "
+                    "right file."
+                )
             with disk_errors(path.parent):
                 self._end_at(whole, content)
-        except BlockingIOError as error:
-            self.close()
-            raise UserError(f"{path} is held by another process: wait for it, or end it") from error
         except BaseException:
             self.close()
             raise
 
     @classmethod
     def create(cls, path: Path, *, run: str, client: str, unit: Unit) -> Self:
-        """An empty one. Raises UserError where there is a ledger already: it is never replaced."""
+        """Returns a new, empty ledger. Raises UserError if the file exists: a ledger is never replaced."""
         if path.exists():
-            raise UserError(f"{path} is there already, with what {client!r} has released: take it up instead")
+            raise UserError(f"{path} already exists and records what {client!r} has released. Open it instead.")
         header = {"ledger": VERSION, "run": run, "client": client, "unit": unit, "relation": RELATION}
         write_atomic(path, _line(header))
         return cls(path, run=run, client=client)
@@ -101,13 +102,13 @@ class Ledger:
         self._file.close()
 
     def charge(self, release: Release, *, round: int, clip: float) -> None:
-        """Returns when the release's line is on the disk: only then draw its noise.
+        """Records a release, and returns when its line is on disk. Draw the noise only then.
 
-        Raises RunError where it cannot be written: then draw none.
+        Raises RunError if the line cannot be written. Draw no noise then.
         """
         if self._file.closed or not os.fstat(self._file.fileno()).st_nlink:
-            why = "is closed" if self._file.closed else "was deleted or replaced while the run went on"
-            raise RunError(f"{self.path} {why}: nothing can be charged, so nothing may be released")
+            why = "is closed" if self._file.closed else "was deleted or replaced during the run"
+            raise RunError(f"{self.path} {why}. No release can be recorded, so nothing may be released.")
         entry = Entry(
             run=self.run,
             client=self.client,
@@ -123,29 +124,29 @@ class Ledger:
             with disk_errors(self.path.parent):
                 self._append(_line(asdict(entry)))
         except BaseException:
-            self.close()  # what is on the disk now is known only after reading it again
+            self.close()  # what is on disk now is known only after reading it again
             raise
         self._entries.append(entry)
 
     def copy(self, entries: Iterable[Entry]) -> None:
-        """Adds what the client's own ledger says and this copy of it, kept elsewhere, does not say yet."""
-        there = set(self._entries)
+        """Adds the entries of the client's own ledger that this copy, kept on another machine, lacks."""
+        known = set(self._entries)
         for entry in entries:
-            if entry not in there:
+            if entry not in known:
                 with disk_errors(self.path.parent):
                     self._append(_line(asdict(_entry(asdict(entry), (self.run, self.client)))))
                 self._entries.append(entry)
 
     def releases(self) -> tuple[Release, ...]:
-        """All that was charged, alike ones in one."""
+        """Returns all recorded releases, with identical ones merged."""
         return merged(self._entries)
 
     def epsilon(self, delta: float, accountant: Accountant = "pld") -> float:
-        """Of all that was charged, at delta."""
+        """Returns epsilon of all recorded releases at delta."""
         return epsilon(self.releases(), delta, accountant)
 
     def _end_at(self, whole: int, content: bytes) -> None:
-        """Cuts off a torn line, or ends a whole one that lacks its newline."""
+        """Removes an incomplete last line, or adds the newline that a complete one lacks."""
         if whole < len(content):
             self._file.truncate(whole)
             os.fsync(self._file.fileno())
@@ -161,7 +162,7 @@ class Ledger:
 
 
 def read_ledger(path: Path) -> tuple[Entry, ...]:
-    """The lines of a ledger, which is not changed. Raises RunError where it cannot be read."""
+    """Returns the entries of a ledger, which is not changed. Raises RunError if it cannot be read."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -170,7 +171,7 @@ def read_ledger(path: Path) -> tuple[Entry, ...]:
 
 
 def merged(entries: Iterable[Entry]) -> tuple[Release, ...]:
-    """Releases with the same what, q and sigma become one with their counts together, in order of first appearance."""
+    """Returns the releases, merged by what, q and sigma, in order of first appearance."""
     counts: Counter[tuple[str, float, float]] = Counter()
     for entry in entries:
         counts[entry.what, entry.q, entry.sigma] += entry.count
@@ -178,9 +179,9 @@ def merged(entries: Iterable[Entry]) -> tuple[Release, ...]:
 
 
 def _parse(content: bytes, path: Path) -> tuple[tuple[str, str], list[Entry], int]:
-    """((run, client), the entries, where the last whole line ends)."""
+    """Returns ((run, client), the entries, the position after the last complete line)."""
     *lines, last = content.split(b"\n")
-    with suppress(ValueError):  # what lacks only its newline is whole, and counts
+    with suppress(ValueError):  # a line that lacks only its newline is complete
         json.loads(last)
         lines, last = [*lines, last], b""
     entries: list[Entry] = []
@@ -189,13 +190,13 @@ def _parse(content: bytes, path: Path) -> tuple[tuple[str, str], list[Entry], in
         header = json.loads(lines[0] if lines else b"")
         owner = header["run"], header["client"]
         if header["ledger"] != VERSION:
-            raise ValueError(f"it is of version {header['ledger']}, and this fedsb reads {VERSION}")
+            raise ValueError(f"its version is {header['ledger']}, but this fedsb reads {VERSION}")
         for number, line in enumerate(lines[1:], start=2):  # noqa: B007
             entries.append(_entry(json.loads(line), owner))
     except (ValueError, TypeError, KeyError) as error:
         raise RunError(
-            f"cannot read line {number} of {path} ({error}), so what was released is not known. "
-            "Bring the file back from a copy; it is never started anew"
+            f"cannot read line {number} of {path} ({error}). What was released is therefore unknown. Restore the file "
+            "from a backup. fedsb never recreates it."
         ) from error
     return owner, entries, len(content) - len(last)
 
@@ -205,8 +206,8 @@ def _entry(values: dict[str, Any], owner: tuple[str, str]) -> Entry:
     if not (isinstance(entry.count, int) and isinstance(entry.round, int) and entry.clip > 0):
         raise ValueError(f"count = {entry.count}, round = {entry.round}, clip = {entry.clip}")
     if (entry.run, entry.client) != owner:
-        raise ValueError(f"it is of {entry.client!r} in run {entry.run}")
-    _ = entry.release  # raises for a q, sigma or count that cannot be
+        raise ValueError(f"it belongs to {entry.client!r} in run {entry.run}")
+    _ = entry.release  # raises for an invalid q, sigma or count
     return entry
 
 

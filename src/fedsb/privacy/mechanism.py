@@ -1,10 +1,9 @@
-"""What stands between a client's rows and all that leaves it: its plan, its ledger and its noise.
+"""The mechanism between a client's rows and all that leaves the client: its plan, its ledger and its noise.
 
     mean = (sum of clipped gradients + N(0, (sigma C)^2)) / expected batch          a step of DP-SGD
 
 A round is charged to the ledger, on disk, before any of its rows or its noise is drawn. A mechanism refuses to draw
-what
-was not charged, and to release a sum that is longer than its rows and their clip allow.
+what was not charged, and to release a sum that is longer than its rows and their clip allow.
 """
 
 from __future__ import annotations
@@ -23,69 +22,69 @@ from fedsb.privacy.noise import Noise
 from fedsb.privacy.plan import PrivacyPlan
 from fedsb.utils.errors import RunError, UserError
 
-ROUNDING = 1e-6  # the same releases in another order compose alike but for this
-FLOAT32_ROUNDING = 2.0**-24  # relative, of each value
-SLACK = 1e-3  # relative: a sum of clipped gradients may be longer than rows x clip by its rounding in float32
+ROUNDING = 1e-6  # relative difference between compositions of the same releases in different orders
+FLOAT32_ROUNDING = 2.0**-24  # relative, per value
+SLACK = 1e-3  # relative: a sum of clipped gradients may exceed rows x clip by its rounding in float32
 
 What = Literal["training", "basis"]
 
 
 class UnsafeReleaseError(RunError):
-    """A release that the ledger or its noise would not cover: it is not made."""
+    """Raised in place of a release that the ledger or its noise would not cover."""
 
 
 class PrivacyBudgetExceededError(RunError):
-    """The next round would break the policy: what is finished is all that there will be."""
+    """Raised if the next round would exceed the privacy budget. The completed rounds are the result of the run."""
 
     may_leave = True
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cap:
-    """What a client allows by itself, whatever a plan says: epsilon at its own delta, other runs counted in."""
+    """A client's own limit, whatever a plan says: epsilon at its own delta, including its other runs."""
 
     epsilon: float
     delta: float
     before: tuple[Release, ...]
 
     def total(self, releases: Iterable[Release]) -> float:
-        """Epsilon of a run's releases and of all before it."""
+        """Returns epsilon of a run's releases together with those of all earlier runs."""
         return epsilon([*self.before, *releases], self.delta)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DPMechanism:
-    """One client's."""
+    """One client's mechanism: it charges the ledger, samples rows and adds noise."""
 
     plan: PrivacyPlan
     ledger: Ledger
     noise: Noise
     cap: Cap | None = None
-    _charged: dict[What, int] = field(default_factory=dict, init=False, repr=False)  # noised sums charged, not yet made
+    _charged: dict[What, int] = field(default_factory=dict, init=False, repr=False)  # charged and not yet made
 
     @property
     def rows(self) -> int:
-        """That a step draws from."""
+        """The number of rows that a step samples from."""
         return self.plan.rows
 
     @property
     def basis_rows(self) -> float:
-        """That a basis looks at, as expected: public, as the draw is not."""
+        """The expected number of rows that a basis reads. It is public, unlike the rows themselves."""
         assert self.plan.basis is not None
         return self.plan.basis.q * self.plan.rows
 
     def charge(self, round: int) -> None:
-        """All steps of a round, before any is taken. Raises PrivacyBudgetExceededError where they would break the
-        policy."""
+        """Charges all steps of a round before any of them. Raises PrivacyBudgetExceededError if they would exceed the
+        budget."""
         self._charge(Release(q=self.plan.q, sigma=self.plan.sigma, count=self.plan.steps), self.plan.clip, round)
 
     def draw(self) -> list[int]:
-        """The rows of a step, each for itself with probability q; there may be none."""
+        """Returns the rows sampled in this step, each independently with probability q; possibly none."""
         self.require_charged("training")
         return self.noise.poisson_sample(self.rows, self.plan.q)
 
     def charge_basis(self, round: int) -> list[int]:
-        """Charges a basis, and draws the rows that it looks at."""
+        """Charges a basis, and returns the rows that it reads."""
         basis = self.plan.basis
         assert basis is not None
         self._charge(Release(q=basis.q, sigma=basis.sigma, what="basis"), basis.clip, round)
@@ -99,7 +98,7 @@ class DPMechanism:
         assert self.plan.basis is not None
         self._take("basis")
         _refuse_long(total, rows, self.plan.basis.clip)
-        return self.noised(total, self.plan.basis.sigma * self.plan.basis.clip)
+        return self.add_noise(total, self.plan.basis.sigma * self.plan.basis.clip)
 
     def mean(self, total: Tensor, rows: int, layout: Layout) -> Tensor:
         """Returns the clipped sum (P,) of one step over `rows` rows as a noised mean, float32.
@@ -108,7 +107,7 @@ class DPMechanism:
         """
         self._take("training")
         _refuse_long(total, rows, self.plan.clip)
-        return self.noised(total, self.plan.noise_std) / self.plan.batch
+        return self.add_noise(total, self.plan.noise_std) / self.plan.batch
 
     def noised_update(self, update: Tensor) -> Tensor:
         """Returns one client's update (P,) with the noise of the sum of all clients' changes.
@@ -116,18 +115,18 @@ class DPMechanism:
         Raises UnsafeReleaseError if the round was not charged.
         """
         self._take("training")
-        return self.noised(update, self.plan.noise_std)
+        return self.add_noise(update, self.plan.noise_std)
 
     def require_charged(self, what: What) -> None:
         """Raises UnsafeReleaseError if no noised sum of this kind is charged and still to be made."""
         if not self._charged.get(what):
             raise UnsafeReleaseError(
                 f"{self.ledger.client}: the ledger has no line for a {what} sum that is about to be made. Nothing was "
-                "released. This is a fault of fedsb; please report it"
+                "released. This is a bug in fedsb. Please report it."
             )
 
-    def noised(self, total: Tensor, std: float) -> Tensor:
-        """total + N(0, std^2), added in float64 and rounded to float32, on the tensor's device."""
+    def add_noise(self, total: Tensor, std: float) -> Tensor:
+        """Returns total + N(0, std^2), added in float64 and rounded to float32, on the tensor's device."""
         noise = torch.from_numpy(self.noise.normal(tuple(total.shape))) * std
         return (total.detach().cpu().double() + noise).float().to(total.device)
 
@@ -136,15 +135,15 @@ class DPMechanism:
         after = epsilon([*self.ledger.releases(), release], self.plan.delta)
         if after > planned * (1 + ROUNDING):
             raise PrivacyBudgetExceededError(
-                f"{self.ledger.client}: round {round} would take epsilon to {after:.4g}, the plan allows {planned:.4g} "
-                f"(delta {self.plan.delta:g}). Rounds that a crash made this run repeat were charged again"
+                f"{self.ledger.client}: round {round} would raise epsilon to {after:.4g}, but the plan allows "
+                f"{planned:.4g} (delta {self.plan.delta:g}). Rounds repeated after a crash are charged again."
             )
         if (cap := self.cap) is not None:
             total = cap.total([*self.ledger.releases(), release])
             if total > cap.epsilon * (1 + ROUNDING):
                 raise PrivacyBudgetExceededError(
-                    f"{self.ledger.client}: round {round} would take epsilon, all runs together, to {total:.4g} at a "
-                    f"delta of {cap.delta:g}; this site allows {cap.epsilon:g}"
+                    f"{self.ledger.client}: round {round} would raise epsilon of all runs together to {total:.4g} at a "
+                    f"delta of {cap.delta:g}. This site allows {cap.epsilon:g}."
                 )
         self.ledger.charge(release, round=round, clip=clip)
         self._charged["basis" if release.what == "basis" else "training"] = release.count
@@ -160,7 +159,7 @@ def _refuse_long(total: Tensor, rows: int, clip: float) -> None:
     if not length <= rows * clip * (1 + SLACK):  # NaN is refused too
         raise UnsafeReleaseError(
             f"the sum of {rows} clipped gradients is longer than {rows} x {clip:g}, so its noise would not cover it. "
-            "Nothing was released. This is a fault of fedsb, or of the model's implementation; please report it"
+            "Nothing was released. This is a bug in fedsb or in the model's implementation. Please report it."
         )
 
 
@@ -176,7 +175,7 @@ def clip_change(sent: Tensor, baseline: Tensor, clip: float) -> Tensor:  # (P,) 
         raise UserError(
             f"privacy.clip_norm = {clip:g} is too small: the tensors that a client sends have length {length:.3g}, and "
             f"float32 rounds them by up to {rounding:.2g}. Set it to at least "
-            f"{FLOAT32_ROUNDING / SLACK * length * 1.01:.2g}"
+            f"{FLOAT32_ROUNDING / SLACK * length * 1.01:.2g}."
         )
     change = sent.double() - baseline.double()
     norm = torch.linalg.vector_norm(change)

@@ -1,16 +1,16 @@
-"""Where a private run's randomness comes from: Gaussian noise, and who is drawn.
+"""The randomness of a private run: Gaussian noise, and Poisson sampling of rows.
 
-The bits are the key stream of AES-256 in counter mode under a key from the operating system, known to no one and kept
-nowhere. Uniforms have 53 bits; normals are Box and Muller's ("A Note on the Generation of Random Normal Deviates",
-Annals of Mathematical Statistics 1958) in float64.
+The bits are the key stream of AES-256 in counter mode under a key from the operating system, which is never stored.
+Uniforms have 53 bits. Normals are Box and Muller's ("A Note on the Generation of Random Normal Deviates", Annals of
+Mathematical Statistics 1958) in float64.
 
 Known limits:
 - Floating point (Mironov, "On Significance of the Least Significant Bits for Differential Privacy", CCS 2012): only
-  some of all float64 can come out as a normal, so the last bits of a noised float64 value can tell which value was
-  noised; the proof of epsilon is for real numbers. Add the noise in float64 and release only the sum rounded to
-  float32, or to a grid much coarser than float64: some 2^29 float64 round to one float32, and which of them could occur
-  no longer shows. That stops the known attack and proves nothing; a proof takes discrete noise (Canonne, Kamath,
-  Steinke, "The Discrete Gaussian for Differential Privacy", NeurIPS 2020, arXiv 2004.00010).
+  some of all float64 values can occur as a normal, so the last bits of a noised float64 value can reveal which value
+  was noised; the proof of epsilon is for real numbers. Add the noise in float64 and release only the sum rounded to
+  float32, or to a grid much coarser than float64: some 2^29 float64 values round to one float32 value, and which of
+  them could occur is no longer visible. That stops the known attack and proves nothing; a proof needs discrete noise
+  (Canonne, Kamath, Steinke, "The Discrete Gaussian for Differential Privacy", NeurIPS 2020, arXiv 2004.00010).
 - No normal is beyond 8.57 (the smallest uniform is 2^-53); a true one is with a probability of 1e-17.
 - The key stays in this process's memory.
 """
@@ -26,9 +26,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsb.utils.extras import needs_extra
-from fedsb.utils.rng import Key, generator
+from fedsb.utils.rng import Key, keyed_generator
 
-PAIRS = 1 << 16  # normals are made so many pairs at a time, which stay in the processor's cache
+PAIRS = 1 << 16  # normals are generated in chunks of this many pairs, which fit into the processor's cache
 
 
 class Noise(Protocol):
@@ -36,24 +36,24 @@ class Noise(Protocol):
 
     @property
     def secret(self) -> bool:
-        """Whether no one can draw the same numbers again; where it is False, the run is not private."""
+        """Whether nobody can reproduce the numbers. If it is False, the run is not private."""
 
     def normal(self, shape: int | tuple[int, ...]) -> NDArray[np.float64]:
-        """Independent standard normals of this shape."""
+        """Returns independent standard normals of this shape."""
 
     def uniform(self, count: int) -> NDArray[np.float64]:
-        """Multiples of 2^-53 in [0, 1), shape [count]."""
+        """Returns multiples of 2^-53 in [0, 1), of shape (count,)."""
 
     def poisson_sample(self, rows: int, q: float) -> list[int]:
-        """The rows of 0..rows-1 that are drawn, each for itself with probability q (to 2^-53), in order."""
+        """Returns the sampled rows of 0..rows-1 in order, each independently with probability q (to 2^-53)."""
 
 
 class _Stream(ABC):
-    """Normals and draws from a stream of bits."""
+    """Normals and samples from a stream of bits."""
 
     @abstractmethod
     def _bits(self, count: int) -> NDArray[np.uint64]:
-        """The next `count` words of the stream, shape [count]."""
+        """Returns the next `count` words of the stream, of shape (count,)."""
 
     def normal(self, shape: int | tuple[int, ...]) -> NDArray[np.float64]:
         size = math.prod(shape) if isinstance(shape, tuple) else shape
@@ -76,9 +76,9 @@ class _Stream(ABC):
 
 
 class SecretNoise(_Stream):
-    """Fit for a private run: a key of its own that no one chose, and that can be neither copied nor written down.
+    """Noise for a private run, with a random key that can be neither copied nor pickled.
 
-    A process that was forked from this one starts a stream of its own with its first draw.
+    A process that is forked from this one starts a separate stream with its first draw.
     """
 
     def __init__(self) -> None:
@@ -89,7 +89,7 @@ class SecretNoise(_Stream):
         return True
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        raise TypeError("secret noise cannot be copied or pickled: two releases would carry the same noise")
+        raise TypeError("Secret noise cannot be copied or pickled, because two releases would have the same noise.")
 
     def _start(self) -> None:
         try:
@@ -108,10 +108,10 @@ class SecretNoise(_Stream):
 
 
 class SeededNoise(_Stream):
-    """For tests: the same seed and key give the same numbers. A run with it is not private."""
+    """Reproducible noise for tests: the same seed and key give the same numbers. A run with it is not private."""
 
     def __init__(self, seed: int, *key: Key) -> None:
-        self._generator = generator(seed, "noise", *key)
+        self._generator = keyed_generator(seed, "noise", *key)
 
     @property
     def secret(self) -> bool:

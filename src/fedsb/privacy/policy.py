@@ -1,51 +1,50 @@
-"""A configuration's policy: what it forbids, a plan for every client, and the mechanisms that keep it.
+"""A configuration's privacy policy: what it forbids, one plan per client, and the mechanisms that enforce the plans.
 
-Known before any work is done. Whatever would make the printed epsilon untrue is refused here, with the reason.
+It is known before any work is done. Settings that would make the printed epsilon untrue are refused here, with the
+reason.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from fedsb.adapters.adapted import Tensors
 from fedsb.adapters.layout import Layout
 from fedsb.config.resolved import ResolvedSetting
 from fedsb.config.schema import Config
-from fedsb.data.sites import Site
 from fedsb.methods.base import Method, Update
 from fedsb.privacy.ledger import Ledger
 from fedsb.privacy.mechanism import Cap, DPMechanism, clip_change
 from fedsb.privacy.noise import Noise, SecretNoise
 from fedsb.privacy.plan import BasisNoise, PrivacyPlan, default_delta
-from fedsb.protocol.schedule import sample
-from fedsb.training.local import LocalTraining
 from fedsb.utils.errors import RunError, UserError
 from fedsb.utils.files import safe_name
+from fedsb.utils.tensors import Tensors
 
-SERVER = "the server"  # who adds the noise where clients are the unit
+SERVER = "the server"  # adds the noise if clients are the unit
 
 
 @dataclass(kw_only=True)
 class PrivacyPolicy:
-    """What a run promises of its rows, and what keeps it. Without plans it promises nothing and lets all pass."""
+    """What a run guarantees, and what enforces it. Without plans it guarantees nothing and changes nothing."""
 
     unit: Literal["none", "example", "client"]
     plans: Mapping[str, PrivacyPlan] = field(default_factory=dict)  # by who adds the noise: the clients, or the server
     choices: tuple[ResolvedSetting, ...] = ()
-    release: Collection[str] = ()  # computed on private rows, and shown all the same
-    in_shares: bool = False  # clients add the server's noise, each a share of it, in a secure sum
+    release: Collection[str] = ()  # computed on private rows and shown nevertheless
+    noise_in_shares: bool = False  # in secure aggregation each client adds a share of the server's noise
     mechanisms: dict[str, DPMechanism] = field(default_factory=dict)  # as `plans`, once the ledgers are open
 
     def __bool__(self) -> bool:
         return self.unit != "none"
 
     def open_ledgers(self, folder: Path, run: str, *, new: bool, cap: Cap | None = None) -> None:
-        """Below a run directory, made for a new run, else taken up and never reset. Before this nothing is released.
+        """Opens the ledgers in a run directory. Nothing can be released before.
 
-        `cap` is what the one client that is here allows by itself.
+        A new run creates them. A resumed run continues them and never resets them. `cap` is the limit of the one client
+        that runs here.
         """
         for name, plan in self.plans.items():
             path = folder / "privacy" / f"{safe_name(name)}.jsonl"
@@ -57,37 +56,37 @@ class PrivacyPolicy:
             self.mechanisms[name] = DPMechanism(plan=plan, ledger=ledger, noise=noise_for(name), cap=cap)
 
     def close(self) -> None:
-        """Lets go of the ledgers."""
+        """Closes the ledgers and releases their locks."""
         for mechanism in self.mechanisms.values():
             mechanism.ledger.close()
 
-    def shows(self, what: Literal["loss", "scores"]) -> bool:
-        """Whether this may be told, that was computed on private rows."""
+    def may_release(self, what: Literal["loss", "scores"]) -> bool:
+        """Returns whether this may be released although it was computed on private rows."""
         return not self or what in self.release
 
-    def of_rows(self) -> Mapping[str, DPMechanism] | None:
-        """The clients' mechanisms, where a row is the unit. Raises RunError where their ledgers are not open."""
+    def row_mechanisms(self) -> Mapping[str, DPMechanism] | None:
+        """Returns the clients' mechanisms if a row is the unit. Raises RunError if their ledgers are not open."""
         return self._opened() if self.unit == "example" else None
 
-    def of_sum(self) -> DPMechanism | None:
-        """The mechanism of the clients' sum, where a client is the unit. Raises RunError where its ledger is not
+    def sum_mechanism(self) -> DPMechanism | None:
+        """Returns the mechanism of the clients' sum if a client is the unit. Raises RunError if its ledger is not
         open."""
         return self._opened()[SERVER] if self.unit == "client" else None
 
-    def bounded(self, sent: Tensors, baseline: Tensors) -> Tensors:
-        """Returns a client's update, its change clipped where a client is the unit."""
+    def clip_update(self, sent: Tensors, baseline: Tensors) -> Tensors:
+        """Returns a client's update, with its change from `baseline` clipped if a client is the unit."""
         if self.unit != "client":
             return sent
         layout = Layout.of(sent)
         return layout.views(clip_change(layout.flatten(sent), layout.flatten(baseline), self.plans[SERVER].clip))
 
-    def noised(self, updates: Sequence[Update], round: int) -> Sequence[Update]:
-        """The updates with the server's noise on their sum, where a client is the unit.
+    def add_noise(self, updates: Sequence[Update], round: int) -> Sequence[Update]:
+        """Returns the updates with the server's noise on their sum if a client is the unit.
 
-        The noise stands in the first update: only their sum is used.
+        The noise is added to the first update, because only the sum of all is used.
         """
-        mechanism = self.of_sum()
-        if mechanism is None or self.in_shares:
+        mechanism = self.sum_mechanism()
+        if mechanism is None or self.noise_in_shares:
             return updates
         mechanism.charge(round + 1)
         first, *others = updates
@@ -97,134 +96,152 @@ class PrivacyPolicy:
 
     def _opened(self) -> Mapping[str, DPMechanism]:
         if not self.mechanisms:
-            raise RunError("a private run releases nothing before its ledgers are open")
+            raise RunError("A private run cannot release anything before its ledgers are open.")
         return self.mechanisms
 
 
 def refuse_what_would_leak(config: Config, method: Method) -> None:
     """Raises UserError with every setting under which the printed epsilon would not be true."""
-    privacy, facts, faults = config.privacy, method.spec, []
-    if not privacy.on:
+    if not config.privacy.on:
         return
-    if config.basis.kind == "update-pooled" and method.adapter == "core":
-        faults.append(
-            "basis.kind = 'update-pooled' looks at raw private rows without noise: take weights, random or core"
-        )
-    if (
-        config.basis.kind == "core"
-        and method.adapter == "core"
-        and (privacy.unit == "client" or privacy.epsilon is None)
-    ):
-        faults.append(
-            "basis.kind = 'core' looks at private rows: its noise is planned for unit = 'example' with a target "
-            "epsilon; take weights or random"
-        )
-    if config.train.dropout:
-        faults.append("train.dropout: not in a private run, where every row is a client of its own; set it to 0")
-    if type(method).penalty is not Method.penalty:
-        faults.append(f"{facts.id} adds a local regulariser to the loss, which is not clipped with a row's gradient")
-    if config.eval.gap and "scores" not in privacy.release:
-        faults.append("eval.gap scores private rows, which epsilon does not cover: say privacy.release = ['scores']")
-    if config.data.validation_fraction and "scores" not in privacy.release:
-        faults.append(
-            "data.validation_fraction scores private rows, which epsilon does not cover: say privacy.release = "
-            "['scores']"
-        )
-    if privacy.unit == "client":
+    faults = list(_example_faults(config, method))
+    if config.privacy.unit == "client":
         faults += _client_faults(config, method)
     if faults:
         raise UserError("\n".join(faults))
 
 
-def _client_faults(config: Config, method: Method) -> list[str]:
-    facts, faults = method.spec, []
-    if (
-        not (facts.secagg_compatible and facts.supports_server_optimizer)
-        or facts.client_state != "nothing"
-        or facts.pools_data
-    ):
-        faults.append(
-            f"privacy.unit = 'client' puts noise on a plain mean of clients' changes, and {facts.id} is no such"
+def _example_faults(config: Config, method: Method) -> Iterator[str]:
+    privacy, core = config.privacy, method.adapter == "core"
+    if config.basis.kind == "update-pooled" and core:
+        yield (
+            "basis.kind = 'update-pooled' reads private rows without noise. Set it to 'weights', 'random' or 'core'."
+        )
+    if config.basis.kind == "core" and core and (privacy.unit == "client" or privacy.epsilon is None):
+        yield (
+            "basis.kind = 'core' reads private rows. Its noise is planned only for privacy.unit = 'example' with a "
+            "target privacy.epsilon. Set basis.kind to 'weights' or 'random'."
+        )
+    if config.train.dropout:
+        yield (
+            f"train.dropout = {config.train.dropout} is not supported in a private run, where every row is trained "
+            "like a separate client. Set it to 0."
+        )
+    if type(method).penalty is not Method.penalty:
+        yield (
+            f"{method.spec.id} adds a local regulariser to the loss, which is not clipped with a row's gradient. "
+            "Choose a different method."
+        )
+    for key, on in (("eval.gap", config.eval.gap), ("data.validation_fraction", config.data.validation_fraction)):
+        if on and "scores" not in privacy.release:
+            yield (
+                f"{key} scores private rows, which epsilon does not cover. Leave it out, or accept this with "
+                "privacy.release = ['scores']."
+            )
+
+
+def _client_faults(config: Config, method: Method) -> Iterator[str]:
+    spec = method.spec
+    is_mean = spec.secagg_compatible and spec.supports_server_optimizer
+    if not is_mean or spec.client_state != "nothing" or spec.pools_data:
+        yield (
+            f"privacy.unit = 'client' adds noise to a plain mean of the clients' changes, but {spec.id} does not "
+            "compute one. Choose a different method, or privacy.unit = 'example'."
         )
     if config.server.weighting != "uniform":
-        faults.append("privacy.unit = 'client' needs server.weighting = 'uniform': a weight would be a client's own")
+        yield (
+            f"privacy.unit = 'client' needs server.weighting = 'uniform', not {config.server.weighting!r}: a weight "
+            "would reveal a client's number of rows."
+        )
     if config.server.codec != "float32":
-        faults.append(
-            "privacy.unit = 'client' clips a client's change, and a codec owes it more: server.codec = 'float32'"
+        yield (
+            f"server.codec = {config.server.codec!r} adds error feedback to a change after privacy.unit = 'client' has "
+            "clipped it. Set server.codec = 'float32'."
         )
     if config.train.persist_optimizer_state:
-        faults.append("privacy.unit = 'client' covers what goes up: train.persist_optimizer_state must be false")
-    return faults
+        yield (
+            "train.persist_optimizer_state carries private state between rounds, which privacy.unit = 'client' does "
+            "not cover. Set it to false."
+        )
 
 
-def build_privacy_policy(config: Config, method: Method, sites: Sequence[Site], local: LocalTraining) -> PrivacyPolicy:
-    """The plans of all who add noise.
+def build_privacy_policy(
+    config: Config,
+    method: Method,
+    rows: Mapping[str, int],
+    steps: Mapping[str, int],
+    batch: int,
+    rounds: Mapping[str, int],
+) -> PrivacyPolicy:
+    """Returns the policy with the plans of all who add noise.
 
-    Raises UserError or ConfigError where a plan cannot be, or the target cannot be reached.
+    Raises UserError or ConfigError if a plan is invalid or its target cannot be reached.
+
+    Args:
+        rows: each client's training rows.
+        steps: each client's optimiser steps per round.
+        batch: rows per step.
+        rounds: the number of rounds in which each client takes part.
     """
     privacy = config.privacy
     if privacy.unit == "none":
         return PrivacyPolicy(unit="none")
-    rows = {site.name: site.rows for site in sites}
-    cohorts = [sample(list(rows), round, config) for round in range(config.rounds)]
-    rounds = {name: sum(name in cohort for cohort in cohorts) for name in rows}
     delta, reason = (
-        default_delta(privacy.unit, rows.values()) if privacy.delta == "auto" else (privacy.delta, "as asked")
+        default_delta(privacy.unit, rows.values()) if privacy.delta == "auto" else (privacy.delta, "as configured")
     )
+    plans: dict[str, PrivacyPlan] = {}
+    basis_reasons: dict[str, str] = {}
     if privacy.unit == "client":
+        cohort = min(config.server.clients_per_round or len(rows), len(rows))
         plan = PrivacyPlan(
             unit="client",
             clip=privacy.clip_norm,
             delta=delta,
-            batch=len(cohorts[0]),
+            batch=cohort,
             rows=len(rows),
             steps=1,
-            rounds=config.rounds,  # whoever is drawn for them: the one ledger is charged for each
+            rounds=config.rounds,  # the server's ledger is charged for every round, whichever clients are drawn
         )
-        plans = {SERVER: _with_noise(plan, config)[0]}
-        why: dict[str, str] = {}
+        plans[SERVER], _ = _with_noise(plan, config)
     else:
-        plans, why = {}, {}
         for name, count in rows.items():
-            first = PrivacyPlan(
+            plan = PrivacyPlan(
                 unit="example",
                 clip=privacy.clip_norm,
                 delta=delta,
-                batch=local.rows_a_step,
+                batch=batch,
                 rows=count,
-                steps=local.steps_for(count),
+                steps=steps[name],
                 rounds=rounds[name],
-                basis=_basis_noise(config, method, count, sum(rows.values())),
+                basis=_basis_noise(config, method, sum(rows.values())),
             )
-            plans[name], why[name] = _with_noise(first, config)
-    choices = [ResolvedSetting(key="privacy.delta", value=delta, reason=reason)]
-    choices += [
-        ResolvedSetting(key=f"privacy.basis of {name}", value="noised", reason=text)
-        for name, text in why.items()
-        if text
-    ]
-    choices.append(
-        ResolvedSetting(
-            key="privacy.sigma",
-            value=", ".join(f"{name}: {plan.sigma:.4g}" for name, plan in plans.items()),
-            reason="the noise multiplier, " + ("calibrated to privacy.epsilon" if privacy.epsilon else "as asked"),
-        )
-    )
+            plans[name], basis_reasons[name] = _with_noise(plan, config)
+    sigmas = ", ".join(f"{name}: {plan.sigma:.4g}" for name, plan in plans.items())
+    how = "the noise multiplier, " + ("calibrated to privacy.epsilon" if privacy.epsilon else "as configured")
     return PrivacyPolicy(
         unit=privacy.unit,
         plans=plans,
-        choices=tuple(choices),
+        choices=(
+            ResolvedSetting(key="privacy.delta", value=delta, reason=reason),
+            *(
+                ResolvedSetting(key=f"privacy.basis of {name}", value="noised", reason=why)
+                for name, why in basis_reasons.items()
+                if why
+            ),
+            ResolvedSetting(key="privacy.sigma", value=sigmas, reason=how),
+        ),
         release=privacy.release,
-        in_shares=config.server.secure_aggregation,
+        noise_in_shares=config.server.secure_aggregation,
     )
 
 
 def noise_for(client: str) -> Noise:
-    """Of a real run. A test may put SeededNoise in its place; the manifest then says that the run is not private."""
+    """Returns the noise of a real run. A test may replace it by SeededNoise; the manifest then says "not private"."""
     return SecretNoise()
 
 
 def _with_noise(plan: PrivacyPlan, config: Config) -> tuple[PrivacyPlan, str]:
+    """Returns (the plan with its sigmas, the reason for the basis's sigma)."""
     privacy = config.privacy
     if privacy.noise_multiplier is not None:
         return replace(plan, sigma=privacy.noise_multiplier), ""
@@ -234,11 +251,14 @@ def _with_noise(plan: PrivacyPlan, config: Config) -> tuple[PrivacyPlan, str]:
     return plan.calibrate(privacy.epsilon), ""
 
 
-def _basis_noise(config: Config, method: Method, rows: int, all_rows: int) -> BasisNoise | None:
-    """A core basis looks at `basis.samples` rows of all clients together, each site's own share by Poisson sampling."""
+def _basis_noise(config: Config, method: Method, all_rows: int) -> BasisNoise | None:
+    """Returns the noise of a `core` basis: `basis.samples` rows of all clients together, by Poisson sampling."""
     if method.adapter != "core" or config.basis.kind != "core":
         return None
     if config.basis.refresh and config.server.clients_per_round:
-        raise UserError("basis.refresh in a private run: every client must take part in every round")
+        raise UserError(
+            f"basis.refresh = {config.basis.refresh} in a private run needs every client in every round. Leave out "
+            "basis.refresh or server.clients_per_round."
+        )
     q = min(1.0, config.basis.samples / all_rows)
     return BasisNoise(clip=config.privacy.clip_norm, q=q, every=config.basis.refresh)

@@ -1,19 +1,20 @@
-"""Tests of what an audited run released: its noise, its clip and its draws, each against what the plan says.
+"""Tests of what an audited run released: its noise, its clipping and its sampling, each compared with the plan.
 
-An audit knows the clipped sums beneath each release, so the noise itself is at hand: released - sums. If the code keeps
-to the plan, z = noise / (sigma C) is standard normal and independent over values, tensors and steps. Each test gives a
-score that is then standard normal too; with many tests the limit is raised so that correct code fails in one of
-1 / FALSE_ALARM audits.
+An audit knows the clipped sums under each release, so it also knows the noise itself: released - sums. If the code
+follows the plan, z = noise / (sigma C) is standard normal and independent over values, tensors and steps. Each test
+gives a score that is then standard normal too. With many tests the limit is raised, so that correct code fails in one
+of 1 / FALSE_ALARM audits.
 
     size          of each tensor's noise: chi-square of its sum of squares, over all steps
     mean, shape   of all noise: its mean, and its fourth moment (3 for a normal)
     tensors       the correlation of each pair of tensors of one shape: noise that layers share
     steps         the correlation of a step with the one before, and the size of each tensor's noise summed over all
                   steps: noise that steps share
-    draws         how many rows were drawn, and how many of them in two steps in a row
+    draws         how many rows were drawn, and how many of them in two consecutive steps
     clip          the length of a long gradient after clipping: over all tensors, and in each tensor alone
 
-Limits: only what is between the clipped gradients and their release. Gradients that depend on other rows are not seen.
+Limits: only what happens between the clipped gradients and their release is tested. Gradients that depend on other rows
+are not detected.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
-from fedsb.adapters.adapted import Tensors
+from fedsb.utils.tensors import Tensors
 
 FALSE_ALARM = 1e-6  # the probability that an audit of correct code fails any of these tests
-FEWEST = 20.0  # rows expected: with fewer a count is not nearly normal and is not tested
+FEWEST = 20.0  # expected rows: with fewer, a count is not close to normal and is not tested
 KINDS = ("size", "mean", "shape", "tensors", "steps", "draws", "clip")
 
 
@@ -40,12 +41,12 @@ class Score:
 
     kind: str  # of KINDS
     what: str  # a tensor's name, or what was counted
-    score: float  # standard normal if the code keeps to the plan; of a clip, its length in thousands of clips, or 0
+    score: float  # standard normal if the code follows the plan; for a clip its length in thousandths of a clip, or 0
 
 
 @dataclass
 class _Noise:
-    """What is known of one tensor's noise, in units of its planned standard deviation."""
+    """Statistics of one tensor's noise, in units of its planned standard deviation."""
 
     total: Tensor  # (n,) over the steps
     last: Tensor  # (n,)
@@ -67,8 +68,8 @@ class ReleaseChecks:
         self._before: frozenset[int] = frozenset()
         self.clipped: dict[tuple[str, ...], dict[str, float]] = {}  # tensors of a step -> lengths after clipping
 
-    def see_noise(self, noise: Tensors, std: float) -> None:
-        """Takes the noise of one release, float64 on the CPU, and its planned standard deviation."""
+    def record_noise(self, noise: Tensors, std: float) -> None:
+        """Adds the noise of one release, float64 on the CPU, with its planned standard deviation."""
         shapes: dict[tuple[int, ...], list[str]] = defaultdict(list)
         for key in sorted(noise):
             z = noise[key].double().flatten() / std
@@ -88,20 +89,20 @@ class ReleaseChecks:
                 z_Ln = torch.stack([self._noise[key].last for key in keys])
                 self._pairs[tuple(keys)] = self._pairs.get(tuple(keys), 0.0) + z_Ln @ z_Ln.T
 
-    def see_draw(self, drawn: Sequence[int], rows: int) -> None:
-        """Takes the rows that a step drew of so many."""
+    def record_draw(self, drawn: Sequence[int], rows: int) -> None:
+        """Adds the rows that a step drew from `rows` rows."""
         now = frozenset(drawn)
         if self._steps:
             self._again += len(now & self._before)
         self._before, self._rows = now, rows
         self._steps, self._drawn = self._steps + 1, self._drawn + len(drawn)
 
-    def see_clipped(self, layout: tuple[str, ...], lengths: Mapping[str, float]) -> None:
-        """Takes the lengths of long gradients of these tensors after clipping, in clips, by where they were long."""
+    def record_clipped(self, layout: tuple[str, ...], lengths: Mapping[str, float]) -> None:
+        """Adds the lengths, in clips, of long gradients of these tensors after clipping, by where they were long."""
         self.clipped[layout] = dict(lengths)
 
     def scores(self, slack: float) -> list[Score]:
-        """Returns the results of all tests; a clipped gradient may be longer than the clip by `slack`, relative."""
+        """Returns the results of all tests. A clipped gradient may exceed the clip by the relative `slack`."""
         return [*self._sizes(), *self._all_noise(), *self._shared(), *self._draws(), *self._clips(slack)]
 
     def _sizes(self) -> Iterable[Score]:
@@ -119,7 +120,7 @@ class ReleaseChecks:
     def _shared(self) -> Iterable[Score]:
         for keys, products in self._pairs.items():
             own = products.diagonal().clamp(min=1e-300)
-            score_LL = products / own.sqrt()[:, None]  # normal, whatever the first of the two
+            score_LL = products / own.sqrt()[:, None]  # normal, whatever the first of the two is
             for i, first in enumerate(keys):
                 for j in range(i + 1, len(keys)):
                     yield Score(kind="tensors", what=f"{first}, {keys[j]}", score=float(score_LL[i, j]))
@@ -144,7 +145,7 @@ class ReleaseChecks:
 
 
 def limit(tests: int) -> float:
-    """Returns the absolute score above which one of so many tests is failed."""
+    """Returns the absolute score above which one of `tests` tests fails."""
     return -NormalDist().inv_cdf(FALSE_ALARM / (2 * max(tests, 1)))
 
 
@@ -156,6 +157,6 @@ def failed(scores: Sequence[Score]) -> list[Score]:
 
 
 def _chi_square(squares: float, values: int) -> float:
-    """Returns a normal score of a sum of squares of so many standard normals (Wilson and Hilferty, PNAS 1931)."""
+    """Returns a normal score for a sum of squares of `values` standard normals (Wilson and Hilferty, PNAS 1931)."""
     spread = 2 / (9 * values)
     return (math.cbrt(squares / values) - (1 - spread)) / math.sqrt(spread)

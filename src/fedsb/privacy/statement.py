@@ -1,4 +1,4 @@
-"""What a private run says of itself: the policy, what the ledgers say is spent of it, and what it does not cover."""
+"""The privacy statement of a run: its guarantee, the epsilon spent by its ledgers, and what it does not cover."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from fedsb.privacy.policy import PrivacyPolicy
 from fedsb.utils.formatting import delta_text, epsilon_text
 
 NOT_COVERED = (
-    "how many rows each client has, how many of them are cut or left out, and the names of the classes",
-    "how long anything takes",
+    "the number of each client's rows, how many of them are cut or left out, and the names of the classes",
+    "the duration of any step",
     "other runs on the same rows: their epsilons add up",
-    "the choice of settings, where it was made by looking at scores of private rows (tuning, `fedsb compare`)",
-    "a person with rows at several clients, or several rows at one",
+    "the choice of settings, if it was based on scores of private rows (tuning, `fedsb compare`)",
+    "a person with rows at several clients, or several rows at one client",
     "manifest.json, which names data files and row counts: do not publish it, nor the key in privacy/",
 )
-SPLIT_BY_LABEL = "how many rows of each class there are: clients.partition = 'dirichlet' deals them out by class"
-ARRIVALS = "which clients' updates arrive in a round: their sum is divided by how many do"
+SPLIT_BY_LABEL = "the number of rows of each class: clients.partition = 'dirichlet' splits the rows by class"
+ARRIVALS = "which clients' updates arrive in a round: their sum is divided by the number of updates"
 RELEASED = {"loss": "the training loss of every round", "scores": "scores on private rows"}
 
 
-def promised(policy: PrivacyPolicy, config: Config, values: int) -> dict[str, Any] | None:
-    """The manifest's part: JSON; None where nothing is promised. `values` are those that a client trains."""
+def privacy_statement(policy: PrivacyPolicy, config: Config, values: int) -> dict[str, Any] | None:
+    """Returns the statement for the manifest, as JSON; None without a guarantee. A client trains `values` values."""
     if not policy:
         return None
     plans = policy.plans
@@ -55,20 +55,20 @@ def promised(policy: PrivacyPolicy, config: Config, values: int) -> dict[str, An
             for name, plan in plans.items()
         },
         "says": f"({epsilon_text(epsilon)}, {delta_text(one.delta)})-differentially private for {unit} "
-        f"({one.relation}): the adapter and every message that made it",
+        f"({one.relation}): the adapter and every message that contributed to it",
         "not_covered": [*(RELEASED[what] for what in config.privacy.release), *_not_covered(config)],
     }
 
 
-def spent(policy: PrivacyPolicy) -> float:
-    """Epsilon so far, of the worst client, by the ledgers alone."""
+def epsilon_spent(policy: PrivacyPolicy) -> float:
+    """Returns the worst client's epsilon so far, from the ledgers alone."""
     return max(mechanism.ledger.epsilon(mechanism.plan.delta) for mechanism in policy.mechanisms.values())
 
 
 def why_not_private(policy: PrivacyPolicy) -> str | None:
-    """None for a run whose policy holds."""
+    """Returns why a run gives no privacy guarantee, or None if it gives one."""
     if not policy:
-        return "no privacy plan: nothing bounds what an update tells of the rows behind it (set privacy.unit)"
+        return "no privacy plan: nothing bounds what an update reveals about the training data (set privacy.unit)"
     if not all(mechanism.noise.secret for mechanism in policy.mechanisms.values()):
         return "its noise came from a seed, for a test"
     return None
@@ -83,11 +83,11 @@ def _not_covered(config: Config) -> Iterator[str]:
 
 
 def _after(plans: Iterable[PrivacyPlan], rounds: int) -> float:
-    """After so many rounds, as if a client that sits some out took part in the first ones: an upper bound."""
+    """Returns an upper bound of epsilon after `rounds` rounds, as if every client took part in the first ones."""
     return max(plan.epsilon(min(rounds, plan.rounds)) for plan in set(plans))
 
 
 def _shown(rounds: int) -> list[int]:
-    """1, 2, 5, 10, 20, ... and the last: each costs a tenth of a second a client."""
+    """Returns 1, 2, 5, 10, 20, ... and the last round. Each costs a tenth of a second per client."""
     steps = [scale * step for scale in (1, 10, 100, 1000) for step in (1, 2, 5)]
     return sorted({*(step for step in steps if step < rounds), rounds})

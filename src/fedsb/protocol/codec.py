@@ -19,7 +19,7 @@ from typing import get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsb.config.schema import Codec as Codec
+from fedsb.config.training import Codec as Codec
 
 CODECS: tuple[str, ...] = get_args(Codec)
 BLOCK = 64  # values that share a scale; see docs/decisions.md
@@ -51,7 +51,7 @@ def encode(
     if codec == "bfloat16":
         return _bytes(_to_bfloat16(x))
     if draw is None:
-        raise ValueError(f"{codec} rounds by chance: give a generator, such as draws.generator(seed, 'codec', ...)")
+        raise ValueError(f"{codec} rounds by chance: give a generator, such as keyed_generator(seed, 'codec', ...)")
     blocks = np.pad(x, (0, -len(x) % BLOCK)).reshape(-1, BLOCK).astype(np.float64)
     with np.errstate(invalid="ignore", over="ignore"):
         scales = _scales(np.abs(blocks).max(axis=1, initial=0.0) / Q_MAX[codec])

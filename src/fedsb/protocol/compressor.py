@@ -35,13 +35,13 @@ from typing import Literal
 import numpy as np
 import torch
 
-from fedsb.adapters.adapted import Tensors
-from fedsb.config.schema import Config, ServerConfig
+from fedsb.adapters.residual import Tensors
+from fedsb.config.schema import Config
+from fedsb.config.training import Codec, ServerConfig
 from fedsb.methods.base import Method, State
-from fedsb.protocol.codec import Codec
 from fedsb.protocol.payload import Payload, Vector, pack, unpack
 from fedsb.protocol.tensors import under, within
-from fedsb.utils.rng import generator
+from fedsb.utils.rng import keyed_generator
 
 FEEDBACK = "codec"  # the prefix of error feedback in a client's state
 
@@ -131,7 +131,7 @@ class Compressor:
         return pack(replace(payload, basis=basis), self._draw("", state.round, "down"))
 
     def _draw(self, client: str, round: int, direction: str) -> np.random.Generator:
-        return generator(self.seed, "codec", client, round, direction)
+        return keyed_generator(self.seed, "codec", client, round, direction)
 
 
 def read_change(view: Tensors, payload: Payload) -> Tensors:

@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
 from fedsb.adapters.layout import Layout
-from fedsb.protocol.codec import CODECS, Bytes, Codec, decode, encode, payload_bytes
+from fedsb.config.training import Codec
+from fedsb.protocol.codec import CODECS, Bytes, decode, encode, payload_bytes
 
 VERSION = 3
 LAYOUT_LIMIT = 1 << 24  # bytes of a layout when unpacked: a million tensors; more is an attack

@@ -9,11 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fedsb.adapters.adapted import Shapes
-from fedsb.methods import method_types
+from fedsb.config.registry import method_types
+from fedsb.config.training import Codec
 from fedsb.methods.base import Method
-from fedsb.protocol.codec import Codec, payload_bytes
+from fedsb.protocol.codec import payload_bytes
 from fedsb.utils.formatting import bytes_text
+from fedsb.utils.tensors import Shapes
 
 LORA_RANKS, CORE_RANKS = (4, 1), (32, 8)  # that other methods are priced at
 

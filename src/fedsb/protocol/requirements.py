@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from fedsb.adapters.adapted import Shapes
 from fedsb.config.resolved import ResolvedSetting
 from fedsb.config.schema import Config
 from fedsb.methods.base import Method
-from fedsb.privacy.policy import PrivacyPolicy
-from fedsb.training.local import BYTES_PER_TRAINED_VALUE
+from fedsb.privacy.policy import PrivacyPolicy, build_privacy_policy
+from fedsb.protocol.schedule import participation
+from fedsb.training.local import BYTES_PER_TRAINED_VALUE, LocalTraining
 from fedsb.utils.errors import UserError, did_you_mean
 from fedsb.utils.extras import needs_extra
+from fedsb.utils.tensors import Shapes
 
 if TYPE_CHECKING:
     from fedsb.protocol.secure_sum import SecureSums
@@ -159,3 +160,9 @@ def open_secure_sums(config: Config, policy: PrivacyPolicy, run: str, rows: Mapp
     except ImportError as error:
         raise needs_extra(error.name or "cryptography") from error
     return SecureSums(config, policy, run, rows)
+
+
+def privacy_policy_of(config: Config, method: Method, rows: Mapping[str, int], local: LocalTraining) -> PrivacyPolicy:
+    """Returns the policy of a run whose clients have these rows. Raises UserError as `build_privacy_policy`."""
+    steps = {name: local.steps_for(count) for name, count in rows.items()}
+    return build_privacy_policy(config, method, rows, steps, local.rows_a_step, participation(rows, config))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
 
 from fedsb.config.schema import Config
 from fedsb.methods.base import Method
-from fedsb.utils.rng import generator
+from fedsb.utils.rng import keyed_generator
 
 
 def sample(names: Sequence[str], round: int, config: Config) -> list[str]:
@@ -14,8 +15,15 @@ def sample(names: Sequence[str], round: int, config: Config) -> list[str]:
     wanted = config.server.clients_per_round
     if wanted is None or wanted >= len(names):
         return list(names)
-    chosen = generator(config.seed, "cohort", round).permutation(len(names))[:wanted]
+    chosen = keyed_generator(config.seed, "cohort", round).permutation(len(names))[:wanted]
     return [names[i] for i in sorted(chosen)]
+
+
+def participation(names: Iterable[str], config: Config) -> dict[str, int]:
+    """Returns the number of rounds in which each client takes part."""
+    names = list(names)
+    counts = Counter(name for round in range(config.rounds) for name in sample(names, round, config))
+    return {name: counts[name] for name in names}
 
 
 def refreshes(config: Config, method: Method) -> list[int]:

@@ -27,15 +27,16 @@ from numpy.typing import NDArray
 
 from fedsb.adapters.layout import Layout
 from fedsb.config.resolved import ResolvedSetting
-from fedsb.config.schema import Config, ServerConfig
+from fedsb.config.schema import Config
+from fedsb.config.training import ServerConfig
 from fedsb.privacy.discrete import discrete_gaussian
 from fedsb.privacy.mechanism import DPMechanism
 from fedsb.privacy.policy import PrivacyPolicy
 from fedsb.protocol.payload import Payload, pack
 from fedsb.secagg.fixed_point import Doubles, Floats, Ring
-from fedsb.secagg.protocol import SumPlan
+from fedsb.secagg.messages import SumPlan
 from fedsb.utils.errors import UserError
-from fedsb.utils.rng import generator
+from fedsb.utils.rng import keyed_generator
 
 SUM = "the sum"  # the client that a summed update names
 AGREED = {"rounds", "seed", "model", "task", "method", "basis", "train", "clients", "server", "privacy"}  # settings
@@ -70,7 +71,7 @@ class SumTerms:
             threshold=self.threshold,
             size=size,
             clip=limit,
-            told=self.digest,
+            context=self.digest,
         )
 
     # --- client ---
@@ -87,7 +88,7 @@ class SumTerms:
     def encode(self, client: str, change: Floats) -> Ring:
         plan, weight = self.plan(len(change)), 1.0
         exact = change.astype(np.float64)
-        draw, noise = generator(self.seed, "secure sum", client, self.round), None
+        draw, noise = keyed_generator(self.seed, "secure sum", client, self.round), None
         if self.mechanism is not None:  # the clip of these very values
             exact *= min(1.0, self.mechanism.plan.clip / max(float(np.linalg.norm(exact)), 1e-300))
             noise = noise_share(plan, self.mechanism)
@@ -151,7 +152,7 @@ class SecureSums:
             rows={name: self.rows[name] for name in clients} if self.server.weighting == "samples" else None,
             threshold=self.threshold,
             limit=self.server.secagg_clip,
-            mechanism=self.policy.of_sum(),
+            mechanism=self.policy.sum_mechanism(),
         )
 
 

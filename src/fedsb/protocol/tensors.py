@@ -7,11 +7,11 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from fedsb.adapters.adapted import Tensors
 from fedsb.adapters.layout import Layout
+from fedsb.adapters.residual import Tensors
 from fedsb.protocol.payload import Payload
 
-Shapes = Mapping[str, tuple[int, ...]]
+TensorShapes = Mapping[str, tuple[int, ...]]
 
 
 def under(prefix: str, tensors: Mapping[str, torch.Tensor]) -> Tensors:
@@ -35,7 +35,7 @@ def rejection_of(payload: Payload, expected: Layout) -> str | None:
     return f"{name!r} contains {bad} values that are NaN or infinite"
 
 
-def shape_mismatch(found: Shapes, expected: Shapes) -> str | None:
+def shape_mismatch(found: TensorShapes, expected: TensorShapes) -> str | None:
     """Returns what is wrong with names and shapes; None for the expected ones."""
     missing, extra = expected.keys() - found.keys(), found.keys() - expected.keys()
     if missing or extra:

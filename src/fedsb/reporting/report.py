@@ -187,7 +187,7 @@ def write_report(run_dir: Path) -> Path:
     }
     templates.filters["three"] = formatting.three_text
     templates.filters["epsilon"] = formatting.epsilon_text
-    templates.filters["beside"] = formatting.beside_text
+    templates.filters["beside"] = formatting.extra_metrics_text
     templates.filters["gap"] = lambda gap: score(abs(gap)).replace("%", "points")
     page = templates.get_template("report.html.j2").render(
         m=run.manifest,

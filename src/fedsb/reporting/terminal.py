@@ -15,13 +15,18 @@ from fedsb.adapters.serving import serving_lines
 from fedsb.config.resolved import ResolvedSetting
 from fedsb.data.card import WARNING, shown_lines
 from fedsb.protocol.prices import bytes_line
-from fedsb.utils.formatting import beside_text, bytes_text, counts_text, epsilon_text, score_text, seconds_text
+from fedsb.utils.formatting import (
+    PREDICTION_COLUMNS,
+    bytes_text,
+    counts_text,
+    epsilon_text,
+    extra_metrics_text,
+    score_text,
+    seconds_text,
+)
 
 PLAIN: dict[str, Any] = {"box": None, "padding": (0, 2, 0, 0)}  # tables without lines
 COLUMNS = ("round", "loss", "score", "up", "down", "seconds", "left", "dropped")
-
-
-COLUMNS_OF_PREDICTIONS = ("prediction", "probabilities", "ended")
 
 
 class Terminal:
@@ -141,9 +146,7 @@ def print_predictions(rows: Sequence[Mapping[str, Any]]) -> None:
     shown = [_cell(row["prediction"]) for row in rows]
     width, digits = max(map(len, shown)), len(str(len(rows)))
     for number, (row, prediction) in enumerate(zip(rows, shown, strict=True), start=1):
-        of = " | ".join(
-            " ".join(str(value).split()) for name, value in row.items() if name not in COLUMNS_OF_PREDICTIONS
-        )
+        of = " | ".join(" ".join(str(value).split()) for name, value in row.items() if name not in PREDICTION_COLUMNS)
         start = f"{number:>{digits}}  "
         if "ended" in row:
             console.print(start + of, no_wrap=True, overflow="ellipsis")
@@ -178,7 +181,7 @@ def print_summary(folder: Path, found: Mapping[str, Any]) -> None:
             f"  {found['metric']:<16}{show(found['score'])}" + (f"  ({', '.join(against)})" if against else "")
         )
         plain = found["metric"] == "accuracy"  # which needs no other metric to be understood
-        if text := counts_text(found["beside"], "") if plain else beside_text(found["beside"]):
+        if text := counts_text(found["beside"], "") if plain else extra_metrics_text(found["beside"]):
             console.print(f"{'':<18}{text}")
     totals = found["bytes"]["federation"]["with_head"]
     console.print(

@@ -58,7 +58,7 @@ def answer_all(
 def line_of(task: Answers, answered: Answered) -> Line:
     return {
         "row": answered.position + 1,
-        "prompt": prompt_text(task.tokenizer, answered.question.asked),
+        "prompt": prompt_text(task.tokenizer, answered.question.prompt),
         "generated": answered.written.text,
         "extracted": answered.verdict.extracted,
         "gold": answered.question.gold,
@@ -77,7 +77,7 @@ def _kept(task: Answers, questions: Sequence[Question], path: Path) -> dict[int,
         if not 0 <= position < len(questions):
             continue
         question = questions[position]
-        if (line["prompt"], line["gold"]) != (prompt_text(task.tokenizer, question.asked), question.gold):
+        if (line["prompt"], line["gold"]) != (prompt_text(task.tokenizer, question.prompt), question.gold):
             continue
         written = Written(text=line["generated"], tokens=line["tokens"], ended=line["ended"])
         verdict = task.grade(question, written.text)

@@ -17,7 +17,7 @@ from fedsb.config.resolved import ResolvedSetting
 from fedsb.methods.base import State
 from fedsb.models.load import quiet
 from fedsb.privacy.policy import PrivacyPolicy
-from fedsb.privacy.statement import promised, spent, why_not_private
+from fedsb.privacy.statement import epsilon_spent, privacy_statement, why_not_private
 from fedsb.protocol.prices import price_list
 from fedsb.protocol.schedule import refreshes, whole_broadcasts
 from fedsb.reporting.report import summary, write_report
@@ -64,7 +64,7 @@ def describe_start(
             "trained_values": sum(tensors[key].numel() for key in trained),
         },
         "data_card": data.card.as_dict(),
-        "test": data.test_is if data.test else None,
+        "test": data.test_description if data.test else None,
         "task": {
             "kind": config.task.kind,
             "metric": task.metric,
@@ -83,7 +83,7 @@ def describe_start(
                 "labels": None if server.policy else site.labels,
                 "unseen": site.unseen,
             }
-            for site in data.sites
+            for site in data.clients
         ],
         "method": {"id": method.spec.id, "paper": method.spec.paper, "travels": method.spec.travels},
         "basis": _basis_facts(basis, private=bool(server.policy)),
@@ -108,7 +108,7 @@ def describe_start(
             "majority": data.baseline,
             "majority_of_test": data.best_guess,
         },
-        "privacy": promised(server.policy, config, sum(tensors[key].numel() for key in trained)),
+        "privacy": privacy_statement(server.policy, config, sum(tensors[key].numel() for key in trained)),
         "not_private": why_not_private(server.policy),
     }
 
@@ -149,7 +149,7 @@ def round_row(
         "down_bytes": sum(sent.bytes for sent in replies.traffic if sent.direction == "down"),
         **state.metrics,
         **gap,
-        **({"epsilon": spent(policy)} if policy else {}),
+        **({"epsilon": epsilon_spent(policy)} if policy else {}),
         "seconds": round(seconds, 3),
     }
 
@@ -205,9 +205,9 @@ def finish(
                 "counted": counted_rounds(rounds, site.name),
                 "unseen": site.unseen,
             }
-            for site in server.data.sites
+            for site in server.data.clients
         ],
-        "epsilon": spent(server.policy) if server.policy else None,
+        "epsilon": epsilon_spent(server.policy) if server.policy else None,
         # Of a private run it is not told: it depends on how many rows were drawn, and on how long they are.
         "peak_memory_bytes": None
         if server.policy

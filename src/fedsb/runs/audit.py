@@ -18,11 +18,11 @@ from typing import Any
 from fedsb.channels.in_process import open_in_process
 from fedsb.config.load import ResolvedConfig
 from fedsb.config.schema import Config
-from fedsb.privacy.audit import ERROR, SHARES, Canaries, audited, best_bound, ceiling
 from fedsb.privacy.mechanism import ROUNDING, SLACK, UnsafeReleaseError
 from fedsb.privacy.plan import PrivacyPlan, worst_client
 from fedsb.privacy.release_checks import KINDS, Score, failed, limit
 from fedsb.server.server import Server
+from fedsb.training.privacy_audit import ERROR, SHARES, Canaries, audited, best_bound, ceiling
 from fedsb.utils.environment import versions
 from fedsb.utils.errors import UserError, did_you_mean
 from fedsb.utils.files import write_atomic
@@ -66,7 +66,7 @@ def audit(
         except UnsafeReleaseError as error:
             refused = error
 
-    bound = best_bound(planted.scores(), planted.taking_part, plan.delta)
+    bound = best_bound(planted.scores(), planted.coins, plan.delta)
     stated, booked = plan.epsilon(rounds), mechanism.ledger.epsilon(plan.delta)
     most = ceiling(canaries, plan.delta, plan.q, rounds * plan.steps)
     scores = watched.checks.scores(SLACK)

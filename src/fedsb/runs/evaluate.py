@@ -20,11 +20,13 @@ from fedsb.adapters.export import BaseModelInfo
 from fedsb.adapters.merge import merge
 from fedsb.config.load import load_config
 from fedsb.config.schema import Config
-from fedsb.data.sites import load_rows, open_task_of
-from fedsb.data.sources import Table
+from fedsb.data.clients import build_task
+from fedsb.data.rows import Table
+from fedsb.data.tables import load_rows
 from fedsb.data.tasks import TASKS
 from fedsb.data.tasks.answers import Answers
-from fedsb.data.tasks.base import Example, Task, pad_token, question_of
+from fedsb.data.tasks.base import Example, Task, question_of
+from fedsb.data.tasks.tokens import pad_token
 from fedsb.models.hub import hub_errors, licence_of
 from fedsb.models.load import load_base, load_tokenizer, matmul_precision, quiet, resolve_name, shared_name
 from fedsb.reporting.run_directory import read_manifest, read_result
@@ -132,7 +134,7 @@ def evaluate_by_lm_eval(folder: Path, tasks: str) -> dict[str, Any]:
     """lm-eval's own `tasks` ("gsm8k,piqa") on the base with the adapter. Raises UserError as the other does."""
     _, config, adapter = finished_run(folder)
     tokenizer = load_tokenizer(config.model)
-    task = open_task_of(config, tokenizer)
+    task = build_task(config, tokenizer)
     if task.auto_class != "AutoModelForCausalLM":
         raise UserError(f"--lm-eval asks models that write; this run's task is {config.task.kind!r}")
     found = run_lm_eval(adapted_model(config, task, adapter), tokenizer, tasks, config.eval.batch_size)
@@ -190,7 +192,7 @@ def fitted_task(manifest: Mapping[str, Any], config: Config, new_tokens: int | N
         if new_tokens < 1:
             raise UserError(f"--new-tokens {new_tokens} must be at least 1")
         config = config.model_copy(update={"task": config.task.model_copy(update={"new_tokens": new_tokens})})
-    task = open_task_of(config, load_tokenizer(config.model))
+    task = build_task(config, load_tokenizer(config.model))
     task.take_classes(manifest["task"])
     return task
 

@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from fedsb.data.sites import load_unlabelled, require_read_columns
-from fedsb.data.sources import Row, make_table
+from fedsb.data.rows import Row, make_table
+from fedsb.data.tables import load_unlabelled, require_read_columns
 from fedsb.data.tasks.answers import Answers
 from fedsb.data.tasks.causal import CausalTask
 from fedsb.data.tasks.classification import Classification, pooled
@@ -30,10 +30,10 @@ from fedsb.runs.evaluate import adapted_model, finished_run, fitted_task
 from fedsb.training.generation import write_answers
 from fedsb.training.scoring import batches_by_length, forward, likeliest, prompts_of
 from fedsb.utils.errors import UserError
-from fedsb.utils.files import write_atomic
+from fedsb.utils.files import json_lines, write_atomic
+from fedsb.utils.formatting import PREDICTION_COLUMNS
 
 FORMATS = (".jsonl", ".csv")
-COLUMNS = ("prediction", "probabilities", "ended")
 Data = str | Path | Sequence[Mapping[str, Any]]
 
 
@@ -56,7 +56,7 @@ def predict(folder: Path | str, data: Data, *, new_tokens: int | None = None) ->
     else:
         table = make_table([dict(row) for row in data], "the rows")
         require_read_columns(task, table)
-    if taken := sorted(set(COLUMNS) & set(table.columns)):
+    if taken := sorted(set(PREDICTION_COLUMNS) & set(table.columns)):
         raise UserError(f"{table.origin} has a column {taken[0]!r}, which the predictions would overwrite: rename it")
     made: list[Row]
     with matmul_precision(config.model.float32_matmul_precision):
@@ -99,15 +99,10 @@ def _write(task: CausalTask, model: Any, questions: list[Any], batch_size: int) 
     return made
 
 
-def json_lines(rows: Sequence[Row]) -> str:
-    """Returns predictions as JSON lines; a value that JSON lacks, such as a date, is written as text."""
-    return "".join(json.dumps(row, default=str) + "\n" for row in rows)
-
-
 def write_predictions(rows: Sequence[Row], path: Path) -> None:
     """Writes predictions as JSON lines or as CSV, by the name's ending. A CSV has a column for each probability."""
     if path.suffix == ".jsonl":
-        write_atomic(path, json_lines(rows).encode())
+        write_atomic(path, json_lines(rows, default=str))
         return
     flat = [_flat(row) for row in rows]
     text = io.StringIO(newline="")

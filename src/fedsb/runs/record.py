@@ -9,7 +9,6 @@ was cut off, and are dropped when it is taken up again. Everything is safetensor
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -24,15 +23,15 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from fedsb.adapters.adapted import Tensors
 from fedsb.adapters.basis import basis_hash
+from fedsb.adapters.residual import Tensors
 from fedsb.methods.base import State
 from fedsb.protocol.tensors import under, within
 from fedsb.protocol.traffic import TrafficRecord
 from fedsb.reporting.run_directory import read_manifest, read_rows
 from fedsb.server.server import RoundResult
 from fedsb.utils.errors import RunError, UserError
-from fedsb.utils.files import disk_errors, flush, json_lines, keyed_fingerprint, safe_name, write, write_atomic
+from fedsb.utils.files import disk_errors, flush, json_lines, keyed_fingerprint, lock, safe_name, write, write_atomic
 
 PREFIX = "round-"
 FORMAT = 2  # of a run directory; an older one can be read and exported, and not resumed
@@ -291,13 +290,11 @@ class Record:
         with disk_errors(self.folder):
             self._lock = (self.folder / "lock").open("a+")
             try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BaseException as error:
+                lock(
+                    self._lock, f"{self.folder} is in use by another fedsb process. Wait for that process, or stop it."
+                )
+            except BaseException:
                 self._release()
-                if isinstance(error, BlockingIOError):
-                    raise UserError(
-                        f"{self.folder} is in use by another fedsb process; wait for it, or end it"
-                    ) from error
                 raise
 
     def _release(self) -> None:

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fedsb.channels.in_process import open_in_process
-from fedsb.config.load import ResolvedConfig, difference, load_config
+from fedsb.config.load import ResolvedConfig, load_config
+from fedsb.config.nested import difference
 from fedsb.config.resolved import ResolvedSetting
 from fedsb.config.schema import Config
 from fedsb.data.card import shown_lines

@@ -12,7 +12,7 @@ from fedsb.training.score import Score, mean_of
 def score_global(server: Server, state: State) -> Score | None:
     """Returns the metric on the test rows, of the global model or the mean over the clients' own; None without rows."""
     method, data, policy = server.method, server.data, server.policy
-    if not data.test or not (data.test_is_public or policy.shows("scores")):
+    if not data.test or not (data.test_is_public or policy.may_release("scores")):
         return None
     if method.spec.global_model:
         score = server.trainer.evaluate(method.model(state), data.test)
@@ -28,12 +28,12 @@ def score_clients(server: Server, state: State) -> dict[str, Score]:
     Clients that never take part are included.
     """
     method = server.method
-    if not server.channel.spec.holds_rows or not server.policy.shows("scores"):
+    if not server.channel.spec.holds_rows or not server.policy.may_release("scores"):
         return {}
     own = server.opened.local.client_model
     return {
         c.name: server.trainer.evaluate(own(method, state, c.name), c.held_out)
-        for c in server.data.sites
+        for c in server.data.clients
         if c.held_out and (method.spec.global_model or not c.unseen)
     }
 

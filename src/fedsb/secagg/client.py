@@ -1,4 +1,4 @@
-"""A client of a secure sum; secure_sum.py says what the protocol is."""
+"""A client of secure aggregation; protocol.py describes the protocol."""
 
 from __future__ import annotations
 
@@ -30,37 +30,41 @@ from fedsb.utils.errors import UserError
 
 
 class SumClient:
-    """One client in one round. Each method answers one message, once, and gives the bytes to send.
+    """One client in one round. Each method answers one message, once, and returns the bytes to send.
 
-    A message that is refused (MessageError) changes nothing: the right one may still come. A method that is not due
+    A message that is refused (MessageError) changes nothing: the right one may still arrive. A method that is not due
     raises SumError.
     """
 
     def __init__(self, plan: SumPlan, name: str, identity: Ed25519PrivateKey) -> None:
-        """Raises UserError for a name, or a key, that is not in the plan's directory."""
+        """Raises UserError if the name or the key is not in the plan's directory."""
         if plan.sites.get(name) != identity.public_key().public_bytes_raw():
-            raise UserError(f"{name!r} is not in the directory of sites with this key; sites: {', '.join(plan.names)}")
+            raise UserError(
+                f"{name!r} is not in the directory of sites with this key. The sites are: {', '.join(plan.names)}."
+            )
         self.plan, self.name, self._identity = plan, name, identity
         self._awaits: Phase | None = "advert"
         self._key_seed, self._self_seed = fresh_seed(), fresh_seed()
         self._seal_private = X25519PrivateKey.generate()
         self._mask_private = mask_private(plan, name, self._key_seed)
         self._keys = Keys(public_key(self._seal_private), public_key(self._mask_private))
-        self._roster = b""  # as it came: what is sealed, and signed of survivors, is bound to it
-        self._peers: dict[str, Keys] = {}  # the others of U1
-        self._shares: dict[str, tuple[bytes, bytes]] = {}  # of U2: of the seeds of s_v and b_v
+        self._roster = b""  # as received: seals and signatures are bound to it
+        self._peers: dict[str, Keys] = {}  # the other clients of U1
+        self._shares: dict[str, tuple[bytes, bytes]] = {}  # of each client of U2: shares of the seeds of s_v and b_v
         self._survivors: tuple[str, ...] = ()
 
     def advertise(self) -> bytes:
-        self._turn("advert")
+        """Returns this client's signed public keys."""
+        self._require("advert")
         self._awaits = "roster"
         return pack(self.plan, "advert", self.name, pack_advert(self.plan, self.name, self._identity, self._keys))
 
     def share_keys(self, roster: bytes) -> bytes:
+        """Returns shares of this client's seeds, sealed for each other client."""
         adverts = self._members(roster, "roster", ADVERT_BYTES, self.plan.names)
         keys = {name: read_advert(self.plan, name, advert) for name, advert in adverts.items()}
         if keys.pop(self.name) != self._keys:
-            raise MessageError(f"{self.name}: the roster has other keys under this client's name")
+            raise MessageError(f"{self.name}: the roster has different keys under this client's name")
         every = [key for pair in (self._keys, *keys.values()) for key in pair]
         if len(set(every)) < len(every):
             raise MessageError(f"{self.name}: the roster has one key twice")
@@ -76,12 +80,12 @@ class SumClient:
     def masked(
         self,
         inbox: bytes,
-        vector: Ring,  # (size + 1,), as plan.grid.encode gives it
+        vector: Ring,  # (size + 1,), from plan.grid.encode
     ) -> bytes:
-        """Raises ValueError for a vector of another shape or type."""
+        """Returns the masked vector. Raises ValueError for a vector of a different shape or type."""
         found = self._members(inbox, "inbox", SEALED_BYTES, (self.name, *self._peers), without=self.name)
         if vector.shape != (self.plan.size + 1,) or vector.dtype != np.uint32:
-            raise ValueError(f"{vector.dtype} of shape {vector.shape}; the plan says uint32 ({self.plan.size + 1},)")
+            raise ValueError(f"{vector.dtype} of shape {vector.shape}; expected uint32 ({self.plan.size + 1},)")
         del found[self.name]
         opened = {name: self._open(name, sealed) for name, sealed in found.items()}
         total = vector + self_mask(self.plan, self._self_seed)
@@ -92,6 +96,7 @@ class SumClient:
         return pack(self.plan, "masked", self.name, total.astype("<u4").tobytes())
 
     def confirm(self, survivors: bytes) -> bytes:
+        """Returns this client's signature of the survivors."""
         self._survivors = tuple(self._members(survivors, "survivors", 0, self._shares))
         self._awaits = "confirmed"
         signature = sign_survivors(self.plan, self.name, self._identity, self._survivors, self._roster)
@@ -99,15 +104,15 @@ class SumClient:
 
     @property
     def survivors(self) -> tuple[str, ...]:
-        """U3, as this client was told and signed."""
+        """U3, as this client received and signed it."""
         return self._survivors
 
     def unmask(self, confirmed: bytes) -> bytes:
-        """Of each client in U2 one share, never both. Which one, U3 says, and t clients signed that same U3."""
+        """Returns one share of each client in U2, never both. U3, which t clients signed, determines which one."""
         signatures = self._members(confirmed, "confirmed", SIGNATURE_BYTES, self._survivors)
         for name, signature in signatures.items():
             if not signed_survivors(self.plan, name, signature, self._survivors, self._roster):
-                raise MessageError(f"{self.name}: {name} did not sign the survivors that this client was told")
+                raise MessageError(f"{self.name}: {name} did not sign the survivors that this client received")
         shares = [
             self_share if name in self._survivors else key_share
             for name, (key_share, self_share) in sorted(self._shares.items())
@@ -115,24 +120,24 @@ class SumClient:
         self._awaits, self._shares = None, {}
         return pack(self.plan, "shares", self.name, b"".join(shares))
 
-    def _turn(self, phase: Phase) -> None:
+    def _require(self, phase: Phase) -> None:
         if self._awaits != phase:
             now = f"this client waits for {self._awaits!r}" if self._awaits else "this client is done"
-            raise SumError(f"{self.name}: {phase!r} is not due, {now}; each is answered once, in order")
+            raise SumError(f"{self.name}: {phase!r} is not due, {now}. Each message is answered once, in order.")
 
     def _members(
         self, data: bytes, phase: Phase, width: int, among: Collection[str], without: str = ""
     ) -> dict[str, bytes]:
-        """Who is listed, with their items, if the list is one that this client may go on with."""
-        self._turn(phase)
+        """Returns the listed clients with their items. Raises MessageError if the list must not be accepted."""
+        self._require(phase)
         found = read_list(self.plan, data, phase, width, without)
         if strangers := [name for name in found if name not in among]:
-            raise MessageError(f"{self.name}: {phase!r} lists {', '.join(strangers)}, whom the list before it lacks")
+            raise MessageError(f"{self.name}: {phase!r} lists {', '.join(strangers)}, missing in the previous list")
         if self.name not in found:
             raise MessageError(f"{self.name}: {phase!r} lacks this client")
         if len(found) < self.plan.threshold:
-            wanted = f"the threshold is {self.plan.threshold}"
-            raise MessageError(f"{self.name}: {phase!r} lists {len(found)} clients; {wanted}")
+            limit = self.plan.threshold
+            raise MessageError(f"{self.name}: {phase!r} lists {len(found)} clients; the threshold is {limit}")
         return found
 
     def _seal_key(self, sender: str, to: str) -> bytes:
@@ -140,8 +145,8 @@ class SumClient:
         return seal_key(self.plan, self._seal_private, self._peers[peer].seal, sender, to)
 
     def _open(self, sender: str, sealed: bytes) -> tuple[bytes, bytes]:
-        """The shares of the two seeds of `sender`."""
+        """Returns the shares of the two seeds of `sender`."""
         text = unseal(self._seal_key(sender, self.name), sealed, self._roster)
         if text is None:
-            raise MessageError(f"{self.name}: what {sender} sealed for this client does not open")
+            raise MessageError(f"{self.name}: the shares that {sender} sealed for this client cannot be decrypted")
         return text[:SEED_BYTES], text[SEED_BYTES:]

@@ -1,17 +1,17 @@
-"""Floats as whole numbers in a ring of 32 bits, so that the sum of all clients is exact and cannot overflow.
+"""Fixed-point numbers in a ring of 32 bits, so that the sum of all clients is exact and cannot overflow.
 
     M   = floor((2^31 - 1) / n)        step = C / M
     q_k = floor(p_k clip(x_k, -C, C) / step + u),   u ~ U[0, 1),   |q_k| <= M        sent as q_k mod 2^32
     sum_k p_k clip(x_k)  ~=  step * (sum_k q_k mod 2^32, read as signed)             |sum_k q_k| <= n M < 2^31
 
 n is the number of clients that may take part, C the clip bound of each value, p_k in (0, 1] a client's weight: n_k / W
-with a W that all know, or 1 / n, or 1. Each client checks its own weight, and no more is needed against an overflow.
-The ring vector has one value more than x: C, weighted like the others. So the server learns sum_k p_k over the clients
+with a public W, or 1 / n, or 1. Each client checks its own weight, and this is enough to prevent an overflow. The ring
+vector has one value more than x: C, weighted like the others. The server therefore learns sum_k p_k over the clients
 that stayed, and divides by it, without learning any n_k.
 
-Rounding is stochastic, so without bias. Of a sum over K clients each value is off by less than K step, with a standard
-deviation of at most sqrt(K) step / 2: with n = K = 8 and C = 1, 3.0e-8 and 5.3e-9, where float32 itself is off by up to
-3.0e-8 below 1. Limits: what a value exceeds C by is lost; `beyond` counts such values.
+Rounding is stochastic and therefore unbiased. For a sum over K clients, each value has an error below K step, with a
+standard deviation of at most sqrt(K) step / 2: with n = K = 8 and C = 1, 3.0e-8 and 5.3e-9, where float32 itself has an
+error of up to 3.0e-8 below 1. Limits: what a value exceeds C by is lost; `beyond` counts such values.
 """
 
 from __future__ import annotations
@@ -31,71 +31,77 @@ Doubles = NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True)
 class FixedPoint:
-    """The grid that all clients of a sum share. Raises UserError for no client, or a clip bound that is no bound."""
+    """The grid that all clients of a sum share. Raises UserError for an invalid number of clients or clip bound."""
 
     clients: int  # n: all that may take part, whether they stay or not
-    clip: float  # C, in the values' own unit
+    clip: float  # C, in the unit of the values
 
     def __post_init__(self) -> None:
         if self.clients < 1 or self.largest < 1:
-            raise UserError(f"a sum of {self.clients} clients; a 32-bit ring holds 1 to 2^31 - 1")
+            raise UserError(
+                f"A sum of {self.clients} clients is impossible. A 32-bit ring supports 1 to 2^31 - 1 clients."
+            )
         if not (np.isfinite(self.clip) and self.clip > 0 and self.step > 0):
-            raise UserError(f"a clip bound of {self.clip}; it must be positive and finite")
+            raise UserError(f"The clip bound {self.clip} is invalid. It must be positive and finite.")
 
     @property
     def largest(self) -> int:
-        """M: the largest whole number that one client sends."""
+        """M: the largest integer that one client sends."""
         return (2**31 - 1) // self.clients
 
     @property
     def step(self) -> float:
+        """The distance between two values of the grid."""
         return self.clip / self.largest
 
     def bound(self, clients: int) -> float:
-        """|decoded - sum_k p_k clip(x_k)| is at most this, for each value, over `clients` that stayed.
+        """Returns a bound of |decoded - sum_k p_k clip(x_k)| per value, if `clients` clients stayed.
 
-        K step, and a millionth of it for the roundings of float64 (each below 2^-21 step).
+        It is K step, and a millionth more for the rounding of float64 (each below 2^-21 step).
         """
         return clients * self.step * (1 + 2**-20)
 
     def beyond(self, values: Floats) -> int:
-        """How many values clipping will change."""
+        """Returns how many values clipping will change."""
         return int((np.abs(values.astype(np.float64)) > self.clip).sum())
 
     def encode(
         self,
         values: NDArray[np.floating],  # (size,)
         weight: float,  # p_k
-        draw: np.random.Generator,  # rounds; it hides nothing and need not be secret
-        noise: NDArray[np.int64] | None = None,  # (size,), in steps: what a client adds after all clipping
+        draw: np.random.Generator,  # for rounding; it need not be secret
+        noise: NDArray[np.int64] | None = None,  # (size,), in steps, added after clipping
     ) -> Ring:  # (size + 1,)
-        """Raises ValueError where a value is not finite, an array is not flat, or a weight is not in (0, 1]."""
+        """Returns the ring vector.
+
+        Raises ValueError for values that are not finite or not flat, and for a weight outside (0, 1].
+        """
         if not 0 < weight <= 1:
-            raise ValueError(f"a weight of {weight}; it must be above 0 and at most 1, as n_k / W is")
+            raise ValueError(f"The weight {weight} is invalid. It must be above 0 and at most 1, such as n_k / W.")
         if values.ndim != 1 or not np.isfinite(values).all():
-            raise ValueError(f"values of shape {values.shape}; they must be flat, and every one finite")
+            raise ValueError(f"Values of shape {values.shape} are invalid. They must be flat, and all finite.")
         weighted = np.append(np.clip(values.astype(np.float64), -self.clip, self.clip), self.clip) * weight
         rounded = np.floor(weighted / self.step + draw.random(weighted.shape)).astype(np.int64)
         whole = np.clip(rounded, -self.largest, self.largest)
         if noise is not None:
-            whole[:-1] += noise  # past M now and then: what wraps is wrong, and no less private
-        return whole.astype(np.uint32)  # a negative one wraps: modulo 2^32
+            whole[:-1] += noise  # rarely exceeds M: a wrapped value is wrong, but no less private
+        return whole.astype(np.uint32)  # negative values wrap modulo 2^32
 
     def decode(self, total: Ring) -> tuple[Doubles, float]:
-        """From the ring's sum (size + 1,): sum_k p_k x_k, of shape (size,), and sum_k p_k."""
+        """Returns (sum_k p_k x_k of shape (size,), sum_k p_k) from the ring's sum (size + 1,)."""
         sums = total.view(np.int32) * np.float64(self.step)
         return sums[:-1], float(sums[-1] / self.clip)
 
 
 def flatten(arrays: Mapping[str, Floats]) -> Floats:
-    """One flat vector: the arrays by sorted name, each in C order."""
+    """Returns one flat vector: the arrays by sorted name, each in C order."""
     return np.concatenate([np.zeros(0, np.float32), *(arrays[name].reshape(-1) for name in sorted(arrays))])
 
 
 def unflatten(vector: NDArray[np.floating], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Floats]:
-    """What `flatten` joined, in float32. Raises ValueError where the shapes hold another number of values."""
+    """Splits what `flatten` joined, in float32. Raises ValueError if the shapes have a different number of values."""
     sizes = [int(np.prod(shapes[name])) for name in sorted(shapes)]
     if vector.shape != (sum(sizes),):
-        raise ValueError(f"a vector of shape {vector.shape}; the shapes hold {sum(sizes)} values")
+        raise ValueError(f"A vector of shape {vector.shape} does not fit shapes of {sum(sizes)} values.")
     parts = np.split(vector.astype(np.float32), np.cumsum(sizes)[:-1]) if sizes else []
     return {name: part.reshape(shapes[name]) for name, part in zip(sorted(shapes), parts, strict=True)}

@@ -1,45 +1,48 @@
-"""Secure aggregation: the server learns the sum of the clients' vectors, and of a single one only what the sum tells.
+"""Secure aggregation: the server learns the sum of the clients' vectors, and of a single one only what the sum shows.
 
     y_u = q_u + M(b_u) + sum_{v > u} M(k_uv) - sum_{v < u} M(k_uv)     mod 2^32,   v in U2
-    sum_{u in U3} q_u = sum_{u in U3} (y_u - M(b_u)) - what the masks k_uv of u in U3 with v in U2 \\ U3 left over
+    sum_{u in U3} q_u = sum_{u in U3} (y_u - M(b_u)) - the left-over masks k_uv of u in U3 with v in U2 \\ U3
 
 Bonawitz, Ivanov, Kreuter, Marcedone, McMahan, Patel, Ramage, Segal, Seth, "Practical Secure Aggregation for
-Privacy-Preserving Machine Learning", ACM CCS 2017 (eprint 2017/281): the variant with signatures of their Figure 4.
-q_u is client u's vector in a 32-bit ring (fixed_point.py), M a keystream, k_uv the X25519 secret of a pair, b_u one of
-u alone; n sites, of which U1 to U4 are still there, and a threshold t. Keys and secrets are fresh in every round.
+Privacy-Preserving Machine Learning", ACM CCS 2017 (eprint 2017/281): the variant with signatures of their Figure 4. q_u
+is client u's vector in a 32-bit ring (fixed_point.py), M a keystream, k_uv the X25519 secret of a pair, b_u a secret of
+u alone. U1 to U4 are the clients that remain of n sites, and t is a threshold. Keys and secrets are fresh in every
+round. This implementation has not been audited independently.
 
     client                                                            server
-    advertise    advert: two public keys c_u, s_u, signed       ->    U1 = who did
+    advertise    advert: two public keys c_u, s_u, signed       ->    U1 = the senders
     share_keys                                      roster      <-    all keys of U1
-                 sealed: for each v in U1, encrypted from u     ->    U2 = who did
+                 sealed: for each v in U1, encrypted from u     ->    U2 = the senders
                  to v, shares of the seeds of s_u and b_u
     masked                                          inbox       <-    U2, and what its members sealed for this client
-                 masked: y_u                                    ->    U3 = who did
+                 masked: y_u                                    ->    U3 = the senders
     confirm                                         survivors   <-    U3
-                 confirm: a signature of U3                     ->    U4 = who did
+                 confirm: a signature of U3                     ->    U4 = the senders
     unmask                                          confirmed   <-    the signatures of U4
                  shares: of b_v for v in U3,                    ->    t answers give the sum
                  of the seed of s_v for v in U2 \\ U3
 
-Clients may vanish before any message as long as t are left. What is shared is a 16-byte seed; the server derives the
-key again and compares it with what its owner sent, so that a false share ends the round instead of spoiling its sum.
+Clients may vanish before any message as long as t remain. What is shared is a 16-byte seed. The server derives the key
+again and compares it with what its owner sent, so that a false share ends the round instead of corrupting its sum.
 
-A client sends 4 (size + 1) + 224 + 60 (|U1| - 1) + 16 |U2| bytes, and five headers of some 200. Of n sites the server
-makes at most n + n^2 / 4 masks.
+A client sends 4 (size + 1) + 224 + 60 (|U1| - 1) + 16 |U2| bytes, and five headers of about 200 bytes. For n sites the
+server generates at most n + n^2 / 4 masks.
 
-Why t > n/2: with both seeds of one client its vector is bare. A client gives out one of the two, once, so both take 2 t
-clients that answer. With c sites in league with a lying server the plan needs 2 t > n + c; the sum is then over at
-least t - c others. Why signatures: without those of the keys a lying server puts its own in the sites' place; without
-those of U3 it tells each client another tale of who stayed, and can single one out.
+Why t > n/2: anyone with both seeds of one client can read its vector. A client gives out one of the two, once, so
+obtaining both takes 2 t clients that answer. If c sites collude with a malicious server, the plan needs 2 t > n + c;
+the sum is then over at least t - c others. Why signatures: without those of the keys, a malicious server can put its
+own keys in place of the sites'; without those of U3, it can send each client a different list of survivors and isolate
+one.
 
 Limits
-- The directory of site keys must be true: who hands it out can pose as any site. If that is the server, then only a
-  server that keeps to the protocol learns nothing but the sum.
-- A sum of two clients is no secret to either. Two sums over the same, or nearly the same, vectors with other survivors
-  tell their difference: a vector goes into one sum only. Against what many rounds tell together only noise helps.
-- Nobody can inspect a single update. A client must check its own (finite, shapes, norm) and the server the sum; a
+- The directory of site keys must be true: anyone who distributes it can impersonate any site. If that is the server,
+  only a server that follows the protocol learns nothing but the sum.
+- A sum of two clients is not secret between these two. Two sums over the same, or nearly the same, vectors with
+  different survivors reveal their difference, so a vector is sent in one sum only. Only noise protects against what
+  many rounds reveal together.
+- Nobody can inspect a single update. A client must check its own (finite, shapes, norm) and the server the sum. A
   malicious site can poison the sum or, by what it seals or answers, end the round without one.
-- Who took part in which phase is no secret.
+- Which clients took part in which phase is not secret.
 """
 
 from __future__ import annotations
@@ -59,22 +62,22 @@ __all__ = ["MessageError", "Phase", "Simulated", "SumClient", "SumError", "SumPl
 
 @dataclass(frozen=True, kw_only=True)
 class Simulated:
-    """A sum as the server knows it, within plan.grid.bound(len(clients)) of the plain one for each value."""
+    """A sum as the server learns it; each value is within plan.grid.bound(len(clients)) of the plain sum."""
 
     values: Doubles  # (size,): sum_k p_k clip(x_k)
     weight: float  # sum_k p_k
     clients: tuple[str, ...]  # U3
-    up_bytes: Mapping[str, int]  # of all that each client sent, and was sent
+    up_bytes: Mapping[str, int]  # that each client sent; down_bytes: that it received
     down_bytes: Mapping[str, int]
 
 
 def simulate(
     plan: SumPlan,
-    identities: Mapping[str, Ed25519PrivateKey],  # of all in the plan
-    vectors: Mapping[str, Ring],  # (size + 1,) as plan.grid.encode gives them; who has none leaves before it is due
-    vanish: Mapping[str, Phase] | None = None,  # name -> the first of a client's messages that it does not send
+    identities: Mapping[str, Ed25519PrivateKey],  # of all clients in the plan
+    vectors: Mapping[str, Ring],  # (size + 1,) from plan.grid.encode; a client without one drops out before it is due
+    vanish: Mapping[str, Phase] | None = None,  # name -> the first message that a client does not send
 ) -> Simulated:
-    """All parties in one process: what an engine does, without the wire. Raises SumError below the threshold."""
+    """Runs all parties in one process, without a network. Raises SumError below the threshold."""
     leaves: dict[str, Phase] = {name: "masked" for name in plan.names if name not in vectors}
     leaves |= vanish or {}
     server, clients = SumServer(plan), {name: SumClient(plan, name, identities[name]) for name in plan.names}

@@ -1,4 +1,4 @@
-"""The server of a secure sum; secure_sum.py says what the protocol is."""
+"""The server of secure aggregation; protocol.py describes the protocol."""
 
 from __future__ import annotations
 
@@ -22,38 +22,39 @@ from fedsb.secagg.primitives import KEY_BYTES, SEED_BYTES, SIGNATURE_BYTES, comb
 
 
 class SumServer:
-    """The server of one round: `receive` what clients send, then close the phase and get what to send to whom.
+    """The server of one round: `receive` the clients' messages, then close the phase to get the next messages.
 
-    Closing a phase raises SumError with fewer than t messages in, and the phase stays open, so that one may wait on.
+    Closing a phase raises SumError if fewer than t messages have arrived. The phase then stays open, so that the caller
+    may continue to wait.
     """
 
     def __init__(self, plan: SumPlan) -> None:
         self.plan = plan
         self._phase: Phase | None = "advert"
         self._got: dict[str, bytes] = {}  # bodies of this phase, by client
-        self._lists: list[tuple[str, ...]] = [plan.names]  # then U1, U2, ...; the last may speak in this phase
-        self._roster = b""  # which makes this attempt another than any before
+        self._lists: list[tuple[str, ...]] = [plan.names]  # then U1, U2, ...; the last may send in this phase
+        self._roster = b""  # distinguishes this attempt from earlier ones
         self._keys: dict[str, Keys] = {}
         self._checks: dict[str, bytes] = {}
         self._sum: Ring = np.zeros(plan.size + 1, np.uint32)
 
     @property
     def silent(self) -> tuple[str, ...]:
-        """Who has not been heard in this phase."""
+        """The clients whose message of this phase is missing."""
         return tuple(name for name in self._lists[-1] if name not in self._got)
 
     @property
     def survivors(self) -> tuple[str, ...]:
-        """U3, whose vectors are in the sum; nobody before `survivors_lists`."""
+        """U3, whose vectors are in the sum; empty before `survivors_lists`."""
         return self._lists[3] if len(self._lists) > 3 else ()
 
     def receive(self, client: str, data: bytes) -> None:
-        """`client` is who sent it, as the transport knows. Raises MessageError, which names what is wrong."""
+        """Takes a message from `client`, as the transport authenticated it. Raises MessageError with what is wrong."""
         if self._phase is None:
-            raise MessageError(f"a message from {client!r:.60}; the sum is over")
+            raise MessageError(f"a message from {client!r:.60}, but the sum is over")
         if client not in self._lists[-1]:
-            why = "has left this round" if client in self.plan.sites else "is none of its clients"
-            raise MessageError(f"a message from {client!r:.60}, who {why}")
+            why = "has left this round" if client in self.plan.sites else "is not one of its clients"
+            raise MessageError(f"a message from {client!r:.60}, which {why}")
         body = read(self.plan, data, self._phase, client, self._size())
         if client in self._got:
             raise MessageError(f"a second message {self._phase!r} from {client}")
@@ -61,17 +62,19 @@ class SumServer:
             self._keys[client] = self._new_keys(client, body)
         elif self._phase == "masked":
             self._sum += np.frombuffer(body, "<u4")
-            body = b""  # of all vectors only their sum is kept
+            body = b""  # only the sum of the vectors is kept
         elif self._phase == "confirm" and not signed_survivors(self.plan, client, body, self.survivors, self._roster):
-            raise MessageError(f"the message 'confirm' from {client} is no signature of the survivors")
+            raise MessageError(f"the message 'confirm' from {client} is not a valid signature of the survivors")
         self._got[client] = body
 
     def roster(self) -> dict[str, bytes]:
+        """Closes `advert` and returns all keys, by recipient."""
         adverts = self._close("advert", "sealed")
         self._roster = pack_list(self.plan, "roster", SERVER, adverts, adverts.values())
         return dict.fromkeys(adverts, self._roster)
 
     def inboxes(self) -> dict[str, bytes]:
+        """Closes `sealed` and returns what was sealed for each client."""
         sealed = self._close("sealed", "masked")
         self._checks = {name: body[:KEY_BYTES] for name, body in sealed.items()}
         return {
@@ -86,36 +89,38 @@ class SumServer:
         }
 
     def survivors_lists(self) -> dict[str, bytes]:
+        """Closes `masked` and returns the survivors, by recipient."""
         names = self._close("masked", "confirm")
         return dict.fromkeys(names, pack_list(self.plan, "survivors", SERVER, names))
 
     def confirmations(self) -> dict[str, bytes]:
+        """Closes `confirm` and returns the signatures, by recipient."""
         signatures = self._close("confirm", "shares")
         return dict.fromkeys(signatures, pack_list(self.plan, "confirmed", SERVER, signatures, signatures.values()))
 
     def total(self) -> Ring:
-        """(size + 1,): the sum over `survivors`, for plan.grid.decode. Raises SumError where a share was false."""
+        """Returns the sum over `survivors` (size + 1,), for plan.grid.decode. Raises SumError if a share was false."""
         answers = self._close("shares", None)
         helpers = list(answers)[: self.plan.threshold]
         for i, name in enumerate(self._lists[2]):
             part = slice(SEED_BYTES * i, SEED_BYTES * (i + 1))
             seed = combine({self.plan.places[helper]: answers[helper][part] for helper in helpers})
-            if not (self._take_off_own if name in self.survivors else self._take_off_pairs)(name, seed):
+            if not (self._subtract_own if name in self.survivors else self._subtract_pairs)(name, seed):
                 raise SumError(
-                    f"round {self.plan.round + 1}: the shares of {name}'s seed do not fit together; a false one is "
-                    f"from {name}, or from one of {', '.join(helpers)}. There is no sum of this round"
+                    f"round {self.plan.round + 1}: the shares of {name}'s seed do not fit together. A false one is "
+                    f"from {name}, or from one of {', '.join(helpers)}. This round has no sum."
                 )
         return self._sum
 
-    def _take_off_own(self, name: str, seed: bytes) -> bool:
-        """The own mask of one who stayed. False, and nothing done, where it is not its seed."""
+    def _subtract_own(self, name: str, seed: bytes) -> bool:
+        """Subtracts the own mask of a client that stayed. Returns False without a change if the seed is wrong."""
         if self_check(self.plan, seed) != self._checks[name]:
             return False
         self._sum -= self_mask(self.plan, seed)
         return True
 
-    def _take_off_pairs(self, name: str, seed: bytes) -> bool:
-        """What one who left shares with each that stayed. False, and nothing done, where it is not its seed."""
+    def _subtract_pairs(self, name: str, seed: bytes) -> bool:
+        """Removes the masks that a client that left shares with the survivors. Returns False if the seed is wrong."""
         private = mask_private(self.plan, name, seed)
         if public_key(private) != self._keys[name].mask:
             return False
@@ -127,11 +132,11 @@ class SumServer:
         keys = read_advert(self.plan, client, advert)
         known = [key for pair in (keys, *self._keys.values()) for key in pair]
         if len(set(known)) < len(known):
-            raise MessageError(f"the message 'advert' from {client} has a key twice, or that of another client")
+            raise MessageError(f"the message 'advert' from {client} has a key twice, or that of a different client")
         return keys
 
     def _size(self) -> int:
-        """Bytes of a body in this phase."""
+        """Returns the bytes of a body in this phase."""
         match self._phase:
             case "advert":
                 return ADVERT_BYTES
@@ -145,19 +150,19 @@ class SumServer:
                 return SEED_BYTES * len(self._lists[2])
 
     def _item(self, body: bytes, sender: str, to: str) -> bytes:
-        """What `sender` sealed for `to`: after the check, an item for each other client of U1."""
+        """Returns what `sender` sealed for `to`: after the check, an item for each other client of U1."""
         place = [name for name in self._lists[1] if name != sender].index(to)
         return body[KEY_BYTES + SEALED_BYTES * place : KEY_BYTES + SEALED_BYTES * (place + 1)]
 
     def _close(self, phase: Phase, following: Phase | None) -> dict[str, bytes]:
-        """The bodies of this phase by name, sorted."""
+        """Closes a phase and returns its bodies by name, sorted."""
         if self._phase != phase:
             now = f"it is in {self._phase!r}" if self._phase else "it is over"
             raise SumError(f"round {self.plan.round + 1}: the sum cannot close {phase!r}, {now}")
         if len(self._got) < self.plan.threshold:
             raise SumError(
                 f"round {self.plan.round + 1}: {len(self._got)} of {len(self.plan.names)} clients sent {phase!r}; the "
-                f"threshold is {self.plan.threshold}. Not heard: {', '.join(self.silent)}. There is no sum without them"
+                f"threshold is {self.plan.threshold}. Missing: {', '.join(self.silent)}. There is no sum without them."
             )
         got, self._got, self._phase = dict(sorted(self._got.items())), {}, following
         self._lists.append(tuple(got))

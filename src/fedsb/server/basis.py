@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from fedsb.adapters.adapted import Tensors
 from fedsb.adapters.basis import Basis, Pair
 from fedsb.adapters.layout import Layout
+from fedsb.adapters.residual import Tensors
 from fedsb.protocol.messages import BasisGradient, Refresh, SetBasis
 from fedsb.protocol.payload import Payload, PayloadError, pack, unpack
 from fedsb.protocol.tensors import rejection_of

@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-from fedsb.adapters.adapted import Tensors
+from fedsb.adapters.residual import Tensors
 from fedsb.config.resolved import ResolvedSetting
 from fedsb.config.schema import Config
 from fedsb.data.card import TableCard, make_card
-from fedsb.data.sites import Data, Site, cut_choices, elsewhere, load_test, open_task_of, table_facts
-from fedsb.data.sources import Table
+from fedsb.data.clients import ClientData, Data, build_task, cut_choices, remote_client
+from fedsb.data.rows import Table
+from fedsb.data.tables import load_test, table_facts
 from fedsb.data.tasks.base import Task
 from fedsb.methods.base import Method, State
 from fedsb.models.load import load_tokenizer, tokenizer_fingerprint
@@ -49,7 +50,7 @@ class LocalClients(Protocol):
 
 
 class NoLocalClients:
-    """For a federation whose clients are elsewhere and keep their own state."""
+    """For a federation whose clients are remote_client and keep their own state."""
 
     def start(self, policy: PrivacyPolicy, sums: SecureSums | None, states: ClientStates) -> None:
         pass
@@ -77,7 +78,7 @@ class OpenedFederation:
     """
 
     channel: Channel
-    clients: Sequence[Site]
+    clients: Sequence[ClientData]
     data: Data
     trainer: Trainer
     directory: Mapping[str, bytes] = field(default_factory=dict)
@@ -103,7 +104,7 @@ def open_sites(
     refuse_what_needs_one_place(config, method)
     exchange = Exchange(channel, run, config.engine.deadline_s, note)
     tokenizer = load_tokenizer(config.model)
-    task = open_task_of(config, tokenizer)
+    task = build_task(config, tokenizer)
     test = load_test(config, task)
     described = {} if begun else _describe(exchange, config)
     if begun:
@@ -115,7 +116,7 @@ def open_sites(
     trainer = Trainer(config, method, tokenizer, task)
     prepared: dict[str, PrepareReply] = {}
     if begun:
-        clients = [elsewhere(site["name"], site["rows"], site["labels"]) for site in begun["clients"]]
+        clients = [remote_client(site["name"], site["rows"], site["labels"]) for site in begun["clients"]]
         tables = {name: table for name, table in begun["data"].items() if name != "test"}
     else:
         request = Prepare(
@@ -126,7 +127,7 @@ def open_sites(
             tokenizer=tokenizer_fingerprint(tokenizer),
         )
         prepared = exchange.all(request)
-        clients = [elsewhere(name, site.rows, site.labels) for name, site in prepared.items()]
+        clients = [remote_client(name, site.rows, site.labels) for name, site in prepared.items()]
         tables = {
             name: {"origin": f"the site {name}", "rows": site.rows, "fingerprint": site.fingerprint}
             for name, site in described.items()
@@ -147,7 +148,7 @@ def _describe(exchange: Exchange, config: Config) -> dict[str, DescribeReply]:
 def _data(
     config: Config,
     task: Task,
-    clients: Sequence[Site],
+    clients: Sequence[ClientData],
     test: Table | None,
     prepared: Sequence[PrepareReply],
     tables: Mapping[str, Any],
@@ -175,9 +176,9 @@ def _data(
     unused = sum(site.unused or 0 for site in prepared)
     return Data(
         task=task,
-        sites=list(clients),
+        clients=list(clients),
         test=examples,
-        test_is=f"{test.origin}, {len(test.rows):,} rows" if test else "none",
+        test_description=f"{test.origin}, {len(test.rows):,} rows" if test else "none",
         test_is_public=True,
         baseline=None,
         best_guess=task.best_guess(examples) if examples else None,

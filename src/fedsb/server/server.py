@@ -15,13 +15,12 @@ from fedsb.data.tasks.base import Example
 from fedsb.methods.averaging import ServerOptimizer
 from fedsb.methods.base import Method, State
 from fedsb.privacy.ledger import Entry
-from fedsb.privacy.policy import build_privacy_policy
 from fedsb.protocol import schedule
 from fedsb.protocol.channel import NoResponse
 from fedsb.protocol.compressor import build_compressor
 from fedsb.protocol.messages import Finish, FinishReply, Stale, Start, Train, TrainReply
 from fedsb.protocol.payload import Payload, PayloadError, pack, unpack
-from fedsb.protocol.requirements import client_ranks, open_secure_sums
+from fedsb.protocol.requirements import client_ranks, open_secure_sums, privacy_policy_of
 from fedsb.protocol.traffic import TrafficCounter, TrafficRecord
 from fedsb.server.basis import BasisRound
 from fedsb.server.exchange import Exchange, reason_of
@@ -71,9 +70,9 @@ class Server:
         )
         names = [client.name for client in self.clients]
         self.local = self.trainer.local
-        self.policy = build_privacy_policy(config, method, self.clients, self.local)
         self.ranks, rank_settings = client_ranks(config, method, self.trainer.shapes, names)
         self.rows = {client.name: client.rows for client in self.clients}
+        self.policy = privacy_policy_of(config, method, self.rows, self.local)
         self.secure_sums = open_secure_sums(config, self.policy, run, self.rows)
         self.compressor = build_compressor(config, method, run)
         self.exchange = Exchange(self.channel, run, config.engine.deadline_s, note)
@@ -150,7 +149,7 @@ class Server:
         answers = round.answers(cohort)
         payloads = round.summed(answers, cohort, replies, in_sum) if self.secure_sums else round.each(answers, replies)
         updates, dropped = validate_updates(payloads, rules, Spool(spool), replies.dropped)
-        after = method.aggregate(view, self.policy.noised(updates, state.round), self.optimizer)
+        after = method.aggregate(view, self.policy.add_noise(updates, state.round), self.optimizer)
         used = in_sum or [update.client for update in updates]
         settled = self.compressor.settle(method, state, view, after)
         return RoundResult(

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fedsb.adapters.adapted import Tensors
 from fedsb.adapters.basis import basis_hash
-from fedsb.adapters.residual import is_residual
+from fedsb.adapters.residual import Tensors, is_residual
 from fedsb.protocol.channel import NoResponse
 from fedsb.protocol.messages import SetShared, SetSharedReply, Stale
 from fedsb.protocol.payload import Payload, pack

@@ -15,8 +15,8 @@ from tempfile import TemporaryFile
 import numpy as np
 import torch
 
-from fedsb.adapters.adapted import Tensors
 from fedsb.adapters.layout import Layout
+from fedsb.adapters.residual import Tensors
 from fedsb.protocol.payload import Vector
 from fedsb.utils.files import disk_errors
 

@@ -15,9 +15,8 @@ import numpy as np
 
 from fedsb.adapters.basis import basis_hash
 from fedsb.adapters.layout import Layout
-from fedsb.config.schema import ServerConfig
+from fedsb.config.training import Codec, ServerConfig
 from fedsb.methods.base import Method, State, Update
-from fedsb.protocol.codec import Codec
 from fedsb.protocol.compressor import baseline_upload, codec_of
 from fedsb.protocol.payload import Payload, PayloadError, Vector, unpack
 from fedsb.protocol.tensors import rejection_of

@@ -7,10 +7,11 @@ from typing import Any
 
 from fedsb.adapters.export import BaseModelInfo, has_conv1d
 from fedsb.adapters.layer import AdaptedLinear
-from fedsb.data.tasks.base import Task, start_tokens
+from fedsb.data.tasks.base import Task
 from fedsb.data.tasks.causal import CausalTask
 from fedsb.data.tasks.instruction import ALPACA
 from fedsb.data.tasks.text import Text
+from fedsb.data.tasks.tokens import start_tokens
 from fedsb.models.load import BaseModel
 
 

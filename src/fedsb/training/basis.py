@@ -15,7 +15,7 @@ from functools import partial
 
 import torch
 
-from fedsb.adapters.adapted import AdaptedModel, Tensors
+from fedsb.adapters.adapted import AdaptedModel
 from fedsb.adapters.basis import (
     Basis,
     Pair,
@@ -28,8 +28,10 @@ from fedsb.adapters.basis import (
     weight_pair,
 )
 from fedsb.adapters.gradients import weight_gradients
-from fedsb.config.schema import BasisConfig, Config
-from fedsb.data.sites import Site
+from fedsb.adapters.residual import Tensors
+from fedsb.config.schema import Config
+from fedsb.config.training import BasisConfig
+from fedsb.data.clients import ClientData
 from fedsb.data.tasks.base import Example, Task
 from fedsb.methods.base import Method
 from fedsb.privacy.mechanism import DPMechanism
@@ -40,7 +42,7 @@ from fedsb.training.gradients import (
     private_core_gradients,
 )
 from fedsb.training.local import LocalTraining
-from fedsb.utils.rng import generator
+from fedsb.utils.rng import keyed_generator
 
 Gradients = Callable[[Mapping[str, Pair]], Iterable[tuple[Tensors, float]]]
 Broadcast = Callable[[Tensors], Tensors]
@@ -125,7 +127,7 @@ def core_sums(
     config: BasisConfig,
     adapted: AdaptedModel,
     task: Task,
-    site: Site,
+    site: ClientData,
     all_rows: int,  # of all who take part
     start: Tensors,
     outer: Mapping[str, Pair],
@@ -173,13 +175,15 @@ def basis_values(config: BasisConfig, method: Method, shapes: Mapping[str, tuple
     return {"up": 0, "down": sum(rank * (m + n) for m, n in shapes.values())}
 
 
-def draw_samples(site: Site, all_rows: int, samples: int, seed: int, *, from_the_end: bool = False) -> list[Example]:
+def draw_samples(
+    site: ClientData, all_rows: int, samples: int, seed: int, *, from_the_end: bool = False
+) -> list[Example]:
     """A site's part of `samples` rows, in proportion to its size and at least one, drawn by (seed, its name).
 
     Rows for the basis come from the front of the draw, rows that judge it from the end: others, if there are enough.
     """
     count = min(len(site.train), max(1, math.ceil(samples * len(site.train) / all_rows)))
-    order = generator(seed, "basis samples", site.name).permutation(len(site.train))
+    order = keyed_generator(seed, "basis samples", site.name).permutation(len(site.train))
     order = order[-count:] if from_the_end else order[:count]
     return [site.train[i] for i in order]
 

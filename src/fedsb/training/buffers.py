@@ -14,8 +14,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fedsb.adapters.adapted import AdaptedModel, Tensors
+from fedsb.adapters.adapted import AdaptedModel
 from fedsb.adapters.layout import Layout
+from fedsb.adapters.residual import Tensors
 
 
 class ClientBuffers:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fedsb.utils.rng import generator
+from fedsb.utils.rng import keyed_generator
 
 Keys = Sequence[tuple[int | str, ...]]  # for each client, the key of its draws in this step
 
@@ -41,7 +41,7 @@ class Dropout:
 
 def word(*key: int | str) -> int:
     """Returns the key as a signed 32-bit number."""
-    return int(generator(*key).integers(-(2**31), 2**31))
+    return int(keyed_generator(*key).integers(-(2**31), 2**31))
 
 
 def random_words(count: int, keys: Sequence[int], device: torch.device) -> Tensor:

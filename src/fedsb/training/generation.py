@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedsb.data.tasks.base import Tokenizer, pad_token
+from fedsb.data.tasks.tokens import Tokenizer, pad_token
 
 STOP_TOKENS = 16  # of an answer's end that are searched for a stop text
 

@@ -10,11 +10,12 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from fedsb.adapters.adapted import AdaptedModel, Tensors
+from fedsb.adapters.adapted import AdaptedModel
 from fedsb.adapters.basis import Basis, Pair, captured_energy
 from fedsb.adapters.gradients import weight_gradients
 from fedsb.adapters.layout import Layout
-from fedsb.data.sites import Site
+from fedsb.adapters.residual import Tensors
+from fedsb.data.clients import ClientData
 from fedsb.data.tasks.base import Example, Task
 from fedsb.privacy.mechanism import DPMechanism
 from fedsb.training.per_example import RowGradients
@@ -54,7 +55,7 @@ def private_core_gradients(
     task: Task,
     start: Tensors,
     outer: Mapping[str, Pair],
-    site: Site,
+    site: ClientData,
     batch_size: int,
     mechanism: DPMechanism,
     round: int,

@@ -16,8 +16,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from fedsb.adapters.adapted import AdaptedModel, Tensors
+from fedsb.adapters.adapted import AdaptedModel
 from fedsb.adapters.layout import Layout
+from fedsb.adapters.residual import Tensors
 from fedsb.data.tasks.base import Example, Task
 from fedsb.privacy.mechanism import DPMechanism
 from fedsb.training.buffers import ClientBuffers

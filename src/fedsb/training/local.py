@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from fedsb.utils.rng import generator
+from fedsb.utils.rng import keyed_generator
 
 BYTES_PER_TRAINED_VALUE = 16  # float32: the value, its gradient and Adam's two moments
 
@@ -70,7 +70,7 @@ def draw_batches(local: LocalTraining, *, rows: int, seed: int, client: str, rou
     With `epochs`, each pass ends with a batch that may be short; with `steps`, batches run over the ends of passes and
     are all full, unless the client has fewer rows than a step takes: then a step takes them all.
     """
-    draw = generator(seed, "batches", client, round)
+    draw = keyed_generator(seed, "batches", client, round)
     size = min(local.rows_a_step, rows)
     if local.epochs is not None:
         for _ in range(local.epochs):

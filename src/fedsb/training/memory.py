@@ -23,12 +23,12 @@ from typing import Any
 
 import torch
 
-from fedsb.adapters.adapted import Shapes
 from fedsb.config.schema import Config
 from fedsb.data.tasks import TASKS
 from fedsb.methods.base import Method
 from fedsb.models.load import choose_dtype
 from fedsb.training.local import BYTES_PER_TRAINED_VALUE
+from fedsb.utils.tensors import Shapes
 
 FACTORS_KEEP = 1.25  # activations beside LoRA's factors over those beside a core, as counted
 

@@ -25,8 +25,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedsb.adapters.adapted import AdaptedModel, Tensors
+from fedsb.adapters.adapted import AdaptedModel
 from fedsb.adapters.layout import Layout
+from fedsb.adapters.residual import Tensors
 from fedsb.data.tasks.base import Example, Task, ids
 from fedsb.models.load import matmul_precision
 from fedsb.training.scoring import forward

@@ -23,20 +23,22 @@ from tempfile import gettempdir
 import torch
 from torch import Tensor
 
-from fedsb.adapters.adapted import AdaptedModel, Tensors, kinds
+from fedsb.adapters.adapted import AdaptedModel
 from fedsb.adapters.core import core_left
 from fedsb.adapters.export import BaseModelInfo
 from fedsb.adapters.export_check import try_adapter
 from fedsb.adapters.factors import Factors
 from fedsb.adapters.layer import RoutingError
+from fedsb.adapters.residual import Tensors
 from fedsb.config.resolved import ResolvedSetting
 from fedsb.data.tasks.base import Batch, Example, Task, ids
 from fedsb.data.tasks.causal import CausalTask
+from fedsb.models.layers import kinds
 from fedsb.models.limits import batch_dependent_positions
 from fedsb.training.scoring import forward
 from fedsb.utils.errors import DiskError, RunError, UserError
 from fedsb.utils.files import disk_errors
-from fedsb.utils.rng import generator
+from fedsb.utils.rng import keyed_generator
 
 RANK = 2  # of the adapter that the probes train
 SHORT = 6  # tokens of the short row, about
@@ -153,7 +155,7 @@ def try_with_peft(
 
 def _rows(task: Task) -> tuple[Example, Example, Example]:
     """Returns a short row, one that fills the window and one of other tokens, all made up, the same for every site."""
-    draw = generator(0, "preflight")
+    draw = keyed_generator(0, "preflight")
     window = task.max_tokens
     return (
         task.made_up(min(SHORT, window), draw),
@@ -164,7 +166,7 @@ def _rows(task: Task) -> tuple[Example, Example, Example]:
 
 def _made_up(adapted: AdaptedModel, head: Tensors) -> Tensors:
     """Returns a small random adapter of one client, with its axis, so that every factor gets a gradient."""
-    draw = generator(0, "preflight adapter")
+    draw = keyed_generator(0, "preflight adapter")
 
     def drawn(*shape: int, scale: float) -> Tensor:
         return torch.from_numpy(draw.normal(0, scale, size=shape)).float()

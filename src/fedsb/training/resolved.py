@@ -6,14 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from fedsb.adapters.adapted import kinds
 from fedsb.config.resolved import ResolvedSetting
 from fedsb.config.schema import Config
-from fedsb.data.sites import Site, draw_rows, format_of
+from fedsb.data.clients import ClientData
 from fedsb.data.sources import load_table
+from fedsb.data.tables import draw_rows, format_of
 from fedsb.data.tasks.base import Example, Task
 from fedsb.data.tasks.chat import Chat
 from fedsb.data.tasks.instruction import Instruction
+from fedsb.models.layers import kinds
 from fedsb.training.local import LocalTraining
 from fedsb.training.memory import Memory
 from fedsb.utils.environment import memory_of
@@ -73,7 +74,7 @@ def targets_choice(config: Config, targets: Sequence[str], without: Mapping[str,
     return ResolvedSetting(key="model.target_modules", value=f"{len(targets)} layers", reason=reason)
 
 
-def batch_warnings(config: Config, local: LocalTraining, sites: Sequence[Site]) -> list[str]:
+def batch_warnings(config: Config, local: LocalTraining, sites: Sequence[ClientData]) -> list[str]:
     """Returns a warning where clients have fewer rows than one step takes, of which each step then takes all."""
     short = [site for site in sites if site.rows < local.rows_a_step]
     if not short:

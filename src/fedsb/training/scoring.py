@@ -136,6 +136,6 @@ def likeliest(model: nn.Module, task: Answers, questions: Sequence[Question], ba
             costs = [next(following) for _ in options]
             best = min(range(len(costs)), key=costs.__getitem__)
             name = question.options[best]
-            written = Written(text=question.written[best], tokens=len(options[best]), ended=True)
+            written = Written(text=question.option_texts[best], tokens=len(options[best]), ended=True)
             verdict = Verdict(right=name == question.gold, extracted=name)
             yield Answered(position=position, question=question, written=written, verdict=verdict)

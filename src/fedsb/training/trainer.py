@@ -6,16 +6,18 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from fedsb.adapters.adapted import AdaptedModel, Tensors, block_layers, find_targets, left_out
+from fedsb.adapters.adapted import AdaptedModel
 from fedsb.adapters.basis import Basis
 from fedsb.adapters.export import BaseModelInfo
-from fedsb.adapters.layer import linear_shape
 from fedsb.adapters.merge import merged_plan
+from fedsb.adapters.residual import Tensors
 from fedsb.config.resolved import ResolvedSetting
 from fedsb.config.schema import Config
-from fedsb.data.tasks.base import Example, Task, Tokenizer, ids, pad_token
+from fedsb.data.tasks.base import Example, Task, ids
+from fedsb.data.tasks.tokens import Tokenizer, pad_token
 from fedsb.methods.base import Method, State
 from fedsb.models.heads import head_start
+from fedsb.models.layers import block_layers, find_targets, left_out, linear_shape
 from fedsb.models.limits import check_positions, check_tokens
 from fedsb.models.load import load_base, matmul_precision
 from fedsb.privacy.policy import PrivacyPolicy
@@ -109,8 +111,8 @@ class Trainer:
             round=round,
             trainable=method.trainable(clients[0].tensors, round),
             penalty=method.penalty,
-            mechanisms=policy.of_rows(),
-            watch=policy.shows("loss"),
+            mechanisms=policy.row_mechanisms(),
+            watch=policy.may_release("loss"),
         )
         with matmul_precision(self.config.model.float32_matmul_precision):
             return self._joint.train(clients, how)

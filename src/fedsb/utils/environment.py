@@ -1,4 +1,4 @@
-"""What ran: versions and machine, for the manifest and for bug reports. Nothing here names a user or a host."""
+"""Versions and machine, for the manifest and for bug reports. Nothing here names a user or a host."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PACKAGES = ("fedsb", "torch", "transformers", "peft", "datasets", "tokenizers", 
 
 
 def versions() -> dict[str, str]:
-    """Installed versions by package; "not installed" for what is not there."""
+    """Returns the installed versions by package, "not installed" for missing packages."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -33,16 +33,20 @@ def memory_of(device: torch.device) -> int | None:
 
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    if not hasattr(os, "sysconf"):
+    if not (memory := _machine_memory()):
         return None
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     with suppress(OSError, ValueError):  # no cgroup, or "max": no limit
         memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
     return memory
 
 
+def _machine_memory() -> int:
+    """Returns the bytes of memory of this machine; 0 if it is unknown."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+
+
 def git_hash() -> str | None:
-    """The commit of a fedsb that runs from its repository, with "+changes" where the tree differs from it."""
+    """Returns the commit if fedsb runs from its repository, with "+changes" if the tree differs from it."""
     root = Path(__file__).resolve().parents[3]
     if not (root / ".git").exists():
         return None
@@ -55,11 +59,10 @@ def git_hash() -> str | None:
 
 
 def describe_machine() -> dict[str, Any]:
-    """Versions, cores, memory and accelerators of this machine."""
+    """Returns versions, cores, memory and accelerators of this machine."""
     import torch
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
     return {
         **versions(),
         "git": git_hash(),
@@ -67,7 +70,7 @@ def describe_machine() -> dict[str, Any]:
         "machine": platform.machine(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "torch threads": torch.get_num_threads(),
-        "memory_gib": round(memory / 2**30, 1),
+        "memory_gib": round(_machine_memory() / 2**30, 1),
         "gpus": gpus or None,
         "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE"),
         "HF_HOME": "set" if os.environ.get("HF_HOME") else None,

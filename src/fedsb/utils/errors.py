@@ -1,4 +1,4 @@
-"""What can go wrong, in two kinds: the user's input (exit code 1) and a run that failed (exit code 2)."""
+"""Errors of two kinds: invalid user input (exit code 1) and a run that failed (exit code 2)."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ from collections.abc import Iterable, Sequence
 
 
 class UserError(ValueError):
-    """The input is at fault: the message says what happened, with which value, and what to do."""
+    """Raised for invalid input. The message says what is wrong, with which value, and how to fix it."""
 
-    may_leave = False  # whether a site tells a coordinator these words, or only that it refused
+    may_leave = False  # whether a site may send this message to the coordinator
 
 
 class RefusalError(UserError):
-    """A site's no to a coordinator: its words hold what was asked and the site's rules, and nothing of what it has."""
+    """Raised if a site refuses a request. The message has the request and the site's rules, but none of its data."""
 
     may_leave = True
 
 
 class BadRowError(UserError):
-    """A row that cannot be used: the message begins with its file and line."""
+    """Raised for a row that cannot be used. The message begins with its file and line."""
 
 
 class NotAvailableError(UserError):
-    """Something that is elsewhere, as weights and rows that were not downloaded; `fedsb check` does without it."""
+    """Raised for weights or rows that are not on this machine. `fedsb check` continues without them."""
 
 
 class ConfigError(UserError):
-    """Every fault of a configuration, shown together."""
+    """Raised with all faults of a configuration together."""
 
     def __init__(self, faults: Sequence[str]) -> None:
         self.faults = tuple(faults)
@@ -36,23 +36,27 @@ class ConfigError(UserError):
 
 
 class RunError(RuntimeError):
-    """A run that cannot go on; what was finished is on disk and the message says how to go on."""
+    """Raised if a run cannot continue. Completed rounds are on disk, and the message says how to continue."""
 
     may_leave = False
 
 
 class DivergedError(RunError):
-    """A loss that is no number any more."""
+    """Raised if a loss is not finite."""
 
     may_leave = True
 
 
 class DiskError(RunError):
-    """A disk that refused what was to be written."""
+    """Raised if a file cannot be written."""
 
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:
-    """`did_you_mean("fed_sb", ["fed-sb", "fedit"])` -> `did you mean 'fed-sb'? There are: fed-sb, fedit`."""
+    """Returns a hint with the nearest option and all options.
+
+    >>> did_you_mean("fed_sb", ["fed-sb", "fedit"])
+    "did you mean 'fed-sb'? There are: fed-sb, fedit"
+    """
     known = sorted(options)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? There" if near else "there"

@@ -1,4 +1,4 @@
-"""What to say where the extra `privacy` is not installed."""
+"""The error for a missing package of the extra `privacy`."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from fedsb.utils.errors import UserError
 
 
 def needs_extra(package: str) -> UserError:
-    """To be raised where a package of the extra is missing."""
-    return UserError(f'{package} is not installed, and privacy needs it: pip install "fedsb[privacy]"')
+    """Returns the error to raise if a package of the extra is not installed."""
+    return UserError(f'{package} is not installed, and privacy needs it. Install it: pip install "fedsb[privacy]"')

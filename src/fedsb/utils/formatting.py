@@ -9,23 +9,24 @@ from typing import Any
 Json = dict[str, Any]
 Show = Callable[[object], str]
 GLUE = "\N{NO-BREAK SPACE}"
+PREDICTION_COLUMNS = ("prediction", "probabilities", "ended")  # that `fedsb predict` adds to a row
 PERCENT = {"accuracy", "exact_match", "f1", "pass@1"}
 
 
 def number(value: object) -> float | None:
-    """A finite number, or None for anything else."""
+    """Returns a finite number, or None for anything else."""
     if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         return float(value)
     return None
 
 
 def _shown(form: Callable[[float], str]) -> Show:
-    """`form` for finite numbers, a dash for the rest; with a true minus, and no space that breaks over a line."""
+    """Returns `form` for finite numbers and a dash for others, with a true minus and without breaking spaces."""
     return lambda value: "–" if (x := number(value)) is None else form(x).replace(" ", GLUE).replace("-", "−")
 
 
 def _three(x: float) -> str:
-    """Three digits, trailing zeros kept, so that a column of numbers is equally exact: 15.0, 9.02, 978."""
+    """Returns three digits with trailing zeros, so that all numbers of a column are equally exact: 15.0, 9.02, 978."""
     return f"{x:,.0f}" if x >= 99.95 else f"{x:#.3g}"
 
 
@@ -72,7 +73,7 @@ bytes_tick = _shown(lambda x: _in_bytes(x, lambda x: f"{x:.3g}"))
 
 
 def score_text(metric: str, *, unit: bool = True) -> Show:
-    """`unit=False` where a title or a heading names the metric already; percent signs stay."""
+    """Returns the format of a metric. Without `unit` the metric's name is left out; percent signs stay."""
     if metric in PERCENT:
         return percent_text
     if metric == "nats_per_token":
@@ -80,28 +81,29 @@ def score_text(metric: str, *, unit: bool = True) -> Show:
     return plain_text
 
 
-def beside_text(beside: Mapping[str, float]) -> str:
-    """What stands beside a score, "F1 81.2 %, matthews 0.62", its counts last."""
+def extra_metrics_text(metrics: Mapping[str, float]) -> str:
+    """Returns the metrics that accompany a score, "f1 81.2 %, matthews 0.62", with the counts last."""
     shown = [
         f"{name.replace('_', ' ')} {score_text(name)(value)}"
-        for name, value in beside.items()
+        for name, value in metrics.items()
         if not isinstance(value, int)
     ]
-    return ", ".join(shown) + counts_text(beside, ", " if shown else "")
+    return ", ".join(shown) + counts_text(metrics, ", " if shown else "")
 
 
-def counts_text(beside: Mapping[str, float], before: str = ", ") -> str:
-    """The counts among what stands beside a score, "3 cut, 1 without answer", but for those that are 0."""
+def counts_text(metrics: Mapping[str, float], before: str = ", ") -> str:
+    """Returns the counts among the metrics, "3 cut, 1 without answer", without those that are 0."""
     named = [
-        f"{value:,} {name.replace('_', ' ')}" for name, value in beside.items() if isinstance(value, int) and value
+        f"{value:,} {name.replace('_', ' ')}" for name, value in metrics.items() if isinstance(value, int) and value
     ]
     return before + ", ".join(named) if named else ""
 
 
 def score_tick(metric: str) -> Show:
+    """Returns the format of a metric at an axis."""
     return _shown(lambda x: f"{100 * x:.4g} %") if metric in PERCENT else plain_text
 
 
 def score_range(metric: str) -> tuple[float, float] | None:
-    """Returns the lowest and the highest value of a metric that is a share; None for others."""
+    """Returns the lowest and the highest value of a metric that is a fraction; None for others."""
     return (0.0, 1.0) if metric in PERCENT else None

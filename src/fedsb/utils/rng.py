@@ -1,8 +1,8 @@
-"""Every random number in fedsb: drawn from a key, never from an order.
+"""All random numbers in fedsb are drawn from a key, never from an order of calls.
 
-A draw is keyed by what it is for, such as (seed, "batches", client name, round). The same key gives the same
-numbers in any process, whatever was drawn before, so clients can be trained in any order, together or apart, and
-a resumed run draws what the unbroken one would have drawn.
+The key of a draw says what it is for, such as (seed, "batches", client name, round). The same key gives the same
+numbers in any process, whatever was drawn before. Clients can therefore be trained in any order, together or
+separately, and a resumed run draws what the uninterrupted run would have drawn.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import numpy as np
 Key = int | str
 
 
-def generator(*key: Key) -> np.random.Generator:
-    """A Philox generator of its own for this key.
+def keyed_generator(*key: Key) -> np.random.Generator:
+    """Returns a separate Philox generator for this key.
 
-    >>> generator(0, "batches", "site-a", 3).integers(10) == generator(0, "batches", "site-a", 3).integers(10)
+    >>> first, second = (keyed_generator(0, "batches", "site-a", 3) for _ in range(2))
+    >>> first.integers(10) == second.integers(10)
     np.True_
     """
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in key)

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: what is being written is finished first, then the run stops with KeyboardInterrupt."""
+"""Ctrl-C and SIGTERM: a write in progress completes first, then the run stops with KeyboardInterrupt."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from types import FrameType
 
 
 class Interrupts:
-    """While installed, a signal raises KeyboardInterrupt, except inside `hold()`: then when that ends."""
+    """Signal handlers that raise KeyboardInterrupt, but inside `hold()` only when it ends."""
 
     def __init__(self) -> None:
         self._held = False
@@ -17,9 +17,10 @@ class Interrupts:
 
     @contextmanager
     def installed(self) -> Iterator[Interrupts]:
+        """Installs the handlers, and restores the previous ones afterwards."""
         try:
             old = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not the main thread: whoever runs us there handles signals
+        except ValueError:  # not the main thread: the caller handles signals
             yield self
             return
         try:
@@ -30,12 +31,13 @@ class Interrupts:
 
     @contextmanager
     def hold(self) -> Iterator[None]:
+        """Delays a signal until the block has ended."""
         self._held = True
         try:
             yield
         finally:
             self._held = False
-        if self._pending:  # not where the write itself failed: that is the news
+        if self._pending:  # not reached if the write itself failed: its error is raised instead
             self._pending = False
             raise KeyboardInterrupt
 

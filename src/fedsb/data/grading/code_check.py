@@ -1,6 +1,6 @@
-"""Whether a program passes its tests: it is run, in a process that is shut in (code_child.py says how), once a program.
+"""Runs programs and their tests in a sandbox: one isolated process per program; code_child.py describes the sandbox.
 
-A run ends after SECONDS, whatever it does, and everything that it started with it; its folder is taken away.
+A run ends after SECONDS, with every process that it started. Its folder is deleted.
 """
 
 from __future__ import annotations
@@ -21,44 +21,44 @@ from fedsb.utils.errors import RunError, UserError
 SECONDS = 10.0  # for one program and its tests
 MEMORY_BYTES = 1 << 30
 FILES_BYTES = 16 << 20
-GRACE_SECONDS = 60.0  # that the process which watches gets on top: on a busy machine walls alone take seconds
+GRACE_SECONDS = 60.0  # extra time for the supervising process: on a busy machine, isolation alone takes seconds
 CHILD = Path(__file__).with_name("code_child.py")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ran:
-    """How a program and its tests went."""
+class ProgramResult:
+    """The result of a program and its tests."""
 
     passed: bool
-    why: str | None  # not: the exception, or how it ended
-    ended: bool  # by itself, by reaching the end or an exception; else it was stopped, or stopped its process
-    walls: str  # "namespaces" or "hooks"
+    why: str | None  # the exception, or how the program ended; None if it passed
+    ended: bool  # reached its end or an exception; False: it was stopped, or stopped its process
+    isolation: str  # "namespaces" or "hooks"
 
 
-def run_tests(program: str, tests: str, *, seconds: float = SECONDS) -> Ran:
-    """Runs the program, then its tests beside it. Raises UserError or RunError where this machine cannot."""
+def run_tests(program: str, tests: str, *, seconds: float = SECONDS) -> ProgramResult:
+    """Runs the program, then its tests. Raises UserError or RunError if this machine has no sandbox."""
     check_sandbox()
     return _run(program, tests, seconds)
 
 
 @cache
 def check_sandbox() -> str:
-    """The walls that there are, tried once: what must pass passes, what must not does not.
+    """Returns the isolation of this machine, after checking once that probes pass and fail as they must.
 
-    Raises UserError where the system has no limits of resources, RunError where the walls do not hold.
+    Raises UserError if the system has no resource limits, RunError if the isolation does not work.
     """
     if os.name != "posix":
-        raise UserError("programs are run under the limits of a POSIX system: use Linux, or task.score = 'loss'")
-    walls = ""
+        raise UserError("Programs need the resource limits of a POSIX system. Use Linux, or task.score = 'loss'.")
+    isolation = ""
     for program, passes in PROBES.items():
         ran = _run(program, "assert done", SECONDS)
-        walls = ran.walls
+        isolation = ran.isolation
         if ran.passed != passes:
             raise RunError(
-                f"the sandbox for programs does not hold here ({program.splitlines()[-1]!r}: {ran.why or 'passed'}): "
-                "run as a plain user who may read this Python, or take task.score = 'loss'"
+                f"the sandbox for programs does not work here ({program.splitlines()[-1]!r}: {ran.why or 'passed'}). "
+                "Run as a normal user who may read this Python, or set task.score = 'loss'."
             )
-    return walls
+    return isolation
 
 
 PROBES = {
@@ -71,10 +71,10 @@ PROBES = {
 }
 
 
-def _run(program: str, tests: str, seconds: float, *, namespaces: bool = True) -> Ran:
+def _run(program: str, tests: str, seconds: float, *, namespaces: bool = True) -> ProgramResult:
     with TemporaryDirectory(prefix="fedsb-code-", ignore_cleanup_errors=True) as folder:
         Path(folder).chmod(0o777)  # a superuser's program runs as nobody
-        asked = {"program": program, "tests": tests, "folder": folder, "seconds": seconds,
+        request = {"program": program, "tests": tests, "folder": folder, "seconds": seconds,
                  "memory_bytes": MEMORY_BYTES, "files_bytes": FILES_BYTES, "namespaces": namespaces}  # fmt: skip
         child = subprocess.Popen(
             [sys.executable, "-I", str(CHILD)],
@@ -86,13 +86,13 @@ def _run(program: str, tests: str, seconds: float, *, namespaces: bool = True) -
             start_new_session=True,
         )
         try:
-            out, err = child.communicate(json.dumps(asked).encode(), timeout=seconds + GRACE_SECONDS)
+            out, err = child.communicate(json.dumps(request).encode(), timeout=seconds + GRACE_SECONDS)
         except subprocess.TimeoutExpired:
-            return Ran(passed=False, why=f"took more than {seconds:g} s", ended=False, walls="")
+            return ProgramResult(passed=False, why=f"took more than {seconds:g} s", ended=False, isolation="")
         finally:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(child.pid, signal.SIGKILL)
             child.wait()
     if child.returncode != 0:
         raise RunError(f"the sandbox for programs does not start: {err.decode(errors='replace').strip()[-300:]}")
-    return Ran(**json.loads(out))
+    return ProgramResult(**json.loads(out))

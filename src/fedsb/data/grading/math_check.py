@@ -1,11 +1,11 @@
-"""Whether two mathematical answers are the same, by math-verify, in a process of its own.
+"""Compares two mathematical answers by math-verify, in a separate process.
 
-Some answers take forever, 9^(9^9) inside one machine instruction loop that no Python signal can reach. So the checks
-run in a child process, one at a time, which asks the system to end it after a while: neither threads nor signal
-handlers in the caller's process, and a child whose caller is gone ends too. An answer that ends the child, or raises,
-is wrong, and says why.
+Some answers take forever, such as 9^(9^9) inside one machine instruction loop that no Python signal can interrupt. The
+comparisons therefore run in a child process, one at a time, which asks the system to end it after a while. The caller's
+process needs neither threads nor signal handlers, and a child whose caller is gone ends too. An answer that ends the
+child, or raises, is wrong, and the reason is reported.
 
-    python -m fedsb.data.grading.math_check     reads {"gold": ..., "answer": ...} a line, answers {"right", "fault"}
+    python -m fedsb.data.grading.math_check     reads {"gold": ..., "answer": ...} per line, writes {"right", "fault"}
 """
 
 from __future__ import annotations
@@ -26,26 +26,28 @@ from typing import Any
 from fedsb.data.grading.verdict import Verdict, last_answer
 from fedsb.utils.errors import RunError, UserError
 
-SECONDS = 10  # for one answer
+SECONDS = 10  # per answer
 MEMORY_BYTES = 4 << 30
-DECIMALS = 12  # that floats are compared to; math-verify's own 6 take .000067 for .0000672
+DECIMALS = 12  # for comparing floats; math-verify's default of 6 accepts .000067 for .0000672
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checked:
+    """The result of a comparison."""
+
     right: bool
     fault: str | None = None
 
 
 class MathChecker:
-    """Starts the child when it is first needed, and again after it was ended; `close`, or forgetting this, ends it."""
+    """Compares answers in a child process, which is started when needed. `close`, or garbage collection, ends it."""
 
     def __init__(self, seconds: int = SECONDS) -> None:
         self.seconds = seconds
         self.child: subprocess.Popen[str] | None = None
 
     def grade(self, gold: str, text: str) -> Verdict:
-        """Right where what follows the text's last "The answer is:" is the gold, as mathematics."""
+        """Returns whether the text after the last "The answer is:" equals the gold answer as mathematics."""
         answer = last_answer(text)
         if answer is None:
             return Verdict(right=False, extracted=None)
@@ -53,15 +55,15 @@ class MathChecker:
         return Verdict(right=checked.right, extracted=answer, fault=checked.fault)
 
     def same(self, gold: str, answer: str) -> Checked:
-        """Whether the answer is the gold. Both are LaTeX, with or without dollars around it."""
-        if bare(gold) == bare(answer):
+        """Returns whether the answer equals the gold answer. Both are LaTeX, with or without dollars around it."""
+        if strip_latex(gold) == strip_latex(answer):
             return Checked(right=True)
-        if other_base(gold, answer):
+        if bases_differ(gold, answer):
             return Checked(right=False)
         return self.ask(gold, answer)
 
     def ask(self, gold: str, answer: str) -> Checked:
-        """What math-verify says, in the child."""
+        """Returns math-verify's result from the child."""
         child = self.child or self._start()
         assert child.stdin is not None and child.stdout is not None
         try:
@@ -70,7 +72,7 @@ class MathChecker:
             line = child.stdout.readline()
         except BrokenPipeError:
             line = ""
-        except BaseException:  # Ctrl-C: the reply that is still to come must not be taken for the next one's
+        except BaseException:  # Ctrl-C: the pending reply must not be read as the next one
             self.close()
             raise
         if not line:
@@ -81,6 +83,7 @@ class MathChecker:
         return Checked(**json.loads(line))
 
     def close(self) -> None:
+        """Ends the child."""
         if self.child is not None:
             self.child.kill()
             self.child.wait()
@@ -95,7 +98,7 @@ class MathChecker:
 
     def _start(self) -> subprocess.Popen[str]:
         need_math_verify()
-        source = str(Path(__file__).resolve().parents[3])  # the child must find this very package
+        source = str(Path(__file__).resolve().parents[3])  # the child must import the same package
         paths = os.pathsep.join(path for path in (source, os.environ.get("PYTHONPATH")) if path)
         self.child = subprocess.Popen(
             [sys.executable, "-m", "fedsb.data.grading.math_check", str(self.seconds)],
@@ -104,76 +107,78 @@ class MathChecker:
             stderr=subprocess.DEVNULL,
             text=True,
             env={**os.environ, "PYTHONPATH": paths},
-            start_new_session=True,  # Ctrl-C is the caller's to handle
+            start_new_session=True,  # the caller handles Ctrl-C
         )
         assert self.child.stdout is not None
         if self.child.stdout.readline() != "ready\n":
             code = self.child.wait()
-            raise RunError(f"the process that grades mathematics does not start (exit code {code}): try `python -m "
-                           "fedsb.data.grading.math_check` and see why")  # fmt: skip
+            raise RunError(
+                f"the process that grades mathematics does not start (exit code {code}). Run `python -m "
+                "fedsb.data.grading.math_check` to see the reason."
+            )
         return self.child
 
 
 def need_math_verify() -> None:
-    """Raises UserError where the package is not installed."""
+    """Raises UserError if the package is not installed."""
     if importlib.util.find_spec("math_verify") is None:
-        raise UserError("grading mathematics needs the package math-verify: pip install 'fedsb[eval]'")
+        raise UserError("Grading mathematics needs the package math-verify. Install it: pip install 'fedsb[eval]'")
 
 
-def bare(latex: str) -> str:
-    """LaTeX without a full stop at its end and dollars around it, white space alike: what is equal so is the same."""
+def strip_latex(latex: str) -> str:
+    """Returns LaTeX without a final full stop, enclosing dollars and repeated white space."""
     text = " ".join(latex.split()).removesuffix(".").strip()
     return text[1:-1].strip() if len(text) > 2 and text[0] == text[-1] == "$" and "$" not in text[1:-1] else text
 
 
-def tidy(latex: str) -> str:
-    """LaTeX that math-verify reads as it is meant: "\\frac \\pi4" with braces, "11,\\!111" and "11{,}111" together."""
-    text = re.sub(r"(?<=[0-9])(?:,\\!|\{,\})\s*(?=[0-9])", "", bare(latex))
+def normalise_latex(latex: str) -> str:
+    """Returns LaTeX that math-verify reads correctly: "\\frac \\pi4" with braces, "11,\\!111" and "11{,}111" joined."""
+    text = re.sub(r"(?<=[0-9])(?:,\\!|\{,\})\s*(?=[0-9])", "", strip_latex(latex))
     return re.sub(r"\\([dt]?)frac\s*(\\[A-Za-z]+|[0-9])\s*([0-9])", r"\\\1frac{\2}{\3}", text)
 
 
-def together(gold: str, answer: str) -> str:
-    """The answer without thousands separators, where the gold has no comma, and so is no list."""
+def strip_thousands(gold: str, answer: str) -> str:
+    """Returns the answer without thousands separators if the gold has no comma, and so is not a list."""
     return answer if "," in gold else re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "", answer)
 
 
-def other_base(gold: str, answer: str) -> bool:
-    """Whether both name the base of their digits, as in 1200_7, and another one: math-verify reads past it."""
-    named = [re.search(r"[0-9A-Z]_\{?([0-9]+)\}?$", bare(text)) for text in (gold, answer)]
+def bases_differ(gold: str, answer: str) -> bool:
+    """Returns whether both name the base of their digits, as in 1200_7, and differ in it: math-verify ignores it."""
+    named = [re.search(r"[0-9A-Z]_\{?([0-9]+)\}?$", strip_latex(text)) for text in (gold, answer)]
     return all(named) and len({found.group(1) for found in named if found}) > 1
 
 
 def compare(gold: str, answer: str) -> Checked:
-    """By math-verify, in this process, without a limit of time."""
+    """Compares by math-verify in this process, without a time limit."""
     from math_verify import parse, verify
 
     try:
         golds, answers = (
             parse(f"\\boxed{{{text}}}", parsing_timeout=None, raise_on_error=True)
-            for text in (tidy(gold), together(gold, tidy(answer)))
+            for text in (normalise_latex(gold), strip_thousands(gold, normalise_latex(answer)))
         )
         if not golds:
             return Checked(right=False, fault=f"math-verify cannot read the gold {gold!r}")
         same = verify(golds, answers, float_rounding=DECIMALS, timeout_seconds=None, raise_on_error=True)
         return Checked(right=bool(same))
-    except Exception as error:  # sympy and its parsers raise whatever they like
+    except Exception as error:  # sympy and its parsers may raise anything
         return Checked(right=False, fault=f"{type(error).__name__}: {error}"[:200])
 
 
 def serve(seconds: int) -> None:
-    """The child's loop. The system's own alarm ends it in the middle of whatever it does."""
+    """Runs the child's loop. The system's alarm can end it at any point."""
     import resource
 
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    out, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
+    out, sys.stdout = sys.stdout, sys.stderr  # keeps the libraries' output out of the replies
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    compare("1", "\\frac{2}{2}")  # loads the parsers, which is slow and not the answer's fault
+    compare("1", "\\frac{2}{2}")  # loads the parsers, which is slow
     print("ready", file=out, flush=True)
     for line in sys.stdin:
-        asked: dict[str, Any] = json.loads(line)
+        request: dict[str, Any] = json.loads(line)
         signal.alarm(math.ceil(seconds))
-        found = compare(asked["gold"], asked["answer"])
+        found = compare(request["gold"], request["answer"])
         signal.alarm(0)
         print(json.dumps({"right": found.right, "fault": found.fault}), file=out, flush=True)
 

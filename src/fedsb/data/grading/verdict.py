@@ -1,8 +1,8 @@
-"""Whether a written answer is right: numbers by value, choices by name. Mathematics is graded in math_check.py.
+"""Grades written answers: numbers by value, choices by name. math_check.py grades mathematics.
 
-An answer is what follows the last "The answer is:", as MetaMathQA writes it (Yu et al., "MetaMath", arXiv 2309.12284);
-a gold answer of GSM8K follows "####" (Cobbe et al., arXiv 2110.14168), one of MATH stands in the last \\boxed{}
-(Hendrycks et al., arXiv 2103.03874). An answer that cannot be read is wrong; nothing is rounded or scaled.
+An answer follows the last "The answer is:", as MetaMathQA writes it (Yu et al., "MetaMath", arXiv 2309.12284). A gold
+answer of GSM8K follows "####" (Cobbe et al., arXiv 2110.14168), one of MATH is in the last \\boxed{} (Hendrycks et al.,
+arXiv 2103.03874). An answer that cannot be read is wrong. Nothing is rounded or scaled.
 """
 
 from __future__ import annotations
@@ -18,34 +18,34 @@ ANSWER = "The answer is:"
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What was read as the answer, and whether it is right."""
+    """An extracted answer, and whether it is correct."""
 
     right: bool
-    extracted: str | None  # None: the text holds no answer
-    fault: str | None = None  # why it could not be graded; such an answer is wrong, and counted
+    extracted: str | None  # None: the text has no answer
+    fault: str | None = None  # why it could not be graded; such an answer counts as wrong
 
 
 def last_answer(text: str) -> str | None:
-    """What follows the last "The answer is:", up to an empty line; None where it is not there or nothing follows."""
+    """Returns the text after the last "The answer is:", up to an empty line; None if there is none."""
     _, found, after = text.rpartition(ANSWER)
     return (after.strip().split("\n\n")[0].strip() or None) if found else None
 
 
 def after_hashes(text: str) -> str | None:
-    """GSM8K's gold answer: what follows the last "####"."""
+    """Returns GSM8K's gold answer: the text after the last "####"; None if there is none."""
     _, found, after = text.rpartition("####")
     return (after.strip() or None) if found else None
 
 
 def last_boxed(text: str) -> str | None:
-    """What the last \\boxed{} holds, with the braces inside it; None where there is none or it is not closed."""
+    """Returns the content of the last \\boxed{}, with inner braces; None if there is none or it is not closed."""
     start = text.rfind("\\boxed{")
     if start < 0:
         return None
     inside = start + len("\\boxed{")
     depth, skip = 1, False
     for at, letter in enumerate(text[inside:], start=inside):
-        if skip or letter == "\\":  # \{ is a brace to be printed
+        if skip or letter == "\\":  # \{ is a printed brace
             skip = not skip
             continue
         depth += (letter == "{") - (letter == "}")
@@ -55,16 +55,16 @@ def last_boxed(text: str) -> str | None:
 
 
 def grade_number(gold: str, text: str) -> Verdict:
-    """Right where the text's answer has the gold's value exactly. Raises ValueError for a gold that is no number."""
-    wanted, answer = as_number(gold), last_answer(text)
-    if wanted is None:
-        raise ValueError(f"the gold answer {gold!r} is not one number")
+    """Compares the text's answer with the gold's exact value. Raises ValueError for a gold that is not a number."""
+    value, answer = as_number(gold), last_answer(text)
+    if value is None:
+        raise ValueError(f"the gold answer {gold!r} is not a single number")
     line = None if answer is None else answer.split("\n")[0].strip()
-    return Verdict(right=line is not None and as_number(line) == wanted, extracted=line)
+    return Verdict(right=line is not None and as_number(line) == value, extracted=line)
 
 
 def grade_choice(gold: str, text: str, names: Sequence[str]) -> Verdict:
-    """Right where the first of the `names` that the text holds, as a word of any case, is the gold."""
+    """Compares the first of the `names` in the text, as a word in any case, with the gold."""
     found = re.search(rf"\b(?:{'|'.join(map(re.escape, names))})\b", text, re.IGNORECASE)
     chosen = None if found is None else found.group().lower()
     return Verdict(right=chosen == gold, extracted=chosen)
@@ -83,10 +83,10 @@ _LAYOUT = r"\\(?:text|textbf|mathrm|mathbf|boxed|left|right|quad|displaystyle)(?
 
 
 def as_number(text: str) -> Fraction | None:
-    """The value of a text that holds one number and at most words, currency, a unit or % around it; else None.
+    """Returns the value of a text with one number and at most words, currency, a unit or % around it; else None.
 
     "$1,080.50 a day." is 1080.5, "-3/4" and "\\frac{-3}{4}" and "1 1/2" are fractions, "50%" is 50, "1.2 million" is
-    1200000. Two numbers, a formula, or thousands that are set apart wrongly are None: nothing is guessed.
+    1200000. Two numbers, a formula, or misplaced thousands separators give None: nothing is guessed.
     """
     line = _plain(text.strip().split("\n")[0])
     found = _ONE_NUMBER.fullmatch(line)
@@ -111,7 +111,7 @@ def as_number(text: str) -> Fraction | None:
 
 
 def _plain(text: str) -> str:
-    """A number without its typesetting: LaTeX fractions and spaces, currency, emphasis, exponents of units."""
+    """Returns a number without typesetting: LaTeX fractions and spaces, currency, emphasis, exponents of units."""
     text = "".join(_vulgar(letter) for letter in text).replace("\u2212", "-")
     text = re.sub(r"\{,\}", ",", text)
     text = re.sub(r"(?<=[0-9])\\[,!](?=[0-9])", "", text)
@@ -129,7 +129,7 @@ def _plain(text: str) -> str:
 
 
 def _vulgar(letter: str) -> str:
-    """ "½" as " 1/2", any other letter as it is."""
+    """Returns " 1/2" for "½", and any other letter unchanged."""
     made = unicodedata.decomposition(letter)
     return (
         " " + unicodedata.normalize("NFKC", letter).replace("\u2044", "/") if made.startswith("<fraction>") else letter

@@ -1,12 +1,12 @@
-"""Tasks whose answers are graded: trained as instructions, scored by what the model writes.
+"""Tasks with graded answers: trained as instructions, scored by what the model writes.
 
-The prompt is one function of a row, `asked`, in training and in tests, tokenised apart from the answer. A table's
-columns say where it comes from; each family lists the sets of columns that it knows. What is scored carries a
-`Question` beside its tokens. Scoring is by `task.score`:
+The prompt is one function of a row, `row_prompt`, in training and in tests, and is tokenised separately from the
+answer. A table is recognised by its columns; each family lists the sets of columns that it knows. An example that is
+scored has a `Question` alongside its tokens. `task.score` selects the score:
 
     answers    the model writes an answer, which is graded: accuracy
-    options    the likeliest of the answers that there are: accuracy (of families that have such)
-    loss       nats a token of the right answer: no generation, cheap
+    options    the most likely of the possible answers: accuracy (for families that have options)
+    loss       nats per token of the correct answer: fast, without generation
 """
 
 from __future__ import annotations
@@ -17,20 +17,21 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from fedsb.data.grading.verdict import Verdict
-from fedsb.data.sources import Row, Table, place_of
-from fedsb.data.tasks.base import NO_LOSS, Example, Question, TaskOptions, Tokenizer, errors_at
+from fedsb.data.rows import Row, Table, errors_at, place_of
+from fedsb.data.tasks.base import NO_LOSS, Example, Question, TaskOptions
 from fedsb.data.tasks.causal import CausalTask
 from fedsb.data.tasks.instruction import Instruction, answer_text
+from fedsb.data.tasks.tokens import Tokenizer
 from fedsb.utils.errors import BadRowError, UserError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """A table that a family knows by its columns."""
+    """The columns of a table that a family knows."""
 
     name: str
     prompt: str
-    answer: str  # what the model is to write, or what that is made of
+    answer: str  # the column from which the model's answer is made
 
 
 class Answers(Instruction):
@@ -40,7 +41,7 @@ class Answers(Instruction):
     higher_is_better = True
     scorings: ClassVar[tuple[str, ...]] = ("answers", "loss")
     layouts: tuple[Layout, ...]
-    longest: ClassVar[int]  # new tokens of an answer that is not graded, where task.new_tokens is not set
+    longest: ClassVar[int]  # new tokens of an answer that is not graded if task.new_tokens is not set
 
     def __init__(self, *, tokenizer: Tokenizer, options: TaskOptions, max_tokens: int) -> None:
         super().__init__(tokenizer=tokenizer, options=options, max_tokens=max_tokens)
@@ -53,45 +54,45 @@ class Answers(Instruction):
 
     @abstractmethod
     def question(self, row: Row, layout: Layout) -> Question:
-        """What is asked and what is right, without its tokens. Raises UserError where the row holds no gold answer."""
+        """Returns a row's question and gold answer, without tokens. Raises UserError if there is no gold answer."""
 
     @abstractmethod
     def grade(self, question: Question, written: str) -> Verdict:
-        """Whether what the model wrote is right."""
+        """Returns whether what the model wrote is correct."""
 
     def columns_of(self, table: Table) -> list[str]:
         layout = self.layout(table.columns, table.origin)
         return [layout.prompt, layout.answer]
 
     def layout(self, columns: Sequence[str], origin: str = "the table") -> Layout:
-        """How to read a table: by the task.prompt and task.answer that were set, else the first layout that fits."""
+        """Returns how to read a table: by task.prompt and task.answer if it has them, else the first known layout."""
         own = Layout(name="own", prompt=self.options.prompt, answer=self.options.answer)
         for layout in (own, *self.layouts):
             if {layout.prompt, layout.answer} <= set(columns):
                 return layout
         known = "; ".join(f"{layout.name}: {layout.prompt}, {layout.answer}" for layout in self.layouts)
         raise UserError(
-            f"{origin} has the columns {', '.join(columns)}. Known are {known}. For another table name its columns: "
-            "--set task.prompt=COLUMN --set task.answer=COLUMN"
+            f"{origin} has the columns {', '.join(columns)}. Known are {known}. For a different table, name its "
+            "columns: --set task.prompt=COLUMN --set task.answer=COLUMN"
         )
 
-    def asking_layout(self, columns: Sequence[str], origin: str = "the table") -> Layout:
-        """Returns how to read a table whose rows may lack their answers."""
+    def prompt_layout(self, columns: Sequence[str], origin: str = "the table") -> Layout:
+        """Returns how to read a table whose rows may lack answers."""
         own = Layout(name="own", prompt=self.options.prompt, answer=self.options.answer)
         whole = (layout for layout in (own, *self.layouts) if {layout.prompt, layout.answer} <= set(columns))
         asking = (layout for layout in (own, *self.layouts) if layout.prompt in columns)
         return next(whole, None) or next(asking, None) or self.layout(columns, origin)
 
     def questions(self, rows: list[Row]) -> list[Question]:
-        """Returns what rows ask; how long an answer may be is as in scoring, where a row has its answer."""
+        """Returns the questions of rows. If a row has its answer, the length limit is the same as in scoring."""
         if not rows:
             return []
-        layout = self.asking_layout(list(rows[0]))
-        self._texts(rows, layout.prompt)  # raises where there is none
-        asked = [self.asked(row, layout) for row in rows]
-        prompts = self.prompts(asked, self.given(rows))
+        layout = self.prompt_layout(list(rows[0]))
+        self._texts(rows, layout.prompt)  # raises if a text is missing
+        texts = [self.row_prompt(row, layout) for row in rows]
+        prompts = self.prompts(texts, self.input_texts(rows))
         found = []
-        for number, (row, text, prompt) in enumerate(zip(rows, asked, prompts, strict=True), start=1):
+        for number, (row, text, prompt) in enumerate(zip(rows, texts, prompts, strict=True), start=1):
             try:
                 question = self.question(row, layout) if row.get(layout.answer) else self.open_question(text, layout)
             except UserError as error:
@@ -101,40 +102,40 @@ class Answers(Instruction):
             found.append(replace(question, prompt_ids=tuple(prompt)))
         return found
 
-    def open_question(self, asked: str, layout: Layout) -> Question:
-        """Returns the question of a row without its answer."""
-        return replace(self._question(asked, ()), new_tokens=self.options.new_tokens or self.longest)
+    def open_question(self, prompt: str, layout: Layout) -> Question:
+        """Returns the question of a row without an answer."""
+        return replace(self._question(prompt, ()), new_tokens=self.options.new_tokens or self.longest)
 
-    def told(self, row: Row, layout: Layout) -> str:
-        """What the model learns to write."""
+    def row_answer(self, row: Row, layout: Layout) -> str:
+        """Returns what the model learns to write."""
         return str(row[layout.answer])
 
-    def asked(self, row: Row, layout: Layout) -> str:
-        """The prompt, in training and in tests, before the template."""
+    def row_prompt(self, row: Row, layout: Layout) -> str:
+        """Returns the prompt, in training and in tests, before the template."""
         return str(row[layout.prompt])
 
     @property
-    def prompt_also(self) -> tuple[str, ...]:
+    def optional_prompt_columns(self) -> tuple[str, ...]:
         return ()
 
-    def given(self, rows: list[Row]) -> list[str]:
-        """Returns no inputs: `asked` is the whole prompt."""
+    def input_texts(self, rows: list[Row]) -> list[str]:
+        """Returns no inputs: `row_prompt` is the whole prompt."""
         return [""] * len(rows)
 
-    def pairs(self, rows: list[Row]) -> tuple[list[str], list[str]]:
+    def prompts_and_answers(self, rows: list[Row]) -> tuple[list[str], list[str]]:
         if not rows:
             return [], []
         layout = self.layout(list(rows[0]))
-        self._texts(rows, layout.prompt), self._texts(rows, layout.answer)  # raises where there is none
-        return [self.asked(row, layout) for row in rows], [self.told(row, layout) for row in rows]
+        self._texts(rows, layout.prompt), self._texts(rows, layout.answer)  # raises if a text is missing
+        return [self.row_prompt(row, layout) for row in rows], [self.row_answer(row, layout) for row in rows]
 
     def encode_test(self, rows: list[Row]) -> tuple[list[Example], int]:
-        """An example a row, its question with the prompt's tokens uncut. None is dropped: a score is over all rows."""
+        """Returns one example per row, with a question. No row is dropped, because a score is over all rows."""
         if self.scoring == "loss" or not rows:
             return self.encode(rows)
         layout = self.layout(list(rows[0]))
         examples: list[Example] = []
-        for number, (row, (prompt, answer)) in enumerate(zip(rows, self.tokens(rows), strict=True), start=1):
+        for number, (row, (prompt, answer)) in enumerate(zip(rows, self.tokenize_rows(rows), strict=True), start=1):
             labels = [NO_LOSS] * len(prompt) + answer
             with errors_at(row, number):
                 question = replace(self.question(row, layout), prompt_ids=tuple(prompt))
@@ -147,5 +148,6 @@ class Answers(Instruction):
         return examples, 0
 
     def option_tokens(self, question: Question) -> list[list[int]]:
-        """What the model would write for each of the answers to choose from, its end token included."""
-        return self._tokenize([answer_text(self.tokenizer, question.asked, told) for told in question.written])
+        """Returns the tokens that the model would write for each option, including the end token."""
+        texts = [answer_text(self.tokenizer, question.prompt, text) for text in question.option_texts]
+        return self.encoder.tokenize(texts)

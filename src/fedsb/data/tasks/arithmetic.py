@@ -2,11 +2,11 @@
 
     MetaMathQA   query, response (and type)   the response ends with "The answer is: X"       arXiv 2309.12284
     GSM8K        question, answer             the answer ends with "#### X"                   arXiv 2110.14168
-    MATH         problem, solution            the solution holds X in its last \\boxed{}       arXiv 2103.03874
+    MATH         problem, solution            the last \\boxed{} of the solution contains X    arXiv 2103.03874
 
-Whatever the table, the model learns to end with "The answer is: X": as MetaMathQA did, we add it to the others. GSM8K's
-calculator marks, <<48/2=24>>, are left out. A row of GSM8K (and of MetaMathQA with a type that begins with "GSM") is
-graded as a number where its gold is one, every other as mathematics.
+For every table, the model learns to end with "The answer is: X". MetaMathQA has this ending, and it is added to the
+others. GSM8K's calculator marks, <<48/2=24>>, are left out. A row of GSM8K (and of MetaMathQA with a type that begins
+with "GSM") is graded as a number if its gold answer is one, and every other row as mathematics.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import re
 
 from fedsb.data.grading.math_check import MathChecker, need_math_verify
 from fedsb.data.grading.verdict import ANSWER, Verdict, after_hashes, as_number, grade_number, last_answer, last_boxed
-from fedsb.data.sources import Row
+from fedsb.data.rows import Row
 from fedsb.data.tasks.answers import Answers, Layout
-from fedsb.data.tasks.base import Question, TaskOptions, Tokenizer
+from fedsb.data.tasks.base import Question, TaskOptions
+from fedsb.data.tasks.tokens import Tokenizer
 from fedsb.utils.errors import UserError
 
 GSM8K = Layout(name="GSM8K", prompt="question", answer="answer")
@@ -37,16 +38,16 @@ class Arithmetic(Answers):
         self.checker = MathChecker()
 
     @property
-    def reads_also(self) -> tuple[str, ...]:
+    def optional_columns(self) -> tuple[str, ...]:
         return ("type",)
 
-    def told(self, row: Row, layout: Layout) -> str:
+    def row_answer(self, row: Row, layout: Layout) -> str:
         text = str(row[layout.answer])
         if ANSWER in text:
             return text
         gold = gold_of(text)
         if gold is None:
-            return text  # a row of an own table, without an answer to be graded: learned as it is
+            return text  # a row without an answer that can be graded is learned as it is
         return f"{re.sub(r'<<[^<>]*>>', '', text).rstrip()}\n{ANSWER} {' '.join(gold.split())}"
 
     def question(self, row: Row, layout: Layout) -> Question:
@@ -54,18 +55,18 @@ class Arithmetic(Answers):
         gold = gold_of(text)
         if gold is None:
             raise UserError(
-                f"the column {layout.answer!r} holds {text[-60:]!r}: a gold answer stands behind {ANSWER!r} or '####', "
-                "or in \\boxed{}"
+                f"the column {layout.answer!r} contains {text[-60:]!r}, which has no gold answer. Write it after "
+                f"{ANSWER!r} or '####', or in \\boxed{{}}."
             )
         of_gsm8k = "####" in text or str(row.get("type", "")).startswith("GSM")
         by_value = layout is GSM8K or (of_gsm8k and as_number(gold) is not None)
         if by_value and as_number(gold) is None:
-            raise UserError(f"the gold answer {gold!r} in the column {layout.answer!r} is not one number")
+            raise UserError(f"the gold answer {gold!r} in the column {layout.answer!r} is not a single number.")
         if not by_value:
             need_math_verify()
         kind = "number" if by_value else "math"
         limit = self.options.new_tokens or NEW_TOKENS[kind]
-        return Question(asked=self.asked(row, layout), gold=gold, kind=kind, new_tokens=limit)
+        return Question(prompt=self.row_prompt(row, layout), gold=gold, kind=kind, new_tokens=limit)
 
     def grade(self, question: Question, written: str) -> Verdict:
         if question.kind == "number":
@@ -74,7 +75,7 @@ class Arithmetic(Answers):
 
 
 def gold_of(text: str) -> str | None:
-    """The right answer that a worked one ends with, whichever way it is marked."""
+    """Returns the answer at the end of a worked solution, however it is marked; None if there is none."""
     for read in (last_answer, after_hashes, last_boxed):
         gold = read(text)
         if gold is not None:

@@ -10,19 +10,20 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from fedsb.data.sources import Row
-from fedsb.data.tasks.base import NO_LOSS, Batch, Example, Question, Scored, Task, ids, start_tokens
+from fedsb.data.rows import Row
+from fedsb.data.tasks.base import NO_LOSS, Batch, Example, Question, Scored, Task, ids
+from fedsb.data.tasks.tokens import start_tokens
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-NEW_TOKENS = 128  # of what is written and not graded
-LARGEST_EXPONENT = 700.0  # exp of more is no float
+NEW_TOKENS = 128  # of a text that is not graded
+LARGEST_EXPONENT = 700.0  # exp of more overflows
 
 
 class CausalTask(Task):
-    """Labels are the input's own tokens, NO_LOSS where a token is only read."""
+    """A task whose labels are the input's own tokens, with NO_LOSS for tokens that are only read."""
 
     metric = "nats_per_token"
     higher_is_better = False
@@ -38,10 +39,10 @@ class CausalTask(Task):
         return sum(label != NO_LOSS for label in ids(example, "labels")[1:])
 
     def losses(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Token losses summed (b,) and targets counted (b,). Only the targets' logits are copied to float32."""
+        """Returns (sum of token losses (b,), number of targets (b,)). Only logits of targets are copied to float32."""
         from torch.nn.functional import cross_entropy
 
-        target_bt = batch["labels"][:, 1:]  # logits at t tell the token at t + 1
+        target_bt = batch["labels"][:, 1:]  # logits at t predict the token at t + 1
         is_target_bt = target_bt != NO_LOSS
         logits_nv = logits[:, :-1][is_target_bt].float()
         nats_n = cross_entropy(logits_nv, target_bt[is_target_bt], reduction="none")
@@ -53,22 +54,22 @@ class CausalTask(Task):
 
     @abstractmethod
     def questions(self, rows: list[Row]) -> list[Question]:
-        """Returns what rows ask the model to write; they need no answer. Raises UserError at a row without text."""
+        """Returns the questions of rows, which need no answers. Raises UserError at a row without text."""
 
-    def _question(self, asked: str, prompt: Sequence[int]) -> Question:
+    def _question(self, prompt: str, prompt_ids: Sequence[int]) -> Question:
         limit = self.options.new_tokens or NEW_TOKENS
-        return Question(asked=asked, gold="", kind="open", new_tokens=limit, prompt_ids=tuple(prompt))
+        return Question(prompt=prompt, gold="", kind="open", new_tokens=limit, prompt_ids=tuple(prompt_ids))
 
     @property
     def trained_end(self) -> int | None:
-        """Returns the token that training puts at the end of what the model writes, None where there is none."""
+        """The token that training puts at the end of what the model writes; None if there is none."""
         return None
 
     def end_tokens(self, model: Any = None) -> list[int]:
         """Returns the tokens that end a written text.
 
-        These are the token that training puts there, the tokenizer's end token and, where a model is given, the end
-        tokens of its own generation config.
+        They are the token that training puts there, the tokenizer's end token and, if a model is given, the end tokens
+        of its generation config.
         """
         own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
         named = own if isinstance(own, list) else [own]
@@ -76,10 +77,10 @@ class CausalTask(Task):
         return sorted(int(token) for token in found if token is not None)
 
     def stops(self) -> list[str]:
-        """Returns the texts at which a written text is cut where no end token ended it."""
+        """Returns the texts at which a written text is cut if no end token ended it."""
         return []
 
     def measure(self, scored: Scored) -> dict[str, float]:
-        """Nats a token, and the perplexity, exp of it."""
+        """Returns nats per token and the perplexity, its exponential."""
         (nats,) = super().measure(scored).values()
         return {CausalTask.metric: nats, "perplexity": math.inf if nats > LARGEST_EXPONENT else math.exp(nats)}

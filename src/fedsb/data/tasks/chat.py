@@ -1,17 +1,17 @@
-"""Conversations of several turns: next-token loss on what the assistant says, each turn with its end token.
+"""Conversations of several turns: next-token loss on the assistant's turns, each with its end token.
 
-Reads the column messages, a list of {"role", "content"} a row. The text is made by the tokenizer's own chat template. A
-turn of the assistant is what the template writes after the turns before it and its generation prompt, as in use:
+Reads the column messages, a list of {"role", "content"} per row. The tokenizer's own chat template makes the text. An
+assistant's turn is what the template writes after the previous turns and its generation prompt, as in use:
 
     before = template(messages[:i], add_generation_prompt)     read
-    after  = template(messages[:i + 1])                        what follows `before` is a target, but for
+    after  = template(messages[:i + 1])                        what follows `before` is a target, except for
                                                                white space at its end
 
-The parts are tokenised apart and joined, so that what a model reads before a turn is what it was trained behind.
-Special tokens in a row's text are read as text; those that the template writes stay special.
+The parts are tokenised separately and joined, so that a model reads the same tokens before a turn in use as in
+training. Special tokens in a row's text are read as text. Those that the template writes stay special.
 
-Where a table has them, two more columns are read: `system`, a text that becomes the first turn, and `tools`, a list (or
-JSON text) that the template is given. A turn of the assistant with "weight": 0 is read and is not a target.
+Two more columns are read if a table has them: `system`, a text that becomes the first turn, and `tools`, a list (or its
+JSON text) for the template. An assistant's turn with "weight": 0 is read and is not a target.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-from fedsb.data.sources import Row, place_of
-from fedsb.data.tasks.base import NO_LOSS, Example, Question, TaskOptions, Tokenizer, errors_at
+from fedsb.data.rows import Row, errors_at, place_of
+from fedsb.data.tasks.base import NO_LOSS, Example, Question, TaskOptions
 from fedsb.data.tasks.causal import CausalTask
 from fedsb.data.tasks.instruction import answer_end, from_template, stop_texts
+from fedsb.data.tasks.tokens import Tokenizer
 from fedsb.utils.errors import BadRowError, UserError
 
 ASSISTANT = "assistant"
@@ -37,7 +38,7 @@ class Part:
     """A piece of a conversation's text."""
 
     text: str
-    told: bool  # the assistant's: a target
+    is_target: bool  # whether the assistant wrote it
 
 
 class Chat(CausalTask):
@@ -47,8 +48,8 @@ class Chat(CausalTask):
         super().__init__(tokenizer=tokenizer, options=options, max_tokens=max_tokens)
         if tokenizer is not None and not tokenizer.chat_template:
             raise UserError(
-                "task.kind = 'chat' needs a tokenizer with a chat template, and this one has none: take an instruct "
-                "model, save a chat_template with the tokenizer, or take task.kind = 'instruction'"
+                "task.kind = 'chat' needs a tokenizer with a chat template, and this one has none. Choose an instruct "
+                "model, save a chat_template with the tokenizer, or set task.kind = 'instruction'."
             )
 
     @property
@@ -56,7 +57,7 @@ class Chat(CausalTask):
         return [self.options.messages]
 
     @property
-    def prompt_also(self) -> tuple[str, ...]:
+    def optional_prompt_columns(self) -> tuple[str, ...]:
         return ("system", "tools")
 
     @property
@@ -64,42 +65,46 @@ class Chat(CausalTask):
         return self.reads
 
     def questions(self, rows: list[Row]) -> list[Question]:
-        """Returns each conversation as it stands before the assistant's next turn; one that ends with a turn of the
-        assistant is asked for that turn again."""
-        asked: list[str] = []
+        """Returns a question for the assistant's next turn of each conversation.
+
+        A conversation that ends with an assistant's turn is asked for that turn again.
+        """
+        prompts: list[str] = []
         for number, row in enumerate(rows, start=1):
             turns = self._turns(row, number)
             turns = turns[:-1] if turns[-1]["role"] == ASSISTANT else turns
             if not turns:
                 raise BadRowError(
-                    f"{place_of(row, number)} has no turn before the assistant's: there is nothing to answer"
+                    f"{place_of(row, number)} has no turn before the assistant's, so there is nothing to answer."
                 )
             messages, tools = self._conversation(row, number, turns)
             with errors_at(row, number):
-                asked.append(from_template(self.tokenizer, messages, tools, prompt=True))
-        return [self._question(text, prompt) for text, prompt in zip(asked, self._tokenize(asked), strict=True)]
+                prompts.append(from_template(self.tokenizer, messages, tools, prompt=True))
+        return [
+            self._question(text, tokens) for text, tokens in zip(prompts, self.encoder.tokenize(prompts), strict=True)
+        ]
 
     def encode(self, rows: list[Row]) -> tuple[list[Example], int]:
-        """One example a row, fewer where no word of the assistant's is in the window: those rows are dropped.
+        """Returns (one example per row, the number of rows that were cut or dropped).
 
-        The second number counts the dropped rows and those that were cut.
+        A row without any target in the window is dropped.
         """
         talks = [self._parts(row, number) for number, row in enumerate(rows, start=1)]
-        tokens = iter(self._tokenize([part.text for part in chain(*talks)]))
+        tokens = iter(self.encoder.tokenize([part.text for part in chain(*talks)]))
         examples: list[Example] = []
         n_cut = 0
         for parts in talks:
-            pieces = [(next(tokens), part.told) for part in parts]
+            pieces = [(next(tokens), part.is_target) for part in parts]
             whole = [token for piece, _ in pieces for token in piece]
-            labels = [token if told else NO_LOSS for piece, told in pieces for token in piece]
+            labels = [token if is_target else NO_LOSS for piece, is_target in pieces for token in piece]
             n_cut += len(whole) > self.max_tokens
             example: Example = {"input_ids": whole[: self.max_tokens], "labels": labels[: self.max_tokens]}
             if self.weight(example):
                 examples.append(example)
         if rows and not examples:
             raise UserError(
-                f"no assistant's turn begins within {self.max_tokens} tokens. Raise model.max_seq_length. Turns of "
-                "weight 0 do not count"
+                f"No assistant's turn begins within {self.max_tokens} tokens. Raise model.max_seq_length. Turns of "
+                "weight 0 do not count."
             )
         return examples, n_cut
 
@@ -109,14 +114,14 @@ class Chat(CausalTask):
             return parts_of(self.tokenizer, messages, tools)
 
     def _conversation(self, row: Row, number: int, turns: list[Message]) -> tuple[list[Message], list[Any] | None]:
-        """Returns what the template takes: a row's turns after its system text, and its tools."""
+        """Returns the template's arguments: a row's turns after its system text, and its tools."""
         place, messages, system = place_of(row, number), turns, row.get("system")
         if system:
             if not isinstance(system, str) or messages[0]["role"] == "system":
                 why = "which already begin with a system turn" if isinstance(system, str) else "which must be text"
                 raise BadRowError(f"{place}: the column 'system' is put before the messages, {why}. Remove one.")
             messages = [{"role": "system", "content": system}, *messages]
-        return [_marked(message, self.as_text) for message in messages], _tools(row.get("tools"), place)
+        return [_marked(message, self.encoder.as_text) for message in messages], _tools(row.get("tools"), place)
 
     @property
     def trained_end(self) -> int | None:
@@ -126,24 +131,25 @@ class Chat(CausalTask):
         return stop_texts(self.tokenizer)
 
     def _turns(self, row: Row, number: int) -> list[Message]:
-        """Returns a row's messages. Raises UserError where they are not messages."""
+        """Returns a row's messages. Raises UserError if they are not valid messages."""
         column = self.options.messages
         found = row.get(column)
         place = place_of(row, number)
         if not isinstance(found, list) or not found or not all(map(_is_message, found)):
             raise BadRowError(
                 f"{place}: the column {column!r} contains {found!r:.80}, where a list of messages is expected, each "
-                'with a "role" and a "content" that are text'
+                'with a "role" and a "content" that are text.'
             )
         return found
 
     def _messages(self, row: Row, number: int) -> list[Message]:
-        """Returns a row's messages, one of them the assistant's. Raises UserError where there is none."""
+        """Returns a row's messages. Raises UserError if none is the assistant's, or a weight is invalid."""
         found = self._turns(row, number)
         if not any(message["role"] == ASSISTANT for message in found):
             roles = ", ".join(message["role"] for message in found)
             raise BadRowError(
-                f"{place_of(row, number)} has no turn of the role 'assistant' (its roles: {roles}): nothing to learn"
+                f"{place_of(row, number)} has no turn of the role 'assistant', so there is nothing to learn. Its roles "
+                f"are: {roles}."
             )
         place = place_of(row, number)
         for turn, message in enumerate(found, start=1):
@@ -157,9 +163,9 @@ class Chat(CausalTask):
 
 
 def parts_of(tokenizer: Tokenizer, messages: list[Message], tools: list[Any] | None = None) -> list[Part]:
-    """A conversation's text up to its last word of the assistant's, piece by piece.
+    """Returns a conversation's text up to the end of the last assistant's turn, in parts.
 
-    Raises UserError where the template refuses the conversation, or writes it otherwise once it goes on.
+    Raises UserError if the template refuses the conversation, or writes a turn differently when more turns follow.
     """
     parts: list[Part] = []
     done = ""
@@ -171,31 +177,34 @@ def parts_of(tokenizer: Tokenizer, messages: list[Message], tools: list[Any] | N
         if tools and not done and before == from_template(tokenizer, messages[:i], None, prompt=True):
             raise UserError(
                 "the rows have a column 'tools', but the chat template writes the same text with and without them. "
-                "Take a model whose template reads tools, or remove the column."
+                "Choose a model whose template reads tools, or remove the column."
             )
         for head, whole, what in ((done, before, "the turns before it"), (before, after, "its own prompt")):
             if not whole.startswith(head):
                 raise UserError(
-                    f"the chat template writes turn {i + 1} so that it does not follow {what}: {head[-60:]!r} is no "
-                    f"beginning of {whole[:400]!r}. Training would show what is never read in use. Give the tokenizer "
-                    "a chat_template that writes the same turns the same way whatever follows, or train on single "
-                    "turns with task.kind = 'instruction'"
+                    f"the chat template writes turn {i + 1} so that it does not follow {what}: {head[-60:]!r} is not "
+                    f"the start of {whole[:400]!r}. Training would differ from use. Give the tokenizer a chat_template "
+                    "that writes the same turns the same way whatever follows, or train on single turns with task.kind "
+                    "= 'instruction'."
                 )
-        told = after[len(before) :].rstrip()  # the line's end after the end-of-turn token is not the model's to write
-        parts += [Part(text=before[len(done) :], told=False), Part(text=told, told=message.get("weight") != 0)]
-        done = before + told
+        answer = after[len(before) :].rstrip()  # the model does not write the newline after the end-of-turn token
+        parts += [
+            Part(text=before[len(done) :], is_target=False),
+            Part(text=answer, is_target=message.get("weight") != 0),
+        ]
+        done = before + answer
     return parts
 
 
 def _is_message(found: object) -> bool:
-    """Returns whether this is a turn: a role and a content that are text, or a call of tools without a content."""
+    """Returns whether this is a turn: a role and a content that are text, or tool calls without a content."""
     if not isinstance(found, dict) or not isinstance(found.get("role"), str):
         return False
     return isinstance(found.get("content"), str) or (found.get("content") is None and bool(found.get("tool_calls")))
 
 
 def _marked(message: Message, as_text: Callable[[str], str]) -> Message:
-    """Returns a turn for the template, without values that are null and with special tokens in its content as text."""
+    """Returns a turn for the template, without null values and with special tokens in its content as text."""
     found = {key: value for key, value in message.items() if value is not None}
     return found | {"content": as_text(message.get("content") or "")}
 

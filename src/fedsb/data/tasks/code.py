@@ -1,14 +1,14 @@
 """Programs in Python: trained on instruction pairs, scored by running the tests of HumanEval and MBPP (pass@1, greedy).
 
-    CodeFeedback  query, answer                                   training only: it holds no tests
+    CodeFeedback  query, answer                                   training only: it has no tests
     HumanEval     prompt, canonical_solution, test, entry_point   Chen et al., arXiv 2107.03374
     MBPP          text (or prompt), code, test_list               Austin et al., arXiv 2108.07732
 
-HumanEval's functions are asked for as an instruction; MBPP's with its tests, as its authors do. Both are learned and
-read as a fenced block: the first that defines a function which the tests call, else the first, else the whole text. In
-front of HumanEval's stand its own imports and signature, so that a body alone is a whole program too.
+HumanEval's functions are requested as an instruction; MBPP's with its tests, as its authors do. Answers are fenced
+blocks: the first one that defines a function which the tests call, else the first one, else the whole text. HumanEval's
+own imports and signature precede the answer, so that a body alone is a complete program too.
 
-Scoring runs what a model wrote, in a sandbox (code_check.py), and only where task.run_code = true.
+Scoring runs what a model wrote, in a sandbox (code_check.py), and only if task.run_code = true.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from fedsb.data.grading.code_check import Ran, run_tests
+from fedsb.data.grading.code_check import ProgramResult, run_tests
 from fedsb.data.grading.verdict import Verdict
-from fedsb.data.sources import Row
+from fedsb.data.rows import Row
 from fedsb.data.tasks.answers import Answers, Layout
-from fedsb.data.tasks.base import Question, TaskOptions, Tokenizer
+from fedsb.data.tasks.base import Question, TaskOptions
+from fedsb.data.tasks.tokens import Tokenizer
 from fedsb.utils.errors import UserError
 
 HUMANEVAL = Layout(name="HumanEval", prompt="prompt", answer="canonical_solution")
@@ -43,31 +44,31 @@ class Code(Answers):
         super().__init__(tokenizer=tokenizer, options=options, max_tokens=max_tokens)
         if self.scoring == "answers" and not options.run_code:
             raise UserError(
-                "task.kind = 'code' is scored by running programs that the model wrote, in a sandbox: allow it with "
-                "task.run_code = true, or take task.score = 'loss', which runs nothing (docs/tasks.md says what the "
-                "sandbox keeps out)"
+                "task.kind = 'code' is scored by running programs that the model wrote, in a sandbox. Allow it with "
+                "task.run_code = true, or set task.score = 'loss', which runs nothing. docs/tasks.md describes the "
+                "sandbox."
             )
 
     @property
-    def reads_also(self) -> tuple[str, ...]:
+    def optional_columns(self) -> tuple[str, ...]:
         return ("test", "entry_point", "test_list", "test_imports", "test_setup_code")
 
-    def asking_layout(self, columns: Sequence[str], origin: str = "the table") -> Layout:
+    def prompt_layout(self, columns: Sequence[str], origin: str = "the table") -> Layout:
         """Returns how to read a table; the columns of tests distinguish HumanEval and MBPP from a table of prompts."""
         tests = {"entry_point": (HUMANEVAL,), "test_list": (MBPP, SANITIZED)}
         for column, layouts in tests.items():
             found = next((layout for layout in layouts if {layout.prompt, column} <= set(columns)), None)
             if found is not None:
                 return found
-        return super().asking_layout(columns, origin)
+        return super().prompt_layout(columns, origin)
 
-    def told(self, row: Row, layout: Layout) -> str:
+    def row_answer(self, row: Row, layout: Layout) -> str:
         text = str(row[layout.answer])
         if layout is HUMANEVAL:
             text = str(row[layout.prompt]) + text
         return fenced(text) if layout in (HUMANEVAL, MBPP, SANITIZED) else text
 
-    def asked(self, row: Row, layout: Layout) -> str:
+    def row_prompt(self, row: Row, layout: Layout) -> str:
         text = str(row[layout.prompt]).strip()
         if layout is HUMANEVAL:
             return f"Complete this Python function, and write the whole of it.\n{fenced(text)}"
@@ -79,31 +80,32 @@ class Code(Answers):
         tests = tests_of(row)
         if not tests:
             raise UserError(
-                f"{layout.name} rows hold no tests to run (HumanEval: test and entry_point; MBPP: test_list): name "
-                "such a table as data.test, or take task.score = 'loss'"
+                f"{layout.name} rows have no tests to run (HumanEval: test and entry_point; MBPP: test_list). Name "
+                "a table with tests as data.test, or set task.score = 'loss'."
             )
         return Question(
-            asked=self.asked(row, layout),
+            prompt=self.row_prompt(row, layout),
             gold="\n".join([*setup_of(row), *tests]),
             kind="code",
             new_tokens=self.options.new_tokens or NEW_TOKENS,
-            given=str(row[layout.prompt]) if layout is HUMANEVAL else "",
+            code_prefix=str(row[layout.prompt]) if layout is HUMANEVAL else "",
         )
 
     def grade(self, question: Question, written: str) -> Verdict:
-        """Right where the program passes its tests; a fault where it had to be stopped, or stopped its process."""
+        """Returns whether the program passes its tests. A program that was stopped, or exited early, has a fault."""
         code = code_of(written, question.gold)
-        ran = ran_with(question, code)
+        ran = run_with_tests(question, code)
         return Verdict(right=ran.passed, extracted=code.strip() or None, fault=None if ran.ended else ran.why)
 
 
-def ran_with(question: Question, code: str) -> Ran:
-    """The code run with the question's tests, behind what was given."""
-    return run_tests(f"{question.given.rstrip()}\n{code}\n" if question.given else f"{code}\n", question.gold)
+def run_with_tests(question: Question, code: str) -> ProgramResult:
+    """Runs the code after the question's prefix, with the question's tests."""
+    prefix = f"{question.code_prefix.rstrip()}\n" if question.code_prefix else ""
+    return run_tests(f"{prefix}{code}\n", question.gold)
 
 
 def tests_of(row: Row) -> list[str]:
-    """The tests as lines of Python; none where a row has none."""
+    """Returns the tests as lines of Python; empty if a row has none."""
     if row.get("test") and row.get("entry_point"):
         return [str(row["test"]), f"check({row['entry_point']})"]
     found: Sequence[object] = row.get("test_list") or []
@@ -111,17 +113,18 @@ def tests_of(row: Row) -> list[str]:
 
 
 def setup_of(row: Row) -> list[str]:
-    """What MBPP's tests need before them."""
+    """Returns the code that MBPP's tests need."""
     imports: Sequence[object] = row.get("test_imports") or []
     return [*map(str, imports), *filter(None, [str(row.get("test_setup_code") or "")])]
 
 
 def fenced(code: str) -> str:
+    """Returns a fenced block of Python."""
     return f"```python\n{code.replace(chr(13), '').strip(chr(10))}\n```"
 
 
 def code_of(written: str, tests: str) -> str:
-    """The program in an answer: of its blocks in Python the first that defines what the tests call, else the first."""
+    """Returns the program in an answer: the first block that defines what the tests call, else the first block."""
     found = [block.groups() for block in FENCE.finditer(written)]
     blocks = [text for language, text in found if language.lower() in PYTHON] or [text for _, text in found]
     called = set(re.findall(r"\b([A-Za-z_]\w*)\s*\(", tests)) | set(re.findall(r"check\((\w+)\)", tests))

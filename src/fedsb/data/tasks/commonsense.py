@@ -2,7 +2,7 @@
 
 Reads the columns instruction, output and answer: "... Answer format: answer1/answer2/answer3", "the correct answer is
 answer2", "answer2". The model learns the output. The tests boolq, piqa, social_i_qa, hellaswag, winogrande, ARC-e,
-ARC-c and openbookqa are scored by the first name that the model writes, or by which output it finds likeliest.
+ARC-c and openbookqa are scored by the first name that the model writes, or by the output that it finds most likely.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 from dataclasses import replace
 
 from fedsb.data.grading.verdict import Verdict, grade_choice
-from fedsb.data.sources import PlacedRow, Row, Table
+from fedsb.data.rows import PlacedRow, Row, Table
 from fedsb.data.tasks.answers import Answers, Layout
 from fedsb.data.tasks.base import Question
 from fedsb.utils.errors import BadRowError, UserError
@@ -37,47 +37,48 @@ class Commonsense(Answers):
     def columns_of(self, table: Table) -> list[str]:
         found = super().columns_of(table)
         for number, row in enumerate(table.rows, start=1):
-            told = output_of(str(row[found[1]]))
-            if row.get("output") not in (None, told):
+            answer = output_of(str(row[found[1]]))
+            if row.get("output") not in (None, answer):
                 place = row.place if isinstance(row, PlacedRow) else f"{table.origin}, row {number}"
                 raise BadRowError(
-                    f"{place}: the output {row['output']!r:.80} is not {told!r}, which is what the options are "
-                    "compared by; mend it, or take the column output away"
+                    f"{place}: the output {row['output']!r:.80} is not {answer!r}, by which the options are compared. "
+                    "Correct it, or remove the column 'output'."
                 )
         return found
 
     @property
-    def prompt_also(self) -> tuple[str, ...]:
+    def optional_prompt_columns(self) -> tuple[str, ...]:
         return ("input",)
 
     @property
-    def reads_also(self) -> tuple[str, ...]:
+    def optional_columns(self) -> tuple[str, ...]:
         return ("input", "output")
 
-    def asked(self, row: Row, layout: Layout) -> str:
-        """The instruction, and behind an empty line the input, where there is one."""
+    def row_prompt(self, row: Row, layout: Layout) -> str:
+        """Returns the instruction, followed by an empty line and the input if there is one."""
         return "\n\n".join(str(part) for part in (row[layout.prompt], row.get("input")) if part)
 
-    def told(self, row: Row, layout: Layout) -> str:
+    def row_answer(self, row: Row, layout: Layout) -> str:
         return output_of(str(row[layout.answer]))
 
     def question(self, row: Row, layout: Layout) -> Question:
-        asked, gold = self.asked(row, layout), str(row[layout.answer])
-        options = options_of(asked)
+        prompt, gold = self.row_prompt(row, layout), str(row[layout.answer])
+        options = options_of(prompt)
         if gold not in options:
-            raise UserError(f"the answer {gold!r} is none of {'/'.join(options)}, which the question names")
+            raise UserError(f"the answer {gold!r} is not one of the question's options, {'/'.join(options)}.")
         return Question(
-            asked=asked,
+            prompt=prompt,
             gold=gold,
             kind="choice",
             options=options,
-            written=tuple(map(output_of, options)),
+            option_texts=tuple(map(output_of, options)),
             new_tokens=self.options.new_tokens or NEW_TOKENS,
         )
 
-    def open_question(self, asked: str, layout: Layout) -> Question:
-        options = options_of(asked) if self.scoring == "options" else ()
-        return replace(super().open_question(asked, layout), options=options, written=tuple(map(output_of, options)))
+    def open_question(self, prompt: str, layout: Layout) -> Question:
+        options = options_of(prompt) if self.scoring == "options" else ()
+        texts = tuple(map(output_of, options))
+        return replace(super().open_question(prompt, layout), options=options, option_texts=texts)
 
     def grade(self, question: Question, written: str) -> Verdict:
         family = next(names for names in NAMES if question.gold in names)
@@ -85,18 +86,18 @@ class Commonsense(Answers):
 
 
 def output_of(name: str) -> str:
-    """What the model learns to write for an answer."""
+    """Returns what the model learns to write for an answer."""
     return f"the correct answer is {name}"
 
 
-def options_of(asked: str) -> tuple[str, ...]:
-    """The names at the question's end, behind "Answer format:". Raises UserError where they are none of NAMES."""
-    found = re.search(r"Answer format:\s*(\S+)\s*$", asked)
+def options_of(prompt: str) -> tuple[str, ...]:
+    """Returns the names after "Answer format:" at the question's end. Raises UserError if NAMES lacks them."""
+    found = re.search(r"Answer format:\s*(\S+)\s*$", prompt)
     names = tuple(found.group(1).split("/")) if found else ()
     if not any(set(names) <= set(family) for family in NAMES) or len(names) < 2:
         known = ", ".join("/".join(family) for family in NAMES)
         raise UserError(
-            f"the question {asked[-60:]!r} does not end with its answers, as in 'Answer format: true/false' (known "
-            f"are {known}, or fewer of one of them)"
+            f"the question {prompt[-60:]!r} does not end with its answers, as in 'Answer format: true/false'. Known "
+            f"are {known}, or a part of one of them."
         )
     return names

@@ -1,9 +1,9 @@
 """A prompt and its answer: next-token loss on the answer and the end token only.
 
-Reads the columns prompt and answer, and input where the table has it (Taori et al., "Stanford Alpaca", 2023). The
-prompt is the chat template's where the tokenizer has one, with the input behind an empty line in the user's turn; else
-Alpaca's, with or without an input. Prompt and answer are tokenised apart and joined, so the tokens that a model sees
-when it generates are an exact prefix of those it was trained on. Special tokens in a row's text are read as text.
+Reads the columns prompt and answer, and input if the table has it (Taori et al., "Stanford Alpaca", 2023). The prompt
+is that of the chat template if the tokenizer has one, with the input after an empty line in the user's turn; else
+Alpaca's, with or without an input. Prompt and answer are tokenised separately and joined, so that the tokens that a
+model sees in generation are an exact prefix of those of its training. Special tokens in a row's text are read as text.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fedsb.data.sources import Row, with_values
-from fedsb.data.tasks.base import NO_LOSS, Example, Question, Tokenizer, start_tokens
+from fedsb.data.rows import Row, with_values
+from fedsb.data.tasks.base import NO_LOSS, Example, Question
 from fedsb.data.tasks.causal import CausalTask
+from fedsb.data.tasks.tokens import Tokenizer, start_tokens
 from fedsb.utils.errors import UserError
 
 ALPACA = (
@@ -29,7 +30,7 @@ PROBE = "zebra"  # an answer that no template writes by itself
 
 
 class Instruction(CausalTask):
-    """The answer to a prompt."""
+    """An answer for a prompt."""
 
     @property
     def reads(self) -> list[str]:
@@ -40,29 +41,29 @@ class Instruction(CausalTask):
         return [*self.reads, self.options.answer]
 
     def questions(self, rows: list[Row]) -> list[Question]:
-        asked = self._texts(rows, self.options.prompt)
-        prompts = self.prompts(asked, self.given(rows))
-        return [self._question(text, prompt) for text, prompt in zip(asked, prompts, strict=True)]
+        texts = self._texts(rows, self.options.prompt)
+        prompts = self.prompts(texts, self.input_texts(rows))
+        return [self._question(text, prompt) for text, prompt in zip(texts, prompts, strict=True)]
 
     @property
-    def prompt_also(self) -> tuple[str, ...]:
+    def optional_prompt_columns(self) -> tuple[str, ...]:
         return (self.options.input,)
 
     def encode(self, rows: list[Row]) -> tuple[list[Example], int]:
-        """One example a row, fewer where a prompt alone fills the window: those rows are dropped.
+        """Returns (one example per row, the number of rows that were cut or dropped).
 
-        The second number counts the dropped rows and those whose answer was cut.
+        A row whose prompt alone fills the window is dropped.
         """
         examples: list[Example] = []
         n_cut = 0
-        for read, answer in self.tokens(rows):
+        for read, answer in self.tokenize_rows(rows):
             whole = read + answer
             n_cut += len(whole) > self.max_tokens
             if len(read) < self.max_tokens:
                 labels = [NO_LOSS] * len(read) + answer
                 examples.append({"input_ids": whole[: self.max_tokens], "labels": labels[: self.max_tokens]})
         if rows and not examples:
-            raise UserError(f"every prompt fills the window of {self.max_tokens} tokens. Raise model.max_seq_length.")
+            raise UserError(f"Every prompt fills the window of {self.max_tokens} tokens. Raise model.max_seq_length.")
         return examples, n_cut
 
     @property
@@ -72,66 +73,66 @@ class Instruction(CausalTask):
     def stops(self) -> list[str]:
         return stop_texts(self.tokenizer)
 
-    def pairs(self, rows: list[Row]) -> tuple[list[str], list[str]]:
-        """(prompts, answers), as text. Raises UserError where a column holds none."""
+    def prompts_and_answers(self, rows: list[Row]) -> tuple[list[str], list[str]]:
+        """Returns (prompts, answers) as text. Raises UserError if a column has a value that is not text."""
         return self._texts(rows, self.options.prompt), self._texts(rows, self.options.answer)
 
-    def given(self, rows: list[Row]) -> list[str]:
-        """The input of each row, "" where it has none. Raises UserError where it is not text."""
+    def input_texts(self, rows: list[Row]) -> list[str]:
+        """Returns the input of each row, "" for a row without one. Raises UserError if it is not text."""
         column = self.options.input
         if column in self.needs:
             return [""] * len(rows)
         return self._texts([with_values(row, {column: row.get(column) or ""}) for row in rows], column)
 
-    def tokens(self, rows: list[Row]) -> list[tuple[list[int], list[int]]]:
-        """For each row, what the model reads and what it should write, uncut."""
-        asked, told = self.pairs(rows)
-        given = self.given(rows)
-        texts = ([self.as_text(text) for text in column] for column in (asked, told, given))
-        answers = self._tokenize([answer_text(self.tokenizer, *of) for of in zip(*texts, strict=True)])
-        return list(zip(self.prompts(asked, given), answers, strict=True))
+    def tokenize_rows(self, rows: list[Row]) -> list[tuple[list[int], list[int]]]:
+        """Returns, for each row, the tokens that the model reads and those that it should write, uncut."""
+        prompts, answers = self.prompts_and_answers(rows)
+        inputs = self.input_texts(rows)
+        texts = ([self.encoder.as_text(text) for text in column] for column in (prompts, answers, inputs))
+        written = self.encoder.tokenize([answer_text(self.tokenizer, *each) for each in zip(*texts, strict=True)])
+        return list(zip(self.prompts(prompts, inputs), written, strict=True))
 
-    def prompts(self, asked: list[str], given: list[str]) -> list[list[int]]:
-        """Returns the tokens that the model reads of each prompt and its input."""
+    def prompts(self, prompts: list[str], inputs: list[str]) -> list[list[int]]:
+        """Returns the tokens that the model reads for each prompt and its input."""
         # A chat template writes the begin token itself.
         start = [] if self.tokenizer.chat_template else start_tokens(self.tokenizer)
-        texts = ([self.as_text(text) for text in column] for column in (asked, given))
-        whole = [prompt_text(self.tokenizer, *of) for of in zip(*texts, strict=True)]
-        return [start + prompt for prompt in self._tokenize(whole)]
+        texts = ([self.encoder.as_text(text) for text in column] for column in (prompts, inputs))
+        whole = [prompt_text(self.tokenizer, *each) for each in zip(*texts, strict=True)]
+        return [start + prompt for prompt in self.encoder.tokenize(whole)]
 
 
-def prompt_text(tokenizer: Tokenizer, prompt: str, given: str = "") -> str:
-    """What the model reads before it answers, in training and in use; tokenise it without special tokens.
+def prompt_text(tokenizer: Tokenizer, prompt: str, input: str = "") -> str:
+    """Returns what the model reads before it answers, in training and in use. Tokenise it without special tokens.
 
-    `given` is the input that the prompt is about, where there is one.
+    `input` is the text that the prompt is about, if there is one.
     """
     if not tokenizer.chat_template:
-        return ALPACA_INPUT.format(prompt=prompt, input=given) if given else ALPACA.format(prompt=prompt)
-    return from_template(tokenizer, [_user_turn(prompt, given)], prompt=True)
+        return ALPACA_INPUT.format(prompt=prompt, input=input) if input else ALPACA.format(prompt=prompt)
+    return from_template(tokenizer, [_user_turn(prompt, input)], prompt=True)
 
 
-def answer_text(tokenizer: Tokenizer, prompt: str, answer: str, given: str = "") -> str:
-    """What the model should write after `prompt_text`, its end token included.
+def answer_text(tokenizer: Tokenizer, prompt: str, answer: str, input: str = "") -> str:
+    """Returns what the model should write after `prompt_text`, including the end token.
 
-    Raises UserError: no end token, or a chat template whose answer does not follow its own prompt.
+    Raises UserError if there is no end token, or if the chat template's answer does not follow its own prompt.
     """
     if not tokenizer.chat_template:
         if tokenizer.eos_token is None:
-            raise UserError("the tokenizer has no end token: set its eos_token, so that an answer can end")
+            raise UserError("The tokenizer has no end token, so an answer cannot end. Set its eos_token.")
         return f"{_space(tokenizer)}{answer}{tokenizer.eos_token}"
-    told = [_user_turn(prompt, given), {"role": "assistant", "content": answer}]
-    whole = from_template(tokenizer, told, prompt=False)
-    before = prompt_text(tokenizer, prompt, given)
+    turns = [_user_turn(prompt, input), {"role": "assistant", "content": answer}]
+    whole = from_template(tokenizer, turns, prompt=False)
+    before = prompt_text(tokenizer, prompt, input)
     if not whole.startswith(before):
         raise UserError(
-            f"the chat template gives {whole[-60:]!r} as answer, which does not follow the prompt {before[-60:]!r}: "
-            "give the tokenizer a chat_template whose prompt is the head of the whole"
+            f"the chat template gives {whole[-60:]!r} as answer, which does not follow the prompt {before[-60:]!r}. "
+            "Give the tokenizer a chat_template whose prompt is the start of the whole text."
         )
-    return whole[len(before) :].rstrip()  # the line's end after the end-of-turn token is not the model's to write
+    return whole[len(before) :].rstrip()  # the model does not write the newline after the end-of-turn token
 
 
-def _user_turn(prompt: str, given: str) -> dict[str, str]:
-    return {"role": "user", "content": f"{prompt}\n\n{given}" if given else prompt}
+def _user_turn(prompt: str, input: str) -> dict[str, str]:
+    return {"role": "user", "content": f"{prompt}\n\n{input}" if input else prompt}
 
 
 def from_template(
@@ -139,15 +140,17 @@ def from_template(
 ) -> str:
     """Returns a conversation as the chat template writes it; with `prompt`, up to the start of an answer.
 
-    Raises UserError where the template refuses the conversation.
+    Raises UserError if the template refuses the conversation.
     """
     more = {"tools": tools} if tools else {}
     turns = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
     try:
         return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt, **more))
-    except Exception as error:  # a template raises what it likes, mostly jinja2's TemplateError
+    except Exception as error:  # a template may raise anything, mostly jinja2's TemplateError
         roles = ", ".join(message["role"] for message in messages)
-        raise UserError(f"the chat template refuses a conversation of the roles {roles or 'none'}: {error}") from error
+        raise UserError(
+            f"the chat template refuses a conversation with the roles {roles or 'none'}: {error}"
+        ) from error
 
 
 def _after_answer(tokenizer: Tokenizer) -> str:
@@ -157,22 +160,22 @@ def _after_answer(tokenizer: Tokenizer) -> str:
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": PROBE}]
     try:
         whole = from_template(tokenizer, turns, prompt=False)
-    except UserError:  # some templates ask for a system turn
+    except UserError:  # some templates need a system turn
         whole = from_template(tokenizer, [{"role": "system", "content": "a"}, *turns], prompt=False)
     return whole.partition(PROBE)[2].rstrip()
 
 
 def answer_end(tokenizer: Tokenizer) -> int | None:
-    """Returns the token that ends every answer in training, None where the chat template writes none after it."""
+    """Returns the token that ends every answer in training; None if the chat template writes none after it."""
     tail = _after_answer(tokenizer)
     if not tail.strip():
-        return None  # the answer's own text is the last
+        return None  # nothing follows the answer's text
     last = int(tokenizer(PROBE + tail, add_special_tokens=False, verbose=False)["input_ids"][-1])
     return last if last in special_tokens(tokenizer) | {tokenizer.eos_token_id} else None
 
 
 def stop_texts(tokenizer: Tokenizer) -> list[str]:
-    """Returns the texts at which an answer is cut that no end token ended."""
+    """Returns the texts at which an answer is cut if no end token ended it."""
     if not tokenizer.chat_template:
         return ["### Instruction:"]
     tail = _after_answer(tokenizer).strip()
@@ -180,10 +183,10 @@ def stop_texts(tokenizer: Tokenizer) -> list[str]:
 
 
 def special_tokens(tokenizer: Tokenizer) -> set[int]:
-    """Ids of tokens that are no text."""
+    """Returns the ids of the special tokens."""
     return {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
 def _space(tokenizer: Tokenizer) -> str:
-    """Between prompt and answer: a space, or nothing where the tokenizer opens every text with one (SentencePiece)."""
+    """Returns what separates prompt and answer: a space, or nothing if the tokenizer starts every text with one."""
     return "" if tokenizer.tokenize("a")[0].startswith("▁") else " "

@@ -81,7 +81,7 @@ def _answer(path: str, hosts: list[str], read: Callable[[], Json], nonce: str) -
     except (UserError, RunError) as error:
         return HTTPStatus.SERVICE_UNAVAILABLE, TEXT, f"{error}\n"
     if path == "/metrics":
-        return HTTPStatus.OK, metrics.CONTENT_TYPE, metrics.exposition(state)
+        return HTTPStatus.OK, metrics.CONTENT_TYPE_LATEST, metrics.exposition(state)
     if path == "/health":
         status = HTTPStatus.OK if state["health"]["ok"] else HTTPStatus.SERVICE_UNAVAILABLE
         return status, JSON, json.dumps(state["health"], indent=1) + "\n"

@@ -1,31 +1,34 @@
-"""An audit in one run: what a private run releases, held against the epsilon that it states.
+"""A privacy audit in one run: the releases of a private run are compared with the epsilon that it states.
 
-m canaries are planted among a client's rows, each with probability 1/2 by a secret coin. Who has seen all that is
-released guesses for some of them whether they are in; v of r guesses are right. Under (epsilon, delta)-DP a coin stays
-so uncertain to them that v is little more than binomial, whatever was guessed (Steinke, Nasr, Jagielski, "Privacy
-Auditing with One (1) Training Run", NeurIPS 2023, arXiv 2305.08846, the theorem for approximate DP):
+m canaries are planted among a client's rows, each with probability 1/2 by a secret coin. An attacker who has seen all
+releases guesses for some of them whether they are in; v of r guesses are right. Under (epsilon, delta)-DP a coin stays
+so uncertain to the attacker that v is hardly more than binomial, whatever was guessed (Steinke, Nasr, Jagielski,
+"Privacy Auditing with One (1) Training Run", NeurIPS 2023, arXiv 2305.08846, the theorem for approximate DP):
 
     Pr[V >= v]  <=  Pr[W >= v] + 2 m delta max_{i > 0} Pr[v - i <= W < v] / i      W ~ Binomial(r, 1 / (1 + e^-epsilon))
 
 An epsilon for which the right side is below 5 % is refuted: the true one is above it, with 95 % confidence. r is not
-known beforehand: a few splits are tried and share the 5 % among them.
+known beforehand. A few splits are tried, and they share the 5 %.
 
 A canary is a gradient, not a row: a random unit direction u_i over all trained tensors, 10 clips long, so that the real
-clipping has to cut it. In each step the mechanism draws it like a row; what is clipped goes to the sum, then comes the
-noise. Differential privacy lets an attacker know every other row and which of them a step drew, so that their sums are
-taken off what is released:
+clipping has to cut it. In each step the mechanism samples it like a row; its clipped gradient is added to the sum, then
+comes the noise. Differential privacy lets an attacker know every other row and which of them a step sampled, so their
+sums are subtracted from the release:
 
     score_i = sum over the steps of < u_i, noised sum - sum of the rows' clipped gradients >
 
-Scores are linear in what was released: only its sum over the steps is kept. Directions are made from a key whenever
-they are needed, a chunk at a time. With d trained values, m canaries and s steps an audit takes m d normals at its end
-and about s q m d / 2 on the way, some 15 ns each on one core; memory is a few times d and the chunk.
+Scores are linear in the releases, so only the sum of the releases over the steps is kept. Directions are generated from
+a key whenever they are needed, one chunk at a time. With d trained values, m canaries and s steps an audit draws m d
+normals at its end and about s q m d / 2 during training, some 15 ns each on one core. Memory is a few times d and the
+chunk.
 
-The noise itself, the draws and the clip are tested too (release_checks.py): those tests see much smaller faults.
+The noise itself, the sampling and the clipping are tested too (privacy/release_checks.py). Those tests detect much
+smaller faults.
 
-Limits: a lower bound far below the stated epsilon proves nothing. At a delta of 1e-5 none is above 6.4, whatever m, and
-a canary that no step draws cannot be told from one that is out (`ceiling`). Canaries take no part in a noised basis.
-Which rows a step makes of the draw, and how a row's gradient comes about, is before the canaries and not seen.
+Limits: a lower bound far below the stated epsilon proves nothing. At a delta of 1e-5 no bound is above 6.4, whatever m,
+and a canary that no step samples cannot be told from one that is out (`ceiling`). Canaries take no part in a noised
+basis. How a step uses the sampled rows, and how a row's gradient is computed, happens before the canaries and is not
+tested.
 """
 
 from __future__ import annotations
@@ -38,6 +41,8 @@ from functools import lru_cache
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.special import expit
+from scipy.stats import binom
 from torch import Tensor
 
 from fedsb.adapters.layout import Layout
@@ -45,13 +50,13 @@ from fedsb.privacy.mechanism import DPMechanism
 from fedsb.privacy.noise import Noise
 from fedsb.privacy.release_checks import ReleaseChecks
 from fedsb.training.per_example import add_clipped
-from fedsb.utils.rng import Key, generator
+from fedsb.utils.rng import Key, keyed_generator
 
-ERROR = 0.05  # the chance that a bound is above the true epsilon
-SHARES = (2, 8, 32)  # "in" is guessed for the highest m/2, m/8 or m/32; "out" for as many of the lowest, or none
+ERROR = 0.05  # the probability that a bound is above the true epsilon
+SHARES = (2, 8, 32)  # "in" is guessed for the highest m/2, m/8 or m/32 scores; "out" for as many of the lowest, or none
 LENGTH = 10.0  # of a canary, in clips
-CHUNK = 1 << 22  # values of the directions made at once
-HIGHEST = 40.0  # no bound is above it: beside 1, e^-40 is 0 in float64
+CHUNK = 1 << 22  # values of the directions that are generated at once
+HIGHEST = 40.0  # no bound is above it: added to 1, e^-40 is 0 in float64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +74,7 @@ class Bound:
 
 
 def p_value(epsilon: float, delta: float, *, canaries: int, guesses: int, correct: int) -> float:
-    """How probable so many correct guesses are at most, if the mechanism is (epsilon, delta)-DP."""
+    """Returns the largest probability of `correct` or more correct guesses if the mechanism is (epsilon, delta)-DP."""
     pmf = _binomial(guesses, epsilon)
     below = np.cumsum(pmf[:correct][::-1]) / np.arange(1, correct + 1)  # Pr[v - i <= W < v] / i for i = 1, 2, ..., v
     slack = 2 * canaries * delta * float(below.max(initial=0.0))
@@ -78,7 +83,7 @@ def p_value(epsilon: float, delta: float, *, canaries: int, guesses: int, correc
 
 @lru_cache(maxsize=4096)
 def lower_bound(delta: float, *, canaries: int, guesses: int, correct: int, error: float = ERROR) -> float:
-    """The largest epsilon that v of r correct guesses refute, to 1e-6; 0 where they refute none."""
+    """Returns the largest epsilon that v of r correct guesses refute, to 1e-6; 0 if they refute none."""
 
     def refuted(epsilon: float) -> bool:
         return p_value(epsilon, delta, canaries=canaries, guesses=guesses, correct=correct) < error
@@ -93,12 +98,11 @@ def lower_bound(delta: float, *, canaries: int, guesses: int, correct: int, erro
 
 
 def best_bound(scores: NDArray[np.float64], inside: NDArray[np.bool_], delta: float, error: float = ERROR) -> Bound:
-    """The best bound of all splits, with scores (m,) and coins (m,): each is held against its part of the error."""
+    """Returns the best bound of all splits, with scores (m,) and coins (m,). The splits share the error equally."""
     m = len(scores)
     order = np.argsort(-scores, kind="stable")
-    splits = [(m // share, out) for share in SHARES for out in (m // share, 0)]
     bounds = []
-    for high, low in splits:
+    for high, low in (splits := _splits(m)):
         correct = int(inside[order[:high]].sum()) + int((~inside[order[m - low :]]).sum())
         epsilon = lower_bound(delta, canaries=m, guesses=high + low, correct=correct, error=error / len(splits))
         bounds.append(Bound(epsilon=epsilon, guessed_in=high, guessed_out=low, correct=correct))
@@ -106,23 +110,24 @@ def best_bound(scores: NDArray[np.float64], inside: NDArray[np.bool_], delta: fl
 
 
 def ceiling(canaries: int, delta: float, q: float = 1.0, steps: int = 1) -> float:
-    """Returns the epsilon that so many canaries can be expected to show at most, if there is no noise at all.
+    """Returns the largest epsilon that an audit can be expected to show with this many canaries and no noise at all.
 
-    Who is drawn in any of the steps, each with probability q, is then known. The rest look like canaries that are out.
+    The attacker then knows which canaries were sampled in any of the steps, each with probability q. The others look
+    like canaries that are out.
     """
     drawn = round(canaries / 2 * (1 - (1 - q) ** steps))
     inside = (canaries / 2 - drawn) / (canaries - drawn)  # the share of canaries that are in, among those not drawn
-    splits = [(canaries // share, out) for share in SHARES for out in (canaries // share, 0)]
     best = 0.0
-    for high, low in splits:
-        correct = min(high, drawn) + max(high - drawn, 0) * inside + low * (1 - inside)
-        best = max(
-            best,
-            lower_bound(
-                delta, canaries=canaries, guesses=high + low, correct=round(correct), error=ERROR / len(splits)
-            ),
-        )
+    for high, low in (splits := _splits(canaries)):
+        correct = round(min(high, drawn) + max(high - drawn, 0) * inside + low * (1 - inside))
+        error = ERROR / len(splits)
+        best = max(best, lower_bound(delta, canaries=canaries, guesses=high + low, correct=correct, error=error))
     return best
+
+
+def _splits(canaries: int) -> list[tuple[int, int]]:
+    """Returns (how many canaries are guessed to be in, how many to be out) of each split."""
+    return [(canaries // share, out) for share in SHARES for out in (canaries // share, 0)]
 
 
 class Canaries:
@@ -130,14 +135,14 @@ class Canaries:
 
     def __init__(self, count: int, noise: Noise, *key: Key) -> None:
         self.count = count
-        self.inside = noise.poisson_sample(count, 0.5)  # by secret coins; the directions are no secret
+        self.inside = noise.poisson_sample(count, 0.5)  # by secret coins; the directions are not secret
         self.key = key
         self.drawn: list[int] = []  # by this step, numbered among those inside
-        self.seen: dict[Layout, Tensor] = {}  # each (P,) float64; more than one where rounds train other tensors
+        self.released: dict[Layout, Tensor] = {}  # each (P,) float64; more than one where rounds train other tensors
 
     @property
-    def taking_part(self) -> NDArray[np.bool_]:
-        """(m,)"""
+    def coins(self) -> NDArray[np.bool_]:
+        """Whether each canary is in, (m,)."""
         return np.isin(np.arange(self.count), self.inside)
 
     def add(self, total: Tensor, clip: float) -> Tensor:
@@ -160,76 +165,74 @@ class Canaries:
             found[only or "all tensors together"] = float(sums.double().norm()) / clip
         return found
 
-    def see(self, released: Tensor, layout: Layout) -> None:
+    def record(self, released: Tensor, layout: Layout) -> None:
         """Takes one step's noised sum, less what an attacker knows of it."""
-        self.seen[layout] = self.seen.get(layout, torch.zeros_like(released)) + released
+        self.released[layout] = self.released.get(layout, torch.zeros_like(released)) + released
 
     def scores(self) -> NDArray[np.float64]:
-        """(m,): higher where a canary more likely took part."""
+        """Returns the scores (m,). They are higher for canaries that are more likely in."""
         scores = np.zeros(self.count)
-        for seen in self.seen.values():
-            for which, u_bP in self._directions(range(self.count), len(seen)):
-                scores[which] += (u_bP @ seen.float()).double().numpy()
+        for released in self.released.values():
+            for which, u_bP in self._directions(range(self.count), len(released)):
+                scores[which] += (u_bP @ released.float()).double().numpy()
         return scores
 
     def _directions(self, which: Sequence[int], size: int) -> Iterator[tuple[Sequence[int], Tensor]]:
-        """(canaries, their unit directions (b, d)), a chunk at a time."""
+        """Yields (canaries, their unit directions (b, d)), one chunk at a time."""
         step = max(1, CHUNK // size)
         for start in range(0, len(which), step):
             part = which[start : start + step]
-            drawn = [generator(*self.key, "canary", i).standard_normal(size, np.float32) for i in part]
+            drawn = [keyed_generator(*self.key, "canary", i).standard_normal(size, np.float32) for i in part]
             u_bd = torch.from_numpy(np.stack(drawn))
             yield part, u_bd / torch.linalg.vector_norm(u_bd, dim=1, keepdim=True)
 
 
 @dataclass(frozen=True, kw_only=True)
-class AuditedGuard(DPMechanism):
-    """A client's mechanism with canaries among the rows: drawn by its draw, clipped as rows are, under its noise."""
+class AuditedMechanism(DPMechanism):
+    """A client's mechanism with canaries among the rows: sampled and clipped like rows, and covered by its noise."""
 
     canaries: Canaries
     checks: ReleaseChecks
 
     @property
     def rows(self) -> int:
-        """The client's own, and behind them the canaries that take part."""
+        """The client's own rows, followed by the canaries that are in."""
         return self.plan.rows + len(self.canaries.inside)
 
     def draw(self) -> list[int]:
         drawn = super().draw()
-        self.checks.see_draw(drawn, self.rows)
+        self.checks.record_draw(drawn, self.rows)
         self.canaries.drawn = [i - self.plan.rows for i in drawn if i >= self.plan.rows]
         return [i for i in drawn if i < self.plan.rows]
 
     def mean(self, total: Tensor, rows: int, layout: Layout) -> Tensor:
         with_canaries = self.canaries.add(total, self.plan.clip)
         if (names := tuple(layout.slices)) not in self.checks.clipped:  # once for the tensors of a round
-            self.checks.see_clipped(names, self.canaries.clipped_lengths(layout, self.plan.clip))
+            self.checks.record_clipped(names, self.canaries.clipped_lengths(layout, self.plan.clip))
         mean = super().mean(with_canaries, rows + len(self.canaries.drawn), layout)
         released = mean.cpu().double() * self.plan.batch
-        self.canaries.see(released - total.cpu(), layout)
-        self.checks.see_noise(layout.views(released - with_canaries.cpu()), self.plan.noise_std)
+        self.canaries.record(released - total.cpu(), layout)
+        self.checks.record_noise(layout.views(released - with_canaries.cpu()), self.plan.noise_std)
         return mean
 
     def basis_sum(self, total: Tensor, rows: int, layout: Layout) -> Tensor:
         noised, basis = super().basis_sum(total, rows, layout), self.plan.basis
         assert basis is not None
         noise = layout.views(noised.cpu().double() - total.cpu())
-        self.checks.see_noise({f"basis, {key}": x for key, x in noise.items()}, basis.sigma * basis.clip)
+        self.checks.record_noise({f"basis, {key}": x for key, x in noise.items()}, basis.sigma * basis.clip)
         return noised
 
 
-def audited(mechanism: DPMechanism, canaries: Canaries) -> AuditedGuard:
+def audited(mechanism: DPMechanism, canaries: Canaries) -> AuditedMechanism:
+    """Returns the mechanism with canaries."""
     checks = ReleaseChecks(mechanism.plan.q)
-    return AuditedGuard(
+    return AuditedMechanism(
         plan=mechanism.plan, ledger=mechanism.ledger, noise=mechanism.noise, canaries=canaries, checks=checks
     )
 
 
 def _binomial(n: int, epsilon: float) -> NDArray[np.float64]:
-    """Pr[W = 0], ..., Pr[W = n] for W ~ Binomial(n, 1 / (1 + e^-epsilon))."""
-    k = np.arange(n + 1)
-    log_factorial = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, n + 1)))])
-    log_right = -math.log1p(math.exp(-epsilon))
-    log_pmf = log_factorial[n] - log_factorial - log_factorial[::-1] + k * log_right + (n - k) * (log_right - epsilon)
-    pmf: NDArray[np.float64] = np.exp(log_pmf)
+    """Returns Pr[W = 0], ..., Pr[W = n] for W ~ Binomial(n, 1 / (1 + e^-epsilon))."""
+    wrong = np.arange(n, -1, -1)  # counted by wrong guesses, whose probability is precise for a large epsilon
+    pmf: NDArray[np.float64] = binom.pmf(wrong, n, expit(-epsilon))
     return pmf
