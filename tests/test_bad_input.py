@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from conftest import Said, adapter_bytes, set_all, write_rows, write_toml
 from fedsb.config.load import load_config
 from fedsb.reporting.run_directory import read_rows
 from fedsb.runs.run import federate
+from fedsb.training.joint import JointTrainer
 
 Cli = Callable[..., Said]
 
@@ -278,11 +281,11 @@ def test_without_an_address_of_the_hub_nobody_waits(monkeypatch: pytest.MonkeyPa
     assert asked == ["huggingface.co", "mirror.example"] and os.environ["HF_HUB_OFFLINE"] == "1"
 
 
-# --- a run that fails, and runs that are there ---
+# --- a run that fails, and runs that exist ---
 
 
 def test_a_loss_that_is_nan(cli: Cli, tiny_config: dict[str, Any], tmp_path: Path) -> None:
-    """It names client, round and step, stops, and keeps what was finished."""
+    """The error names client, round and step; completed rounds are kept."""
     train = {
         **tiny_config["train"],
         "optimizer": "sgd",
@@ -295,7 +298,7 @@ def test_a_loss_that_is_nan(cli: Cli, tiny_config: dict[str, Any], tmp_path: Pat
     folder = tmp_path / "runs" / "tiny"
     said = cli("run", write_toml(tmp_path / "nan.toml", config))
     assert said.code == 2
-    assert "the loss of client 'site 0' became nan in round 1, local step 2: lower train.lr" in said.err
+    assert "the loss of client 'site 0' became nan in round 1, local step 2. Lower train.lr" in said.err
     assert f"fedsb resume {folder}\n" in said.err and "Traceback" not in said.err
     assert (folder / "checkpoints" / "round-0000" / "state.safetensors").exists()
 
@@ -303,22 +306,20 @@ def test_a_loss_that_is_nan(cli: Cli, tiny_config: dict[str, Any], tmp_path: Pat
 def test_a_loss_that_is_nan_later(
     cli: Cli, tiny_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the second round; the first is kept, and the run goes on from it."""
-    from fedsb.training import joint as cohort
-
+    """In the second round; the first is kept, and the run resumes from it."""
     config = set_all(tiny_config, engine={"clients_per_forward": 1})
     whole = federate(load_config(set_all(config, out=str(tmp_path / "whole")))).folder
-    real = cohort._backward
+    gradients = JointTrainer._gradients
     calls: list[int] = []
 
-    def poisoned(*arguments: Any) -> list[float]:
+    def poisoned(self: JointTrainer, *arguments: Any) -> Tensor:
         calls.append(1)
-        losses = real(*arguments)
-        return [float("nan")] if len(calls) == 9 + 3 + 2 else losses  # round 2, the second client, its second step
+        loss_K = gradients(self, *arguments)
+        return loss_K * math.nan if len(calls) == 9 + 3 + 2 else loss_K  # round 2, the second client, its second step
 
     folder = tmp_path / "runs" / "tiny"
     with monkeypatch.context() as patch:
-        patch.setattr(cohort, "_backward", poisoned)
+        patch.setattr(JointTrainer, "_gradients", poisoned)
         said = cli("run", write_toml(tmp_path / "nan.toml", config))
     assert said.code == 2
     assert "the loss of client 'site 1' became nan in round 2, local step 2" in said.err

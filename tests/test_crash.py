@@ -82,7 +82,7 @@ def test_killed_before_a_write(tiny_config: dict[str, Any], tmp_path: Path, unbr
     assert start(set_all(config, out=str(tmp_path / "counted")), None, tmp_path / "calls.json") == 0
     calls = json.loads((tmp_path / "calls.json").read_text())
     same_run(tmp_path / "counted" / "tiny", unbroken)
-    for name in ("common", "round-0002", "clients", "adapter_model", "adapter_config", "report"):
+    for name in ("shared.safetensors", "round-0002", "clients", "adapter_model", "adapter_config", "report"):
         assert any(name in call for call in calls), (name, calls)
     for k in range(0, len(calls), every):
         folder = tmp_path / str(k)

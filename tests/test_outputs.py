@@ -571,7 +571,7 @@ def test_a_run_whose_adapter_is_not_loaded_is_finished(
     toml = write_toml(tmp_path / "a.toml", config_of("classes", request, tmp_path))
     folder = tmp_path / "runs" / "classes"
     with monkeypatch.context() as patch:
-        patch.setattr("fedsb.runs.artifacts.check_adapter", refuse)
+        patch.setattr("fedsb.training.export.check_adapter", refuse)
         for verb in (["run", toml], ["resume", folder]):
             said = cli(*verb)
             assert said.code == 1 and "'x.out_proj'" in said.err and "fedsb resume" not in said.err

@@ -1,4 +1,4 @@
-"""The run directory: atomic, locked, inside itself; a torn or foreign checkpoint or a full disk loses nothing."""
+"""The run directory: atomic, locked, self-contained; a torn or foreign checkpoint or a full disk loses nothing."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,22 @@ from fedsb.methods.base import State
 from fedsb.reporting.run_directory import read_manifest, read_rows
 from fedsb.runs.record import Record
 from fedsb.runs.run import Silent, federate, resume
+from fedsb.server.replies import Replies
+from fedsb.server.server import RoundResult
 from fedsb.utils.errors import RunError, UserError
 from fedsb.utils.files import safe_name, write_atomic
 
-COMMON = {"x.A": torch.arange(6.0).reshape(2, 3)}
-MANIFEST = {"run": "abc", "config": {}, "origin": {}, "basis_hash": basis_hash(COMMON)}
+SHARED = {"x.A": torch.arange(6.0).reshape(2, 3)}
+MANIFEST = {"run": "abc", "config": {}, "origin": {}, "basis_hash": basis_hash(SHARED)}
 
 
 def state_of(round: int) -> State:
-    return State(round=round, tensors={"x.R": torch.full((2, 2), float(round))}, shared=COMMON)
+    accepted = {"a/b": round} if round else {}
+    return State(round=round, tensors={"x.R": torch.full((2, 2), float(round))}, shared=SHARED, accepted=accepted)
+
+
+def result_of(round: int) -> RoundResult:
+    return RoundResult(state=state_of(round), cohort=["a/b"], replies=Replies(), dropped=[], traffic=[])
 
 
 @pytest.fixture
@@ -39,7 +47,7 @@ def record(tmp_path: Path) -> Iterator[Record]:
     with Record.create(tmp_path / "run", MANIFEST) as record:
         record.start(state_of(0), [])
         for round in (1, 2):
-            record.round(state_of(round), {"round": round}, [], {"a/b": {"x": torch.ones(round)}}, keep=2)
+            record.commit(result_of(round), {"round": round}, {"a/b": {"x": torch.ones(round)}}, keep=2)
         yield record
 
 
@@ -53,14 +61,16 @@ def checkpoints(record: Record) -> list[str]:
     return sorted(path.name for path in (record.folder / "checkpoints").iterdir())
 
 
-def test_a_state_comes_back_as_it_was(record: Record) -> None:
+def test_a_state_is_read_as_it_was_written(record: Record) -> None:
     state = record.latest()
     assert state is not None and not record.skipped
     assert state.round == 2
     assert torch.equal(state.tensors["x.R"], torch.full((2, 2), 2.0))
-    assert torch.equal(state.shared["x.A"], COMMON["x.A"])
+    assert torch.equal(state.shared["x.A"], SHARED["x.A"])
     assert checkpoints(record) == ["round-0001", "round-0002"]
-    assert torch.equal(record.take_up(2)["a/b"]["x"], torch.ones(2))
+    assert state.accepted == {"a/b": 2}
+    (own,) = record.client_states(state)["a/b"].items()
+    assert own[0] == 2 and torch.equal(own[1]["x"], torch.ones(2))
 
 
 def truncate(folder: Path) -> None:
@@ -100,10 +110,12 @@ def test_a_torn_or_foreign_checkpoint_is_skipped_and_named(
     assert state is not None and state.round == 1
     (skipped,) = record.skipped
     assert skipped.startswith("checkpoint round-0002 was skipped: ") and said in skipped
-    kept = record.take_up(1)
-    assert torch.equal(kept["a/b"]["x"], torch.ones(1))
+    (own,) = record.client_states(state)["a/b"].items()
+    assert own[0] == 1 and torch.equal(own[1]["x"], torch.ones(1))
+    record.roll_back(state.round)
     assert record.rows("rounds.jsonl") == [{"round": 1}]
-    record.round(state_of(2), {"round": 2}, [], {}, keep=2)
+    assert [path.name for path in (record.folder / "clients").glob("*/*")] == ["round-0001.safetensors"]
+    record.commit(result_of(2), {"round": 2}, {}, keep=2)
     assert checkpoints(record) == ["round-0001", "round-0002"]
     fresh = Record(record.folder, MANIFEST)
     assert fresh.latest() is not None and not fresh.skipped
@@ -126,8 +138,8 @@ def test_another_basis_is_noticed(record: Record) -> None:
         record.latest()
 
 
-def test_a_foreign_checkpoint_of_a_later_round_pushes_out_no_own(record: Record) -> None:
-    """It stands first in the folder's order; were it counted, the only good checkpoint would be deleted."""
+def test_a_foreign_checkpoint_of_a_later_round_deletes_no_own_one(record: Record) -> None:
+    """It is the first in the folder's order. If it were counted, the only good checkpoint would be deleted."""
     shutil.copytree(record.folder / "checkpoints" / "round-0002", record.folder / "checkpoints" / "round-0099")
     (record.folder / "checkpoints" / "round-notes").mkdir()
     record.checkpoint(state_of(3), keep=1)
@@ -137,7 +149,7 @@ def test_a_foreign_checkpoint_of_a_later_round_pushes_out_no_own(record: Record)
     assert "round-0099 was skipped: it was written as that of round 2" in fresh.skipped[0]
 
 
-def test_what_a_kill_left_is_cleared_and_nothing_else(record: Record) -> None:
+def test_the_remains_of_a_killed_run_are_deleted_and_nothing_else(record: Record) -> None:
     left = [
         record.folder / "checkpoints" / ".round-0003.17" / "state.json",
         record.folder / "adapter" / ".adapter_model.safetensors.17",
@@ -149,13 +161,13 @@ def test_what_a_kill_left_is_cleared_and_nothing_else(record: Record) -> None:
         path.write_text("x")
     with (record.folder / "rounds.jsonl").open("a") as file:
         file.write('{"round": 3}\n{"round": 4, "lo')
-    record.take_up(2)
+    record.roll_back(2)
     assert not any(path.exists() for path in left) and mine.exists()
     assert [row["round"] for row in record.rows("rounds.jsonl")] == [1, 2]
 
 
 def test_a_start_that_was_cut_off_counts_its_bytes_once(tmp_path: Path) -> None:
-    """Killed between the ledger and the first checkpoint, the start is done again; its basis travelled once."""
+    """Killed between the ledger and the first checkpoint, the start is repeated; its basis is counted once."""
     from fedsb.protocol.traffic import TrafficRecord
 
     sent = [
@@ -173,7 +185,16 @@ def test_a_clients_state_that_cannot_be_read(record: Record) -> None:
     (path,) = (record.folder / "clients").glob("*/round-0002.safetensors")
     path.write_bytes(b"torn")
     with pytest.raises(RunError, match=r"what a client keeps between rounds, cannot be read"):
-        record.take_up(2)
+        record.client_states(record.latest())
+
+
+def test_a_client_whose_update_was_not_used_keeps_its_state(record: Record) -> None:
+    """Its state after a round is not written unless the round's update was used."""
+    result = result_of(3)
+    result = replace(result, state=replace(result.state, accepted={"a/b": 2}))
+    record.commit(result, {"round": 3}, {"a/b": {"x": torch.ones(3)}}, keep=2)
+    (own,) = record.client_states(record.latest())["a/b"].items()
+    assert own[0] == 2 and torch.equal(own[1]["x"], torch.ones(2))
 
 
 def test_the_lock(record: Record) -> None:
@@ -192,7 +213,7 @@ def test_a_name_that_exists_is_refused(record: Record) -> None:
 
 
 def test_a_start_that_is_refused_leaves_the_folder_free(record: Record) -> None:
-    """Also while the error is alive, which keeps what it was raised from."""
+    """Also while the error is alive, which keeps its frames."""
     record.__exit__(None)
     with pytest.raises(UserError, match="holds a run already") as error:
         Record.create(record.folder, {**MANIFEST, "run": "new"})
@@ -217,7 +238,7 @@ def test_a_failed_start_in_a_folder_of_the_users_takes_only_its_own(tmp_path: Pa
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
 
 
-def test_a_failure_behind_the_first_checkpoint_takes_nothing_back(tmp_path: Path) -> None:
+def test_a_failure_after_the_first_checkpoint_deletes_nothing(tmp_path: Path) -> None:
     with pytest.raises(UserError), Record.create(tmp_path / "run", MANIFEST) as record:
         record.start(state_of(0), [])
         raise UserError("later")
@@ -285,7 +306,7 @@ def test_hostile_names_make_harmless_folders() -> None:
 
 
 def test_hostile_client_names_round_trip(tiny_config: dict[str, Any], tables: Any, tmp_path: Path) -> None:
-    """As values of the client column: a run that keeps state with its clients, stopped, resumed, equal to unbroken."""
+    """As values of the client column: a run whose clients keep state is stopped, resumed, and equals a whole run."""
     names = ["../x", "/etc", ".", "a/b", "[/red]:smile:"]
     rows = [json.loads(line) for line in tables[0].read_text().splitlines()]
     rows = [{**row, "client": names[i % len(names)]} for i, row in enumerate(rows)]
@@ -312,22 +333,22 @@ def test_hostile_client_names_round_trip(tiny_config: dict[str, Any], tables: An
     assert [client["name"] for client in read_manifest(broken.folder)["clients"]] == names
 
 
-# --- a folder that goes away ---
+# --- a folder that is deleted ---
 
 
 @pytest.mark.parametrize("method", [{"name": "fed-sb", "rank": 4}, {"name": "fedsa-lora", "rank": 2}])
 def test_a_folder_that_is_deleted_while_the_run_goes_on(
     cli: Callable[..., Said], tiny_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: Any
 ) -> None:
-    """It is not made again in part, and what is said is one thing only."""
-    folder, whole = tmp_path / "runs" / "tiny", Record.round
+    """No part of it is made again, and there is only one message."""
+    folder, commit = tmp_path / "runs" / "tiny", Record.commit
 
-    def deleted(self: Record, state: State, *arguments: Any, **options: Any) -> None:
-        if state.round == 2:
+    def deleted(self: Record, result: RoundResult, *arguments: Any, **options: Any) -> None:
+        if result.state.round == 2:
             shutil.rmtree(self.folder)
-        whole(self, state, *arguments, **options)
+        commit(self, result, *arguments, **options)
 
-    monkeypatch.setattr(Record, "round", deleted)
+    monkeypatch.setattr(Record, "commit", deleted)
     said = cli("run", write_toml(tmp_path / "my.toml", set_all(tiny_config, method=method)))
     assert said.code == 2 and f"{folder} was deleted or moved while the run went on" in said.err
     assert f"{folder}: if it was deleted or moved during the run, start the run again" in said.err
@@ -347,7 +368,7 @@ def test_a_folder_that_is_gone_is_not_a_full_disk(record: Record) -> None:
 
 @contextmanager
 def no_more_than(size: int) -> Iterator[None]:
-    """No file above so many bytes: what a full disk does to every write."""
+    """Limits every file to `size` bytes, so that writes fail as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -381,7 +402,7 @@ def check_refused(said: Said, folder: Path) -> None:
 def test_a_full_disk(
     small_disk: Path, room: int, cli: Callable[..., Said], tiny_config: dict[str, Any], tmp_path: Path, unbroken: Path
 ) -> None:
-    """Full at four places of the run; with room made, it goes on to the same adapter."""
+    """Full at four places of the run; with free space, it resumes to the same adapter."""
     toml = write_toml(tmp_path / "tiny.toml", set_all(tiny_config, out=str(small_disk)))
     folder = small_disk / "tiny"
     filler = small_disk / "filler"

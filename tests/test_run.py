@@ -1,4 +1,4 @@
-"""The run's own loop: a bad update costs its client one round, and nothing else."""
+"""The loop of a run: a client with a bad update misses that round, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -11,58 +11,55 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fedsb.cli.app import Engine
-from fedsb.server.replies import Replies
 
 from conftest import Said, adapter_bytes, set_all, write_toml
+from fedsb.channels.in_process import InProcessChannel
 from fedsb.config.load import load_config
 from fedsb.config.schema import Config
+from fedsb.protocol import schedule
+from fedsb.protocol.messages import TrainReply
 from fedsb.protocol.payload import pack, unpack
 from fedsb.reporting.run_directory import read_rows
 from fedsb.runs.run import federate, resume
-from fedsb.protocol.schedule import sample
-from fedsb.server.server import Server
 from fedsb.utils.errors import ConfigError, UserError
 
 BAD_CLIENT, BAD_ROUND = "site 1", 1  # the second round
 
 
-def with_nan(envelope: bytes) -> bytes:
-    payload = unpack(envelope)
-    tensors = {name: array.copy() for name, array in payload.tensors.items()}
-    tensors[min(tensors)].reshape(-1)[0] = np.nan
-    return pack(dataclasses.replace(payload, tensors=tensors))
+def with_nan(data: bytes) -> bytes:
+    payload = unpack(data)
+    vector = payload.vector.copy()
+    vector[0] = np.nan
+    return pack(dataclasses.replace(payload, vector=vector))
 
 
-def of_another_run(envelope: bytes) -> bytes:
-    return pack(dataclasses.replace(unpack(envelope), run="elsewhere"))
+def of_another_run(data: bytes) -> bytes:
+    return pack(dataclasses.replace(unpack(data), run="elsewhere"))
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, harm: Callable[[bytes], bytes]) -> None:
     """In the second round, one client's update goes through `harm`."""
-    train = Server.train
+    exchange = InProcessChannel.exchange
 
-    def harmed(self: Server, method: Any, state: Any, cohort: Any, kept: Any, late: Any) -> Replies:
-        replies = train(self, method, state, cohort, kept, late)
-        if state.round != BAD_ROUND:
-            return replies
-        bad = lambda r: dataclasses.replace(r, envelope=harm(r.envelope)) if r.client == BAD_CLIENT else r  # noqa: E731
-        return Replies(map(bad, replies.each))
+    def harmed(self: InProcessChannel, requests: Any, timeout_s: float | None = None) -> Any:
+        for name, reply in exchange(self, requests, timeout_s):
+            bad = isinstance(reply, TrainReply) and unpack(reply.payload).round == BAD_ROUND and name == BAD_CLIENT
+            yield name, reply.model_copy(update={"parts": (harm(reply.payload),)}) if bad else reply
 
-    monkeypatch.setattr(Server, "train", harmed)
+    monkeypatch.setattr(InProcessChannel, "exchange", harmed)
 
 
 @pytest.mark.parametrize(
     ("harm", "said"),
     [
-        pytest.param(with_nan, "holds 1 values that are NaN or infinite", id="nan"),
+        pytest.param(with_nan, "contains 1 values that are NaN or infinite", id="nan"),
         pytest.param(of_another_run, "its run is 'elsewhere'", id="another run"),
-        pytest.param(lambda data: data[:100], "not an envelope of fedsb", id="torn"),
-        pytest.param(lambda data: b"", "not an envelope of fedsb", id="nothing"),
+        pytest.param(lambda data: data[:100], "Not a payload of fedsb", id="torn"),
+        pytest.param(lambda data: b"", "Not a payload of fedsb", id="nothing"),
     ],
 )
 @pytest.mark.parametrize("method", [{"name": "fed-sb", "rank": 4}, {"name": "fedit", "rank": 2}])
-def test_a_bad_update_costs_its_client_the_round(
+def test_a_client_with_a_bad_update_misses_the_round(
     tiny_config: dict[str, Any],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -70,14 +67,16 @@ def test_a_bad_update_costs_its_client_the_round(
     harm: Callable[[bytes], bytes],
     said: str,
 ) -> None:
-    """It is named with its reason, and the run ends bit for bit as one in which it sat that round out."""
+    """It is named with its reason, and the run ends bit for bit as one in which it was not in that round."""
     config = set_all(tiny_config, method=method, engine={"clients_per_forward": 1})
 
-    def without(engine: Engine, round: int, settings: Config) -> Sequence[str]:
-        return [name for name in sample(server, round, settings) if (name, round) != (BAD_CLIENT, BAD_ROUND)]
+    sample = schedule.sample
+
+    def without(names: Sequence[str], round: int, settings: Config) -> list[str]:
+        return [name for name in sample(names, round, settings) if (name, round) != (BAD_CLIENT, BAD_ROUND)]
 
     with monkeypatch.context() as patch:
-        patch.setattr("fedsb.runs.run.sample", without)
+        patch.setattr(schedule, "sample", without)
         wanted = federate(load_config(set_all(config, out=str(tmp_path / "without"))))
     spoil(monkeypatch, harm)
     got = federate(load_config(set_all(config, out=str(tmp_path / "with"))))
@@ -93,7 +92,7 @@ def test_a_bad_update_costs_its_client_the_round(
     assert BAD_CLIENT in (got.folder / "report.html").read_text()
 
 
-def test_too_few_good_updates_stop_the_run_and_it_can_go_on(
+def test_too_few_good_updates_stop_the_run_and_it_can_be_resumed(
     tiny_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Callable[..., Said]
 ) -> None:
     config = set_all(tiny_config, server={"min_clients": 3})
@@ -103,17 +102,17 @@ def test_too_few_good_updates_stop_the_run_and_it_can_go_on(
         spoil(patch, with_nan)
         said = cli("run", write_toml(tmp_path / "tiny.toml", config))
     assert said.code == 2
-    assert "round 2: 2 good updates, server.min_clients asks for 3 (site 1: " in said.err
+    assert "Round 2 has 2 good updates, but server.min_clients = 3 (site 1: " in said.err
     assert f"fedsb resume {folder}\n" in said.err
     assert [row["round"] for row in read_rows(folder / "rounds.jsonl")] == [1]
     assert cli("resume", folder).code == 0
     assert adapter_bytes(folder) == adapter_bytes(whole.folder)
 
 
-def test_the_table_shows_who_was_dropped_and_why(
+def test_the_table_shows_which_client_was_dropped_and_why(
     tiny_config: dict[str, Any], tables: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Callable[..., Said]
 ) -> None:
-    """Names are shown as they are, though the terminal's library has a markup of its own."""
+    """Names are shown unchanged, although the terminal's library has a markup of its own."""
     rows = [json.loads(line) for line in tables[0].read_text().splitlines()]
     train = tmp_path / "train.jsonl"
     train.write_text("".join(json.dumps({**row, "client": f"[/b] {row['client']}"}) + "\n" for row in rows))
@@ -141,7 +140,7 @@ def test_a_resume_on_another_base_model_is_refused(
         resume(done.folder)
 
 
-def test_a_resume_whose_engine_does_not_open_leaves_the_run_free(tiny_config: dict[str, Any]) -> None:
+def test_a_resume_whose_federation_does_not_open_releases_the_lock(tiny_config: dict[str, Any]) -> None:
     """Also while the error is alive, as a notebook keeps the last one."""
     done = federate(load_config(set_all(tiny_config, rounds=1)))
 

@@ -34,7 +34,7 @@ def minilm() -> str:
     try:
         from fedsb.models.load import resolve_name
     except ImportError:
-        from fedsb.models.load import resolve_name
+        from fedsb.models.find import resolve_name  # type: ignore[no-redef]
     return resolve_name("minilm")[0]
 
 
@@ -95,11 +95,11 @@ def new_rounds(config: dict[str, Any], folder: Path) -> Callable[[], Any]:
 
 
 def old_rounds(config: dict[str, Any], folder: Path) -> Callable[[], Any]:
-    from fedsb.config.load import load_config
+    from fedsb.config import load_config
     from fedsb.engines.embedded import EmbeddedEngine
     from fedsb.engines.round import play
     from fedsb.methods.averaging import ServerOptimizer
-    from fedsb.config.schema import method_of
+    from fedsb.settings import method_of
 
     resolved = load_config(config).config
     method = method_of(resolved)
@@ -157,14 +157,13 @@ def new_server_step(config: dict[str, Any]) -> Callable[[], Any]:
 
 
 def old_server_step(config: dict[str, Any]) -> Callable[[], Any]:
-    from fedsb.config.load import load_config
+    from fedsb.config import load_config
     from fedsb.engines.embedded import EmbeddedEngine
-    from fedsb.protocol.payload import Payload
-    from fedsb.federation.payload import pack
+    from fedsb.federation.payload import Payload, pack
     from fedsb.federation.server import admit, rules
     from fedsb.federation.tensors import to_arrays
     from fedsb.methods.averaging import ServerOptimizer
-    from fedsb.config.schema import method_of
+    from fedsb.settings import method_of
 
     resolved = load_config(config).config
     method = method_of(resolved)

@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from fedsb.protocol.codec import BLOCK, CODECS, Q_MAX, decode, encode, payload_bytes
 from fedsb.config.training import Codec
+from fedsb.protocol.codec import BLOCK, CODECS, Q_MAX, decode, encode, payload_bytes
 from fedsb.utils.rng import keyed_generator
 
 ROUNDED: tuple[Codec, ...] = ("int8", "int4")

@@ -1,4 +1,4 @@
-"""The lossy link: what sites hold, what is owed, when it is forgotten, and that it matters."""
+"""Lossy codecs: what clients hold, what error feedback they keep, when it is dropped, and that it matters."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from fedsb.adapters.basis import basis_hash, make_basis, random_pair
-from fedsb.config.training import ServerConfig
 from fedsb.config.registry import build_method
+from fedsb.config.training import Codec, ServerConfig
 from fedsb.methods.averaging import ServerOptimizer
 from fedsb.methods.base import Method, State
-from fedsb.config.training import Codec
-from fedsb.protocol.compressor import Compressor, unmoved
+from fedsb.protocol.compressor import Compressor, baseline_upload, read_change
 from fedsb.protocol.payload import Payload, pack, unpack
-from fedsb.protocol.tensors import to_arrays, to_tensors, under, within
-from fedsb.server.validation import rules, validate_updates
+from fedsb.protocol.tensors import under, within
+from fedsb.server.validation import UpdateRules, update_rules, validate_updates
+from fedsb.utils.errors import RunError
 from fedsb.utils.rng import keyed_generator
 
 LAYER = "layer"
@@ -43,7 +43,7 @@ METHODS = [
 ]
 
 
-def link(codec: Codec, seed: int = 0) -> Compressor:
+def compressor_of(codec: Codec, seed: int = 0) -> Compressor:
     return Compressor(run="run", codec=codec, seed=seed)
 
 
@@ -55,8 +55,29 @@ def start(name: str, rank: int = 4) -> tuple[Method, State]:
     return method, method.start(SHAPES, basis, head, 0)
 
 
+def rules_of(method: Method, state: State, codec: Codec) -> UpdateRules:
+    return update_rules(method, state, ServerConfig(codec=codec), "run", {})
+
+
+def received(
+    compressor: Compressor, method: Method, state: State, view: State, *, late: bool = False, rank: int | None = None
+) -> tuple[Payload, dict[str, Tensor]]:
+    """The payload that a client receives, and the tensors that it decodes; it received the last round's broadcast."""
+    shared_hash = basis_hash(view.shared)
+    payload = unpack(compressor.broadcast(method, state, view, shared_hash, missed_last_round=late, total_rank=rank))
+    message = payload.tensors if payload.codec == "float32" else read_change(state.client_view, payload)
+    return payload, message
+
+
+def sent(
+    compressor: Compressor, method: Method, payload: Payload, baseline: dict[str, Tensor], kept: dict[str, Tensor]
+) -> tuple[bytes, dict[str, Tensor]]:
+    """The update's bytes, and the error feedback that its client keeps."""
+    return compressor.update(method, payload, payload.layout.flatten(baseline).numpy(), kept)
+
+
 def shaken(tensors: dict[str, Tensor], moving: frozenset[str], *key: int | str, by: float = 0.1) -> dict[str, Tensor]:
-    """Local training, as far as a link is concerned."""
+    """Random changes in place of local training."""
     draw = keyed_generator(0, *key)
     return {
         name: x + by * torch.from_numpy(draw.standard_normal(x.shape).astype(np.float32)) if name in moving else x
@@ -65,285 +86,278 @@ def shaken(tensors: dict[str, Tensor], moving: frozenset[str], *key: int | str, 
 
 
 def one_round(
-    wire: Compressor, method: Method, state: State, kept: dict[str, Any], cohort: tuple[str, ...] = CLIENTS
+    compressor: Compressor, method: Method, state: State, kept: dict[str, Any], cohort: tuple[str, ...] = CLIENTS
 ) -> State:
-    """A round over the link, every client up to date; `kept` is changed."""
-    heard = wire.heard(method, state)
+    """A round in which every client is up to date; `kept` is changed."""
+    view = compressor.client_view(method, state)
     replies = []
     for client in cohort:
         rank = state.total_ranks.get(client)
         mine = method if rank is None else method.at(rank)
-        _, message = wire.down(method, state, heard, basis=basis_hash(heard.shared), late=False, rank=rank)
-        own = mine.init_client(heard.shared, message, within("method", kept.get(client, {})), state.round)
+        _, message = received(compressor, method, state, view, rank=rank)
+        own = mine.init_client(view.shared, message, within("method", kept.get(client, {})), state.round)
         trained = shaken(own, mine.trainable(own, state.round), client, state.round)
-        sent, keep = mine.upload(own, trained, state.round)
-        payload = Payload(
-            kind="update",
-            run="run",
-            round=state.round,
-            client=client,
-            samples=5,
-            basis=basis_hash(heard.shared),
-            tensors=to_arrays(sent),
-        )
-        data, lost = wire.up(method, payload, unmoved(mine, heard.shared, message, state.round), kept.get(client, {}))
+        uploaded, keep = mine.upload(own, trained, state.round)
+        payload = replace(update(uploaded, state.round, client), basis=basis_hash(view.shared))
+        baseline = baseline_upload(mine, view.shared, message, state.round)
+        data, lost = sent(compressor, method, payload, baseline, kept.get(client, {}))
         kept[client] = {**under("method", keep), **lost}
         replies.append((client, data))
-    updates, dropped = validate_updates(replies, rules(method, heard, ServerConfig(codec=wire.codec), "run", {}))
+    updates, dropped = validate_updates(replies, rules_of(method, view, compressor.codec))
     assert not dropped
-    return wire.settled(method, state, heard, method.aggregate(heard, updates, ServerOptimizer()))
+    return compressor.settle(method, state, view, method.aggregate(view, updates, ServerOptimizer()))
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(x, other[key]) for key, x in one.items())
 
 
-# --- what sites hold ---
+# --- what clients hold ---
 
 
 @pytest.mark.parametrize("codec", LOSSY)
 @pytest.mark.parametrize("name", METHODS)
-def test_a_site_that_hears_every_broadcast_holds_what_the_server_thinks(name: str, codec: Codec) -> None:
-    """Bit for bit, from the envelopes alone: h in its tensors, and what is common to all."""
-    wire, (method, state) = link(codec), start(name)
+def test_a_client_that_receives_every_broadcast_holds_the_servers_view_of_it(name: str, codec: Codec) -> None:
+    """Bit for bit, from the payloads alone: h in its tensors, and the shared state."""
+    compressor, (method, state) = compressor_of(codec), start(name)
     kept: dict[str, Any] = {}
     held: dict[str, Tensor] = {}
-    common = state.shared
+    shared = state.shared
     for _ in range(4):
-        heard = wire.heard(method, state)
-        envelope = unpack(wire.down(method, state, heard, basis=basis_hash(heard.shared), late=False, rank=None)[0])
-        news = to_tensors(envelope.tensors)
-        before = {**common, **held}  # RoLoRA's factors are common before they are told
-        message = news if envelope.codec == "float32" else {key: before[key] + c for key, c in news.items()}
+        view = compressor.client_view(method, state)
+        payload, _ = received(compressor, method, state, view)
+        before = {**shared, **held}  # RoLoRA's factors are in the shared state before they are sent
+        message = payload.tensors if payload.codec == "float32" else read_change(before, payload)
         held |= message
-        common = method.update_shared(common, message)
-        assert same(common, heard.shared) and envelope.basis == basis_hash(common)
-        assert all(torch.equal(held[key], heard.tensors[key]) for key in held if key in heard.tensors)
-        late = unpack(wire.down(method, state, heard, basis=basis_hash(heard.shared), late=True, rank=None)[0])
+        shared = method.update_shared(shared, message)
+        assert same(shared, view.shared) and payload.basis == basis_hash(shared)
+        assert all(torch.equal(held[key], view.tensors[key]) for key in held if key in view.tensors)
+        late, whole = received(compressor, method, state, view, late=True)
         assert late.codec == "float32"
-        mine = method.init_client(common, message, {}, state.round)
-        theirs = method.init_client(
-            method.update_shared(heard.shared, to_tensors(late.tensors)), to_tensors(late.tensors), {}, state.round
-        )
-        assert same(mine, theirs)  # whoever comes late starts from the same tensors
-        state = one_round(wire, method, state, kept)
+        mine = method.init_client(shared, message, {}, state.round)
+        theirs = method.init_client(method.update_shared(view.shared, whole), whole, {}, state.round)
+        assert same(mine, theirs)  # a client that missed the last round starts from the same tensors
+        state = one_round(compressor, method, state, kept)
 
 
 @pytest.mark.parametrize("name", ["fed-sb", "fedit", "rolora"])
 def test_losses_on_the_way_down_do_not_add_up(name: str) -> None:
-    """After 30 rounds sites are one coding of one round's change away from the server, as after the first."""
-    wire, (method, state) = link("int4"), start(name)
+    """After 30 rounds the clients' view differs from the server's tensors by one coded change, as after the first."""
+    compressor, (method, state) = compressor_of("int4"), start(name)
     kept: dict[str, Any] = {}
     gaps = []
     for _ in range(30):
-        state = one_round(wire, method, state, kept)
-        heard = wire.heard(method, state)
-        gaps.append(max(float((state.tensors[key] - x).abs().max()) for key, x in heard.tensors.items()))
+        state = one_round(compressor, method, state, kept)
+        view = compressor.client_view(method, state)
+        gaps.append(max(float((state.tensors[key] - x).abs().max()) for key, x in view.tensors.items()))
     assert 0 < max(gaps[-5:]) < 3 * max(gaps[:5])
 
 
 @pytest.mark.parametrize("name", ["fed-sb", "ravan", "fedit", "rolora", "flora-na", "hetlora", "fedsvd", "fedrot-lora"])
-def test_a_mean_is_a_step_from_what_the_server_has_and_all_else_replaces_it(name: str) -> None:
-    """s + (aggregate(h) - h) for a plain mean that does not turn; aggregate(h) for the others."""
-    wire, (method, state) = link("int4"), start(name)
-    state = one_round(wire, method, state, {})
-    heard = wire.heard(method, state)
-    trained = shaken(heard.tensors, frozenset(heard.tensors), "aggregate")
-    after = replace(heard, round=2, tensors=trained)
-    settled = wire.settled(method, state, heard, after)
-    assert same(settled.client_view, heard.tensors)
-    assert any(not torch.equal(x, heard.tensors[key]) for key, x in state.tensors.items())
+def test_a_mean_is_a_step_from_the_servers_tensors_and_all_else_replaces_them(name: str) -> None:
+    """s + (aggregate(h) - h) for a plain mean in a fixed basis; aggregate(h) for the others."""
+    compressor, (method, state) = compressor_of("int4"), start(name)
+    state = one_round(compressor, method, state, {})
+    view = compressor.client_view(method, state)
+    trained = shaken(view.tensors, frozenset(view.tensors), "aggregate")
+    after = replace(view, round=2, tensors=trained)
+    settled = compressor.settle(method, state, view, after)
+    assert same(settled.client_view, view.tensors)
+    assert any(not torch.equal(x, view.tensors[key]) for key, x in state.tensors.items())
     steps = name in ("fed-sb", "ravan", "fedit", "rolora")
     for key, x in settled.tensors.items():
-        wanted = state.tensors[key] + (trained[key] - heard.tensors[key]) if steps else trained[key]
-        assert torch.allclose(x, wanted, atol=1e-6), key
+        expected = state.tensors[key] + (trained[key] - view.tensors[key]) if steps else trained[key]
+        assert torch.allclose(x, expected, atol=1e-6), key
 
 
-def test_in_float32_nothing_is_held_owed_or_changed() -> None:
-    wire, (method, state) = link("float32"), start("fed-sb")
+def test_in_float32_no_view_and_no_error_feedback_are_kept() -> None:
+    compressor, (method, state) = compressor_of("float32"), start("fed-sb")
     kept: dict[str, Any] = {}
-    after = one_round(wire, method, state, kept)
+    after = one_round(compressor, method, state, kept)
     assert after.client_view == {} and all(own == {} for own in kept.values())
-    assert wire.heard(method, after) is after and wire.settled(method, state, state, after) is after
+    assert compressor.client_view(method, after) is after and compressor.settle(method, state, state, after) is after
 
 
 @pytest.mark.parametrize("name", ["flora", "fedex-lora"])
-def test_a_method_that_changes_the_base_is_told_everything_in_float32(name: str) -> None:
-    wire, (method, state) = link("int4"), start(name)
+def test_a_method_that_changes_the_base_broadcasts_in_float32(name: str) -> None:
+    compressor, (method, state) = compressor_of("int4"), start(name)
     kept: dict[str, Any] = {}
     for _ in range(3):
-        data, _ = wire.down(method, state, wire.heard(method, state), basis="", late=False, rank=None)
-        assert unpack(data).codec == "float32"
-        state = one_round(wire, method, state, kept)
+        payload, _ = received(compressor, method, state, compressor.client_view(method, state))
+        assert payload.codec == "float32"
+        state = one_round(compressor, method, state, kept)
         assert state.client_view == {}
 
 
 @pytest.mark.parametrize("name", ["fed-sb", "flexlora", "hetlora"])
-def test_a_client_of_another_rank_is_told_its_part_of_what_all_hold(name: str) -> None:
-    wire, (method, state) = link("int4"), start(name)
-    state = one_round(wire, method, state, {})
-    heard = wire.heard(method, state)
+def test_a_client_of_another_rank_receives_its_part_of_the_clients_view(name: str) -> None:
+    compressor, (method, state) = compressor_of("int4"), start(name)
+    state = one_round(compressor, method, state, {})
+    view = compressor.client_view(method, state)
     for rank, codec in ((None, "int4"), (4, "int4"), (2, "float32")):
-        data, message = wire.down(method, state, heard, basis=basis_hash(heard.shared), late=False, rank=rank)
-        assert unpack(data).codec == codec
-        assert same(message, method.broadcast(heard, total_rank=rank))
+        payload, message = received(compressor, method, state, view, rank=rank)
+        assert payload.codec == codec
+        assert same(message, method.broadcast(view, rank=rank))
 
 
-# --- what is owed ---
+# --- error feedback ---
 
 
-def update(tensors: dict[str, Any], round: int = 0, client: str = "a") -> Payload:
-    return Payload(kind="update", run="run", round=round, client=client, samples=1, tensors=tensors)
+def update(tensors: dict[str, Tensor], round: int = 0, client: str = "a") -> Payload:
+    payload = Payload.of(tensors, kind="update", run="run", round=round)
+    return replace(payload, client=client, samples=1)
 
 
-def test_what_was_lost_is_owed_and_paid() -> None:
-    """Over ten rounds, all that was sent and what is still owed make up all that was to be sent."""
-    wire, (method, _) = link("int4"), start("fed-sb")
-    base = {"x": torch.from_numpy(keyed_generator(0, "base").standard_normal(100).astype(np.float32))}
+def values_of(count: int, *key: int | str) -> Tensor:
+    return torch.from_numpy(keyed_generator(*key).standard_normal(count).astype(np.float32))
+
+
+def test_lost_values_are_kept_and_sent_later() -> None:
+    """Over ten rounds, the values sent and the error feedback add up to all changes."""
+    compressor, (method, _) = compressor_of("int4"), start("fed-sb")
+    base = {"x": values_of(100, 0, "base")}
     kept: dict[str, Tensor] = {}
-    wanted, arrived = np.zeros(100), np.zeros(100)
+    expected, arrived = torch.zeros(100), torch.zeros(100)
     for round in range(10):
-        change = keyed_generator(round, "change").standard_normal(100).astype(np.float32)
-        data, kept = wire.up(method, update({"x": base["x"].numpy() + change}, round), base, kept)
-        wanted, arrived = wanted + change, arrived + unpack(data).tensors["x"]
-    owed = kept["codec/x"].numpy()
-    assert np.abs(owed).max() > 0.05
-    assert np.allclose(arrived + owed, wanted, atol=1e-5)
-    assert not np.allclose(arrived, wanted, atol=0.01)
+        change = values_of(100, round, "change")
+        data, kept = sent(compressor, method, update({"x": base["x"] + change}, round), base, kept)
+        expected, arrived = expected + change, arrived + unpack(data).tensors["x"]
+    owed = kept["codec/x"]
+    assert owed.abs().max() > 0.05
+    assert torch.allclose(arrived + owed, expected, atol=1e-5)
+    assert not torch.allclose(arrived, expected, atol=0.01)
 
 
-def test_a_tensor_that_skips_a_round_keeps_what_it_is_owed() -> None:
-    wire, (method, _) = link("int4"), start("rolora")
+def test_a_tensor_that_skips_a_round_keeps_its_error_feedback() -> None:
+    compressor, (method, _) = compressor_of("int4"), start("rolora")
     zero = {"A": torch.zeros(50), "B": torch.zeros(50)}
-    values = keyed_generator(0).standard_normal(50).astype(np.float32)
-    _, first = wire.up(method, update({"B": values}, 0), zero, {})
-    _, second = wire.up(method, update({"A": values}, 1), zero, first)
+    values = values_of(50, 0)
+    _, first = sent(compressor, method, update({"B": values}, 0), zero, {})
+    _, second = sent(compressor, method, update({"A": values}, 1), zero, first)
     assert set(second) == {"codec/A", "codec/B"} and torch.equal(second["codec/B"], first["codec/B"])
 
 
 def test_a_tensor_of_another_shape_starts_again() -> None:
-    wire, (method, _) = link("int4"), start("hetlora")
+    compressor, (method, _) = compressor_of("int4"), start("hetlora")
     kept = {"codec/x": torch.full((7, 9), 100.0)}
-    data, kept = wire.up(method, update({"x": np.ones((5, 9), np.float32)}), {"x": torch.zeros(5, 9)}, kept)
-    assert np.abs(unpack(data).tensors["x"]).max() < 1.2
+    data, kept = sent(compressor, method, update({"x": torch.ones(5, 9)}), {"x": torch.zeros(5, 9)}, kept)
+    assert unpack(data).tensors["x"].abs().max() < 1.2
     assert kept["codec/x"].shape == (5, 9)
 
 
 @pytest.mark.parametrize("name", ["flora", "flexlora", "fedsvd", "fedrot-lora"])
-def test_where_coordinates_turn_nothing_is_owed(name: str) -> None:
-    wire, (method, state) = link("int4"), start(name)
+def test_where_the_basis_rotates_no_error_feedback_is_kept(name: str) -> None:
+    compressor, (method, state) = compressor_of("int4"), start(name)
     kept: dict[str, Any] = {}
-    one_round(wire, method, state, kept)
+    one_round(compressor, method, state, kept)
     assert all(not within("codec", own) for own in kept.values())
 
 
-def test_a_single_number_arrives_as_it_is() -> None:
-    """A client's next rank, of HetLoRA: 3 stays 3 between values a thousand times smaller."""
-    wire, (method, _) = link("int4"), start("hetlora")
-    tensors = {"A": np.full(90, 1e-3, np.float32), "rank": np.array([3], np.float32)}
+def test_a_single_number_arrives_unchanged() -> None:
+    """A client's next rank, of HetLoRA: 3 stays 3 among values a thousand times smaller."""
+    compressor, (method, _) = compressor_of("int4"), start("hetlora")
+    tensors = {"A": torch.full((90,), 1e-3), "rank": torch.tensor([3.0])}
     base = {"A": torch.zeros(90), "rank": torch.tensor([4.0])}
-    data, kept = wire.up(method, update(tensors), base, {})
+    data, kept = sent(compressor, method, update(tensors), base, {})
     assert unpack(data).tensors["rank"].tolist() == [-1.0] and kept["codec/rank"].item() == 0
 
 
-def test_draws_are_of_the_client_the_round_and_the_seed() -> None:
-    _, (method, _) = link("int4"), start("fed-sb")
-    values = {"x": keyed_generator(0).standard_normal(200).astype(np.float32)}
-    base = {"x": torch.zeros(200)}
+def test_draws_are_keyed_by_the_client_the_round_and_the_seed() -> None:
+    method, _ = start("fed-sb")
+    values, base = {"x": values_of(200, 0)}, {"x": torch.zeros(200)}
 
-    def sent(seed: int, client: str, round: int) -> list[float]:
-        envelope, _ = link("int4", seed).up(method, update(values, round, client), base, {})
-        return unpack(envelope).tensors["x"].tolist()  # type: ignore[no-any-return]
+    def coded(seed: int, client: str, round: int) -> list[float]:
+        data, _ = sent(compressor_of("int4", seed), method, update(values, round, client), base, {})
+        return unpack(data).tensors["x"].tolist()  # type: ignore[no-any-return]
 
-    assert sent(0, "a", 1) == sent(0, "a", 1)
-    others = [sent(0, "b", 1), sent(0, "a", 2), sent(1, "a", 1)]
-    assert all(other != sent(0, "a", 1) for other in others)
+    assert coded(0, "a", 1) == coded(0, "a", 1)
+    others = [coded(0, "b", 1), coded(0, "a", 2), coded(1, "a", 1)]
+    assert all(other != coded(0, "a", 1) for other in others)
 
 
 # --- the server ---
 
 
 @pytest.mark.parametrize("codec", LOSSY)
-def test_the_server_adds_what_the_change_is_a_change_of(codec: Codec) -> None:
-    wire, (method, state) = link(codec), start("fedit")
-    state = one_round(wire, method, state, {})
-    heard = wire.heard(method, state)
-    tensors = to_arrays({key: x + 0.125 for key, x in heard.tensors.items()})
-    payload = replace(update(tensors, round=1), basis=basis_hash(heard.shared))
-    data, _ = wire.up(method, payload, heard.tensors, {})
-    (got,), dropped = validate_updates([("a", data)], rules(method, heard, ServerConfig(codec=codec), "run", {}))
+def test_the_server_adds_the_baseline_to_a_change(codec: Codec) -> None:
+    compressor, (method, state) = compressor_of(codec), start("fedit")
+    state = one_round(compressor, method, state, {})
+    view = compressor.client_view(method, state)
+    tensors = {key: x + 0.125 for key, x in view.tensors.items()}
+    payload = replace(update(tensors, round=1), basis=basis_hash(view.shared))
+    data, _ = sent(compressor, method, payload, view.tensors, {})
+    (got,), dropped = validate_updates([("a", data)], rules_of(method, view, codec))
     assert not dropped
-    for key, x in heard.tensors.items():
+    for key, x in view.tensors.items():
         assert torch.allclose(got.tensors[key], x + 0.125, atol={"int4": 0.019}.get(codec, 1.1e-3)), key  # a step
 
 
-@pytest.mark.parametrize(("claimed", "wanted"), [("float32", "int8"), ("int8", "float32"), ("int4", "int8")])
-def test_another_codec_is_refused(claimed: Codec, wanted: Codec) -> None:
+@pytest.mark.parametrize(("claimed", "expected"), [("float32", "int8"), ("int8", "float32"), ("int4", "int8")])
+def test_another_codec_is_refused(claimed: Codec, expected: Codec) -> None:
     method, state = start("fed-sb")
-    payload = replace(update(to_arrays(state.tensors)), codec=claimed, basis=basis_hash(state.shared))
+    payload = replace(update(state.tensors), codec=claimed, basis=basis_hash(state.shared))
     data = pack(payload, keyed_generator(0))
-    with pytest.raises(Exception, match=f"its codec is '{claimed}', this round's is '{wanted}'"):
-        validate_updates([("a", data)], rules(method, state, ServerConfig(codec=wanted), "run", {}))
+    with pytest.raises(RunError, match=f"its codec is '{claimed}', this round's is '{expected}'"):
+        validate_updates([("a", data)], rules_of(method, state, expected))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_change_that_is_no_number_is_dropped(bad: float) -> None:
+def test_a_change_that_is_not_finite_is_dropped(bad: float) -> None:
     method, state = start("fed-sb")
-    tensors = to_arrays({key: torch.zeros_like(x) for key, x in state.tensors.items()})
+    tensors = {key: torch.zeros_like(x) for key, x in state.tensors.items()}
     tensors["layer.R"][0, 1, 2] = bad
     payload = replace(update(tensors), codec="int8", basis=basis_hash(state.shared))
-    server = rules(method, state, ServerConfig(codec="int8"), "run", {})
-    with pytest.raises(Exception, match="values that are NaN or infinite"):
-        validate_updates([("a", pack(payload, keyed_generator(0)))], server)
+    with pytest.raises(RunError, match="values that are NaN or infinite"):
+        validate_updates([("a", pack(payload, keyed_generator(0)))], rules_of(method, state, "int8"))
 
 
 def test_a_change_of_the_wrong_shape_or_name_is_dropped() -> None:
     method, state = start("fed-sb")
-    server = rules(method, state, ServerConfig(codec="int8"), "run", {})
-    good = to_arrays(state.tensors)
+    rules = rules_of(method, state, "int8")
+    good = state.tensors
     for tensors, said in (
-        ({**good, "layer.R": np.zeros((4, 4), np.float32)}, "has shape"),
-        ({**good, "other": np.zeros(4, np.float32)}, "unknown 'other'"),
+        ({**good, "layer.R": torch.zeros(4, 4)}, "has shape"),
+        ({**good, "other": torch.zeros(4)}, "unknown 'other'"),
         ({}, "missing"),
     ):
         payload = replace(update(tensors), codec="int8", basis=basis_hash(state.shared))
-        with pytest.raises(Exception, match=said):
-            validate_updates([("a", pack(payload, keyed_generator(0)))], server)
+        with pytest.raises(RunError, match=said):
+            validate_updates([("a", pack(payload, keyed_generator(0)))], rules)
 
 
 def test_a_torn_or_flipped_change_never_crashes_the_server() -> None:
     method, state = start("fed-sb")
-    payload = replace(update(to_arrays(state.tensors)), codec="int4", basis=basis_hash(state.shared))
+    payload = replace(update(state.tensors), codec="int4", basis=basis_hash(state.shared))
     data = pack(payload, keyed_generator(0))
-    server = rules(method, state, ServerConfig(codec="int4"), "run", {})
+    rules = rules_of(method, state, "int4")
     draw = keyed_generator(0, "flips")
     for _ in range(300):
         harmed = bytearray(data)
         for position in draw.integers(0, len(data), 3):
             harmed[position] ^= int(draw.integers(1, 256))
         cut = int(draw.integers(0, 2 * len(data)))
-        updates, dropped = validate_updates([("b", good_update(method, state)), ("a", bytes(harmed[:cut]))], server)
+        updates, dropped = validate_updates([("b", good_update(method, state)), ("a", bytes(harmed[:cut]))], rules)
         assert len(updates) + len(dropped) == 2
         for got in updates:
             assert all(torch.isfinite(x).all() for x in got.tensors.values())
 
 
 def good_update(method: Method, state: State) -> bytes:
-    tensors = to_arrays({key: torch.full_like(x, 0.1) for key, x in state.tensors.items()})
+    tensors = {key: torch.full_like(x, 0.1) for key, x in state.tensors.items()}
     payload = replace(update(tensors, client="b"), codec="int4", basis=basis_hash(state.shared))
     return pack(payload, keyed_generator(0))
 
 
-# --- that it matters ---
+# --- the effect of error feedback ---
 
 
 def distance(codec: Codec, feedback: bool, rounds: int = 200) -> float:
-    """Root mean square distance to the optimum, over the last 50 rounds, of clients that pull to targets of their own.
+    """Root mean square distance to the optimum, over the last 50 rounds, of clients with different targets.
 
     Client k moves from h to h + 0.05 (T_k - h); the optimum is the mean of the T_k, where no client's change is zero.
-    Without feedback each round adds a loss of its own; with it, each round makes good what the last one lost.
+    Without feedback each round adds an error of its own; with it, each round corrects the error of the last one.
     """
-    wire, (method, state) = link(codec), start("fed-sb", rank=16)
+    compressor, (method, state) = compressor_of(codec), start("fed-sb", rank=16)
     R = f"{LAYER}.R"
     targets = {
         client: torch.from_numpy(keyed_generator(1, client).standard_normal((1, 16, 16)).astype(np.float32))
@@ -353,16 +367,17 @@ def distance(codec: Codec, feedback: bool, rounds: int = 200) -> float:
     kept: dict[str, dict[str, Tensor]] = {}
     gaps = []
     for _ in range(rounds):
-        heard = wire.heard(method, state)
+        view = compressor.client_view(method, state)
         replies = []
         for client in CLIENTS:
-            moved = {**heard.tensors, R: heard.tensors[R] + 0.05 * (targets[client] - heard.tensors[R])}
-            payload = replace(update(to_arrays(moved), state.round, client), basis=basis_hash(heard.shared))
-            data, kept[client] = wire.up(method, payload, heard.tensors, kept.get(client, {}) if feedback else {})
+            moved = {**view.tensors, R: view.tensors[R] + 0.05 * (targets[client] - view.tensors[R])}
+            payload = replace(update(moved, state.round, client), basis=basis_hash(view.shared))
+            owed = kept.get(client, {}) if feedback else {}
+            data, kept[client] = sent(compressor, method, payload, view.tensors, owed)
             replies.append((client, data))
-        updates, _ = validate_updates(replies, rules(method, heard, ServerConfig(codec=codec), "run", {}))
-        after = method.aggregate(heard, updates, ServerOptimizer())
-        state = wire.settled(method, state, heard, after)
+        updates, _ = validate_updates(replies, rules_of(method, view, codec))
+        after = method.aggregate(view, updates, ServerOptimizer())
+        state = compressor.settle(method, state, view, after)
         if not feedback and codec != "float32":
             state = replace(state, tensors=after.tensors)
         gaps.append(float((state.tensors[R] - optimum).square().mean().sqrt()))

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from fedsb.adapters.adapted import AdaptedModel
-from fedsb.models.layers import find_targets
 from fedsb.config.training import BasisConfig
 from fedsb.methods.base import Method
 from fedsb.methods.central import Central
@@ -18,6 +17,7 @@ from fedsb.methods.fedit import FedIT
 from fedsb.methods.ffa_lora import FFALoRA
 from fedsb.methods.flora import FLoRA
 from fedsb.methods.local import Local
+from fedsb.models.layers import find_targets
 from fedsb.protocol.prices import price, price_list
 from fedsb.training.basis import basis_values
 

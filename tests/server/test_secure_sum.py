@@ -1,31 +1,30 @@
-"""Rounds by secure sums in the embedded engine: the plain round's outcome, clients that leave, noise in shares."""
+"""Rounds by secure sums in one process: the plain round's result, clients that leave, noise in shares."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from fedsb.server.rounds import play
-from fedsb.protocol.secure_sum import SUM
 
 from conftest import set_all
 from fedsb.config.load import load_config
 from fedsb.config.registry import method_types
-from fedsb.methods.averaging import ServerOptimizer
-from fedsb.methods.base import Method
+from fedsb.methods.base import Method, State
 from fedsb.privacy import policy as setup
 from fedsb.privacy.ledger import read_ledger
 from fedsb.privacy.noise import SeededNoise
-from fedsb.protocol.secure_sum import noise_share
+from fedsb.protocol.secure_sum import SUM, noise_share
 from fedsb.reporting.run_directory import read_manifest, read_rows
 from fedsb.runs.run import federate, resume
 from fedsb.secagg.messages import SumPlan
+from fedsb.server.server import RoundResult, Server
 from fedsb.utils.errors import RunError, UserError
-from support.server import open_engine, started
+from support.server import open_server, started
 
 SUMMED = [name for name, cls in method_types().items() if cls.spec.secagg_compatible and cls.spec.adapter]
 OTHERS = [name for name, cls in method_types().items() if not cls.spec.secagg_compatible or not cls.spec.adapter]
@@ -35,18 +34,10 @@ def secure(config: dict[str, Any], **server: Any) -> dict[str, Any]:
     return set_all(config, server={"secure_aggregation": True, **server})
 
 
-def round_of(config: dict[str, Any], folder: Path | None = None) -> tuple[Any, Any, Any]:
-    """(server, the state it started from, what came of a round)."""
-    server, state = started(config) if folder is None else _started_private(config, folder)
-    cohort = [site.name for site in server.clients]
-    return engine, state, play(server, state, cohort, set(), {}, ServerOptimizer())
-
-
-def _started_private(config: dict[str, Any], folder: Path) -> tuple[Any, Any]:
-    server = open_engine(config)
-    server.policy.open_ledgers(folder, "test", new=True)
-    basis, _ = engine.build_basis(server.method)
-    return engine, server.method.start(server.trainer.shapes, basis, server.trainer.head, server.config.seed)
+def round_of(config: dict[str, Any], folder: Path | None = None) -> tuple[Server, State, RoundResult]:
+    """(server, the state it started from, the round's result); a private run needs a folder for its ledgers."""
+    server, state = started(config, folder)
+    return server, state, server.run_round(state, cohort=list(server.rows))
 
 
 @pytest.mark.parametrize("weighting", ["samples", "uniform"])
@@ -56,19 +47,19 @@ def test_a_secure_round_is_the_plain_round_within_the_bound(
 ) -> None:
     config = set_all(tiny_config, method={"name": name, "rank": 2}, server={"weighting": weighting})
     _, _, plain = round_of(config)
-    engine, _, summed = round_of(secure(config, weighting=weighting))
+    server, _, summed = round_of(secure(config, weighting=weighting))
     clients = len(server.clients)
     bound = 3 * clients * 4.0 * clients / 2**31  # of the sum, over the smallest sum of weights here, a third
     for key, x in plain.state.tensors.items():
         assert torch.allclose(x, summed.state.tensors[key], rtol=1e-6, atol=bound + 1e-6), key
     assert summed.replies.losses == plain.replies.losses
-    assert summed.kept.keys() == plain.kept.keys()
+    assert summed.state.accepted == plain.state.accepted == dict.fromkeys(server.rows, 1)
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_a_method_that_needs_more_than_a_sum_is_refused(name: str, tiny_config: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"secagg_compatible is false|nothing to add up"):
-        open_engine(secure(set_all(tiny_config, method={"name": name, "rank": 2})))
+        open_server(secure(set_all(tiny_config, method={"name": name, "rank": 2})))
 
 
 @pytest.mark.parametrize(
@@ -77,18 +68,18 @@ def test_a_method_that_needs_more_than_a_sum_is_refused(name: str, tiny_config: 
         ({"server": {"codec": "int8", "secure_aggregation": True}}, "a fixed point of its own"),
         ({"basis": {"kind": "core"}, "server": {"secure_aggregation": True}}, "something of its own"),
         ({"clients": {"total_ranks": [2, 4]}, "server": {"secure_aggregation": True}}, "changes of one shape"),
-        ({"server": {"secure_aggregation": True, "clients_per_round": 1}}, "one client a round"),
+        ({"server": {"secure_aggregation": True, "clients_per_round": 1}}, "one client per round"),
     ],
 )
 def test_what_does_not_go_with_a_secure_sum_is_refused(
     change: dict[str, Any], said: str, tiny_config: dict[str, Any]
 ) -> None:
     with pytest.raises(UserError, match=said):
-        open_engine(set_all(tiny_config, **change))
+        open_server(set_all(tiny_config, **change))
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, spoiled: int, by: float) -> None:
-    """The first so many uploads of a round are off by `by` in one value."""
+    """The first `spoiled` uploads of a round are off by `by` in one value."""
     from fedsb.methods.fed_sb import FedSB
 
     plain, left = FedSB.upload, [spoiled]
@@ -105,21 +96,21 @@ def spoil(monkeypatch: pytest.MonkeyPatch, spoiled: int, by: float) -> None:
 
 
 @pytest.mark.parametrize(("by", "said"), [(np.nan, "NaN or infinite"), (5.0, r"server.secagg_clip allows 4")])
-def test_a_client_that_finds_a_fault_in_its_own_leaves_and_the_sum_is_of_the_others(
+def test_a_client_with_a_bad_change_leaves_and_the_sum_is_of_the_others(
     by: float, said: str, tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It has sealed its shares by then, so that the others' answers are needed to take its masks off."""
+    """The broadcast that it received is counted."""
     config = set_all(tiny_config, server={"weighting": "uniform"})
     spoil(monkeypatch, 1, by)
-    engine, _, summed = round_of(secure(config, weighting="uniform"))
+    server, _, summed = round_of(secure(config, weighting="uniform"))
     (drop,) = summed.dropped
-    names = [site.name for site in server.clients]
-    assert drop.client == names[0] and said in drop.reason
-    assert set(summed.kept) == set(names[1:])
-    assert [sent.direction for sent in summed.replies.sent if sent.client == drop.client] == ["down"]
+    names = list(server.rows)
+    assert drop.client == names[0] and re.search(said, drop.reason)
+    assert summed.state.accepted == dict.fromkeys(names[1:], 1)
+    assert [record.direction for record in summed.traffic if record.client == drop.client] == ["down"]
     monkeypatch.undo()
     other, first = started(config)
-    without = play(other, first, names[1:], set(), {}, ServerOptimizer())
+    without = other.run_round(first, cohort=names[1:])
     for key, x in without.state.tensors.items():
         assert torch.allclose(x, summed.state.tensors[key], atol=1e-6), key
 
@@ -138,8 +129,8 @@ def test_min_clients_raises_the_threshold(tiny_config: dict[str, Any], monkeypat
         round_of(config)
 
 
-def test_a_run_says_what_it_did_counts_the_wire_and_resumes(tiny_config: dict[str, Any]) -> None:
-    """The sum is exact, so an unbroken run and one that was cut off and resumed end with the same bits."""
+def test_a_run_shows_its_threshold_counts_its_traffic_and_resumes(tiny_config: dict[str, Any]) -> None:
+    """The sum is exact, so a whole run and one that was interrupted and resumed end with the same bits."""
     from laws.test_codecs import StopAfterOne
 
     config = secure(set_all(tiny_config, rounds=3))
@@ -172,16 +163,16 @@ def of_clients(config: dict[str, Any], **privacy: Any) -> dict[str, Any]:
 def test_the_noise_of_the_sum_is_as_planned_when_only_the_threshold_stays(
     tiny_config: dict[str, Any], tmp_path: Path
 ) -> None:
-    engine, _ = _started_private(of_clients(tiny_config), tmp_path)
+    server, _ = started(of_clients(tiny_config), tmp_path)
     mechanism = server.policy.mechanisms[setup.SERVER]
     mechanism.charge(1)
     sites = {name: bytes([i]) * 32 for i, name in enumerate("abcde")}
     plan = SumPlan(run="r", round=0, sites=sites, threshold=3, size=60_000, clip=0.5)
     shares = [noise_share(plan, mechanism) * plan.grid.step for _ in range(5)]
-    wanted = 1.5 * (0.5 + plan.grid.step * np.sqrt(60_000))
-    assert np.std(sum(shares[:3])) == pytest.approx(wanted, rel=0.02)  # the threshold
-    assert np.std(sum(shares)) == pytest.approx(wanted * np.sqrt(5 / 3), rel=0.02)
-    assert np.std(shares[0]) == pytest.approx(wanted / np.sqrt(3), rel=0.02)
+    planned = 1.5 * (0.5 + plan.grid.step * np.sqrt(60_000))
+    assert np.std(sum(shares[:3])) == pytest.approx(planned, rel=0.02)  # the threshold
+    assert np.std(sum(shares)) == pytest.approx(planned * np.sqrt(5 / 3), rel=0.02)
+    assert np.std(shares[0]) == pytest.approx(planned / np.sqrt(3), rel=0.02)
 
 
 def test_a_share_is_sized_for_the_threshold_and_for_the_rounding(
@@ -191,7 +182,7 @@ def test_a_share_is_sized_for_the_threshold_and_for_the_rounding(
 
     asked: list[float] = []
     monkeypatch.setattr(module, "discrete_gaussian", lambda noise, sigma, count: asked.append(sigma))
-    engine, _ = _started_private(of_clients(tiny_config), tmp_path)
+    server, _ = started(of_clients(tiny_config), tmp_path)
     sites = {name: bytes([i]) * 32 for i, name in enumerate("abcde")}
     plan = SumPlan(run="r", round=0, sites=sites, threshold=4, size=90_000, clip=2.0)
     with pytest.raises(RunError, match="the ledger has no line for"):
@@ -206,7 +197,7 @@ def test_the_server_gets_a_clipped_noised_sum_and_the_ledger_has_it(
 ) -> None:
     config = of_clients(set_all(tiny_config, method={"name": "fed-sb", "rank": 16}))
     monkeypatch.setattr(setup, "noise_for", lambda client: SeededNoise(0, client))
-    engine, state, noised = round_of(config, tmp_path / "noised")
+    server, state, noised = round_of(config, tmp_path / "noised")
     (path,) = (tmp_path / "noised" / "privacy").glob("*.jsonl")
     (entry,) = read_ledger(path)
     assert (entry.round, entry.q, entry.sigma, entry.clip, entry.count) == (1, 1.0, 1.5, 0.5, 1)
@@ -237,7 +228,7 @@ def test_a_clients_change_is_no_longer_than_the_clip_in_the_ring(
         return ring
 
     monkeypatch.setattr(FixedPoint, "encode", encode)
-    engine, _, _ = round_of(of_clients(tiny_config), tmp_path)
+    server, _, _ = round_of(of_clients(tiny_config), tmp_path)
     assert len(seen) == len(server.clients)
     for change in seen:
         step = 0.5 * (1 + module.HEADROOM * 1.5 / len(seen)) * len(seen) / 2**31
@@ -245,7 +236,7 @@ def test_a_clients_change_is_no_longer_than_the_clip_in_the_ring(
         assert np.linalg.norm(change) <= 0.5 + step * np.sqrt(change.size)
 
 
-def test_a_private_run_in_shares_says_so_and_stays_within_its_promise(tiny_config: dict[str, Any]) -> None:
+def test_a_private_run_with_noise_in_shares_stays_within_its_epsilon(tiny_config: dict[str, Any]) -> None:
     done = federate(load_config(of_clients(tiny_config, noise_multiplier=None, epsilon=20.0)))
     manifest, rows = read_manifest(done.folder), read_rows(done.folder / "rounds.jsonl")
     assert manifest["not_private"] is None

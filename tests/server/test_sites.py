@@ -1,4 +1,4 @@
-"""A coordinator believes nothing that a site says before it has looked at it."""
+"""A coordinator checks everything that a site sends before it uses it."""
 
 from __future__ import annotations
 
@@ -6,68 +6,100 @@ import json
 import re
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from fedsb.server.remote import RemoteEngine
+import torch
 
 from conftest import set_all
+from fedsb.adapters.layout import Layout
+from fedsb.client.handler import SiteHandler
+from fedsb.client.session import StartedClient
 from fedsb.config.load import load_config
-from fedsb.config.schema import Config
-from fedsb.methods.base import Method
-from fedsb.protocol.messages import Note, Trained, pack_note, read_answer
+from fedsb.protocol.messages import Describe, Stale, StartReply, Train, read_reply, read_request
 from fedsb.protocol.payload import PayloadError, pack, unpack
 from fedsb.reporting.run_directory import read_rows
-from fedsb.runs.run import federate
+from fedsb.runs.run import Silent, federate
 from fedsb.utils.errors import RunError, UserError
 from laws.test_channels import federation, merged, remote_of
 from support.sites import Federation
 
-Spoil = Callable[[Note], Note | bytes]
+
+@dataclass(frozen=True)
+class RawMessage:
+    """A message whose fields nothing has checked."""
+
+    verb: str
+    fields: dict[str, Any]
+    parts: tuple[bytes, ...] = ()
+
+    @classmethod
+    def read(cls, data: bytes) -> RawMessage:
+        at = 4 + int.from_bytes(data[:4], "big")
+        head = json.loads(data[4:at])
+        parts = []
+        for size in head["parts"]:
+            parts.append(data[at : at + size])
+            at += size
+        return cls(head["verb"], head["fields"], tuple(parts))
+
+    def pack(self) -> bytes:
+        head = {"verb": self.verb, "fields": self.fields, "parts": [len(part) for part in self.parts]}
+        header = json.dumps(head).encode()
+        return b"".join([len(header).to_bytes(4, "big"), header, *self.parts])
+
+
+Spoil = Callable[[RawMessage], RawMessage | bytes]
 
 
 def spoiled(sites: Federation, name: str, verb: str, spoil: Spoil) -> None:
-    """From now on the site spoils its answers to requests of this verb."""
+    """From now on the site spoils its replies to requests of this verb."""
     honest = sites.channel.handles[name]
 
     def handle(request: bytes) -> bytes:
-        answer = honest(request)
+        reply = honest(request)
         if read_request(request).verb != verb:
-            return answer
-        made = spoil(read_request(answer))
-        return made if isinstance(made, bytes) else pack_note(made)
+            return reply
+        made = spoil(RawMessage.read(reply))
+        return made if isinstance(made, bytes) else made.pack()
 
     sites.channel.handles[name] = handle
 
 
-def with_facts(**facts: Any) -> Spoil:
-    return lambda note: Note(note.verb, {**note.facts, **facts}, note.parts)
+def with_fields(**fields: Any) -> Spoil:
+    return lambda message: replace(message, fields={**message.fields, **fields})
+
+
+def with_parts(*parts: bytes) -> Spoil:
+    return lambda message: replace(message, parts=parts)
 
 
 def with_update(change: Callable[[dict[str, Any]], dict[str, Any]], **header: Any) -> Spoil:
-    def spoil(note: Note) -> Note:
-        payload = unpack(note.parts[0])
-        return Note(note.verb, note.facts, (pack(replace(payload, tensors=change(payload.tensors), **header)),))
+    def spoil(message: RawMessage) -> RawMessage:
+        payload = unpack(message.parts[0])
+        tensors = change(payload.tensors)
+        layout = Layout.of(tensors)
+        vector = layout.flatten(tensors).numpy()
+        return replace(message, parts=(pack(replace(payload, layout=layout, vector=vector, **header)),))
 
     return spoil
 
 
 def nan(tensors: dict[str, Any]) -> dict[str, Any]:
-    return {key: np.full_like(x, np.nan) for key, x in tensors.items()}
+    return {key: torch.full_like(x, torch.nan) for key, x in tensors.items()}
 
 
 BAD: dict[str, tuple[Spoil, str]] = {
-    "garbage": (lambda _: b"garbage", "not a message of fedsb"),
-    "another verb": (lambda note: Note("look", note.facts, note.parts), "an answer 'look'"),
-    "no update": (lambda note: Note(note.verb, note.facts), "sent 0 updates"),
-    "two updates": (lambda note: Note(note.verb, note.facts, (*note.parts, *note.parts)), "with 2 envelopes"),
-    "bytes that are no update": (lambda note: Note(note.verb, note.facts, (b"x" * 100,)), "not an envelope of fedsb"),
-    "a loss in words": (with_facts(loss="low"), "its answer to 'round' is not one: loss"),
-    "an endless loss": (with_facts(loss=float("inf")), "its answer to 'round' is not one: loss"),
-    "an unknown fact": (with_facts(more=1), "is not one: more"),
+    "garbage": (lambda _: b"garbage", "Not a message of fedsb"),
+    "another verb": (lambda message: replace(message, verb="describe"), "Its reply to 'train' has the verb 'describe'"),
+    "no update": (with_parts(), "sent 0 updates"),
+    "two updates": (lambda message: replace(message, parts=message.parts * 2), "with 2 payloads"),
+    "bytes that are not an update": (with_parts(b"x" * 100), "Not a payload of fedsb"),
+    "a loss in words": (with_fields(loss="low"), "The fields of its message 'train' are not valid: loss"),
+    "an infinite loss": (with_fields(loss=float("inf")), "The fields of its message 'train' are not valid: loss"),
+    "an unknown field": (with_fields(more=1), "are not valid: more"),
     "NaN": (with_update(nan), "NaN"),
     "a wrong shape": (with_update(lambda t: {key: x[..., :1] for key, x in t.items()}), "shape"),
     "a wrong key": (with_update(lambda t: {f"{key}x": x for key, x in t.items()}), "wrong keys"),
@@ -79,10 +111,10 @@ BAD: dict[str, tuple[Spoil, str]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_answer_drops_its_site_and_no_other(name: str, tiny_config: dict[str, Any], tmp_path: Path) -> None:
+def test_a_bad_reply_drops_its_site_and_no_other(name: str, tiny_config: dict[str, Any], tmp_path: Path) -> None:
     sites = federation(tmp_path)
     spoil, reason = BAD[name]
-    spoiled(sites, "site 0", "round", spoil)
+    spoiled(sites, "site 0", "train", spoil)
     folder = federate(load_config(remote_of(tiny_config, {})), open_federation=sites.open_federation).folder
     for row in read_rows(folder / "rounds.jsonl"):
         assert [drop["client"] for drop in row["dropped"]] == ["site 0"]
@@ -92,61 +124,68 @@ def test_a_bad_answer_drops_its_site_and_no_other(name: str, tiny_config: dict[s
 @pytest.mark.parametrize(
     ("verb", "spoil"),
     [
-        ("look", with_facts(labels=[{"a": 1}])),
-        ("look", with_facts(rows=-1)),
-        ("open", with_facts(rows=10**12)),
-        ("open", with_facts(rows="many")),
-        ("start", with_facts(holds=7)),
+        ("describe", with_fields(labels=[{"a": 1}])),
+        ("describe", with_fields(rows=-1)),
+        ("prepare", with_fields(rows=10**12)),
+        ("prepare", with_fields(rows="many")),
+        ("start", with_fields(shared=7)),
     ],
 )
-def test_a_bad_answer_before_the_first_round_ends_the_run(
+def test_a_bad_reply_before_the_first_round_ends_the_run(
     verb: str, spoil: Spoil, tiny_config: dict[str, Any], tmp_path: Path
 ) -> None:
     sites = federation(tmp_path)
     spoiled(sites, "site 0", verb, spoil)
-    with pytest.raises(RunError, match=rf"site 0: its answer to '{verb}' is not one"):
+    with pytest.raises(RunError, match=rf"site 0: The fields of its message '{verb}' are not valid"):
         federate(load_config(remote_of(tiny_config, {})), open_federation=sites.open_federation)
 
 
-def test_who_watches_learns_which_site_a_round_waits_for(
+class Notes(Silent):
+    """Collects a run's notes."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def test_notes_name_the_site_that_a_round_waits_for(
     tiny_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Site 0 is slow in every round, and is asked last: by then the others have answered."""
+    """Site 0 is slow in every round, and is asked last, when the others have replied."""
     monkeypatch.setattr("fedsb.server.exchange.NOTE_S", 0.3)
-    sites, notes = federation(tmp_path), list[str]()
+    sites, display = federation(tmp_path), Notes()
 
-    def slowly(note: Note) -> Note:
+    def slowly(message: RawMessage) -> RawMessage:
         time.sleep(1.0)
-        return note
+        return message
 
-    spoiled(sites, "site 0", "round", slowly)
-
-    def open_engine(config: Config, method: Method, run: str) -> RemoteEngine:
-        return RemoteEngine(config, method, run, sites.channel, sites.directory, notes.append)
-
-    federate(load_config(remote_of(set_all(tiny_config, rounds=2), {})), open_federation=open_engine)
+    spoiled(sites, "site 0", "train", slowly)
+    config = load_config(remote_of(set_all(tiny_config, rounds=2), {}))
+    federate(config, display, open_federation=sites.open_federation)
     for round in (1, 2):
-        said = [note for note in notes if note.startswith(f"Round {round} waits")]
-        assert re.fullmatch(rf"Round {round} waits for site 0 \([0-9]+ s\)", said[-1]), notes
+        said = [note for note in display.notes if note.startswith(f"Round {round} waits")]
+        assert re.fullmatch(rf"Round {round} waits for site 0 \([0-9]+ s\)", said[-1]), display.notes
 
 
 def test_labels_of_different_types_are_refused(tiny_config: dict[str, Any], tmp_path: Path) -> None:
     sites = federation(tmp_path)
-    spoiled(sites, "site 0", "look", with_facts(labels=[0, 1]))
+    spoiled(sites, "site 0", "describe", with_fields(labels=[0, 1]))
     with pytest.raises(UserError, match=r"of different types \(int: .*; str: .*\): write"):
         federate(load_config(remote_of(tiny_config, {})), open_federation=sites.open_federation)
 
 
-def test_a_label_that_one_site_alone_has_is_told(tiny_config: dict[str, Any], tmp_path: Path) -> None:
-    """A misspelt label widens the head for all, and no score tells of it."""
+def test_a_label_of_a_single_site_is_shown(tiny_config: dict[str, Any], tmp_path: Path) -> None:
+    """A misspelt label widens the head for all clients, and no score shows it."""
     rows = {name: list(rows) for name, rows in federation(tmp_path).rows.items()}
     label = rows["site 1"][0]["label"]
     rows["site 1"][0] = {**rows["site 1"][0], "label": f"{label}s"}
     sites = Federation(tmp_path / "misspelt", rows)
     folder = federate(load_config(remote_of(tiny_config, {})), open_federation=sites.open_federation).folder
     settings = json.loads((folder / "manifest.json").read_text())["settings"]
-    (told,) = [row for row in settings if row["key"] == "data.labels"]
-    assert f"one site alone has '{label}s' (site 1): meant so, or misspelt?" in told["reason"]
+    (shown,) = [row for row in settings if row["key"] == "data.labels"]
+    assert f"one site alone has '{label}s' (site 1): meant so, or misspelt?" in shown["reason"]
 
 
 def test_a_false_ledger_drops_its_site(tiny_config: dict[str, Any], tmp_path: Path) -> None:
@@ -156,19 +195,19 @@ def test_a_false_ledger_drops_its_site(tiny_config: dict[str, Any], tmp_path: Pa
         "basis": {"share_samples": 0},
     }
     sites = federation(tmp_path)
-    spoiled(sites, "site 0", "round", with_facts(entries=[{"run": "x"}]))
+    spoiled(sites, "site 0", "train", with_fields(entries=[{"run": "x"}]))
     folder = federate(load_config(remote_of(tiny_config, private)), open_federation=sites.open_federation).folder
     for row in read_rows(folder / "rounds.jsonl"):
-        assert "what it says of its ledger is not of one" in row["dropped"][0]["reason"]
+        assert "the entries of its ledger are not valid" in row["dropped"][0]["reason"]
 
 
-def test_a_site_that_stays_away_misses_the_round_and_comes_back(tiny_config: dict[str, Any], tmp_path: Path) -> None:
-    """FLoRA: what it missed is told as a whole, and it ends with the model of the others."""
+def test_a_site_that_is_offline_misses_the_round_and_returns(tiny_config: dict[str, Any], tmp_path: Path) -> None:
+    """FLoRA: it receives the whole residual that it missed, and ends with the model of the others."""
     sites = federation(tmp_path)
     honest, asked = sites.channel.handles["site 0"], []
 
     def away_once(request: bytes) -> bytes:
-        if read_request(request).verb == "round":
+        if read_request(request).verb == "train":
             asked.append(request)
             if len(asked) == 2:
                 raise RunError("away")
@@ -183,25 +222,29 @@ def test_a_site_that_stays_away_misses_the_round_and_comes_back(tiny_config: dic
     assert weights.read_bytes() == (folder / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
-def test_a_site_that_derives_another_basis_is_told_the_coordinators(
+def test_a_site_that_derives_another_basis_receives_the_coordinators(
     tiny_config: dict[str, Any], tmp_path: Path
 ) -> None:
-    """As on other hardware, where last bits differ."""
+    """On other hardware the last bits can differ."""
     sites = federation(tmp_path)
     honest = sites.channel.handles["site 0"]
-    part = honest.__self__ if hasattr(honest, "__self__") else honest
+    assert isinstance(honest, SiteHandler)
 
     def other_bits(request: bytes) -> bytes:
-        answer = honest(request)
+        reply = honest(request)
         if read_request(request).verb == "start":
-            held = {key: x * (1 + 1e-7) for key, x in part.part._start.items()}
-            return pack_note(Note("start", {"holds": part.part.hold(held)}))
-        return answer
+            client = honest.client
+            assert isinstance(client, StartedClient)
+            view = client.store.view(0)
+            assert view is not None
+            other = {key: x * (1 + 1e-7) for key, x in view.shared.items()}
+            return StartReply(shared=client.set_shared(other)).pack()
+        return reply
 
     sites.channel.handles["site 0"] = other_bits
     folder = federate(load_config(remote_of(tiny_config, {})), open_federation=sites.open_federation).folder
-    told = [row for row in read_rows(folder / "traffic.jsonl") if row["kind"] == "basis"]
-    assert [(row["client"], row["direction"], row["round"]) for row in told] == [("site 0", "down", 0)]
+    sent = [row for row in read_rows(folder / "traffic.jsonl") if row["kind"] == "basis"]
+    assert [(row["client"], row["direction"], row["round"]) for row in sent] == [("site 0", "down", 0)]
     assert all(not row["dropped"] for row in read_rows(folder / "rounds.jsonl"))
     assert len(json.loads((folder / "result.json").read_text())["clients"]) == 3
 
@@ -210,44 +253,46 @@ def test_a_site_that_derives_another_basis_is_told_the_coordinators(
     ("spoil", "said"),
     [
         (with_update(nan), "NaN or infinite"),
-        (lambda note: Note(note.verb, note.facts, (b"x" * 900,)), "not an envelope of fedsb"),
+        (with_parts(b"x" * 900), "Not a payload of fedsb"),
     ],
 )
-def test_a_part_of_the_basis_that_is_bad(spoil: Spoil, said: str, tiny_config: dict[str, Any], tmp_path: Path) -> None:
+def test_a_bad_basis_gradient_ends_the_run(
+    spoil: Spoil, said: str, tiny_config: dict[str, Any], tmp_path: Path
+) -> None:
     sites = federation(tmp_path)
-    spoiled(sites, "site 0", "sums", spoil)
+    spoiled(sites, "site 0", "basis_gradient", spoil)
     config = load_config(merged(remote_of(tiny_config, {}), {"basis": {"kind": "core", "samples": 20}}))
-    with pytest.raises(RunError, match=f"what site 0 sent for the basis is of no use: .*{said}"):
+    with pytest.raises(RunError, match=f"What site 0 sent for the basis cannot be used: .*{said}"):
         federate(config, open_federation=sites.open_federation)
 
 
-def test_a_bad_answer_at_the_end_is_no_harm(tiny_config: dict[str, Any], tmp_path: Path) -> None:
+def test_a_bad_reply_at_the_end_is_harmless(tiny_config: dict[str, Any], tmp_path: Path) -> None:
     sites = federation(tmp_path)
-    spoiled(sites, "site 0", "finish", with_facts(score="best"))
+    spoiled(sites, "site 0", "finish", with_fields(score="best"))
     folder = federate(load_config(remote_of(tiny_config, {})), open_federation=sites.open_federation).folder
     assert (folder / "adapter" / "adapter_config.json").exists()
 
 
-def test_a_sum_without_a_message(tiny_config: dict[str, Any], tmp_path: Path) -> None:
+def test_a_phase_of_a_sum_without_a_message(tiny_config: dict[str, Any], tmp_path: Path) -> None:
     sites = federation(tmp_path)
-    spoiled(sites, "site 0", "sum", lambda note: Note(note.verb, note.facts))
+    spoiled(sites, "site 0", "secagg", with_parts())
     config = load_config(merged(remote_of(tiny_config, {}), {"server": {"secure_aggregation": True}}))
     for row in read_rows(federate(config, open_federation=sites.open_federation).folder / "rounds.jsonl"):
         (dropped,) = row["dropped"]
         assert dropped["client"] == "site 0"
-        assert "an answer 'sum' with 0 envelopes" in dropped["reason"]
+        assert "A message 'secagg' with 0 payloads" in dropped["reason"]
 
 
-def test_a_site_that_fails_while_it_is_brought_up_misses_the_round(tiny_config: dict[str, Any], tmp_path: Path) -> None:
+def test_a_site_that_fails_while_it_catches_up_misses_the_round(tiny_config: dict[str, Any], tmp_path: Path) -> None:
     sites = federation(tmp_path)
     honest = sites.channel.handles["site 0"]
 
     def forgetful(request: bytes) -> bytes:
-        note = read_request(request)
-        if note.verb == "hold":
+        asked = read_request(request)
+        if asked.verb == "set_shared":
             raise RunError("the disk is full")
-        if note.verb == "round" and unpack(note.parts[0]).round == 1:
-            return pack_note(Note("behind", {"holds": "something else"}))
+        if asked.verb == "train" and unpack(asked.payload).round == 1:
+            return Stale(shared="something else").pack()
         return honest(request)
 
     sites.channel.handles["site 0"] = forgetful
@@ -261,7 +306,7 @@ def test_a_site_that_fails_while_it_is_brought_up_misses_the_round(tiny_config: 
 
 
 def test_only_a_round_has_the_deadline(tiny_config: dict[str, Any], tmp_path: Path) -> None:
-    """A model takes its time to load: no site is lost for that."""
+    """Loading a model may take longer than a round."""
     sites, given = federation(tmp_path), dict[str, float | None]()
     ask = sites.channel.ask
 
@@ -272,9 +317,13 @@ def test_only_a_round_has_the_deadline(tiny_config: dict[str, Any], tmp_path: Pa
     sites.channel.ask = noting  # type: ignore[method-assign]
     config = load_config(merged(remote_of(tiny_config, {}), {"engine": {"deadline_s": 5.0}}))
     federate(config, open_federation=sites.open_federation)
-    assert given == {"look": 3600.0, "open": 3600.0, "start": 3600.0, "round": 5.0, "finish": 3600.0}
+    assert given == {"describe": 3600.0, "prepare": 3600.0, "start": 3600.0, "train": 5.0, "finish": 3600.0}
 
 
-def test_an_answer_is_of_its_kind() -> None:
-    with pytest.raises(PayloadError, match="an answer 'behind' with 1 envelopes"):
-        read_answer(pack_note(Note("behind", {"holds": "x"}, (b"",))), Trained)
+def test_a_reply_is_checked_against_its_request() -> None:
+    request, stale = Train(run="x", total_rank=None, state_round=0, parts=(b"",)), Stale(shared="x")
+    assert read_reply(stale.pack(), request) == stale
+    with pytest.raises(PayloadError, match="A message 'stale' with 1 payloads"):
+        read_reply(RawMessage("stale", {"shared": "x"}, (b"",)).pack(), request)
+    with pytest.raises(PayloadError, match="Its reply to 'describe' has the verb 'stale'"):
+        read_reply(stale.pack(), Describe(run="x", config={}, versions={}))

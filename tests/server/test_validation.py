@@ -1,4 +1,4 @@
-"""The doorkeeper: each kind of bad update is dropped with its client's name and reason, the good ones pass."""
+"""Validation: each kind of bad update is dropped with its client's name and reason; the good ones pass."""
 
 from __future__ import annotations
 
@@ -7,30 +7,36 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
+from fedsb.adapters.layout import Layout
 from fedsb.protocol.payload import Payload, pack
 from fedsb.server.validation import UpdateRules, UpdateSpec, validate_updates
 from fedsb.utils.errors import RunError
 
-RULES = UpdateRules(
-    run="run",
-    round=4,
-    basis="basis",
-    wanted=UpdateSpec(
-        shapes={"x.R": (2, 3), "head.bias": (2,)},
-        reference={"x.R": np.full((2, 3), 5, np.float32), "head.bias": np.zeros(2, np.float32)},
-    ),
-)
+START = {"x.R": torch.full((2, 3), 5.0), "head.bias": torch.zeros(2)}
 
 
-def update(client: str, change: float = 1.0, tensors: dict[str, Any] | None = None, **claims: Any) -> tuple[str, bytes]:
-    good = {"x.R": RULES.wanted.reference["x.R"] + np.float32(change), "head.bias": np.zeros(2, np.float32)}
-    facts = {"kind": "update", "run": "run", "round": 4, "client": client, "samples": 10, "basis": "basis", **claims}
-    return client, pack(Payload(tensors=good if tensors is None else tensors, **facts))
+def spec_of(reference: dict[str, Tensor], metadata: frozenset[str] = frozenset()) -> UpdateSpec:
+    layout = Layout.of(reference)
+    model = layout.mask(frozenset(reference) - metadata)
+    return UpdateSpec(layout=layout, reference=layout.flatten(reference).numpy(), model=model.numpy())
 
 
-def with_value(value: float) -> dict[str, Any]:
-    tensors = {"x.R": np.full((2, 3), 6, np.float32), "head.bias": np.zeros(2, np.float32)}
+RULES = UpdateRules(run="run", round=4, basis="basis", expected=spec_of(START))
+
+
+def update(
+    client: str, change: float = 1.0, tensors: dict[str, Tensor] | None = None, **claims: Any
+) -> tuple[str, bytes]:
+    good = {**START, "x.R": START["x.R"] + change}
+    payload = Payload.of(good if tensors is None else tensors, kind="update", run="run", round=4)
+    return client, pack(dataclasses.replace(payload, **{"client": client, "samples": 10, "basis": "basis", **claims}))
+
+
+def with_value(value: float) -> dict[str, Tensor]:
+    tensors = {"x.R": torch.full((2, 3), 6.0), "head.bias": torch.zeros(2)}
     tensors["x.R"][1, 2] = value
     return tensors
 
@@ -49,15 +55,19 @@ def test_uniform_weights() -> None:
 
 
 BAD = [
-    pytest.param(update("bad", tensors=with_value(np.nan)), "'x.R' holds 1 values that are NaN or infinite", id="nan"),
-    pytest.param(update("bad", tensors=with_value(np.inf)), "'x.R' holds 1 values that are NaN or infinite", id="inf"),
     pytest.param(
-        update("bad", tensors={"x.R": np.zeros((3, 2), np.float32), "head.bias": np.zeros(2, np.float32)}),
-        "'x.R' has shape (3, 2), wanted (2, 3)",
+        update("bad", tensors=with_value(np.nan)), "'x.R' contains 1 values that are NaN or infinite", id="nan"
+    ),
+    pytest.param(
+        update("bad", tensors=with_value(np.inf)), "'x.R' contains 1 values that are NaN or infinite", id="inf"
+    ),
+    pytest.param(
+        update("bad", tensors={"x.R": torch.zeros(3, 2), "head.bias": torch.zeros(2)}),
+        "'x.R' has shape (3, 2), expected (2, 3)",
         id="shape",
     ),
     pytest.param(
-        update("bad", tensors={"y.R": np.zeros((2, 3), np.float32), "head.bias": np.zeros(2, np.float32)}),
+        update("bad", tensors={"y.R": torch.zeros(2, 3), "head.bias": torch.zeros(2)}),
         "wrong keys: missing 'x.R'; unknown 'y.R'",
         id="key",
     ),
@@ -75,8 +85,8 @@ BAD = [
         "its change has norm 2.45e+03 after 1 steps, 2.45e+03 per step. That is over 30 times",
         id="norm",
     ),
-    pytest.param(("bad", update("bad")[1][:-1]), "not an envelope of fedsb", id="torn"),
-    pytest.param(("bad", b""), "not an envelope of fedsb", id="nothing"),
+    pytest.param(("bad", update("bad")[1][:-1]), "Not a payload of fedsb", id="torn"),
+    pytest.param(("bad", b""), "Not a payload of fedsb", id="nothing"),
 ]
 
 
@@ -95,7 +105,7 @@ def test_a_second_update_of_a_client_is_dropped() -> None:
 
 
 def test_all_bad_updates_of_a_round_at_once() -> None:
-    bad = [(f"bad {i}", param.values[0][1]) for i, param in enumerate(BAD)]  # some now lie of their name too
+    bad = [(f"bad {i}", param.values[0][1]) for i, param in enumerate(BAD)]  # some now state another name too
     updates, dropped = validate_updates([update("a"), *bad, update("b")], RULES)
     assert [u.client for u in updates] == ["a", "b"]
     assert [d.client for d in dropped] == [name for name, _ in bad]
@@ -106,8 +116,8 @@ def test_too_few_good_updates_end_the_round() -> None:
     with pytest.raises(RunError) as caught:
         validate_updates([update("a"), update("bad", samples=0)], rules)
     assert str(caught.value) == (
-        "round 5: 1 good updates, server.min_clients asks for 2 "
-        "(bad: claims 0 samples, allowed are 1 to 1,000,000,000). The checkpoint of the last finished round is kept"
+        "Round 5 has 1 good updates, but server.min_clients = 2 "
+        "(bad: claims 0 samples, allowed are 1 to 1,000,000,000). The checkpoint of the last finished round is kept."
     )
     with pytest.raises(RunError, match="no client replied"):
         validate_updates([], rules)
@@ -121,12 +131,12 @@ def test_an_outlier_counts_against_min_clients() -> None:
         )
 
 
-def test_the_norm_is_that_of_the_change_not_of_the_tensor() -> None:
+def test_the_norm_is_that_of_the_change_and_not_of_the_tensor() -> None:
     """Values near 5 with changes near 0.001: 100 times that is an outlier although it hardly moves the tensor."""
     replies = [update("a", 0.001), update("b", 0.001), update("far", 0.1)]
     _, (dropped,) = validate_updates(replies, RULES)
     assert dropped.client == "far"
-    updates, none = validate_updates(replies, dataclasses.replace(RULES, norm_factor=float("inf")))
+    updates, none = validate_updates(replies, dataclasses.replace(RULES, max_norm_ratio=float("inf")))
     assert len(updates) == 3 and not none
 
 
@@ -139,42 +149,34 @@ def test_one_client_alone_is_never_an_outlier() -> None:
     assert len(validate_updates([update("a", 1e6)], RULES)[0]) == 1
 
 
-def test_a_claim_is_no_part_of_the_norm() -> None:
+def test_metadata_are_not_part_of_the_norm() -> None:
     """A client whose rank falls by 15 has not changed its model by 15; and others' falling ranks hide no outlier."""
-    wanted = dataclasses.replace(
-        RULES.wanted,
-        shapes={**RULES.wanted.shapes, "rank": (1,)},
-        reference={**RULES.wanted.reference, "rank": np.full(1, 30, np.float32)},
-        claims=frozenset({"rank"}),
-    )
-    good = {"x.R": RULES.wanted.reference["x.R"] + np.float32(0.1), "head.bias": np.zeros(2, np.float32)}
-    bad = {**good, "x.R": good["x.R"] + np.float32(90), "rank": np.full(1, 15, np.float32)}
+    expected = spec_of({**START, "rank": torch.tensor([30.0])}, metadata=frozenset({"rank"}))
+    good = {**START, "x.R": START["x.R"] + 0.1}
+    bad = {**good, "x.R": good["x.R"] + 90, "rank": torch.tensor([15.0])}
     sent = [
-        update(name, tensors={**good, "rank": np.full(1, rank, np.float32)})
-        for name, rank in zip("abc", (15, 30, 15), strict=True)
+        update(name, tensors={**good, "rank": torch.tensor([rank])})
+        for name, rank in zip("abc", (15.0, 30.0, 15.0), strict=True)
     ]
-    updates, dropped = validate_updates([*sent, update("d", tensors=bad)], dataclasses.replace(RULES, wanted=wanted))
+    rules = dataclasses.replace(RULES, expected=expected)
+    updates, dropped = validate_updates([*sent, update("d", tensors=bad)], rules)
     assert [u.client for u in updates] == ["a", "b", "c"]
     assert "over 30 times" in dropped[0].reason
 
 
 def test_a_client_of_another_rank_is_measured_by_its_own_shapes() -> None:
-    smaller = UpdateSpec(
-        shapes={"x.R": (1, 1), "head.bias": (2,)},
-        reference={"x.R": np.full((1, 1), 5, np.float32), "head.bias": np.zeros(2, np.float32)},
-    )
+    smaller = spec_of({"x.R": torch.full((1, 1), 5.0), "head.bias": torch.zeros(2)})
     mixed = dataclasses.replace(RULES, at_rank={"b": smaller})
-    tensors = {"x.R": np.full((1, 1), 6, np.float32), "head.bias": np.zeros(2, np.float32)}
+    tensors = {"x.R": torch.full((1, 1), 6.0), "head.bias": torch.zeros(2)}
     updates, dropped = validate_updates(
         [update("a"), update("b", tensors=tensors), update("c", tensors=tensors)], mixed
     )
     assert [u.client for u in updates] == ["a", "b"]
-    assert "'x.R' has shape (1, 1), wanted (2, 3)" in dropped[0].reason
+    assert "'x.R' has shape (1, 1), expected (2, 3)" in dropped[0].reason
 
 
 def test_a_change_is_judged_per_step() -> None:
-    """A client with a hundred times the rows takes a hundred times the steps of the others, and moves as much "
-    "further."""
+    """A client with a hundred times the rows takes a hundred times the steps, and moves a hundred times as far."""
     replies = [update("small", 1.0, samples=7), update("other", 1.0, samples=7), update("large", 100.0, samples=700)]
     rules = dataclasses.replace(RULES, steps={"small": 1, "other": 1, "large": 100})
     assert not validate_updates(replies, rules)[1]
@@ -182,7 +184,7 @@ def test_a_change_is_judged_per_step() -> None:
     assert dropped.client == "large" and "after 2 steps" in dropped.reason
 
 
-def test_a_client_claims_the_rows_that_it_has() -> None:
+def test_a_client_must_state_its_own_number_of_rows() -> None:
     rules = dataclasses.replace(RULES, rows={"a": 10, "b": 10})
     updates, (dropped,) = validate_updates([update("a"), update("b", samples=999_999)], rules)
     assert [u.client for u in updates] == ["a"]

@@ -340,6 +340,8 @@ class _Round:
             ]
         except PayloadError as error:
             replies.dropped.append(Dropped(client=answer.client, reason=str(error)))
+            if isinstance(reply, TrainReply):  # it received the broadcast
+                replies.traffic += answer.traffic
             return None
         travels = not server.method.spec.pools_data
         return ClientReply(
