@@ -15,11 +15,12 @@ import pytest
 
 from conftest import CLASSES, Said, labelled_rows, set_all, write_rows, write_toml
 from fedsb.config.load import load_config
-from fedsb.config.schema import method_of
 from fedsb.data.grading import metrics
 from fedsb.reporting.run_directory import read_rows
 from fedsb.runs.run import federate
+from fedsb.runs.scoring import score_clients
 from fedsb.server.server import Server
+from support.server import started
 from test_answers import SHARED, real_rows
 
 CHAT = (
@@ -112,11 +113,8 @@ def test_a_metric_of_all_rows_in_a_run_and_for_each_client(
         found = json.loads(cli("eval", result.folder, "--json").out)
         assert found[metric] == result.score and 0 <= found["accuracy"] <= 1
     assert len(scores) == 1
-    settings = load_config(set_all(tiny_config, task=task)).config
-    engine = Server(settings, method_of(settings), "test")
-    basis, _ = engine.build_basis(server.method)
-    state = server.method.start(server.trainer.shapes, basis, server.trainer.head, 0)
-    each = engine.score_sites(server.method, state, {})
+    server, state = started(set_all(tiny_config, task=task))
+    each = score_clients(server, state)
     for site in server.data.sites:  # a head that is all but zero: what it says is read from the model itself
         predicted, true = predictions(server, site.held_out)
         wanted = metrics.f1(predicted, true, len(CLASSES)) if metric == "f1" else metrics.matthews(predicted, true)

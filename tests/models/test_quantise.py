@@ -22,6 +22,7 @@ from fedsb.models.load import load_base
 from fedsb.models.quantise import count_values, missing_package, weight_bytes
 from fedsb.runs.run import federate
 from fedsb.utils.errors import ConfigError, UserError
+from support.server import open_server
 
 LM, CLASSIFIER = "AutoModelForCausalLM", "AutoModelForSequenceClassification"
 needs_bitsandbytes = pytest.mark.skipif(
@@ -244,7 +245,7 @@ def test_without_bitsandbytes(
 @pytest.mark.parametrize(
     ("more", "part"),
     [
-        ({"engine": {"clients_per_forward": 2}}, "server.channel.clients_per_forward must be 1"),
+        ({"engine": {"clients_per_forward": 2}}, "engine.clients_per_forward must be 1"),
         ({"privacy": {"unit": "example", "epsilon": 3.0}}, "so none is protected: take 4bit"),
     ],
 )
@@ -258,17 +259,13 @@ def test_8_bits_mix_a_batchs_rows(tiny_config: dict[str, Any], more: dict[str, A
 
 @needs_bitsandbytes
 def test_8_bits_are_trained_a_client_at_a_time(folder: Path, tiny_config: dict[str, Any]) -> None:
-    from fedsb.config.schema import method_of
-    from fedsb.server.server import Server
-
     model = {"name": str(folder), "max_seq_length": 16, "quantize": "8bit"}
-    config = load_config(set_all(tiny_config, model=model)).config
-    engine = Server(config, method_of(config), "test")
+    server = open_server(set_all(tiny_config, model=model))
     assert server.channel.clients_per_forward == 1
     assert any(
         "whole batch" in choice.reason
         for choice in server.settings
-        if choice.key == "server.channel.clients_per_forward"
+        if choice.key == "engine.clients_per_forward"
     )
 
 

@@ -134,12 +134,12 @@ def test_parameters_keep_their_identity(tiny_config: dict[str, Any], method: dic
 def test_parameters_keep_their_identity_within_a_round(
     tiny_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, private: bool
 ) -> None:
-    """Clients that finish their steps leave the forward: three clients, then two, then one; or rows in place of them."""
+    """Clients that finish their steps leave the forward: three, then two, then one. Or rows are in their place."""
     train = {"local_epochs": 1, "batch_size": 4, "lr": 0.02}
     privacy = {"unit": "example", "epsilon": 8.0, "delta": 1e-3, "clip": 0.5} if private else {}
     server, state = started(set_all(tiny_config, train=train, privacy=privacy), tmp_path)
     members = members_of(server, state, None if private else [5, 9, 3])
-    adapted, load, seen = server.trainer.adapted, AdaptedModel.load, []
+    load, seen = AdaptedModel.load, []
 
     def spy(self: AdaptedModel, *args: Any, **kwargs: Any) -> None:
         load(self, *args, **kwargs)
