@@ -15,11 +15,12 @@ import pytest
 
 from conftest import CLASSES, Said, labelled_rows, set_all, write_rows, write_toml
 from fedsb.config.load import load_config
-from fedsb.config.schema import method_of
 from fedsb.data.grading import metrics
 from fedsb.reporting.run_directory import read_rows
 from fedsb.runs.run import federate
+from fedsb.runs.scoring import score_clients
 from fedsb.server.server import Server
+from support.server import started
 from test_answers import SHARED, real_rows
 
 CHAT = (
@@ -112,13 +113,10 @@ def test_a_metric_of_all_rows_in_a_run_and_for_each_client(
         found = json.loads(cli("eval", result.folder, "--json").out)
         assert found[metric] == result.score and 0 <= found["accuracy"] <= 1
     assert len(scores) == 1
-    settings = load_config(set_all(tiny_config, task=task)).config
-    engine = EmbeddedEngine(settings, method_of(settings), "test")
-    basis, _ = engine.build_basis(engine.method)
-    state = engine.method.start(engine.shapes, basis, engine.head, 0)
-    each = engine.score_sites(engine.method, state, {})
-    for site in engine.data.clients:  # a head that is all but zero: what it says is read from the model itself
-        predicted, true = predictions(engine, site.held_out)
+    server, state = started(set_all(tiny_config, task=task))
+    each = score_clients(server, state)
+    for site in server.data.clients:  # a head that is all but zero: what it says is read from the model itself
+        predicted, true = predictions(server, site.held_out)
         wanted = metrics.f1(predicted, true, len(CLASSES)) if metric == "f1" else metrics.matthews(predicted, true)
         assert each[site.name].value == pytest.approx(wanted)
 
@@ -167,7 +165,7 @@ def test_several_tables_and_their_plain_mean(
     said = cli("eval", result.folder, *named, "--data", files[0])
     assert said.code == 1 and "names a table twice, which would count twice in the mean" in said.err
     said = cli("eval", result.folder, *named, "--data", tmp_path / "no.jsonl")
-    assert said.code == 1 and "There is no file" in said.err and said.out == ""  # before anything is scored
+    assert said.code == 1 and "there is no file" in said.err and said.out == ""  # before anything is scored
 
 
 def test_a_chat_and_its_perplexity(
@@ -230,7 +228,7 @@ def test_programs_are_run_where_it_is_allowed(
     }
     toml = write_toml(tmp_path / "my.toml", config)
     said = cli("run", toml)
-    assert said.code == 1 and "Allow it with task.run_code = true" in said.err
+    assert said.code == 1 and "allow it with task.run_code = true" in said.err
     assert cli("run", toml, "--set", "task.run_code=true").code == 0
     folder = tmp_path / "runs" / "code"
     assert json.loads((folder / "manifest.json").read_text())["task"]["metric"] == "pass@1"

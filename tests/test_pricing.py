@@ -527,7 +527,7 @@ def test_a_served_run_is_scored_on_its_own_test_rows_or_on_none(tiny_config: dic
 
 def test_check_refuses_a_sum_that_hides_nothing(tiny_config: dict[str, Any]) -> None:
     config = set_all(tiny_config, server={"secure_aggregation": True, "clients_per_round": 1})
-    with pytest.raises(UserError, match="one client a round"):
+    with pytest.raises(UserError, match="one client per round"):
         estimate(load_config(config))
 
 

@@ -1,4 +1,4 @@
-"""`fedsb run --engine flower`: every party a process of its own, over TLS, and the adapter of the embedded engine."""
+"""`fedsb run --engine flower`: every client in a process of its own, over TLS, makes the adapter of a run in one process."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_real_processes_make_the_same_adapter(
         assert read_join_file(join).node_key == ""  # sites made their own keys
     for name in ("site 0", "site 1", "site 2"):
         left = [row["what"] for row in read_rows(federation / "sites" / name / "outbox.jsonl")]
-        assert left[:3] == ["look", "open", "start"]
+        assert left[:3] == ["describe", "prepare", "start"]
         assert left[-1] == "finish"
     assert json.loads((there / "result.json").read_text())["score"] is not None
     assert "is there already" in cli("run", path, "--engine", "flower").err

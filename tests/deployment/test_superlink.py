@@ -12,7 +12,7 @@ import pytest
 import uvicorn
 from flwr.app import Message
 from flwr.proto.message_pb2 import PullObjectResponse
-from flwr.shared.serde import message_to_proto
+from flwr.common.serde import message_to_proto
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
 from flwr.supercore.task_identity import TaskIdentity

@@ -23,16 +23,13 @@ from transformers import (
 )
 
 from conftest import WORDS, _save, set_all
-from federation.opened import started
 from fedsb.adapters.adapted import AdaptedModel
-from fedsb.channels.in_process import EmbeddedEngine
+from fedsb.models.layers import find_targets
 from fedsb.config.load import load_config
 from fedsb.config.resolved import ResolvedSetting
 from fedsb.config.inputs import ModelConfig
-from fedsb.config.schema import method_of
 from fedsb.models import load as models
 from fedsb.models.heads import find_head, head_start
-from fedsb.models.layers import find_targets
 from fedsb.models.load import (
     MINILM_HUB,
     BaseModel,
@@ -42,9 +39,9 @@ from fedsb.models.load import (
     resolve_name,
 )
 from fedsb.runs.run import federate
-from fedsb.server.server import Server
+from fedsb.runs.scoring import score_global
 from fedsb.utils.errors import UserError
-from support.server import started
+from support.server import open_server, replies_of, started
 
 CLASSIFIER, LM = "AutoModelForSequenceClassification", "AutoModelForCausalLM"
 TINY = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
@@ -255,12 +252,12 @@ def test_the_exported_adapter_brings_what_the_checkpoint_lacks(
     assert torch.equal(*logits)
 
 
-def test_engines_in_two_processes_would_start_alike(without_pooler: Path, tiny_config: dict[str, Any]) -> None:
-    config = load_config(set_all(tiny_config, model={"name": str(without_pooler), "max_seq_length": 16})).config
+def test_two_processes_start_with_the_same_head(without_pooler: Path, tiny_config: dict[str, Any]) -> None:
+    config = set_all(tiny_config, model={"name": str(without_pooler), "max_seq_length": 16})
     heads = []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        heads.append(Server(config, method_of(config), "test").head)
+        heads.append(open_server(config).trainer.head)
     assert heads[0].keys() == {
         f"{part}.{t}" for part in ("classifier", "bert.pooler.dense") for t in ("weight", "bias")
     }
@@ -310,8 +307,7 @@ def test_attention_and_matrix_precision_are_as_asked(
     tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The precision holds while training and scoring, and no longer."""
-    from fedsb.training import joint as cohort
-    from fedsb.training import scoring
+    from fedsb.training import joint, scoring
 
     seen: set[str] = set()
 
@@ -320,13 +316,15 @@ def test_attention_and_matrix_precision_are_as_asked(
         return forward(*args)
 
     forward = scoring.forward
-    monkeypatch.setattr(cohort, "forward", watched)
+    monkeypatch.setattr(joint, "forward", watched)
     monkeypatch.setattr(scoring, "forward", watched)
     model = {**tiny_config["model"], "attn_implementation": "eager", "float32_matmul_precision": "medium"}
-    engine, state = started(set_all(tiny_config, model=model))
-    assert engine.base.model.config._attn_implementation == "eager"
-    list(engine.train(engine.method, state, [engine.sites[0].name], {}).envelopes)
-    assert engine.score(engine.method, state, {}) is not None
+    server, state = started(set_all(tiny_config, model=model))
+    assert server.trainer.base.model.config._attn_implementation == "eager"
+    replies_of(server, state, [server.clients[0].name])
+    assert seen == {"medium"}
+    seen.clear()
+    assert score_global(server, state) is not None
     assert seen == {"medium"}
     assert torch.get_float32_matmul_precision() == "highest"
 

@@ -15,13 +15,14 @@ from torch import nn
 
 from conftest import WORDS, Said, _save, set_all, write_toml
 from fedsb.adapters.basis import weight_pair
+from fedsb.models.layers import base_weight
 from fedsb.config.load import load_config
 from fedsb.config.inputs import ModelConfig
-from fedsb.models.layers import base_weight
 from fedsb.models.load import load_base
 from fedsb.models.quantise import count_values, missing_package, weight_bytes
 from fedsb.runs.run import federate
 from fedsb.utils.errors import ConfigError, UserError
+from support.server import open_server
 
 LM, CLASSIFIER = "AutoModelForCausalLM", "AutoModelForSequenceClassification"
 needs_bitsandbytes = pytest.mark.skipif(
@@ -258,15 +259,13 @@ def test_8_bits_mix_a_batchs_rows(tiny_config: dict[str, Any], more: dict[str, A
 
 @needs_bitsandbytes
 def test_8_bits_are_trained_a_client_at_a_time(folder: Path, tiny_config: dict[str, Any]) -> None:
-    from fedsb.config.schema import method_of
-    from fedsb.server.server import Server
-
     model = {"name": str(folder), "max_seq_length": 16, "quantize": "8bit"}
-    config = load_config(set_all(tiny_config, model=model)).config
-    engine = Server(config, method_of(config), "test")
-    assert engine.clients_per_forward == 1
+    server = open_server(set_all(tiny_config, model=model))
+    assert server.channel.clients_per_forward == 1
     assert any(
-        "whole batch" in choice.reason for choice in server.settings if choice.key == "engine.clients_per_forward"
+        "whole batch" in choice.reason
+        for choice in server.settings
+        if choice.key == "engine.clients_per_forward"
     )
 
 

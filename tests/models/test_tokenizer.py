@@ -15,14 +15,13 @@ import pytest
 from conftest import set_all
 from fedsb.config.load import load_config
 from fedsb.config.inputs import ModelConfig
-from fedsb.config.schema import method_of
 from fedsb.models.load import load_base, load_tokenizer, tokenizer_fingerprint
 from fedsb.reporting.run_directory import read_manifest
 from fedsb.runs.evaluate import export_to
 from fedsb.runs.run import federate, resume
-from fedsb.server.server import Server
 from fedsb.utils.errors import UserError
 from support.architectures import build, save_tokenizer, write_rows
+from support.server import open_server
 
 LM = "AutoModelForCausalLM"
 DATED = "{{ strftime_now('%d %b %Y') }} {% for m in messages %}{{ m.content }} [EOS]{% endfor %}"
@@ -164,9 +163,9 @@ def test_code_of_a_model_folder_is_never_run(tiny_config: dict[str, Any], tmp_pa
     (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()")
     (folder / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["code.T", None]}}))
     save_tokenizer(folder)
-    config = load_config(set_all(tiny_config, model={"name": str(folder)}, task={"kind": "text"})).config
+    config = set_all(tiny_config, model={"name": str(folder)}, task={"kind": "text"})
     with pytest.raises(UserError, match="comes with Python code of its own, which fedsb never runs"):
-        Server(config, method_of(config), "run")
+        open_server(config)
     assert not (tmp_path / "ran").exists()
 
 

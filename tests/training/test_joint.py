@@ -14,23 +14,22 @@ from transformers.models.bert.modeling_bert import BertIntermediate
 from conftest import WORDS, _save, set_all
 from fedsb.config.load import load_config
 from fedsb.server.server import Server
-from fedsb.training.joint import ClientTraining, train_together
 from fedsb.training.dropout import Dropout
+from fedsb.training.joint import ClientTraining, JointTrainer, RoundTraining
 from fedsb.training.resolved import local_training
-from fedsb.utils.errors import RunError, UserError
-from support.server import members_of, open_engine, started
+from fedsb.utils.errors import DivergedError, UserError
+from support.server import members_of, open_server, replies_of, started
 
 
-def train_all(server: Server, state: Any, members: list[ClientTraining], round: int = 0) -> list[ClientTraining]:
-    moving = server.method.trainable(members[0].tensors, 0)
-    return train_together(
-        server.trainer.adapted, server.trainer.task, members, moving, server.local, seed=0, round=round
-    )
+def train_all(server: Server, members: list[ClientTraining], round: int = 0) -> list[ClientTraining]:
+    trainer = JointTrainer(server.trainer.adapted, server.trainer.task, server.local, seed=0)
+    trainable = server.method.trainable(members[0].tensors, 0)
+    return trainer.train(members, RoundTraining(round=round, trainable=trainable))
 
 
 def run(config: dict[str, Any], rows: list[int] | None = None, **train: Any) -> list[ClientTraining]:
     server, state = started(set_all(config, train={**config["train"], **train}))
-    return train_all(server, state, members_of(server, state, rows))
+    return train_all(server, members_of(server, state, rows))
 
 
 def assert_same(one: list[ClientTraining], other: list[ClientTraining], atol: float = 2e-4) -> None:
@@ -52,13 +51,13 @@ def test_a_nan_loss_names_client_and_round(tiny_config: dict[str, Any]) -> None:
     sick = members[1]
     broken = {key: value * math.nan if key.endswith(".R") else value for key, value in sick.tensors.items()}
     members[1] = ClientTraining(name=sick.name, examples=sick.examples, tensors=broken)
-    with pytest.raises(RunError, match=rf"'{sick.name}' became nan in round 3, local step 1.*checkpoint"):
-        train_all(server, state, members, round=2)
+    with pytest.raises(DivergedError, match=rf"'{sick.name}' became nan in round 3, local step 1.*checkpoint"):
+        train_all(server, members, round=2)
 
 
 def test_the_loss_is_the_mean_over_the_steps_rows(tiny_config: dict[str, Any]) -> None:
     """At R = 0 the first loss is the plain model's cross entropy over the batch: about ln 3 with a small head."""
-    for member in run(tiny_config, steps=1, batch_size=8):
+    for member in run(tiny_config, local_steps=1, batch_size=8):
         assert member.losses == pytest.approx([math.log(3)], abs=0.05)
         assert member.loss == member.losses[0]
 
@@ -69,7 +68,7 @@ def test_on_a_bfloat16_base_small_steps_still_count(tiny_config: dict[str, Any])
     server, state = started(set_all(tiny_config, model=base, train={**tiny_config["train"], "lr": 1e-5}))
     (member, *_) = members_of(server, state)
     ones = {key: torch.ones_like(t) if key.endswith(".R") else t for key, t in member.tensors.items()}
-    (after,) = train_all(server, state, [ClientTraining(name=member.name, examples=member.examples, tensors=ones)])
+    (after,) = train_all(server, [ClientTraining(name=member.name, examples=member.examples, tensors=ones)])
     for key, value in after.tensors.items():
         assert value.dtype == torch.float32
         if key.endswith(".R"):
@@ -82,16 +81,18 @@ def test_on_a_bfloat16_base_small_steps_still_count(tiny_config: dict[str, Any])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_accumulation_equals_a_large_batch(tiny_config: dict[str, Any], dropout: float) -> None:
     """12 rows at once, 4 x 3 and 3 x 4: one loss, one step, one set of dropout masks."""
-    whole = run(tiny_config, steps=2, batch_size=12, dropout=dropout)
+    whole = run(tiny_config, local_steps=2, batch_size=12, dropout=dropout)
     for batch_size, accumulate in ((3, 4), (4, 3)):
-        assert_same(whole, run(tiny_config, steps=2, batch_size=batch_size, accumulate=accumulate, dropout=dropout))
+        train = {"batch_size": batch_size, "gradient_accumulation_steps": accumulate, "dropout": dropout}
+        assert_same(whole, run(tiny_config, local_steps=2, **train))
 
 
 def test_a_short_last_batch_is_a_mean_over_its_own_rows(tiny_config: dict[str, Any]) -> None:
     """5, 7 and 3 rows in batches of 4, together and alone: 4 + 1, 4 + 3, and 3."""
-    joint = run(set_all(tiny_config, engine={"clients_per_forward": 3}), [5, 7, 3], steps=None, epochs=1, batch_size=4)
+    train = {"local_steps": None, "local_epochs": 1, "batch_size": 4}
+    joint = run(set_all(tiny_config, engine={"clients_per_forward": 3}), [5, 7, 3], **train)
     server, state = started(set_all(tiny_config, train={"local_epochs": 1, "batch_size": 4, "lr": 0.02}))
-    alone = [train_all(server, state, [member])[0] for member in members_of(server, state, [5, 7, 3])]
+    alone = [train_all(server, [member])[0] for member in members_of(server, state, [5, 7, 3])]
     assert [len(member.losses) for member in joint] == [2, 2, 1]
     assert_same(alone, joint)
 
@@ -153,8 +154,8 @@ def test_a_client_with_short_batches_keeps_its_masks_in_company(
     config = set_all(tiny_config, method=method, train={"local_epochs": 2, "batch_size": 4, "lr": 0.02, "dropout": 0.4})
     server, state = started(config)
     members = members_of(server, state, [3, 4, 2])  # all of one step an epoch, of three widths
-    alone = [train_all(server, state, [member])[0] for member in members]
-    for a, b in zip(alone, train_all(server, state, members), strict=True):
+    alone = [train_all(server, [member])[0] for member in members]
+    for a, b in zip(alone, train_all(server, members), strict=True):
         assert a.losses == pytest.approx(b.losses, rel=1e-5)
 
 
@@ -198,7 +199,7 @@ def test_activation_checkpointing_changes_nothing(
             m for m in server.trainer.base.model.modules() if getattr(m, "gradient_checkpointing", False) and m.training
         ]
         assert bool(blocks) == checkpointing
-        ends.append([train_all(server, state, [member])[0] for member in members_of(server, state)])
+        ends.append([train_all(server, [member])[0] for member in members_of(server, state)])
         score = server.trainer.evaluate(server.method.model(state), server.clients[0].train)
         assert score == server.trainer.evaluate(server.method.model(state), server.clients[0].train)
     assert_same(*ends, atol=1e-6)
@@ -213,7 +214,7 @@ def test_checkpointing_runs_the_blocks_twice(tiny_config: dict[str, Any]) -> Non
         count: list[int] = []
         layer = server.trainer.adapted.layers["bert.encoder.layer.0.intermediate.dense"]
         layer.register_forward_hook(lambda *_: count.append(1))  # noqa: B023
-        train_all(server, state, members_of(server, state))
+        train_all(server, members_of(server, state))
         calls.append(len(count))
     assert calls == [1, 2]
 
@@ -242,41 +243,43 @@ def test_a_model_whose_rows_cannot_be_routed_trains_one_client_at_a_time(
 ) -> None:
     server, state = started(tiny_config)
     value, reason = choice(server)
-    assert value == engine.clients_per_forward == 1
+    assert value == server.channel.clients_per_forward == 1
     assert reason.startswith("auto: Layer 'bert.encoder.layer.0.intermediate.dense' sees")
-    (reply,) = engine.train(server.method, state, [server.clients[0].name], {}).each
-    assert not reply.kept
-    with pytest.raises(UserError, match=r"engine.clients_per_forward = 2: Layer 'bert.*engine.clients_per_forward = 1"):
-        open_engine(set_all(tiny_config, engine={"clients_per_forward": 2}))
-    assert choice(open_engine(set_all(tiny_config, engine={"clients_per_forward": 1}))) == (1, "as asked")
+    (reply,) = replies_of(server, state, [server.clients[0].name]).values()
+    assert reply.loss is not None and not server.opened.local.client_states(1)
+    with pytest.raises(
+        UserError, match=r"engine.clients_per_forward = 2: Layer 'bert.*engine.clients_per_forward = 1"
+    ):
+        open_server(set_all(tiny_config, engine={"clients_per_forward": 2}))
+    assert choice(open_server(set_all(tiny_config, engine={"clients_per_forward": 1}))) == (1, "as asked")
 
 
 def test_opt_flattens_its_rows(tiny_config: dict[str, Any], tiny_opt: Path) -> None:
     config = set_all(tiny_config, model={"name": str(tiny_opt), "max_seq_length": 16}, task={"kind": "text"})
-    value, reason = choice(open_engine(config))
+    value, reason = choice(open_server(config))
     assert value == 1 and "'model.decoder.layers.0.fc1' sees 32 rows where the batch has 2" in reason
     attention = {"name": str(tiny_opt), "max_seq_length": 16, "target_modules": ["q_proj", "v_proj"]}
-    assert choice(open_engine(set_all(config, model=attention)))[0] == 64  # its attention does not
+    assert choice(open_server(set_all(config, model=attention)))[0] == 64  # its attention does not
 
 
 def test_the_cohort_size_and_its_reason(tiny_config: dict[str, Any]) -> None:
-    assert choice(open_engine(tiny_config)) == (64, "auto: up to 4,096 tokens in one forward on cpu")  # 4096 / (4 x 16)
-    assert choice(open_engine(set_all(tiny_config, engine={"clients_per_forward": 2}))) == (2, "as asked")
+    assert choice(open_server(tiny_config)) == (64, "auto: up to 4,096 tokens in one forward on cpu")  # 4096 / (4 x 16)
+    assert choice(open_server(set_all(tiny_config, engine={"clients_per_forward": 2}))) == (2, "as asked")
     alone = set_all(tiny_config, clients={"partition": "iid", "count": 1})
-    assert choice(open_engine(alone)) == (1, "there is one client")
+    assert choice(open_server(alone)) == (1, "there is one client")
 
 
 def test_the_cohort_size_fits_the_memory(tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """The estimate for the clients of one forward stays below the device's memory, and the reason says so."""
     from fedsb.training import resolved
 
-    server = open_engine(tiny_config)
+    server = open_server(tiny_config)
     sizes = {}
     for mib in (64, 2, 1):
         monkeypatch.setattr(resolved, "memory_of", lambda _, mib=mib: mib << 20)
-        sizes[mib], reason = choice(open_engine(tiny_config))
+        sizes[mib], reason = choice(open_server(tiny_config))
         assert ("as many as fit the memory" in reason) == (mib < 64)
-    assert engine.clients_per_forward == sizes[64] > sizes[2] > sizes[1] >= 1
+    assert server.channel.clients_per_forward == sizes[64] > sizes[2] > sizes[1] >= 1
 
 
 def test_a_pooled_client_takes_the_steps_of_a_rounds_clients(tiny_config: dict[str, Any]) -> None:
@@ -288,10 +291,12 @@ def test_a_pooled_client_takes_the_steps_of_a_rounds_clients(tiny_config: dict[s
 
 
 def test_moments_are_kept_only_where_asked(tiny_config: dict[str, Any]) -> None:
-    """Kept, they hold the steps taken; a second round goes on from them."""
-    server, state = started(set_all(tiny_config, train={**tiny_config["train"], "persist_optimizer_state": True}))
-    name = server.clients[0].name
-    (first,) = engine.train(server.method, state, [name], {}).each
-    assert float(first.kept["optimizer/steps"]) == 3
-    (again,) = engine.train(server.method, state, [name], {name: first.kept}).each
-    assert float(again.kept["optimizer/steps"]) == 6
+    """The second round continues from the moments of the first, and counts the steps that they have seen."""
+    for persist in (True, False):
+        train = {**tiny_config["train"], "persist_optimizer_state": persist}
+        server, state = started(set_all(tiny_config, train=train))
+        for round in (1, 2):
+            state = server.run_round(state).state
+            states = server.opened.local.client_states(round)
+            assert set(states) == ({client.name for client in server.clients} if persist else set())
+            assert all(float(own["optimizer/steps"]) == 3 * round for own in states.values())

@@ -1,4 +1,4 @@
-"""K optimisers in one against K of torch's."""
+"""K optimisers in one matrix against K of torch's."""
 
 from __future__ import annotations
 
@@ -8,10 +8,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fedsb.adapters.layout import Layout
+from fedsb.training.buffers import ClientBuffers
 from fedsb.training.local import LocalTraining
-from fedsb.training.optimizer import clip_by_client, step_by_client
+from fedsb.training.optimizer import StepSizes, clip_rows, step_rows
+from support.device import count_reads
 
 SHAPES = {"core": (1, 3, 3), "bias": (4,), "scalar": ()}
+LAYOUT = Layout(tuple(sorted(SHAPES.items())))
+HEADS = frozenset({"bias"})
 STEPS = 10
 
 
@@ -23,6 +28,23 @@ def start(K: int) -> dict[str, Tensor]:
 def gradients(K: int, step: int) -> dict[str, Tensor]:
     draw = torch.Generator().manual_seed(100 + step)
     return {key: torch.randn(K, *shape, generator=draw) * 3.0**step for key, shape in SHAPES.items()}
+
+
+def buffers_of(clients: list[dict[str, Tensor]], moments: list[dict[str, Tensor]] | None = None) -> ClientBuffers:
+    layout = Layout.of(clients[0])
+    buffers = ClientBuffers(layout, len(clients), torch.device("cpu"))
+    buffers.read(clients, moments or [{}] * len(clients))
+    return buffers
+
+
+def client(tensors: dict[str, Tensor], k: int) -> dict[str, Tensor]:
+    return {key: x[k] for key, x in tensors.items()}
+
+
+def fill(buffers: ClientBuffers, k: int, tensors: dict[str, Tensor]) -> None:
+    """Sets client k's gradients."""
+    for key, view in buffers.layout.views(buffers.gradients[k]).items():
+        view.copy_(tensors[key])
 
 
 def by_torch(local: LocalTraining, k: int, K: int, steps: range, factor: float) -> dict[str, Tensor]:
@@ -52,21 +74,25 @@ SETTINGS = [
 
 @pytest.mark.parametrize("local", SETTINGS, ids=["adamw", "momentum", "sgd"])
 def test_one_client_is_torchs_optimiser(local: LocalTraining) -> None:
-    parameters, moments = start(1), {}
+    buffers = buffers_of([client(start(1), 0)])
+    sizes = StepSizes.of(local, buffers, HEADS, [[0.5]] * STEPS, [0])
     for step in range(STEPS):
-        step_by_client(local, parameters, gradients(1, step), moments, torch.tensor([0.5]), heads={"bias"})
+        fill(buffers, 0, client(gradients(1, step), 0))
+        step_rows(local, buffers, 1, sizes, step)
+    ((tensors, _),) = buffers.write(1)
     for key, expected in by_torch(local, 0, 1, range(STEPS), 0.5).items():
-        torch.testing.assert_close(parameters[key][0], expected, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(tensors[key], expected, rtol=1e-6, atol=1e-6)
 
 
-def test_a_step_reads_its_counts_from_the_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("local", SETTINGS, ids=["adamw", "momentum", "sgd"])
+def test_a_step_reads_nothing_from_the_device(local: LocalTraining) -> None:
     """On an accelerator each read waits for all that was queued there."""
-    read, cpu = [], Tensor.cpu
-    monkeypatch.setattr(Tensor, "cpu", lambda tensor: read.append(tensor) or cpu(tensor))
-    step_by_client(SETTINGS[0], start(2), gradients(2, 0), {}, torch.ones(2), heads={"bias"})
-    assert len(read) == 1
-    step_by_client(SETTINGS[1], start(2), gradients(2, 0), {}, torch.ones(2), heads={"bias"})
-    assert len(read) == 1
+    buffers = buffers_of([client(start(2), k) for k in range(2)])
+    sizes = StepSizes.of(local, buffers, HEADS, [[1.0, 0.5]], [0, 0])
+    with count_reads() as reads:
+        clip_rows(buffers.gradients, 1.0)
+        step_rows(local, buffers, 2, sizes, 0)
+    assert not reads
 
 
 @pytest.mark.parametrize("local", SETTINGS, ids=["adamw", "momentum", "sgd"])
@@ -75,50 +101,65 @@ def test_three_clients_with_their_own_steps_and_rates(local: LocalTraining) -> N
     before, factors = [0, 4, 7], [1.0, 0.5, 0.1]
     alone: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
     for k in range(3):
-        own, moments = {key: x[k : k + 1].clone() for key, x in start(3).items()}, {}
+        own = buffers_of([client(start(3), k)])
+        sizes = StepSizes.of(local, own, HEADS, [[factors[k]]] * before[k], [0])
         for step in range(before[k]):
-            g = {key: value[k : k + 1].clone() for key, value in gradients(3, step).items()}
-            step_by_client(local, own, g, moments, torch.tensor([factors[k]]), heads={"bias"})
-        for key, x in own.items():  # a client that has not begun has no moments
-            for name in (f"m.{key}",) if local.optimizer == "sgd" else (f"m.{key}", f"v.{key}"):
-                moments.setdefault(name, torch.zeros_like(x))
-        alone.append((own, {"steps": torch.zeros(1), **moments}))
-    parameters = {key: torch.cat([own[key] for own, _ in alone]) for key in SHAPES}
-    joint = {key: torch.cat([moments[key] for _, moments in alone]) for key in alone[0][1]}
+            fill(own, 0, client(gradients(3, step), k))
+            step_rows(local, own, 1, sizes, step)
+        alone += own.write(1)
+    alone[0] = alone[0][0], {}  # a client that has not begun has no moments
+    joint = buffers_of([tensors for tensors, _ in alone], [moments for _, moments in alone])
+    sizes = StepSizes.of(local, joint, HEADS, [factors] * 3, before)
     for step in range(3):
-        g = {
-            key: torch.stack([gradients(3, before[k] + step)[key][k] for k in range(3)]) for key in SHAPES
-        }  # each client its own next gradient
-        step_by_client(local, parameters, g, joint, torch.tensor(factors), heads={"bias"})
-    assert joint["steps"].tolist() == [3, 7, 10]
-    for k in range(3):
+        for k in range(3):  # each client its own next gradient
+            fill(joint, k, client(gradients(3, before[k] + step), k))
+        step_rows(local, joint, 3, sizes, step)
+    for k, (tensors, _) in enumerate(joint.write(3)):
         for key, expected in by_torch(local, k, 3, range(before[k] + 3), factors[k]).items():
-            torch.testing.assert_close(parameters[key][k], expected, rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(tensors[key], expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_client_that_has_finished_its_steps_stays_as_it_is() -> None:
+    """A step of the first client alone: the second's values and moments do not move."""
+    buffers = buffers_of([client(start(2), k) for k in range(2)])
+    fill(buffers, 0, client(gradients(2, 0), 0))
+    fill(buffers, 1, client(gradients(2, 0), 1))
+    before = [matrix[1].clone() for matrix in (buffers.values, buffers.m, buffers.v)]
+    first = buffers.values[0].clone()
+    step_rows(SETTINGS[0], buffers, 1, StepSizes.of(SETTINGS[0], buffers, HEADS, [[1.0, 1.0]], [0, 0]), 0)
+    assert (buffers.values[0] != first).all()
+    for matrix, expected in zip((buffers.values, buffers.m, buffers.v), before, strict=True):
+        assert torch.equal(matrix[1], expected)
+
+
+def two_values(first: float, second: float, local: LocalTraining, gradient: list[float]) -> ClientBuffers:
+    """One step of clients with one value each."""
+    buffers = buffers_of([{"w": torch.tensor([x])} for x in (first, second)])
+    buffers.gradients.copy_(torch.tensor(gradient).unsqueeze(1))
+    step_rows(local, buffers, 2, StepSizes.of(local, buffers, frozenset(), [[1.0, 1.0]], [0, 0]), 0)
+    return buffers
 
 
 def test_first_adam_step_by_hand() -> None:
     """Whatever the gradient, Adam's first step is lr times its sign; decay 0.1 shrinks x = 1 by lr * 0.1 before."""
-    x, moments = {"w": torch.tensor([[1.0], [1.0]])}, {}
-    local = LocalTraining(lr=0.5, weight_decay=0.1)
-    step_by_client(local, x, {"w": torch.tensor([[2.0], [-30.0]])}, moments, torch.ones(2), heads=())
-    assert x["w"].flatten().tolist() == pytest.approx([0.95 - 0.5, 0.95 + 0.5], abs=2e-5)
+    buffers = two_values(1.0, 1.0, LocalTraining(lr=0.5, weight_decay=0.1), [2.0, -30.0])
+    assert buffers.values.flatten().tolist() == pytest.approx([0.95 - 0.5, 0.95 + 0.5], abs=2e-5)
 
 
 def test_sgd_decay_is_decoupled() -> None:
-    """x = 1, g = 0, lr 0.5, decay 0.1: 0.95, and no trace of the decay in the momentum."""
-    x, moments = {"w": torch.tensor([[1.0]])}, {}
+    """x = 1, g = 0, lr 0.5, decay 0.1: 0.95, and nothing of the decay in the momentum."""
     local = LocalTraining(optimizer="sgd", lr=0.5, weight_decay=0.1, momentum=0.9)
-    step_by_client(local, x, {"w": torch.zeros(1, 1)}, moments, torch.ones(1), heads=())
-    assert x["w"].item() == pytest.approx(0.95)
-    assert not moments["m.w"].any()
+    buffers = two_values(1.0, 2.0, local, [0.0, 0.0])
+    assert buffers.values.flatten().tolist() == pytest.approx([0.95, 1.9])
+    assert not buffers.m.any()
 
 
 def test_clipping_by_hand() -> None:
     """Client 0 has norm 5 over both tensors, client 1 has 0.5: only the first is scaled, to 1."""
-    g = {"a": torch.tensor([[3.0], [0.3]]), "b": torch.tensor([[0.0, 4.0], [0.4, 0.0]])}
-    assert clip_by_client(g, 1.0).tolist() == pytest.approx([5.0, 0.5])
-    assert g["a"].flatten().tolist() == pytest.approx([0.6, 0.3], rel=1e-5)
-    assert g["b"].flatten().tolist() == pytest.approx([0.0, 0.8, 0.4, 0.0], rel=1e-5)
+    g = torch.tensor([[3.0, 0.0, 4.0], [0.3, 0.4, 0.0]])
+    assert clip_rows(g, 1.0).tolist() == pytest.approx([5.0, 0.5])
+    assert g[0].tolist() == pytest.approx([0.6, 0.0, 0.8], rel=1e-5)
+    assert g[1].tolist() == pytest.approx([0.3, 0.4, 0.0], rel=1e-5)
 
 
 @pytest.mark.parametrize("limit", [0.1, 1.0, 7.0, 1e9])
@@ -134,7 +175,8 @@ def test_clipping_is_torchs_for_each_client(limit: float) -> None:
             p.grad = g[key][k].clone()
         nn.utils.clip_grad_norm_(own, limit)
         expected.append({key: p.grad for p, key in zip(own, SHAPES, strict=True)})
-    clip_by_client(g, limit)
+    rows = torch.stack([LAYOUT.flatten(client(g, k)) for k in range(3)])
+    clip_rows(rows, limit)
     for k in range(3):
-        for key in SHAPES:
-            torch.testing.assert_close(g[key][k], expected[k][key], rtol=1e-6, atol=1e-7)
+        for key, x in LAYOUT.views(rows[k]).items():
+            torch.testing.assert_close(x, expected[k][key], rtol=1e-6, atol=1e-7)

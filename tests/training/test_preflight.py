@@ -15,16 +15,18 @@ from torch import nn
 from conftest import set_all
 from fedsb.adapters.adapted import AdaptedModel
 from fedsb.models.layers import find_targets, left_out
+from fedsb.adapters.layout import Layout
 from fedsb.config.load import load_config
-from fedsb.config.schema import method_of
 from fedsb.data.tasks.base import Task
 from fedsb.privacy.ledger import read_ledger
 from fedsb.runs.run import federate
 from fedsb.server.server import Server
-from fedsb.training.per_example import clipped_sums
+from fedsb.training.joint import join_tensors
+from fedsb.training.per_example import RowGradients
 from fedsb.training.preflight import Preflight, preflight
 from fedsb.utils.errors import UserError
 from support.architectures import POSITIONS, build
+from support.server import open_server, started
 
 CLASSIFIER, LM = "AutoModelForSequenceClassification", "AutoModelForCausalLM"
 PRIVATE = {"unit": "example", "epsilon": 8.0}
@@ -50,13 +52,8 @@ def on(config: dict[str, Any], model: Path, kind: str = "classification", **chan
     return set_all(config, model={"name": str(model), "max_seq_length": 16}, task={"kind": kind}, **changes)
 
 
-def opened(config: dict[str, Any]) -> Server:
-    loaded = load_config(config).config
-    return Server(loaded, method_of(loaded), "run")
-
-
 def found(config: dict[str, Any]) -> Preflight:
-    return opened(config).preflight
+    return open_server(config).trainer.preflight
 
 
 # --- private runs on models whose rows cannot share a forward ---
@@ -71,7 +68,7 @@ def test_rows_that_cannot_be_routed_are_protected_one_by_one(
     """Their layers flatten rows into tokens: each row gets a forward of its own, and what is charged is trained."""
     model = made(model_type, LM if kind == "text" else CLASSIFIER)
     config = on(tiny_config, model, kind, privacy=PRIVATE)
-    assert "receives" in str(found(config).unroutable)
+    assert "sees" in str(found(config).unroutable)
     result = federate(load_config(config))
     rows = [json.loads(line) for line in (result.folder / "rounds.jsonl").read_text().splitlines()]
     assert len(rows) == 3 and rows[-1]["epsilon"] > 0
@@ -79,25 +76,19 @@ def test_rows_that_cannot_be_routed_are_protected_one_by_one(
 
 
 def test_one_by_one_clips_each_row_as_a_loop_does(tiny_config: dict[str, Any], made: Make) -> None:
-    engine = opened(on(tiny_config, made("opt", LM), "text"))
-    rows = server.clients[0].train[:5]
-    tensors = {
-        key: x.unsqueeze(0) if not server.trainer.adapted.is_shared(key) else x for key, x in start(server).items()
-    }
-    trained = frozenset(key for key in tensors if key.endswith(".R"))
-    together, _ = clipped_sums(server.trainer.adapted, server.trainer.task, tensors, trained, [rows], 0.01, 8)
-    one = [
-        clipped_sums(server.trainer.adapted, server.trainer.task, tensors, trained, [[row]], 0.01, 1)[0] for row in rows
-    ]
-    for key in trained:
-        torch.testing.assert_close(together[key], sum(each[key] for each in one))
-    norm = sum(float(x.square().sum()) for x in one[0].values()) ** 0.5
-    assert norm == pytest.approx(0.01, rel=1e-3)  # clipped, not zero
-
-
-def start(server: Server) -> dict[str, torch.Tensor]:
-    basis, _ = engine.build_basis(server.method)
-    return server.method.model(server.method.start(server.trainer.shapes, basis, server.trainer.head, 0))
+    server, state = started(on(tiny_config, made("opt", LM), "text"))
+    adapted, task, rows = server.trainer.adapted, server.trainer.task, server.clients[0].train[:5]
+    tensors = server.method.model(state)
+    trained = server.method.trainable(tensors, 0)
+    layout = Layout.of({key: tensors[key] for key in trained})
+    values = layout.flatten(tensors).unsqueeze(0)
+    frozen = join_tensors(adapted, [{key: x for key, x in tensors.items() if key not in trained}])
+    gradients = RowGradients.allocate(adapted, task, layout, 8)
+    assert len(gradients.gradients) == 1  # its rows cannot share a forward
+    together, _ = gradients.clipped_sums(values, frozen, [rows], 0.01)
+    one = [gradients.clipped_sums(values, frozen, [[row]], 0.01)[0] for row in rows]
+    torch.testing.assert_close(together, torch.stack(one).sum(0))
+    assert float(one[0].norm()) == pytest.approx(0.01, rel=1e-3)  # clipped, not zero
 
 
 # --- rows that depend on each other ---
@@ -111,7 +102,7 @@ def test_a_model_that_reads_padding_is_refused_in_a_private_run_before_anything_
         federate(load_config(config))
     assert not list(Path(config["out"]).rglob("*.jsonl"))  # no ledger
     assert "with a longer row" in str(found(on(tiny_config, made("fnet"))).mixing)  # trained, one client at a time
-    assert opened(on(tiny_config, made("fnet"))).clients_per_forward == 1
+    assert open_server(on(tiny_config, made("fnet"))).channel.clients_per_forward == 1
 
 
 @pytest.mark.parametrize(
@@ -136,13 +127,13 @@ def test_a_rotary_embedding_that_depends_on_the_batch(
     positions = 8 if rope["rope_type"] == "dynamic" else 64
     config = on(tiny_config, made("llama", LM, rope_parameters=rope, max_position_embeddings=positions), "text")
     with pytest.raises(UserError, match=rf"its rotary embedding \({rope['rope_type']}\) changes for all rows"):
-        opened(set_all(config, privacy=PRIVATE))
-    assert opened(config).clients_per_forward == 1
+        open_server(set_all(config, privacy=PRIVATE))
+    assert open_server(config).channel.clients_per_forward == 1
     assert found(set_all(config, model={**config["model"], "max_seq_length": 8})).mixing is None
 
 
 def test_a_layer_that_looks_at_the_whole_batch_is_found(tiny_config: dict[str, Any]) -> None:
-    engine = opened(tiny_config)
+    server = open_server(tiny_config)
     assert server.trainer.preflight.alone is None
     server.trainer.adapted.unwrap()
     model: Any = server.trainer.base.model
@@ -184,7 +175,7 @@ def test_ordinary_models_pass(tiny_config: dict[str, Any], made: Make, model_typ
 @pytest.mark.parametrize("model_type", ["bert", "roberta", "electra"])
 def test_an_encoder_as_language_model_is_refused(tiny_config: dict[str, Any], made: Make, model_type: str) -> None:
     with pytest.raises(UserError, match=r"not causal.* decoder-only model"):
-        opened(on(tiny_config, made(model_type, LM), "text"))
+        open_server(on(tiny_config, made(model_type, LM), "text"))
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "llama", "mamba", "bloom"])
@@ -199,7 +190,7 @@ def test_layers_whose_weight_a_model_reads_itself(tiny_config: dict[str, Any], m
     """Mamba multiplies with dt_proj.weight: an adapter there would do nothing, and change the merged model."""
     model = {"name": str(made("mamba", LM)), "max_seq_length": 16, "target_modules": ["in_proj", "dt_proj"]}
     with pytest.raises(UserError, match=r"model.target_modules: the model reads the weights of mixer.dt_proj"):
-        opened(set_all(tiny_config, model=model, task={"kind": "text"}))
+        open_server(set_all(tiny_config, model=model, task={"kind": "text"}))
 
 
 @pytest.mark.parametrize(
@@ -216,7 +207,7 @@ def test_layers_whose_weight_a_model_reads_itself(tiny_config: dict[str, Any], m
 def test_blocks_leaves_out_what_cannot_be_adapted_and_says_so(
     tiny_config: dict[str, Any], made: Make, model_type: str, without: set[str]
 ) -> None:
-    engine = opened(on(tiny_config, made(model_type, LM), "text"))
+    server = open_server(on(tiny_config, made(model_type, LM), "text"))
     model = server.trainer.adapted.unwrap()
     found = {name.split(".", 3)[-1] for name in left_out(model)}
     assert found == without
@@ -266,19 +257,19 @@ def test_a_window_beyond_the_positions_is_an_error_in_check_and_run(
         said = cli(verb, path, "--set", f"model.max_seq_length={usable + 1}")
         assert said.code == 1 and f"has {usable} positions" in said.err and f"max_seq_length={usable}" in said.err
     model = {"name": str(made(model_type, auto_class)), "max_seq_length": usable}
-    opened(set_all(tiny_config, model=model, task={"kind": kind}))  # a row of that length is read
+    open_server(set_all(tiny_config, model=model, task={"kind": kind}))  # a row of that length is read
 
 
 def test_a_rotary_model_beyond_its_positions_is_a_warning(tiny_config: dict[str, Any], made: Make) -> None:
     model = {"name": str(made("llama", LM)), "max_seq_length": 2 * POSITIONS}
-    engine = opened(set_all(tiny_config, model=model, task={"kind": "text"}))
+    server = open_server(set_all(tiny_config, model=model, task={"kind": "text"}))
     reason = next(choice.reason for choice in server.settings if choice.key == "model.max_seq_length")
     assert reason == f"warning: the model was made for {POSITIONS} positions; longer rows may be read badly"
 
 
 def test_a_padding_token_that_only_the_tokenizer_has_is_replaced(tiny_config: dict[str, Any], tmp_path: Path) -> None:
     folder = with_new_token(tmp_path / "model", {"pad_token": "<pad>"})
-    engine = opened(on(tiny_config, folder, "text"))
+    server = open_server(on(tiny_config, folder, "text"))
     assert server.trainer.tokenizer.pad_token == "[EOS]"
     assert (
         server.trainer.task.collate([{"input_ids": [9], "labels": [9]}, {"input_ids": [9] * 9, "labels": [9] * 9}])[
@@ -316,7 +307,7 @@ def with_new_token(folder: Path, special: dict[str, Any], words: list[str] | Non
 
 def test_a_model_that_fails_on_any_batch_is_refused_in_words(tiny_config: dict[str, Any], made: Make) -> None:
     with pytest.raises(UserError, match=r"fails on a made-up batch of rows of up to 16 tokens: RuntimeError"):
-        opened(on(tiny_config, made("nystromformer")))
+        open_server(on(tiny_config, made("nystromformer")))
 
 
 # --- the probes read no row ---
@@ -334,9 +325,9 @@ def test_the_probes_read_no_row(tiny_config: dict[str, Any], monkeypatch: pytest
         return seen[-1]
 
     monkeypatch.setattr(classification.Classification, "made_up", spy)
-    opened(tiny_config)
+    open_server(tiny_config)
     first, seen[:] = list(seen), []
-    opened(set_all(tiny_config, data={"train": tiny_config["data"]["test"]}))
+    open_server(set_all(tiny_config, data={"train": tiny_config["data"]["test"]}))
     assert first and first == seen
 
 
@@ -402,8 +393,8 @@ def quantised(made: Make, tmp_path: Path, **how: Any) -> Path:
 def test_a_checkpoint_in_8_bits_mixes_rows_too(tiny_config: dict[str, Any], made: Make, tmp_path: Path) -> None:
     config = on(tiny_config, quantised(made, tmp_path, load_in_8bit=True), "text")
     with pytest.raises(UserError, match=r"cannot be kept with this model: its 8-bit layers"):
-        opened(set_all(config, privacy=PRIVATE))
-    assert opened(config).clients_per_forward == 1
+        open_server(set_all(config, privacy=PRIVATE))
+    assert open_server(config).channel.clients_per_forward == 1
 
 
 def test_a_checkpoint_in_4_bits_trains_and_merges_or_says_why_not(
@@ -413,7 +404,7 @@ def test_a_checkpoint_in_4_bits_trains_and_merges_or_says_why_not(
 
     config = on(tiny_config, quantised(made, tmp_path, load_in_4bit=True, bnb_4bit_quant_type="nf4"), "text", rounds=1)
     folder = federate(load_config(config)).folder
-    with pytest.raises(UserError, match=r"are quantised, and an adapter can be merged into unquantised weights only"):
+    with pytest.raises(UserError, match=r"are stored quantised, and an adapter is merged into unquantised ones only"):
         export_to(folder, str(tmp_path / "merged"), merged=True)
 
 
@@ -443,7 +434,7 @@ def test_what_a_merge_would_write_is_known_at_the_start(tiny_config: dict[str, A
         ("mean", "modernbert", "not available", "its classifier has more than one layer"),
     ):
         config = on(tiny_config, made(model_type))
-        engine = opened(set_all(config, task={"kind": "classification", "pooling": pooling}))
+        server = open_server(set_all(config, task={"kind": "classification", "pooling": pooling}))
         (choice,) = (choice for choice in server.settings if choice.key == "export --merged")
         assert choice.value == value and reason in choice.reason
 
@@ -452,13 +443,13 @@ def test_the_trial_with_peft_leaves_the_model_as_it_was(tiny_config: dict[str, A
     """Same logits of the base, same modes of its modules, no trace of PEFT."""
     from fedsb.models.load import load_base
 
-    engine = opened(tiny_config)
+    server = open_server(tiny_config)
     fresh = load_base(server.config.model, auto_class=server.trainer.task.auto_class, num_labels=3, pad_token=0)
     names = {name for name, _ in server.trainer.adapted.unwrap().named_modules()}
     assert names == {name for name, _ in fresh.model.named_modules()}
     assert not any("peft" in type(module).__module__ for module in server.trainer.base.model.modules())
     torch.testing.assert_close(
-        features(server.trainer.base.model, engine), features(fresh.model, engine), rtol=0, atol=0
+        features(server.trainer.base.model, server), features(fresh.model, server), rtol=0, atol=0
     )
 
 
@@ -481,7 +472,7 @@ def test_a_batch_of_one_row_is_tried_with_one_row(tiny_config: dict[str, Any], m
         return real(model, task, rows)
 
     monkeypatch.setattr(probes, "forward", spy)
-    opened(set_all(tiny_config, train={**tiny_config["train"], "batch_size": 1}))
+    open_server(set_all(tiny_config, train={**tiny_config["train"], "batch_size": 1}))
     assert max(seen) == 1 and sum(seen) == 1
 
 
@@ -495,4 +486,4 @@ def test_a_model_that_does_not_fit_the_memory_is_refused_in_words(
 
     monkeypatch.setattr(probes, "forward", full)
     with pytest.raises(UserError, match=r"does not fit into the device's memory .* Lower train.batch_size"):
-        opened(tiny_config)
+        open_server(tiny_config)

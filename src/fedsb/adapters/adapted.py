@@ -6,6 +6,7 @@ frozen and in memory once; `load` puts in the tensors of one client or of severa
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -98,6 +99,8 @@ class AdaptedModel:
         if odd:
             raise ValueError(f"{len(odd)} tensors do not fit the adapted model: {', '.join(odd[:3])}")
         gradients = gradients or {}
+        # Views of a matrix's rows are strided, of which autograd warns; they are written in place all the same.
+        warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
         for key in needed | optional:
             name, attribute = key.rsplit(".", 1)
             layer = self.layers.get(name) or self.heads[name]
@@ -116,7 +119,7 @@ class AdaptedModel:
     def _on_device(self, key: str, value: Tensor) -> Tensor:
         """Returns the tensor on the model's device.
 
-        A shared tensor is moved once, in the dtype in which its layer computes, and again only if it is replaced.
+        A shared tensor is moved once, in the dtype in which its layer computes, and again only if its values change.
         """
         if not self.is_shared(key):
             return value.detach().to(self.device)
@@ -125,7 +128,7 @@ class AdaptedModel:
         if value.device == weight.device and value.dtype == dtype:
             return value.detach()
         known = self._placed.get(key)
-        if known is None or known[0] is not value:
+        if known is None or not _same(known[0], value):
             known = self._placed[key] = (value, value.detach().to(weight.device, dtype))
         return known[1]
 
@@ -190,6 +193,12 @@ def head_linears(model: nn.Module, head: Sequence[str]) -> list[str]:
             )
         found += names
     return found
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    if one is other:
+        return True
+    return one.device == other.device and one.dtype == other.dtype and torch.equal(one, other)
 
 
 def _replace(model: nn.Module, name: str, layer: Any) -> None:

@@ -8,7 +8,6 @@ Shapes: K clients, P trained values of one client.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -50,7 +49,5 @@ class ClientBuffers:
 
     def bind(self, adapted: AdaptedModel, clients: int, frozen: Tensors) -> None:
         """Makes the model's parameters views of the first `clients` rows; `frozen` are all other tensors."""
-        # The views of several rows are strided, of which autograd warns; they are written in place all the same.
-        warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
         gradients = self.layout.views(self.gradients[:clients])
         adapted.load({**frozen, **self.layout.views(self.values[:clients])}, gradients=gradients)
