@@ -17,7 +17,8 @@ from conftest import Said, set_all, write_rows
 from fedsb.config.load import load_config
 from fedsb.config.schema import ModelConfig
 from fedsb.data.tasks import TaskOptions, open_task
-from fedsb.models.load import load_base, load_tokenizer
+from fedsb.models.load import load_base
+from fedsb.models.tokenizer import load_tokenizer
 from fedsb.reporting.run_directory import read_rows
 from fedsb.runs.run import federate
 from fedsb.training import scoring

@@ -21,7 +21,8 @@ from fedsb.methods.fedit import FedIT
 from fedsb.methods.flora import FLoRA
 from fedsb.models.hub import SHIPPED, shipped_shapes
 from fedsb.models.layers import find_targets
-from fedsb.models.load import load_base, load_tokenizer
+from fedsb.models.load import load_base
+from fedsb.models.tokenizer import load_tokenizer
 from fedsb.planning.estimate import estimate
 from fedsb.training.memory import trained_values, training_memory
 from fedsb.utils.environment import memory_of
@@ -358,7 +359,7 @@ def test_real_faults_are_faults_without_rows_too(
     for override, part in (
         ("method.rank=33", "is above min(m, n)"),
         ('model.target_modules=["querry"]', "no linear layer is called"),
-        ("model.name=nobody/nothing", "cannot load the model 'nobody/nothing'"),
+        ("model.name=nobody/nothing", "Cannot load the model 'nobody/nothing'"),
         ("data.train=hub:nobody", "is not a Hub name"),
         ("train.lrr=1", "there is no such key"),
     ):

@@ -15,7 +15,7 @@ from engines.in_process import Federation
 from fedsb.adapters.basis import basis_hash
 from fedsb.config.load import load_config
 from fedsb.data.sources import load_table
-from fedsb.models.load import tokenizer_fingerprint
+from fedsb.models.tokenizer import tokenizer_fingerprint
 from fedsb.privacy.ledger import read_ledger
 from fedsb.privacy.mechanism import DPMechanism, PrivacyBudgetExceededError
 from fedsb.protocol.messages import Note, Phase, pack_note, read_answer, read_note

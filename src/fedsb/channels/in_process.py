@@ -16,7 +16,7 @@ from fedsb.config.schema import Config
 from fedsb.data.clients import ClientData, open_data
 from fedsb.data.tasks.base import Example
 from fedsb.methods.base import Method, State
-from fedsb.models.load import load_tokenizer
+from fedsb.models.tokenizer import load_tokenizer
 from fedsb.privacy.policy import build_privacy_policy, refuse_what_would_leak
 from fedsb.protocol.codec import Codec
 from fedsb.protocol.compressor import build_compressor

@@ -20,7 +20,7 @@ from fedsb.client.store import Store
 from fedsb.config.load import load_config
 from fedsb.config.schema import Config
 from fedsb.methods import build_method
-from fedsb.models.load import tokenizer_fingerprint
+from fedsb.models.tokenizer import tokenizer_fingerprint
 from fedsb.protocol.messages import (
     Behind,
     Facts,

@@ -23,7 +23,7 @@ from fedsb.data.clients import build_task, prepare_client_data, remote_client
 from fedsb.data.tables import load_client_table
 from fedsb.methods import build_method
 from fedsb.methods.base import State
-from fedsb.models.load import load_tokenizer
+from fedsb.models.tokenizer import load_tokenizer
 from fedsb.privacy.accounting import Release
 from fedsb.privacy.ledger import read_ledger
 from fedsb.privacy.policy import PrivacyPolicy, build_privacy_policy

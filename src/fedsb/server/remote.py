@@ -18,7 +18,7 @@ from fedsb.data.rows import Table
 from fedsb.data.tables import load_test, table_facts
 from fedsb.data.tasks.base import Example
 from fedsb.methods.base import Method, State
-from fedsb.models.load import load_tokenizer, tokenizer_fingerprint
+from fedsb.models.tokenizer import load_tokenizer, tokenizer_fingerprint
 from fedsb.privacy.ledger import Entry
 from fedsb.privacy.policy import build_privacy_policy, refuse_what_would_leak
 from fedsb.protocol.channel import Channel, NoResponse
