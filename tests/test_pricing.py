@@ -403,7 +403,7 @@ def test_a_relative_path_that_does_not_exist_is_a_fault_of_check_as_of_run(
     toml = write_toml(tmp_path / "my.toml", config)
     for command in ("check", "run"):
         said = cli(command, toml)
-        assert said.code == 1 and "there is no file" in said.err, command
+        assert said.code == 1 and "There is no file" in said.err, command
     said = cli("check", toml)
     assert f"{key} = " in said.err and f"--set {key}=none" in said.err
     if key != "basis.data":  # without its public rows that basis cannot be
@@ -417,7 +417,7 @@ def test_a_recipe_is_checked_without_its_rows(
     monkeypatch.chdir(tmp_path)
     assert cli("check", "trec").code == 0
     said = cli("check", "trec", "--set", "data.train=mine.jsonl")
-    assert said.code == 1 and "data.train = 'mine.jsonl': there is no file mine.jsonl" in said.err
+    assert said.code == 1 and "data.train = 'mine.jsonl': There is no file mine.jsonl" in said.err
     (tmp_path / "my.toml").write_text(cli("init", "trec").out)
     assert cli("check", "my.toml").code == 1
 
