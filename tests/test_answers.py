@@ -18,7 +18,8 @@ from fedsb.config.load import load_config
 from fedsb.config.inputs import ModelConfig
 from fedsb.data.tasks.base import TaskOptions
 from fedsb.data.tasks import open_task
-from fedsb.models.load import load_base, load_tokenizer
+from fedsb.models.load import load_base
+from fedsb.models.tokenizer import load_tokenizer
 from fedsb.reporting.run_directory import read_rows
 from fedsb.runs.run import federate
 from fedsb.training import scoring

@@ -163,7 +163,7 @@ def test_min_clients_above_the_clients(tiny_config: dict[str, Any], refused: Cal
 
 def test_no_network_for_a_hub_model(tiny_config: dict[str, Any], refused: Callable[..., str]) -> None:
     said = refused(tiny_config, "--set", "model.name=nobody/nothing")
-    assert "cannot load the model 'nobody/nothing'" in said
+    assert "Cannot load the model 'nobody/nothing'" in said
     assert "--set model.name=FOLDER" in said and "HF_HOME" in said and "HF_HUB_OFFLINE=1" in said
 
 
@@ -210,8 +210,8 @@ def test_a_hub_data_set_that_is_gated_or_none(
 def test_a_model_folder_that_is_none(tiny_config: dict[str, Any], refused: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     said = refused(tiny_config, "--set", f"model.name={tmp_path / 'empty'}")
-    assert "holds no model: it has no config.json. There are: no files. Put the model there" in said
-    assert "there is no such folder" in refused(tiny_config, "--set", f"model.name={tmp_path / 'none'}")
+    assert "is a folder without a model: it has no config.json. There are: no files. Put the model there" in said
+    assert "is not an existing folder" in refused(tiny_config, "--set", f"model.name={tmp_path / 'none'}")
     assert "model.device = 'cuda:7' cannot be used here" in refused(tiny_config, "--set", "model.device=cuda:7")
 
 
@@ -228,9 +228,9 @@ def test_torn_weights(tiny_config: dict[str, Any], tiny_bert: Path, cli: Cli, tm
         )
         assert cli("check", toml).code == (0 if content is None else 1)
         said = cli("run", toml)
-        assert said.code == 1 and f"cannot load the model '{folder}'" in said.err
+        assert said.code == 1 and f"Cannot load the model '{folder}'" in said.err
         assert (
-            "There are: config.json" in said.err and "Is one missing, or torn? Then fetch the model again." in said.err
+            "There are: config.json" in said.err and "If a file is missing or incomplete, fetch the model" in said.err
         )
         assert not (tmp_path / "runs" / "tiny").exists()
 

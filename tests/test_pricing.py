@@ -21,7 +21,8 @@ from fedsb.methods.fedit import FedIT
 from fedsb.methods.flora import FLoRA
 from fedsb.models.hub import SHIPPED, shipped_shapes
 from fedsb.models.layers import find_targets
-from fedsb.models.load import load_base, load_tokenizer
+from fedsb.models.load import load_base
+from fedsb.models.tokenizer import load_tokenizer
 from fedsb.planning.estimate import estimate
 from fedsb.training.memory import trained_values, training_memory
 from fedsb.utils.environment import memory_of
@@ -358,7 +359,7 @@ def test_real_faults_are_faults_without_rows_too(
     for override, part in (
         ("method.rank=33", "is above min(m, n)"),
         ('model.target_modules=["querry"]', "no linear layer is called"),
-        ("model.name=nobody/nothing", "cannot load the model 'nobody/nothing'"),
+        ("model.name=nobody/nothing", "Cannot load the model 'nobody/nothing'"),
         ("data.train=hub:nobody", "is not a Hub name"),
         ("train.lrr=1", "there is no such key"),
     ):
@@ -402,7 +403,7 @@ def test_a_relative_path_that_does_not_exist_is_a_fault_of_check_as_of_run(
     toml = write_toml(tmp_path / "my.toml", config)
     for command in ("check", "run"):
         said = cli(command, toml)
-        assert said.code == 1 and "there is no file" in said.err, command
+        assert said.code == 1 and "There is no file" in said.err, command
     said = cli("check", toml)
     assert f"{key} = " in said.err and f"--set {key}=none" in said.err
     if key != "basis.data":  # without its public rows that basis cannot be
@@ -416,7 +417,7 @@ def test_a_recipe_is_checked_without_its_rows(
     monkeypatch.chdir(tmp_path)
     assert cli("check", "trec").code == 0
     said = cli("check", "trec", "--set", "data.train=mine.jsonl")
-    assert said.code == 1 and "data.train = 'mine.jsonl': there is no file mine.jsonl" in said.err
+    assert said.code == 1 and "data.train = 'mine.jsonl': There is no file mine.jsonl" in said.err
     (tmp_path / "my.toml").write_text(cli("init", "trec").out)
     assert cli("check", "my.toml").code == 1
 

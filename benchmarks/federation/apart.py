@@ -23,7 +23,7 @@ from rig import CO, said
 
 from fedsb.config.load import load_config
 from fedsb.data.clients import rows_by_client
-from fedsb.models.load import load_tokenizer
+from fedsb.models.tokenizer import load_tokenizer
 from fedsb.reporting.run_directory import read_rows
 from fedsb.runs.find import recipe_path
 from fedsb.utils.files import json_lines, write_atomic

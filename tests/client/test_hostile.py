@@ -14,7 +14,7 @@ from conftest import labelled_rows, set_all, write_rows
 from fedsb.adapters.basis import basis_hash
 from fedsb.config.load import load_config
 from fedsb.data.sources import load_table
-from fedsb.models.load import tokenizer_fingerprint
+from fedsb.models.tokenizer import tokenizer_fingerprint
 from fedsb.privacy.ledger import read_ledger
 from fedsb.privacy.mechanism import DPMechanism, PrivacyBudgetExceededError
 from fedsb.protocol.messages import Note, pack_note, read_answer

@@ -12,7 +12,7 @@ import pytest
 from conftest import CLASSES, Said, labelled_rows, set_all, write_rows, write_toml
 from fedsb.config.load import load_config
 from fedsb.data.clients import open_data
-from fedsb.models.load import load_tokenizer
+from fedsb.models.tokenizer import load_tokenizer
 from fedsb.runs.run import Silent, federate
 from fedsb.utils.errors import UserError
 

@@ -10,7 +10,7 @@ import pytest
 from conftest import labelled_rows, set_all, write_rows
 from fedsb.config.load import load_config
 from fedsb.data.clients import open_data, rows_by_client
-from fedsb.models.load import load_tokenizer
+from fedsb.models.tokenizer import load_tokenizer
 from fedsb.utils.errors import UserError
 
 

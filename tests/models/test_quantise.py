@@ -100,7 +100,7 @@ def test_the_linear_layers_of_the_blocks_are_quantised_and_nothing_else(
     plain = load(folder, "none", auto_class)
     assert base.parameters == plain.parameters == count_values(base.model)
     reasons = {choice.key: choice for choice in base.choices}
-    assert reasons["model.quantize"].value == quantize and "as asked" in reasons["model.quantize"].reason
+    assert reasons["model.quantize"].value == quantize and "as configured" in reasons["model.quantize"].reason
     assert reasons["model.dtype"].value == "bfloat16"
     assert "model.quantize" not in {choice.key for choice in plain.choices}
 
@@ -234,7 +234,9 @@ def test_without_bitsandbytes(
     toml = write_toml(tmp_path / "q.toml", set_all(tiny_config, model=model))
     said = cli("run", toml)
     assert said.code == 1
-    wanted = "model.quantize = '4bit' needs bitsandbytes, which is not installed here: pip install 'fedsb[quant]'"
+    wanted = (
+        "model.quantize = '4bit' needs bitsandbytes, which is not installed. Install it: pip install 'fedsb[quant]'"
+    )
     assert wanted in said.err and "Without a network" not in said.err
     assert not (tmp_path / "runs" / "tiny").exists()
     checked = cli("check", toml)

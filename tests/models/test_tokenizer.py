@@ -15,7 +15,9 @@ import pytest
 from conftest import set_all
 from fedsb.config.load import load_config
 from fedsb.config.inputs import ModelConfig
-from fedsb.models.load import load_base, load_tokenizer, tokenizer_fingerprint
+from fedsb.config.schema import method_of
+from fedsb.models.load import load_base
+from fedsb.models.tokenizer import load_tokenizer, tokenizer_fingerprint
 from fedsb.reporting.run_directory import read_manifest
 from fedsb.runs.evaluate import export_to
 from fedsb.runs.run import federate, resume
@@ -143,7 +145,7 @@ def test_a_run_of_another_day_writes_its_own_date(tiny_config: dict[str, Any], m
 
 def test_a_date_that_the_template_computes_is_refused(model: Path) -> None:
     save_tokenizer(model, template="{% set form = '%d' %}{{ strftime_now(form) }}{{ messages[0].content }}")
-    with pytest.raises(UserError, match="in a form that it computes"):
+    with pytest.raises(UserError, match="in a format that it computes"):
         load_tokenizer(ModelConfig(name=str(model), template_date="2020-01-02"))
 
 
@@ -163,9 +165,9 @@ def test_code_of_a_model_folder_is_never_run(tiny_config: dict[str, Any], tmp_pa
     (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()")
     (folder / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["code.T", None]}}))
     save_tokenizer(folder)
-    config = set_all(tiny_config, model={"name": str(folder)}, task={"kind": "text"})
-    with pytest.raises(UserError, match="comes with Python code of its own, which fedsb never runs"):
-        open_server(config)
+    config = load_config(set_all(tiny_config, model={"name": str(folder)}, task={"kind": "text"})).config
+    with pytest.raises(UserError, match="comes with its own Python code, which fedsb never runs"):
+        EmbeddedEngine(config, method_of(config), "run")
     assert not (tmp_path / "ran").exists()
 
 

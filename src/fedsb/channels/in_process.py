@@ -18,7 +18,7 @@ from fedsb.config.resolved import ResolvedSetting
 from fedsb.config.schema import Config
 from fedsb.data.clients import ClientData, open_data
 from fedsb.methods.base import Method, State
-from fedsb.models.load import load_tokenizer
+from fedsb.models.tokenizer import load_tokenizer
 from fedsb.privacy.policy import PrivacyPolicy, refuse_what_would_leak
 from fedsb.protocol.channel import ChannelSpec, NoResponse
 from fedsb.protocol.messages import Finish, FinishReply, Reply, Request, Start, StartReply, Train

@@ -30,7 +30,7 @@ from fedsb.config.load import load_config
 from fedsb.config.schema import Config
 from fedsb.data.clients import build_task
 from fedsb.data.tables import load_client_table
-from fedsb.models.load import load_tokenizer, tokenizer_fingerprint
+from fedsb.models.tokenizer import load_tokenizer, tokenizer_fingerprint
 from fedsb.privacy.accounting import Release
 from fedsb.privacy.ledger import read_ledger
 from fedsb.privacy.statement import epsilon_spent

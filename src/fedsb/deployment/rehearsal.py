@@ -21,7 +21,7 @@ from fedsb.deployment.coordinate import PROGRAM, prepare, run_folder
 from fedsb.deployment.federation import serve_init
 from fedsb.deployment.join_file import CARD, make_keys
 from fedsb.deployment.run import serve
-from fedsb.models.load import load_tokenizer
+from fedsb.models.tokenizer import load_tokenizer
 from fedsb.utils.errors import UserError
 from fedsb.utils.files import json_lines, write_atomic
 

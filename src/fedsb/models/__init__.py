@@ -1,1 +1,1 @@
-"""The base model: found by name or folder, loaded, quantised, its head; each choice with its reason."""
+"""Base models: found by name or folder, loaded, quantised, with their heads; each choice with its reason."""

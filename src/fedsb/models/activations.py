@@ -1,4 +1,4 @@
-"""Activation checkpointing of a frozen base: less memory for a second forward."""
+"""Activation checkpointing of a frozen base: less memory, at the price of a second forward pass."""
 
 from __future__ import annotations
 
@@ -12,15 +12,20 @@ from fedsb.utils.errors import UserError
 
 
 def checkpoint_activations(model: Any) -> None:
-    """Recomputes activations in the backward. Blocks are put in training mode, which switches it on, but do not compute
-    in it: some (OPT, BART) have dropout of their own, which stays off as everywhere in the base."""
+    """Recomputes activations in the backward pass. Raises UserError if the model does not support it.
+
+    Blocks are put in training mode, which enables it, but compute in evaluation mode: some (OPT, BART) have their own
+    dropout, which stays off everywhere in the base.
+    """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not blocks or not getattr(model, "supports_gradient_checkpointing", False):
-        raise UserError(f"model.activation_checkpointing: {type(model).__name__} does not support it; set it to false")
+        raise UserError(
+            f"model.activation_checkpointing = true, but {type(model).__name__} does not support it. Set it to false."
+        )
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*deprecated", category=FutureWarning)  # 5.0 has no other name
+        warnings.filterwarnings("ignore", message=".*deprecated", category=FutureWarning)  # 5.0 has no new name
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for block in blocks:
         block.training = True
@@ -28,7 +33,7 @@ def checkpoint_activations(model: Any) -> None:
 
 
 def _in_evaluation(block: nn.Module, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
-    """`checkpoint`, with the block in evaluation mode while its forward runs, the first time and again."""
+    """Returns `checkpoint` with the block in evaluation mode during every run of its forward pass."""
 
     def run(forward: Callable[..., Any], *args: Any) -> Any:
         def in_evaluation(*args: Any) -> Any:

@@ -1,7 +1,7 @@
-"""Models by their Hub names: their configs, those that ship with fedsb, and what to do where one cannot be had.
+"""Models by their Hub names: their configs, the shapes that ship with fedsb, and advice if a model cannot be loaded.
 
-`shapes.json` holds the few published numbers that an architecture is built from on the meta device, so that a run is
-priced offline, without weights and without an account. Training always reads the model's own config.
+`shapes.json` contains the published numbers from which an architecture is built on the meta device, so that a run can
+be priced offline, without weights and without an account. Training always reads the model's own config.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from safetensors import SafetensorError
 
 from fedsb.utils.errors import NotAvailableError, UserError
 
-LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")  # as they are called on the Hub
-SHIPPED = "auto: its own config is not here; the published shapes, which ship with fedsb"
+LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")  # their names on the Hub
+SHIPPED = "auto: the published shapes that ship with fedsb, because its own config is not on this machine"
 
 
 def read_config(name: str, revision: str | None, labels: dict[str, Any]) -> Any:
-    """The model's own config. Raises UserError as `hub_errors`."""
+    """Returns the model's own config. Raises UserError as `hub_errors` does."""
     from transformers import AutoConfig
 
     with hub_errors(name):
@@ -35,10 +35,10 @@ def read_config(name: str, revision: str | None, labels: dict[str, Any]) -> Any:
 
 
 def config_for_shapes(name: str, revision: str | None, labels: dict[str, Any]) -> tuple[Any, str | None]:
-    """(a config to build the architecture from, the reason where it is not the model's own).
+    """Returns (a config from which to build the architecture, the reason if it is not the model's own).
 
-    A known model's own config is taken where it is in the Hub's cache, and the network is not asked: the shapes are
-    the same. Raises UserError as `hub_errors`.
+    A known model's own config is read if it is in the Hub's cache, and the network is not used: the shapes are the
+    same. Raises UserError as `hub_errors` does.
     """
     from transformers import AutoConfig
 
@@ -52,7 +52,7 @@ def config_for_shapes(name: str, revision: str | None, labels: dict[str, Any]) -
 
 
 def shipped_config(name: str, labels: dict[str, Any]) -> Any | None:
-    """The config of a model whose shapes ship with fedsb, None for another."""
+    """Returns the config of a model whose shapes ship with fedsb; None for other models."""
     from transformers import AutoConfig
 
     for first, entry in shipped_shapes().items():
@@ -63,16 +63,16 @@ def shipped_config(name: str, labels: dict[str, Any]) -> Any | None:
 
 
 def shipped_shapes() -> dict[str, Any]:
-    """By Hub name: "config", the numbers that make the architecture, and "also", names of the same shapes."""
+    """Returns by Hub name: "config", the numbers of the architecture, and "also", models of the same shapes."""
     shapes: dict[str, Any] = json.loads((files("fedsb.models") / "shapes.json").read_text())
     return shapes
 
 
 @contextmanager
 def hub_errors(name: str) -> Iterator[None]:
-    """Says what to do where a model cannot be loaded.
+    """Raises an error with advice if a model cannot be loaded inside.
 
-    Raises NotAvailableError for a Hub name that cannot be fetched, UserError for a folder or a model that is at fault.
+    Raises NotAvailableError for a Hub name that cannot be fetched, UserError for an unusable folder or model.
     """
     try:
         yield
@@ -81,16 +81,16 @@ def hub_errors(name: str) -> Iterator[None]:
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         said = str(error).strip()
         first = said.splitlines()[0].rstrip(" :") if said else type(error).__name__
-        start = f"cannot load the model {name!r}: {first}\n    "
+        start = f"Cannot load the model {name!r}: {first}\n    "
         if "trust_remote_code" in said:
             raise UserError(
-                f"{name!r} comes with Python code of its own, which fedsb never runs: it could read and send anything "
-                "that this user can. Take a model whose architecture is part of transformers"
+                f"{name!r} comes with its own Python code, which fedsb never runs, because it could read and send "
+                "anything that this user can. Choose a model whose architecture is part of transformers."
             ) from error
         if "Unrecognized configuration class" in said:
             raise UserError(
-                f"transformers has no class for this task for the model {name!r}: {first}. Take another model, or "
-                "another task.kind"
+                f"transformers has no class for this task for the model {name!r}: {first}. Choose a different model or "
+                "task.kind."
             ) from error
         asks = re.search("sentencepiece|tiktoken", said, re.IGNORECASE)
         if asks and importlib.util.find_spec("sentencepiece") is None:
@@ -99,21 +99,21 @@ def hub_errors(name: str) -> Iterator[None]:
                 "Install it: pip install 'fedsb[sentencepiece]'"
             ) from error
         if isinstance(error, ImportError):
-            raise UserError(f"{start}A package is missing here: install what it names.") from error
+            raise UserError(f"{start}A package is missing. Install the package that the message names.") from error
         if "gated repo" in said.lower():
             raise NotAvailableError(
-                f"{start}Its owner wants a licence accepted: do so at https://huggingface.co/{name}, signed in, then "
-                "set HF_TOKEN to a token of that account (or: hf auth login)."
+                f"{start}Its owner requires that you accept a licence. Do so at https://huggingface.co/{name}, signed "
+                "in, then set HF_TOKEN to a token of that account (or: hf auth login)."
             ) from error
         if Path(name).is_dir():
             raise UserError(
-                f"{start}A model's folder holds config.json, its weights (model.safetensors) and its tokenizer "
-                f"(tokenizer.json, tokenizer_config.json). There are: {_files(Path(name))}. Is one missing, or torn? "
-                "Then fetch the model again."
+                f"{start}A model's folder contains config.json, its weights (model.safetensors) and its tokenizer "
+                f"(tokenizer.json, tokenizer_config.json). There are: {_files(Path(name))}. If a file is missing or "
+                "incomplete, fetch the model again."
             ) from error
         raise (NotAvailableError if isinstance(error, OSError) else UserError)(
-            f"{start}Without a network: give a local folder (--set model.name=FOLDER), or fill the Hub's cache "
-            "elsewhere and point HF_HOME at it (with HF_HUB_OFFLINE=1). A gated model needs HF_TOKEN."
+            f"{start}Without a network, give a local folder (--set model.name=FOLDER), or fill the Hub's cache on "
+            "another machine and point HF_HOME at it (with HF_HUB_OFFLINE=1). A gated model needs HF_TOKEN."
         ) from error
 
 
@@ -121,7 +121,7 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.b
 
 
 def has_weights(name: str, revision: str | None) -> bool:
-    """Returns whether a model's weights are in its folder, or in the Hub's cache. The network is not asked."""
+    """Returns whether a model's weights are in its folder, or in the Hub's cache, without using the network."""
     if Path(name).is_dir():
         return any((Path(name) / file).is_file() for file in WEIGHTS)
     from huggingface_hub import try_to_load_from_cache
@@ -131,9 +131,9 @@ def has_weights(name: str, revision: str | None) -> bool:
 
 
 def licence_of(name: str, revision: str | None) -> tuple[str | None, list[Path]]:
-    """Returns the licence that a model's card names, None where it is not known, and its files of licence texts.
+    """Returns (the licence that a model's card names, None if unknown; its files of licence texts).
 
-    `name` is a folder or a Hub name. A file of the Hub that is neither in the cache nor fetched counts as missing.
+    `name` is a folder or a Hub name. A file of the Hub that is neither cached nor fetched counts as missing.
     """
     if Path(name).is_dir():
         files = [path for path in sorted(Path(name).iterdir()) if path.is_file()]
@@ -145,11 +145,12 @@ def licence_of(name: str, revision: str | None) -> tuple[str | None, list[Path]]
 
 
 def _from_hub(name: str, file: str, revision: str | None) -> Path | None:
+    """Returns a file of the Hub; None if it does not exist or there is no network."""
     from huggingface_hub import hf_hub_download
 
     try:
         return Path(hf_hub_download(name, file, revision=revision))
-    except (OSError, ValueError):  # no such file, or no network
+    except (OSError, ValueError):
         return None
 
 
@@ -159,25 +160,25 @@ def _licence_in(card: Path) -> str | None:
 
     try:
         licence = (metadata_load(card) or {}).get("license")
-    except Exception:  # metadata that somebody wrote, which a parser of YAML may refuse in many ways
+    except Exception:  # a YAML parser may refuse hand-written metadata in many ways
         return None
     return licence if isinstance(licence, str) else None
 
 
 def refuse_no_model(folder: Path) -> None:
-    """Raises UserError for a folder without a config.json: it holds no model."""
+    """Raises UserError for a folder without a config.json."""
     if (folder / "config.json").is_file():
         return
     if inner := sorted(folder.glob("*/config.json")):
-        hint = f"There is one in {inner[0].parent}: name that folder"
+        hint = f"There is one in {inner[0].parent}. Name that folder."
     elif (folder / "adapter_config.json").is_file():
-        hint = "It holds an adapter: name the base model that the adapter was trained on"
+        hint = "It contains an adapter. Name the base model that the adapter was trained on."
     else:
-        hint = "Put the model there, or name the folder that holds it"
+        hint = "Put the model there, or name the folder that contains it."
     raise UserError(
-        f"model.name = '{folder}' is a folder here that holds no model: it has no config.json. There are: "
-        f"{_files(folder)}. {hint}. A model's folder holds config.json, model.safetensors, tokenizer.json and "
-        "tokenizer_config.json. If a model of the Hub is meant, run this where no folder has its name"
+        f"model.name = '{folder}' is a folder without a model: it has no config.json. There are: {_files(folder)}. "
+        f"{hint} A model's folder contains config.json, model.safetensors, tokenizer.json and tokenizer_config.json. "
+        "If you mean a model of the Hub, run fedsb in a directory without a folder of that name."
     )
 
 
@@ -187,9 +188,10 @@ def _files(folder: Path) -> str:
 
 
 def stay_offline_without_network() -> None:
-    """Sets HF_HUB_OFFLINE where the Hub's host has no address, so that nobody waits for a minute of retries.
+    """Sets HF_HUB_OFFLINE if the Hub's host has no address, which avoids a minute of retries.
 
-    To be called before huggingface_hub is imported, which reads it once. A proxy finds addresses by itself.
+    Call it before huggingface_hub is imported, which reads the variable once. With a proxy nothing is set, because the
+    proxy resolves addresses itself.
     """
     proxies = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
     if any(os.environ.get(name) for name in ("HF_HUB_OFFLINE", *proxies)):

@@ -1,6 +1,6 @@
-"""Finds what a base model can read: how many positions it has, and which tokens.
+"""What a base model can read: how many positions it has, and which tokens.
 
-Both are known from the architecture, so that `fedsb check` can say them without weights.
+Both follow from the architecture, so `fedsb check` can report them without weights.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ POSITIONS = re.compile(
 def usable_positions(model: Any) -> int | None:
     """Returns how many tokens a row may have; None for a model without a table of positions (RoPE, ALiBi, T5).
 
-    A table may reserve entries: RoBERTa starts after the position of its padding token, OPT and BART at an offset.
+    A table may have reserved entries: RoBERTa starts after the position of its padding token, OPT and BART at an
+    offset.
     """
     towers = other_towers(model)
 
@@ -41,7 +42,7 @@ def usable_positions(model: Any) -> int | None:
             found.append(len(weight) - reserved)
     found += [len(x) for name, x in model.named_buffers() if x.dim() >= 2 and is_table(name)]
     text = model.config.get_text_config() if hasattr(model, "config") else None
-    if text is not None and text.model_type == "mpt":  # ALiBi, made for this many positions
+    if text is not None and text.model_type == "mpt":  # ALiBi, for this many positions
         found.append(text.max_seq_len)
     if found and isinstance(stated := getattr(text, "max_position_embeddings", None), int):
         found.append(stated)
@@ -49,26 +50,25 @@ def usable_positions(model: Any) -> int | None:
 
 
 def check_positions(model: Any, config: ModelConfig) -> list[ResolvedSetting]:
-    """Returns a note for a window that is longer than the model was trained on.
+    """Returns a warning for a window that is longer than the model was trained on.
 
-    Raises UserError where the model has no position for the last tokens of such a row.
+    Raises UserError if the model has no position for the last tokens of such a row.
     """
     usable = usable_positions(model)
     if usable is not None and config.max_seq_length > usable:
         raise UserError(
-            f"model.max_seq_length = {config.max_seq_length}, but {config.name!r} has {usable} positions, so that "
-            f"it fails "
-            f"on a longer row. Set it to {usable} or less: --set model.max_seq_length={usable}"
+            f"model.max_seq_length = {config.max_seq_length}, but {config.name!r} has {usable} positions and fails on "
+            f"longer rows. Set it to {usable} or less: --set model.max_seq_length={usable}"
         )
     trained = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if usable is None and isinstance(trained, int) and config.max_seq_length > trained:
-        reason = f"warning: the model was made for {trained:,} positions; longer rows may be read badly"
+        reason = f"warning: the model was trained for {trained:,} positions; it may read longer rows badly"
         return [ResolvedSetting(key="model.max_seq_length", value=config.max_seq_length, reason=reason)]
     return []
 
 
 def check_tokens(model: Any, tokenizer: Any, examples: Iterable[Sequence[int]]) -> None:
-    """Raises UserError where a row holds a token that the model has no embedding for."""
+    """Raises UserError if a row contains a token for which the model has no embedding."""
     try:
         table = model.get_input_embeddings()
     except NotImplementedError:
@@ -79,14 +79,14 @@ def check_tokens(model: Any, tokenizer: Any, examples: Iterable[Sequence[int]]) 
     if largest >= table.num_embeddings:
         raise UserError(
             f"The rows contain token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}), but the model has "
-            f"embeddings for {table.num_embeddings:,} tokens only. The tokenizer has more tokens than the model: take "
+            f"embeddings for {table.num_embeddings:,} tokens only. The tokenizer has more tokens than the model. Use "
             "the tokenizer that belongs to it, or resize the model's embeddings and save it again "
             "(model.resize_token_embeddings)."
         )
 
 
 def batch_dependent_positions(model: Any, max_tokens: int) -> str | None:
-    """Returns why a row's positions depend on the longest row of its batch; None where they do not.
+    """Returns why a row's positions depend on the longest row of its batch; None if they do not.
 
     The rotary types "dynamic" and "longrope" change their frequencies once any row is longer than the original window.
     """

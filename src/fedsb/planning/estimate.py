@@ -188,7 +188,7 @@ def _refuse_missing_files(loaded: ResolvedConfig) -> None:
             load_table(path)
         except NotAvailableError as error:
             raise UserError(
-                f"{key} = {path!r}: {error}. The path is relative to the current folder. Correct it, or run this where "
+                f"{key} = {path!r}: {error} The path is relative to the current folder. Correct it, or run this where "
                 f"the file is. To check the run without its rows, add --set {key}=none."
             ) from error
 

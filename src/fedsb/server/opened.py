@@ -15,7 +15,7 @@ from fedsb.data.rows import Table
 from fedsb.data.tables import load_test, table_facts
 from fedsb.data.tasks.base import Task
 from fedsb.methods.base import Method, State
-from fedsb.models.load import load_tokenizer, tokenizer_fingerprint
+from fedsb.models.tokenizer import load_tokenizer, tokenizer_fingerprint
 from fedsb.privacy.policy import PrivacyPolicy, refuse_what_would_leak
 from fedsb.protocol.channel import Channel
 from fedsb.protocol.messages import Describe, DescribeReply, Prepare, PrepareReply
