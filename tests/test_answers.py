@@ -32,7 +32,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 def stories() -> Path:
     folder = SHARED / "models" / "stories260K"
     if not folder.is_dir() or not (SHARED / "data").is_dir():
-        pytest.skip("stories260K and the real data are not beside the repository, in ../shared")
+        pytest.skip("stories260K and the real data are not in ../shared")
     return folder
 
 
@@ -83,8 +83,8 @@ def test_a_run_and_its_reload(cli: Callable[..., Said], finished: dict[str, Any]
     assert rounds[1]["loss"] < 0.9 * rounds[0]["loss"] and rounds[1]["score"] is not None
     found = json.loads(cli("eval", result.folder, "--json").out)
     assert found["accuracy"] == result.score
-    assert {name: found[name] for name in COUNTS} == rounds[1]["beside"]
-    assert json.loads((result.folder / "result.json").read_text())["beside"] == rounds[1]["beside"]
+    assert {name: found[name] for name in COUNTS} == rounds[1]["extra_metrics"]
+    assert json.loads((result.folder / "result.json").read_text())["extra_metrics"] == rounds[1]["extra_metrics"]
     shown = cli("report", result.folder).out
     assert f"{len(read_rows(Path(found['answers'])))} cut" in shown
     lines = read_rows(Path(found["answers"]))
@@ -289,7 +289,7 @@ def test_what_went_wrong_is_counted_and_shown() -> None:
     from fedsb.data.grading.verdict import Verdict
     from fedsb.data.tasks.base import Question
     from fedsb.training.score import Score, mean_of
-    from fedsb.utils.formatting import beside_text, counts_text
+    from fedsb.utils.formatting import counts_text, extra_metrics_text
 
     def answered(written: Written, extracted: str | None, *, right: bool, fault: str | None = None) -> scoring.Answered:
         verdict = Verdict(right=right, extracted=extracted, fault=fault)
@@ -306,15 +306,15 @@ def test_what_went_wrong_is_counted_and_shown() -> None:
         "accuracy",
     )
     assert found == {"accuracy": 0.5, "cut": 2, "no_room": 1, "without_answer": 1, "grading_faults": 1}
-    beside = {name: found[name] for name in COUNTS}
-    assert counts_text(beside) == ", 2 cut, 1 no room, 1 without answer, 1 grading faults"
-    assert counts_text(dict.fromkeys(COUNTS, 0)) == "" == beside_text({})
-    assert beside_text({"f1": 0.5, "matthews": 0.25, "cut": 3}) == "f1 50.0\xa0%, matthews 0.25, 3 cut"
+    extra = {name: found[name] for name in COUNTS}
+    assert counts_text(extra) == ", 2 cut, 1 no room, 1 without answer, 1 grading faults"
+    assert counts_text(dict.fromkeys(COUNTS, 0)) == "" == extra_metrics_text({})
+    assert extra_metrics_text({"f1": 0.5, "matthews": 0.25, "cut": 3}) == "f1 50.0\xa0%, matthews 0.25, 3 cut"
     both = mean_of(
         {
-            "a": Score(value=0.5, count=4, beside={"cut": 2, "f1": 0.5}),
-            "b": Score(value=1, count=4, beside={"cut": 1, "f1": 1.0}),
+            "a": Score(value=0.5, count=4, extra_metrics={"cut": 2, "f1": 0.5}),
+            "b": Score(value=1, count=4, extra_metrics={"cut": 1, "f1": 1.0}),
         }
     )
-    assert (both.value, both.count, both.beside) == (0.75, 4, {"cut": 3, "f1": 0.75})
+    assert (both.value, both.count, both.extra_metrics) == (0.75, 4, {"cut": 3, "f1": 0.75})
     assert both.by_client == {"a": 0.5, "b": 1}

@@ -133,7 +133,7 @@ def read_run(folder: Path) -> Outcome:
     diverged = any(row["loss"] is not None and not math.isfinite(row["loss"]) for row in rounds)
     return {
         "score": None if diverged else found["score"],
-        "beside": found["beside"],
+        "extra_metrics": found["extra_metrics"],
         "scores_by_round": [row["score"] for row in rounds],
         "losses_by_round": [row["loss"] if row["loss"] and math.isfinite(row["loss"]) else None for row in rounds],
         "bytes_by_round": [row["up_bytes"] + row["down_bytes"] for row in rounds],

@@ -16,6 +16,7 @@ from typing import Any
 from fedsb.comparison.cells import Outcome, portable
 from fedsb.comparison.search import Tried, at_an_end
 from fedsb.config.load import ResolvedConfig
+from fedsb.reporting.run_directory import extra_metrics
 
 Json = dict[str, Any]
 SHARES = ("accuracy", "exact_match", "pass@1")  # metrics that are a share of the test's rows
@@ -88,7 +89,7 @@ def row_of(entry: Entry, reference: Entry, target: float | None, higher_is_bette
         "scores": [None if cell is None else cell["score"] for cell in entry.seeds],
         "score": spread([cell["score"] for cell in cells]),
         "test_error": test_error(cells),
-        "beside": beside(cells),
+        "extra_metrics": extra_metric_spreads(cells),
         "difference": difference(entry, reference, higher_is_better) if entry != reference else None,
         "bytes": {
             key: mean([total["with_head"][key] for total in totals]) for key in ("one_off", "up", "down", "total")
@@ -127,9 +128,9 @@ def spread(values: Sequence[float]) -> Json | None:
     return {"mean": fmean(values), "sd": stdev(values) if len(values) > 1 else None}
 
 
-def beside(cells: Sequence[Outcome]) -> Json:
-    """What every cell has beside its score, by name: mean and sd. Cells of older versions have nothing."""
-    found: list[Json] = [cell.get("beside", {}) for cell in cells]
+def extra_metric_spreads(cells: Sequence[Outcome]) -> Json:
+    """Returns the mean and sd of every extra metric that all cells have, by name."""
+    found: list[Json] = [extra_metrics(cell) for cell in cells]
     names = [name for name in (found[0] if found else ()) if all(name in one for one in found)]
     return {name: spread([one[name] for one in found]) for name in names}
 

@@ -19,6 +19,7 @@ from statistics import fmean, median, pstdev
 from typing import TYPE_CHECKING, Any
 
 from fedsb.reporting import charts
+from fedsb.reporting.run_directory import extra_metrics
 from fedsb.reporting.warnings import run_warnings
 from fedsb.utils import formatting
 from fedsb.utils.errors import UserError
@@ -107,7 +108,7 @@ def _headline(run: RunFiles) -> Json:
         "metric": task.get("metric"),
         "higher_is_better": task.get("higher_is_better", True),
         "score": run.score[0],
-        "beside": (run.result or {}).get("beside") or {},
+        "extra_metrics": extra_metrics(run.result or {}),
         "before": number(before.get("score")),
         "majority": number(before.get("majority")),
         "majority_of_test": number(before.get("majority_of_test")),
@@ -187,7 +188,7 @@ def write_report(run_dir: Path) -> Path:
     }
     templates.filters["three"] = formatting.three_text
     templates.filters["epsilon"] = formatting.epsilon_text
-    templates.filters["beside"] = formatting.beside_text
+    templates.filters["extra_metrics"] = formatting.extra_metrics_text
     templates.filters["gap"] = lambda gap: score(abs(gap)).replace("%", "points")
     page = templates.get_template("report.html.j2").render(
         m=run.manifest,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,3 +49,11 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             break
     return rows
+
+
+def extra_metrics(row: Mapping[str, Any]) -> dict[str, float]:
+    """Returns the extra metrics of a score in rounds.jsonl, result.json or cells.json.
+
+    Version 0.1 wrote them as "beside".
+    """
+    return dict(row.get("extra_metrics") or row.get("beside") or {})

@@ -15,7 +15,7 @@ from fedsb.adapters.serving import serving_lines
 from fedsb.config.resolved import ResolvedSetting
 from fedsb.data.card import WARNING, shown_lines
 from fedsb.protocol.prices import bytes_line
-from fedsb.utils.formatting import beside_text, bytes_text, counts_text, epsilon_text, score_text, seconds_text
+from fedsb.utils.formatting import bytes_text, counts_text, epsilon_text, extra_metrics_text, score_text, seconds_text
 
 PLAIN: dict[str, Any] = {"box": None, "padding": (0, 2, 0, 0)}  # tables without lines
 COLUMNS = ("round", "loss", "score", "up", "down", "seconds", "left", "dropped")
@@ -88,7 +88,7 @@ class Terminal:
     def round(self, row: Mapping[str, Any], rounds: int) -> None:
         self.seconds += row["seconds"]
         left = self.seconds / (len(self.rows) + 1) * (rounds - row["round"])
-        metric = "" if row["score"] is None else f"{row['score']:.4f}{counts_text(row['beside'])}"
+        metric = "" if row["score"] is None else f"{row['score']:.4f}{counts_text(row['extra_metrics'])}"
         cells = [
             f"{row['round']}/{rounds}",
             "" if row["loss"] is None else f"{row['loss']:.4f}",
@@ -178,7 +178,7 @@ def print_summary(folder: Path, found: Mapping[str, Any]) -> None:
             f"  {found['metric']:<16}{show(found['score'])}" + (f"  ({', '.join(against)})" if against else "")
         )
         plain = found["metric"] == "accuracy"  # which needs no other metric to be understood
-        if text := counts_text(found["beside"], "") if plain else beside_text(found["beside"]):
+        if text := counts_text(found["extra_metrics"], "") if plain else extra_metrics_text(found["extra_metrics"]):
             console.print(f"{'':<18}{text}")
     totals = found["bytes"]["federation"]["with_head"]
     console.print(

@@ -80,20 +80,22 @@ def score_text(metric: str, *, unit: bool = True) -> Show:
     return plain_text
 
 
-def beside_text(beside: Mapping[str, float]) -> str:
-    """What stands beside a score, "F1 81.2 %, matthews 0.62", its counts last."""
+def extra_metrics_text(extra_metrics: Mapping[str, float]) -> str:
+    """Returns the extra metrics of a score as text, "F1 81.2 %, matthews 0.62", its counts last."""
     shown = [
         f"{name.replace('_', ' ')} {score_text(name)(value)}"
-        for name, value in beside.items()
+        for name, value in extra_metrics.items()
         if not isinstance(value, int)
     ]
-    return ", ".join(shown) + counts_text(beside, ", " if shown else "")
+    return ", ".join(shown) + counts_text(extra_metrics, ", " if shown else "")
 
 
-def counts_text(beside: Mapping[str, float], before: str = ", ") -> str:
-    """The counts among what stands beside a score, "3 cut, 1 without answer", but for those that are 0."""
+def counts_text(extra_metrics: Mapping[str, float], before: str = ", ") -> str:
+    """Returns the counts among the extra metrics that are not 0, "3 cut, 1 without answer"."""
     named = [
-        f"{value:,} {name.replace('_', ' ')}" for name, value in beside.items() if isinstance(value, int) and value
+        f"{value:,} {name.replace('_', ' ')}"
+        for name, value in extra_metrics.items()
+        if isinstance(value, int) and value
     ]
     return before + ", ".join(named) if named else ""
 
