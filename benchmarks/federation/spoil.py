@@ -53,7 +53,7 @@ def verb_and_round(request: bytes) -> tuple[str, int]:
 
 def open_handle(folder: Path) -> Handle:
     """A real site's handle, whose answers are spoiled as spoil.json says."""
-    from fedsb.client.handler import open_handle as open_real
+    from fedsb.deployment.site_folder import open_handle as open_real
 
     real, announce, last = open_real(folder), announcer(folder), [b""]
     wanted = folder / "spoil.json"
@@ -118,9 +118,9 @@ def node_twice() -> None:
         push(self, node, reply)
         try:
             push(self, node, reply)
-            flower_client.say("brought twice")
+            flower_client.log_event("brought twice")
         except Exception as error:
-            flower_client.say("the second was refused", reason=repr(error))
+            flower_client.log_event("the second was refused", reason=repr(error))
 
     flower_client.FlowerNode._push = twice  # type: ignore[method-assign]
     flower_client.run_child(flower_client.main)

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 from conftest import Said
-from fedsb.deployment import serve_init
+from fedsb.deployment import create_federation
 from fedsb.deployment.federation import read_federation
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    serve_init(tmp_path / "fed", ["a", "b"], ["localhost"])
+    create_federation(tmp_path / "fed", ["a", "b"], ["localhost"])
     return Path("fed")
 
 
@@ -115,6 +115,6 @@ def test_a_site_that_is_stopped_says_so(
         raise KeyboardInterrupt
 
     Path("rows.jsonl").write_text('{"text": "x", "label": "y"}\n')
-    monkeypatch.setattr("fedsb.deployment.supervise.Supervisor.watch", interrupted)
+    monkeypatch.setattr("fedsb.deployment.supervisor.Supervisor.watch", interrupted)
     said = cli("join", folder / "joins" / "a.join", "--data", "rows.jsonl")
     assert said.code == 130 and "a is stopped. The same command lets it take part again." in said.err

@@ -58,7 +58,7 @@ def course(monkeypatch: pytest.MonkeyPatch) -> Any:
 
         monkeypatch.setattr(flower_client.time, "sleep", sleep)
         monkeypatch.setattr(flower_client.time, "monotonic", lambda: clock[0])
-        monkeypatch.setattr(flower_client, "say", lambda event, **facts: said.append(event))
+        monkeypatch.setattr(flower_client, "log_event", lambda event, **facts: said.append(event))
         with pytest.raises(UserError if ends else EndedError, match=ends):
             Node(steps).serve(lambda request: request)
         return pauses, said
@@ -127,7 +127,7 @@ def test_no_error_ends_the_heartbeat(
     node._client, node._node = Client(), Node_(node_id=7)  # type: ignore[assignment]
     monkeypatch.setattr(node, "_activate", activate)
     monkeypatch.setattr(flower_client.time, "sleep", sleep)
-    monkeypatch.setattr(flower_client, "say", lambda event, **facts: said.append((event, facts["reason"])))
+    monkeypatch.setattr(flower_client, "log_event", lambda event, **facts: said.append((event, facts["reason"])))
     with pytest.raises(EndedError):
         node._beat()
     assert said == [("no heartbeat", f"{type(error).__name__}: {error}")] * 3

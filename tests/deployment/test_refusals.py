@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from fedsb.config.load import load_config
-from fedsb.deployment import certificates, renew, serve, serve_init
+from fedsb.deployment import certificates, create_federation, renew, serve
 from fedsb.deployment.certificates import tls_client
 from fedsb.deployment.coordinate import prepare
 from fedsb.deployment.flower_client import _raise_if_final
@@ -34,7 +34,7 @@ def made_in_the_past(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     with monkeypatch.context() as patched:
         clock = SimpleNamespace(datetime=Past, timedelta=datetime.timedelta, UTC=datetime.UTC)
         patched.setattr(certificates, "datetime", clock)
-        serve_init(folder, ["north"], ["localhost"])
+        create_federation(folder, ["north"], ["localhost"])
     return folder
 
 
@@ -74,7 +74,7 @@ def test_a_site_that_meets_an_expired_certificate_says_so(tmp_path: Path, monkey
 
 def test_other_settings_under_the_same_name_are_named(tmp_path: Path) -> None:
     config = {"name": "one", "model": {"name": "minilm"}, "data": {"train": "x"}, "task": {"kind": "classification"}}
-    serve_init(tmp_path / "fed", ["north"], ["localhost"])
+    create_federation(tmp_path / "fed", ["north"], ["localhost"])
     folder = prepare(tmp_path / "fed", load_config({**config, "rounds": 3}))
     prepare(tmp_path / "fed", load_config({**config, "rounds": 4}))  # nothing has begun
     folder.mkdir()

@@ -18,8 +18,8 @@ import pytest
 
 pytest.importorskip("cryptography")
 
-from fedsb.deployment.federation import revoke, serve_init
-from fedsb.deployment.join_file import keep_join_file
+from fedsb.deployment.federation import create_federation, revoke
+from fedsb.deployment.join_file import store_join_file
 from fedsb.deployment.monitoring import health, metrics, show, state_of
 from fedsb.deployment.monitoring.web import open_web
 from fedsb.utils.errors import UserError
@@ -43,7 +43,7 @@ def sent(round: int, client: str, direction: str) -> dict[str, Any]:
 def coordinator(tmp_path: Path) -> Path:
     """Three of five rounds are done, b was dropped from the second, and this process is all of its processes."""
     folder = tmp_path / "fed"
-    serve_init(folder, ["a", "b", "c"], ["localhost"], 23456)
+    create_federation(folder, ["a", "b", "c"], ["localhost"], 23456)
     revoke(folder, "c")
     run = folder / "runs" / "trec"
     (run / "checkpoints").mkdir(parents=True)
@@ -67,9 +67,9 @@ def coordinator(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def site(tmp_path: Path) -> Path:
-    (join,) = serve_init(tmp_path / "co", ["a"], ["localhost"], 23456)
+    (join,) = create_federation(tmp_path / "co", ["a"], ["localhost"], 23456)
     folder = tmp_path / "a"
-    keep_join_file(join, folder)
+    store_join_file(join, folder)
     (folder / "site.toml").write_text("data = 'rows.jsonl'\n[allow]\nrounds = 9\n")
     lines = [
         {"time": "2026-01-01T00:00:00+00:00", "what": "round", "round": n, "bytes": 50, "sha256": "x"} for n in (1, 2)
@@ -81,7 +81,7 @@ def site(tmp_path: Path) -> Path:
     facts = {"run": "abc", "config": {"name": "trec", "rounds": 5, "method": {"name": "fed-sb"}}}
     (rounds.parent / "run.json").write_text(json.dumps(facts))
     log(folder, "node", ["trouble", "active"])
-    alive(folder, "trainer", "node")
+    alive(folder, "worker", "node")
     return folder
 
 
@@ -224,7 +224,7 @@ def test_a_run_that_was_refused_does_not_hide_the_one_before(coordinator: Path) 
 
 
 def test_a_first_run_that_was_refused_is_a_fault(tmp_path: Path) -> None:
-    serve_init(tmp_path / "fed", ["a"], ["localhost"])
+    create_federation(tmp_path / "fed", ["a"], ["localhost"])
     (tmp_path / "fed" / "runs").mkdir()
     (tmp_path / "fed" / "runs" / "cola.json").write_text(json.dumps({"name": "cola", "rounds": 14}))
     log(tmp_path / "fed", "supervisor", ["started", "ended"], how="failed", reason="a: its rules refuse this run")

@@ -133,9 +133,9 @@ def run(
 
     loaded = load(config, overrides)
     if engine is Engine.flower:
-        from fedsb.deployment.rehearsal import rehearse
+        from fedsb.deployment.local_federation import run_local_federation
 
-        _print_result(rehearse(loaded), as_json)
+        _print_result(run_local_federation(loaded), as_json)
         return
     with _watched(Path(loaded.config.out) / loaded.config.name, as_json, verbose=verbose) as display:
         result = federate(loaded, display)

@@ -97,7 +97,7 @@ def serve(
 
     check_options(context, SERVE)
     if init:
-        paths = register.serve_init(folder, site, host, register.PORT if port is None else port)
+        paths = register.create_federation(folder, site, host, register.PORT if port is None else port)
         for name, path in zip(site, paths, strict=True):
             typer.echo(f"{path}\n    {_to_whom(name, path)}")
         if site:
@@ -182,7 +182,7 @@ def join(
     """Take part in a federation, until it is stopped. What this site allows is in its site.toml."""
     from fedsb.client.policy import fingerprint
     from fedsb.deployment import run
-    from fedsb.deployment.join_file import CARD, keep_join_file, make_keys, update_directory
+    from fedsb.deployment.join_file import CARD, make_keys, store_join_file, update_directory
 
     check_options(context, JOIN)
     here = folder or Path(join_file.name.removesuffix(".join").removesuffix(CARD))
@@ -194,7 +194,7 @@ def join(
             f"fingerprint {fingerprint(bytes.fromhex(card.identity))}\n    to tell the other sites, by another way"
         )
         return
-    site = keep_join_file(join_file, here).site
+    site = store_join_file(join_file, here).site
     if directory is not None:
         found = update_directory(here, directory)
         typer.echo(f"{here} knows {len(found.sites)} sites: {', '.join(found.sites)}")

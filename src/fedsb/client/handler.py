@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
 from fedsb.client.outbox import Outbox
-from fedsb.client.policy import SITE, SiteConfig, load_site, refuse_payload, refuse_run
+from fedsb.client.policy import SiteConfig, refuse_payload, refuse_run
 from fedsb.client.session import Identity, Participant
 from fedsb.client.store import Store
 from fedsb.config.load import load_config
@@ -240,17 +237,6 @@ def _in_words(note: Note) -> str:
 def _finite(loss: float | None) -> float | None:
     """A loss that is no number is not told: the update shows what is wrong."""
     return loss if loss is not None and math.isfinite(loss) else None
-
-
-def open_handle(folder: Path) -> SiteHandle:
-    """What `fedsb join` keeps running: of a site's folder with its site.toml and the join file that it keeps."""
-    from fedsb.deployment.join_file import KEPT, read_join_file
-
-    join = read_join_file(folder / KEPT)
-    key = Ed25519PrivateKey.from_private_bytes(bytes.fromhex(join.identity))
-    directory = {name: bytes.fromhex(public) for name, public in join.directory.sites.items()}
-    identity = Identity(name=join.site, key=key, directory=directory)
-    return SiteHandle(folder, load_site(folder / SITE), identity, partial(print, flush=True))
 
 
 def refuse_versions(theirs: Mapping[str, str]) -> None:

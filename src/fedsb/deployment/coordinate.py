@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fedsb.config.load import ResolvedConfig, difference, load_config
 from fedsb.config.schema import Config
-from fedsb.deployment.federation import read_federation
+from fedsb.deployment.registry import read_federation
 from fedsb.methods.base import Method
 from fedsb.protocol.channel import Channel
 from fedsb.reporting.run_directory import read_manifest

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fedsb.client.policy import SITE, SiteConfig, fingerprint, load_site, refuse_peers, refuse_run, refuse_sum
-from fedsb.deployment.join_file import KEPT, read_join_file
+from fedsb.deployment.join_file import JOIN_FILE, read_join_file
 from fedsb.utils.errors import UserError
 
 SECONDS = 10.0
@@ -17,7 +17,7 @@ SHOWN = 12  # labels
 
 def check_site(folder: Path, config: str | None) -> Iterator[str]:
     """A line for each thing that is well. Raises UserError at the first that is not."""
-    join = read_join_file(folder / KEPT)
+    join = read_join_file(folder / JOIN_FILE)
     yield f"join file: site {join.site} of federation {join.federation}, whose sites are, by fingerprint of their key:"
     for name, key in sorted(join.directory.sites.items()):
         yield f"  {fingerprint(bytes.fromhex(key))}  {name}"
@@ -38,16 +38,16 @@ def _rows(folder: Path, site: SiteConfig, config: str | None) -> Iterator[str]:
         yield f"rows: {len(table.rows):,} with the columns {', '.join(table.columns)}"
         yield "not tried: the run's own needs; name its TOML with --config"
         return
-    from fedsb.client.handler import open_handle
     from fedsb.client.session import Participant
     from fedsb.config.find import load
+    from fedsb.deployment.site_folder import identity_of
     from fedsb.methods import build_method
     from fedsb.training.resolved import sum_threshold
 
     settings = load(config, []).config
     refuse_run(site.allow, settings, build_method(settings.method.name, settings.method.options))
     yield "rules: this site takes part in such a run"
-    identity = open_handle(folder).identity
+    identity = identity_of(read_join_file(folder / JOIN_FILE))
     if settings.server.secure_aggregation:
         others = {name: key for name, key in identity.directory.items() if name != identity.name}
         _, threshold = sum_threshold(settings.server, len(identity.directory))

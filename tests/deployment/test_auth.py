@@ -15,8 +15,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 
-from fedsb.deployment import read_join_file, revoke, serve_init
-from fedsb.deployment.door import PATHS, AuthMiddleware, Limits, TrafficCounter
+from fedsb.deployment import create_federation, read_join_file, revoke
+from fedsb.deployment.auth import PATHS, AuthMiddleware, Limits, TrafficCounter
 from fedsb.deployment.federation import SiteRegistry
 
 PULL, PUSH, OBJECT = (f"/v1/fleet/{call}" for call in ("pull-messages", "push-messages", "push-object"))
@@ -65,7 +65,7 @@ class Doorway:
 
 @pytest.fixture
 def doorway(tmp_path: Path) -> Doorway:
-    serve_init(tmp_path, ["a", "b"], ["localhost"])
+    create_federation(tmp_path, ["a", "b"], ["localhost"])
     return Doorway(tmp_path, Limits(body_bytes=100, answer_bytes=250))
 
 
