@@ -80,6 +80,16 @@ def contenders_of(loaded: ResolvedConfig) -> list[Contender]:
     return found
 
 
+def methods_to_price(loaded: ResolvedConfig) -> list[Method]:
+    """Returns the methods in [compare] that send something, for `fedsb check`; none if [compare] has errors."""
+    if not (loaded.config.compare.methods or loaded.config.compare.contenders):
+        return []
+    try:
+        return [contender.method for contender in contenders_of(loaded) if not contender.is_control]
+    except UserError:  # `fedsb compare` reports it
+        return []
+
+
 def _named(asked: CompareConfig, faults: list[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Names and what is set for them: first the methods, at every rank, then the contenders."""
     for text in asked.methods:

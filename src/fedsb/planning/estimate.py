@@ -19,7 +19,6 @@ import torch
 from fedsb.adapters.adapted import AdaptedModel, Shapes, block_layers, find_targets, left_out
 from fedsb.adapters.basis import check_rank
 from fedsb.adapters.layer import is_linear, linear_shape
-from fedsb.comparison.contenders import Contender, contenders_of
 from fedsb.config.load import ResolvedConfig, unused_settings
 from fedsb.config.resolved import ResolvedSetting
 from fedsb.config.schema import Config
@@ -60,7 +59,7 @@ TRIED_SHARE = 0.5  # of the device's memory: a model whose weights take more is 
 OVERHEAD = 1.5  # of a real step over its matrix products, as seen with MiniLM on two cores
 
 
-def estimate(loaded: ResolvedConfig) -> dict[str, Any]:
+def estimate(loaded: ResolvedConfig, also: Sequence[Method] = ()) -> dict[str, Any]:
     """Everything `fedsb check` prints. Raises UserError for faults of settings, data and model."""
     if loaded.config.data.train is None and "engine.name" not in loaded.origin:
         loaded = _as_served(loaded)
@@ -103,7 +102,6 @@ def estimate(loaded: ResolvedConfig) -> dict[str, Any]:
     ranks, rank_settings = _ranks(config, method, adapted.shapes, names, data)
     cohort = min(config.server.clients_per_round or len(names), len(names))
     bill = basis_values(config.basis, method, adapted.shapes)
-    contenders = _rivals(loaded)
     prices = price_list(
         method,
         adapted.shapes,
@@ -115,7 +113,7 @@ def estimate(loaded: ResolvedConfig) -> dict[str, Any]:
         refreshes=len(refreshes(config, method)),
         codec=config.server.codec,
         whole=whole_broadcasts(names, config, method, ranks),
-        also=[contender.method for contender in contenders if not contender.is_control],
+        also=also,
     )
     traffic = method.traffic(adapted.shapes, head=head, clients=cohort)
     privacy, seconds, seconds_reason = None, None, "not known: it depends on the rows"
@@ -156,7 +154,7 @@ def estimate(loaded: ResolvedConfig) -> dict[str, Any]:
             for way, values in (("up", traffic.up), ("down", traffic.down))
         },
         "prices": [price.as_dict() for price in prices],
-        "compared": [f"{contender.method.spec.id} (rank {contender.method.rank})" for contender in contenders],
+        "compared": [f"{method.spec.id} (rank {method.rank})" for method in also],
         "privacy": privacy,
         **memory,
         "seconds": seconds,
@@ -216,14 +214,6 @@ def _as_served(loaded: ResolvedConfig) -> ResolvedConfig:
     served = config.model_copy(update={"engine": config.engine.model_copy(update={"name": "flower"})})
     why = "auto: data.train is not set, so the rows are at the sites of `fedsb serve`"
     return replace(loaded, config=served, origin={**loaded.origin, "engine.name": why})
-
-
-def _rivals(loaded: ResolvedConfig) -> list[Contender]:
-    """What [compare] names, to be priced too; what is wrong with it, `fedsb compare` says."""
-    try:
-        return contenders_of(loaded) if loaded.config.compare.methods or loaded.config.compare.contenders else []
-    except UserError:
-        return []
 
 
 def _public_rows(config: Config, task: Task) -> list[str]:

@@ -28,7 +28,7 @@ class Terminal:
     """Watches a run: a table that grows by a row a round; on anything but a terminal, a line a round."""
 
     def __init__(self, *, quiet: bool = False, verbose: bool = False) -> None:
-        self.console = _console(stderr=quiet)
+        self.console = plain_console(stderr=quiet)
         self.quiet, self.verbose = quiet, verbose
         self.rows: list[list[str]] = []
         self.live: Live | None = None
@@ -118,7 +118,7 @@ class Terminal:
 
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
     """Rows of one shape on stdout: a table where it fits, else a paragraph a row."""
-    console = _console()
+    console = plain_console()
     cells = [[_cell(value) for value in row.values()] for row in rows]
     widths = [max(map(len, column)) + 2 for column in zip(list(rows[0]), *cells, strict=True)]
     if sum(widths) <= console.width:
@@ -137,7 +137,7 @@ def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
 
 def print_predictions(rows: Sequence[Mapping[str, Any]]) -> None:
     """Prints predictions with the rows that they are of: a line each, or two where the model wrote."""
-    console = _console()
+    console = plain_console()
     shown = [_cell(row["prediction"]) for row in rows]
     width, digits = max(map(len, shown)), len(str(len(rows)))
     for number, (row, prediction) in enumerate(zip(rows, shown, strict=True), start=1):
@@ -164,7 +164,7 @@ def print_summary(folder: Path, found: Mapping[str, Any]) -> None:
     """The headline of a run: score, bytes, adapter."""
     from fedsb.reporting.run_directory import read_manifest, read_result
 
-    console = _console(soft_wrap=True)
+    console = plain_console(soft_wrap=True)
     manifest, result = read_manifest(folder), read_result(folder)
     show = score_text(found["metric"])
     state = "finished" if found["finished"] else f"{found['rounds']} of {found['rounds_planned']} rounds"
@@ -206,24 +206,9 @@ def print_summary(folder: Path, found: Mapping[str, Any]) -> None:
         console.print(f"\nLoad it:\n\n{result['load']}\n")
 
 
-def print_comparison(folder: Path, found: Mapping[str, Any]) -> None:
-    """What `fedsb compare` prints at its end: scores, bytes, and where the page is."""
-    from fedsb.comparison.table import byte_table, notes, score_table
-
-    console = _console(soft_wrap=True)
-    console.print(f"\n{found['name']}:\n")
-    for table in (score_table(dict(found)), byte_table(dict(found))):
-        print_table(table)
-        console.print()
-    for line in notes(dict(found)):
-        console.print(f"  {line}")
-    console.print(f"\n  page            {folder / 'comparison.html'}")
-    console.print(f"  as data         {folder / 'comparison.json'}, {folder / 'cells.json'}")
-
-
 def print_estimate(found: Mapping[str, Any], *, verbose: bool) -> None:
     """Prints what `fedsb check` found: data, bytes, memory, time, privacy, warnings; all settings with `verbose`."""
-    console, terminal = _console(), Terminal(verbose=verbose)
+    console, terminal = plain_console(), Terminal(verbose=verbose)
     for line in shown_lines(found["data"]) if found["data"] else ():
         terminal.note(line)
     terminal.settings([ResolvedSetting(**choice) for choice in found["settings"]])
@@ -299,7 +284,7 @@ def print_promise(console: Console, promised: Mapping[str, Any]) -> None:
 
 def print_audit(found: Mapping[str, Any]) -> None:
     """What `fedsb audit` prints: the stated epsilon, what the canaries showed, and what that means."""
-    console = _console(soft_wrap=True)
+    console = plain_console(soft_wrap=True)
     console.print(
         f"\n{found['name']}, {found['client']}: {found['steps']} noised sums of {found['rounds']} rounds, "
         f"{found['q']:.2%} sampled, noise multiplier {found['sigma']:.4g}, delta {found['delta']:.2g}"
@@ -316,7 +301,7 @@ def print_audit(found: Mapping[str, Any]) -> None:
     console.print(f"  as data         {found['folder']}/audit.json")
 
 
-def _console(**options: Any) -> Console:
+def plain_console(**options: Any) -> Console:
     """Prints texts as they are: a client may be called "[/]" or ":smile:"."""
     return Console(highlight=False, markup=False, emoji=False, **options)
 

@@ -120,7 +120,7 @@ def _processes(folder: Path, now: float, log: Sequence[Json]) -> list[Json]:
 
 
 def _start_time(pid: int) -> float | None:
-    """Returns when a process was started, in seconds since 1970; 0 if unknown (not Linux); None if it does not exist."""
+    """Returns when a process was started, in seconds since 1970; 0 if unknown; None if it does not exist."""
     try:
         if not Path("/proc/stat").exists():
             os.kill(pid, 0)

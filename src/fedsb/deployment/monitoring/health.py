@@ -19,8 +19,8 @@ START_SECONDS = 60.0  # before a site that has not connected yet is a warning
 SLACK_SECONDS = 300.0  # after a round's own deadline
 SOON_SECONDS = 30 * 86400.0
 KILLED = (
-    "All processes were killed (a power cut, kill -9, out of memory). Completed rounds are on disk. Start it again with "
-    "the same command."
+    "All processes were killed (a power cut, kill -9, out of memory). Completed rounds are on disk. Repeat the same "
+    "command to continue."
 )
 
 Messages = Iterator[tuple[str, str]]  # kind, text
