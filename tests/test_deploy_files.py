@@ -16,6 +16,7 @@ import typer
 import yaml
 
 from fedsb.cli.app import app
+from fedsb.cli.renamed import new_arguments
 
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy"
@@ -71,9 +72,12 @@ def _line(text: str) -> list[str]:
 
 @pytest.mark.parametrize(("where", "arguments"), list(commands()))
 def test_every_command_parses(where: str, arguments: list[str]) -> None:
-    name, *rest = arguments
-    assert name in CLI.commands, where
-    CLI.commands[name].make_context(name, rest)
+    command, (rest, _) = CLI, new_arguments(arguments)
+    while hasattr(command, "commands"):
+        name, *rest = rest
+        assert name in command.commands, where
+        command = command.commands[name]
+    command.make_context(name, rest)
 
 
 def test_there_are_commands_of_every_kind() -> None:

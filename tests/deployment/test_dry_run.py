@@ -14,7 +14,7 @@ import pytest
 
 from conftest import Said, set_all, write_rows, write_toml
 from fedsb.deployment import create_federation
-from fedsb.deployment.federation import SERVER, SERVER_KEY
+from fedsb.deployment.registry import SERVER, SERVER_KEY
 from fedsb.reporting.run_directory import read_rows
 from support.architectures import build
 

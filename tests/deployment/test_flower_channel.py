@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 from flwr.app import Error, Message, RecordDict
-from flwr.shared.constant import ErrorCode
+from flwr.common.constant import ErrorCode
 
 from fedsb.channels import flower as grid_channel
 from fedsb.channels.flower import GridChannel

@@ -43,7 +43,7 @@ def test_a_coordinator_with_an_expired_certificate_does_not_start(
 ) -> None:
     folder = made_in_the_past(tmp_path / "fed", monkeypatch)
     with pytest.raises(
-        UserError, match=r"the server's certificate expired on 20.*: renew it, `fedsb serve .* --renew`"
+        UserError, match=r"The server's certificate expired on 20.*Renew it with `fedsb federation renew .*`"
     ):
         serve(folder)
     renew(folder, [])
@@ -68,7 +68,7 @@ def test_a_site_that_meets_an_expired_certificate_says_so(tmp_path: Path, monkey
         with httpx.Client(verify=trust) as client, pytest.raises(httpx.ConnectError) as met:
             client.post(f"https://localhost:{port}/")
         thread.join(10)
-    with pytest.raises(UserError, match=r"certificate of the coordinator at localhost:1 has expired.*--renew"):
+    with pytest.raises(UserError, match=r"certificate of the coordinator at localhost:1 has expired.*fedsb federation renew"):
         _raise_if_final(met.value, "localhost:1")
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import uvicorn
 from flwr.app import Message
+from flwr.common.serde import message_to_proto
 from flwr.proto.message_pb2 import PullObjectResponse
-from flwr.shared.serde import message_to_proto
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
 from flwr.supercore.task_identity import TaskIdentity
@@ -153,4 +153,4 @@ def test_an_answer_that_breaks_off_is_lost() -> None:
     client.lost = True
     with pytest.raises(ObjectPullError):
         grid.pull_messages(["asked"])
-    assert not grid._coming
+    assert not grid._partial

@@ -17,9 +17,9 @@ from typing import Protocol
 
 import httpx
 from flwr.app import Message
+from flwr.common.constant import ErrorCode
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
-from flwr.shared.constant import ErrorCode
 from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
 
 from fedsb.channels.flower_wire import KIND, pack, unpack

@@ -16,6 +16,7 @@ from typing import TypeVar, cast
 
 import httpx
 from flwr.app import Message
+from flwr.common.serde import run_from_proto
 from flwr.proto.control_pb2 import StartRunRequest
 from flwr.proto.fab_pb2 import Fab
 from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest
@@ -25,7 +26,6 @@ from flwr.proto.runtime_pb2 import (
     PullTaskInputRequest,
     PushTaskOutputRequest,
 )
-from flwr.shared.serde import run_from_proto
 from flwr.supercore.constant import TaskType
 from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http

@@ -68,7 +68,7 @@ async def _serve(folder: Path, local: Path, host: str, port: int, limits: Limits
 
 async def _watch(flower: FastAPI, registry: Callable[[], Federation], traffic: TrafficCounter, path: Path) -> None:
     """Registers new sites of the registry with Flower, and writes the traffic to `path`, once a second."""
-    from flwr.shared.constant import HEARTBEAT_MIN_INTERVAL, NOOP_ACCOUNT_NAME, NOOP_FLWR_AID
+    from flwr.common.constant import HEARTBEAT_MIN_INTERVAL, NOOP_ACCOUNT_NAME, NOOP_FLWR_AID
 
     state, known, written = flower.state.linkstate_factory.state(), set(), 0
     while True:
