@@ -48,7 +48,7 @@ def site_of(folder: Path, port: int, data: Path, allow: str = "") -> list[str]:
     here = folder / "here"
     here.mkdir()
     (here / "site.toml").write_text(f"data = '{data}'\n[allow]\n{allow}\n")
-    return ["join", str(join), "--folder", str(here), "--dry-run"]
+    return ["site", "check", str(join), "--folder", str(here)]
 
 
 def test_all_is_well(
@@ -128,7 +128,7 @@ def test_rows_that_are_not_there_are_not_kept(
     cli: Callable[..., Said], tables: tuple[Path, Path], tmp_path: Path
 ) -> None:
     (join,) = create_federation(tmp_path / "fed", ["a"], ["127.0.0.1"], 1)
-    command = ["join", str(join), "--folder", str(tmp_path / "here"), "--dry-run", "--data"]
+    command = ["site", "check", str(join), "--folder", str(tmp_path / "here"), "--data"]
     said = cli(*command, str(tmp_path / "none.jsonl"))
-    assert said.code == 1 and "there is no file" in said.err
+    assert said.code == 1 and "none.jsonl does not exist" in said.err
     assert "rows: 90" in cli(*command, str(tables[0])).out

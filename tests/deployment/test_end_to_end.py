@@ -225,7 +225,7 @@ def test_who_is_not_let_in(federation: Federation, tmp_path: Path) -> None:
     )
     federation.start("d", tmp_path / "other" / "joins" / "d.join")
     federation.start("e", tmp_path / "stranger.join")
-    for name, why in (("d", "is not the coordinator of this join file"), ("e", "this key is of no site")):
+    for name, why in (("d", "is not the coordinator of this join file"), ("e", "does not belong to a site")):
         process = federation.processes[name]
         assert process.wait(90) == 1 and process.stderr is not None
         assert why in process.stderr.read()

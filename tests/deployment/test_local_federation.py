@@ -30,4 +30,4 @@ def test_real_processes_make_the_same_adapter(
         assert left[:3] == ["look", "open", "start"]
         assert left[-1] == "finish"
     assert json.loads((there / "result.json").read_text())["score"] is not None
-    assert "is there already" in cli("run", path, "--engine", "flower").err
+    assert "already exists" in cli("run", path, "--engine", "flower").err

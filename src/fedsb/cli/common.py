@@ -59,7 +59,7 @@ def _how_to_resume(folder: Path) -> str:
     if not folder.is_dir():
         return f"  The folder {folder} does not exist. If it was deleted or moved during the run, start the run again."
     if not (folder / "manifest.json").exists():
-        return f"  {folder} contains no run. Start it again."
+        return f"  No run exists in {folder}. Start it again."
     return f"  Completed rounds are in {folder}. To resume:\n    fedsb resume {shlex.quote(str(folder))}"
 
 
