@@ -407,7 +407,7 @@ def test_the_kept_cells(tiny_config: dict[str, Any], tmp_path: Path) -> None:
     with Results.open(tmp_path) as results:
         assert results.get(one) is None and results.stale(one) == kept
     (tmp_path / "cells.json").write_text("{")
-    with pytest.raises(UserError, match="is not a valid cells.json"), Results.open(tmp_path):
+    with pytest.raises(UserError, match=r"is not a valid cells\.json"), Results.open(tmp_path):
         pass
 
 
@@ -531,7 +531,7 @@ def test_a_trial_that_breaks_is_no_failure_but_a_search_without_any_is(
     assert (fed_sb["lr"], fed_sb["score"], fed_sb["scores"]) == (None, None, [None, None])
     assert fedit["scores"] == [0.5, 0.5] and fedit["difference"] is None
     assert "Failed: fed-sb@4, tuning: None of the learning rates" in (tmp_path / "out" / "table.md").read_text()
-    assert "fed-sb@4, tuning failed: no learning rate" in (tmp_path / "out" / "comparison.html").read_text()
+    assert "fed-sb@4, tuning failed: None of the learning rates" in (tmp_path / "out" / "comparison.html").read_text()
 
 
 def test_a_failed_cell_leaves_the_others(fake: Callable[..., dict[str, Any]]) -> None:

@@ -37,14 +37,19 @@ class Price:
         return asdict(self)
 
 
-RIVALS = ("fedit (rank 1)", "fedit (rank 4)")
+BASELINES = {"fedit": "FedIT", "flora": "FLoRA"}  # that a run is compared with
+
+
+def baseline_prices(prices: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Returns the prices of the baselines, cheapest first; `prices` are rows of `price_list`, as dicts."""
+    others = [row for row in prices if not row.get("this_run") and row["label"].split()[0] in BASELINES]
+    return sorted(others, key=lambda row: int(row["total_bytes"]))
 
 
 def bytes_line(prices: Sequence[Mapping[str, Any]]) -> str:
     """Returns in one line what a run will send, and FedIT in its place; `prices` as `as_dict` gives them."""
     own = next(price for price in prices if price["this_run"])
-    others = [price for price in prices if price["label"] in RIVALS and not price["this_run"]]
-    others.sort(key=lambda price: price["total_bytes"])
+    others = [row for row in baseline_prices(prices) if row["label"] in ("fedit (rank 1)", "fedit (rank 4)")]
     said = " and ".join(f"{bytes_text(one['total_bytes'])} {one['label'].removeprefix('fedit ')}" for one in others)
     rival = f"; FedIT would send {said}" if said else ""
     return f"{'bytes':<9}{bytes_text(own['total_bytes'])} by all clients in all rounds{rival}"

@@ -1,4 +1,4 @@
-"""Reads a run directory: its manifest, its ledgers and its result. runs/record.py writes it."""
+"""Reads the files of a run directory: manifest, ledgers and result. runs/record.py writes them."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from fedsb.utils.errors import UserError, did_you_mean
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Raises UserError where `folder` is no run directory."""
+    """Reads manifest.json. Raises UserError if `folder` is not a run directory."""
     try:
         manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
     except (FileNotFoundError, NotADirectoryError):
-        there = {str(path.parent) for place in (folder.parent, Path("runs")) for path in place.glob("*/manifest.json")}
-        hint = did_you_mean(str(folder), there) if there else "change to the folder in which the run was started"
+        runs = {str(path.parent) for place in (folder.parent, Path("runs")) for path in place.glob("*/manifest.json")}
+        hint = did_you_mean(str(folder), runs) if runs else "change to the folder in which the run was started"
         raise UserError(f"{folder} is not a run directory (no manifest.json); {hint}") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder / 'manifest.json'} cannot be read: {error}") from error
+        raise UserError(f"{folder / 'manifest.json'} cannot be read: {error}.") from error
     if not isinstance(manifest, dict) or not manifest.keys() >= {"run", "config", "origin"}:
-        raise UserError(f"{folder / 'manifest.json'} is not that of a run of fedsb")
+        raise UserError(f"{folder / 'manifest.json'} is not the manifest of a fedsb run.")
     return manifest
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
-    """Returns what a finished run says at its end, None for one that is not finished.
+    """Reads result.json. Returns None for a run that is not finished.
 
-    The adapter's place, and the lines of Python that load it, are those of `folder` as it is now: it may have moved.
+    The path of the adapter, and the Python lines that load it, follow `folder`, which may have been moved.
     """
     try:
         result: dict[str, Any] = json.loads((folder / "result.json").read_text())
@@ -41,7 +41,7 @@ def read_result(folder: Path) -> dict[str, Any] | None:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a ledger; a torn last line is left out."""
+    """Returns the rows of a ledger. Leaves out an incomplete last line."""
     rows: list[dict[str, Any]] = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
@@ -49,6 +49,30 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             break
     return rows
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Reads a JSON object; None if the file does not exist. Raises UserError if it cannot be read."""
+    try:
+        found: Any = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}.") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is not a JSON object.")
+    return found
+
+
+def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Returns the JSON lines of a file, and the number of lines that cannot be read."""
+    rows, unreadable = [], 0
+    for line in path.read_text("utf-8", errors="replace").split("\n") if path.exists() else ():
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except ValueError:
+            unreadable += 1
+    return rows, unreadable
 
 
 def extra_metrics(row: Mapping[str, Any]) -> dict[str, float]:

@@ -8,7 +8,8 @@ from statistics import median
 
 from fedsb.deployment.monitoring.files import by_age, common_state, epsilon_spent, modified, seconds_left
 from fedsb.deployment.registry import CA, SERVER, read_federation
-from fedsb.reporting.report import RunFiles, document
+from fedsb.reporting.report import RunFiles
+from fedsb.reporting.run_directory import read_json
 from fedsb.utils.files import safe_name
 from fedsb.utils.formatting import Json, number
 
@@ -31,7 +32,7 @@ def coordinator_state(folder: Path, now: float) -> Json:
         not_started = requested[-1].stem if requested[-1] != started[-1] else None
         requested = started
     run, by_site = _run(requested[-1], common, not_started) if requested else (None, {})
-    traffic = document(wire) or {}
+    traffic = read_json(wire) or {}
     sites = []
     for name, entry in sorted(federation.sites.items()):
         counted = traffic.get(name, {})
@@ -81,7 +82,7 @@ def _run(settings: Path, common: Json, not_started: str | None) -> tuple[Json, d
         run |= _progress(folder, files)
         by_site = _by_site(folder, files)
     else:
-        run["rounds_planned"] = (document(settings) or {}).get("rounds")
+        run["rounds_planned"] = (read_json(settings) or {}).get("rounds")
     if run["finished"]:
         state = "finished"
     elif common["running"]:

@@ -15,7 +15,7 @@ from cryptography import x509
 from fedsb.deployment.logs import ENDED
 from fedsb.privacy.accounting import epsilon
 from fedsb.privacy.ledger import merged, read_ledger
-from fedsb.reporting.report import document
+from fedsb.reporting.run_directory import read_json
 from fedsb.utils.errors import RunError, UserError
 from fedsb.utils.formatting import Json
 
@@ -102,7 +102,7 @@ def epsilon_spent(ledgers: Iterable[Path], delta: float | None) -> tuple[float |
 
 def _processes(folder: Path, now: float, log: Sequence[Json]) -> list[Json]:
     """Returns the processes of pids.json, the supervisor first, and whether each is alive; none after a clean stop."""
-    pids, written = document(folder / "pids.json"), modified(folder / "pids.json")
+    pids, written = read_json(folder / "pids.json"), modified(folder / "pids.json")
     if pids is None or written is None:
         return []
     started = {name: _start_time(int(pid)) for name, pid in pids.items()}

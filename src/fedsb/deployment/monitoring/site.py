@@ -9,7 +9,7 @@ from pathlib import Path
 from fedsb.deployment.join_file import JOIN_FILE, read_join_file
 from fedsb.deployment.monitoring.files import by_age, common_state, epsilon_spent, seconds_left
 from fedsb.privacy.plan import default_delta
-from fedsb.reporting.report import document, lines
+from fedsb.reporting.run_directory import read_json, read_lines
 from fedsb.utils.errors import UserError
 from fedsb.utils.files import safe_name
 from fedsb.utils.formatting import Json
@@ -42,7 +42,7 @@ def site_state(folder: Path, now: float) -> Json:
         "run": runs[-1] if runs else None,
         "runs": runs,
         "epsilon_all_runs": _all_runs(folder, join.site, runs),
-        "outbox": _outbox(lines(outbox)[0]),
+        "outbox": _outbox(read_lines(outbox)[0]),
     }
 
 
@@ -72,7 +72,7 @@ def _rules(path: Path) -> Json:
 
 def _run(path: Path, site: str) -> Json:
     """Returns the state of a run that the coordinator offered to this site; `path` is its run.json."""
-    folder, facts = path.parent, document(path) or {}
+    folder, facts = path.parent, read_json(path) or {}
     config: Json = facts.get("config") or {}
     privacy: Json = config.get("privacy") or {}
     delta = None
