@@ -160,13 +160,13 @@ def estimate(loaded: ResolvedConfig, also: Sequence[Method] = ()) -> dict[str, A
         "settings": [asdict(choice) for choice in choices],
         "data": data.card.as_dict() if data else None,
         "clients": {site.name: site.rows for site in data.sites} if data else None,
-        "values_a_client_a_round": {
+        "values_per_client_round": {
             "up": traffic.up,
             "down": traffic.down,
             "head": traffic.head,
             "one_off": sum(bill.values()),
         },
-        "bytes_a_client_a_round": {
+        "bytes_per_client_round": {
             way: payload_bytes(config.server.codec, values + head)
             for way, values in (("up", traffic.up), ("down", traffic.down))
         },

@@ -212,7 +212,7 @@ def print_estimate(found: Mapping[str, Any], *, verbose: bool) -> None:
     if verbose:
         _print_prices(console, found)
     terminal.note(bytes_line(found["prices"]))
-    one, sizes = found["values_a_client_a_round"], found["bytes_a_client_a_round"]
+    one, sizes = found["values_per_client_round"], found["bytes_per_client_round"]
     terminal.note(
         f"{'':<9}per client and round {bytes_text(sizes['up'])} up, {bytes_text(sizes['down'])} down"
         + (f"; once {one['one_off']:,} values" if one["one_off"] else "")
