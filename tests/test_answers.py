@@ -154,7 +154,7 @@ def test_an_evaluation_goes_on_and_grades_anew(
     assert json.loads(said.out) == first
     assert path.read_text().splitlines() == lines
     assert asked == [len(lines) - 2]
-    assert f"2 of {len(lines)} answers are in {path}" in said.err and "answered, accuracy" in said.err
+    assert f"2 of {len(lines)} answers are stored in {path}" in said.err and "answered, accuracy" in said.err
     assert json.loads(cli("eval", folder, "--json").out) == first and len(asked) == 1
 
 
@@ -175,7 +175,7 @@ def test_an_evaluation_that_is_stopped_keeps_its_answers(
     assert cli("eval", folder, "--data", other).code == 130
     monkeypatch.setattr(scoring, "write_answers", write)
     said = cli("eval", folder, "--data", other, "--json")
-    assert "5 of 9 answers are in" in said.err and json.loads(said.out)["rows"] == 9
+    assert "5 of 9 answers are stored in" in said.err and json.loads(said.out)["rows"] == 9
 
 
 def test_scored_by_options_and_by_loss(
@@ -189,7 +189,7 @@ def test_scored_by_options_and_by_loss(
         assert found[metric] == pytest.approx(result.score, rel=1e-6)
     assert not (result.folder / "evals").exists()
     said = cli("eval", result.folder, "--backend", "vllm")
-    assert said.code == 1 and "this run is scored by loss: leave it out" in said.err
+    assert said.code == 1 and "this run is scored by loss. Leave it out" in said.err
 
 
 def test_the_likeliest_option(stories: Path) -> None:
@@ -234,7 +234,7 @@ def test_a_package_that_is_missing_is_named(
     evals = finished["arithmetic"].folder / "evals"
     shutil.rmtree(evals, ignore_errors=True)
     said = cli("eval", finished["arithmetic"].folder, *options)
-    assert said.code == 1 and f"needs the package {package}: pip install" in said.err
+    assert said.code == 1 and f"needs the package {package}. Install it" in said.err
 
 
 def test_vllm_is_asked_as_transformers_is(

@@ -13,7 +13,6 @@ from fedsb.adapters.adapted import Shapes
 from fedsb.methods import method_types
 from fedsb.methods.base import Method
 from fedsb.protocol.codec import Codec, payload_bytes
-from fedsb.utils.formatting import bytes_text
 
 LORA_RANKS, CORE_RANKS = (4, 1), (32, 8)  # that other methods are priced at
 
@@ -35,24 +34,6 @@ class Price:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-
-BASELINES = {"fedit": "FedIT", "flora": "FLoRA"}  # that a run is compared with
-
-
-def baseline_prices(prices: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Returns the prices of the baselines, cheapest first; `prices` are rows of `price_list`, as dicts."""
-    others = [row for row in prices if not row.get("this_run") and row["label"].split()[0] in BASELINES]
-    return sorted(others, key=lambda row: int(row["total_bytes"]))
-
-
-def bytes_line(prices: Sequence[Mapping[str, Any]]) -> str:
-    """Returns in one line what a run will send, and FedIT in its place; `prices` as `as_dict` gives them."""
-    own = next(price for price in prices if price["this_run"])
-    others = [row for row in baseline_prices(prices) if row["label"] in ("fedit (rank 1)", "fedit (rank 4)")]
-    said = " and ".join(f"{bytes_text(one['total_bytes'])} {one['label'].removeprefix('fedit ')}" for one in others)
-    rival = f"; FedIT would send {said}" if said else ""
-    return f"{'bytes':<9}{bytes_text(own['total_bytes'])} by all clients in all rounds{rival}"
 
 
 def price(

@@ -17,8 +17,8 @@ from pathlib import Path
 from statistics import fmean, median, pstdev
 from typing import TYPE_CHECKING
 
-from fedsb.protocol.prices import BASELINES, baseline_prices
 from fedsb.reporting import charts
+from fedsb.reporting.prices import BASELINES, baseline_prices, method_of
 from fedsb.reporting.run_directory import extra_metrics, read_json, read_lines
 from fedsb.reporting.warnings import run_warnings
 from fedsb.utils import formatting
@@ -225,7 +225,7 @@ def _prices(prices: Sequence[Json]) -> Json:
         {**row, "times": row["total_bytes"] / own if own else None, "bar": round(100 * row["total_bytes"] / most, 2)}
         for row in prices
     ]
-    cheapest = {row["label"].split()[0]: row for row in reversed(baseline_prices(rows))}
+    cheapest = {method_of(row): row for row in reversed(baseline_prices(rows))}
     return {
         "rows": rows,
         "baselines": {BASELINES[method]: cheapest[method] for method in BASELINES if method in cheapest},

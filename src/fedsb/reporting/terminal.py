@@ -14,7 +14,7 @@ from rich.table import Column, Table
 from fedsb.adapters.serving import serving_lines
 from fedsb.config.resolved import ResolvedSetting
 from fedsb.data.card import WARNING, shown_lines
-from fedsb.protocol.prices import baseline_prices, bytes_line
+from fedsb.reporting.prices import baseline_prices, bytes_line
 from fedsb.utils.formatting import bytes_text, counts_text, epsilon_text, extra_metrics_text, score_text, seconds_text
 
 PLAIN: dict[str, Any] = {"box": None, "padding": (0, 2, 0, 0)}  # tables without lines

@@ -24,8 +24,8 @@ from fedsb.methods.averaging import ServerOptimizer
 from fedsb.methods.base import Method
 from fedsb.privacy.mechanism import PrivacyBudgetExceededError
 from fedsb.protocol import schedule
-from fedsb.protocol.prices import bytes_line
 from fedsb.protocol.traffic import TrafficRecord
+from fedsb.reporting.prices import bytes_line
 from fedsb.reporting.run_directory import read_manifest
 from fedsb.runs.artifacts import RunEngine, describe_start, export, finish, round_row
 from fedsb.runs.record import Record, refuse_existing
