@@ -282,7 +282,7 @@ def test_a_run_knows_nothing_of_compare(tiny_config: dict[str, Any]) -> None:
         ({"methods": ["fedit", "fedit@4"]}, "'fedit' and 'fedit@4' have the same settings. Leave one out"),
         (
             {"methods": ["fedit@4"], "reference": "fedit@1"},
-            "no contender has the name 'fedit@1'; did you mean 'fedit@4'?",
+            "no contender is named 'fedit@1'; did you mean 'fedit@4'?",
         ),
         ({"methods": ["fedit"], "grid": {"train.lrr": [1]}}, "contender 'fedit': train.lrr: there is no such key"),
         ({"methods": ["fedit"], "grid": {"train.lr": 1}}, "compare.grid: train.lr needs a list of values (it is 1)"),

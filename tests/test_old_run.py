@@ -1,7 +1,7 @@
 """A run directory of version 0.1, with old setting names in its manifest, is still scored, exported and reported.
 
-tests/fixtures/run_0_1 was written by version 0.1 at commit a1250e3, with the tiny configuration of conftest.py, 2 rounds,
-rank 2 and 2 clients per round. Its model and data are those of conftest.py, in the current folder.
+tests/fixtures/run_0_1 was written by version 0.1 at commit a1250e3, with the tiny configuration of conftest.py, 2
+rounds, rank 2 and 2 clients per round. Its model and data are those of conftest.py, in the current folder.
 """
 
 from __future__ import annotations

@@ -78,9 +78,14 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def node_keys_of(folder: Path) -> Callable[[], dict[str, bytes | None]]:
+    registry = SiteRegistry(folder)
+    return lambda: registry().node_keys
+
+
 def channel(folder: Path, offline_s: float = 5.0, **nodes: Node) -> tuple[GridChannel, FakeGrid]:
     grid = FakeGrid(folder, nodes)
-    return GridChannel(grid, SiteRegistry(folder), log_event, offline_s), grid  # type: ignore[arg-type]
+    return GridChannel(grid, node_keys_of(folder), log_event, offline_s), grid  # type: ignore[arg-type]
 
 
 def test_answers_and_refusals(folder: Path) -> None:
@@ -194,6 +199,6 @@ def test_a_link_that_is_gone_is_no_sites_fault(tmp_path: Path) -> None:
         raise httpx.ConnectError("connection refused")
 
     grid.pull_messages = gone  # type: ignore[method-assign]
-    channel = GridChannel(grid, SiteRegistry(tmp_path / "fed"), log_event)  # type: ignore[arg-type]
+    channel = GridChannel(grid, node_keys_of(tmp_path / "fed"), log_event)  # type: ignore[arg-type]
     with pytest.raises(httpx.ConnectError):
         list(channel.ask({"a": b"1", "b": b"2"}))

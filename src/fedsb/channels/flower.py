@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from queue import Empty, Queue
-from typing import Protocol
 
 import httpx
 from flwr.app import Message
@@ -32,32 +31,17 @@ CLOCK_SECONDS = 600.0  # added to a message's life, because Flower compares it w
 MAX_FETCHES = 3  # failed attempts to fetch an answer
 NODES_SECONDS = 1.0  # between two queries for the online nodes
 
+NodeKeys = Mapping[str, bytes | None]  # site name -> node key; None for a revoked site
 Log = Callable[..., None]  # log(event, **facts)
 
 
-class RegisteredSite(Protocol):
-    """A site of the registry."""
-
-    @property
-    def node_key(self) -> str: ...
-
-
-class Registry(Protocol):
-    """The sites of a federation, by name. `members` leaves out the revoked ones."""
-
-    @property
-    def sites(self) -> Mapping[str, RegisteredSite]: ...
-    @property
-    def members(self) -> Mapping[str, RegisteredSite]: ...
-
-
 class GridChannel:
-    """A `Channel` over a grid of Flower. `registry` returns the current site registry."""
+    """A `Channel` over a grid of Flower. `node_keys` returns the current sites of the federation."""
 
     def __init__(
-        self, grid: Grid, registry: Callable[[], Registry], log: Log, offline_s: float = OFFLINE_SECONDS
+        self, grid: Grid, node_keys: Callable[[], NodeKeys], log: Log, offline_s: float = OFFLINE_SECONDS
     ) -> None:
-        self._grid, self._registry, self._log, self._offline_s = grid, registry, log, offline_s
+        self._grid, self._node_keys, self._log, self._offline_s = grid, node_keys, log, offline_s
         self._lock = threading.Lock()
         self._nodes: dict[bytes, NodeInfo] = {}
         self._nodes_at = 0.0
@@ -65,20 +49,20 @@ class GridChannel:
 
     @property
     def sites(self) -> Sequence[str]:
-        return list(self._registry().members)
+        return sorted(name for name, key in self._node_keys().items() if key is not None)
 
     def ask(
         self, requests: Mapping[str, bytes], timeout_s: float | None = None
     ) -> Iterator[tuple[str, bytes | NoResponse]]:
         """Sends the requests when iteration starts. Raises UserError for an unknown site."""
-        sites = self._registry().sites  # with revoked ones: those give NoResponse, and the run continues
+        keys = self._node_keys()  # a revoked site gives NoResponse, and the run continues
         for name in requests:
-            if name not in sites:
-                raise UserError(f"This federation has no site {name!r}; {did_you_mean(name, sites)}")
-        return self._answers(dict(requests), sites, timeout_s)
+            if name not in keys:
+                raise UserError(f"This federation has no site {name!r}; {did_you_mean(name, keys)}")
+        return self._answers(dict(requests), keys, timeout_s)
 
     def _answers(
-        self, requests: dict[str, bytes], sites: Mapping[str, RegisteredSite], timeout_s: float | None
+        self, requests: dict[str, bytes], keys: NodeKeys, timeout_s: float | None
     ) -> Iterator[tuple[str, bytes | NoResponse]]:
         answers: Queue[tuple[str, bytes | NoResponse | httpx.TransportError]] = Queue()
         stop = threading.Event()
@@ -98,7 +82,7 @@ class GridChannel:
                 waiting.discard(name)
                 yield name, answer
             for name in sorted(waiting):
-                how = "late: no answer" if sites[name].node_key.encode() in self._nodes else OFFLINE
+                how = "late: no answer" if keys[name] in self._nodes else OFFLINE
                 yield name, NoResponse(f"{how} within {timeout_s:g} s")
         finally:
             stop.set()
@@ -133,10 +117,10 @@ class GridChannel:
         started = online_at = time.monotonic()
         while not stop.is_set():
             now = time.monotonic()
-            site = self._registry().members.get(name)
-            if site is None:
+            key = self._node_keys().get(name)
+            if key is None:
                 return NoResponse("gone: the site was revoked")
-            if (node := self._node(site.node_key.encode())) is not None:
+            if (node := self._node(key)) is not None:
                 online_at = now
                 if sent.activated_at != node.last_activated_at:
                     sent.ids.append(self._send(node, request, MESSAGE_LIFE_SECONDS if end is None else end - now))

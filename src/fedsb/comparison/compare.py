@@ -39,14 +39,14 @@ T = TypeVar("T")
 class Plan:
     """The cells of a comparison, known before the first run."""
 
-    asked: CompareConfig
+    options: CompareConfig
     contenders: Sequence[Contender]
     workers: int
     higher_is_better: bool
 
     @property
     def cells(self) -> int:
-        return len(self.contenders) * (self.asked.trials + self.asked.seeds)
+        return len(self.contenders) * (self.options.trials + self.options.seeds)
 
 
 def compare(loaded: ResolvedConfig, folder: Path, note: Note) -> dict[str, Any]:
@@ -64,10 +64,10 @@ def compare(loaded: ResolvedConfig, folder: Path, note: Note) -> dict[str, Any]:
             f"{_count(len(plan.contenders), 'contender')}: {', '.join(contender.name for contender in plan.contenders)}"
         )
         note(
-            f"{plan.cells} runs, {plan.workers} at a time; per contender {_count(plan.asked.trials, 'learning rate')} "
-            f"on seed 0, then {_count(plan.asked.seeds, 'seed')}; finished runs are stored in {results.path}"
+            f"{plan.cells} runs, {plan.workers} at a time: {_count(plan.options.trials, 'learning rate')} on seed 0, "
+            f"{_count(plan.options.seeds, 'seed')} per contender; finished runs are in {results.path}"
         )
-        if budget := planned_epsilon(plan.contenders, plan.asked.trials + plan.asked.seeds):
+        if budget := planned_epsilon(plan.contenders, plan.options.trials + plan.options.seeds):
             note(budget)
         work = Work(plan, results, note)
         try:
@@ -89,16 +89,16 @@ def write(found: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def plan_of(loaded: ResolvedConfig) -> Plan:
     """Returns the plan of a comparison. Raises ConfigError with all errors of all contenders."""
-    asked = loaded.config.compare
+    options = loaded.config.compare
     contenders = contenders_of(loaded)
-    workers = asked.workers
+    workers = options.workers
     if workers == "auto":
         on_cpu = all(choose_device(device)[0].type == "cpu" for device in {c.config.model.device for c in contenders})
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         workers = workers if on_cpu else 1  # two runs on one GPU would share its memory and time
     task = contenders[0].config.task
     return Plan(
-        asked=asked,
+        options=options,
         contenders=contenders,
         workers=workers,
         higher_is_better=TASKS[task.kind].higher_is_better_by(task.score),
@@ -129,10 +129,10 @@ class Work:
         """Tunes a contender, then runs its seeds in parallel. A failed cell is noted; the others continue."""
         tried: dict[float, float | None] = {}
         lr: float | None = None
-        seeds: list[Outcome | None] = [None] * self.plan.asked.seeds
+        seeds: list[Outcome | None] = [None] * self.plan.options.seeds
         try:
-            lr = await self.tune(contender, tried) if self.plan.asked.trials else contender.config.train.lr
-            cells = [final(contender, lr, seed) for seed in range(self.plan.asked.seeds)]
+            lr = await self.tune(contender, tried) if self.plan.options.trials else contender.config.train.lr
+            cells = [final(contender, lr, seed) for seed in range(self.plan.options.seeds)]
             seeds = await in_parallel(self.seed(cell) for cell in cells)
         except CellError as error:
             self.fail(f"{contender.name}, tuning", str(error))
@@ -151,9 +151,9 @@ class Work:
         """Fills `tried` and returns the best rate. Raises CellError if a trial fails, or if no loss was finite."""
         config = contender.config
         start = start_rate(contender.method.adapter, config.train.lr, contender.set.get("train.lr"))
-        for _ in range(self.plan.asked.trials):
+        for _ in range(self.plan.options.trials):
             lr = next_rate(tried, start, self.plan.higher_is_better)
-            tried[lr] = (await self.outcome(trial(contender, lr, self.plan.asked.validation_fraction)))["score"]
+            tried[lr] = (await self.outcome(trial(contender, lr, self.plan.options.validation_fraction)))["score"]
         if all(score is None for score in tried.values()):
             rates = ", ".join(map(str, tried))
             raise CellError(f"None of the learning rates {rates} gave a finite loss. Start from a lower train.lr.")

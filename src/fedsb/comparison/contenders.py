@@ -55,16 +55,16 @@ def contenders_of(loaded: ResolvedConfig) -> list[Contender]:
 
     Raises ConfigError with all errors of all contenders.
     """
-    asked = loaded.config.compare
+    options = loaded.config.compare
     faults: list[str] = []
     found: list[Contender] = []
-    named = list(_named(asked, faults))
+    named = list(_named(options, faults))
     for name, what in named:
         own: list[Contender] = []
-        for values in _grid(asked, faults):
+        for values in _grid(options, faults):
             try:
                 contender = _contender(name, what, values, loaded.given)
-                if contender.is_control and name not in {each.name for each in asked.contenders}:
+                if contender.is_control and name not in {each.name for each in options.contenders}:
                     contender = _as_control(name, what, values, named, loaded.given) or contender
                 own += [contender] if contender not in own else []  # the grid may not change it
             except ConfigError as error:
@@ -73,7 +73,7 @@ def contenders_of(loaded: ResolvedConfig) -> list[Contender]:
                 faults.append(f"contender {name!r}: {error}")
         found += own
     if not faults:
-        faults += _together(found, asked)
+        faults += _together(found, options)
     if faults:
         raise ConfigError(list(dict.fromkeys(faults)))
     return found
@@ -89,23 +89,23 @@ def methods_to_price(loaded: ResolvedConfig) -> list[Method]:
         return []
 
 
-def _named(asked: CompareConfig, faults: list[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _named(options: CompareConfig, faults: list[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yields names and their settings: first the methods, at every rank, then the contenders."""
-    for text in asked.methods:
+    for text in options.methods:
         name, at, rank = text.partition("@")
         if at and not re.fullmatch("[1-9][0-9]*", rank):
             faults.append(f"compare.methods: {text!r} is not valid. Write name or name@rank, as in fed-sb@32")
-        elif at or not asked.ranks:
+        elif at or not options.ranks:
             yield text, {"method.name": name, **({"method.rank": int(rank)} if at else {})}
         else:
-            yield from ((f"{name}@{r}", {"method.name": name, "method.rank": r}) for r in asked.ranks)
-    for contender in asked.contenders:
+            yield from ((f"{name}@{r}", {"method.name": name, "method.rank": r}) for r in options.ranks)
+    for contender in options.contenders:
         yield contender.name, dotted(contender.set)
 
 
-def _grid(asked: CompareConfig, faults: list[str]) -> Iterator[dict[str, Any]]:
+def _grid(options: CompareConfig, faults: list[str]) -> Iterator[dict[str, Any]]:
     """Yields every combination of the grid's values; one empty combination without a grid."""
-    grid = dotted(asked.grid)
+    grid = dotted(options.grid)
     for key, values in grid.items():
         if not isinstance(values, list) or not values:
             faults.append(f"compare.grid: {key} needs a list of values (it is {values!r})")
@@ -165,7 +165,7 @@ def _load(given: Mapping[str, Any], settings: Mapping[str, Any]) -> Config:
     return load_config(raw).config
 
 
-def _together(contenders: list[Contender], asked: CompareConfig) -> list[str]:
+def _together(contenders: list[Contender], options: CompareConfig) -> list[str]:
     """Returns the errors of the contenders as a whole."""
     if not contenders:
         return ["compare: no contenders. Name them with --methods fed-sb@8,fedit@1 or [compare] methods = [...]"]
@@ -177,9 +177,9 @@ def _together(contenders: list[Contender], asked: CompareConfig) -> list[str]:
     for one, other in itertools.combinations(contenders, 2):
         if one.config == other.config and one.name != other.name:
             faults.append(f"compare: {one.name!r} and {other.name!r} have the same settings. Leave one out")
-    if asked.reference is not None and asked.reference not in names:
+    if options.reference is not None and options.reference not in names:
         faults.append(
-            f"compare.reference: no contender has the name {asked.reference!r}; {did_you_mean(asked.reference, names)}"
+            f"compare.reference: no contender is named {options.reference!r}; {did_you_mean(options.reference, names)}"
         )
     kinds = {_scored_by(contender.config.task) for contender in contenders}
     if len(kinds) > 1:
@@ -190,17 +190,17 @@ def _together(contenders: list[Contender], asked: CompareConfig) -> list[str]:
             faults.append("compare: no training data. Set data.train")
         elif data.test is None and data.train != "python-docs" and not contender.config.clients.holdout_fraction:
             faults.append("compare: no rows to score. Set data.test or clients.holdout_fraction")
-        faults += _private_scores(contender.config, asked)
+        faults += _private_scores(contender.config, options)
     return faults
 
 
-def _private_scores(config: Config, asked: CompareConfig) -> list[str]:
+def _private_scores(config: Config, options: CompareConfig) -> list[str]:
     """Returns the errors that would stop each private run after epsilon was spent: scores that are not released."""
     if not config.privacy.on or "scores" in config.privacy.release:
         return []
-    if asked.trials:
+    if options.trials:
         return [
-            f"compare.trials = {asked.trials}: trials score private rows, which epsilon does not cover. Set "
+            f"compare.trials = {options.trials}: trials score private rows, which epsilon does not cover. Set "
             "compare.trials = 0 and train.lr, or privacy.release = ['scores']"
         ]
     if config.data.test is None and config.data.train != "python-docs":

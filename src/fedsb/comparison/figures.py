@@ -45,9 +45,9 @@ def comparison_of(
     entries: Sequence[Entry], loaded: ResolvedConfig, failed: Mapping[str, str], *, higher_is_better: bool
 ) -> Json:
     """Returns the content of comparison.json: the table, and the data of the charts."""
-    asked = loaded.config.compare
-    reference = next((entry for entry in entries if entry.name == asked.reference), entries[0])
-    rows = [row_of(entry, reference, asked.target, higher_is_better) for entry in entries]
+    options = loaded.config.compare
+    reference = next((entry for entry in entries if entry.name == options.reference), entries[0])
+    rows = [row_of(entry, reference, options.target, higher_is_better) for entry in entries]
     scored = {row["contender"]: row for row in rows if row["score"] is not None and not row["is_control"]}
     points = {name: (row["bytes"]["total"], row["score"]["mean"]) for name, row in scored.items()}
     front = pareto_front(points, higher_is_better)
@@ -60,10 +60,10 @@ def comparison_of(
         "test_rows": max((cell.get("test_rows") or 0 for cell in cells), default=0) or None,
         "majority": spread([cell["majority"] for cell in cells if cell["majority"] is not None]),
         "reference": reference.name,
-        "target": asked.target,
-        "seeds": asked.seeds,
-        "trials": asked.trials,
-        "tune_share": asked.validation_fraction if asked.trials else None,
+        "target": options.target,
+        "seeds": options.seeds,
+        "trials": options.trials,
+        "tune_share": options.validation_fraction if options.trials else None,
         "rounds": loaded.config.rounds,
         "settings": common_settings(loaded),
         "contenders": [{**row, "on_front": row["contender"] in front} for row in rows],

@@ -24,7 +24,8 @@ def main() -> None:
         _wait_for(local)
         with run_of(local) as grid:
             log_event("run started", run=str(run))
-            program(GridChannel(grid, SiteRegistry(folder), log_event), run)
+            registry = SiteRegistry(folder)
+            program(GridChannel(grid, lambda: registry().node_keys, log_event), run)
             log_event("run ended")
 
 

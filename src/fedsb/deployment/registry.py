@@ -52,6 +52,11 @@ class Federation(BaseModel):
         """Returns the sites that are not revoked, sorted by name."""
         return {name: site for name, site in sorted(self.sites.items()) if not site.revoked}
 
+    @property
+    def node_keys(self) -> dict[str, bytes | None]:
+        """Returns the node key of every site; None for a revoked one."""
+        return {name: None if site.revoked else site.node_key.encode() for name, site in self.sites.items()}
+
 
 class SiteRegistry:
     """Returns the current registry when called. Reads the file again after a change, so revocation is immediate."""

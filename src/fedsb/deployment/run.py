@@ -37,17 +37,12 @@ def serve(
 ) -> None:
     """Serves a federation and, if a program is given, runs `program(channel, run)` until it ends.
 
-    Args:
-        folder: the coordinator's folder.
-        program: "module:function". A program that is killed is started again and resumes from its own checkpoint.
-        run: the second argument of the program, by default `folder`; or a function that makes it, which is called once
-            it is certain that no other process serves this federation.
-        listen: the local address. By default all addresses, IPv6 included if a host of the federation is one.
-        port: the local port, if it differs from the port that sites connect to (port forwarding).
+    `program` is "module:function"; if it is killed, it is started again and resumes from its own checkpoint. `run` is
+    its second argument, by default `folder`, or a function that makes it, which is called once no other process serves
+    this federation. `listen` is the local address, by default all addresses (IPv6 included if a host of the federation
+    is one). `port` is the local port if it differs from the port that sites connect to.
 
-    Raises:
-        UserError, RunError: of the program, and for a federation that cannot be served.
-        KeyboardInterrupt: Ctrl-C or SIGTERM.
+    Raises the UserError or RunError of the program, and KeyboardInterrupt on Ctrl-C or SIGTERM.
     """
     _check_flower()
     federation = read_federation(folder)
@@ -78,14 +73,8 @@ def serve(
 def join(join_file: Path, folder: Path, handle: str) -> None:
     """Takes part in a federation until it is stopped.
 
-    Args:
-        join_file: the coordinator's join file.
-        folder: the site's folder.
-        handle: "module:function"; the function returns the handle that answers the coordinator's requests.
-
-    Raises:
-        UserError: the coordinator refuses this site, or the join file is not valid.
-        KeyboardInterrupt: Ctrl-C or SIGTERM.
+    `folder` is the site's folder, `handle` the "module:function" that returns its handle. Raises UserError if the
+    coordinator refuses this site or the join file is not valid, and KeyboardInterrupt on Ctrl-C or SIGTERM.
     """
     _check_flower()
     store_join_file(join_file, folder)

@@ -12,15 +12,12 @@ from fedsb.utils.errors import UserError, did_you_mean
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Reads manifest.json. Raises UserError if `folder` is not a run directory."""
-    try:
-        manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
-    except (FileNotFoundError, NotADirectoryError):
+    manifest = read_json(folder / "manifest.json")
+    if manifest is None:
         runs = {str(path.parent) for place in (folder.parent, Path("runs")) for path in place.glob("*/manifest.json")}
         hint = did_you_mean(str(folder), runs) if runs else "change to the folder in which the run was started"
-        raise UserError(f"{folder} is not a run directory (no manifest.json); {hint}") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder / 'manifest.json'} cannot be read: {error}.") from error
-    if not isinstance(manifest, dict) or not manifest.keys() >= {"run", "config", "origin"}:
+        raise UserError(f"{folder} is not a run directory (no manifest.json); {hint}")
+    if not manifest.keys() >= {"run", "config", "origin"}:
         raise UserError(f"{folder / 'manifest.json'} is not the manifest of a fedsb run.")
     return manifest
 
@@ -30,9 +27,7 @@ def read_result(folder: Path) -> dict[str, Any] | None:
 
     The path of the adapter, and the Python lines that load it, follow `folder`, which may have been moved.
     """
-    try:
-        result: dict[str, Any] = json.loads((folder / "result.json").read_text())
-    except FileNotFoundError:
+    if (result := read_json(folder / "result.json")) is None:
         return None
     before, now = str(result.get("adapter", "")), str(folder / "adapter")
     if before and before != now:
@@ -41,21 +36,15 @@ def read_result(folder: Path) -> dict[str, Any] | None:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Returns the rows of a ledger. Leaves out an incomplete last line."""
-    rows: list[dict[str, Any]] = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
+    """Returns the rows of a ledger. Leaves out incomplete lines, which a crash can leave."""
+    return read_lines(path)[0]
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
     """Reads a JSON object; None if the file does not exist. Raises UserError if it cannot be read."""
     try:
         found: Any = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}.") from None
