@@ -24,7 +24,7 @@ from fedsb.runs.run import federate, resume
 
 def short(config: dict[str, Any], **changes: Any) -> dict[str, Any]:
     """Two rounds that keep state with the clients too, so that every kind of file is written."""
-    train = {**config["train"], "steps": 2, "keep_optimizer": True}
+    train = {**config["train"], "local_steps": 2, "persist_optimizer_state": True}
     return set_all(config, rounds=2, train=train, **changes)
 
 
