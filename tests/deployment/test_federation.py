@@ -320,7 +320,7 @@ def test_join_files_that_are_not_good(folder: Path, tmp_path: Path, monkeypatch:
         ("", "damaged"),
         (json.dumps({**found, "version": 2}), "of version 2, but this fedsb reads version 1"),
         (json.dumps({key: value for key, value in found.items() if key != "node_key"}), "damaged .node_key."),
-        (json.dumps({**found, "federation": "other"}), "this site is in federation other"),
+        (json.dumps({**found, "federation": "other"}), "this site is in other"),
     ]:
         bad.write_text(content)
         with pytest.raises(UserError, match=match):

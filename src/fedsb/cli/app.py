@@ -63,8 +63,8 @@ def list_things(
         print_table(rows)
 
 
-for name, command in {**run.COMMANDS, **use.COMMANDS}.items():
-    app.command(name)(command)
+for command in (*run.COMMANDS, *use.COMMANDS):
+    app.command("eval" if command is use.evaluate else None)(command)
 app.add_typer(federation.app, name="federation")
 app.add_typer(site.app, name="site")
 

@@ -13,18 +13,8 @@ from typing import Annotated
 
 import typer
 
-from fedsb.cli.common import (
-    ConfigArgument,
-    Json,
-    RunArgument,
-    Set,
-    Verbose,
-    fail,
-    load,
-    print_json,
-    print_result,
-    shown_run,
-)
+from fedsb.cli import common
+from fedsb.cli.common import ConfigArgument, Json, RunArgument, Set, Verbose
 from fedsb.utils.errors import RunError
 
 
@@ -41,7 +31,7 @@ def init(
 
     text = recipe_path(recipe).read_text()
     if as_json:
-        print_json(tomllib.loads(text))
+        common.print_json(tomllib.loads(text))
     else:
         typer.echo(text, nl=False)
 
@@ -57,10 +47,10 @@ def check(
     from fedsb.planning.estimate import estimate
     from fedsb.reporting.terminal import print_estimate
 
-    loaded = load(config, overrides)
+    loaded = common.load(config, overrides)
     found = estimate(loaded, also=methods_to_price(loaded))
     if as_json:
-        print_json(found)
+        common.print_json(found)
     else:
         print_estimate(found, verbose=verbose)
 
@@ -77,15 +67,15 @@ def run(
     """Run a federation from start to adapter."""
     from fedsb.runs.run import federate
 
-    loaded = load(config, overrides)
+    loaded = common.load(config, overrides)
     if engine is Engine.flower:
         from fedsb.deployment.local_federation import run_local_federation
 
-        print_result(run_local_federation(loaded), as_json)
+        common.print_result(run_local_federation(loaded), as_json)
         return
-    with shown_run(Path(loaded.config.out) / loaded.config.name, as_json, verbose=verbose) as display:
+    with common.shown_run(Path(loaded.config.out) / loaded.config.name, as_json, verbose=verbose) as display:
         result = federate(loaded, display)
-    print_result(result.folder, as_json)
+    common.print_result(result.folder, as_json)
 
 
 def resume(
@@ -106,12 +96,12 @@ def resume(
     stay_offline_without_network()
     changed = None
     if config is not None:
-        changed = load(config, overrides)
+        changed = common.load(config, overrides)
     elif overrides:
         changed = load_config(read_manifest(folder)["config"], overrides)
-    with shown_run(folder, as_json, verbose=verbose) as display:
+    with common.shown_run(folder, as_json, verbose=verbose) as display:
         result = resume_run(folder, display, changed)
-    print_result(result.folder, as_json)
+    common.print_result(result.folder, as_json)
 
 
 def compare(
@@ -141,15 +131,15 @@ def compare(
     if methods is not None:
         names = [name.strip() for name in methods.split(",")]
         chosen += [f"compare.methods={json.dumps(names)}", "compare.contenders=[]", "compare.reference=none"]
-    loaded = load(config, [*chosen, *overrides])
+    loaded = common.load(config, [*chosen, *overrides])
     folder = out or Path("comparisons") / loaded.config.name
     try:
         found = run_all(loaded, folder, Terminal(quiet=as_json).note)
     except KeyboardInterrupt as error:
         again = f"  Completed runs are in {folder}. To resume:\n    {shlex.join(['fedsb', *sys.argv[1:]])}"
-        raise typer.Exit(fail(f"interrupted\n{again}", 130)) from error
+        raise typer.Exit(common.fail(f"interrupted\n{again}", 130)) from error
     if as_json:
-        print_json({"comparison": str(folder), **found})
+        common.print_json({"comparison": str(folder), **found})
     else:
         print_comparison(folder, found)
     if found["failed"]:
@@ -174,21 +164,14 @@ def audit(
     from fedsb.reporting.terminal import Terminal, print_audit
     from fedsb.runs.audit import audit as run_audit
 
-    loaded = load(config, overrides)
+    loaded = common.load(config, overrides)
     found = run_audit(loaded, client=client, rounds=rounds, canaries=canaries, note=Terminal(quiet=as_json).note)
     if as_json:
-        print_json(found)
+        common.print_json(found)
     else:
         print_audit(found)
     if found["broken"]:
         raise RunError(f"The audit failed: {found['says']}")
 
 
-COMMANDS: dict[str, Callable[..., None]] = {
-    "init": init,
-    "check": check,
-    "run": run,
-    "resume": resume,
-    "compare": compare,
-    "audit": audit,
-}
+COMMANDS: tuple[Callable[..., None], ...] = (init, check, run, resume, compare, audit)

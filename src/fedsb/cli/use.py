@@ -118,4 +118,4 @@ def report(folder: RunArgument, as_json: Json = False) -> None:
     print_result(folder, as_json)
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"eval": evaluate, "predict": predict, "export": export, "report": report}
+COMMANDS: tuple[Callable[..., None], ...] = (evaluate, predict, export, report)

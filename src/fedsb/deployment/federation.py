@@ -31,7 +31,6 @@ from fedsb.deployment.join_file import (
     check_names,
     read_public_keys,
     refuse_overwriting,
-    write_join_file,
     write_secret,
 )
 from fedsb.deployment.registry import (
@@ -219,7 +218,7 @@ def _register(folder: Path, federation: Federation, new_sites: Sequence[NewSite]
             identity=site.private.identity,
             directory=directory,
         )
-        write_join_file(join, path)
+        write_secret(path, join.text)
     write_federation(folder, federation)
     sign_directory(folder)
     (folder / UNFINISHED).unlink()

@@ -86,6 +86,11 @@ class JoinFile(_Strict):
     identity: str
     directory: Directory
 
+    @property
+    def text(self) -> str:
+        """Returns the content of the file."""
+        return self.model_dump_json(indent=2) + "\n"
+
 
 def read_join_file(path: Path) -> JoinFile:
     """Reads a join file. Raises UserError if it is missing, damaged, of a different version, or expired."""
@@ -145,11 +150,6 @@ def check_names(sites: Sequence[str]) -> None:
         raise UserError(f"Duplicate site names: {', '.join(duplicates)}. Give each site once.")
 
 
-def write_join_file(join: JoinFile, path: Path) -> None:
-    """Writes a join file that only its owner can read (0600). Raises UserError if the file exists."""
-    write_secret(path, join.model_dump_json(indent=2) + "\n")
-
-
 def store_join_file(path: Path, folder: Path) -> JoinFile:
     """Reads a join file and stores a copy, with the site's private keys, in the site's folder.
 
@@ -162,7 +162,7 @@ def store_join_file(path: Path, folder: Path) -> JoinFile:
         )
     join, stored = _with_keys(read_join_file(path), path, folder), folder / JOIN_FILE
     if not stored.exists():
-        write_join_file(join, stored)
+        write_secret(stored, join.text)
         return join
     old = read_join_file(stored)
     if old.federation != join.federation or old.site != join.site:
@@ -173,7 +173,7 @@ def store_join_file(path: Path, folder: Path) -> JoinFile:
     newer = join.directory.serial > old.directory.serial
     new = join if newer else old.model_copy(update={"address": join.address})  # a corrected one
     if new != old:
-        _replace(stored, new)
+        write_atomic(stored, new.text.encode(), private=True)
     return new
 
 
@@ -187,7 +187,7 @@ def update_directory(folder: Path, directory_file: Path) -> Directory:
             f"{directory_file} is older (serial {new.serial}) than the directory in {folder} "
             f"(serial {join.directory.serial}). Ask the coordinator for its current directory.json."
         )
-    _replace(folder / JOIN_FILE, join.model_copy(update={"directory": new}))
+    write_atomic(folder / JOIN_FILE, join.model_copy(update={"directory": new}).text.encode(), private=True)
     return new
 
 
@@ -228,38 +228,27 @@ def _with_keys(join: JoinFile, path: Path, folder: Path) -> JoinFile:
     return join.model_copy(update={"node_key": keys.node_key, "identity": keys.identity})
 
 
-def _replace(path: Path, join: JoinFile) -> None:
-    write_atomic(path, (join.model_dump_json(indent=2) + "\n").encode(), private=True)
-
-
 def _check_signed(join: JoinFile, directory: Directory, path: Path) -> None:
     if directory.federation != join.federation:
-        raise UserError(
-            f"{path} is of federation {directory.federation}, but this site is in federation {join.federation}. Ask "
-            "the coordinator for the right file."
-        )
+        raise UserError(f"{path} is of federation {directory.federation}, but this site is in {join.federation}.")
     if not signed(join.ca, directory.text, directory.signature):
         raise UserError(
-            f"The directory of sites in {path} is not signed by the federation's authority. Do not use it, and inform "
-            "the coordinator."
+            f"The directory of sites in {path} is not signed by the federation's authority. Do not use it. Inform the "
+            "coordinator."
         )
 
 
 def _read(kind: type[File], path: Path, what: str) -> File:
     whom = "the site" if kind is SitePublicKeys else "the coordinator"
     try:
-        text = path.read_text()
+        found = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"The {what} {path} does not exist. Ask {whom} for it.") from None
     except OSError as error:
         raise UserError(f"The {what} {path} cannot be read: {error}.") from error
-    except UnicodeDecodeError:
+    except ValueError:  # not UTF-8 or not JSON
         raise UserError(f"{path} is not a {what}, or it is damaged. Ask {whom} for a new copy.") from None
-    try:
-        found = json.loads(text)
-        version = found.get("version") if isinstance(found, dict) else None
-    except json.JSONDecodeError:
-        raise UserError(f"{path} is not a {what}, or it is damaged. Ask {whom} for a new copy.") from None
+    version = found.get("version") if isinstance(found, dict) else None
     if version != VERSION:
         raise UserError(
             f"{path} is a {what} of version {version}, but this fedsb reads version {VERSION}. "

@@ -40,24 +40,19 @@ Backend = Literal["transformers", "vllm"]
 Note = Callable[[str], None]
 
 
-def evaluate_adapter(
-    folder: Path, data: str | None, *, backend: Backend = "transformers", note: Note = lambda text: None
-) -> dict[str, Any]:
-    """Loads the base model and the LoRA adapter with PEFT, and scores them on `data`, by default the run's test data.
-
-    Generated answers are stored in evals/ in the run directory, and an interrupted evaluation resumes from them.
-    Raises UserError for a run that is not finished, and for a method without a global model.
-    """
-    found: dict[str, Any] = evaluate_tables(folder, [data], backend=backend, note=note)["tables"][0]
-    return found
-
-
 def evaluate_tables(
-    folder: Path, sources: Sequence[str | None], *, backend: Backend = "transformers", note: Note = lambda text: None
+    folder: Path,
+    sources: Sequence[str | None] = (None,),
+    *,
+    backend: Backend = "transformers",
+    note: Note = lambda text: None,
 ) -> dict[str, Any]:
-    """Scores one adapter on several tables, and returns {"run", "metric", "tables", "mean"} with the plain mean.
+    """Loads the base model and the LoRA adapter with PEFT, and scores them on tables, by default the run's test data.
 
-    All tables are read before the first one is scored. Raises UserError also for a duplicate table.
+    Returns {"run", "metric", "tables", "mean"} with the plain mean over the tables, all of which are read before the
+    first one is scored. Generated answers are stored in evals/ in the run directory, and an interrupted evaluation
+    resumes from them. Raises UserError for a run that is not finished, a method without a global model, and a
+    duplicate table.
     """
     manifest, config, adapter = finished_run(folder)
     task = fitted_task(manifest, config)
@@ -133,7 +128,7 @@ def _not_generated(backend: str, task: Task) -> str:
 def evaluate_by_lm_eval(folder: Path, tasks: str) -> dict[str, Any]:
     """Runs lm-eval's own `tasks` ("gsm8k,piqa") on the base model with the adapter.
 
-    Raises UserError as `evaluate_adapter`, and for a task that does not generate text.
+    Raises UserError as `evaluate_tables`, and for a task that does not generate text.
     """
     _, config, adapter = finished_run(folder)
     tokenizer = load_tokenizer(config.model)
