@@ -102,7 +102,7 @@ def _privacy(run: RunFiles) -> str | None:
     if not privacy or spent is None:
         return None
     epsilon, delta = formatting.epsilon_text(spent), formatting.delta_text(privacy["delta"])
-    text = f"epsilon {epsilon} at delta {delta}, for {privacy['unit']}s, by the ledgers"
+    text = f"epsilon {epsilon} at delta {delta}, for {privacy['unit']}s, according to the ledgers"
     return text if run.manifest.get("not_private") is None else f"none: {run.manifest['not_private']} ({text})"
 
 
