@@ -34,7 +34,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 def stories() -> Path:
     folder = SHARED / "models" / "stories260K"
     if not folder.is_dir() or not (SHARED / "data").is_dir():
-        pytest.skip("stories260K and the real data are not beside the repository, in ../shared")
+        pytest.skip("stories260K and the real data are not in ../shared")
     return folder
 
 
@@ -85,8 +85,8 @@ def test_a_run_and_its_reload(cli: Callable[..., Said], finished: dict[str, Any]
     assert rounds[1]["loss"] < 0.9 * rounds[0]["loss"] and rounds[1]["score"] is not None
     found = json.loads(cli("eval", result.folder, "--json").out)
     assert found["accuracy"] == result.score
-    assert {name: found[name] for name in COUNTS} == rounds[1]["beside"]
-    assert json.loads((result.folder / "result.json").read_text())["beside"] == rounds[1]["beside"]
+    assert {name: found[name] for name in COUNTS} == rounds[1]["extra_metrics"]
+    assert json.loads((result.folder / "result.json").read_text())["extra_metrics"] == rounds[1]["extra_metrics"]
     shown = cli("report", result.folder).out
     assert f"{len(read_rows(Path(found['answers'])))} cut" in shown
     lines = read_rows(Path(found["answers"]))
@@ -156,7 +156,7 @@ def test_an_evaluation_goes_on_and_grades_anew(
     assert json.loads(said.out) == first
     assert path.read_text().splitlines() == lines
     assert asked == [len(lines) - 2]
-    assert f"2 of {len(lines)} answers are in {path}" in said.err and "answered, accuracy" in said.err
+    assert f"2 of {len(lines)} answers are stored in {path}" in said.err and "answered, accuracy" in said.err
     assert json.loads(cli("eval", folder, "--json").out) == first and len(asked) == 1
 
 
@@ -177,7 +177,7 @@ def test_an_evaluation_that_is_stopped_keeps_its_answers(
     assert cli("eval", folder, "--data", other).code == 130
     monkeypatch.setattr(scoring, "write_answers", write)
     said = cli("eval", folder, "--data", other, "--json")
-    assert "5 of 9 answers are in" in said.err and json.loads(said.out)["rows"] == 9
+    assert "5 of 9 answers are stored in" in said.err and json.loads(said.out)["rows"] == 9
 
 
 def test_scored_by_options_and_by_loss(
@@ -191,7 +191,7 @@ def test_scored_by_options_and_by_loss(
         assert found[metric] == pytest.approx(result.score, rel=1e-6)
     assert not (result.folder / "evals").exists()
     said = cli("eval", result.folder, "--backend", "vllm")
-    assert said.code == 1 and "this run is scored by loss: leave it out" in said.err
+    assert said.code == 1 and "this run is scored by loss. Leave it out" in said.err
 
 
 def test_the_likeliest_option(stories: Path) -> None:
@@ -236,7 +236,7 @@ def test_a_package_that_is_missing_is_named(
     evals = finished["arithmetic"].folder / "evals"
     shutil.rmtree(evals, ignore_errors=True)
     said = cli("eval", finished["arithmetic"].folder, *options)
-    assert said.code == 1 and f"needs the package {package}: pip install" in said.err
+    assert said.code == 1 and f"needs the package {package}. Install it" in said.err
 
 
 def test_vllm_is_asked_as_transformers_is(
@@ -308,15 +308,15 @@ def test_what_went_wrong_is_counted_and_shown() -> None:
         "accuracy",
     )
     assert found == {"accuracy": 0.5, "cut": 2, "no_room": 1, "without_answer": 1, "grading_faults": 1}
-    beside = {name: found[name] for name in COUNTS}
-    assert counts_text(beside) == ", 2 cut, 1 no room, 1 without answer, 1 grading faults"
+    extra = {name: found[name] for name in COUNTS}
+    assert counts_text(extra) == ", 2 cut, 1 no room, 1 without answer, 1 grading faults"
     assert counts_text(dict.fromkeys(COUNTS, 0)) == "" == extra_metrics_text({})
     assert extra_metrics_text({"f1": 0.5, "matthews": 0.25, "cut": 3}) == "f1 50.0\xa0%, matthews 0.25, 3 cut"
     both = mean_of(
         {
-            "a": Score(value=0.5, count=4, beside={"cut": 2, "f1": 0.5}),
-            "b": Score(value=1, count=4, beside={"cut": 1, "f1": 1.0}),
+            "a": Score(value=0.5, count=4, extra_metrics={"cut": 2, "f1": 0.5}),
+            "b": Score(value=1, count=4, extra_metrics={"cut": 1, "f1": 1.0}),
         }
     )
-    assert (both.value, both.count, both.beside) == (0.75, 4, {"cut": 3, "f1": 0.75})
+    assert (both.value, both.count, both.extra_metrics) == (0.75, 4, {"cut": 3, "f1": 0.75})
     assert both.by_client == {"a": 0.5, "b": 1}

@@ -180,7 +180,7 @@ def test_check(cli: Callable[..., Said], toml: Path, tmp_path: Path) -> None:
     assert "train.lr 0.5 --set train.lr" in lines
     assert "model.device cpu auto: no CUDA device" in lines
     assert any(line.startswith("fed-sb (rank 4) <- this run 0 B") for line in lines)
-    assert "per client and round 192 values up, 192 down, and the head's 99 each way" in lines
+    assert "per client and round 192 values up, 192 down, and 99 of the head each way" in lines
     assert "per client and round 1.16 kB up, 1.16 kB down" in lines
     assert not (tmp_path / "runs").exists()
 
@@ -203,7 +203,7 @@ def test_run(cli: Callable[..., Said], toml: Path, tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "tiny"
     assert "round 3/3  loss 1." in said.out
     assert f"adapter         {folder / 'adapter'}" in said.out
-    compile(said.out.split("Load it:")[1], "load", "exec")
+    compile(said.out.split("Load the adapter:")[1], "load", "exec")
     again = cli("run", toml)
     assert again.code == 1 and f"{folder} holds a finished run" in again.err and "resume" not in again.err
     (folder / "result.json").unlink()  # as where it was stopped
@@ -328,7 +328,7 @@ def test_export_overwrites_nothing(cli: Callable[..., Said], finished: Path, tmp
     for name in ("full", "file"):
         for more in ([], ["--merged"]):
             said = cli("export", finished, "--to", tmp_path / name, *more)
-            assert said.code == 1 and "holds something already; name a new folder" in said.err
+            assert said.code == 1 and "is not empty. Choose a new folder." in said.err
     assert (tmp_path / "full" / "notes").read_text() == (tmp_path / "file").read_text() == "mine"
     (tmp_path / "empty").mkdir()
     assert cli("export", finished, "--to", tmp_path / "empty").code == 0
@@ -339,7 +339,7 @@ def test_export_to_the_hub(cli: Callable[..., Said], finished: Path, monkeypatch
     monkeypatch.delenv("HF_TOKEN", raising=False)
     before = sorted(finished.rglob("*"))
     said = cli("export", finished, "--to", "hub:me/adapter")
-    assert said.code == 1 and "needs a token; set the environment variable HF_TOKEN" in said.err
+    assert said.code == 1 and "needs a token for the Hub. Set the environment variable HF_TOKEN" in said.err
     monkeypatch.setenv("HF_TOKEN", "hf_none")
     said = cli("export", finished, "--to", "hub:me/adapter")
     assert said.code == 1 and "the Hub refused it" in said.err
@@ -353,7 +353,7 @@ def test_methods_without_a_global_model(cli: Callable[..., Said], tiny_config: d
     for verb in (["eval", folder], ["export", folder, "--to", tmp_path / "copy"]):
         said = cli(*verb)
         assert said.code == 1
-        assert "method 'local' has no global model; its clients' adapters are site 0, site 1, site 2" in said.err
+        assert "Method 'local' has no global model. The adapters of its clients are site 0, site 1, site 2" in said.err
     load = json.loads((folder / "result.json").read_text())["load"]
     assert repr(str(folder / "adapter" / "site 0")) in load
 
@@ -371,7 +371,7 @@ def test_a_run_that_is_not_finished(
     assert said.code == 130 and f"fedsb resume {folder}\n" in said.err
     for verb in (["eval", folder], ["export", folder, "--to", tmp_path / "copy"]):
         said = cli(*verb)
-        assert said.code == 1 and f"{folder} is not finished: `fedsb resume {folder}` goes on" in said.err
+        assert said.code == 1 and f"{folder} is not finished. Resume it with `fedsb resume {folder}`" in said.err
     said = cli("report", folder)
     assert (
         said.code == 0 and "tiny: 3 of 3 rounds" in said.out and f"report          {folder / 'report.html'}" in said.out
@@ -426,3 +426,20 @@ def test_the_help_of_a_command_describes_its_arguments(cli: Callable[..., Said])
 def test_a_misspelt_verb_gets_one_suggestion(cli: Callable[..., Said]) -> None:
     said = cli("chek", "quickstart")
     assert said.code == 1 and said.err.count("Did you mean 'check'?") == 1
+
+
+def test_renamed_settings_are_named_on_stderr(
+    cli: Callable[..., Said], tiny_config: dict[str, Any], tmp_path: Path
+) -> None:
+    old = set_all(tiny_config, train={"steps": 3, "batch_size": 4, "lr": 0.02}, rounds=1)
+    notice = "Notice: train.steps was renamed to train.local_steps. The old name works in this version only.\n"
+    toml = write_toml(tmp_path / "old.toml", old)
+    for command in ("check", "run"):
+        said = cli(command, toml)
+        assert (said.code, said.err) == (0, notice)
+    run = tmp_path / "runs" / "tiny"
+    said = cli("resume", run, "--config", toml)
+    assert (said.code, said.err) == (0, notice)
+    both = set_all(old, train={"steps": 3, "local_steps": 3, "batch_size": 4, "lr": 0.02})
+    said = cli("check", write_toml(tmp_path / "both.toml", both))
+    assert said.code == 1 and "train.steps" in said.err and "train.local_steps" in said.err

@@ -24,8 +24,8 @@ from fedsb.comparison.cells import Cell, CellError, Outcome, Results, make_cell,
 from fedsb.comparison.compare import compare, final, plan_of, trial
 from fedsb.comparison.contenders import contenders_of
 from fedsb.comparison.figures import bytes_to_target, curve, paired, pareto_front, spread
-from fedsb.comparison.search import at_an_end, best_rate, next_rate, start_rate
-from fedsb.comparison.spent import together
+from fedsb.comparison.search import at_boundary, best_rate, next_rate, start_rate
+from fedsb.comparison.spent import epsilon_together
 from fedsb.comparison.table import difference_text, spread_text
 from fedsb.config.load import load_config
 from fedsb.data.clients import open_data
@@ -84,9 +84,9 @@ def test_a_rate_that_breaks_is_the_worst() -> None:
     assert best_rate({0.01: 2.5, 0.02: 2.75}, False) == 0.01
 
 
-def test_a_best_rate_at_an_end() -> None:
-    assert at_an_end({0.01: 1.0, 0.02: 2.0}, 0.02)
-    assert not at_an_end({0.01: 1.0, 0.02: 2.0, 0.04: None}, 0.02)
+def test_a_best_rate_at_boundary() -> None:
+    assert at_boundary({0.01: 1.0, 0.02: 2.0}, 0.02)
+    assert not at_boundary({0.01: 1.0, 0.02: 2.0, 0.04: None}, 0.02)
 
 
 def test_where_the_search_starts() -> None:
@@ -234,7 +234,7 @@ def test_a_control_follows_the_grid_and_says_its_rank(
     ]
     for name in ("table.md", "comparison.html"):
         assert (
-            "central is a control, and trains the adapter of fedit@4 (rank 4)" in (tmp_path / "out" / name).read_text()
+            "central is a control that trains the adapter of fedit@4 (rank 4)" in (tmp_path / "out" / name).read_text()
         )
 
 
@@ -272,16 +272,19 @@ def test_a_run_knows_nothing_of_compare(tiny_config: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("compare", "said"),
     [
-        ({}, "compare: name what to compare, as in --methods fed-sb@8,fedit@1"),
+        ({}, "compare: no contenders. Name them with --methods fed-sb@8,fedit@1"),
         ({"method": ["a"]}, "compare.method: there is no such key; did you mean 'methods'?"),
         ({"seeds": 0}, "compare.seeds: it must be greater than or equal to 1 (it is 0)"),
         ({"contenders": [{"nam": "x"}]}, "contenders.0.nam: there is no such key; did you mean 'name'?"),
         ({"methods": ["fed_sb"]}, "'fed_sb': method.name: unknown method 'fed_sb'; did you mean 'fed-sb'?"),
-        ({"methods": ["fed-sb@x"]}, "compare.methods: 'fed-sb@x': write name or name@rank"),
+        ({"methods": ["fed-sb@x"]}, "compare.methods: 'fed-sb@x' is not valid. Write name or name@rank"),
         ({"methods": ["fedit"], "ranks": [0]}, "compare.ranks: it must be greater than"),
-        ({"methods": ["fedit@4", "fedit@4"]}, "compare: two contenders are called 'fedit@4'"),
-        ({"methods": ["fedit", "fedit@4"]}, "'fedit' and 'fedit@4' are the same settings; leave one out"),
-        ({"methods": ["fedit@4"], "reference": "fedit@1"}, "no contender is called 'fedit@1'; did you mean 'fedit@4'?"),
+        ({"methods": ["fedit@4", "fedit@4"]}, "compare: several contenders have the name 'fedit@4'"),
+        ({"methods": ["fedit", "fedit@4"]}, "'fedit' and 'fedit@4' have the same settings. Leave one out"),
+        (
+            {"methods": ["fedit@4"], "reference": "fedit@1"},
+            "no contender is named 'fedit@1'; did you mean 'fedit@4'?",
+        ),
         ({"methods": ["fedit"], "grid": {"train.lrr": [1]}}, "contender 'fedit': train.lrr: there is no such key"),
         ({"methods": ["fedit"], "grid": {"train.lr": 1}}, "compare.grid: train.lr needs a list of values (it is 1)"),
         ({"methods": ["fedit"], "grid": {"seed": [1]}}, "contender 'fedit': seed cannot be set here"),
@@ -298,18 +301,16 @@ def test_all_faults_come_before_any_cell(cli: Cli, tiny_config: dict[str, Any], 
     toml = write_toml(tmp_path / "bad.toml", tiny_config)
     got = cli("compare", toml, "--methods", "fed_sb, fedit@0,flora@2,nothing", "--out", tmp_path / "out")
     assert got.code == 1 and "3 faults in the configuration:" in got.err, got
-    for part in ("did you mean 'fed-sb'?", "'fedit@0': write name", "'nothing': method.name: unknown"):
+    for part in ("did you mean 'fed-sb'?", "'fedit@0' is not valid. Write name", "'nothing': method.name: unknown"):
         assert part in got.err
     assert not (tmp_path / "out").exists()
 
 
 def test_nothing_to_score(tiny_config: dict[str, Any]) -> None:
     bare = set_all(tiny_config, data={"train": "x.jsonl"}, clients={"partition": "iid"})
-    with pytest.raises(
-        ConfigError, match=r"there are no rows to score: name data.test, or set clients.holdout_fraction"
-    ):
+    with pytest.raises(ConfigError, match=r"no rows to score. Set data.test or clients.holdout_fraction"):
         contenders_of(load_config(asked(bare, methods=["fedit"])))
-    with pytest.raises(ConfigError, match=r"there are no rows to train on: name data.train"):
+    with pytest.raises(ConfigError, match=r"no training data. Set data.train"):
         contenders_of(load_config(asked(set_all(bare, data={}), methods=["fedit"])))
 
 
@@ -392,7 +393,7 @@ def test_the_kept_cells(tiny_config: dict[str, Any], tmp_path: Path) -> None:
     with Results.open(tmp_path) as results:
         assert results.get(one) is None
         results.add(one, kept)
-        with pytest.raises(UserError, match="is in use by another fedsb process"), Results.open(tmp_path):
+        with pytest.raises(UserError, match="is in use by a different fedsb process"), Results.open(tmp_path):
             pass
     with Results.open(tmp_path) as results:
         assert results.get(one) == kept
@@ -407,7 +408,7 @@ def test_the_kept_cells(tiny_config: dict[str, Any], tmp_path: Path) -> None:
     with Results.open(tmp_path) as results:
         assert results.get(one) is None and results.stale(one) == kept
     (tmp_path / "cells.json").write_text("{")
-    with pytest.raises(UserError, match="is not what fedsb compare writes"), Results.open(tmp_path):
+    with pytest.raises(UserError, match=r"is not a valid cells\.json"), Results.open(tmp_path):
         pass
 
 
@@ -470,8 +471,8 @@ def test_every_contender_gets_the_same_trials(fake: Callable[..., dict[str, Any]
     fed_sb, fedit = found["contenders"]
     assert [trial["lr"] for trial in fed_sb["tried"]] == [0.02, 0.04, 0.08]  # from train.lr
     assert [trial["lr"] for trial in fedit["tried"]] == [0.0025, 0.005, 0.01]  # from an eighth of it
-    assert (fed_sb["lr"], fed_sb["lr_at_an_end"]) == (0.04, False)
-    assert (fedit["lr"], fedit["lr_at_an_end"]) == (0.01, True)
+    assert (fed_sb["lr"], fed_sb["lr_at_boundary"]) == (0.04, False)
+    assert (fedit["lr"], fedit["lr_at_boundary"]) == (0.01, True)
     assert fed_sb["scores"] == [0.5, 0.51, 0.52] and fed_sb["score"] == {"mean": 0.51, "sd": pytest.approx(0.01)}
     assert fedit["difference"] == {
         "test_error": None,  # these cells do not say how many rows they were scored on
@@ -501,7 +502,7 @@ def test_the_tests_own_error_stands_beside_a_score_and_a_difference(
     for name in ("table.md", "comparison.html"):
         page = (tmp_path / "out" / name).read_text().replace("\N{NO-BREAK SPACE}", " ")
         assert "2.3 points" in page and "better in 0 of 1, test error 3.4 points" in page
-        assert "a test of 300 rows" in page
+        assert "due to 300 test rows" in page
 
 
 def test_a_metric_that_is_no_share_of_rows_has_no_error_of_the_test() -> None:
@@ -526,12 +527,12 @@ def test_a_trial_that_breaks_is_no_failure_but_a_search_without_any_is(
         lambda cell: None if cell.settings["method.name"] == "fed-sb" else 0.5, seeds=2, methods=["fed-sb@4", "fedit@1"]
     )
     assert list(found["failed"]) == ["fed-sb@4, tuning"]
-    assert "no learning rate of 0.02, 0.01, 0.005 gave a finite loss" in found["failed"]["fed-sb@4, tuning"]
+    assert "None of the learning rates 0.02, 0.01, 0.005 gave a finite loss" in found["failed"]["fed-sb@4, tuning"]
     fed_sb, fedit = found["contenders"]
     assert (fed_sb["lr"], fed_sb["score"], fed_sb["scores"]) == (None, None, [None, None])
     assert fedit["scores"] == [0.5, 0.5] and fedit["difference"] is None
-    assert "Failed: fed-sb@4, tuning: no learning rate" in (tmp_path / "out" / "table.md").read_text()
-    assert "fed-sb@4, tuning failed: no learning rate" in (tmp_path / "out" / "comparison.html").read_text()
+    assert "Failed: fed-sb@4, tuning: None of the learning rates" in (tmp_path / "out" / "table.md").read_text()
+    assert "fed-sb@4, tuning failed: None of the learning rates" in (tmp_path / "out" / "comparison.html").read_text()
 
 
 def test_a_failed_cell_leaves_the_others(fake: Callable[..., dict[str, Any]]) -> None:
@@ -581,7 +582,7 @@ def test_a_changed_recipe_makes_new_cells_and_says_so(fake: Callable[..., dict[s
         methods=[],
         contenders=[{"name": "fedit@2", "set": {"method": {"name": "fedit", "rank": 2}, "train.local_steps": 7}}],
     )
-    assert "fedit@2 seed 0: a kept run has other settings and is not used (train.local_steps: 3 -> 7)" in more
+    assert "fedit@2 seed 0: a stored run has different settings and is not used (train.local_steps: 3 -> 7)" in more
 
 
 def test_on_the_command_line(
@@ -595,14 +596,14 @@ def test_on_the_command_line(
     command += ["--methods", "fedit@2, fed-sb@8", "--seeds", "1", "--trials", "0", "--set", "train.lr=0.5"]
     said = cli(*command)
     assert (said.code, said.err) == (0, "")
-    assert "against fedit@2" in said.out and "50.0\N{NO-BREAK SPACE}%" in said.out
+    assert "difference from fedit@2" in said.out and "50.0\N{NO-BREAK SPACE}%" in said.out
     assert "comparisons/tiny/comparison.html" in said.out
     found = json.loads(cli(*command, "--json", "--set", "compare.reference=fed-sb@8").out)
     assert found["comparison"] == "comparisons/tiny" and found["reference"] == "fed-sb@8"
     monkeypatch.setattr(story, "run_cell", made_up(lambda cell: None))
     said = cli(*command, "--out", "other", "--json")
     assert said.code == 2 and list(json.loads(said.out)["failed"]) == ["fedit@2 seed 0", "fed-sb@8 seed 0"]
-    assert "not everything ran:\n  fedit@2 seed 0: the loss is not finite" in said.err
+    assert "Some runs failed:\n  fedit@2 seed 0: The loss is not finite" in said.err
 
 
 def test_lower_is_better(fake: Callable[..., dict[str, Any]]) -> None:
@@ -648,7 +649,7 @@ def test_cut_off_and_taken_up_again(
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in err, err
-    assert err.endswith(f"interrupted\n  what was finished is in {folder}; to go on:\n    fedsb {' '.join(command)}\n")
+    assert err.endswith(f"interrupted\n  Completed runs are in {folder}. To resume:\n    fedsb {' '.join(command)}\n")
     kept = json.loads((folder / "cells.json").read_text())["cells"]
     assert 0 < len(kept) < 8 and not (folder / "comparison.json").exists()
     assert not list(tmp_path.glob("fedsb-cell-*")), "a run that was ended left its folder"
@@ -703,7 +704,7 @@ def test_the_runs_of_a_private_comparison_add_up(tiny_config: dict[str, Any], tm
     found = compare(load_config(config), tmp_path / "out", notes.append)
     assert set(found["failed"]) == {"fed-sb@33 seed 0"}  # before it is charged: the rank is above what fits
     (ahead,) = [i for i, note in enumerate(notes) if note.startswith("privacy: 3 private runs")]
-    assert "together at most epsilon 6," in notes[ahead] and not any("seed 0:" in note for note in notes[:ahead])
+    assert "at most epsilon 6 together" in notes[ahead] and not any("seed 0:" in note for note in notes[:ahead])
     kept = [path for path in (tmp_path / "out" / "ledgers").rglob("*") if path.is_file()]
     assert len(kept) == 9 and {path.suffix for path in kept} == {".jsonl"}
     wanted = max(
@@ -722,23 +723,23 @@ def test_a_row_may_be_at_any_client_where_splits_differ(tiny_config: dict[str, A
         ledger(tmp_path, run, "b", many)
     ledger(tmp_path, "pooled", "central", few)
     config = asked(set_all(tiny_config, privacy=PRIVATE), methods=["fed-sb@4", "fedit@2"], trials=0)
-    by_column = together(tmp_path, contenders_of(load_config(config)))
+    by_column = epsilon_together(tmp_path, contenders_of(load_config(config)))
     assert by_column is not None and by_column["runs"] == 3
     each = [epsilon([release, release, few], 1e-3) for release in (few, many)]
     assert by_column["epsilon"] == pytest.approx(max(each))
     drawn = set_all(config, clients={"partition": "iid", "count": 2})
-    anywhere = together(tmp_path, contenders_of(load_config(drawn)))
+    anywhere = epsilon_together(tmp_path, contenders_of(load_config(drawn)))
     assert anywhere is not None
     worst = Release(q=0.1, sigma=1.0, count=20)
     assert anywhere["epsilon"] == pytest.approx(epsilon([worst, worst, few], 1e-3))
-    assert together(tmp_path / "empty", contenders_of(load_config(config))) is None
+    assert epsilon_together(tmp_path / "empty", contenders_of(load_config(config))) is None
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"compare": {"trials": 2}}, r"compare.trials = 2: trials score private rows.*Set compare.trials = 0"),
-        ({"data": {"test": None}}, r"a private run shows no scores of its clients' rows. Name a public test file"),
+        ({"data": {"test": None}}, r"a private run does not release scores on its clients' rows. Set data.test"),
     ],
     ids=["trials", "no test file"],
 )

@@ -141,7 +141,7 @@ def test_a_signal_in_the_middle_of_a_round(
         assert process.returncode == -signal.SIGKILL
     else:
         assert process.returncode == 130
-        assert f"interrupted\n  what was finished is in {folder}; to go on:\n    fedsb resume {folder}\n" in err
+        assert f"interrupted\n  Completed rounds are in {folder}. To resume:\n    fedsb resume {folder}\n" in err
         assert "Traceback" not in err
         assert not list(folder.rglob(".*"))
     said = cli("resume", folder, "--json")

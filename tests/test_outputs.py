@@ -208,7 +208,7 @@ def test_a_snippet_runs_as_printed(
 
 def test_the_terminal_prints_the_snippet(cli: Callable[..., Said], run_of: Callable[[str], Path]) -> None:
     load = json.loads((run_of("mean") / "result.json").read_text())["load"]
-    assert cli("report", run_of("mean")).out.split("Load it:")[1].strip() == load
+    assert cli("report", run_of("mean")).out.split("Load the adapter:")[1].strip() == load
 
 
 # --- pipelines ---
@@ -485,7 +485,7 @@ def test_the_command_line_predicts(cli: Callable[..., Said], run_of: Callable[[s
         said = cli("predict", run_of("classes"), "--data", data, "--out", tmp_path / name)
         assert said.code == 0 and said.out == f"2 predictions written to {tmp_path / name}\n"
         again = cli("predict", run_of("classes"), "--data", data, "--out", tmp_path / name)
-        assert again.code == 1 and "exists already" in again.err
+        assert again.code == 1 and "already exists" in again.err
     assert [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()] == wanted
     with (tmp_path / "out.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -498,7 +498,7 @@ def test_the_command_line_predicts(cli: Callable[..., Said], run_of: Callable[[s
     [
         ("a.jsonl", '{"text": "red1"}\n\n{"text": null}\n', "a.jsonl, line 3: the column 'text' contains None"),
         ("a.csv", "words\nred1\n", "has no column 'text'"),
-        ("a.csv", "text,prediction\nred1,x\n", "has a column 'prediction', which the predictions would overwrite"),
+        ("a.csv", "text,prediction\nred1,x\n", "has a column 'prediction', which a prediction would overwrite"),
         ("a.csv", "text\n", "no rows"),
     ],
 )
@@ -529,11 +529,11 @@ def test_a_file_to_predict_is_read_as_the_runs_files_are(
 def test_what_predict_refuses(cli: Callable[..., Said], run_of: Callable[[str], Path], tmp_path: Path) -> None:
     data = write_rows(tmp_path / "a.jsonl", [{"text": "red1"}])
     said = cli("predict", run_of("classes"), "--data", data, "--new-tokens", 5)
-    assert said.code == 1 and "--new-tokens 5 is for models that write" in said.err
+    assert said.code == 1 and "--new-tokens 5 is for models that generate text" in said.err
     said = cli("predict", run_of("text"), "--data", data, "--new-tokens", 0)
     assert said.code == 1 and "must be at least 1" in said.err
     said = cli("predict", run_of("classes"), "--data", data, "--out", tmp_path / "a.xlsx")
-    assert said.code == 1 and "are written as .jsonl or .csv" in said.err
+    assert said.code == 1 and "a name that ends with .jsonl or .csv" in said.err
     with pytest.raises(UserError, match="row 2: the column 'text' contains 3"):
         fedsb.predict(run_of("classes"), [{"text": "red1"}, {"text": 3}])
 

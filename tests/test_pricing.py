@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from conftest import Said, labelled_rows, set_all, write_rows, write_toml
+from fedsb.adapters.adapted import find_targets
+from fedsb.comparison.contenders import methods_to_price
 from fedsb.config.load import load_config
 from fedsb.config.inputs import ModelConfig
 from fedsb.data.clients import build_task
@@ -121,14 +123,14 @@ def test_published_values_of_language_models(
 ) -> None:
     found = priced(model, method, rank, clients)
     digits = max(len(str(millions).partition(".")[2]), 0)
-    assert round(found["values_a_client_a_round"][direction] / 1e6, digits) == millions
-    assert found["prices"][0][f"{direction}_values"] == found["values_a_client_a_round"][direction]
+    assert round(found["values_per_client_round"][direction] / 1e6, digits) == millions
+    assert found["prices"][0][f"{direction}_values"] == found["values_per_client_round"][direction]
 
 
 def test_blocks_are_the_papers_seven_modules() -> None:
     for model in (MISTRAL, GEMMA, LLAMA):
-        named = priced(model, "fed-sb", 32, 2, model={"target_modules": SEVEN})["values_a_client_a_round"]
-        assert named == priced(model, "fed-sb", 32, 2)["values_a_client_a_round"]
+        named = priced(model, "fed-sb", 32, 2, model={"target_modules": SEVEN})["values_per_client_round"]
+        assert named == priced(model, "fed-sb", 32, 2)["values_per_client_round"]
 
 
 @pytest.mark.parametrize(
@@ -152,7 +154,7 @@ def test_published_values_of_bert_with_its_head(method: str, rank: int, directio
         data={"classes": 3},
         model={"target_modules": ["query", "value"]},
     )
-    values = found["values_a_client_a_round"]
+    values = found["values_per_client_round"]
     assert values["head"] == 768 * 3 + 3
     assert round((values[direction] + values["head"]) / 1e3, 1) == thousands
 
@@ -167,7 +169,7 @@ def test_the_one_off_basis_of_mistral() -> None:
         "method": {"name": "fed-sb", "rank": 200},
         "basis": {"kind": "update-pooled"},
     }
-    assert round(estimate(load_config(config))["values_a_client_a_round"]["one_off"] / 1e6) == 524
+    assert round(estimate(load_config(config))["values_per_client_round"]["one_off"] / 1e6) == 524
 
 
 # --- memory ---
@@ -306,7 +308,7 @@ def test_what_a_client_trains_is_not_what_it_sends(name: str, options: dict[str,
 def test_blocks_leave_the_vision_tower_alone() -> None:
     """Gemma 3 4B: 34 x 7 layers of its language model, none of the 27 blocks that see."""
     found = priced("google/gemma-3-4b-pt", "fed-sb", 10, 2)
-    assert found["values_a_client_a_round"]["up"] == 34 * 7 * 100
+    assert found["values_per_client_round"]["up"] == 34 * 7 * 100
 
 
 def test_a_saved_model_of_two_senses_leaves_its_tower_alone(tmp_path: Path) -> None:
@@ -332,14 +334,14 @@ def test_what_is_not_known_is_said(cli: Callable[..., Said], tiny_config: dict[s
     said = cli("check", toml)
     assert said.code == 0 and said.err == ""
     flat = " ".join(said.out.split())
-    assert "time not known: it depends on the rows" in flat
-    assert "Not known here: - rows, tokens, time and epsilon: 'hub:nobody/nothing' cannot be fetched" in flat
-    assert "the head is priced for 2; say data.classes" in flat
-    assert "how many clients the column 'client' makes: priced for 8 (clients.count)" in flat
+    assert "time unknown: it depends on the rows" in flat
+    assert "Unknown: - rows, tokens, time and epsilon: 'hub:nobody/nothing' cannot be fetched" in flat
+    assert "the number of classes: estimated for 2; set data.classes" in flat
+    assert "the number of clients in the column 'client': estimated for 8 (clients.count)" in flat
     found = json.loads(cli("check", toml, "--set", "data.classes=3", "--json").out)
     assert (found["seconds"], found["clients"], found["privacy"]) == (None, None, None)
-    assert found["values_a_client_a_round"]["head"] == 99
-    assert found["values_a_client_a_round"]["up"] == 192
+    assert found["values_per_client_round"]["head"] == 99
+    assert found["values_per_client_round"]["up"] == 192
     assert len(found["unknown"]) == 3
 
 
@@ -347,7 +349,7 @@ def test_prices_without_rows_are_those_with_them(tiny_config: dict[str, Any]) ->
     config = set_all(tiny_config, clients={"count": 3}, server={"clients_per_round": 2})
     far = set_all(config, data={"train": "hub:nobody/nothing", "classes": 3})
     here, there = estimate(load_config(config)), estimate(load_config(far))
-    for key in ("prices", "values_a_client_a_round", "memory_bytes", "memory_parts", "client_memory_bytes"):
+    for key in ("prices", "values_per_client_round", "memory_bytes", "memory_parts", "client_memory_bytes"):
         assert here[key] == there[key], key
     assert here["unknown"] == [] and here["seconds"] > 0
 
@@ -449,7 +451,7 @@ def test_an_estimate_above_this_machines_memory_is_warned_of(
     assert estimate(load_config(tiny_config))["warnings"] == []
     monkeypatch.setattr("fedsb.planning.estimate.memory_of", lambda device: needed - 1)
     (warning,) = estimate(load_config(tiny_config))["warnings"]
-    assert "is more than this machine has" in warning and "train.batch_size" in warning
+    assert "is more than the" in warning and "train.batch_size" in warning
     said = cli("check", write_toml(tmp_path / "my.toml", tiny_config))
     assert said.code == 0 and "Warning:" in said.out
 
@@ -470,10 +472,13 @@ def test_a_coordinators_toml_is_priced_without_rows(
     here, said = estimate(load_config(set_all(tiny_config, clients={"count": 3}))), cli("check", toml, "--verbose")
     assert said.code == 0 and said.err == ""
     flat = " ".join(said.out.split())
-    assert "engine.name flower auto: data.train is not set, so the rows are at the sites of `fedsb serve`" in flat
-    assert "Not known here: - the rows: data.train is not set, so this is checked as a run of `fedsb serve`" in flat
-    assert "how many sites there are: priced for 3 (clients.count)" in flat
-    assert "the head is priced for 3, as many as data.test has; say data.classes" in flat
+    assert (
+        "engine.name flower auto: data.train is not set, so the rows are at the sites of `fedsb federation serve`"
+        in flat
+    )
+    assert "Unknown: - the rows: data.train is not set, so this is checked as a run of `fedsb federation serve`" in flat
+    assert "the number of sites: estimated for 3 (clients.count)" in flat
+    assert "the number of classes: estimated for 3, as in data.test; set data.classes" in flat
     found = json.loads(cli("check", toml, "--set", "engine.name=flower", "--json").out)
     assert found["prices"] == here["prices"]
     assert (found["seconds"], found["clients"], found["privacy"]) == (None, None, None)
@@ -493,7 +498,7 @@ def test_what_a_coordinator_cannot_run_is_refused_by_check(tiny_config: dict[str
 def test_training_rows_may_stand_for_those_of_the_sites(tiny_config: dict[str, Any]) -> None:
     found = estimate(load_config(tiny_config, ["engine.name=flower"]))
     assert found["unknown"] == [
-        "the sites and their rows: data.train and [clients] stand for them, as in a rehearsal",
+        "the sites and their rows: estimated from data.train and [clients], as in a local federation",
     ]
     assert found["clients"] and found["seconds"] and found["memory_bytes"] == found["client_memory_bytes"]
 
@@ -501,9 +506,9 @@ def test_training_rows_may_stand_for_those_of_the_sites(tiny_config: dict[str, A
 def test_privacy_without_rows(tiny_config: dict[str, Any]) -> None:
     rows = estimate(load_config(served(tiny_config, privacy={"unit": "example", "epsilon": 3.0})))
     assert rows["privacy"] is None
-    assert any("calibrated to privacy.epsilon = 3 when all have said" in line for line in rows["unknown"])
+    assert any("calibrated to privacy.epsilon = 3 once all sites have sent" in line for line in rows["unknown"])
     fixed = estimate(load_config(served(tiny_config, privacy={"unit": "example", "noise_multiplier": 1.0})))
-    assert any(line.startswith("epsilon: it follows from privacy.noise_multiplier") for line in fixed["unknown"])
+    assert any(line.startswith("epsilon: it depends on privacy.noise_multiplier") for line in fixed["unknown"])
     whole = served(tiny_config, privacy={"unit": "client", "epsilon": 3.0}, server={"weighting": "uniform"})
     policy = estimate(load_config(whole))["privacy"]  # hangs on how many sites there are, and on no row
     assert policy == estimate(load_config(set_all(tiny_config, **{**whole, "data": tiny_config["data"]})))["privacy"]
@@ -533,9 +538,10 @@ def test_check_refuses_a_sum_that_hides_nothing(tiny_config: dict[str, Any]) -> 
 
 
 def test_check_prices_what_compare_names(tiny_config: dict[str, Any]) -> None:
-    found = estimate(load_config(set_all(tiny_config, compare={"methods": ["fed-sb@4", "fedit@7"]})))
+    loaded = load_config(set_all(tiny_config, compare={"methods": ["fed-sb@4", "fedit@7"]}))
+    found = estimate(loaded, also=methods_to_price(loaded))
     assert found["compared"] == ["fed-sb (rank 4)", "fedit (rank 7)"]
     labels = [price["label"] for price in found["prices"]]
     assert labels[0] == "fed-sb (rank 4)" and "fedit (rank 7)" in labels[1:] and len(set(labels)) == len(labels)
-    broken = estimate(load_config(set_all(tiny_config, compare={"methods": ["fed-sb@4", "nothing@7"]})))
-    assert broken["compared"] == []  # `fedsb compare` says it
+    broken = load_config(set_all(tiny_config, compare={"methods": ["fed-sb@4", "nothing@7"]}))
+    assert methods_to_price(broken) == []  # `fedsb compare` reports it

@@ -257,8 +257,8 @@ def test_a_folder_that_cannot_be_made_is_the_users_to_change(tmp_path: Path, fol
     [
         (None, "is not a run directory"),
         ("", "cannot be read"),
-        ("[]", "is not that of a run"),
-        ("{}", "is not that of"),
+        ("[]", "is not a JSON object"),
+        ("{}", "is not the manifest of a fedsb run"),
     ],
 )
 def test_no_manifest_worth_the_name(tmp_path: Path, content: str | None, said: str) -> None:
@@ -351,7 +351,7 @@ def test_a_folder_that_is_deleted_while_the_run_goes_on(
     monkeypatch.setattr(Record, "commit", deleted)
     said = cli("run", write_toml(tmp_path / "my.toml", set_all(tiny_config, method=method)))
     assert said.code == 2 and f"{folder} was deleted or moved while the run went on" in said.err
-    assert f"{folder}: if it was deleted or moved during the run, start the run again" in said.err
+    assert f"{folder} does not exist. If it was deleted or moved during the run, start the run again." in said.err
     assert "kept" not in said.err and "room" not in said.err
     assert not folder.exists()
 
@@ -395,7 +395,7 @@ def check_refused(said: Said, folder: Path) -> None:
     if (folder / "manifest.json").exists():
         assert f"fedsb resume {folder}" in said.err
     else:
-        assert f"{folder}: if it was deleted or moved during the run, start the run again" in said.err
+        assert f"{folder} does not exist. If it was deleted or moved during the run, start the run again." in said.err
 
 
 @pytest.mark.parametrize("room", [4, 40, 80, 112])

@@ -174,10 +174,10 @@ def test_every_section_with_its_numbers(tmp_path: Path) -> None:
     page = Page(write_report(write_run(tmp_path, about=manifest())))
     assert page.headings == [
         "Score and loss by round",
-        "Bytes by round and in total",
-        "Price against other methods",
+        "Bytes sent",
+        "Bytes of other methods",
         "Scores by client",
-        "Who holds what",
+        "Rows by client and label",
         "Dropped updates",
         "Method and basis",
         "Load the adapter",
@@ -192,7 +192,7 @@ def test_every_section_with_its_numbers(tmp_path: Path) -> None:
     text = page.source.replace(formatting.GLUE, " ")
     assert "50.0 points above the majority class (25.0 %)" in text
     assert "65.0 points above the model before federation (10.0 %)" in text
-    assert "FedIT would have sent 2.90 kB, 5.80 times as much" in text
+    assert "FedIT would have sent 2.90 kB, 5.80 times as many" in text
     assert "The rounds took 1 min 30 s." in text
     assert "12.5 % of its squared norm" in text
 
@@ -230,9 +230,9 @@ def test_unfinished_run_with_gaps(tmp_path: Path) -> None:
     json.dumps(found, allow_nan=False)
     assert (found["finished"], found["rounds"], found["score"]) == (False, 3, None)
     page = Page(write_report(tmp_path))
-    assert "3 of 9 rounds are done" in page.source
-    assert "1 line of the record could not be read" in page.source
-    assert "The line breaks where" in page.source
+    assert "after 3 of 9 rounds" in page.source
+    assert "1 line of the run’s files could not be read" in page.source
+    assert "The line has gaps where" in page.source
     assert "Load the adapter" not in page.headings and "Scores by client" not in page.headings
     assert "nan" not in page.source.lower()
 
@@ -262,9 +262,9 @@ def test_any_size_makes_a_page(tmp_path: Path, clients: int, labels: int) -> Non
     )
     page = Page(write_report(run))
     assert f"1.000{formatting.GLUE}nats/token below the model before" in page.source
-    assert ("Who holds what" in page.headings) == (clients > 0)
-    assert "Bytes by round and in total" not in page.headings
-    assert "Price against other methods" not in page.headings
+    assert ("Rows by client and label" in page.headings) == (clients > 0)
+    assert "Bytes sent" not in page.headings
+    assert "Bytes of other methods" not in page.headings
 
 
 def test_only_a_manifest(tmp_path: Path) -> None:

@@ -43,8 +43,8 @@ def test_a_client_that_never_counted_is_named_with_its_share_of_the_rows() -> No
     rows = [row(1, dropped=[gone]), row(2, dropped=[gone])]
     text = texts(manifest(), rows)["never_counted"]
     assert text == (
-        "The updates of 1 of 2 clients (a) were dropped in every round: 1,486 of 1,500 training rows (99%) never "
-        "entered the model. Reason for a: its change is too large"
+        "The updates of 1 of 2 clients (a) were dropped in every round. 1,486 of 1,500 training rows (99%) did not "
+        "change the model. Reason for a: its change is too large"
     )
     assert counted_rounds(rows, "a") == 0 and counted_rounds(rows, "b") == 2
     assert "never_counted" not in texts(manifest(), [row(1, dropped=[gone]), row(2)])  # it counted once
@@ -54,9 +54,7 @@ def test_a_client_that_never_counted_is_named_with_its_share_of_the_rows() -> No
 def test_one_class_for_all_rows() -> None:
     text = texts(manifest(), [row(1, confusion=[[0, 3], [0, 5]])])["one_class"]
     assert text.startswith("The model predicts the class 'yes' for all 8 test rows.")
-    assert (
-        "All test rows are of the class 'yes'" in texts(manifest(), [row(1, confusion=[[0, 0], [0, 5]])])["one_class"]
-    )
+    assert "All test rows have the class 'yes'" in texts(manifest(), [row(1, confusion=[[0, 0], [0, 5]])])["one_class"]
     assert "one_class" not in texts(manifest(), [row(1, confusion=[[1, 2], [0, 5]])])
     named = manifest(task={"metric": "accuracy", "label_names": ["0", "1"], "class_names": ["no", "yes"]})
     text = texts(named, [row(1, confusion=[[0, 3], [0, 5]])])["one_class"]
@@ -134,9 +132,9 @@ def test_a_run_that_learned_nothing_says_so_everywhere(
     folder = Path(config["out"]) / "tiny"
     kinds = {warning["kind"] for warning in json.loads((folder / "result.json").read_text())["warnings"]}
     assert {"one_class", "not_above_majority"} <= kinds
-    text = "It has not learned to tell the classes apart"
+    text = "It has not learned to distinguish the classes"
     assert text in (folder / "report.html").read_text() and text in (folder / "adapter" / "README.md").read_text()
-    assert "What the model predicts" in (folder / "report.html").read_text()
+    assert "Confusion matrix" in (folder / "report.html").read_text()
 
 
 def test_a_learning_rate_that_is_far_too_high_says_so(tiny_config: dict[str, Any]) -> None:

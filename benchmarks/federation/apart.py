@@ -80,16 +80,16 @@ class Apart:
     @contextlib.contextmanager
     def _parties(self, net: Network) -> Iterator[None]:
         sites = [word for name in self.rows for word in ("--site", name)]
-        self._start(net, CO, "serve", "federation", "--init", *sites, "--host", net.address[CO])
+        self._start(net, CO, "federation", "create", "federation", *sites, "--host", net.address[CO])
         if code := self._processes[CO].wait():
-            raise RuntimeError(f"--init ended with {code}: see {self.folder / CO}.log")
+            raise RuntimeError(f"federation create ended with {code}: see {self.folder / CO}.log")
         try:
             for name, rows in self.rows.items():
                 write_atomic(self.folder / name / "rows.jsonl", json_lines(rows))
                 shutil.move(self.folder / CO / "federation" / "joins" / f"{name}.join", self.folder / name)
-                self._start(net, name, "join", f"{name}.join", "--data", "rows.jsonl", "--folder", ".")
+                self._start(net, name, "site", "join", f"{name}.join", "--data", "rows.jsonl", "--folder", ".")
             given = [word for text in self._overrides for word in ("--set", text)]
-            self._start(net, CO, "serve", "federation", RECIPE, *given)
+            self._start(net, CO, "federation", "serve", "federation", RECIPE, *given)
             yield
         finally:
             for process in self._processes.values():

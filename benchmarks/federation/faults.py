@@ -116,14 +116,14 @@ def private(folder: Path) -> dict[str, Any]:
     """Kills in a run whose sites each keep a ledger: it never shrinks, and the coordinator's copy equals it."""
     privacy = {"unit": "example", "epsilon": 8.0, "clip": 1.0, "delta": 1e-3}
     rig = Rig(folder / "private", rounds=8, privacy=privacy, clients={"holdout_fraction": 0.0}, basis={"kind": "core"})
-    struck = {2: ("site-b", "trainer"), 3: ("site-b", "node"), 4: (CO, "server"), 5: (CO, "superlink")}
+    struck = {2: ("site-b", "worker"), 3: ("site-b", "node"), 4: (CO, "server"), 5: (CO, "superlink")}
     struck |= {6: ("site-b", "supervisor"), 7: (CO, "supervisor")}
     rows, before = [], dict[str, int]()
     with running(rig):
         rig.when("site-b", "start")
-        rig.send(signal.SIGKILL, "site-b", "trainer")  # the ledger is made, and no basis is told yet
+        rig.send(signal.SIGKILL, "site-b", "worker")  # the ledger is made, and no basis is told yet
         rig.when(CO, "checkpoint", 0, "end")
-        rows.append({"killed": "site-b's trainer", "in": "the opening", **ledgers(rig, before)})
+        rows.append({"killed": "site-b's worker", "in": "the opening", **ledgers(rig, before)})
         for number, (party, process) in struck.items():
             rig.when("site-b", "round", number)
             time.sleep(0.1)

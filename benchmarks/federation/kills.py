@@ -22,7 +22,7 @@ PROCESSES = [
     (CO, "superlink"),
     (CO, "supervisor"),
     ("site-b", "node"),
-    ("site-b", "trainer"),
+    ("site-b", "worker"),
     ("site-b", "supervisor"),
 ]
 PHASES = ("training", "travel", "checkpoint")
@@ -33,7 +33,7 @@ FULL = PLAN[-1][0] + 2  # the round in which the coordinator's disk is full
 PAUSED = FULL + 1  # the round in which the coordinator is stopped for a while
 PAUSE_SECONDS = 600.0
 HURT_ROUNDS = PAUSED + 2
-FINISH = [("site-a", "node"), ("site-b", "trainer"), ("site-c", "supervisor")]
+FINISH = [("site-a", "node"), ("site-b", "worker"), ("site-c", "supervisor")]
 
 
 def break_it(rig: Rig, mount: bool) -> list[dict[str, Any]]:

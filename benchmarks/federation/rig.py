@@ -27,8 +27,8 @@ HERE = Path(__file__).parent
 SITES = ("site-a", "site-b", "site-c")
 CO = "coordinator"
 WAIT_SECONDS = 240.0
-TELLING = {"died", "lost", "trouble", "no heartbeat", "failed", "refused", "crashed", "trainer gone", "answered again"}
-TELLING |= {"asked again", "not wanted", "answer not there", "asking failed", "run not closed", "waiting"}
+TELLING = {"died", "lost", "trouble", "no heartbeat", "failed", "refused", "crashed", "worker gone", "answered again"}
+TELLING |= {"asked again", "not needed", "answer not available", "asking failed", "run not closed", "waiting"}
 
 
 class Rig:
@@ -64,7 +64,7 @@ class Rig:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        serve_init(self.folder / CO, list(self.rows), [self.host], port)
+        create_federation(self.folder / CO, list(self.rows), [self.host], port)
         for name in self.rows:
             write_rows(self.folder / name / "rows.jsonl", self.rows[name])
             (self.folder / name / "site.toml").write_text(f"data = {str(self.folder / name / 'rows.jsonl')!r}\n")

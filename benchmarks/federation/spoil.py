@@ -118,9 +118,9 @@ def node_twice() -> None:
         push(self, node, reply)
         try:
             push(self, node, reply)
-            flower_client.say("brought twice")
+            flower_client.log_event("brought twice")
         except Exception as error:
-            flower_client.say("the second was refused", reason=repr(error))
+            flower_client.log_event("the second was refused", reason=repr(error))
 
     flower_client.FlowerNode._push = twice  # type: ignore[method-assign]
     flower_client.run_child(flower_client.main)

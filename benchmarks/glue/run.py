@@ -56,7 +56,7 @@ def table(found: dict[str, dict[str, Any]]) -> str:
     lines = [f"| contender | {' | '.join(titles)} | mean accuracy | bytes |", "|---" * (len(titles) + 3) + "|"]
     for rows in zip(*(of["contenders"] for of in found.values()), strict=True):
         cells = [
-            spread(row["score"] if metric == "accuracy" else row["beside"][metric], metric)
+            spread(row["score"] if metric == "accuracy" else row["extra_metrics"][metric], metric)
             for task, row in zip(found, rows, strict=True)
             for metric in COLUMNS[task]
         ]

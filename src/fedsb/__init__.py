@@ -7,11 +7,11 @@
     print(result.score, result.adapter)
     print(fedsb.predict(result.folder, [{"text": "a new text"}]))
 
-On one machine, without a federation, Fed-SB's adapter is a PEFT tuner:
+On one machine, without a federation, the adapter of Fed-SB is a PEFT tuner:
 
     model = get_peft_model(model, fedsb.LoraSBConfig(r=64, basis="weights"))
 
-Names are loaded when they are first used, so that importing fedsb is quick. What is not listed here is not promised.
+The public API is `__all__`. Its names are imported on first use, so that `import fedsb` is fast.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOMES = {
+_MODULES = {
     "LoraSBConfig": "fedsb.adapters.peft_tuner",
     "save_as_lora": "fedsb.adapters.peft_export",
     "update_basis_": "fedsb.adapters.peft_update",
@@ -78,6 +78,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'fedsb' has no attribute {name!r}; there are: {', '.join(__all__)}")
-    return getattr(import_module(_HOMES[name]), name)
+    if name not in _MODULES:
+        raise AttributeError(f"module 'fedsb' has no attribute {name!r}. It has: {', '.join(__all__)}")
+    return getattr(import_module(_MODULES[name]), name)

@@ -42,7 +42,7 @@ def test_rows_that_cannot_be_used(
             load_config(remote_of(tiny_config, {})), open_federation=Federation(tmp_path / "bad", own).open_federation
         )
     reason = str(told.value).splitlines()[1].strip()
-    assert reason == "site 1: refused: what it has does not fit this run (its own log says more)"
+    assert reason == "site 1: refused: the site's data or settings do not fit this run (the site's log has the reason)"
     assert re.search(said, capsys.readouterr().out)
 
 

@@ -193,7 +193,7 @@ def test_a_sites_own_column_names(
     rows = {name: [{"note": row["text"], "kind": row["label"]} for row in own] for name, own in sites.rows.items()}
     renamed = Federation(tmp_path / "renamed", rows, {"columns": {"text": "note", "label": "kind"}})
     run(tiny_config, renamed)
-    with pytest.raises(RunError, match="what it has does not fit"):
+    with pytest.raises(RunError, match="data or settings do not fit"):
         run(tiny_config, Federation(tmp_path / "wrong", rows, {"columns": {"text": "note"}}), name="wrong")
     assert "there are: kind, text" in capsys.readouterr().out
 

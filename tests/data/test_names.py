@@ -33,7 +33,7 @@ def test_classes_are_called_by_their_names(tiny_config: dict[str, Any], tmp_path
     """In the card, the report, the adapter's README and a merged model; rows keep their labels."""
     from transformers import AutoConfig
 
-    from fedsb.runs.evaluate import evaluate_adapter, export_to
+    from fedsb.runs.evaluate import evaluate_tables, export_to
 
     names = {"0": "Blau", "1": "Grün", "2": "Rot"}
     task = {"kind": "classification", "names": names}
@@ -46,7 +46,7 @@ def test_classes_are_called_by_their_names(tiny_config: dict[str, Any], tmp_path
     assert (folder / "report.html").read_text().count("<span>Rot</span>") == 2  # who holds what, and the predictions
     export_to(folder, str(tmp_path / "merged"), merged=True)
     assert AutoConfig.from_pretrained(tmp_path / "merged").id2label == {0: "Blau", 1: "Grün", 2: "Rot"}
-    assert evaluate_adapter(folder, None)["rows"] == 60
+    assert evaluate_tables(folder)["tables"][0]["rows"] == 60
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from conftest import Said, set_all, write_rows, write_toml
-from fedsb.deployment.federation import serve_init
-from fedsb.deployment.federation import SERVER, SERVER_KEY
+from fedsb.deployment import create_federation
+from fedsb.deployment.registry import SERVER, SERVER_KEY
 from fedsb.reporting.run_directory import read_rows
 from support.architectures import build
 
@@ -44,11 +44,11 @@ def port() -> int:
 
 def site_of(folder: Path, port: int, data: Path, allow: str = "") -> list[str]:
     """The command of a site of a new federation, whose rules these are."""
-    (join,) = serve_init(folder, ["a"], ["127.0.0.1"], port)
+    (join,) = create_federation(folder, ["a"], ["127.0.0.1"], port)
     here = folder / "here"
     here.mkdir()
     (here / "site.toml").write_text(f"data = '{data}'\n[allow]\n{allow}\n")
-    return ["join", str(join), "--folder", str(here), "--dry-run"]
+    return ["site", "check", str(join), "--folder", str(here)]
 
 
 def test_all_is_well(
@@ -86,7 +86,7 @@ def test_the_door_must_be_of_this_federation(
 ) -> None:
     join = site_of(tmp_path / "fed", port, tables[0])
     assert "cannot be reached" in cli(*join).err
-    serve_init(tmp_path / "another", [], ["127.0.0.1"], port)
+    create_federation(tmp_path / "another", [], ["127.0.0.1"], port)
     with door(tmp_path / "another", port):
         said = cli(*join)
     assert said.code == 1
@@ -127,8 +127,8 @@ def test_a_secure_sum_of_too_few_is_refused_before_the_run(
 def test_rows_that_are_not_there_are_not_kept(
     cli: Callable[..., Said], tables: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    (join,) = serve_init(tmp_path / "fed", ["a"], ["127.0.0.1"], 1)
-    command = ["join", str(join), "--folder", str(tmp_path / "here"), "--dry-run", "--data"]
+    (join,) = create_federation(tmp_path / "fed", ["a"], ["127.0.0.1"], 1)
+    command = ["site", "check", str(join), "--folder", str(tmp_path / "here"), "--data"]
     said = cli(*command, str(tmp_path / "none.jsonl"))
-    assert said.code == 1 and "there is no file" in said.err
+    assert said.code == 1 and "none.jsonl does not exist" in said.err
     assert "rows: 90" in cli(*command, str(tables[0])).out

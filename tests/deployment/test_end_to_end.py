@@ -26,9 +26,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 from echo import step
 
-from fedsb.deployment.federation import add_site, revoke, serve_init
-from fedsb.deployment import certificates
-from fedsb.deployment.join_file import read_join_file
+from fedsb.deployment import add_site, certificates, create_federation, read_join_file, revoke
 from fedsb.deployment.certificates import tls_client
 
 RUN = (
@@ -50,7 +48,7 @@ class Federation:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        serve_init(self.folder, ["a", "b"], ["localhost"], self.port)
+        create_federation(self.folder, ["a", "b"], ["localhost"], self.port)
 
     def start(self, name: str, join_file: Path | None = None) -> subprocess.Popen[str]:
         arguments = [SERVE, str(self.folder)]
@@ -161,7 +159,7 @@ def test_what_is_oversized_is_refused(federation: Federation) -> None:
     assert refused.status == 413 and "in one request" in json.loads(refused.read())["detail"]
 
 
-def test_a_node_that_is_killed_while_its_trainer_works(federation: Federation) -> None:
+def test_a_node_that_is_killed_while_its_worker_works(federation: Federation) -> None:
     outcome = federation.step(head="slow node", bytes=20)
     federation.wait_until_handled("a", "slow node")
     federation.kill("a", "node")
@@ -170,19 +168,19 @@ def test_a_node_that_is_killed_while_its_trainer_works(federation: Federation) -
 
 
 @pytest.mark.long
-def test_a_trainer_that_is_killed_is_asked_again(federation: Federation) -> None:
-    outcome = federation.step(head="slow trainer", bytes=20)
-    federation.wait_until_handled("b", "slow trainer")
-    federation.kill("b", "trainer")
+def test_a_worker_that_is_killed_is_asked_again(federation: Federation) -> None:
+    outcome = federation.step(head="slow worker", bytes=20)
+    federation.wait_until_handled("b", "slow worker")
+    federation.kill("b", "worker")
     assert outcome()["answers"] == same("a", "b")
-    assert (federation.handled("a", "slow trainer"), federation.handled("b", "slow trainer")) == (1, 2)
+    assert (federation.handled("a", "slow worker"), federation.handled("b", "slow worker")) == (1, 2)
 
 
 @pytest.mark.long
 def test_a_site_that_is_killed_whole_and_started_again(federation: Federation) -> None:
     outcome = federation.step(head="slow site", bytes=20)
     federation.wait_until_handled("a", "slow site")
-    federation.kill("a", "supervisor", "node", "trainer")
+    federation.kill("a", "supervisor", "node", "worker")
     federation.processes["a"].wait()
     federation.start("a")
     assert outcome()["answers"] == same("a", "b")
@@ -221,13 +219,13 @@ def test_a_site_is_added_and_revoked_while_the_others_go_on(federation: Federati
 @pytest.mark.long
 def test_who_is_not_let_in(federation: Federation, tmp_path: Path) -> None:
     join = read_join_file(federation.folder / "joins" / "a.join")
-    serve_init(tmp_path / "other", ["d"], ["localhost"], federation.port)
+    create_federation(tmp_path / "other", ["d"], ["localhost"], federation.port)
     (tmp_path / "stranger.join").write_text(
         join.model_copy(update={"node_key": certificates.new_node_key()[0]}).model_dump_json()
     )
     federation.start("d", tmp_path / "other" / "joins" / "d.join")
     federation.start("e", tmp_path / "stranger.join")
-    for name, why in (("d", "is not the coordinator of this join file"), ("e", "this key is of no site")):
+    for name, why in (("d", "is not the coordinator of this join file"), ("e", "does not belong to a site")):
         process = federation.processes[name]
         assert process.wait(90) == 1 and process.stderr is not None
         assert why in process.stderr.read()
@@ -236,7 +234,7 @@ def test_who_is_not_let_in(federation: Federation, tmp_path: Path) -> None:
 def test_a_program_that_ends_ends_the_coordinator_and_a_site_stops_when_told(federation: Federation) -> None:
     (federation.folder / f"step-{federation.steps}.json").write_text('{"stop": true}')
     assert federation.processes["co"].wait(90) == 0
-    pids = [federation.pid(name, child) for name in ("a", "b") for child in ("node", "trainer")]
+    pids = [federation.pid(name, child) for name in ("a", "b") for child in ("node", "worker")]
     for name in ("a", "b"):
         federation.processes[name].terminate()
     for name in ("a", "b"):

@@ -15,17 +15,24 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedsb.deployment.federation import add_site, renew, revoke, serve_init, sign_directory
-from fedsb.deployment import certificates
-from fedsb.deployment.join_file import read_join_file, update_directory
-from fedsb.deployment.federation import SiteRegistry, read_federation
-from fedsb.deployment.join_file import keep_join_file, make_keys
+from fedsb.deployment import (
+    add_site,
+    certificates,
+    create_federation,
+    read_join_file,
+    renew,
+    revoke,
+    sign_directory,
+    update_directory,
+)
+from fedsb.deployment.join_file import make_keys, store_join_file
+from fedsb.deployment.registry import SiteRegistry, read_federation
 from fedsb.utils.errors import UserError
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    serve_init(tmp_path / "co", ["north", "south"], ["fed.example.org", "10.0.0.5"], 9443)
+    create_federation(tmp_path / "co", ["north", "south"], ["fed.example.org", "10.0.0.5"], 9443)
     return tmp_path / "co"
 
 
@@ -54,7 +61,7 @@ def test_the_server_certificate_is_for_its_hosts_and_localhost(folder: Path) -> 
 def own(tmp_path: Path) -> Path:
     """A federation with a site that made its own keys, north, and one that did not, south."""
     make_keys(tmp_path / "north.site", tmp_path / "site")
-    serve_init(tmp_path / "own", [str(tmp_path / "north.site"), "south"], ["localhost"])
+    create_federation(tmp_path / "own", [str(tmp_path / "north.site"), "south"], ["localhost"])
     return tmp_path / "own"
 
 
@@ -63,11 +70,11 @@ def test_a_site_that_makes_its_own_keys_alone_has_them(own: Path, tmp_path: Path
     assert stat.S_IMODE((tmp_path / "site" / "site.keys").stat().st_mode) == 0o600
     for path in [tmp_path / "north.site", *(path for path in own.rglob("*") if path.is_file())]:
         assert not any(secret in path.read_text() for secret in (keys["node_key"], keys["identity"])), path
-    join = keep_join_file(own / "joins" / "north.join", tmp_path / "site")
+    join = store_join_file(own / "joins" / "north.join", tmp_path / "site")
     assert (
         join
         == read_join_file(tmp_path / "site" / "site.join")
-        == keep_join_file(own / "joins" / "north.join", tmp_path / "site")
+        == store_join_file(own / "joins" / "north.join", tmp_path / "site")
     )
     assert certificates.public_identity(join.identity) == join.directory.sites["north"]
     assert (join.node_key, join.identity) == (keys["node_key"], keys["identity"])
@@ -76,14 +83,14 @@ def test_a_site_that_makes_its_own_keys_alone_has_them(own: Path, tmp_path: Path
 def test_keys_that_are_not_the_sites(own: Path, tmp_path: Path) -> None:
     join, other = own / "joins" / "north.join", tmp_path / "other"
     with pytest.raises(UserError, match="is for the coordinator"):
-        keep_join_file(tmp_path / "north.site", tmp_path / "site")
-    with pytest.raises(UserError, match=r"there is no .*site.keys: take the folder in which"):
-        keep_join_file(join, other)
+        store_join_file(tmp_path / "north.site", tmp_path / "site")
+    with pytest.raises(UserError, match=r"site.keys does not exist. Give the folder of"):
+        store_join_file(join, other)
     make_keys(tmp_path / "else" / "north.site", other)
-    with pytest.raises(UserError, match="made for other keys"):
-        keep_join_file(join, other)
-    with pytest.raises(UserError, match="keys that the coordinator made, and this site has made its own"):
-        keep_join_file(own / "joins" / "south.join", other)
+    with pytest.raises(UserError, match="does not match the keys"):
+        store_join_file(join, other)
+    with pytest.raises(UserError, match="keys that the coordinator made, but this site has made its own"):
+        store_join_file(own / "joins" / "south.join", other)
     with pytest.raises(UserError, match="Keys are never overwritten"):
         make_keys(tmp_path / "north.site", tmp_path / "site")
     assert not (other / "site.join").exists()
@@ -92,28 +99,28 @@ def test_keys_that_are_not_the_sites(own: Path, tmp_path: Path) -> None:
 def test_sites_files_that_are_not_good(own: Path, tmp_path: Path) -> None:
     card, before = json.loads((tmp_path / "north.site").read_text()), read_federation(own)
     for change, match in [
-        ({"node_key": "none"}, "a key that is none"),
-        ({"identity": "00"}, "a key that is none"),
+        ({"node_key": "none"}, "an invalid key"),
+        ({"identity": "00"}, "an invalid key"),
         ({"extra": 1}, "damaged .extra."),
-        ({}, "site 'north' is there already"),
-        ({"site": "east"}, "'east' comes with a key of the site 'north'"),
-        ({"site": "../east"}, "a name is of letters"),
+        ({}, "Site 'north' already exists"),
+        ({"site": "east"}, "'east' has a key of site 'north'"),
+        ({"site": "../east"}, "not a valid site name"),
     ]:
         (tmp_path / "bad.site").write_text(json.dumps({**card, **change}))
         with pytest.raises(UserError, match=match):
             add_site(own, str(tmp_path / "bad.site"))
-    with pytest.raises(UserError, match=r"there is no site's file none\.site: ask the site for it"):
-        serve_init(tmp_path / "new", ["none.site"], ["localhost"])
-    with pytest.raises(UserError, match="is named NAME"):
+    with pytest.raises(UserError, match=r"none\.site does not exist. Ask the site for it"):
+        create_federation(tmp_path / "new", ["none.site"], ["localhost"])
+    with pytest.raises(UserError, match="Write NAME"):
         make_keys(tmp_path / "north.join", tmp_path / "new")
     assert read_federation(own) == before and not (tmp_path / "new").exists()
 
 
 def test_nothing_is_overwritten(folder: Path) -> None:
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    with pytest.raises(UserError, match="holds a federation already"):
-        serve_init(folder, ["east"], ["localhost"])
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="already contains a federation"):
+        create_federation(folder, ["east"], ["localhost"])
+    with pytest.raises(UserError, match="already exists"):
         add_site(folder, "north")
     (folder / "joins" / "east.join").write_text("of somebody else")
     with pytest.raises(UserError, match="never overwritten"):
@@ -121,15 +128,18 @@ def test_nothing_is_overwritten(folder: Path) -> None:
     assert {path: path.read_bytes() for path in before} == before
 
 
-@pytest.mark.parametrize(("sites", "match"), [(["a/b"], "a name is of"), ([""], "a name is of"), (["a", "a"], "twice")])
+@pytest.mark.parametrize(
+    ("sites", "match"),
+    [(["a/b"], "not a valid site name"), ([""], "not a valid site name"), (["a", "a"], "Duplicate site names: a")],
+)
 def test_names_that_no_site_can_have(tmp_path: Path, sites: list[str], match: str) -> None:
     with pytest.raises(UserError, match=match):
-        serve_init(tmp_path / "co", sites, ["localhost"])
+        create_federation(tmp_path / "co", sites, ["localhost"])
 
 
 def test_adding_and_revoking(folder: Path, tmp_path: Path) -> None:
     site, register = tmp_path / "site", SiteRegistry(folder)
-    keep_join_file(folder / "joins" / "north.join", site)
+    store_join_file(folder / "joins" / "north.join", site)
     join = read_join_file(add_site(folder, "east"))
     assert sorted(join.directory.sites) == ["east", "north", "south"]
     assert list(register().members) == ["east", "north", "south"]
@@ -141,12 +151,12 @@ def test_adding_and_revoking(folder: Path, tmp_path: Path) -> None:
     assert stat.S_IMODE((site / "site.join").stat().st_mode) == 0o600
     with pytest.raises(UserError, match="did you mean 'north'"):
         revoke(folder, "nort")
-    with pytest.raises(UserError, match="not given again"):
+    with pytest.raises(UserError, match="cannot be reused"):
         add_site(folder, "south")
 
 
 def test_a_directory_that_was_tampered_with(folder: Path, tmp_path: Path) -> None:
-    keep_join_file(folder / "joins" / "north.join", tmp_path / "site")
+    store_join_file(folder / "joins" / "north.join", tmp_path / "site")
     directory = json.loads((folder / "directory.json").read_text())
     directory["sites"]["south"] = directory["sites"]["north"]
     (tmp_path / "directory.json").write_text(json.dumps(directory))
@@ -156,7 +166,7 @@ def test_a_directory_that_was_tampered_with(folder: Path, tmp_path: Path) -> Non
 
 def test_without_the_authority_key_nobody_is_added(folder: Path) -> None:
     (folder / "ca.key").rename(folder / "elsewhere")
-    with pytest.raises(UserError, match="bring it back"):
+    with pytest.raises(UserError, match="Copy it back"):
         add_site(folder, "east")
     revoke(folder, "south")  # that cannot wait
     assert list(read_federation(folder).members) == ["north"]
@@ -227,17 +237,17 @@ def test_making_a_federation_can_be_repeated_wherever_it_was_killed(tmp_path: Pa
         make_keys(folder / "north.site", folder / "north")
 
         def make(folder: Path = folder) -> list[Path]:
-            return serve_init(folder / "co", [str(folder / "north.site"), "south"], ["localhost"])
+            return create_federation(folder / "co", [str(folder / "north.site"), "south"], ["localhost"])
 
         killed = killed_at(step, make)
         if not killed:
             break
         assert [path.name for path in make()] == ["north.join", "south.join"]
         assert_whole(folder / "co", ["north", "south"])
-        keep_join_file(folder / "co" / "joins" / "north.join", folder / "north")
+        store_join_file(folder / "co" / "joins" / "north.join", folder / "north")
         step += 1
     assert step > 15
-    with pytest.raises(UserError, match="holds a federation already"):
+    with pytest.raises(UserError, match="already contains a federation"):
         make()
 
 
@@ -246,7 +256,7 @@ def test_adding_a_site_can_be_repeated_wherever_it_was_killed(tmp_path: Path) ->
         step = 0
         while True:
             folder = tmp_path / f"{other}-{step}"
-            serve_init(folder, ["north"], ["localhost"])
+            create_federation(folder, ["north"], ["localhost"])
             if not killed_at(step, lambda folder=folder: add_site(folder, "east")):  # type: ignore[misc]
                 break
             assert add_site(folder, other) == folder / "joins" / f"{other}.join"
@@ -275,7 +285,7 @@ def test_renewing_can_be_repeated_wherever_it_was_killed(tmp_path: Path) -> None
     step = 0
     while True:
         folder = tmp_path / str(step)
-        serve_init(folder, ["north"], ["localhost"])
+        create_federation(folder, ["north"], ["localhost"])
         if not killed_at(step, lambda folder=folder: renew(folder, ["10.0.0.5"])):  # type: ignore[misc]
             break
         renew(folder, ["10.0.0.5"])
@@ -285,11 +295,11 @@ def test_renewing_can_be_repeated_wherever_it_was_killed(tmp_path: Path) -> None
 
 
 def test_keys_that_no_interrupted_command_left_are_not_deleted(tmp_path: Path) -> None:
-    serve_init(tmp_path / "co", ["north"], ["localhost"])
+    create_federation(tmp_path / "co", ["north"], ["localhost"])
     (tmp_path / "co" / "federation.json").unlink()  # lost, and to be restored from a backup
     before = {path: path.read_bytes() for path in (tmp_path / "co").rglob("*") if path.is_file()}
     with pytest.raises(UserError, match=r"ca.key exists. Keys are never overwritten"):
-        serve_init(tmp_path / "co", ["north"], ["localhost"])
+        create_federation(tmp_path / "co", ["north"], ["localhost"])
     assert {path: path.read_bytes() for path in (tmp_path / "co").rglob("*") if path.is_file()} == before
 
 
@@ -308,66 +318,66 @@ def test_join_files_that_are_not_good(folder: Path, tmp_path: Path, monkeypatch:
     found = json.loads(path.read_text())
     for content, match in [
         ("", "damaged"),
-        (json.dumps({**found, "version": 2}), "of version 2, and this fedsb reads version 1"),
+        (json.dumps({**found, "version": 2}), "of version 2, but this fedsb reads version 1"),
         (json.dumps({key: value for key, value in found.items() if key != "node_key"}), "damaged .node_key."),
         (json.dumps({**found, "federation": "other"}), "this site is in other"),
     ]:
         bad.write_text(content)
         with pytest.raises(UserError, match=match):
             read_join_file(bad)
-    with pytest.raises(UserError, match="ask the coordinator for it"):
+    with pytest.raises(UserError, match="Ask the coordinator for it"):
         read_join_file(tmp_path / "none.join")
     monkeypatch.setattr(certificates, "CA_DAYS", 0)
     monkeypatch.setattr(certificates, "SERVER_DAYS", 0)
-    serve_init(tmp_path / "old", ["north"], ["localhost"])
+    create_federation(tmp_path / "old", ["north"], ["localhost"])
     with pytest.raises(UserError, match=f"expired on {datetime.datetime.now(datetime.UTC):%Y-%m-%d}"):
         read_join_file(tmp_path / "old" / "joins" / "north.join")
 
 
 def test_a_folder_is_of_one_site_of_one_federation(folder: Path, tmp_path: Path) -> None:
-    keep_join_file(folder / "joins" / "north.join", tmp_path / "site")
-    keep_join_file(folder / "joins" / "north.join", tmp_path / "site")
-    with pytest.raises(UserError, match="take another folder"):
-        keep_join_file(folder / "joins" / "south.join", tmp_path / "site")
+    store_join_file(folder / "joins" / "north.join", tmp_path / "site")
+    store_join_file(folder / "joins" / "north.join", tmp_path / "site")
+    with pytest.raises(UserError, match="Choose a different folder"):
+        store_join_file(folder / "joins" / "south.join", tmp_path / "site")
 
 
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"ca": "none"}, "a key that is none"),
-        ({"node_key": "none"}, "a key that is none"),
-        ({"identity": "00"}, "a key that is none"),
-        ({"address": "localhost"}, "no host:port"),
-        ({"address": "localhost:none"}, "no host:port"),
+        ({"ca": "none"}, "an invalid key"),
+        ({"node_key": "none"}, "an invalid key"),
+        ({"identity": "00"}, "an invalid key"),
+        ({"address": "localhost"}, "not HOST:PORT"),
+        ({"address": "localhost:none"}, "not HOST:PORT"),
     ],
 )
 def test_a_join_file_that_is_damaged_inside(folder: Path, tmp_path: Path, change: dict[str, str], match: str) -> None:
     join = json.loads((folder / "joins" / "north.join").read_text())
     (tmp_path / "bad.join").write_text(json.dumps({**join, **change}))
     with pytest.raises(UserError, match=match):
-        keep_join_file(tmp_path / "bad.join", tmp_path / "site")
+        store_join_file(tmp_path / "bad.join", tmp_path / "site")
     (tmp_path / "bytes.join").write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match="not a join file, or it is damaged: ask the coordinator"):
-        keep_join_file(tmp_path / "bytes.join", tmp_path / "site")
+    with pytest.raises(UserError, match="not a join file, or it is damaged"):
+        store_join_file(tmp_path / "bytes.join", tmp_path / "site")
     assert not (tmp_path / "site").exists()
 
 
 def test_a_site_takes_the_address_of_the_join_file_that_it_is_given(folder: Path, tmp_path: Path) -> None:
     path, site = folder / "joins" / "north.join", tmp_path / "site"
-    keep_join_file(path, site)
+    store_join_file(path, site)
     add_site(folder, "east")
     update_directory(site, folder / "directory.json")
     join = json.loads(path.read_text())
     path.write_text(json.dumps({**join, "address": "elsewhere:9443"}))
-    kept = keep_join_file(path, site)
+    kept = store_join_file(path, site)
     assert kept == read_join_file(site / "site.join")
     assert kept.address == "elsewhere:9443" and "east" in kept.directory.sites
 
 
 @pytest.mark.parametrize("host", ["https://fed.example.org", "fed.example.org:9443", "[::1]", "", "fed example"])
 def test_hosts_that_no_certificate_can_name(tmp_path: Path, folder: Path, host: str) -> None:
-    with pytest.raises(UserError, match="is no name and no address"):
-        serve_init(tmp_path / "new", ["north"], [host])
+    with pytest.raises(UserError, match="is not a valid name or address"):
+        create_federation(tmp_path / "new", ["north"], [host])
     assert not (tmp_path / "new").exists()
-    with pytest.raises(UserError, match="is no name and no address"):
+    with pytest.raises(UserError, match="is not a valid name or address"):
         renew(folder, [host])

@@ -41,7 +41,7 @@ class Node(FlowerNode):
         self._next("idle")
         return False
 
-    def _beat(self) -> None:
+    def _send_heartbeats(self) -> None:
         """None."""
 
 
@@ -58,7 +58,7 @@ def course(monkeypatch: pytest.MonkeyPatch) -> Any:
 
         monkeypatch.setattr(flower_client.time, "sleep", sleep)
         monkeypatch.setattr(flower_client.time, "monotonic", lambda: clock[0])
-        monkeypatch.setattr(flower_client, "say", lambda event, **facts: said.append(event))
+        monkeypatch.setattr(flower_client, "log_event", lambda event, **facts: said.append(event))
         with pytest.raises(UserError if ends else EndedError, match=ends):
             Node(steps).serve(lambda request: request)
         return pauses, said
@@ -94,12 +94,12 @@ def test_a_coordinator_that_is_not_reached_is_named_once_with_what_to_check(
     course([*["down"] * 20, "up", "idle", *["down"] * 3, "up"])
     first, *others = capsys.readouterr().out.splitlines()
     assert first.startswith("cannot reach the coordinator at localhost:1 (ConnectError: down)")
-    for check in ("the coordinator is serving", "this address is right", "firewall"):
+    for check in ("the coordinator is serving", "the address in the join file is right", "firewall"):
         assert check in first
-    assert [line.split(",")[0] for line in others] == [
-        "at the coordinator",
+    assert [line.split(";")[0] for line in others] == [
+        "connected to the coordinator at localhost:1",
         "lost the coordinator (ConnectError)",
-        "at the coordinator",
+        "connected to the coordinator at localhost:1",
     ]
 
 
@@ -127,15 +127,15 @@ def test_no_error_ends_the_heartbeat(
     node._client, node._node = Client(), Node_(node_id=7)  # type: ignore[assignment]
     monkeypatch.setattr(node, "_activate", activate)
     monkeypatch.setattr(flower_client.time, "sleep", sleep)
-    monkeypatch.setattr(flower_client, "say", lambda event, **facts: said.append((event, facts["reason"])))
+    monkeypatch.setattr(flower_client, "log_event", lambda event, **facts: said.append((event, facts["reason"])))
     with pytest.raises(EndedError):
-        node._beat()
+        node._send_heartbeats()
     assert said == [("no heartbeat", f"{type(error).__name__}: {error}")] * 3
     assert capsys.readouterr().out.count("no heartbeat reached the coordinator") == 1
 
 
 def test_a_second_node_with_the_same_keys_ends_with_words(course: Any) -> None:
-    pauses, _ = course(["elsewhere"] * 100, ends="a node with this site's keys is at the coordinator")
+    pauses, _ = course(["elsewhere"] * 100, ends="A node with this site's keys is already connected")
     assert 90 < sum(pauses) < 100
 
 
@@ -149,8 +149,8 @@ def test_a_node_that_was_killed_waits_until_its_former_self_is_forgotten(
 ) -> None:
     course([*["elsewhere"] * 10, "up", "idle", "lost", "up"])
     said = capsys.readouterr().out.splitlines()
-    assert [line.split(",")[0] for line in said] == [
-        "at the coordinator",
+    assert [line.split(";")[0] for line in said] == [
+        "connected to the coordinator at localhost:1",
         "lost the coordinator (ConnectError)",
-        "at the coordinator",
+        "connected to the coordinator at localhost:1",
     ]

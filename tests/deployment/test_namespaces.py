@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fedsb.deployment.join_file import read_join_file
-from fedsb.deployment.federation import serve_init
+from fedsb.deployment import create_federation, read_join_file
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks" / "federation"))
 from namespaces import Network, why_not
@@ -37,7 +36,7 @@ def test_sites_reach_the_door_from_their_own_addresses_and_nothing_else(tmp_path
     if reason := why_not():
         pytest.skip(f"this machine does not allow network namespaces: {reason}")
     with Network(["co", "a", "b"]) as net:
-        joins = {path.stem: path for path in serve_init(tmp_path, ["a", "b"], [net.address["co"]])}
+        joins = {path.stem: path for path in create_federation(tmp_path, ["a", "b"], [net.address["co"]])}
         assert read_join_file(joins["a"]).address == "10.77.0.1:9443"
         assert net.routes("a") == ["10.77.0.0/24 dev eth0 proto kernel scope link src 10.77.0.2"]
         keys = [str(tmp_path / "server.pem"), str(tmp_path / "server.key")]

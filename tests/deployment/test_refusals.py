@@ -14,9 +14,7 @@ import httpx
 import pytest
 
 from fedsb.config.load import load_config
-from fedsb.deployment import certificates
-from fedsb.deployment.federation import renew, serve_init
-from fedsb.deployment.trainer import serve
+from fedsb.deployment import certificates, create_federation, renew, serve
 from fedsb.deployment.certificates import tls_client
 from fedsb.deployment.coordinate import prepare
 from fedsb.deployment.flower_client import _raise_if_final
@@ -36,7 +34,7 @@ def made_in_the_past(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     with monkeypatch.context() as patched:
         clock = SimpleNamespace(datetime=Past, timedelta=datetime.timedelta, UTC=datetime.UTC)
         patched.setattr(certificates, "datetime", clock)
-        serve_init(folder, ["north"], ["localhost"])
+        create_federation(folder, ["north"], ["localhost"])
     return folder
 
 
@@ -45,7 +43,7 @@ def test_a_coordinator_with_an_expired_certificate_does_not_start(
 ) -> None:
     folder = made_in_the_past(tmp_path / "fed", monkeypatch)
     with pytest.raises(
-        UserError, match=r"the server's certificate expired on 20.*: renew it, `fedsb serve .* --renew`"
+        UserError, match=r"The server's certificate expired on 20.*Renew it with `fedsb federation renew .*`"
     ):
         serve(folder)
     renew(folder, [])
@@ -70,13 +68,13 @@ def test_a_site_that_meets_an_expired_certificate_says_so(tmp_path: Path, monkey
         with httpx.Client(verify=trust) as client, pytest.raises(httpx.ConnectError) as met:
             client.post(f"https://localhost:{port}/")
         thread.join(10)
-    with pytest.raises(UserError, match=r"certificate of the coordinator at localhost:1 has expired.*--renew"):
+    with pytest.raises(UserError, match=r"the coordinator at localhost:1 has expired.*fedsb federation renew"):
         _raise_if_final(met.value, "localhost:1")
 
 
 def test_other_settings_under_the_same_name_are_named(tmp_path: Path) -> None:
     config = {"name": "one", "model": {"name": "minilm"}, "data": {"train": "x"}, "task": {"kind": "classification"}}
-    serve_init(tmp_path / "fed", ["north"], ["localhost"])
+    create_federation(tmp_path / "fed", ["north"], ["localhost"])
     folder = prepare(tmp_path / "fed", load_config({**config, "rounds": 3}))
     prepare(tmp_path / "fed", load_config({**config, "rounds": 4}))  # nothing has begun
     folder.mkdir()

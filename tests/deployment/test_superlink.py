@@ -11,16 +11,17 @@ from typing import Any
 import pytest
 import uvicorn
 from flwr.app import Message
-from flwr.proto.message_pb2 import PullObjectResponse
 from flwr.common.serde import message_to_proto
+from flwr.proto.message_pb2 import PullObjectResponse
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedsb.channels.flower_wire import pack, unpack
-from fedsb.deployment.door import Limits
-from fedsb.deployment.federation import read_federation, serve_init
+from fedsb.deployment.auth import Limits
+from fedsb.deployment.federation import create_federation
 from fedsb.deployment.local_grid import LocalGrid
+from fedsb.deployment.registry import read_federation
 from fedsb.deployment.superlink import _bound, _guarded, _Listener
 from fedsb.utils.errors import UserError
 
@@ -80,14 +81,14 @@ def has_ipv6() -> bool:
 @pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
 @pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
 def test_all_addresses_of_a_federation_with_an_ipv6_host_are_reached(tmp_path: Path, address: str) -> None:
-    serve_init(tmp_path / "fed", ["a"], ["::1"])
+    create_federation(tmp_path / "fed", ["a"], ["::1"])
     with _bound(read_federation(tmp_path / "fed").all_addresses, 0) as bound:
         bound.listen()
         socket.create_connection((address, bound.getsockname()[1]), timeout=10).close()
 
 
 def test_a_federation_of_names_and_ipv4_addresses_does_not_listen_on_ipv6(tmp_path: Path) -> None:
-    serve_init(tmp_path / "fed", ["a"], ["fed.example.org", "10.0.0.5"])
+    create_federation(tmp_path / "fed", ["a"], ["fed.example.org", "10.0.0.5"])
     assert read_federation(tmp_path / "fed").all_addresses == "0.0.0.0"
 
 
@@ -95,7 +96,7 @@ def test_a_port_that_is_taken(tmp_path: Path) -> None:
     with _bound("127.0.0.1", 0) as taken:
         taken.listen()
         with (
-            pytest.raises(UserError, match="If another coordinator uses this port"),
+            pytest.raises(UserError, match="If a different coordinator uses this port"),
             _bound("127.0.0.1", taken.getsockname()[1]),
         ):
             pass
@@ -152,4 +153,4 @@ def test_an_answer_that_breaks_off_is_lost() -> None:
     client.lost = True
     with pytest.raises(ObjectPullError):
         grid.pull_messages(["asked"])
-    assert not grid._coming
+    assert not grid._partial

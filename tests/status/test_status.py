@@ -18,8 +18,8 @@ import pytest
 
 pytest.importorskip("cryptography")
 
-from fedsb.deployment.federation import revoke, serve_init
-from fedsb.deployment.join_file import keep_join_file
+from fedsb.deployment.federation import create_federation, revoke
+from fedsb.deployment.join_file import store_join_file
 from fedsb.deployment.monitoring import health, metrics, show, state_of
 from fedsb.deployment.monitoring.web import open_web
 from fedsb.utils.errors import UserError
@@ -43,7 +43,7 @@ def sent(round: int, client: str, direction: str) -> dict[str, Any]:
 def coordinator(tmp_path: Path) -> Path:
     """Three of five rounds are done, b was dropped from the second, and this process is all of its processes."""
     folder = tmp_path / "fed"
-    serve_init(folder, ["a", "b", "c"], ["localhost"], 23456)
+    create_federation(folder, ["a", "b", "c"], ["localhost"], 23456)
     revoke(folder, "c")
     run = folder / "runs" / "trec"
     (run / "checkpoints").mkdir(parents=True)
@@ -67,9 +67,9 @@ def coordinator(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def site(tmp_path: Path) -> Path:
-    (join,) = serve_init(tmp_path / "co", ["a"], ["localhost"], 23456)
+    (join,) = create_federation(tmp_path / "co", ["a"], ["localhost"], 23456)
     folder = tmp_path / "a"
-    keep_join_file(join, folder)
+    store_join_file(join, folder)
     (folder / "site.toml").write_text("data = 'rows.jsonl'\n[allow]\nrounds = 9\n")
     lines = [
         {"time": "2026-01-01T00:00:00+00:00", "what": "round", "round": n, "bytes": 50, "sha256": "x"} for n in (1, 2)
@@ -81,7 +81,7 @@ def site(tmp_path: Path) -> Path:
     facts = {"run": "abc", "config": {"name": "trec", "rounds": 5, "method": {"name": "fed-sb"}}}
     (rounds.parent / "run.json").write_text(json.dumps(facts))
     log(folder, "node", ["trouble", "active"])
-    alive(folder, "trainer", "node")
+    alive(folder, "worker", "node")
     return folder
 
 
@@ -118,14 +118,14 @@ def test_a_coordinator_at_work(coordinator: Path) -> None:
     run = state["run"]
     assert (run["state"], run["rounds"], run["rounds_planned"], run["left_seconds"]) == ("running", 3, 5, 8.0)
     a, b, c = state["sites"]
-    assert [site["state"] for site in (a, b, c)] == ["working", "away", "revoked"]
+    assert [site["state"] for site in (a, b, c)] == ["working", "offline", "revoked"]
     assert (a["rounds"], b["rounds"], b["dropped"]) == (3, 2, [{"round": 2, "reason": "late: no answer within 60 s"}])
     assert (a["bytes"], b["bytes"]) == ({"up": 300, "down": 300}, {"up": 200, "down": 300})
     assert state["health"] == {
         "ok": True,
         "faults": [],
         "silence": [],
-        "warnings": ["b is away: it was last heard of 10 min 00 s ago"],
+        "warnings": ["b is offline. Its last contact was 10 min 00 s ago."],
     }
     json.dumps(state)
     shown = text_of(state)
@@ -181,8 +181,8 @@ def test_the_reason_of_a_serve_that_failed_is_shown_until_the_next_one(coordinat
     state = state_of(coordinator)
     assert state["run"]["state"] == "failed"
     (fault,) = state["health"]["faults"]
-    assert fault.startswith("ended: 'nowhere:run' names no function: No module named 'nowhere'")
-    assert ended.stderr is not None and fault.removeprefix("ended: ") in ended.stderr.read()
+    assert fault.startswith("The last command failed: 'nowhere:run' cannot be imported: No module named 'nowhere'")
+    assert ended.stderr is not None and fault.removeprefix("The last command failed: ") in ended.stderr.read()
     stopped = serve_in_a_process(coordinator, "time:sleep")
     wait_for(coordinator / "pids.json")
     stopped.send_signal(signal.SIGINT)
@@ -211,7 +211,7 @@ def test_a_run_that_was_refused_does_not_hide_the_one_before(coordinator: Path) 
         "ok": True,
         "faults": [],
         "silence": [],
-        "warnings": ["cola did not start: b: its rules refuse this run"],
+        "warnings": ["Run cola did not start: b: its rules refuse this run"],
     }
     (coordinator / "runs" / "trec" / "result.json").unlink()
     state = state_of(coordinator)
@@ -219,20 +219,20 @@ def test_a_run_that_was_refused_does_not_hide_the_one_before(coordinator: Path) 
     assert [kind for kind in ("faults", "warnings") if state["health"][kind]] == ["faults", "warnings"]
     assert "trec was stopped after round 3 of 5" in state["health"]["faults"][0]
     alive(coordinator, "superlink", "server")
-    assert state_of(coordinator)["run"]["state"] == "asking the sites"
+    assert state_of(coordinator)["run"]["state"] == "waiting for the sites"
     assert state_of(coordinator)["run"]["name"] == "cola"
 
 
 def test_a_first_run_that_was_refused_is_a_fault(tmp_path: Path) -> None:
-    serve_init(tmp_path / "fed", ["a"], ["localhost"])
+    create_federation(tmp_path / "fed", ["a"], ["localhost"])
     (tmp_path / "fed" / "runs").mkdir()
     (tmp_path / "fed" / "runs" / "cola.json").write_text(json.dumps({"name": "cola", "rounds": 14}))
     log(tmp_path / "fed", "supervisor", ["started", "ended"], how="failed", reason="a: its rules refuse this run")
     state = state_of(tmp_path / "fed")
     assert (state["run"]["name"], state["run"]["state"]) == ("cola", "failed")
-    assert state["health"]["faults"] == ["ended: a: its rules refuse this run"]
+    assert state["health"]["faults"] == ["The last command failed: a: its rules refuse this run"]
     log(tmp_path / "fed", "supervisor", ["started", "ended"], how="stopped")
-    assert "cola was stopped before the first round ended" in state_of(tmp_path / "fed")["health"]["faults"][0]
+    assert "cola was stopped before its first round ended" in state_of(tmp_path / "fed")["health"]["faults"][0]
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="only there is a process's start known")
@@ -244,32 +244,32 @@ def test_a_number_that_another_process_got_since_is_not_taken_for_alive(coordina
 
 def test_silence_is_no_fault_and_yet_not_health(coordinator: Path, site: Path) -> None:
     found = state_of(coordinator, NOW + 1000)["health"]
-    assert not found["ok"] and not found["faults"] and "no site was heard of" in found["silence"][0]
+    assert not found["ok"] and not found["faults"] and "No site connected for" in found["silence"][0]
     log(site, "node", ["active", "trouble"])
     found = state_of(site, NOW)["health"]
     assert found["ok"] and "has not been reached for 30 s" in found["warnings"][0]
     assert not state_of(site, NOW + 1000)["health"]["ok"]
 
 
-def test_a_site_that_the_door_turns_away_is_told(coordinator: Path) -> None:
-    """As where two machines have one site's keys. Strangers are turned away all day, and are nothing to look at."""
+def test_a_refused_request_of_a_site_is_a_warning(coordinator: Path) -> None:
+    """For example if two machines have one site's keys. Requests of unknown clients are normal, and are not shown."""
     log(coordinator, "superlink", ["refused"], reason="the request is not signed", address="192.0.2.7")
     before = state_of(coordinator, NOW)["health"]["warnings"]
-    log(coordinator, "superlink", ["refused"], site="b", reason="this site's node is here already")
+    log(coordinator, "superlink", ["refused"], site="b", reason="its node is already connected")
     found = state_of(coordinator, NOW)["health"]
     assert found["ok"] and len(found["warnings"]) == len(before) + 1
-    assert found["warnings"][0] == "turned away at the door 30 s ago: site b, this site's node is here already"
-    assert not [line for line in state_of(coordinator, NOW + 400)["health"]["warnings"] if "turned away" in line]
+    assert found["warnings"][0] == "A request was refused 30 s ago: site b, its node is already connected."
+    assert not [line for line in state_of(coordinator, NOW + 400)["health"]["warnings"] if "was refused" in line]
 
 
 def test_a_certificate_that_ends_is_said_in_time(coordinator: Path) -> None:
     found = state_of(coordinator, NOW + 710 * 86400)["health"]
-    assert "the server's certificate expires in 20 days" in found["warnings"][0]
-    assert "--renew" in state_of(coordinator, NOW + 740 * 86400)["health"]["faults"][0]
+    assert "The server's certificate expires in 20 days" in found["warnings"][0]
+    assert "fedsb federation renew" in state_of(coordinator, NOW + 740 * 86400)["health"]["faults"][0]
 
 
 def test_other_folders_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="neither a coordinator's folder"):
+    with pytest.raises(UserError, match="neither the folder of a coordinator"):
         state_of(tmp_path)
     (tmp_path / "manifest.json").touch()
     with pytest.raises(UserError, match="fedsb report"):
@@ -363,7 +363,7 @@ def test_exit_codes(coordinator: Path, capsys: pytest.CaptureFixture[str], monke
     from fedsb.cli.app import main
 
     def code(*arguments: str) -> object:
-        monkeypatch.setattr(sys, "argv", ["fedsb", "status", *arguments])
+        monkeypatch.setattr(sys, "argv", ["fedsb", "federation", "status", *arguments])
         with pytest.raises(SystemExit) as ended:
             main()
         return ended.value.code

@@ -15,7 +15,7 @@ from fedsb.client.handler import SiteHandler
 from fedsb.client.policy import SiteConfig
 from fedsb.client.secure_sum import Identity
 from fedsb.config.schema import Config
-from fedsb.deployment.trainer import stored_or_made
+from fedsb.deployment.worker import stored_or_computed
 from fedsb.methods.base import Method
 from fedsb.protocol.channel import Handle, NoResponse
 from fedsb.reporting.run_directory import read_manifest
@@ -24,7 +24,7 @@ from fedsb.server.opened import OpenedFederation, open_sites
 
 @dataclass
 class Calls:
-    """Asks each site as its trainer does, which remembers its answers; the last site first: order must not matter."""
+    """Asks each site as its worker does, which remembers its answers; the last site first: order must not matter."""
 
     handles: dict[str, Handle]
     folder: Path
@@ -40,7 +40,7 @@ class Calls:
         for name in sorted(requests, reverse=True):
             answers = self.folder / name / "answers"
             answers.mkdir(exist_ok=True)
-            answer = stored_or_made(self.handles[name], requests[name], answers)
+            answer = stored_or_computed(self.handles[name], requests[name], answers)
             self.log.append((name, requests[name], answer))
             yield name, answer
 

@@ -1,9 +1,9 @@
-"""The channel over Flower: asks sites, asks again where an answer may have got lost, gives up in time.
+"""The channel over Flower. It sends requests to sites, and repeats a request whose answer may be lost.
 
-Flower delivers a message once, and forgets it when the node that took it dies. So the channel asks again, with the same
-bytes, when a site has come back since it was asked (its node was activated anew) or when an answer cannot be fetched;
-the site's trainer knows a request by its hash and sends the stored answer. A site is known by the node key that it
-signs with: its name is looked up in the coordinator's register, not taken from what it sends.
+Flower delivers a message once, and forgets it when the node that received it dies. So the channel sends a request
+again, with the same bytes, if the site's node was activated after the request was sent, or if its answer cannot be
+fetched. The site recognises a request by its hash and sends the stored answer. A site is identified by the node key
+that signs its messages. Its name comes from the site registry, not from the messages.
 """
 
 from __future__ import annotations
@@ -22,44 +22,47 @@ from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
 
 from fedsb.channels.flower_wire import KIND, pack, unpack
-from fedsb.deployment.federation import Federation, SiteEntry
-from fedsb.deployment.logs import say
 from fedsb.protocol.channel import OFFLINE, NoResponse
 from fedsb.utils.errors import RunError, UserError, did_you_mean
 
-PATIENCE_SECONDS = 300.0  # for a site that is offline to come back
-LIFE_SECONDS = 30 * 86400.0  # of a message in Flower, where no time is set
-CLOCKS_SECONDS = 600.0  # and beyond the time that is set: a site's clock may differ, and Flower compares the two
-FETCHES = 3  # times that an answer may turn out not to be there
-NODES_SECONDS = 1.0
+OFFLINE_SECONDS = 300.0  # how long a site may be offline before its request is given up
+MESSAGE_LIFE_SECONDS = 30 * 86400.0  # of a message in Flower, without a time limit
+CLOCK_SECONDS = 600.0  # added to a message's life, because Flower compares it with the site's clock
+MAX_FETCHES = 3  # failed attempts to fetch an answer
+NODES_SECONDS = 1.0  # between two queries for the online nodes
+
+NodeKeys = Mapping[str, bytes | None]  # site name -> node key; None for a revoked site
+Log = Callable[..., None]  # log(event, **facts)
 
 
 class GridChannel:
-    """A `Channel` over a grid of Flower."""
+    """A `Channel` over a grid of Flower. `node_keys` returns the current sites of the federation."""
 
-    def __init__(self, grid: Grid, register: Callable[[], Federation], patience_s: float = PATIENCE_SECONDS) -> None:
-        self._grid, self._register, self._patience_s = grid, register, patience_s
+    def __init__(
+        self, grid: Grid, node_keys: Callable[[], NodeKeys], log: Log, offline_s: float = OFFLINE_SECONDS
+    ) -> None:
+        self._grid, self._node_keys, self._log, self._offline_s = grid, node_keys, log, offline_s
         self._lock = threading.Lock()
         self._nodes: dict[bytes, NodeInfo] = {}
-        self._seen = 0.0
-        self._late: set[str] = set()  # messages that nobody waits for any longer
+        self._nodes_at = 0.0
+        self._expired: set[str] = set()  # messages whose answers are no longer needed
 
     @property
     def sites(self) -> Sequence[str]:
-        return list(self._register().members)
+        return sorted(name for name, key in self._node_keys().items() if key is not None)
 
     def ask(
         self, requests: Mapping[str, bytes], timeout_s: float | None = None
     ) -> Iterator[tuple[str, bytes | NoResponse]]:
-        """Asks once iteration begins. Raises UserError for a name that is no site's."""
-        sites = self._register().sites  # one that was revoked since the run began is NoResponse, and the run goes on
+        """Sends the requests when iteration starts. Raises UserError for an unknown site."""
+        keys = self._node_keys()  # a revoked site gives NoResponse, and the run continues
         for name in requests:
-            if name not in sites:
-                raise UserError(f"there is no site {name!r} in this federation; {did_you_mean(name, sites)}")
-        return self._answers(dict(requests), sites, timeout_s)
+            if name not in keys:
+                raise UserError(f"This federation has no site {name!r}; {did_you_mean(name, keys)}")
+        return self._answers(dict(requests), keys, timeout_s)
 
     def _answers(
-        self, requests: dict[str, bytes], members: Mapping[str, SiteEntry], timeout_s: float | None
+        self, requests: dict[str, bytes], keys: NodeKeys, timeout_s: float | None
     ) -> Iterator[tuple[str, bytes | NoResponse]]:
         answers: Queue[tuple[str, bytes | NoResponse | httpx.TransportError]] = Queue()
         stop = threading.Event()
@@ -67,19 +70,19 @@ class GridChannel:
         waiting = set(requests)
         for name, request in requests.items():
             threading.Thread(target=self._ask, args=(name, request, end, stop, answers), daemon=True).start()
-        threading.Thread(target=self._forget_late, daemon=True).start()
+        threading.Thread(target=self._discard_expired, daemon=True).start()
         try:
             while waiting:
                 try:
                     name, answer = answers.get(timeout=None if end is None else max(0.0, end - time.monotonic()))
                 except Empty:
                     break
-                if isinstance(answer, httpx.TransportError):  # no site's fault: this process starts anew with the link
+                if isinstance(answer, httpx.TransportError):  # the SuperLink died: this process restarts with it
                     raise answer
                 waiting.discard(name)
                 yield name, answer
             for name in sorted(waiting):
-                how = "late: no answer" if members[name].node_key.encode() in self._nodes else "gone: offline"
+                how = "late: no answer" if keys[name] in self._nodes else OFFLINE
                 yield name, NoResponse(f"{how} within {timeout_s:g} s")
         finally:
             stop.set()
@@ -96,96 +99,96 @@ class GridChannel:
         try:
             answer = self._until_answered(name, request, end, stop)
         except httpx.TransportError as error:
-            say("the SuperLink is gone", reason=repr(error))
+            self._log("the SuperLink is gone", reason=repr(error))
             answers.put((name, error))
             return
-        except Exception as error:  # whatever it is, the others go on
-            say("asking failed", site=name, reason=repr(error))
-            answer = NoResponse(f"failed: {type(error).__name__} while asking")
+        except Exception as error:  # the other sites are not affected
+            self._log("asking failed", site=name, reason=repr(error))
+            answer = NoResponse(f"failed: {type(error).__name__} while sending the request")
         if answer is not None:
-            say("lost" if isinstance(answer, NoResponse) else "answered", site=name, answer=_words(answer))
+            self._log("lost" if isinstance(answer, NoResponse) else "answered", site=name, answer=_described(answer))
             answers.put((name, answer))
 
     def _until_answered(
         self, name: str, request: bytes, end: float | None, stop: threading.Event
     ) -> bytes | NoResponse | None:
-        """None where nobody waits any longer."""
-        asked = _Asked()
-        begun = there = time.monotonic()
+        """Returns the answer; None if it is no longer needed."""
+        sent = _SentRequest()
+        started = online_at = time.monotonic()
         while not stop.is_set():
             now = time.monotonic()
-            site = self._register().members.get(name)
-            if site is None:
+            key = self._node_keys().get(name)
+            if key is None:
                 return NoResponse("gone: the site was revoked")
-            if (node := self._node(site.node_key.encode())) is not None:
-                there = now
-                if asked.since != node.last_activated_at:
-                    asked.ids.append(self._send(node, request, LIFE_SECONDS if end is None else end - now))
-                    asked.since = node.last_activated_at
-                    say("asked", site=name, bytes=len(request), time_number=len(asked.ids))
-                if (answer := self._fetch(asked)) is not None:
-                    self._late.update(asked.ids)  # of a site that was asked twice
+            if (node := self._node(key)) is not None:
+                online_at = now
+                if sent.activated_at != node.last_activated_at:
+                    sent.ids.append(self._send(node, request, MESSAGE_LIFE_SECONDS if end is None else end - now))
+                    sent.activated_at = node.last_activated_at
+                    self._log("asked", site=name, bytes=len(request), time_number=len(sent.ids))
+                if (answer := self._fetch(sent)) is not None:
+                    self._expired.update(sent.ids)  # the other messages of a repeated request
                     return answer
-                if asked.failures >= FETCHES:
-                    return NoResponse(f"failed: its answer did not arrive, {FETCHES} times")
-            elif now - there > self._patience_s:
-                return NoResponse(f"{OFFLINE} for {self._patience_s:g} s")
-            stop.wait(min(3.0, max(0.05, (now - begun) / 20)))  # an answer of a minute is seen at most 3 s late
-        self._late.update(asked.ids)
+                if sent.failures >= MAX_FETCHES:
+                    return NoResponse(f"failed: the answer could not be fetched in {MAX_FETCHES} attempts")
+            elif now - online_at > self._offline_s:
+                return NoResponse(f"{OFFLINE} for {self._offline_s:g} s")
+            stop.wait(min(3.0, max(0.05, (now - started) / 20)))  # notices an answer after a minute within 3 s
+        self._expired.update(sent.ids)
         return None
 
     def _send(self, node: NodeInfo, request: bytes, life_s: float) -> str:
-        """Its id; a message that is not fetched within its life is not handed out any more."""
-        message = Message(pack(request), node.node_id, KIND, ttl=max(life_s, 0.0) + CLOCKS_SECONDS)
+        """Sends a request and returns the message's id. Flower does not deliver a message after its life."""
+        message = Message(pack(request), node.node_id, KIND, ttl=max(life_s, 0.0) + CLOCK_SECONDS)
         (sent,) = self._grid.push_messages([message])
         if not sent:
-            raise RunError("Flower did not take the request: is the run still open?")
+            raise RunError("Flower did not accept the request. Check that the run is still open.")
         return str(sent)
 
-    def _forget_late(self) -> None:
-        """Takes answers that came too late out of Flower's memory."""
-        for sent in list(self._late):
+    def _discard_expired(self) -> None:
+        """Removes answers that came too late from Flower's memory."""
+        for sent in list(self._expired):
             try:
-                come = bool(list(self._grid.pull_messages([sent])))
-            except Exception:  # there is nothing to take out
-                come = True
-            if come:
-                self._late.discard(sent)
+                arrived = bool(list(self._grid.pull_messages([sent])))
+            except Exception:  # there is no answer to remove
+                arrived = True
+            if arrived:
+                self._expired.discard(sent)
 
-    def _fetch(self, asked: _Asked) -> bytes | NoResponse | None:
+    def _fetch(self, sent: _SentRequest) -> bytes | NoResponse | None:
         try:
-            for reply in self._grid.pull_messages(asked.ids):
+            for reply in self._grid.pull_messages(sent.ids):
                 if reply.has_content():
-                    asked.ids.remove(reply.metadata.reply_to_message_id)
+                    sent.ids.remove(reply.metadata.reply_to_message_id)
                     return unpack(reply.content)
-                if reply.error.code == ErrorCode.NODE_UNAVAILABLE:  # away since we looked: no fault of an answer
-                    self._seen, asked.since = 0.0, ""
-                    asked.ids.clear()
+                if reply.error.code == ErrorCode.NODE_UNAVAILABLE:  # went offline after the last query
+                    self._nodes_at, sent.activated_at = 0.0, ""
+                    sent.ids.clear()
                     return None
-                raise RunError(reply.error.reason)  # Flower's own word for an answer that it cannot give
+                raise RunError(reply.error.reason)  # an answer that Flower cannot deliver
         except (httpx.HTTPStatusError, ObjectPullError, ValueError, RunError) as error:
-            say("answer not there", reason=str(error))
-            asked.failures, asked.since = asked.failures + 1, ""  # asks again
-            asked.ids.clear()
+            self._log("answer not available", reason=str(error))
+            sent.failures, sent.activated_at = sent.failures + 1, ""  # sends the request again
+            sent.ids.clear()
         return None
 
     def _node(self, key: bytes) -> NodeInfo | None:
-        """The site's node, if it is online."""
+        """Returns the site's node; None if it is offline."""
         with self._lock:
-            if time.monotonic() - self._seen > NODES_SECONDS:
+            if time.monotonic() - self._nodes_at > NODES_SECONDS:
                 self._nodes = {node.public_key: node for node in self._grid.get_nodes()}
-                self._seen = time.monotonic()
+                self._nodes_at = time.monotonic()
             return self._nodes.get(key)
 
 
 @dataclass(kw_only=True)
-class _Asked:
-    """What was sent to a site, and since when it had been there."""
+class _SentRequest:
+    """The messages sent to a site for one request, and when its node had been activated."""
 
     ids: list[str] = field(default_factory=list)
-    since: str = ""
+    activated_at: str = ""
     failures: int = 0
 
 
-def _words(answer: bytes | NoResponse) -> str:
+def _described(answer: bytes | NoResponse) -> str:
     return answer.reason if isinstance(answer, NoResponse) else f"{len(answer)} bytes"

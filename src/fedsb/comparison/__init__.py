@@ -1,6 +1,6 @@
-"""Methods compared on one's own data: each tuned by the same budget, run over the same seeds, with what it costs.
+"""`fedsb compare`: methods on the same data, with the same tuning budget and seeds, and with their costs.
 
-contenders.py  what is compared, from the TOML        search.py   which learning rate to try next
-cells.py       one run, and the file that keeps it     compare.py  the story: tune, run, write
-figures.py     means, differences, the front           page.py     comparison.html
+contenders.py  what is compared, from the TOML file      search.py   the next learning rate to try
+cells.py       one run, and the file that stores it      compare.py  tunes, runs and writes everything
+figures.py     means, differences, the Pareto front      page.py     comparison.html
 """

@@ -1,10 +1,10 @@
-"""One cell of a comparison: a `fedsb run` in a process of its own, and the file that keeps what came of it.
+"""One cell of a comparison: a `fedsb run` in its own process, and the file that stores its outcome.
 
-A cell is known by a hash of its whole resolved settings, with data files by their content and models by name and size,
-not by the machine's folders. So a changed recipe makes new cells, and a comparison that was cut off finds its own. A
-setting that fedsb did not have when a cell was kept counts as its default.
+A cell is identified by a hash of its resolved settings, with data files by their content and models by name and size,
+independent of folders. So a changed recipe makes new cells, and a comparison that was interrupted finds its own. A
+setting that did not exist when a cell was stored counts as its default.
 
-    cells.json    {"cells": {"<key>": {"name": "fed-sb@8 seed 0", "score": 0.93, ...}, ...}}, a line a cell
+    cells.json    {"cells": {"<key>": {"name": "fed-sb@8 seed 0", "score": 0.93, ...}, ...}}, one line per cell
 """
 
 from __future__ import annotations
@@ -26,8 +26,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import tomli_w
-
 from fedsb.comparison.contenders import dotted
 from fedsb.config.load import load_config
 from fedsb.config.nested import set_key
@@ -38,75 +36,76 @@ from fedsb.utils.errors import ConfigError, RunError, UserError
 from fedsb.utils.files import disk_errors, lock, write_atomic
 
 PATHS = ("data.train", "data.test", "basis.data", "model.name")  # settings that may name a file or a folder
-DIVERGED = re.compile(r"became (nan|-?inf)\b|NaN or infinite")  # how a client, or the server, says it of a run's end
+DIVERGED = re.compile(r"became (nan|-?inf)\b|NaN or infinite")  # in the error of a client or the server
 
 Outcome = dict[str, Any]
 
 
 class CellError(RunError):
-    """A run that ended badly, with what it said."""
+    """A run that failed, with its error message."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """A run to be made: its name for people, and all its settings by dotted key, but for `name` and `out`."""
+    """A run to make: its display name, and all settings by dotted key except `name` and `out`."""
 
     name: str
     settings: Mapping[str, Any]
 
     @property
     def portable(self) -> dict[str, Any]:
-        """The settings with names instead of paths, as they are written."""
+        """Returns the settings with names instead of paths, as they are stored."""
         return portable(self.settings)
 
     @functools.cached_property
     def content(self) -> dict[str, str]:
-        """The fingerprint of what each of those paths holds."""
+        """Returns the fingerprint of the content at each of those paths."""
         return {key: fingerprint(value) for key, value in self.settings.items() if _on_disk(key, value)}
 
     @functools.cached_property
     def key(self) -> str:
-        """The hash that this cell is known by."""
+        """Returns the hash that identifies this cell."""
         return key_of(self.portable, self.content)
 
 
 def portable(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings by dotted key with the names of files and folders, not where this machine has them."""
+    """Returns settings by dotted key, with the names of files and folders instead of their paths."""
     return {key: Path(value).name if _on_disk(key, value) else value for key, value in settings.items()}
 
 
 def key_of(settings: Mapping[str, Any], content: Mapping[str, str]) -> str:
+    """Returns the hash that identifies a cell."""
     return hashlib.sha256(json.dumps([settings, content], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def make_cell(name: str, settings: Mapping[str, Any]) -> Cell:
-    """A cell of a configuration's nested settings."""
+    """Returns the cell of a configuration, given as nested settings."""
     return Cell(name=name, settings={k: v for k, v in dotted(settings).items() if k not in ("name", "out")})
 
 
 async def run_cell(cell: Cell, ledgers: Path) -> Outcome:
-    """Runs a cell and gives back what is kept of it; a loss that is not finite gives a score of None.
+    """Runs a cell and returns the outcome to store. A loss that is not finite gives a score of None.
 
-    The ledgers of a private run stay below `ledgers`, however the run ends. Raises CellError where the run fails
-    otherwise. Cancelled, it ends the run's process first.
+    The ledgers of a private run stay in `ledgers`, even if the run fails. Raises CellError if the run fails for a
+    different reason. If cancelled, ends the run's process first.
     """
     started = time.monotonic()
     with _draft(cell, ledgers) as folder:
         toml = folder / "cell.toml"
         toml.write_text(to_toml({**cell.settings, "name": "cell", "out": str(folder)}), "utf-8")
         device = choose_device(str(cell.settings["model.device"]))[0]
-        environment = {"OMP_NUM_THREADS": "1"} if device.type == "cpu" else {}  # side by side, one a core
-        code, said = await _call(sys.executable, "-m", "fedsb", "run", str(toml), "--json", environment=environment)
-        if code and not (code == 2 and DIVERGED.search(said)):
-            raise CellError(_reason(code, said))
-        facts: Outcome = {"score": None, "diverged": _reason(code, said)} if code else read_run(folder / "cell")
+        environment = {"OMP_NUM_THREADS": "1"} if device.type == "cpu" else {}  # cells run in parallel, one per core
+        code, errors = await _call(sys.executable, "-m", "fedsb", "run", str(toml), "--json", environment=environment)
+        if code and not (code == 2 and DIVERGED.search(errors)):
+            raise CellError(_reason(code, errors))
+        facts: Outcome = {"score": None, "diverged": _reason(code, errors)} if code else read_run(folder / "cell")
     seconds = round(time.monotonic() - started, 1)
     return {"name": cell.name, **facts, "seconds": seconds, "settings": cell.portable, "content": cell.content}
 
 
 @contextmanager
 def _draft(cell: Cell, ledgers: Path) -> Iterator[Path]:
-    """A folder for a run, of which only a private run's ledgers are left at the end."""
+    """Makes a folder for a run. At the end, deletes everything but the ledgers of a private run."""
     if cell.settings.get("privacy.unit", "none") == "none":
         with TemporaryDirectory(prefix="fedsb-cell-") as draft:
             yield Path(draft)
@@ -118,9 +117,9 @@ def _draft(cell: Cell, ledgers: Path) -> Iterator[Path]:
         yield folder
     finally:
         kept = set((folder / "cell" / "privacy").glob("*.jsonl"))
-        for path in sorted(folder.rglob("*"), reverse=True):  # what is in a folder before the folder
+        for path in sorted(folder.rglob("*"), reverse=True):  # the content of a folder before the folder
             if path.is_dir():
-                with suppress(OSError):  # one that holds ledgers
+                with suppress(OSError):  # not empty: it contains ledgers
                     path.rmdir()
             elif path not in kept:
                 path.unlink()
@@ -129,13 +128,13 @@ def _draft(cell: Cell, ledgers: Path) -> Iterator[Path]:
 
 
 def read_run(folder: Path) -> Outcome:
-    """What is kept of a finished run. Bytes by round are all clients', both ways; "bytes" is report.summary's."""
+    """Returns the outcome of a finished run. Bytes by round are those of all clients in both directions."""
     found, manifest, rounds = summary(folder), read_manifest(folder), read_rows(folder / "rounds.jsonl")
     result = read_result(folder) or {}
     diverged = any(row["loss"] is not None and not math.isfinite(row["loss"]) for row in rounds)
     return {
         "score": None if diverged else found["score"],
-        "beside": found["beside"],
+        "extra_metrics": found["extra_metrics"],
         "scores_by_round": [row["score"] for row in rounds],
         "losses_by_round": [row["loss"] if row["loss"] and math.isfinite(row["loss"]) else None for row in rounds],
         "bytes_by_round": [row["up_bytes"] + row["down_bytes"] for row in rounds],
@@ -153,14 +152,14 @@ def read_run(folder: Path) -> Outcome:
 
 
 def _test_rows(manifest: Mapping[str, Any]) -> int | None:
-    """Returns how many rows a run was scored on: those of its test, else what clients hold out; None if not known."""
+    """Returns the number of rows a run was scored on: test rows, else held-out rows; None if not known."""
     if (test := manifest["data"].get("test")) is not None:
         return int(test["rows"])
     return sum(client["held_out_rows"] for client in manifest["clients"] if not client["unseen"]) or None
 
 
 class Results:
-    """cells.json in a folder, held by this process alone while it is open."""
+    """The outcomes in cells.json. The folder is locked while it is open."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "cells.json"
@@ -169,27 +168,28 @@ class Results:
     @classmethod
     @contextmanager
     def open(cls, folder: Path) -> Iterator[Results]:
-        """Raises UserError where another process holds the folder, or cells.json cannot be read."""
+        """Locks and reads a folder. Raises UserError if it is in use or cells.json cannot be read."""
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            held = os.open(folder, os.O_RDONLY)
+            handle = os.open(folder, os.O_RDONLY)  # locked itself; the system unlocks it when this process ends
         try:
-            lock(held, f"{folder} is in use by another fedsb process. Wait for it, or stop it.")
+            lock(handle, f"{folder} is in use by a different fedsb process. Wait for it, or stop it.")
             yield cls(folder)
         finally:
-            os.close(held)
+            os.close(handle)
 
     def get(self, cell: Cell) -> Outcome | None:
+        """Returns the stored outcome of a cell; None if there is none."""
         return self.cells.get(cell.key)
 
     def add(self, cell: Cell, outcome: Outcome) -> None:
-        """On disk when this returns."""
+        """Stores an outcome. It is on disk when this returns."""
         self.cells[cell.key] = outcome
         lines = [f"{json.dumps(key)}: {json.dumps(self.cells[key])}" for key in sorted(self.cells, key=self._place)]
         write_atomic(self.path, ('{"cells": {\n' + ",\n".join(lines) + "\n}}\n").encode())
 
     def stale(self, cell: Cell) -> Outcome | None:
-        """A kept cell of the same name with other settings: it is not used."""
+        """Returns a stored cell with the same name but different settings, which is not used; None if there is none."""
         same = (known for key, known in self.cells.items() if known["name"] == cell.name and key != cell.key)
         return next(same, None)
 
@@ -198,16 +198,18 @@ class Results:
 
 
 def to_toml(settings: Mapping[str, Any]) -> str:
-    """Returns settings with dotted keys as TOML. None is left out: it is the default wherever it is allowed."""
-    nested: dict[str, Any] = {}
-    for key, value in settings.items():
-        if value is not None:
-            nested = set_key(nested, key, value)
-    return tomli_w.dumps(nested)
+    """Returns settings as TOML, one line per dotted key. Leaves out None, which is the default where it is allowed."""
+
+    def text(value: Any) -> str:
+        if isinstance(value, Mapping):
+            return "{" + ", ".join(f"{json.dumps(key)} = {text(each)}" for key, each in value.items()) + "}"
+        return f"[{', '.join(map(text, value))}]" if isinstance(value, list) else json.dumps(value, ensure_ascii=False)
+
+    return "".join(f"{key} = {text(value)}\n" for key, value in settings.items() if value is not None)
 
 
 def fingerprint(path: str) -> str:
-    """Of a file, the hash of its content; of a folder, that of its files' names and sizes."""
+    """Returns the hash of a file's content, or of the names and sizes of a folder's files."""
     place = Path(path).expanduser()
     return _fingerprint(place, place.stat().st_mtime_ns)
 
@@ -228,26 +230,29 @@ def _on_disk(key: str, value: object) -> bool:
 def _read(path: Path) -> dict[str, Outcome]:
     try:
         cells = list(json.loads(path.read_text("utf-8"))["cells"].values())
-        return {key_of(_as_of_today(cell["settings"]), cell["content"]): cell for cell in cells}
+        return {key_of(current_settings(cell["settings"]), cell["content"]): cell for cell in cells}
     except FileNotFoundError:
         return {}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not what fedsb compare writes ({error}): put it back, or move it away") from error
+        raise UserError(f"{path} is not a valid cells.json ({error}). Restore it, or move it.") from error
 
 
-def _as_of_today(settings: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Kept settings with those that are new since at their default; as they are, where one is gone since."""
+def current_settings(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns stored settings under their current names, with the default of new ones.
+
+    They stay unchanged if one of them does not exist any more.
+    """
     raw: dict[str, Any] = {}
     for key, value in settings.items():
         raw = set_key(raw, key, value)
     try:
-        return make_cell("kept", load_config(raw).config.model_dump(mode="json")).settings
+        return make_cell("stored", load_config(raw).config.model_dump(mode="json")).settings
     except ConfigError:
         return settings
 
 
 async def _call(*command: str, environment: Mapping[str, str]) -> tuple[int, str]:
-    """(exit code, stderr) of a process in a session of its own: Ctrl-C reaches it through us alone."""
+    """Returns the exit code and stderr of a process in its own session, so that Ctrl-C does not reach it directly."""
     process = await asyncio.create_subprocess_exec(
         *command,
         stdin=asyncio.subprocess.DEVNULL,
@@ -257,17 +262,17 @@ async def _call(*command: str, environment: Mapping[str, str]) -> tuple[int, str
         env={**os.environ, **environment},
     )
     try:
-        _, said = await process.communicate()
+        _, errors = await process.communicate()
     finally:
         if process.returncode is None:  # cancelled
             process.kill()
             await process.wait()
-    return process.returncode or 0, said.decode(errors="replace")
+    return process.returncode or 0, errors.decode(errors="replace")
 
 
-def _reason(code: int, said: str) -> str:
-    """What a failed run said, less how to go on with it: its folder is gone."""
-    text = said.rpartition("fedsb: ")[2].strip() or f"it ended with exit code {code} and said nothing"
-    for advice in ("\n  what was finished is in", "\n  there is no run in", "\n  there is no folder"):
+def _reason(code: int, errors: str) -> str:
+    """Returns the error message of a failed run, without the advice to resume it, since its folder is deleted."""
+    text = errors.rpartition("fedsb: ")[2].strip() or f"exit code {code} without an error message"
+    for advice in ("\n  Completed rounds are in", "\n  No run exists in", "\n  The folder "):  # cli/common.py
         text = text.partition(advice)[0]
-    return text[-2000:] if code > 0 else f"it was ended by signal {-code} (out of memory?)"
+    return text[-2000:] if code > 0 else f"stopped by signal {-code}, perhaps because the machine is out of memory"

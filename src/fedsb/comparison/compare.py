@@ -1,8 +1,8 @@
-"""A comparison, top to bottom: every contender is tuned by the same budget, then run over the same seeds.
+"""A comparison: every contender is tuned with the same budget, then run with the same seeds.
 
-Cells run in processes of their own, `workers` at a time. A contender's search is a sequence, the contenders are tuned
-side by side, and a contender's seeds start as soon as its rate is known. Every finished cell is on disk at once, so a
-comparison that is started again goes on where it stopped.
+Each cell runs in its own process, `workers` at a time. The search of one contender is sequential; contenders are tuned
+in parallel, and the seeds of a contender start as soon as its rate is known. Every finished cell is stored at once, so
+a comparison that is started again resumes.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fedsb.comparison.cells import Cell, CellError, Outcome, Results, make_cell, run_cell
+from fedsb.comparison.cells import Cell, CellError, Outcome, Results, current_settings, make_cell, run_cell
 from fedsb.comparison.contenders import Contender, contenders_of
 from fedsb.comparison.figures import Entry, comparison_of
 from fedsb.comparison.page import write_page
 from fedsb.comparison.search import best_rate, next_rate, start_rate
-from fedsb.comparison.spent import ahead, together
+from fedsb.comparison.spent import epsilon_together, planned_epsilon
 from fedsb.comparison.table import markdown
 from fedsb.config.load import ResolvedConfig
 from fedsb.config.nested import difference
@@ -38,26 +38,26 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is to be run, known before anything is."""
+    """The cells of a comparison, known before the first run."""
 
-    asked: CompareConfig
+    options: CompareConfig
     contenders: Sequence[Contender]
     workers: int
     higher_is_better: bool
 
     @property
     def cells(self) -> int:
-        return len(self.contenders) * (self.asked.trials + self.asked.seeds)
+        return len(self.contenders) * (self.options.trials + self.options.seeds)
 
 
 def compare(loaded: ResolvedConfig, folder: Path, note: Note) -> dict[str, Any]:
-    """Runs what is left of a comparison, writes its files into `folder`, and gives back comparison.json.
+    """Runs the remaining cells, writes the comparison to `folder`, and returns the content of comparison.json.
 
-    Cells that failed are under "failed", with what they said; the others have run all the same.
+    Cells that failed are under "failed", with their error messages; the other cells have run.
 
     Raises:
-        UserError: anything wrong with what is asked, before any cell.
-        KeyboardInterrupt: Ctrl-C, SIGTERM or SIGHUP; the running cells are ended, the finished ones are kept.
+        UserError: an invalid configuration, before any cell runs.
+        KeyboardInterrupt: Ctrl-C, SIGTERM or SIGHUP. Running cells are stopped; finished ones are stored.
     """
     plan = plan_of(loaded)
     with Results.open(folder) as results:
@@ -65,23 +65,23 @@ def compare(loaded: ResolvedConfig, folder: Path, note: Note) -> dict[str, Any]:
             f"{_count(len(plan.contenders), 'contender')}: {', '.join(contender.name for contender in plan.contenders)}"
         )
         note(
-            f"{plan.cells} runs, {plan.workers} at a time: for each {_count(plan.asked.trials, 'learning rate')} on "
-            f"seed 0, then {_count(plan.asked.seeds, 'seed')}; what is finished is kept in {results.path}"
+            f"{plan.cells} runs, {plan.workers} at a time: {_count(plan.options.trials, 'learning rate')} on seed 0, "
+            f"{_count(plan.options.seeds, 'seed')} per contender; finished runs are in {results.path}"
         )
-        if spends := ahead(plan.contenders, plan.asked.trials + plan.asked.seeds):
-            note(spends)
+        if budget := planned_epsilon(plan.contenders, plan.options.trials + plan.options.seeds):
+            note(budget)
         work = Work(plan, results, note)
         try:
             entries = asyncio.run(work.all())
         except asyncio.CancelledError:  # SIGTERM or SIGHUP
             raise KeyboardInterrupt from None
     found = comparison_of(entries, loaded, work.failed, higher_is_better=plan.higher_is_better)
-    found["privacy"] = together(folder, plan.contenders)
+    found["privacy"] = epsilon_together(folder, plan.contenders)
     return write(found, folder)
 
 
 def write(found: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """comparison.json, table.md and comparison.html."""
+    """Writes comparison.json, table.md and comparison.html."""
     write_atomic(folder / "comparison.json", (json.dumps(found, indent=1) + "\n").encode())
     write_atomic(folder / "table.md", markdown(found).encode())
     write_page(found, folder)
@@ -89,17 +89,17 @@ def write(found: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def plan_of(loaded: ResolvedConfig) -> Plan:
-    """Raises ConfigError with everything that is wrong with any contender."""
-    asked = loaded.config.compare
+    """Returns the plan of a comparison. Raises ConfigError with all errors of all contenders."""
+    options = loaded.config.compare
     contenders = contenders_of(loaded)
-    workers = asked.workers
+    workers = options.workers
     if workers == "auto":
         on_cpu = all(choose_device(device)[0].type == "cpu" for device in {c.config.model.device for c in contenders})
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        workers = workers if on_cpu else 1  # two runs on one GPU would share its memory and its time
+        workers = workers if on_cpu else 1  # two runs on one GPU would share its memory and time
     task = contenders[0].config.task
     return Plan(
-        asked=asked,
+        options=options,
         contenders=contenders,
         workers=workers,
         higher_is_better=TASKS[task.kind].higher_is_better_by(task.score),
@@ -107,7 +107,7 @@ def plan_of(loaded: ResolvedConfig) -> Plan:
 
 
 class Work:
-    """The cells of a plan on their way."""
+    """Runs the cells of a plan."""
 
     def __init__(self, plan: Plan, results: Results, note: Note) -> None:
         self.plan = plan
@@ -116,25 +116,25 @@ class Work:
         self.slots = asyncio.Semaphore(plan.workers)
         self.failed: dict[str, str] = {}
         self.started = time.monotonic()
-        self.ran = self.known = 0  # cells that were run now, that were there already
+        self.ran = self.known = 0  # cells that ran now, cells that were stored
 
     async def all(self) -> list[Entry]:
-        """One entry a contender, in their order."""
-        me = asyncio.current_task()
-        assert me is not None
+        """Returns one entry per contender, in their order."""
+        task = asyncio.current_task()
+        assert task is not None
         for number in (signal.SIGTERM, signal.SIGHUP):
-            asyncio.get_running_loop().add_signal_handler(number, me.cancel)
-        return await side_by_side(self.contender(each) for each in self.plan.contenders)
+            asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+        return await in_parallel(self.contender(each) for each in self.plan.contenders)
 
     async def contender(self, contender: Contender) -> Entry:
-        """A contender's search, then its seeds side by side. What fails is noted, and the rest goes on."""
+        """Tunes a contender, then runs its seeds in parallel. A failed cell is noted; the others continue."""
         tried: dict[float, float | None] = {}
         lr: float | None = None
-        seeds: list[Outcome | None] = [None] * self.plan.asked.seeds
+        seeds: list[Outcome | None] = [None] * self.plan.options.seeds
         try:
-            lr = await self.tune(contender, tried) if self.plan.asked.trials else contender.config.train.lr
-            cells = [final(contender, lr, seed) for seed in range(self.plan.asked.seeds)]
-            seeds = await side_by_side(self.seed(cell) for cell in cells)
+            lr = await self.tune(contender, tried) if self.plan.options.trials else contender.config.train.lr
+            cells = [final(contender, lr, seed) for seed in range(self.plan.options.seeds)]
+            seeds = await in_parallel(self.seed(cell) for cell in cells)
         except CellError as error:
             self.fail(f"{contender.name}, tuning", str(error))
         return Entry(
@@ -149,45 +149,48 @@ class Work:
         )
 
     async def tune(self, contender: Contender, tried: dict[float, float | None]) -> float:
-        """Fills `tried` and gives back the best rate. Raises CellError where a trial fails, or none was finite."""
+        """Fills `tried` and returns the best rate. Raises CellError if a trial fails, or if no loss was finite."""
         config = contender.config
         start = start_rate(contender.method.adapter, config.train.lr, contender.set.get("train.lr"))
-        for _ in range(self.plan.asked.trials):
+        for _ in range(self.plan.options.trials):
             lr = next_rate(tried, start, self.plan.higher_is_better)
-            tried[lr] = (await self.outcome(trial(contender, lr, self.plan.asked.validation_fraction)))["score"]
+            tried[lr] = (await self.outcome(trial(contender, lr, self.plan.options.validation_fraction)))["score"]
         if all(score is None for score in tried.values()):
-            raise CellError(f"no learning rate of {', '.join(map(str, tried))} gave a finite loss: start from a lower")
+            rates = ", ".join(map(str, tried))
+            raise CellError(f"None of the learning rates {rates} gave a finite loss. Start from a lower train.lr.")
         return best_rate(tried, self.plan.higher_is_better)
 
     async def seed(self, cell: Cell) -> Outcome | None:
-        """None where it failed."""
+        """Returns the outcome of a seed; None if it failed."""
         try:
             outcome = await self.outcome(cell)
         except CellError as error:
             self.fail(cell.name, str(error))
             return None
         if outcome["score"] is None:
-            self.fail(cell.name, f"the loss is not finite; {outcome.get('diverged', '')}")
+            self.fail(cell.name, f"The loss is not finite. {outcome.get('diverged', '')}")
             return None
         return outcome
 
     async def outcome(self, cell: Cell) -> Outcome:
-        """A cell's outcome: the one that is kept, or that of a run."""
+        """Returns the outcome of a cell: the stored one, or that of a new run."""
         known = self.results.get(cell)
         if known is not None:
             self.known += 1
             return known
         if (stale := self.results.stale(cell)) is not None:
-            changed = "; ".join(difference(stale["settings"], cell.portable)) or "its files' content"
-            self.note(f"{cell.name}: a kept run has other settings and is not used ({changed})")
+            changed = (
+                "; ".join(difference(current_settings(stale["settings"]), cell.portable)) or "the content of its files"
+            )
+            self.note(f"{cell.name}: a stored run has different settings and is not used ({changed})")
         async with self.slots:
             outcome = await run_cell(cell, self.results.path.parent / "ledgers")
         self.results.add(cell, outcome)
         self.ran += 1
         score = "not finite" if outcome["score"] is None else score_text(outcome["metric"])(outcome["score"])
         left = self.plan.cells - self.known - self.ran
-        to_come = seconds_text((time.monotonic() - self.started) / self.ran * left)
-        more = f"; {left} left, about {to_come}" if left else ""
+        time_left = seconds_text((time.monotonic() - self.started) / self.ran * left)
+        more = f"; {left} left, about {time_left}" if left else ""
         self.note(f"{cell.name}: {score} in {seconds_text(outcome['seconds'])}{more}")
         return outcome
 
@@ -196,8 +199,8 @@ class Work:
         self.note(f"{name} failed: {why}")
 
 
-async def side_by_side(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """All results, in order. Cancelled, or where one raises, it waits until the others have ended their processes."""
+async def in_parallel(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Returns all results, in order. If cancelled, or if one raises, waits until the others have ended."""
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(each) for each in work]
@@ -211,7 +214,7 @@ def _count(number: int, what: str) -> str:
 
 
 def trial(contender: Contender, lr: float, share: float) -> Cell:
-    """One learning rate on seed 0, scored once, at the end, on rows that it is not trained on; no test row is read."""
+    """Returns the cell of one learning rate: seed 0, scored at the end on held-out training rows, not on test rows."""
     config = contender.config
     settings = settings_of(config, lr, seed=0)
     settings["data"] |= {"validation_fraction": share}
@@ -221,7 +224,7 @@ def trial(contender: Contender, lr: float, share: float) -> Cell:
 
 
 def final(contender: Contender, lr: float, seed: int) -> Cell:
-    """A run at the best rate, on all training rows."""
+    """Returns the cell of one seed: the best rate, on all training rows."""
     return make_cell(f"{contender.name} seed {seed}", settings_of(contender.config, lr, seed))
 
 

@@ -1,7 +1,7 @@
-"""What a comparison says: means and spreads over seeds, differences seed by seed, bytes, and who is on the front.
+"""The figures of a comparison: means and spreads over seeds, paired differences, bytes, and the Pareto front.
 
-Everything here is arithmetic on kept cells. Bytes are those of the whole federation in a whole run; sd is that of a
-sample (n - 1), None for a single seed. A contender's bytes, seconds and memory are means over its seeds.
+All figures are computed from stored cells. Bytes are those of all clients in a whole run. sd is that of a sample
+(n - 1), None for a single seed. A contender's bytes, seconds and memory are means over its seeds.
 """
 
 from __future__ import annotations
@@ -14,23 +14,25 @@ from statistics import fmean, stdev
 from typing import Any
 
 from fedsb.comparison.cells import Outcome, portable
-from fedsb.comparison.search import Tried, at_an_end
+from fedsb.comparison.contenders import RESERVED
+from fedsb.comparison.search import Tried, at_boundary
 from fedsb.config.load import ResolvedConfig
+from fedsb.reporting.run_directory import extra_metrics
 
 Json = dict[str, Any]
-SHARES = ("accuracy", "exact_match", "pass@1")  # metrics that are a share of the test's rows
+SHARES = ("accuracy", "exact_match", "pass@1")  # metrics that are a share of the test rows
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """What came of a contender: its search, and a cell for each seed (None: failed)."""
+    """The results of a contender: its search, and a cell for each seed (None: failed)."""
 
     name: str
     set: Mapping[str, Any]
-    is_control: bool  # left out of the front
-    control_of: str | None  # the contender whose adapter a control trains
+    is_control: bool  # not on the front
+    control_of: str | None  # for a control, the contender whose adapter it trains
     rank: int  # of the exported LoRA
-    lr: float | None  # the best rate; None where the search failed
+    lr: float | None  # the best rate; None if the search failed
     tried: Tried
     seeds: Sequence[Outcome | None]
 
@@ -42,12 +44,12 @@ class Entry:
 def comparison_of(
     entries: Sequence[Entry], loaded: ResolvedConfig, failed: Mapping[str, str], *, higher_is_better: bool
 ) -> Json:
-    """comparison.json: the table as data, with what the page draws."""
-    asked = loaded.config.compare
-    reference = next((entry for entry in entries if entry.name == asked.reference), entries[0])
-    rows = [row_of(entry, reference, asked.target, higher_is_better) for entry in entries]
-    rivals = {row["contender"]: row for row in rows if row["score"] is not None and not row["is_control"]}
-    points = {name: (row["bytes"]["total"], row["score"]["mean"]) for name, row in rivals.items()}
+    """Returns the content of comparison.json: the table, and the data of the charts."""
+    options = loaded.config.compare
+    reference = next((entry for entry in entries if entry.name == options.reference), entries[0])
+    rows = [row_of(entry, reference, options.target, higher_is_better) for entry in entries]
+    scored = {row["contender"]: row for row in rows if row["score"] is not None and not row["is_control"]}
+    points = {name: (row["bytes"]["total"], row["score"]["mean"]) for name, row in scored.items()}
     front = pareto_front(points, higher_is_better)
     cells = [cell for entry in entries for cell in entry.cells]
     return {
@@ -58,10 +60,10 @@ def comparison_of(
         "test_rows": max((cell.get("test_rows") or 0 for cell in cells), default=0) or None,
         "majority": spread([cell["majority"] for cell in cells if cell["majority"] is not None]),
         "reference": reference.name,
-        "target": asked.target,
-        "seeds": asked.seeds,
-        "trials": asked.trials,
-        "tune_share": asked.validation_fraction if asked.trials else None,
+        "target": options.target,
+        "seeds": options.seeds,
+        "trials": options.trials,
+        "tune_share": options.validation_fraction if options.trials else None,
         "rounds": loaded.config.rounds,
         "settings": common_settings(loaded),
         "contenders": [{**row, "on_front": row["contender"] in front} for row in rows],
@@ -71,7 +73,7 @@ def comparison_of(
 
 
 def row_of(entry: Entry, reference: Entry, target: float | None, higher_is_better: bool) -> Json:
-    """A contender's row; numbers are None where nothing came of it."""
+    """Returns a contender's row. Numbers are None if there is no result."""
     cells = entry.cells
     totals = [cell["bytes"]["federation"] for cell in cells]
     reached = [bytes_to_target(cell, target, higher_is_better) for cell in cells] if target is not None else []
@@ -83,12 +85,12 @@ def row_of(entry: Entry, reference: Entry, target: float | None, higher_is_bette
         "control_of": entry.control_of,
         "rank": entry.rank,
         "lr": entry.lr,
-        "lr_at_an_end": entry.lr in entry.tried and at_an_end(entry.tried, entry.lr) if entry.lr else False,
+        "lr_at_boundary": entry.lr in entry.tried and at_boundary(entry.tried, entry.lr) if entry.lr else False,
         "tried": [{"lr": lr, "score": entry.tried[lr]} for lr in sorted(entry.tried)],
         "scores": [None if cell is None else cell["score"] for cell in entry.seeds],
         "score": spread([cell["score"] for cell in cells]),
         "test_error": test_error(cells),
-        "beside": beside(cells),
+        "extra_metrics": extra_metric_spreads(cells),
         "difference": difference(entry, reference, higher_is_better) if entry != reference else None,
         "bytes": {
             key: mean([total["with_head"][key] for total in totals]) for key in ("one_off", "up", "down", "total")
@@ -105,37 +107,39 @@ def row_of(entry: Entry, reference: Entry, target: float | None, higher_is_bette
 
 
 def common_settings(loaded: ResolvedConfig) -> Json:
-    """What the configuration sets for all contenders, with names for paths; its [method] is not theirs."""
+    """Returns the settings that all contenders share, with names instead of paths, without [method]."""
     given = {choice.key: choice.value for choice in loaded.choices() if choice.key in loaded.origin}
-    ours = ("name", "out", "seed")
-    return {key: value for key, value in portable(given).items() if key not in ours and not key.startswith("method.")}
+    return {
+        key: value for key, value in portable(given).items() if key not in RESERVED and not key.startswith("method.")
+    }
 
 
 def scores_of(entry: Entry) -> dict[int, float]:
-    """Seed -> score, of the seeds that finished."""
+    """Returns the score of each finished seed."""
     return {seed: cell["score"] for seed, cell in enumerate(entry.seeds) if cell is not None}
 
 
 def mean(values: Sequence[float]) -> float | None:
+    """Returns the mean; None without values."""
     return fmean(values) if values else None
 
 
 def spread(values: Sequence[float]) -> Json | None:
-    """Mean and sd of a sample, None for nothing."""
+    """Returns the mean and the sd of a sample; None without values."""
     if not values:
         return None
     return {"mean": fmean(values), "sd": stdev(values) if len(values) > 1 else None}
 
 
-def beside(cells: Sequence[Outcome]) -> Json:
-    """What every cell has beside its score, by name: mean and sd. Cells of older versions have nothing."""
-    found: list[Json] = [cell.get("beside", {}) for cell in cells]
+def extra_metric_spreads(cells: Sequence[Outcome]) -> Json:
+    """Returns the mean and sd of every extra metric that all cells have, by name."""
+    found: list[Json] = [extra_metrics(cell) for cell in cells]
     names = [name for name in (found[0] if found else ()) if all(name in one for one in found)]
     return {name: spread([one[name] for one in found]) for name in names}
 
 
 def paired(mine: Mapping[int, float], theirs: Mapping[int, float], higher_is_better: bool) -> Json | None:
-    """Mine less theirs on the seeds that both have, and on how many of them mine is the better one."""
+    """Returns the differences on the seeds that both have, and on how many of them `mine` is better."""
     gaps = {seed: mine[seed] - theirs[seed] for seed in sorted(mine.keys() & theirs.keys())}
     if not gaps:
         return None
@@ -144,10 +148,10 @@ def paired(mine: Mapping[int, float], theirs: Mapping[int, float], higher_is_bet
 
 
 def difference(entry: Entry, reference: Entry, higher_is_better: bool) -> Json | None:
-    """Returns the paired difference, with the sampling error that the test's rows leave in it, at most.
+    """Returns the paired difference, with an upper bound on its sampling error.
 
-    Both are scored on the same rows, which makes their difference more exact than two independent scores. How much
-    more is not known from the scores, so the error is that of independent ones.
+    Both are scored on the same rows, so the error of their difference is smaller than that of two independent scores.
+    By how much is not known from the scores, so the error is that of independent ones.
     """
     found = paired(scores_of(entry), scores_of(reference), higher_is_better)
     if found is None:
@@ -158,10 +162,10 @@ def difference(entry: Entry, reference: Entry, higher_is_better: bool) -> Json |
 
 
 def test_error(cells: Sequence[Outcome]) -> float | None:
-    """Returns the standard error of the mean score that comes from the size of the test, sqrt(p (1 - p) / n).
+    """Returns the standard error of the mean score due to the number of test rows, sqrt(p (1 - p) / n).
 
-    More seeds do not make it smaller: all of them are scored on the same rows. None for a metric that is not a share
-    of rows, and where the number of rows is not known.
+    More seeds do not make it smaller, because all of them are scored on the same rows. None for a metric that is not a
+    share of rows, and if the number of rows is not known.
     """
     if not cells or cells[0]["metric"] not in SHARES:
         return None
@@ -173,13 +177,13 @@ def test_error(cells: Sequence[Outcome]) -> float | None:
 
 
 def running_bytes(cell: Outcome) -> list[int]:
-    """All that has travelled after each round, the one-off bytes included."""
+    """Returns the bytes sent up to each round, including the one-off bytes."""
     one_off = cell["bytes"]["federation"]["with_head"]["one_off"]
     return list(accumulate(cell["bytes_by_round"], initial=one_off))[1:]
 
 
 def bytes_to_target(cell: Outcome, target: float, higher_is_better: bool) -> int | None:
-    """Bytes until the score first reaches the target, at the rounds that are scored; None where it never does."""
+    """Returns the bytes until a scored round first reaches the target; None if none does."""
     for sent, score in zip(running_bytes(cell), cell["scores_by_round"], strict=True):
         if score is not None and (score >= target if higher_is_better else score <= target):
             return sent
@@ -187,7 +191,7 @@ def bytes_to_target(cell: Outcome, target: float, higher_is_better: bool) -> int
 
 
 def curve(cells: Sequence[Outcome]) -> list[list[float]]:
-    """(bytes so far, score) at every round that is scored, both means over the seeds."""
+    """Returns (bytes so far, score) at every scored round, both as means over the seeds."""
     if not cells:
         return []
     rounds = zip(
@@ -199,15 +203,15 @@ def curve(cells: Sequence[Outcome]) -> list[list[float]]:
 
 
 def pareto_front(points: Mapping[str, tuple[float, float]], higher_is_better: bool) -> list[str]:
-    """Of name -> (bytes, score), those that no other beats in one and equals in the other; fewest bytes first.
+    """Returns the names of the points (bytes, score) that no other point dominates, fewest bytes first.
 
-    Means are taken as they are: whether two scores differ by more than chance, the differences by seed must say.
+    Points are means. The paired differences show whether two scores differ by more than chance.
     """
 
     def worth(name: str) -> float:
         return points[name][1] if higher_is_better else -points[name][1]
 
-    def beaten(name: str) -> bool:
+    def dominated(name: str) -> bool:
         return any(
             points[other][0] <= points[name][0]
             and worth(other) >= worth(name)
@@ -215,4 +219,4 @@ def pareto_front(points: Mapping[str, tuple[float, float]], higher_is_better: bo
             for other in points
         )
 
-    return sorted((name for name in points if not beaten(name)), key=lambda name: points[name])
+    return sorted((name for name in points if not dominated(name)), key=lambda name: points[name])

@@ -1,4 +1,4 @@
-"""comparison.html: the tables and charts of a comparison on one page that opens offline, light, dark and in print."""
+"""Writes comparison.html: the tables and charts of a comparison on one page without external resources."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fedsb.utils.formatting import PERCENT, score_text
 
 
 def write_page(found: dict[str, Any], folder: Path) -> Path:
-    """Writes comparison.html from comparison.json's content and gives back its path."""
+    """Writes comparison.html from the content of comparison.json and returns its path."""
     metric = found["metric"] or "score"
     templates = open_templates(Path(__file__).parent)
     templates.filters["score"] = score_text(metric, unit=False)

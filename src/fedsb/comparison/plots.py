@@ -1,4 +1,4 @@
-"""The comparison's charts as plain geometry, which compare.html.j2 draws as SVG. Contender i has the colour c<i>."""
+"""The charts of a comparison as geometry, which compare.html.j2 draws as SVG. Contender i has the colour k<i>."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LETTER, LINE = 5.9, 13.0  # the size of a letter and of a line of a label
 
 @dataclass(frozen=True, kw_only=True)
 class Frame:
-    """A plot of this size, with the area from LEFT and TOP inside it."""
+    """The size of a plot. Its plotting area starts at LEFT and TOP."""
 
     width: int
     height: int
@@ -35,7 +35,7 @@ class Frame:
 
 
 def pareto_plot(found: Json) -> Json | None:
-    """Mean score against total bytes, a point a contender with its sd; the front as steps between its points."""
+    """Returns the plot of mean score by total bytes: a point per contender with its sd, and the front as steps."""
     frame = Frame(width=520, height=290)
     known = [row for row in found["contenders"] if row["score"] is not None]
     if not known:
@@ -62,7 +62,7 @@ def pareto_plot(found: Json) -> Json | None:
                 "front": row["on_front"],
             }
         )
-    _side_by_side(points)
+    _move_apart(points)
     front = sorted((point for point in points if point["front"]), key=lambda point: float(point["x"]))
     steps = [(front[0]["x"], front[0]["y"])] if front else []
     for before, after in pairwise(front):
@@ -78,7 +78,7 @@ def pareto_plot(found: Json) -> Json | None:
 
 
 def curve_plot(found: Json) -> Json | None:
-    """Mean score at every scored round against the bytes sent so far."""
+    """Returns the plot of the mean score at every scored round by the bytes sent so far."""
     frame = Frame(width=360, height=230)
     show = score_text(found["metric"] or "")
     curves = [(i, row) for i, row in enumerate(found["contenders"]) if row["curve"] and row["bytes"]["total"]]
@@ -102,7 +102,7 @@ def curve_plot(found: Json) -> Json | None:
 
 
 def tuning_plot(found: Json) -> Json | None:
-    """Score of every learning rate tried; a cross at the foot for a loss that was not finite."""
+    """Returns the plot of the score of every learning rate, with a cross for a loss that was not finite."""
     frame = Frame(width=360, height=230)
     show = score_text(found["metric"] or "")
     tried = [(i, row, row["tried"]) for i, row in enumerate(found["contenders"]) if row["tried"]]
@@ -136,7 +136,7 @@ def tuning_plot(found: Json) -> Json | None:
 
 
 def difference_plot(found: Json) -> Json | None:
-    """A lane a contender: its score less the reference's on every seed, and the mean."""
+    """Returns the plot of the differences from the reference on every seed, and their mean, a lane per contender."""
     metric = found["metric"] or ""
     known = [(i, row) for i, row in enumerate(found["contenders"]) if row["difference"]]
     if not known:
@@ -172,9 +172,9 @@ def _line(i: int, dots: Sequence[tuple[float, float]]) -> Json:
 
 
 def _bytes_axis(sizes: Sequence[float], frame: Frame, *, room: float) -> tuple[Axis, list[tuple[float, str]]]:
-    """An axis over log10 of bytes with its ticks; `room` is the share of its width left free at each side.
+    """Returns an axis over log10 of bytes, with its ticks. `room` is the free share of its width on each side.
 
-    Where a size is 0, there is a place for it at the left, before the axis begins.
+    A size of 0 has its place at the left, before the start of the axis.
     """
     nothing = [(LEFT + 10.0, bytes_tick(0))] if 0 in sizes else []
     logs = [math.log10(size) for size in sizes if size > 0] or [3.0]
@@ -195,8 +195,8 @@ def _at(axis: Axis, size: float) -> float:
     return axis(math.log10(size)) if size > 0 else LEFT + 10.0
 
 
-def _side_by_side(points: list[Json]) -> None:
-    """Moves points that sent the same a little apart, so that their spreads can be told apart."""
+def _move_apart(points: list[Json]) -> None:
+    """Moves points with the same bytes apart, so that their spreads can be distinguished."""
     for x in {point["x"] for point in points}:
         same = [point for point in points if point["x"] == x]
         for k, point in enumerate(same):
@@ -204,7 +204,7 @@ def _side_by_side(points: list[Json]) -> None:
 
 
 def _labelled(points: list[Json], steps: Sequence[tuple[float, float]], frame: Frame) -> list[Json]:
-    """Each point with a place for its name: beside, above or below, wherever it hits least of points and front."""
+    """Returns the points with positions for their names, which overlap other points and the front the least."""
     taken = [(p["x"] - 5, p["y"] - 5, p["x"] + 5, p["y"] + 5) for p in points]
     taken += [(min(a, c) - 1, min(b, d) - 1, max(a, c) + 1, max(b, d) + 1) for (a, b), (c, d) in pairwise(steps)]
     taken += [(p["x"] - 1, p["high"], p["x"] + 1, p["low"]) for p in points]

@@ -1,8 +1,7 @@
-"""Which learning rate to try next: a climb on a grid of factors of two, then finer around the best.
+"""The search for a learning rate: first on a grid with factor two, then finer around the best rate.
 
-Every contender gets the same number of trials, whatever its rates look like, so none is tuned more than another. The
-search is deterministic, and each step is a function of what was tried: a search that was cut off goes on as it would
-have.
+Every contender gets the same number of trials. The search is deterministic, and each step depends only on the rates
+tried so far, so an interrupted search resumes identically.
 """
 
 from __future__ import annotations
@@ -12,17 +11,17 @@ from collections.abc import Mapping
 
 from fedsb.methods.base import AdapterKind
 
-FACTOR_RATE = 1 / 8  # of the rate of a core
+FACTOR_RATE = 1 / 8  # start rate of LoRA factors, relative to that of a core
 
 Tried = Mapping[float, float | None]  # rate -> score; None: the loss was not finite
 
 
 def start_rate(adapter: AdapterKind, lr: float, own: float | None) -> float:
-    """Where the search starts: at the contender's own rate, else at the configuration's, which is meant for a core.
+    """Returns the first rate: the contender's own one, else the configuration's, which is meant for a core.
 
-    LoRA's factors start at an eighth of it. With orthonormal A and B a step of lr moves the weight by about lr r,
-    while a step of the factors moves it by lr times their other factor's norm: on TREC the best rates were 0.04 (core,
-    r = 32) and 0.005 to 0.01 (factors).
+    LoRA factors start at an eighth of it. With orthonormal A and B, a step of size lr changes the weight by about
+    lr * r, while a step of one factor changes it by lr times the norm of the other factor. On TREC, the best rates
+    were 0.04 (core, r = 32) and 0.005 to 0.01 (factors).
     """
     if own is not None:
         return own
@@ -30,11 +29,11 @@ def start_rate(adapter: AdapterKind, lr: float, own: float | None) -> float:
 
 
 def next_rate(tried: Tried, start: float, higher_is_better: bool) -> float:
-    """The rate to try after those tried.
+    """Returns the next rate to try.
 
-    First `start`. While the best is the highest tried, twice that; while it is the lowest, half of it. Once it lies
-    between two others, the geometric mean with a neighbour: with the farther one or, where both are as far, with the
-    better. So the grid's factor is 2, then sqrt 2, then finer.
+    First `start`. While the best rate is the highest tried, twice that rate; while it is the lowest, half of it. Once
+    it lies between two others, the geometric mean with a neighbour: the more distant one or, at equal distance, the
+    better one. So the factor of the grid is 2, then sqrt 2, then smaller.
     """
     if not tried:
         return rounded(start)
@@ -55,18 +54,18 @@ def next_rate(tried: Tried, start: float, higher_is_better: bool) -> float:
 
 
 def best_rate(tried: Tried, higher_is_better: bool) -> float:
-    """The rate with the best score; of equals, the one tried first; where none was finite, the lowest."""
+    """Returns the rate with the best score, the first of equals; the lowest if no loss was finite."""
     finite = [lr for lr, score in tried.items() if score is not None]
     return max(finite, key=lambda lr: _worth(tried[lr], higher_is_better)) if finite else min(tried)
 
 
-def at_an_end(tried: Tried, lr: float) -> bool:
-    """Whether `lr` is the highest or the lowest tried, so that a better one may lie beyond."""
+def at_boundary(tried: Tried, lr: float) -> bool:
+    """Returns whether `lr` is the highest or the lowest rate tried, so that a better one may lie beyond it."""
     return lr in (min(tried), max(tried))
 
 
 def rounded(lr: float) -> float:
-    """Four digits, so that a rate reads the same in a table, a file and a command."""
+    """Returns a rate with four digits, so that it is the same in a table, a file and a command."""
     return float(f"{lr:.4g}")
 
 

@@ -1,6 +1,6 @@
-"""What the private runs of a comparison spend together: each trains on the same rows, so their releases compose.
+"""The epsilon that the private runs of a comparison spend together. They train on the same rows, so it composes.
 
-The ledgers of every run that was begun stay in the comparison's folder, finished or not:
+The ledgers of every run stay in the comparison's folder, even if the run did not finish:
 
     ledgers/<cell>-<attempt>/cell/privacy/<client>.jsonl
 """
@@ -23,31 +23,31 @@ Json = dict[str, Any]
 Run = dict[str, tuple[Release, ...]]  # client -> what it released
 
 
-def ahead(contenders: Sequence[Contender], cells: int) -> str | None:
-    """Returns what the private runs can spend together, in words, before any is begun; None if none is private.
+def planned_epsilon(contenders: Sequence[Contender], cells: int) -> str | None:
+    """Returns a line on the epsilon that the private runs can spend together; None if none is private.
 
-    `cells` are those of one contender. By simple addition: what the ledgers say in the end is less.
+    `cells` is the number of cells per contender. The epsilons are added; the epsilon of the ledgers is smaller.
     """
     private = [contender.config.privacy for contender in contenders if contender.config.privacy.on]
     if not private:
         return None
     runs = cells * len(private)
     if any(privacy.epsilon is None for privacy in private):
-        total = "the sum of what `fedsb check` states for each"
+        total = "the sum of the epsilons in `fedsb check`"
     else:
         total = f"epsilon {epsilon_text(cells * sum(privacy.epsilon or 0.0 for privacy in private))}"
     return (
-        f"privacy: {runs} private runs on the same rows, whose epsilons add up: together at most {total}, at {runs} "
-        "times the delta. The choice among them by scores on private rows is not covered"
+        f"privacy: {runs} private runs on the same rows spend at most {total} together, at {runs} times the delta. "
+        "Choosing among them by scores on private rows is not covered"
     )
 
 
-def together(folder: Path, contenders: Sequence[Contender]) -> Json | None:
-    """Returns what all ledgers below the folder come to together; None if there are none.
+def epsilon_together(folder: Path, contenders: Sequence[Contender]) -> Json | None:
+    """Returns the epsilon of all ledgers in the folder together; None if there are none.
 
     If the clients are the same in all runs (clients.partition = "column"), the releases of each client compose, and the
-    worst client counts. Otherwise a row may be at any client of a run: the largest sampling rate, the least noise and
-    the most steps of a run's clients count together.
+    largest epsilon counts. Otherwise a row can belong to any client of a run, so the largest sampling rate, the least
+    noise and the most steps of a run's clients count together.
     """
     runs = [run for path in sorted((folder / "ledgers").glob("*")) if (run := _run(path))]
     if not runs:
@@ -63,8 +63,8 @@ def together(folder: Path, contenders: Sequence[Contender]) -> Json | None:
         "epsilon": spent,
         "delta": delta,
         "says": f"All {len(runs)} private runs together spent epsilon {epsilon_text(spent)} at delta "
-        f"{delta_text(delta)}, by their ledgers in ledgers/. That bounds what several of them, or a choice among them, "
-        f"reveal about one {' or '.join(units)}.",
+        f"{delta_text(delta)}, according to their ledgers in ledgers/. This bounds what several of them, or a choice "
+        f"among them, reveal about one {' or '.join(units)}.",
     }
 
 
@@ -78,7 +78,7 @@ def _run(folder: Path) -> Run:
 
 
 def _by_client(runs: Sequence[Run]) -> Iterator[list[Release]]:
-    """All that each client's rows were in; rows that a run pooled, or its server noised, were in its one ledger."""
+    """Yields the releases of each client. A run that pools rows, or whose server adds noise, has one ledger."""
     for client in {client for run in runs for client in run}:
         yield [
             release
@@ -88,7 +88,7 @@ def _by_client(runs: Sequence[Run]) -> Iterator[list[Release]]:
 
 
 def _worst(run: Run) -> Iterator[Release]:
-    """Releases that spend at least as much as those of any client."""
+    """Yields releases that spend at least as much as those of any client."""
     by_what: dict[str, list[tuple[Release, ...]]] = defaultdict(list)
     for releases in run.values():
         for what in {release.what for release in releases}:
@@ -104,6 +104,6 @@ def _worst(run: Run) -> Iterator[Release]:
 
 
 def _delta(contenders: Sequence[Contender]) -> float:
-    """The smallest that was asked for; a smaller delta makes epsilon larger."""
-    asked = [contender.config.privacy.delta for contender in contenders if contender.config.privacy.on]
-    return min([delta for delta in asked if isinstance(delta, float)], default=DELTA)
+    """Returns the smallest delta of the contenders. A smaller delta makes epsilon larger."""
+    given = [contender.config.privacy.delta for contender in contenders if contender.config.privacy.on]
+    return min([delta for delta in given if isinstance(delta, float)], default=DELTA)

@@ -1,4 +1,4 @@
-"""A comparison as rows of text: the same table for the terminal, table.md and the page."""
+"""Formats a comparison as tables of text, for the terminal, table.md and the page."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 from fedsb.utils.formatting import GLUE, PERCENT, bytes_text, score_text, seconds_text
 
 Json = dict[str, Any]
-COSTS = {"one-off": "one_off", "up": "up", "down": "down", "total": "total", "less the head": "total_less_head"}
+COSTS = {"one-off": "one_off", "up": "up", "down": "down", "total": "total", "without head": "total_less_head"}
 
 
 def score_table(found: Json) -> list[dict[str, str]]:
-    """A row a contender: its rate, its score, how it stands to the reference, time and memory."""
+    """Returns a row per contender: rate, score, difference from the reference, time and memory."""
     name = (found["metric"] or "score").replace("_", " ")
     rows = []
     for row in found["contenders"]:
@@ -19,64 +19,64 @@ def score_table(found: Json) -> list[dict[str, str]]:
         if any(other["test_error"] is not None for other in found["contenders"]):
             cells["test error"] = _test_error(row["test_error"], found)
         if len(found["contenders"]) > 1:
-            cells[f"against {found['reference']}"] = _difference(row, found)
+            cells[f"difference from {found['reference']}"] = _difference(row, found)
         cells |= {"time": seconds_text(row["seconds"]), "memory": bytes_text(row["peak_memory_bytes"])}
         rows.append(cells)
     return rows
 
 
 def byte_table(found: Json) -> list[dict[str, str]]:
-    """A row a contender: bytes of the whole federation in a whole run, and who is on the front."""
+    """Returns a row per contender: bytes of all clients in a whole run, and whether it is on the Pareto front."""
     show = score_text(found["metric"] or "")
     rows = []
     for row in found["contenders"]:
         cells = {"contender": row["contender"]}
         cells |= {title: bytes_text(row["bytes"][key]) for title, key in COSTS.items()}
         if found["target"] is not None:
-            cells[f"to reach {show(found['target'])}"] = _to_target(row)
-        cells["front"] = "control" if row["is_control"] else "yes" if row["on_front"] else "no"
+            cells[f"bytes to reach {show(found['target'])}"] = _to_target(row)
+        cells["on front"] = "control" if row["is_control"] else "yes" if row["on_front"] else "no"
         rows.append(cells)
     return rows
 
 
 def notes(found: Json) -> list[str]:
-    """What must be known to read the tables."""
+    """Returns the notes that explain the tables."""
     metric = (found["metric"] or "score").replace("_", " ")
     many = f"mean ± standard deviation over {found['seeds']} seeds" if found["seeds"] > 1 else "one seed"
     lower = "" if found["higher_is_better"] else " (lower is better)"
     lines = [f"{metric.capitalize()}{lower} of the last round, {many}{_context(found)}."]
     if any(row["test_error"] is not None for row in found["contenders"]):
         lines.append(
-            f"Test error: the standard error that comes from a test of {found['test_rows']:,} rows. It does not shrink "
-            "with more seeds. A difference below twice its own test error can be chance, even if all seeds agree; this "
-            "error counts the two scores as independent, so it is an upper bound."
+            f"Test error: the standard error due to {found['test_rows']:,} test rows. More seeds do not reduce it. "
+            "A difference below twice its test error can be chance, even if all seeds agree. It treats the two scores "
+            "as independent, so it is an upper bound."
         )
     lines += [
-        f"{row['contender']} is a control, and trains the adapter of {row['control_of']} (rank {row['rank']})."
+        f"{row['contender']} is a control that trains the adapter of {row['control_of']} (rank {row['rank']})."
         for row in found["contenders"]
         if row["control_of"] is not None
     ]
     if found["trials"]:
         lines.append(
-            f"lr: the best of {found['trials']} tried for each contender on seed 0, scored on {found['tune_share']:g} "
+            f"lr: the best of {found['trials']} rates tried per contender on seed 0, scored on {found['tune_share']:g} "
             "of every client's training rows, which those trials did not train on."
         )
-    if any(row["lr_at_an_end"] for row in found["contenders"]):
-        lines.append("* the best rate is the highest or the lowest tried: more trials may find a better one.")
+    if any(row["lr_at_boundary"] for row in found["contenders"]):
+        lines.append("* The best rate is the highest or the lowest tried. More trials may find a better one.")
     lines.append(
-        "Bytes: of the tensors, all clients, all rounds; less the head: without the task head that every method "
-        "sends. Front: no other contender scores as well for as few bytes."
+        "Bytes: of the tensors, all clients and all rounds. Without head: without the task head that every method "
+        "sends. On front: no other contender reaches the same score with fewer bytes."
     )
     if privacy := found.get("privacy"):
         lines.append(privacy["says"])
     if len(found["versions"]) > 1:
-        lines.append(f"The runs are of more than one version of fedsb: {'; '.join(found['versions'])}.")
+        lines.append(f"The runs are from several versions of fedsb: {'; '.join(found['versions'])}.")
     lines += [f"Failed: {name}: {' '.join(why.split())}" for name, why in found["failed"].items()]
     return lines
 
 
 def markdown(found: Json) -> str:
-    """table.md: one table with both halves, and the notes."""
+    """Returns table.md: one table with all columns, and the notes."""
     rows = [a | b for a, b in zip(score_table(found), byte_table(found), strict=True)]
     lines = [f"| {' | '.join(cells)} |" for cells in (rows[0], *(row.values() for row in rows))]
     text = "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:], "", "  \n".join(notes(found))]) + "\n"
@@ -84,7 +84,7 @@ def markdown(found: Json) -> str:
 
 
 def spread_text(metric: str, of: Json | None) -> str:
-    """92.9 ± 0.8 % of {"mean": 0.929, "sd": 0.008}; a dash for None."""
+    """Returns "92.9 ± 0.8 %" for {"mean": 0.929, "sd": 0.008}; a dash for None."""
     show = score_text(metric, unit=False)
     if of is None or of["sd"] is None:
         return show(of["mean"] if of else None)
@@ -94,7 +94,7 @@ def spread_text(metric: str, of: Json | None) -> str:
 
 
 def difference_text(metric: str, of: Json | None) -> str:
-    """+0.5 ± 0.3 points, +0.047 ± 0.012 nats, as the metric asks."""
+    """Returns "+0.5 ± 0.3 points" for a share, "+0.047 ± 0.012" for other metrics."""
     if of is None:
         return "–"
     times, digits, unit = (100, 1, " points") if metric in PERCENT else (1, 3, "")
@@ -103,7 +103,7 @@ def difference_text(metric: str, of: Json | None) -> str:
 
 
 def _rate(row: Json) -> str:
-    return "–" if row["lr"] is None else f"{row['lr']:g}{'*' if row['lr_at_an_end'] else ''}"
+    return "–" if row["lr"] is None else f"{row['lr']:g}{'*' if row['lr_at_boundary'] else ''}"
 
 
 def _score(row: Json, found: Json) -> str:

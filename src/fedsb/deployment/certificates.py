@@ -1,9 +1,9 @@
-"""Who is who on the wire: a federation's own certificate authority, and the keys of its server and sites.
+"""The keys and certificates of a federation.
 
-CA       P-384, signs the server's certificate and the directory of sites; its private key can be kept off the server
-server   P-384, TLS, for the host names that sites dial and for localhost
-node     P-384 of a site: signs each of its requests (Flower's supernode authentication)
-identity Ed25519 of a site: signs its keys in a secure sum, between sites; Flower never sees it
+CA       P-384; signs the server's certificate and the directory of sites; its private key can be kept off the server
+server   P-384; TLS, for the host names that sites connect to and for localhost
+node     P-384, of a site; signs each of its requests (Flower's supernode authentication)
+identity Ed25519, of a site; signs its keys in secure aggregation, between sites; Flower never receives it
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ LOCAL = ("localhost", "127.0.0.1", "::1")
 
 
 def new_authority(federation: str) -> tuple[str, str]:
-    """(certificate, private key), PEM."""
+    """Returns the certificate and the private key of a new certificate authority, in PEM."""
     key = ec.generate_private_key(ec.SECP384R1())
     name = _name(f"fedsb federation {federation}")
     builder = _builder(name, name, key.public_key(), CA_DAYS)
@@ -47,7 +47,7 @@ def new_authority(federation: str) -> tuple[str, str]:
 
 
 def new_server(ca: str, ca_key: str, hosts: Sequence[str]) -> tuple[str, str]:
-    """(certificate for these hosts and for localhost, private key), PEM."""
+    """Returns a server certificate for these hosts and for localhost, and its private key, in PEM."""
     key = ec.generate_private_key(ec.SECP384R1())
     authority, signer = x509.load_pem_x509_certificate(ca.encode()), _ec_key(ca_key)
     names = x509.SubjectAlternativeName([_host(host) for host in dict.fromkeys((*hosts, *LOCAL))])
@@ -61,47 +61,47 @@ def new_server(ca: str, ca_key: str, hosts: Sequence[str]) -> tuple[str, str]:
 
 
 def new_node_key() -> tuple[str, str]:
-    """(private key, public key), PEM, of the kind that Flower knows a node by."""
+    """Returns a private and a public key in PEM, of the kind by which Flower identifies a node."""
     key = ec.generate_private_key(ec.SECP384R1())
     return private_pem(key), key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
 
 
 def new_identity() -> tuple[str, str]:
-    """(private key, public key) of Ed25519, 32 bytes each, in hexadecimal."""
+    """Returns a private and a public Ed25519 key, 32 bytes each, in hexadecimal."""
     key = Ed25519PrivateKey.generate()
     return key.private_bytes_raw().hex(), key.public_key().public_bytes_raw().hex()
 
 
 def public_identity(private: str) -> str:
-    """Of an identity's private key, both in hexadecimal."""
+    """Returns the public key of an identity's private key, both in hexadecimal."""
     return Ed25519PrivateKey.from_private_bytes(bytes.fromhex(private)).public_key().public_bytes_raw().hex()
 
 
 def check_public(node_key: str, identity: str) -> None:
-    """Raises ValueError where these are not public keys of a node and of an identity."""
+    """Raises ValueError unless these are the public keys of a node and of an identity."""
     if not isinstance(load_pem_public_key(node_key.encode()), ec.EllipticCurvePublicKey):
-        raise ValueError("the node's is not of an elliptic curve")
+        raise ValueError("the node key is not an elliptic-curve key")
     Ed25519PublicKey.from_public_bytes(bytes.fromhex(identity))
 
 
 def check_private(node_key: str, identity: str) -> None:
-    """Raises ValueError where these are not private keys of a node and of an identity."""
+    """Raises ValueError unless these are the private keys of a node and of an identity."""
     _ec_key(node_key)
     public_identity(identity)
 
 
 def check_authority(certificate: str) -> None:
-    """Raises ValueError for what is no certificate."""
+    """Raises ValueError for an invalid certificate."""
     x509.load_pem_x509_certificate(certificate.encode())
 
 
 def sign(ca_key: str, text: bytes) -> str:
-    """What only the holder of the authority's private key can make of this text."""
+    """Returns the signature of a text by the authority, in hexadecimal."""
     return _ec_key(ca_key).sign(text, ec.ECDSA(SHA256())).hex()
 
 
 def signed(ca: str, text: bytes, signature: str) -> bool:
-    """Whether the authority with this certificate signed this text."""
+    """Returns whether the authority with this certificate signed this text."""
     public = x509.load_pem_x509_certificate(ca.encode()).public_key()
     if not isinstance(public, ec.EllipticCurvePublicKey):
         return False
@@ -113,20 +113,20 @@ def signed(ca: str, text: bytes, signature: str) -> bool:
 
 
 def check_dates(certificate: str, whose: str, remedy: str) -> None:
-    """Raises UserError for a certificate that has expired, or is not valid yet."""
+    """Raises UserError for a certificate that has expired or is not valid yet. `whose` starts the message."""
     parsed = x509.load_pem_x509_certificate(certificate.encode())
     now = datetime.datetime.now(datetime.UTC)
     if now > parsed.not_valid_after_utc:
-        raise UserError(f"{whose} expired on {parsed.not_valid_after_utc:%Y-%m-%d}: {remedy}")
+        raise UserError(f"{whose} expired on {parsed.not_valid_after_utc:%Y-%m-%d}. {remedy}")
     if now < parsed.not_valid_before_utc:
         raise UserError(
-            f"{whose} is valid from {parsed.not_valid_before_utc:%Y-%m-%d} on, and here it is {now:%Y-%m-%d}: "
-            "set the clock"
+            f"{whose} is valid from {parsed.not_valid_before_utc:%Y-%m-%d}, but this machine's date is {now:%Y-%m-%d}. "
+            "Set the clock."
         )
 
 
 def tls_client(ca: str) -> ssl.SSLContext:
-    """Trusts this authority and no other; TLS 1.2 or newer."""
+    """Returns a client context that trusts only this authority, with TLS 1.2 or newer."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.load_verify_locations(cadata=ca)
@@ -140,7 +140,7 @@ def private_pem(key: ec.EllipticCurvePrivateKey) -> str:
 def _ec_key(pem: str) -> ec.EllipticCurvePrivateKey:
     key = load_pem_private_key(pem.encode(), password=None)
     if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise UserError("the private key is not one of an elliptic curve, so not one that fedsb made")
+        raise UserError("The private key is not an elliptic-curve key, so fedsb did not make it. Ask for a new copy.")
     return key
 
 

@@ -14,7 +14,7 @@ from fedsb.channels.serialized import SerializedChannel
 from fedsb.config.load import ResolvedConfig, load_config
 from fedsb.config.nested import difference
 from fedsb.config.schema import Config
-from fedsb.deployment.federation import read_federation
+from fedsb.deployment.registry import read_federation
 from fedsb.methods.base import Method
 from fedsb.protocol.channel import Transport
 from fedsb.reporting.run_directory import read_manifest

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fedsb.client.policy import SITE, SiteConfig, fingerprint, load_site, refuse_peers, refuse_run, refuse_sum
-from fedsb.deployment.join_file import KEPT, read_join_file
+from fedsb.deployment.join_file import JOIN_FILE, read_join_file
 from fedsb.utils.errors import UserError
 
 SECONDS = 10.0
@@ -17,7 +17,7 @@ SHOWN = 12  # labels
 
 def check_site(folder: Path, config: str | None) -> Iterator[str]:
     """A line for each thing that is well. Raises UserError at the first that is not."""
-    join = read_join_file(folder / KEPT)
+    join = read_join_file(folder / JOIN_FILE)
     yield f"join file: site {join.site} of federation {join.federation}, whose sites are, by fingerprint of their key:"
     for name, key in sorted(join.directory.sites.items()):
         yield f"  {fingerprint(bytes.fromhex(key))}  {name}"
@@ -38,14 +38,14 @@ def _rows(folder: Path, site: SiteConfig, config: str | None) -> Iterator[str]:
         yield f"rows: {len(table.rows):,} with the columns {', '.join(table.columns)}"
         yield "not tried: the run's own needs; name its TOML with --config"
         return
-    from fedsb.deployment.site_process import open_handler
+    from fedsb.deployment.site_folder import open_handle
     from fedsb.protocol.secure_sum import sum_threshold
     from fedsb.runs.find import load
 
     settings = load(config, []).config
     refuse_run(site.allow, settings, settings.method)
     yield "rules: this site takes part in such a run"
-    handler = open_handler(folder)
+    handler = open_handle(folder)
     if settings.server.secure_aggregation:
         directory = handler.identity.directory
         _, threshold = sum_threshold(settings.server, len(directory))

@@ -1,4 +1,4 @@
-"""The process that runs the coordinator's program: `run(channel, folder)`, with Flower's grid as its channel."""
+"""The process that runs the coordinator's program, `program(channel, folder)`, over Flower's grid."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import time
 from pathlib import Path
 
 from fedsb.channels.flower import GridChannel
-from fedsb.deployment.child import load, run_child
-from fedsb.deployment.federation import SiteRegistry
+from fedsb.deployment.child_process import load, run_child
 from fedsb.deployment.local_grid import run_of
-from fedsb.deployment.logs import say
+from fedsb.deployment.logs import log_event
+from fedsb.deployment.registry import SiteRegistry
 from fedsb.utils.errors import RunError
 from fedsb.utils.signals import Interrupts
 
@@ -23,9 +23,10 @@ def main() -> None:
     with Interrupts().installed():
         _wait_for(local)
         with run_of(local) as grid:
-            say("run started", run=str(run))
-            program(GridChannel(grid, SiteRegistry(folder)), run)
-            say("run ended")
+            log_event("run started", run=str(run))
+            registry = SiteRegistry(folder)
+            program(GridChannel(grid, lambda: registry().node_keys, log_event), run)
+            log_event("run ended")
 
 
 def _wait_for(local: Path) -> None:
@@ -35,7 +36,7 @@ def _wait_for(local: Path) -> None:
             if probe.connect_ex(str(local)) == 0:
                 return
         if time.monotonic() > end:
-            raise RunError(f"the SuperLink did not open within {START_SECONDS:.0f} s: see its log")
+            raise RunError(f"The SuperLink did not start within {START_SECONDS:.0f} s. See logs/superlink.jsonl.")
         time.sleep(0.1)
 
 

@@ -1,7 +1,7 @@
-"""Flower's grid for a process on the SuperLink's machine: a run of its own, over a Unix socket, without waiting.
+"""Flower's grid for a process on the SuperLink's machine, over a Unix socket.
 
-Flower would start a server process itself, from a bundle of code, and lose sight of it. Here our process starts a run
-(the bundle is a name and holds no code), takes the run's task as Flower's executors do, and holds the grid.
+Flower would start a server process itself, from a bundle of code, and not supervise it. Here our process starts a run
+with a bundle that contains no code, takes the run's task as Flower's executors do, and opens the grid.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
 
 from fedsb import __version__
-from fedsb.deployment.logs import say
+from fedsb.deployment.logs import log_event
 from fedsb.utils.errors import RunError
 
-HOST = "superlink"  # a name for HTTP: the connection is a Unix socket
+HOST = "superlink"  # only a name in HTTP; the connection is a Unix socket
 BUNDLE = f"""
 [project]
 name = "fedsb"
 version = "{__version__}"
-description = "A run of fedsb: the code is installed where it runs, none of it travels"
+description = "A run of fedsb. Its code is installed on every machine and is never sent."
 license = "Apache-2.0"
 dependencies = []
 
@@ -64,8 +64,8 @@ Client = TypeVar("Client", bound=ProtobufClient)
 
 
 @dataclass(kw_only=True)
-class _Coming:
-    """An answer of which not every piece may be here."""
+class _PartialAnswer:
+    """An answer of which some pieces may be missing."""
 
     name: str
     run: int
@@ -74,55 +74,59 @@ class _Coming:
 
 
 class LocalGrid(HttpGrid):
-    """Flower's grid with a client of ours, which waits for nobody: Flower's stays with an answer that comes slowly, or
-    breaks off, until its last piece is there."""
+    """Flower's grid with our own client, which does not block.
+
+    Flower's client waits for the last piece of an answer, even if the answer arrives slowly or breaks off.
+    """
 
     def __init__(self, client: RuntimeHttpClient, token: str) -> None:
         super().__init__(HOST, insecure=True, token=token)
         self._client = client
-        self._coming: dict[str, _Coming] = {}  # by the message that is answered
+        self._partial: dict[str, _PartialAnswer] = {}  # by the id of the request
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        """The answers that are whole by now. Raises httpx.HTTPStatusError and ObjectPullError where one is lost."""
-        asked = list(message_ids)
-        if new := [name for name in asked if name not in self._coming]:
+        """Returns the answers that are complete. Raises httpx.HTTPStatusError and ObjectPullError for a lost one."""
+        requests = list(message_ids)
+        if new := [name for name in requests if name not in self._partial]:
             pulled = self._runtime_client.PullMessages(PullAppMessagesRequest(message_ids=new))
             for head, tree in zip(pulled.messages_list, pulled.message_object_trees, strict=True):
                 ids = list(dict.fromkeys(part.object_id for part in iterate_object_tree(tree)))
-                coming = _Coming(name=head.metadata.message_id, run=head.metadata.run_id, missing=ids)
-                self._coming[head.metadata.reply_to_message_id] = coming
+                answer = _PartialAnswer(name=head.metadata.message_id, run=head.metadata.run_id, missing=ids)
+                self._partial[head.metadata.reply_to_message_id] = answer
         try:
-            return [self._whole(self._coming.pop(name)) for name in asked if self._fetch(name)]
+            return [self._message(self._partial.pop(name)) for name in requests if self._fetch(name)]
         except Exception:
-            for name in asked:
-                self._coming.pop(name, None)
+            for name in requests:
+                self._partial.pop(name, None)
             raise
 
     def _fetch(self, name: str) -> bool:
-        """Whether the answer to this message is whole, with the pieces that have come in since."""
-        if (coming := self._coming.get(name)) is None:
+        """Fetches the pieces of an answer that have arrived, and returns whether it is complete."""
+        if (answer := self._partial.get(name)) is None:
             return False
-        pull = make_pull_object_fn_protobuf(self._runtime_client.PullObject, self.node, coming.run)
+        pull = make_pull_object_fn_protobuf(self._runtime_client.PullObject, self.node, answer.run)
         try:
-            while coming.missing:
-                coming.pieces[coming.missing[0]] = pull(coming.missing[0])
-                coming.missing.pop(0)
+            while answer.missing:
+                answer.pieces[answer.missing[0]] = pull(answer.missing[0])
+                answer.missing.pop(0)
         except ObjectUnavailableError:
             return False
         return True
 
-    def _whole(self, coming: _Coming) -> Message:
+    def _message(self, answer: _PartialAnswer) -> Message:
         self._runtime_client.ConfirmMessageReceived(
-            ConfirmMessageReceivedRequest(node=self.node, run_id=coming.run, message_object_id=coming.name)
+            ConfirmMessageReceivedRequest(node=self.node, run_id=answer.run, message_object_id=answer.name)
         )
-        message = cast(Message, inflate_object_from_contents(coming.name, coming.pieces))
-        message.metadata.__dict__["_message_id"] = coming.name  # as Flower does: a message does not hold its own hash
+        message = cast(Message, inflate_object_from_contents(answer.name, answer.pieces))
+        message.metadata.__dict__["_message_id"] = (
+            answer.name
+        )  # as Flower does: a message does not contain its own hash
         return message
 
 
 @contextmanager
 def run_of(local: Path) -> Iterator[LocalGrid]:
-    """A run of Flower, which ends when the block does."""
+    """Starts a run of Flower, which ends with the block."""
     version = RuntimeVersionHttpInterceptor(component_name="flwr-serverapp")
     control = _over(ControlHttpClient(f"http://{HOST}", interceptors=[version]), local)
     started = control.StartRun(StartRunRequest(fab=Fab(content=_bundle())))
@@ -132,45 +136,47 @@ def run_of(local: Path) -> Iterator[LocalGrid]:
     heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(_over(client, local)))
     heartbeat.start()
     task = client.PullTaskInput(PullTaskInputRequest())
-    # Every Message takes its sender from here.
+    # Every Message reads its sender from here.
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = (
         task.task_id,
         started.run_id,
         task.context.node_id,
     )
-    grid, outcome = LocalGrid(client, token), "failed"
+    grid, status = LocalGrid(client, token), "failed"
     grid.set_run(run_from_proto(task.run))
     try:
         yield grid
-        outcome = "completed"
+        status = "completed"
     finally:
         try:
-            retries.max_tries = 1  # the link may have gone before us
-            client.PushTaskOutput(PushTaskOutputRequest(sub_status=outcome, details=""))
+            retries.max_tries = 1  # the SuperLink may have ended already
+            client.PushTaskOutput(PushTaskOutputRequest(sub_status=status, details=""))
         except Exception as error:
-            say("run not closed", reason=repr(error))
+            log_event("run not closed", reason=repr(error))
         heartbeat.stop()
 
 
 def _token(runtime: RuntimeHttpClient, run: int) -> str:
-    """What this run's process proves itself with."""
+    """Returns the token that authenticates this run's process."""
     while True:
         acquired = runtime.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.SERVER_APP]))
         if not acquired.token:
-            raise RunError("Flower did not give this run its task: is another server process at work here?")
-        if acquired.task.run_id == run:  # else of a run whose process died before it took it
+            raise RunError(
+                "Flower did not assign the task of this run. Check that no other server process uses this SuperLink."
+            )
+        if acquired.task.run_id == run:  # else it belongs to a run whose process died before it took its task
             return str(acquired.token)
 
 
 def _over(client: Client, local: Path) -> Client:
-    """The same client over a Unix socket."""
+    """Returns the client with its connection replaced by a Unix socket."""
     client._client.close()
     client._client = httpx.Client(transport=httpx.HTTPTransport(uds=str(local)), timeout=120.0)
     return client
 
 
 def _bundle() -> bytes:
-    """What Flower asks for: an app's project file."""
+    """Returns the bundle that Flower requires: the project file of an app."""
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w") as bundle:
         bundle.writestr("pyproject.toml", BUNDLE)

@@ -1,4 +1,4 @@
-"""What happens in a deployment, one JSON object a line: time, level, event, and facts. Never a key, never a payload."""
+"""The log of a deployment, one JSON object per line: time, level, event, and facts. Never a key, never a payload."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import logging
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
-FILE_BYTES, FILES = 16 * 2**20, 3  # strangers at the door fill no disk
-ENDED = "ended"  # the supervisor's last event: how ("done", "stopped", "failed"), and the reason
+FILE_BYTES, FILES = 16 * 2**20, 3  # rotated, so that refused requests cannot fill the disk
+ENDED = "ended"  # the supervisor's last event, with `how` ("done", "stopped" or "failed") and the reason
 LOGGER = logging.getLogger("fedsb.deployment")
 
 
 def open_log(path: Path) -> None:
-    """Sends what this process logs to a file, and what Flower and its web server log beside it."""
+    """Sends the log records of this process, of Flower and of its web server to a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = RotatingFileHandler(path, maxBytes=FILE_BYTES, backupCount=FILES - 1)
     handler.setFormatter(_JsonLines())
@@ -24,8 +24,8 @@ def open_log(path: Path) -> None:
         logger.setLevel(level)
 
 
-def say(event: str, *, level: int = logging.INFO, **facts: object) -> None:
-    """Writes one line, as {"time": ..., "level": "info", "event": "refused", "path": "/v1/control/start-run"}."""
+def log_event(event: str, *, level: int = logging.INFO, **facts: object) -> None:
+    """Writes one line, such as {"time": ..., "level": "info", "event": "refused", "path": "/v1/control/start-run"}."""
     LOGGER.log(level, event, extra={"facts": facts})
 
 

@@ -1,10 +1,10 @@
-"""The process that holds a federation together: Flower's SuperLink behind two listeners.
+"""The process that runs Flower's SuperLink, with two listeners.
 
-    public   TLS, on the address that sites dial: through the door, the fleet API alone
-    local    a Unix socket in a private folder: everything, for the coordinator's own server process
+    public   TLS, on the address that sites connect to: only the fleet API, through `AuthMiddleware`
+    local    a Unix socket in a private folder: all APIs, for the coordinator's own server process
 
-Flower's own command has one port for both, and on it an API by which anyone starts code; here that API has no port.
-State is in memory: it is nothing but what is under way, and what was finished is in the run's checkpoints.
+Flower's own command serves both on one port, and with them an API by which anyone can start code. Here that API has no
+port. The SuperLink's state is in memory only, because completed rounds are in the run's checkpoints.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from typing import TYPE_CHECKING, Any
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from fedsb.deployment.child import run_child
-from fedsb.deployment.door import AuthMiddleware, Limits, TrafficCounter
-from fedsb.deployment.federation import SERVER, SERVER_KEY, Federation, SiteRegistry
-from fedsb.deployment.logs import say
+from fedsb.deployment.auth import AuthMiddleware, Limits, TrafficCounter
+from fedsb.deployment.child_process import run_child
+from fedsb.deployment.logs import log_event
+from fedsb.deployment.registry import SERVER, SERVER_KEY, Federation, SiteRegistry
 from fedsb.utils.errors import RunError, UserError
 from fedsb.utils.files import write_atomic
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-TRAFFIC = "traffic.json"  # in the coordinator's folder: bytes on the wire by site, since the start
-LOOK_SECONDS = 1.0
-KEEP_ALIVE_SECONDS = 75  # longer than any client keeps a connection that it does not use
+TRAFFIC = "traffic.json"  # in the coordinator's folder: HTTP bytes by site since the start
+POLL_SECONDS = 1.0
+KEEP_ALIVE_SECONDS = 75  # longer than any client keeps an idle connection
 
 
 def main() -> None:
@@ -48,51 +48,51 @@ async def _serve(folder: Path, local: Path, host: str, port: int, limits: Limits
     from flwr.superlink.main import create_app
 
     flower = create_app()
-    flower.state.enable_supernode_auth = True  # who is not registered by us is not registered at all
-    register, wire = SiteRegistry(folder), TrafficCounter()
-    public = _Listener(_public(AuthMiddleware(flower, register, limits, wire), folder, limits))
+    flower.state.enable_supernode_auth = True  # nodes cannot register themselves
+    registry, traffic = SiteRegistry(folder), TrafficCounter()
+    public = _Listener(_public(AuthMiddleware(flower, registry, limits, traffic), folder, limits))
     private = _Listener(uvicorn.Config(flower, lifespan="on", log_config=None, access_log=False, ws="none"))
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _stop, [public, private])
     with _bound(host, port) as outside, _bound_local(local) as inside:
-        say("open", address=f"{host}:{outside.getsockname()[1]}")
-        watch = asyncio.create_task(_watch(flower, register, wire, folder / TRAFFIC))
+        log_event("open", address=f"{host}:{outside.getsockname()[1]}")
+        watch = asyncio.create_task(_watch(flower, registry, traffic, folder / TRAFFIC))
         try:
             await asyncio.gather(public.serve([outside]), private.serve([inside]))
         finally:
             watch.cancel()
-            _write_traffic(wire, folder / TRAFFIC)
-            say("closed")
+            _write_traffic(traffic, folder / TRAFFIC)
+            log_event("closed")
 
 
-async def _watch(flower: FastAPI, register: Callable[[], Federation], wire: TrafficCounter, traffic: Path) -> None:
-    """Registers with Flower the sites that the register names, and writes the traffic down."""
+async def _watch(flower: FastAPI, registry: Callable[[], Federation], traffic: TrafficCounter, path: Path) -> None:
+    """Registers new sites of the registry with Flower, and writes the traffic to `path`, once a second."""
     from flwr.common.constant import HEARTBEAT_MIN_INTERVAL, NOOP_ACCOUNT_NAME, NOOP_FLWR_AID
 
     state, known, written = flower.state.linkstate_factory.state(), set(), 0
     while True:
         try:
-            for name, site in register().members.items():
+            for name, site in registry().members.items():
                 if name not in known:
                     key = site.node_key.encode()
                     state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, key, HEARTBEAT_MIN_INTERVAL, name=name)
                     known.add(name)
-            if (total := wire.requests.total()) != written:
-                await asyncio.to_thread(_write_traffic, wire, traffic)
+            if (total := traffic.requests.total()) != written:
+                await asyncio.to_thread(_write_traffic, traffic, path)
                 written = total
-        except (UserError, RunError) as error:  # a register that is being mended, a full disk: the door stays open
-            say("trouble", reason=str(error))
-        await asyncio.sleep(LOOK_SECONDS)
+        except (UserError, RunError) as error:  # a damaged registry or a full disk does not stop the server
+            log_event("trouble", reason=str(error))
+        await asyncio.sleep(POLL_SECONDS)
 
 
-def _write_traffic(wire: TrafficCounter, path: Path) -> None:
-    write_atomic(path, (json.dumps(wire.rows(), indent=2) + "\n").encode())
+def _write_traffic(traffic: TrafficCounter, path: Path) -> None:
+    write_atomic(path, (json.dumps(traffic.rows(), indent=2) + "\n").encode())
 
 
-def _public(door: AuthMiddleware, folder: Path, limits: Limits) -> uvicorn.Config:
+def _public(application: AuthMiddleware, folder: Path, limits: Limits) -> uvicorn.Config:
     config = uvicorn.Config(
-        door,
+        application,
         ssl_certfile=folder / SERVER,
         ssl_keyfile=str(folder / SERVER_KEY),
         http=_guarded(limits),
@@ -100,7 +100,7 @@ def _public(door: AuthMiddleware, folder: Path, limits: Limits) -> uvicorn.Confi
         lifespan="off",
         log_config=None,
         access_log=False,
-        proxy_headers=False,  # an address that a stranger could write
+        proxy_headers=False,  # these headers can be forged
         server_header=False,
         limit_concurrency=limits.connections,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
@@ -114,7 +114,7 @@ def _public(door: AuthMiddleware, folder: Path, limits: Limits) -> uvicorn.Confi
 
 
 class _Listener(uvicorn.Server):
-    """One of two in a process: signals are for both."""
+    """One of two servers in this process. Signals are handled for both together."""
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -127,7 +127,7 @@ def _stop(listeners: list[_Listener]) -> None:
 
 
 def _guarded(limits: Limits) -> type[H11Protocol]:
-    """HTTP that closes on who opens too many connections, or opens one and does not ask."""
+    """Returns an HTTP protocol that closes idle connections, and those beyond the limit of one address."""
     by_address: dict[str, int] = {}
 
     class Guarded(H11Protocol):
@@ -139,9 +139,9 @@ def _guarded(limits: Limits) -> type[H11Protocol]:
             by_address[self._address] = by_address.get(self._address, 0) + 1
             if by_address[self._address] > limits.connections_per_address:
                 reason = f"more than {limits.connections_per_address} connections"
-                say("refused", level=logging.WARNING, address=self._address, reason=reason)
+                log_event("refused", level=logging.WARNING, address=self._address, reason=reason)
                 transport.abort()
-            self.loop.call_later(limits.head_seconds, self._asked)
+            self.loop.call_later(limits.head_seconds, self._close_if_idle)
 
         def connection_lost(self, exc: Exception | None) -> None:
             by_address[self._address] -= 1
@@ -149,7 +149,7 @@ def _guarded(limits: Limits) -> type[H11Protocol]:
                 del by_address[self._address]
             super().connection_lost(exc)
 
-        def _asked(self) -> None:
+        def _close_if_idle(self) -> None:
             if self.cycle is None and not self.transport.is_closing():
                 self.transport.abort()
 
@@ -163,8 +163,8 @@ def _bound(host: str, port: int) -> Iterator[socket.socket]:
     except OSError as error:
         where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         raise UserError(
-            f"cannot listen on {where}: {error.strerror}. If another coordinator uses this port, stop it or choose "
-            "another --port. If the address is not one of this machine, choose another --listen."
+            f"Cannot listen on {where}: {error.strerror}. If a different coordinator uses this port, stop it or choose "
+            "a different --port. If the address does not belong to this machine, choose a different --listen."
         ) from error
     with bound:
         yield bound
@@ -174,7 +174,7 @@ def _bind(host: str, port: int) -> socket.socket:
     bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if host == "::":  # all addresses, those of IPv4 too
+        if host == "::":  # all addresses, IPv4 included
             bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         bound.bind((host, port))
     except OSError:

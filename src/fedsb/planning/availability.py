@@ -1,4 +1,4 @@
-"""What this machine has of what a run reads, for `fedsb check`: what is elsewhere is no fault, and is said."""
+"""The tokenizer and data that are available on this machine, for `fedsb check`. Unavailable parts are reported."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from fedsb.models.load import resolve_name
 from fedsb.models.tokenizer import load_tokenizer
 from fedsb.utils.errors import NotAvailableError
 
-UNKNOWN_CLASSES = 2  # that a head is priced for, where nothing says how many there are
+UNKNOWN_CLASSES = 2  # of the estimated head, if the number of classes is unknown
 
 
 @dataclass(frozen=True, kw_only=True)
 class Availability:
-    """What this machine has of what a run reads."""
+    """The parts of a run's input that are available on this machine."""
 
     task: Task
     tokenizer: Any | None
     data: Data | None
-    clients: list[str]  # who take part: of the data, or as the settings name them
+    clients: list[str]  # the clients that take part, from the data or else from the settings
     classes: int
-    unknown: tuple[str, ...]  # what is not here and what cannot be said for it, in words
+    unknown: tuple[str, ...]  # the estimates that are not possible, and why
 
 
 def find_availability(config: Config) -> Availability:
-    """Tokenizer and rows where they can be had. Raises UserError for what is there and at fault."""
+    """Loads the tokenizer and the data if they are available. Raises UserError for errors in them."""
     unknown: list[str] = []
     tokenizer: Any | None = None
     data: Data | None = None
@@ -38,19 +38,21 @@ def find_availability(config: Config) -> Availability:
         tokenizer = load_tokenizer(config.model)
     except NotAvailableError:
         name = resolve_name(config.model.name)[0]
-        unknown.append(f"the tokenizer of {name} is not here, so no row can be read: rows, tokens, time and epsilon")
+        unknown.append(f"rows, tokens, time and epsilon: the tokenizer of {name} is not on this machine")
     at_sites = config.engine.name == "flower"
     served = at_sites and config.data.train is None
     if served:
         unknown += _without_rows(config)
-    elif tokenizer is not None or config.data.train is None:  # which is refused there
+    elif tokenizer is not None or config.data.train is None:  # open_data refuses it
         try:
             data = open_data(config, tokenizer)
         except NotAvailableError as error:
             unknown.append(f"rows, tokens, time and epsilon: {error}")
     if data is not None:
         if at_sites:
-            unknown.append("the sites and their rows: data.train and [clients] stand for them, as in a rehearsal")
+            unknown.append(
+                "the sites and their rows: estimated from data.train and [clients], as in a local federation"
+            )
         names = [site.name for site in data.participants]
         classes = len(data.task.label_names)
         return Availability(
@@ -60,18 +62,18 @@ def find_availability(config: Config) -> Availability:
     count = clients.count - clients.holdout_clients
     if served or clients.partition == "column":
         count = max(clients.count, config.server.clients_per_round or 1)
-        who = "sites there are" if served else f"clients the column {clients.column!r} makes"
-        unknown.append(f"how many {who}: priced for {count} (clients.count)")
+        what = "sites" if served else f"clients in the column {clients.column!r}"
+        unknown.append(f"the number of {what}: estimated for {count} (clients.count)")
         if clients.total_ranks is not None or clients.memory_mib is not None:
-            unknown.append("which of them has a rank of its own: all are priced at the method's")
+            unknown.append("the ranks of single clients: all are estimated with the rank of the method")
     classes = 0
     tested = _classes_of_test(config, task, unknown) if served and tokenizer is not None else 0
     if task.auto_class != "AutoModelForCausalLM":
         single = task.problem_type == "regression"
         classes = 1 if single else config.data.classes or max(tested, UNKNOWN_CLASSES)
         if config.data.classes is None and not single:
-            known = ", as many as data.test has" if tested == classes else ""
-            unknown.append(f"how many classes there are: the head is priced for {classes}{known}; say data.classes")
+            known = ", as in data.test" if tested == classes else ""
+            unknown.append(f"the number of classes: estimated for {classes}{known}; set data.classes")
     names = client_names(max(count, 1))
     return Availability(
         task=task, tokenizer=tokenizer, data=None, clients=names, classes=classes, unknown=tuple(unknown)
@@ -79,22 +81,22 @@ def find_availability(config: Config) -> Availability:
 
 
 def _without_rows(config: Config) -> list[str]:
-    """What cannot be said of a run whose rows are at the sites."""
+    """Returns the estimates that are not possible for a run whose rows are at the sites."""
     privacy = config.privacy
     lines = [
-        "the rows: data.train is not set, so this is checked as a run of `fedsb serve`, whose rows are at the sites; "
-        "`fedsb run` would refuse it"
+        "the rows: data.train is not set, so this is checked as a run of `fedsb federation serve`, with the rows at "
+        "the sites; `fedsb run` needs data.train"
     ]
     if privacy.unit == "example" and privacy.epsilon is not None:
         noise = f"calibrated to privacy.epsilon = {privacy.epsilon:g}"
-        lines.append(f"how much noise each site adds: it is {noise} when all have said how many rows they hold")
+        lines.append(f"the noise of each site: it is {noise} once all sites have sent their numbers of rows")
     elif privacy.unit == "example":
-        lines.append("epsilon: it follows from privacy.noise_multiplier and from how many rows each site holds")
+        lines.append("epsilon: it depends on privacy.noise_multiplier and on the number of rows of each site")
     return lines
 
 
 def _classes_of_test(config: Config, task: Task, unknown: list[str]) -> int:
-    """How many classes the coordinator's own test rows have; those of the sites may be more."""
+    """Returns the number of classes in the coordinator's test rows. The sites may have more."""
     try:
         test = load_test(config, task)
     except NotAvailableError as error:

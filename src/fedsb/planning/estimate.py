@@ -1,16 +1,15 @@
-"""What a run will cost, before it starts: bytes for this method and the others, memory, time.
+"""Estimates the costs of a run before it starts: bytes of this method and of others, memory, time and epsilon.
 
-Nothing is trained and no weights are loaded: layer shapes come from the model's config, on the meta device. Rows that
-are remote_client are no fault: bytes and memory are priced without them, and what cannot be known is said. A
-relative path
-that does not exist is a fault, unless it is that of a packaged recipe: `fedsb run` would fail in this folder.
+Nothing is trained, and the estimates need no weights: layer shapes come from the model's config, on the meta device.
+Without the rows, bytes and memory are still estimated, and the unknown figures are listed. A relative path that does
+not exist is an error, because `fedsb run` would fail in this folder, except for a path of a packaged recipe.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ import torch
 
 from fedsb.adapters.adapted import AdaptedModel
 from fedsb.adapters.basis import check_rank
-from fedsb.comparison.contenders import Contender, contenders_of
 from fedsb.config.load import ResolvedConfig, unused_settings
 from fedsb.config.resolved import ResolvedSetting
 from fedsb.config.schema import Config
@@ -31,7 +29,7 @@ from fedsb.methods.base import Method
 from fedsb.models.hub import has_weights
 from fedsb.models.layers import block_layers, find_targets, is_linear, left_out, linear_shape
 from fedsb.models.limits import check_positions, check_tokens
-from fedsb.models.load import BaseModel, choose_device, load_base, resolve_name
+from fedsb.models.load import choose_device, load_base, resolve_name
 from fedsb.models.quantise import missing_package, weight_bytes
 from fedsb.planning.availability import Availability, find_availability
 from fedsb.privacy.policy import refuse_what_would_leak
@@ -48,7 +46,7 @@ from fedsb.protocol.requirements import (
 from fedsb.protocol.schedule import refreshes, whole_broadcasts
 from fedsb.training.basis import basis_values
 from fedsb.training.local import LocalTraining
-from fedsb.training.memory import memory_by_clients, trained_values
+from fedsb.training.memory import Memory, memory_by_clients, trained_values
 from fedsb.training.resolved import (
     auto_clients_per_forward,
     batch_warnings,
@@ -63,12 +61,15 @@ from fedsb.utils.errors import NotAvailableError, UserError
 from fedsb.utils.formatting import bytes_text
 from fedsb.utils.tensors import Shapes
 
-TRIED_SHARE = 0.5  # of the device's memory: a model whose weights take more is not loaded to be checked
-OVERHEAD = 1.5  # of a real step over its matrix products, as seen with MiniLM on two cores
+PREFLIGHT_SHARE = 0.5  # of the device's memory: a model with larger weights is not loaded for the preflight
+OVERHEAD = 1.5  # of a step relative to its matrix products, measured with MiniLM on two cores
 
 
-def estimate(loaded: ResolvedConfig) -> dict[str, Any]:
-    """Everything `fedsb check` prints. Raises UserError for faults of settings, data and model."""
+def estimate(loaded: ResolvedConfig, also: Sequence[Method] = ()) -> dict[str, Any]:
+    """Returns everything that `fedsb check` prints.
+
+    `also` are methods whose bytes are estimated in addition. Raises UserError for errors in settings, data and model.
+    """
     if loaded.config.data.train is None and "engine.name" not in loaded.origin:
         loaded = _as_served(loaded)
     config = loaded.config
@@ -91,8 +92,8 @@ def estimate(loaded: ResolvedConfig) -> dict[str, Any]:
     if data is not None:
         rows = [*data.test, *(example for site in data.clients for example in [*site.train, *site.held_out])]
         check_tokens(base.model, here.tokenizer, (ids(example, "input_ids") for example in rows))
-    if said := missing_package(config.model.quantize):
-        unknown.append(said)
+    if missing := missing_package(config.model.quantize):
+        unknown.append(missing)
     weights = weight_bytes(base.model, config.model.quantize, base.head)
     linear = sum(math.prod(linear_shape(module)) for module in base.model.modules() if is_linear(module))
     targets = find_targets(base.model, config.model.target_modules, base.head)
@@ -110,7 +111,6 @@ def estimate(loaded: ResolvedConfig) -> dict[str, Any]:
     ranks, rank_settings = _ranks(config, method, adapted.shapes, names, data)
     cohort = min(config.server.clients_per_round or len(names), len(names))
     bill = basis_values(config.basis, method, adapted.shapes)
-    contenders = _rivals(loaded)
     prices = price_list(
         method,
         adapted.shapes,
@@ -122,10 +122,10 @@ def estimate(loaded: ResolvedConfig) -> dict[str, Any]:
         refreshes=len(refreshes(config, method)),
         codec=config.server.codec,
         whole=whole_broadcasts(names, config, method, ranks),
-        also=[contender.method for contender in contenders if not contender.is_control],
+        also=also,
     )
     traffic = method.traffic(adapted.shapes, head=head, clients=cohort)
-    privacy, seconds, seconds_reason = None, None, "not known: it depends on the rows"
+    privacy, seconds, seconds_reason = None, None, "unknown: it depends on the rows"
     choices = [*loaded.choices(), *base.choices, *positions, targets_choice(config, targets, without)]
     choices += end_choices(here.task)
     sites = [remote_client(name, 0) for name in names]
@@ -134,38 +134,51 @@ def estimate(loaded: ResolvedConfig) -> dict[str, Any]:
         sites = [data.pooled()] if method.spec.pools_data else data.participants
         seconds, seconds_reason = _seconds(config, local, data, linear, cohort)
         choices += [*data.choices, *rank_settings]
-    if data is not None or config.privacy.unit != "example":  # else it depends on how many rows each has
-        policy = privacy_policy_of(config, method, {site.name: site.rows for site in sites}, local)
-        open_secure_sums(
-            config, policy, "check", {site.name: site.rows for site in sites}
-        )  # refuses a sum that hides nothing
+    if data is not None or config.privacy.unit != "example":  # else it depends on the number of rows of each client
+        row_counts = {site.name: site.rows for site in sites}
+        policy = privacy_policy_of(config, method, row_counts, local)
+        open_secure_sums(config, policy, "check", row_counts)  # refuses secure aggregation that would hide nothing
         privacy = privacy_statement(policy, config, trained_values(method, adapted.shapes, head))
         choices += policy.choices
     warnings = batch_warnings(config, local, sites) if data is not None else []
-    most = max((site.rows for site in sites), default=0) if data is not None else None
-    memory = _memory(config, method, base, adapted, blocks, weights, head, cohort, most)
     device = choose_device(config.model.device)[0]
+    batch = config.train.batch_size
+    if data is not None:  # a forward never has more rows than a client
+        batch = min(batch, max((site.rows for site in sites), default=0) or batch)
+    memory_of_clients = memory_by_clients(
+        config,
+        method,
+        base.model,
+        adapted.shapes,
+        blocks,
+        base=weights,
+        head=head,
+        cohort=cohort,
+        batch=batch,
+        device=device,
+    )
+    memory = _memory(config, memory_of_clients, cohort, batch, device)
     warnings += _warnings(config, device, memory["memory_bytes"])
-    if why := _not_tried(config, here, weights, device):
-        unknown.append(f"whether the model passes the probes that a run makes first: {why}")
+    if why := _no_preflight(config, here, weights, device):
+        unknown.append(f"whether the model passes the preflight of a run: {why}")
     else:
         choices += Trainer(config, method, here.tokenizer, here.task).preflight.choices
     return {
         "settings": [asdict(choice) for choice in choices],
         "data": data.card.as_dict() if data else None,
         "clients": {site.name: site.rows for site in data.clients} if data else None,
-        "values_a_client_a_round": {
+        "values_per_client_round": {
             "up": traffic.up,
             "down": traffic.down,
             "head": traffic.head,
             "one_off": sum(bill.values()),
         },
-        "bytes_a_client_a_round": {
+        "bytes_per_client_round": {
             way: payload_bytes(config.server.codec, values + head)
             for way, values in (("up", traffic.up), ("down", traffic.down))
         },
         "prices": [price.as_dict() for price in prices],
-        "compared": [f"{contender.method.spec.id} (rank {contender.method.rank})" for contender in contenders],
+        "compared": [f"{method.spec.id} (rank {method.rank})" for method in also],
         "privacy": privacy,
         **memory,
         "seconds": seconds,
@@ -176,6 +189,7 @@ def estimate(loaded: ResolvedConfig) -> dict[str, Any]:
 
 
 def _refuse_missing_files(loaded: ResolvedConfig) -> None:
+    """Raises UserError for a relative path of data that does not exist."""
     config, unused = loaded.config, unused_settings(loaded.config)
     paths = {"data.train": config.data.train, "data.test": config.data.test, "basis.data": config.basis.data}
     for key, path in paths.items():
@@ -188,54 +202,47 @@ def _refuse_missing_files(loaded: ResolvedConfig) -> None:
             load_table(path)
         except NotAvailableError as error:
             raise UserError(
-                f"{key} = {path!r}: {error} The path is relative to the current folder. Correct it, or run this where "
-                f"the file is. To check the run without its rows, add --set {key}=none."
+                f"{key} = {path!r}: {error}. The path is relative to the current folder. Correct it, or change to the "
+                f"right folder. To check the run without its rows, add --set {key}=none."
             ) from error
 
 
-def _not_tried(config: Config, here: Availability, weights: int, device: torch.device) -> str | None:
-    """Returns why the model cannot be loaded for the preflight; None where it can."""
+def _no_preflight(config: Config, here: Availability, weights: int, device: torch.device) -> str | None:
+    """Returns why the model cannot be loaded for the preflight; None if it can."""
     name = resolve_name(config.model.name)[0]
-    if said := missing_package(config.model.quantize):
-        return said
+    if missing := missing_package(config.model.quantize):
+        return missing
     if here.tokenizer is None or not has_weights(name, config.model.revision):
-        return f"the weights of {name} are not here"
+        return f"the weights of {name} are not on this machine"
     if here.data is None and here.task.auto_class != "AutoModelForCausalLM":
-        return "the number of classes is not known"
-    if (there := memory_of(device)) is not None and weights > TRIED_SHARE * there:
-        return f"its weights take {bytes_text(weights)} of the {bytes_text(there)} on {device.type}"
+        return "the number of classes is unknown"
+    if (memory := memory_of(device)) is not None and weights > PREFLIGHT_SHARE * memory:
+        return f"its weights need {bytes_text(weights)} of the {bytes_text(memory)} on {device.type}"
     return None
 
 
 def _warnings(config: Config, device: torch.device, memory_bytes: int) -> list[str]:
     """Returns what the user should change before the run starts."""
-    there = memory_of(device)
-    if there is None or memory_bytes <= there:
+    memory = memory_of(device)
+    if memory is None or memory_bytes <= memory:
         return []
     lower = "train.batch_size, model.max_seq_length or engine.clients_per_forward"
     return [
-        f"the estimate of memory, {bytes_text(memory_bytes)}, is more than this machine has: {bytes_text(there)} on "
-        f"{device.type}. Lower {lower}, or run it on a larger machine"
+        f"The estimated memory, {bytes_text(memory_bytes)}, is more than the {bytes_text(memory)} on {device.type}. "
+        f"Reduce {lower}, or use a larger machine"
     ]
 
 
 def _as_served(loaded: ResolvedConfig) -> ResolvedConfig:
-    """As `fedsb serve` runs it, where the TOML leaves data.train out."""
+    """Returns the configuration as `fedsb federation serve` runs it, for a TOML file without data.train."""
     config = loaded.config
     served = config.model_copy(update={"engine": config.engine.model_copy(update={"name": "flower"})})
-    why = "auto: data.train is not set, so the rows are at the sites of `fedsb serve`"
+    why = "auto: data.train is not set, so the rows are at the sites of `fedsb federation serve`"
     return replace(loaded, config=served, origin={**loaded.origin, "engine.name": why})
 
 
-def _rivals(loaded: ResolvedConfig) -> list[Contender]:
-    """What [compare] names, to be priced too; what is wrong with it, `fedsb compare` says."""
-    try:
-        return contenders_of(loaded) if loaded.config.compare.methods or loaded.config.compare.contenders else []
-    except UserError:
-        return []
-
-
 def _public_rows(config: Config, task: Task) -> list[str]:
+    """Returns why the public rows of the basis are not available, if so."""
     try:
         public_rows(config, task)
     except NotAvailableError as error:
@@ -246,14 +253,14 @@ def _public_rows(config: Config, task: Task) -> list[str]:
 def _ranks(
     config: Config, method: Method, shapes: Shapes, names: Sequence[str], data: Data | None
 ) -> tuple[Mapping[str, int], Sequence[ResolvedSetting]]:
-    """As `client_ranks`; clients whose names are not known here all have the method's own rank."""
+    """Returns the clients' ranks, as `client_ranks`. Clients with unknown names have the rank of the method."""
     if data is None and (config.data.train is None or config.clients.partition == "column"):
         return {}, ()
     return client_ranks(config, method, shapes, names)
 
 
 def _seconds(config: Config, local: LocalTraining, data: Data, linear: int, cohort: int) -> tuple[float, str]:
-    """(seconds, reason): 2 operations a weight and token forward, the same again backward to the activations."""
+    """Returns the seconds and their reason: 2 operations per weight and token forward, the same backward."""
     pool = [len(ids(example, "input_ids")) for site in data.participants for example in site.train]
     rows = sum(local.steps_for(site.rows) * local.rows_a_step for site in data.participants) / len(data.participants)
     padded = 1.5 * sum(pool) / len(pool)  # batches are as wide as their longest row
@@ -263,51 +270,33 @@ def _seconds(config: Config, local: LocalTraining, data: Data, linear: int, coho
     )
     speed = _operations_a_second(choose_device(config.model.device)[0])
     seconds = OVERHEAD * 2 * linear * (2 * trained + scored) / speed
-    return seconds, f"{trained:,.0f} tokens trained, {scored:,} scored, at {speed / 1e9:,.0f} GFLOP/s measured just now"
+    return (
+        seconds,
+        f"{trained:,.0f} training tokens, {scored:,} scored tokens, at a measured {speed / 1e9:,.0f} GFLOP/s",
+    )
 
 
 def _memory(
-    config: Config,
-    method: Method,
-    base: BaseModel,
-    adapted: AdaptedModel,
-    blocks: Shapes,
-    weights: int,
-    head: int,
-    cohort: int,
-    most_rows: int | None,  # of one client, where it is known: a forward never has more
+    config: Config, memory_of_clients: Callable[[int], Memory], cohort: int, batch: int, device: torch.device
 ) -> dict[str, Any]:
-    """Bytes of training, their parts and their reason, where as many clients train together as would; and of one."""
-    batch = min(config.train.batch_size, most_rows or config.train.batch_size)
-    device = choose_device(config.model.device)[0]
-    of = memory_by_clients(
-        config,
-        method,
-        base.model,
-        adapted.shapes,
-        blocks,
-        base=weights,
-        head=head,
-        cohort=cohort,
-        batch=batch,
-        device=device,
-    )
-    wanted = 1 if config.engine.name == "flower" else config.engine.clients_per_forward
-    together = min(cohort, auto_clients_per_forward(config, device, of)[0] if wanted == "auto" else wanted)
-    found = of(together)
+    """Returns the bytes of training with their parts and reason, for clients trained together and for one alone."""
+    setting = 1 if config.engine.name == "flower" else config.engine.clients_per_forward
+    most = auto_clients_per_forward(config, device, memory_of_clients)[0] if setting == "auto" else setting
+    together = min(cohort, most)
+    found = memory_of_clients(together)
     parts = {key: value for key, value in asdict(found).items() if value}
-    said = ", ".join(f"{key} {bytes_text(value)}" for key, value in parts.items())
+    text = ", ".join(f"{key} {bytes_text(value)}" for key, value in parts.items())
     tokens = together * batch * config.model.max_seq_length
     return {
         "memory_bytes": found.total,
         "memory_parts": parts,
-        "memory_reason": f"an estimate: {said}; {together} client(s), {tokens:,} tokens in one forward",
-        "client_memory_bytes": of(1).total,
+        "memory_reason": f"an estimate: {text}; {together} client(s) with {tokens:,} tokens per forward",
+        "client_memory_bytes": memory_of_clients(1).total,
     }
 
 
 def _operations_a_second(device: torch.device) -> float:
-    """The device's speed at a matrix product, float32."""
+    """Measures the device's speed at a float32 matrix product, in operations per second."""
     a = torch.randn(768, 768, device=device)
     a @ a
     started = time.perf_counter()

@@ -13,7 +13,6 @@ from fedsb.config.registry import method_types
 from fedsb.config.training import Codec
 from fedsb.methods.base import Method
 from fedsb.protocol.codec import payload_bytes
-from fedsb.utils.formatting import bytes_text
 from fedsb.utils.tensors import Shapes
 
 LORA_RANKS, CORE_RANKS = (4, 1), (32, 8)  # that other methods are priced at
@@ -36,19 +35,6 @@ class Price:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-
-RIVALS = ("fedit (rank 1)", "fedit (rank 4)")
-
-
-def bytes_line(prices: Sequence[Mapping[str, Any]]) -> str:
-    """Returns in one line what a run will send, and FedIT in its place; `prices` as `as_dict` gives them."""
-    own = next(price for price in prices if price["this_run"])
-    others = [price for price in prices if price["label"] in RIVALS and not price["this_run"]]
-    others.sort(key=lambda price: price["total_bytes"])
-    said = " and ".join(f"{bytes_text(one['total_bytes'])} {one['label'].removeprefix('fedit ')}" for one in others)
-    rival = f"; FedIT would send {said}" if said else ""
-    return f"{'bytes':<9}{bytes_text(own['total_bytes'])} by all clients in all rounds{rival}"
 
 
 def price(

@@ -1,6 +1,6 @@
-"""Charts as plain geometry that report.html.j2 draws as SVG.
+"""Charts as geometry, which report.html.j2 draws as SVG.
 
-A frame is 360 pixels wide, so that its text can be read on a phone; a line breaks where a value is missing.
+A frame is 360 pixels wide, so that its text is readable on a phone. A line has gaps where values are missing.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Axis:
 
     @staticmethod
     def around(values: Sequence[float], start: float, end: float, *, within: tuple[float, float] | None = None) -> Axis:
-        """Returns an axis with some room around the values, but not beyond what a value can be (`within`)."""
+        """Returns an axis with some space around the values, but not beyond their possible range (`within`)."""
         pad = (max(values) - min(values)) * 0.06 or abs(values[0]) * 0.1 or 1.0
         lowest, highest = within or (-math.inf, math.inf)
         low, high = max(min(values) - pad, lowest), min(max(values) + pad, highest)
@@ -36,7 +36,7 @@ class Axis:
         return round(self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start), 1)
 
     def ticks(self, show: Show, *, least_step: float = 0.0) -> list[tuple[float, str]]:
-        """Round numbers inside the axis, about four, as (pixel, label)."""
+        """Returns about four round numbers inside the axis, as (pixel, label)."""
         rough = max((self.high - self.low) / 4.5, least_step)
         size = 10.0 ** math.floor(math.log10(rough))
         step = next(k * size for k in (1, 2, 5, 10) if k * size >= rough * 0.999)
@@ -49,11 +49,11 @@ def line_chart(
     show: Show,
     tick: Show,
     *,
-    levels: Mapping[str, float | None] | None = None,  # dashed, to compare with
+    levels: Mapping[str, float | None] | None = None,  # dashed reference lines
     from_zero: bool = False,
-    within: tuple[float, float] | None = None,  # that no value can leave
+    within: tuple[float, float] | None = None,  # possible range of the values
 ) -> Json | None:
-    """A line over the rounds; None if there is no value at all."""
+    """Returns a line over the rounds; None without values."""
     known = {x: y for x, y in values.items() if y is not None}
     if not known:
         return None
@@ -82,13 +82,13 @@ def line_chart(
 
 
 def bar_chart(by_round: Mapping[int, Mapping[str, int]]) -> Json:
-    """Up and, stacked on it, down bytes of every round (1 or more rounds)."""
+    """Returns stacked bars of the up and down bytes of every round."""
     low, high = min(by_round), max(by_round)
     x_axis = Axis(low=low - 0.5, high=high + 0.5, start=LEFT, end=RIGHT)
     tallest = max(sum(sides.values()) for sides in by_round.values())
     y_axis = Axis(low=0, high=tallest * 1.05 or 1, start=BOTTOM, end=TOP)
     step = (RIGHT - LEFT) / (high - low + 1)
-    width = min(step * 0.7, 40) if step > 5 else step + 0.5  # no gaps too thin to draw
+    width = min(step * 0.7, 40) if step > 5 else step + 0.5  # without gaps if the bars are thin
     return {
         "width": width,
         "bars": [
@@ -106,7 +106,7 @@ def bar_chart(by_round: Mapping[int, Mapping[str, int]]) -> Json:
 
 
 def swarm(axis: Axis, values: Mapping[str, float], show: Show) -> list[tuple[float, float, str]]:
-    """A dot a name as (x, y around 0, tip): names with near values are stacked, never drawn over each other."""
+    """Returns a dot per name as (x, y around 0, tip). Dots with similar values are stacked."""
     columns: dict[int, list[str]] = defaultdict(list)
     for name, value in sorted(values.items(), key=lambda item: item[1]):
         columns[round(axis(value) / 7)].append(name)

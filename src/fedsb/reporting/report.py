@@ -1,11 +1,10 @@
-"""A run directory as one HTML page that opens offline, and its headline as a dict.
+"""Writes the report of a run directory, one HTML page without external resources, and returns its summary.
 
 `write_report` only reads what the run wrote (manifest.json, rounds.jsonl, traffic.jsonl, result.json) and never
-recomputes a score. The page, report.html.j2, loads no script, font or address; its charts (charts.py) are inline SVG
-that takes its colours from the page's style, so that they follow light, dark and print. A section without content is
-left out.
+recomputes a score. The charts (charts.py) are inline SVG with the colours of the page's style, for light, dark and
+print. Sections without content are left out.
 
-Bytes are those of the tensors; `wire` adds the envelope. One-off is what travelled for the basis, in both directions.
+Bytes are those of the tensors; `wire` adds the envelope. One-off are the bytes of the basis, in both directions.
 """
 
 from __future__ import annotations
@@ -16,9 +15,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median, pstdev
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fedsb.reporting import charts
+from fedsb.reporting.prices import BASELINES, baseline_prices, method_of
+from fedsb.reporting.run_directory import extra_metrics, read_json, read_lines
 from fedsb.reporting.warnings import run_warnings
 from fedsb.utils import formatting
 from fedsb.utils.errors import UserError
@@ -31,73 +32,49 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class RunFiles:
-    """What a run directory holds, as written."""
+    """The files of a run directory."""
 
     manifest: Json
-    rounds: list[Json]  # in order; of a repeated round, the last
+    rounds: list[Json]  # in order; of a repeated round, only the last
     traffic: list[Json]
     result: Json | None  # None: the run is not finished
-    torn: int  # lines that a crash left unreadable
+    unreadable: int  # lines that a crash left incomplete
 
     @staticmethod
     def read(run_dir: Path) -> RunFiles:
-        """Raises `UserError` when there is no readable manifest.json."""
-        if (manifest := document(run_dir / "manifest.json")) is None:
-            raise UserError(f"{run_dir} is not a run directory: it holds no manifest.json")
-        rounds, torn_rounds = lines(run_dir / "rounds.jsonl")
-        traffic, torn_traffic = lines(run_dir / "traffic.jsonl")
+        """Reads the files. Raises UserError if manifest.json does not exist or cannot be read."""
+        if (manifest := read_json(run_dir / "manifest.json")) is None:
+            raise UserError(f"{run_dir} is not a run directory (no manifest.json).")
+        rounds, unreadable_rounds = read_lines(run_dir / "rounds.jsonl")
+        traffic, unreadable_traffic = read_lines(run_dir / "traffic.jsonl")
         last_of = {int(row["round"]): row for row in rounds}
         return RunFiles(
             manifest=manifest,
             rounds=[last_of[r] for r in sorted(last_of)],
             traffic=traffic,
-            result=document(run_dir / "result.json"),
-            torn=torn_rounds + torn_traffic,
+            result=read_json(run_dir / "result.json"),
+            unreadable=unreadable_rounds + unreadable_traffic,
         )
 
     @property
     def score(self) -> tuple[float | None, int]:
-        """The final score; of an unfinished run, that of its last scored round; and the round it belongs to."""
+        """Returns the final score (of an unfinished run, that of its last scored round), and its round."""
         if self.result is not None:
             return number(self.result.get("score")), len(self.rounds)
         scored = [(number(row.get("score")), row["round"]) for row in self.rounds]
         return next((pair for pair in reversed(scored) if pair[0] is not None), (None, 0))
 
 
-def document(path: Path) -> Json | None:
-    """A JSON object; None where there is no such file. Raises UserError for one that cannot be read."""
-    try:
-        found: Any = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path} holds no JSON object")
-    return found
-
-
-def lines(path: Path) -> tuple[list[Json], int]:
-    """(the JSON lines of a file, how many more are torn)."""
-    rows, torn = [], 0
-    for line in path.read_text("utf-8", errors="replace").split("\n") if path.exists() else ():
-        try:
-            rows += [json.loads(line)] if line.strip() else []
-        except ValueError:
-            torn += 1
-    return rows, torn
-
-
 def summary(run_dir: Path) -> Json:
-    """The headline numbers of a run, all of them valid JSON: what is not known is None.
+    """Returns the summary of a run as JSON. Unknown values are None.
 
-    `bytes["federation"]` and `bytes["per_client"]` (the mean over the clients that something travelled for) hold
-    `with_head`, `without_head` and `wire`, each with `one_off`, `up`, `down` and `total`.
+    `bytes["federation"]` and `bytes["per_client"]` (the mean over the clients with traffic) have `with_head`,
+    `without_head` and `wire`, each with `one_off`, `up`, `down` and `total`.
     """
-    return _headline(RunFiles.read(run_dir))
+    return _summary(RunFiles.read(run_dir))
 
 
-def _headline(run: RunFiles) -> Json:
+def _summary(run: RunFiles) -> Json:
     task, before = run.manifest.get("task") or {}, run.manifest.get("before") or {}
     return {
         "name": run.manifest.get("name"),
@@ -107,7 +84,7 @@ def _headline(run: RunFiles) -> Json:
         "metric": task.get("metric"),
         "higher_is_better": task.get("higher_is_better", True),
         "score": run.score[0],
-        "beside": (run.result or {}).get("beside") or {},
+        "extra_metrics": extra_metrics(run.result or {}),
         "before": number(before.get("score")),
         "majority": number(before.get("majority")),
         "majority_of_test": number(before.get("majority_of_test")),
@@ -120,17 +97,17 @@ def _headline(run: RunFiles) -> Json:
 
 
 def _privacy(run: RunFiles) -> str | None:
-    """What has been spent of the policy, in words; None for a run without one."""
-    promised, spent = run.manifest.get("privacy"), run.rounds[-1].get("epsilon") if run.rounds else None
-    if not promised or spent is None:
+    """Returns the epsilon that was spent, as text; None for a run without privacy."""
+    privacy, spent = run.manifest.get("privacy"), run.rounds[-1].get("epsilon") if run.rounds else None
+    if not privacy or spent is None:
         return None
-    epsilon, delta = formatting.epsilon_text(spent), formatting.delta_text(promised["delta"])
-    text = f"epsilon {epsilon} at delta {delta}, for {promised['unit']}s, by the ledgers"
+    epsilon, delta = formatting.epsilon_text(spent), formatting.delta_text(privacy["delta"])
+    text = f"epsilon {epsilon} at delta {delta}, for {privacy['unit']}s, according to the ledgers"
     return text if run.manifest.get("not_private") is None else f"none: {run.manifest['not_private']} ({text})"
 
 
 def byte_totals(traffic: Iterable[Json]) -> dict[str, dict[str, dict[str, int]]]:
-    """One-off, up, down and total bytes; a value of the head counts as the mean value of its message."""
+    """Returns one-off, up, down and total bytes. A value of the head counts as the mean value of its message."""
     sums: dict[str, Counter[str]] = {"with_head": Counter(), "without_head": Counter(), "wire": Counter()}
     clients = set()
     for row in traffic:
@@ -156,7 +133,7 @@ def _is_one_off(row: Json) -> bool:
 
 
 def open_templates(*folders: Path) -> jinja2.Environment:
-    """Returns the templates in this package and in `folders`, with the filters that every page needs."""
+    """Returns the templates of this package and of `folders`, with the filters that every page needs."""
     import jinja2
 
     templates = jinja2.Environment(
@@ -175,7 +152,7 @@ def open_templates(*folders: Path) -> jinja2.Environment:
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write `report.html` into the run directory (to a temporary name, then renamed) and return its path."""
+    """Writes report.html to the run directory, atomically, and returns its path."""
     run = RunFiles.read(run_dir)
     metric = str((run.manifest.get("task") or {}).get("metric") or "score")
     score = formatting.score_text(metric)
@@ -187,18 +164,18 @@ def write_report(run_dir: Path) -> Path:
     }
     templates.filters["three"] = formatting.three_text
     templates.filters["epsilon"] = formatting.epsilon_text
-    templates.filters["beside"] = formatting.extra_metrics_text
+    templates.filters["extra_metrics"] = formatting.extra_metrics_text
     templates.filters["gap"] = lambda gap: score(abs(gap)).replace("%", "points")
     page = templates.get_template("report.html.j2").render(
         m=run.manifest,
         run=run,
-        head=_headline(run),
+        head=_summary(run),
         metric=metric,
         curves=_curves(run, metric),
         traffic=_traffic_charts(run.traffic),
         prices=_prices(run.manifest.get("prices") or []),
         scores=_client_scores((run.result or {}).get("clients") or [], metric),
-        holdings=_holdings(run.manifest),
+        distribution=_distribution(run.manifest),
         dropped=_dropped(run.rounds),
         confusion=_confusion(run),
     )
@@ -225,7 +202,7 @@ def _curves(run: RunFiles, metric: str) -> Json:
 
 
 def _traffic_charts(traffic: Sequence[Json]) -> Json | None:
-    """Bars by round, and the running total that starts with the one-off bytes."""
+    """Returns the bars by round, and the running total, which starts with the one-off bytes."""
     by_round: dict[int, Counter[str]] = defaultdict(Counter)
     for row in traffic:
         if not _is_one_off(row):
@@ -241,21 +218,22 @@ def _traffic_charts(traffic: Sequence[Json]) -> Json | None:
 
 
 def _prices(prices: Sequence[Json]) -> Json:
-    """Every priced method with its multiple of this run and a bar; FedIT and FLoRA again for the headline."""
+    """Returns the prices with their multiple of this run and a bar, and the cheapest FedIT and FLoRA."""
     own = next((row["total_bytes"] for row in prices if row.get("this_run")), 0)
     most = max((row["total_bytes"] for row in prices), default=0) or 1
     rows = [
         {**row, "times": row["total_bytes"] / own if own else None, "bar": round(100 * row["total_bytes"] / most, 2)}
         for row in prices
     ]
-    others = [row for row in rows if not row.get("this_run")]
-    names = ("FedIT", "FLoRA")
-    named = {name: [row for row in others if row["label"].startswith(f"{name.lower()} ")] for name in names}
-    return {"rows": rows, "rivals": {name: found[0] for name, found in named.items() if found}}
+    cheapest = {method_of(row): row for row in reversed(baseline_prices(rows))}
+    return {
+        "rows": rows,
+        "baselines": {BASELINES[method]: cheapest[method] for method in BASELINES if method in cheapest},
+    }
 
 
 def _client_scores(clients: Sequence[Json], metric: str) -> Json | None:
-    """Scores by client, those that took part and those that never did apart, each with its mean and spread."""
+    """Returns the scores by client with mean and spread, separately for clients that never took part."""
     scored = [{**client, "unseen": client.get("unseen") or client.get("rounds") == 0} for client in clients]
     known = [client for client in scored if number(client.get("score")) is not None]
     if not known:
@@ -273,15 +251,15 @@ def _client_scores(clients: Sequence[Json], metric: str) -> Json | None:
     return {"lanes": lanes, "ticks": axis.ticks(formatting.score_tick(metric)), "clients": scored}
 
 
-def _holdings(manifest: Json) -> Json | None:
-    """Who holds what: clients x labels as (rows, shade by their share of the client's rows); without labels, rows."""
+def _distribution(manifest: Json) -> Json | None:
+    """Returns the rows by client and label, each with a shade for its share of the client's rows."""
     clients = manifest.get("clients") or []
     if not clients:
         return None
-    held = {label for client in clients for label in client.get("labels") or ()}
+    present = {label for client in clients for label in client.get("labels") or ()}
     task = manifest.get("task") or {}
     names = task.get("label_names") or []
-    labels = [*names, *sorted(held - set(names))] if held else []
+    labels = [*names, *sorted(present - set(names))] if present else []
     shown = dict(zip(names, task.get("class_names") or names, strict=True))
     most = max(client["rows"] for client in clients) or 1
     rows = []
@@ -298,7 +276,7 @@ def _holdings(manifest: Json) -> Json | None:
 
 
 def _confusion(run: RunFiles) -> Json | None:
-    """The last scored round's table of true classes by predicted ones, with the recall of each class."""
+    """Returns the confusion matrix of the last scored round, with the recall of each class."""
     table = next((row["confusion"] for row in reversed(run.rounds) if row.get("confusion")), None)
     if table is None:
         return None
@@ -313,7 +291,7 @@ def _confusion(run: RunFiles) -> Json | None:
 
 
 def _dropped(rounds: Iterable[Json]) -> list[tuple[str, str, list[int]]]:
-    """(client, reason, rounds): one row for each reason a client's update was dropped for."""
+    """Returns (client, reason, rounds) for each reason for which a client's updates were dropped."""
     grouped: dict[tuple[str, str], list[int]] = defaultdict(list)
     for row in rounds:
         for drop in row.get("dropped") or ():

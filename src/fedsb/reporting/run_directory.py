@@ -1,8 +1,9 @@
-"""Reads a run directory: its manifest, its ledgers and its result. runs/record.py writes it."""
+"""Reads the files of a run directory: manifest, ledgers and result. runs/record.py writes them."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,28 +11,23 @@ from fedsb.utils.errors import UserError, did_you_mean
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Raises UserError where `folder` is no run directory."""
-    try:
-        manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        there = {str(path.parent) for place in (folder.parent, Path("runs")) for path in place.glob("*/manifest.json")}
-        hint = did_you_mean(str(folder), there) if there else "change to the folder in which the run was started"
-        raise UserError(f"{folder} is not a run directory (no manifest.json); {hint}") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder / 'manifest.json'} cannot be read: {error}") from error
-    if not isinstance(manifest, dict) or not manifest.keys() >= {"run", "config", "origin"}:
-        raise UserError(f"{folder / 'manifest.json'} is not that of a run of fedsb")
+    """Reads manifest.json. Raises UserError if `folder` is not a run directory."""
+    manifest = read_json(folder / "manifest.json")
+    if manifest is None:
+        runs = {str(path.parent) for place in (folder.parent, Path("runs")) for path in place.glob("*/manifest.json")}
+        hint = did_you_mean(str(folder), runs) if runs else "change to the folder in which the run was started"
+        raise UserError(f"{folder} is not a run directory (no manifest.json); {hint}")
+    if not manifest.keys() >= {"run", "config", "origin"}:
+        raise UserError(f"{folder / 'manifest.json'} is not the manifest of a fedsb run.")
     return manifest
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
-    """Returns what a finished run says at its end, None for one that is not finished.
+    """Reads result.json. Returns None for a run that is not finished.
 
-    The adapter's place, and the lines of Python that load it, are those of `folder` as it is now: it may have moved.
+    The path of the adapter, and the Python lines that load it, follow `folder`, which may have been moved.
     """
-    try:
-        result: dict[str, Any] = json.loads((folder / "result.json").read_text())
-    except FileNotFoundError:
+    if (result := read_json(folder / "result.json")) is None:
         return None
     before, now = str(result.get("adapter", "")), str(folder / "adapter")
     if before and before != now:
@@ -40,11 +36,37 @@ def read_result(folder: Path) -> dict[str, Any] | None:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a ledger; a torn last line is left out."""
-    rows: list[dict[str, Any]] = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    """Returns the rows of a ledger. Leaves out incomplete lines, which a crash can leave."""
+    return read_lines(path)[0]
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Reads a JSON object; None if the file does not exist. Raises UserError if it cannot be read."""
+    try:
+        found: Any = json.loads(path.read_text("utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}.") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is not a JSON object.")
+    return found
+
+
+def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Returns the JSON lines of a file, and the number of lines that cannot be read."""
+    rows, unreadable = [], 0
+    for line in path.read_text("utf-8", errors="replace").split("\n") if path.exists() else ():
         try:
-            rows.append(json.loads(line))
+            rows += [json.loads(line)] if line.strip() else []
         except ValueError:
-            break
-    return rows
+            unreadable += 1
+    return rows, unreadable
+
+
+def extra_metrics(row: Mapping[str, Any]) -> dict[str, float]:
+    """Returns the extra metrics of a score in rounds.jsonl, result.json or cells.json.
+
+    Version 0.1 wrote them as "beside".
+    """
+    return dict(row.get("extra_metrics") or row.get("beside") or {})

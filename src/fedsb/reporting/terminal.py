@@ -1,4 +1,4 @@
-"""What a person sees: the table of settings, the live table of rounds, the summary at the end."""
+"""Prints runs and their results in a terminal: settings, rounds, summaries, estimates and audits."""
 
 from __future__ import annotations
 
@@ -14,30 +14,25 @@ from rich.table import Column, Table
 from fedsb.adapters.serving import serving_lines
 from fedsb.config.resolved import ResolvedSetting
 from fedsb.data.card import WARNING, shown_lines
-from fedsb.protocol.prices import bytes_line
-from fedsb.utils.formatting import (
-    PREDICTION_COLUMNS,
-    bytes_text,
-    counts_text,
-    epsilon_text,
-    extra_metrics_text,
-    score_text,
-    seconds_text,
-)
+from fedsb.reporting.prices import baseline_prices, bytes_line
+from fedsb.utils.formatting import bytes_text, counts_text, epsilon_text, extra_metrics_text, score_text, seconds_text
 
 PLAIN: dict[str, Any] = {"box": None, "padding": (0, 2, 0, 0)}  # tables without lines
 COLUMNS = ("round", "loss", "score", "up", "down", "seconds", "left", "dropped")
 
 
+PREDICTION_COLUMNS = ("prediction", "probabilities", "ended")
+
+
 class Terminal:
-    """Watches a run: a table that grows by a row a round; on anything but a terminal, a line a round."""
+    """Shows a run as a live table with a row per round. Without a terminal, prints a line per round."""
 
     def __init__(self, *, quiet: bool = False, verbose: bool = False) -> None:
-        self.console = _console(stderr=quiet)
+        self.console = plain_console(stderr=quiet)
         self.quiet, self.verbose = quiet, verbose
         self.rows: list[list[str]] = []
         self.live: Live | None = None
-        self.seconds = 0.0  # of the rounds that were shown
+        self.seconds = 0.0  # of the rounds shown so far
 
     def __enter__(self) -> Terminal:
         return self
@@ -47,20 +42,20 @@ class Terminal:
             self.live.stop()
 
     def settings(self, choices: Sequence[ResolvedSetting]) -> None:
-        """Shows every resolved setting with its reason, those at their default together at the end.
+        """Prints every resolved setting with its reason, the defaults together at the end.
 
-        A later choice replaces an earlier one of the same name. Without `verbose` only those are shown that warn of
-        something; all are in the manifest and in the report.
+        A later choice replaces an earlier one with the same key. Without `verbose`, prints only warnings; all settings
+        are in the manifest and the report.
         """
         if self.quiet:
             return
         if not self.verbose:
             found = {choice.key: choice for choice in choices}
-            if (tried := found.get("preflight")) is not None:
+            if (preflight := found.get("preflight")) is not None:
                 name = Path(str(next(choice.value for choice in choices if choice.key == "model.name"))).name
                 self.note(
-                    f"{'model':<9}{name}, {found['model.target_modules'].value}; tried for {tried.value}: "
-                    f"{tried.reason}"
+                    f"{'model':<9}{name}, {found['model.target_modules'].value}; preflight for {preflight.value}: "
+                    f"{preflight.reason}"
                 )
             for choice in found.values():
                 setting = f"{choice.key} = {_setting(choice.value)}"
@@ -79,7 +74,7 @@ class Terminal:
                 section, _, key = choice.key.rpartition(".")
                 defaults.setdefault(section, []).append(f"{key} {_setting(choice.value)}")
         self.console.print(table)
-        self.console.print("\nBy default:")
+        self.console.print("\nDefaults:")
         rest = Table(show_header=False, **PLAIN)
         for section, settings in defaults.items():
             rest.add_row(f"  {section}", ", ".join(settings))
@@ -91,9 +86,10 @@ class Terminal:
         self.console.print(text, soft_wrap=True, style="yellow" if text.startswith(WARNING) else None)
 
     def round(self, row: Mapping[str, Any], rounds: int) -> None:
+        """Shows a completed round."""
         self.seconds += row["seconds"]
         left = self.seconds / (len(self.rows) + 1) * (rounds - row["round"])
-        metric = "" if row["score"] is None else f"{row['score']:.4f}{counts_text(row['beside'])}"
+        metric = "" if row["score"] is None else f"{row['score']:.4f}{counts_text(row['extra_metrics'])}"
         cells = [
             f"{row['round']}/{rounds}",
             "" if row["loss"] is None else f"{row['loss']:.4f}",
@@ -122,8 +118,8 @@ class Terminal:
 
 
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Rows of one shape on stdout: a table where it fits, else a paragraph a row."""
-    console = _console()
+    """Prints rows with the same keys as a table if it fits, else a paragraph per row."""
+    console = plain_console()
     cells = [[_cell(value) for value in row.values()] for row in rows]
     widths = [max(map(len, column)) + 2 for column in zip(list(rows[0]), *cells, strict=True)]
     if sum(widths) <= console.width:
@@ -141,8 +137,8 @@ def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def print_predictions(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Prints predictions with the rows that they are of: a line each, or two where the model wrote."""
-    console = _console()
+    """Prints predictions with their rows: one line each, or two for generated text."""
+    console = plain_console()
     shown = [_cell(row["prediction"]) for row in rows]
     width, digits = max(map(len, shown)), len(str(len(rows)))
     for number, (row, prediction) in enumerate(zip(rows, shown, strict=True), start=1):
@@ -157,17 +153,17 @@ def print_predictions(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def print_scores(found: Mapping[str, Any]) -> None:
-    """Several tables that one adapter was scored on, and the plain mean over them."""
+    """Prints the scores of several tables, and their mean."""
     rows = [{key: value for key, value in of.items() if key not in ("run", "answers")} for of in found["tables"]]
     last = dict.fromkeys(rows[0], "") | {"data": "mean", found["metric"]: found["mean"]}
     print_table([*({**row, "data": Path(row["data"]).name} for row in rows), last])
 
 
 def print_summary(folder: Path, found: Mapping[str, Any]) -> None:
-    """The headline of a run: score, bytes, adapter."""
+    """Prints the summary of a run: score, bytes, privacy and adapter."""
     from fedsb.reporting.run_directory import read_manifest, read_result
 
-    console = _console(soft_wrap=True)
+    console = plain_console(soft_wrap=True)
     manifest, result = read_manifest(folder), read_result(folder)
     show = score_text(found["metric"])
     state = "finished" if found["finished"] else f"{found['rounds']} of {found['rounds_planned']} rounds"
@@ -180,19 +176,17 @@ def print_summary(folder: Path, found: Mapping[str, Any]) -> None:
         console.print(
             f"  {found['metric']:<16}{show(found['score'])}" + (f"  ({', '.join(against)})" if against else "")
         )
-        plain = found["metric"] == "accuracy"  # which needs no other metric to be understood
-        if text := counts_text(found["beside"], "") if plain else extra_metrics_text(found["beside"]):
+        plain = found["metric"] == "accuracy"  # other metrics add nothing to it
+        if text := counts_text(found["extra_metrics"], "") if plain else extra_metrics_text(found["extra_metrics"]):
             console.print(f"{'':<18}{text}")
     totals = found["bytes"]["federation"]["with_head"]
     console.print(
-        f"  bytes sent      {bytes_text(totals['total'])} in all: one-off {bytes_text(totals['one_off'])}, "
+        f"  bytes sent      {bytes_text(totals['total'])} in total: one-off {bytes_text(totals['one_off'])}, "
         f"up {bytes_text(totals['up'])}, down {bytes_text(totals['down'])}"
     )
-    for price in manifest.get("prices", []):
-        if not price["this_run"] and price["label"].startswith(("fedit ", "flora ")) and totals["total"]:
-            console.print(
-                f"    {price['label']:<16} would have sent {bytes_text(price['total_bytes'])} for the planned rounds"
-            )
+    for price in baseline_prices(manifest.get("prices", [])) if totals["total"] else ():
+        sent = bytes_text(price["total_bytes"])
+        console.print(f"    {price['label']:<16} would have sent {sent} for the planned rounds")
     if found["epsilon"] is not None:
         console.print(f"  privacy         {found['privacy']}")
     for warning in found["warnings"]:
@@ -204,44 +198,29 @@ def print_summary(folder: Path, found: Mapping[str, Any]) -> None:
     if (folder / "report.html").exists():
         console.print(f"  report          {folder / 'report.html'}")
     for line in serving_lines((result or {}).get("serving", []), only_doubts=True):
-        console.print(f"  elsewhere       {line}")
+        console.print(f"  serving         {line}")
     if result:
-        console.print(f"\nLoad it:\n\n{result['load']}\n")
-
-
-def print_comparison(folder: Path, found: Mapping[str, Any]) -> None:
-    """What `fedsb compare` prints at its end: scores, bytes, and where the page is."""
-    from fedsb.comparison.table import byte_table, notes, score_table
-
-    console = _console(soft_wrap=True)
-    console.print(f"\n{found['name']}:\n")
-    for table in (score_table(dict(found)), byte_table(dict(found))):
-        print_table(table)
-        console.print()
-    for line in notes(dict(found)):
-        console.print(f"  {line}")
-    console.print(f"\n  page            {folder / 'comparison.html'}")
-    console.print(f"  as data         {folder / 'comparison.json'}, {folder / 'cells.json'}")
+        console.print(f"\nLoad the adapter:\n\n{result['load']}\n")
 
 
 def print_estimate(found: Mapping[str, Any], *, verbose: bool) -> None:
-    """Prints what `fedsb check` found: data, bytes, memory, time, privacy, warnings; all settings with `verbose`."""
-    console, terminal = _console(), Terminal(verbose=verbose)
+    """Prints the estimates of `fedsb check`. With `verbose`, also all settings and the bytes of other methods."""
+    console, terminal = plain_console(), Terminal(verbose=verbose)
     for line in shown_lines(found["data"]) if found["data"] else ():
         terminal.note(line)
     terminal.settings([ResolvedSetting(**choice) for choice in found["settings"]])
     if verbose:
         _print_prices(console, found)
     terminal.note(bytes_line(found["prices"]))
-    one, sizes = found["values_a_client_a_round"], found["bytes_a_client_a_round"]
+    one, sizes = found["values_per_client_round"], found["bytes_per_client_round"]
     terminal.note(
         f"{'':<9}per client and round {bytes_text(sizes['up'])} up, {bytes_text(sizes['down'])} down"
         + (f"; once {one['one_off']:,} values" if one["one_off"] else "")
     )
     if verbose:
-        head = f"and the head's {one['head']:,} each way"
+        head = f"and {one['head']:,} of the head each way"
         terminal.note(f"{'':<9}per client and round {one['up']:,} values up, {one['down']:,} down, {head}")
-    alone = f"a site that trains alone {bytes_text(found['client_memory_bytes'])}"
+    alone = f"{bytes_text(found['client_memory_bytes'])} for one client alone"
     terminal.note(f"{'memory':<9}about {bytes_text(found['memory_bytes'])}, an estimate; {alone}")
     if verbose:
         terminal.note(f"{'':<9}{found['memory_reason']}")
@@ -249,15 +228,15 @@ def print_estimate(found: Mapping[str, Any], *, verbose: bool) -> None:
     reason = found["seconds_reason"]
     terminal.note(f"{'time':<9}{about}{f'({reason})' if about else reason}")
     if found["privacy"]:
-        print_promise(console, found["privacy"])
+        _print_privacy(console, found["privacy"])
     for line in found["warnings"]:
         terminal.note(f"{WARNING} {line}.")
     if found["unknown"]:
-        console.print("\nNot known here:")
+        console.print("\nUnknown:")
         for line in found["unknown"]:
             console.print(f"  - {line}")
     if not verbose:
-        console.print("\n--verbose shows every setting with its reason, and what other methods would send.")
+        console.print("\n--verbose shows every setting with its reason, and the bytes of other methods.")
 
 
 def _print_prices(console: Console, found: Mapping[str, Any]) -> None:
@@ -274,37 +253,39 @@ def _print_prices(console: Console, found: Mapping[str, Any]) -> None:
         label = f"{price['label']}  <- this run" if price["this_run"] else price["label"]
         keys = ("one_off_bytes", "up_bytes", "down_bytes", "total_bytes", "total_bytes_without_head")
         table.add_row(label, *(bytes_text(price[key]) for key in keys))
-    console.print("Bytes, the whole federation, all rounds:")
+    console.print("Bytes of all clients and all rounds:")
     console.print(table)
     if found["compared"]:
         named = {price["label"]: price for price in found["prices"]}
-        rivals = Table("a client, a round after the first", "values up", "values down", **PLAIN)
+        values = Table("per client and round after the first", "values up", "values down", **PLAIN)
         for label in dict.fromkeys([found["prices"][0]["label"], *found["compared"]]):
             if label in named:
-                rivals.add_row(label, f"{named[label]['up_values']:,}", f"{named[label]['down_values']:,}")
-        console.print(rivals)
+                values.add_row(label, f"{named[label]['up_values']:,}", f"{named[label]['down_values']:,}")
+        console.print(values)
     console.print()
 
 
-def print_promise(console: Console, promised: Mapping[str, Any]) -> None:
-    """What `fedsb check` says of privacy: epsilon at the end and on the way, everyone's noise, what is not covered."""
-    console.print(f"\nPrivacy: {promised['says']}")
-    course = ", ".join(f"{epsilon_text(epsilon)} after {round}" for round, epsilon in promised["epsilon_after"].items())
-    console.print(f"  epsilon by round: {course}; by RDP, a looser bound, {epsilon_text(promised['epsilon_rdp'])}")
-    table = Table("who adds noise", "of", "sampled", "noise multiplier", "sums", "epsilon", "signal / noise", **PLAIN)
-    for name, plan in promised["plans"].items():
+def _print_privacy(console: Console, privacy: Mapping[str, Any]) -> None:
+    """Prints the planned privacy: epsilon by round, the noise of every client, and what epsilon does not cover."""
+    console.print(f"\nPrivacy: {privacy['says']}")
+    by_round = ", ".join(
+        f"{epsilon_text(epsilon)} after {round}" for round, epsilon in privacy["epsilon_after"].items()
+    )
+    console.print(f"  epsilon by round: {by_round}; by RDP, a looser bound, {epsilon_text(privacy['epsilon_rdp'])}")
+    table = Table("noise added by", "rows", "sampled", "noise multiplier", "sums", "epsilon", "signal / noise", **PLAIN)
+    for name, plan in privacy["plans"].items():
         sums = plan["steps"] * plan["rounds"]
         cells = (f"{plan['q']:.2%}", f"{plan['sigma']:.4g}", str(sums), epsilon_text(plan["epsilon"]))
         table.add_row(name, str(plan["rows"]), *cells, f"{plan['signal_to_noise']:.3g}")
     console.print(table)
-    console.print("  not covered: " + "; ".join(promised["not_covered"]) + "\n")
+    console.print("  not covered: " + "; ".join(privacy["not_covered"]) + "\n")
 
 
 def print_audit(found: Mapping[str, Any]) -> None:
-    """What `fedsb audit` prints: the stated epsilon, what the canaries showed, and what that means."""
-    console = _console(soft_wrap=True)
+    """Prints an audit: the stated epsilon, the epsilon that the canaries show, and the conclusion."""
+    console = plain_console(soft_wrap=True)
     console.print(
-        f"\n{found['name']}, {found['client']}: {found['steps']} noised sums of {found['rounds']} rounds, "
+        f"\n{found['name']}, {found['client']}: {found['steps']} noised sums in {found['rounds']} rounds, "
         f"{found['q']:.2%} sampled, noise multiplier {found['sigma']:.4g}, delta {found['delta']:.2g}"
     )
     console.print(
@@ -316,16 +297,16 @@ def print_audit(found: Mapping[str, Any]) -> None:
         f"({found['correct']} of {found['guesses']} guesses right, {found['canaries']} canaries)"
     )
     console.print(f"  {found['says']}")
-    console.print(f"  as data         {found['folder']}/audit.json")
+    console.print(f"  data            {found['folder']}/audit.json")
 
 
-def _console(**options: Any) -> Console:
-    """Prints texts as they are: a client may be called "[/]" or ":smile:"."""
+def plain_console(**options: Any) -> Console:
+    """Returns a console that prints texts unchanged: the name of a client may be "[/]" or ":smile:"."""
     return Console(highlight=False, markup=False, emoji=False, **options)
 
 
 def _setting(value: Any) -> str:
-    """As a TOML would have it."""
+    """Returns a value as in a TOML file."""
     return value if isinstance(value, str) else json.dumps(value)
 
 

@@ -1,11 +1,11 @@
-"""Finds what speaks against a run, from its own records, for terminal, report, model card and result.json.
+"""Finds the problems of a run in its own files, for the terminal, the report, the model card and result.json.
 
     one_class           the model predicts one class for every test row
-    not_above_majority  the score is not above that of predicting one class always
-    never_counted       clients whose updates were dropped in every round they took part in
-    loss_rose           the training loss ended above where it started
+    not_above_majority  the score is not above that of always predicting one class
+    never_counted       clients whose updates were dropped in every round in which they took part
+    loss_rose           the training loss is higher at the end than at the start
 
-Pure functions of the manifest and of rounds.jsonl: nothing is computed that the run has not written.
+All functions are pure functions of the manifest and of rounds.jsonl.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any
 
 Json = Mapping[str, Any]
 
-ROSE = 1.05  # times the first round's loss: less is the noise of small batches
+ROSE = 1.05  # relative to the loss of the first round; smaller changes are noise of small batches
 SHOWN = 5
 
 
 def run_warnings(manifest: Json, rounds: Sequence[Json]) -> list[dict[str, str]]:
-    """Returns {"kind", "text"} for each, the gravest first; empty for a run with nothing to say against itself."""
+    """Returns {"kind", "text"} for each problem, the most serious first."""
     found = [
         ("never_counted", _never_counted(manifest, rounds)),
         ("one_class", _one_class(manifest, rounds)),
@@ -31,7 +31,7 @@ def run_warnings(manifest: Json, rounds: Sequence[Json]) -> list[dict[str, str]]
 
 
 def counted_rounds(rounds: Sequence[Json], client: str) -> int:
-    """Returns in how many rounds the client's update was averaged."""
+    """Returns the number of rounds in which the client's update was aggregated."""
     return sum(client in row["cohort"] and not _was_dropped(row, client) for row in rounds)
 
 
@@ -41,8 +41,8 @@ def _was_dropped(row: Json, client: str) -> bool:
 
 def _never_counted(manifest: Json, rounds: Sequence[Json]) -> str:
     clients = [client for client in manifest.get("clients") or [] if not client.get("unseen")]
-    called = [client for client in clients if any(client["name"] in row["cohort"] for row in rounds)]
-    lost = [client for client in called if not counted_rounds(rounds, client["name"])]
+    sampled = [client for client in clients if any(client["name"] in row["cohort"] for row in rounds)]
+    lost = [client for client in sampled if not counted_rounds(rounds, client["name"])]
     if not lost:
         return ""
     rows, total = sum(client["rows"] for client in lost), sum(client["rows"] for client in clients) or 1
@@ -51,8 +51,8 @@ def _never_counted(manifest: Json, rounds: Sequence[Json]) -> str:
         drop["reason"] for row in rounds for drop in row.get("dropped") or () if drop["client"] == lost[0]["name"]
     }
     return (
-        f"The updates of {len(lost)} of {len(called)} clients ({names}) were dropped in every round: {rows:,} of "
-        f"{total:,} training rows ({rows / total:.0%}) never entered the model. Reason for {lost[0]['name']}: "
+        f"The updates of {len(lost)} of {len(sampled)} clients ({names}) were dropped in every round. {rows:,} of "
+        f"{total:,} training rows ({rows / total:.0%}) did not change the model. Reason for {lost[0]['name']}: "
         f"{min(reasons)}"
     )
 
@@ -70,14 +70,14 @@ def _one_class(manifest: Json, rounds: Sequence[Json]) -> str:
     names = task.get("class_names") or task.get("label_names") or []
     predicted = [sum(line[i] for line in table) for i in range(len(table))]
     true = [sum(line) for line in table]
-    said = [i for i, count in enumerate(predicted) if count]
-    if len(said) != 1:
+    classes = [i for i, count in enumerate(predicted) if count]
+    if len(classes) != 1:
         return ""
     if sum(count > 0 for count in true) == 1:
-        return f"All test rows are of the class {names[said[0]]!r}: the score says nothing of the other classes."
+        return f"All test rows have the class {names[classes[0]]!r}. The score does not cover the other classes."
     return (
-        f"The model predicts the class {names[said[0]]!r} for all {sum(true):,} test rows. It has not learned to tell "
-        "the classes apart: train longer, change train.lr or train.head_lr, or look at the class balance."
+        f"The model predicts the class {names[classes[0]]!r} for all {sum(true):,} test rows. It has not learned to "
+        "distinguish the classes. Train longer, change train.lr or train.head_lr, or check the class balance."
     )
 
 
@@ -88,8 +88,7 @@ def _not_above_majority(manifest: Json, rounds: Sequence[Json]) -> str:
         return ""
     metric = str((manifest.get("task") or {}).get("metric") or "score").replace("_", " ")
     return (
-        f"The {metric} of {row['score']:.4f} is not above {max(known):.4f}, which is reached by predicting one class "
-        "always."
+        f"The {metric} of {row['score']:.4f} is not above {max(known):.4f}, which always predicting one class reaches."
     )
 
 
@@ -98,6 +97,6 @@ def _loss_rose(rounds: Sequence[Json]) -> str:
     if len(losses) < 2 or not losses[-1] > ROSE * losses[0]:
         return ""
     return (
-        f"The training loss rose from {losses[0]:.4g} in the first round to {losses[-1]:.4g} in the last: the learning "
-        "rate is probably too high (train.lr, train.head_lr)."
+        f"The training loss rose from {losses[0]:.4g} in the first round to {losses[-1]:.4g} in the last one. The "
+        "learning rate (train.lr, train.head_lr) is probably too high."
     )

@@ -1,4 +1,4 @@
-"""The answers of an evaluation, kept in answers.jsonl: one that was stopped goes on, and any can be read.
+"""Stores the answers of an evaluation in answers.jsonl, so that an interrupted evaluation can resume.
 
 {"row", "prompt", "generated", "extracted", "gold", "right", "fault", "tokens", "ended"}        row counts from 1
 """
@@ -22,21 +22,21 @@ from fedsb.utils.formatting import counts_text
 
 EVERY_SECONDS = 10.0  # between two lines of progress
 
-Answering = Callable[[Sequence[Example]], Iterator[Answered]]  # positions are those in what it is given
+Answering = Callable[[Sequence[Example]], Iterator[Answered]]  # positions are those in its argument
 Line = dict[str, Any]
 
 
 def answer_all(
     task: Answers, examples: Sequence[Example], answering: Answering, path: Path, note: Callable[[str], None]
 ) -> Line:
-    """Answers what `path` does not hold yet, grades all, and gives back the figures.
+    """Answers the examples that `path` does not contain, grades all answers, and returns the scores.
 
-    What is there is taken where its prompt and gold are the row's, and graded anew.
+    A stored answer is used if its prompt and gold answer equal those of the example. It is graded again.
     """
     questions = [question_of(example) for example in examples]
-    done = _kept(task, questions, path)
+    done = _stored(task, questions, path)
     if done:
-        note(f"  {len(done):,} of {len(examples):,} answers are in {path}")
+        note(f"  {len(done):,} of {len(examples):,} answers are stored in {path}")
     left = [i for i in range(len(examples)) if i not in done]
     started = shown = time.monotonic()
     with disk_errors(path.parent):
@@ -56,6 +56,7 @@ def answer_all(
 
 
 def line_of(task: Answers, answered: Answered) -> Line:
+    """Returns an answer as a line of answers.jsonl."""
     return {
         "row": answered.position + 1,
         "prompt": prompt_text(task.tokenizer, answered.question.prompt),
@@ -69,9 +70,9 @@ def line_of(task: Answers, answered: Answered) -> Line:
     }
 
 
-def _kept(task: Answers, questions: Sequence[Question], path: Path) -> dict[int, Answered]:
-    """The answers of an evaluation that was stopped, by position; a torn last line is left out."""
-    kept: dict[int, Answered] = {}
+def _stored(task: Answers, questions: Sequence[Question], path: Path) -> dict[int, Answered]:
+    """Returns the stored answers by position. Leaves out an incomplete last line."""
+    stored: dict[int, Answered] = {}
     for line in read_rows(path):
         position = line["row"] - 1
         if not 0 <= position < len(questions):
@@ -81,8 +82,8 @@ def _kept(task: Answers, questions: Sequence[Question], path: Path) -> dict[int,
             continue
         written = Written(text=line["generated"], tokens=line["tokens"], ended=line["ended"])
         verdict = task.grade(question, written.text)
-        kept[position] = Answered(position=position, question=question, written=written, verdict=verdict)
-    return kept
+        stored[position] = Answered(position=position, question=question, written=written, verdict=verdict)
+    return stored
 
 
 def _lines(task: Answers, done: dict[int, Answered]) -> bytes:

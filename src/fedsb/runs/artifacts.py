@@ -141,7 +141,7 @@ def round_row(
         "round": state.round,
         "loss": sum(losses) / len(losses) if losses else None,
         "score": score.value if score else None,
-        "beside": dict(score.beside) if score else {},
+        "extra_metrics": dict(score.extra_metrics) if score else {},
         **({"confusion": score.confusion} if score and score.confusion else {}),
         "cohort": list(result.cohort),
         "dropped": [asdict(drop) for drop in result.dropped],
@@ -192,7 +192,7 @@ def finish(
     written = json.loads((one / "adapter_config.json").read_bytes())
     result = {
         "score": last["score"],
-        "beside": last.get("beside", {}),
+        "extra_metrics": last.get("extra_metrics", {}),
         "loss": last["loss"],
         "warnings": run_warnings(record.manifest, rounds),
         "confusion": last.get("confusion"),

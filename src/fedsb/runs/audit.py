@@ -1,7 +1,7 @@
-"""An audit of a private configuration: its real data, model, plan and noise, in a run that is thrown away.
+"""Audits a private configuration with its real data, model, plan and noise, in a run that is discarded.
 
-One client is trained, with canaries among its rows (privacy/audit.py), and what it releases is held against its
-epsilon. The others are left out: to one client's policy it does not matter what others send.
+One client is trained with canaries among its rows (privacy/audit.py), and its releases are compared with its epsilon.
+The other clients are left out, because they do not affect the privacy of this one.
 """
 
 from __future__ import annotations
@@ -27,20 +27,21 @@ from fedsb.utils.environment import versions
 from fedsb.utils.errors import UserError, did_you_mean
 from fedsb.utils.files import write_atomic
 
-PUBLISH_NOTHING = "Publish nothing that such a run made, and report it"
+PUBLISH_NOTHING = "Publish no result of such a run, and report the problem"
 
 
 def audit(
     loaded: ResolvedConfig,
     *,
     client: str | None = None,  # default: the one with the largest epsilon
-    rounds: int | None = None,  # default: all that it takes part in
+    rounds: int | None = None,  # default: all of its rounds
     canaries: int = 1000,
     note: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """What audit.json of the folder "<name>-audit" holds; `broken` where the stated epsilon cannot be true.
+    """Returns the content of audit.json in the folder "<name>-audit". It is `broken` if the stated epsilon is not true.
 
-    Raises UserError: no rows to protect, an unknown client, too many rounds, too few canaries, an older audit.
+    Raises UserError if the run does not protect rows, and for an unknown client, too many rounds, too few canaries, and
+    an existing audit.
     """
     config = loaded.config
     folder = Path(config.out) / f"{config.name}-audit"
@@ -52,7 +53,7 @@ def audit(
     name, plan = _of(server.policy.plans, client)
     rounds = plan.rounds if rounds is None else rounds
     if not 1 <= rounds <= plan.rounds:
-        raise UserError(f"--rounds {rounds}: {name!r} takes part in {plan.rounds}, so from 1 to {plan.rounds}")
+        raise UserError(f"--rounds {rounds} is not valid. {name!r} takes part in {plan.rounds} rounds.")
 
     refused: UnsafeReleaseError | None = None
     with closing(server.policy):
@@ -71,8 +72,8 @@ def audit(
     most = ceiling(canaries, plan.delta, plan.q, rounds * plan.steps)
     scores = watched.checks.scores(SLACK)
     broken, says = _verdict(bound.epsilon, stated, booked, most)
-    if faults := [*([str(refused)] if refused else []), *map(_in_words, failed(scores))]:
-        broken, says = True, "; ".join([*faults, PUBLISH_NOTHING])
+    if faults := [*([str(refused)] if refused else []), *map(_failed_test, failed(scores))]:
+        broken, says = True, ". ".join(["; ".join(faults), PUBLISH_NOTHING])
     found = {
         "name": config.name,
         "folder": str(folder),
@@ -110,16 +111,16 @@ def audit(
     return found
 
 
-def _in_words(score: Score) -> str:
-    """Returns what a failed test says."""
+def _failed_test(score: Score) -> str:
+    """Returns the message of a failed test."""
     fault = {
         "size": "the noise does not have the planned size",
         "mean": "the noise does not have mean 0",
-        "shape": "the noise is not normal",
-        "tensors": "two tensors share noise",
-        "steps": "steps share noise",
-        "draws": "rows are not drawn as planned",
-        "clip": "a gradient is longer than the clip after clipping",
+        "shape": "the noise is not normally distributed",
+        "tensors": "two tensors have the same noise",
+        "steps": "several steps have the same noise",
+        "draws": "rows are not sampled as planned",
+        "clip": "a clipped gradient has a norm above the clip norm",
     }[score.kind]
     size = f"{score.score / 1000:.4g} clips" if score.kind == "clip" else f"{score.score:.3g} standard deviations"
     return f"{fault} ({score.what}; {size})"
@@ -129,12 +130,14 @@ def _refuse(config: Config, canaries: int, folder: Path) -> None:
     faults = []
     if config.privacy.unit != "example":
         faults.append(
-            f"privacy.unit = {config.privacy.unit!r}: canaries are planted among rows, so an audit needs 'example'"
+            f"privacy.unit = {config.privacy.unit!r} cannot be audited. Canaries are rows, so it must be 'example'."
         )
     if canaries < max(SHARES):
-        faults.append(f"--canaries {canaries}: at least {max(SHARES)}; a thousand can show an epsilon of up to 5")
+        faults.append(
+            f"--canaries {canaries} is too small. Use at least {max(SHARES)}; 1,000 can show an epsilon of up to 5."
+        )
     if folder.exists():
-        faults.append(f"{folder} is there already: delete it, or give another name (--set name=other)")
+        faults.append(f"{folder} already exists. Delete it, or choose a different name (--set name=other).")
     if faults:
         raise UserError("\n".join(faults))
 
@@ -143,7 +146,7 @@ def _of(plans: Mapping[str, PrivacyPlan], client: str | None) -> tuple[str, Priv
     if client is None:
         client, _ = worst_client(plans)
     if client not in plans:
-        raise UserError(f"there is no client {client!r}; {did_you_mean(client, plans)}")
+        raise UserError(f"This run has no client {client!r}; {did_you_mean(client, plans)}")
     return client, plans[client]
 
 
@@ -157,21 +160,21 @@ def _train(server: Server, client: str, rounds: int, note: Callable[[str], None]
 
 
 def _verdict(audited: float, stated: float, booked: float, most: float) -> tuple[bool, str]:
-    """(whether the stated epsilon cannot be true, what that means)."""
+    """Returns whether the stated epsilon cannot be true, and the conclusion as text."""
     if booked < stated * (1 - ROUNDING):
-        return True, f"the ledger lacks releases: by it epsilon is {booked:.3g}, by the plan {stated:.3g}"
+        return True, f"the ledger lacks releases: its epsilon is {booked:.3g}, but that of the plan is {stated:.3g}"
     if audited > min(stated, booked):
         return True, (
-            f"rows can be told apart better than epsilon {min(stated, booked):.3g} allows: noise, clipping or sampling "
-            f"is not what is stated. {PUBLISH_NOTHING}"
+            f"rows can be distinguished better than epsilon {min(stated, booked):.3g} allows, so the noise, the "
+            f"clipping or the sampling is not as stated. {PUBLISH_NOTHING}"
         )
     if most <= stated:
         return False, (
-            f"noise, clip and draws pass their tests. The canaries could not have shown a fault: without any noise so "
-            f"many show an epsilon of {most:.3g} at most. Audit fewer rounds (--rounds), or with more canaries "
-            "(--canaries; some 10 000 are the most that helps)"
+            f"noise, clipping and sampling pass their tests. The canaries could not show a problem: without any noise, "
+            f"they show an epsilon of at most {most:.3g}. Audit fewer rounds (--rounds) or use more canaries "
+            "(--canaries; more than about 10,000 do not help)"
         )
     return False, (
-        "nothing is seen to be broken: noise, clip and draws pass their tests. It is normal that an audit shows far "
-        "less than the stated epsilon, which is a bound for the worst case; it is no proof"
+        "no problem was found: noise, clipping and sampling pass their tests. This is not a proof. An audit normally "
+        "shows a much smaller epsilon than the stated one, which is a bound for the worst case"
     )

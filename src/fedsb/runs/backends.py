@@ -1,4 +1,4 @@
-"""Packages that evaluate an adapter, where they are installed: vLLM writes answers, lm-eval runs its own tasks."""
+"""Optional packages that evaluate an adapter: vLLM generates answers, lm-eval runs its own tasks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fedsb.adapters.serving import LORA_RANKS, max_lora_rank
 from fedsb.training.generation import Prompt, Written
 from fedsb.utils.errors import UserError
 
-CHUNK = 1024  # prompts between which what was written is kept
+CHUNK = 1024  # prompts between two stores of the answers
 
 
 def write_with_vllm(
@@ -24,19 +24,23 @@ def write_with_vllm(
     ends: Sequence[int],
     stops: Sequence[str],
 ) -> Iterator[tuple[int, Written]]:
-    """As `generation.write_answers`, by vLLM with the plain LoRA adapter.
+    """Generates answers as `generation.write_answers`, with vLLM and the LoRA adapter.
 
-    Raises UserError where vLLM is not installed, or the adapter's rank is above those that it knows.
+    Raises UserError if vLLM is not installed, and if it does not support the adapter's rank.
     """
     try:
         from vllm import LLM, SamplingParams
         from vllm.lora.request import LoRARequest
     except ImportError as error:
-        raise UserError("--backend vllm needs the package vllm: pip install vllm (on a machine with a GPU)") from error
+        raise UserError(
+            "--backend vllm needs the package vllm. Install it on a machine with a GPU: pip install vllm"
+        ) from error
     rank = int(json.loads((adapter / "adapter_config.json").read_text())["r"])
     room = max_lora_rank(rank)
     if room is None:
-        raise UserError(f"vLLM takes LoRA up to rank {LORA_RANKS[-1]}, this adapter has {rank}: leave --backend out")
+        raise UserError(
+            f"vLLM supports LoRA up to rank {LORA_RANKS[-1]}, but this adapter has rank {rank}. Leave --backend out."
+        )
     model = LLM(model=base, revision=revision, dtype=dtype, enable_lora=True, max_lora_rank=room)
     window = model.llm_engine.model_config.max_model_len
     lora = LoRARequest("fedsb", 1, str(adapter))
@@ -57,18 +61,18 @@ def write_with_vllm(
 
 
 def run_lm_eval(model: Any, tokenizer: Any, tasks: str, batch_size: int) -> dict[str, Any]:
-    """What lm-eval finds for its `tasks` ("gsm8k,piqa"). Raises UserError where it is missing or knows no such task."""
+    """Returns the results of lm-eval's `tasks` ("gsm8k,piqa"). Raises UserError without lm-eval or for unknown ones."""
     try:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise UserError("--lm-eval needs the package lm-eval: pip install 'lm-eval[hf]'") from error
+        raise UserError("--lm-eval needs the package lm-eval. Install it: pip install 'lm-eval[hf]'") from error
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     manager = TaskManager()
     unknown = sorted(set(names) - set(manager.all_tasks))
     if unknown or not names:
-        raise UserError(f"--lm-eval {tasks!r}: lm-eval has no task {', '.join(unknown)!r}; see `lm-eval ls tasks`")
+        raise UserError(f"--lm-eval {tasks!r}: lm-eval has no task {', '.join(unknown)!r}. See `lm-eval ls tasks`.")
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     found = simple_evaluate(model=wrapped, tasks=names, task_manager=manager)
     return {name: dict(values) for name, values in found["results"].items()}

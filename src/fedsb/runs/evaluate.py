@@ -1,4 +1,4 @@
-"""A finished run's adapter, used as anyone would use it: scored on other rows, copied, merged, sent to the Hub."""
+"""Uses the adapter of a finished run as a plain LoRA adapter: scores it on other data, exports it, merges it."""
 
 from __future__ import annotations
 
@@ -43,42 +43,35 @@ Backend = Literal["transformers", "vllm"]
 Note = Callable[[str], None]
 
 
-def evaluate_adapter(
-    folder: Path, data: str | None, *, backend: Backend = "transformers", note: Note = lambda text: None
-) -> dict[str, Any]:
-    """Loads the base and the plain LoRA adapter with PEFT and scores them on `data`, or on the run's own test rows.
-
-    Answers that the model writes are kept below the run directory, in evals/; stopped, it goes on from there.
-    Raises UserError for a run that is not finished, or one whose clients each have an adapter of their own.
-    """
-    found: dict[str, Any] = evaluate_tables(folder, [data], backend=backend, note=note)["tables"][0]
-    return found
-
-
 def evaluate_tables(
-    folder: Path, sources: Sequence[str | None], *, backend: Backend = "transformers", note: Note = lambda text: None
+    folder: Path,
+    sources: Sequence[str | None] = (None,),
+    *,
+    backend: Backend = "transformers",
+    note: Note = lambda text: None,
 ) -> dict[str, Any]:
-    """The same for several tables, by one model: {"run", "metric", "tables", "mean"}, the plain mean over the tables.
+    """Loads the base model and the LoRA adapter with PEFT, and scores them on tables, by default the run's test data.
 
-    Every table is read before the first is scored. Raises UserError also for a table that is named twice.
+    Returns {"run", "metric", "tables", "mean"} with the plain mean over the tables, all of which are read before the
+    first one is scored. Generated answers are stored in evals/ in the run directory, and an interrupted evaluation
+    resumes from them. Raises UserError for a run that is not finished, a method without a global model, and a
+    duplicate table.
     """
     manifest, config, adapter = finished_run(folder)
     task = fitted_task(manifest, config)
     if backend == "vllm" and len(sources) > 1:
-        raise UserError("--backend vllm takes the whole device for one table: give one --data a command")
+        raise UserError("--backend vllm can score one table only. Give one --data per command.")
     tables = [load_rows(config, task, source) for source in sources]
     origins = [table.origin for table in tables]
     if len(set(origins)) < len(origins):
-        raise UserError(f"--data names a table twice, which would count twice in the mean: {', '.join(origins)}")
+        raise UserError(f"--data contains a table twice: {', '.join(origins)}. Give each table once.")
     encoded = [task.encode_test(table.rows) for table in tables]
     opened = Opened(
         folder=folder,
         config=config,
         task=task,
         adapter=adapter,
-        model=cache(
-            lambda: adapted_model(config, task, adapter)
-        ),  # loaded once, and only where something is left to do
+        model=cache(lambda: adapted_model(config, task, adapter)),  # loaded once, and only if needed
     )
     found = []
     for table, (examples, cut) in zip(tables, encoded, strict=True):
@@ -95,7 +88,7 @@ def evaluate_tables(
 
 @dataclass(frozen=True, kw_only=True)
 class Opened:
-    """A finished run, to be scored."""
+    """A finished run that is being scored."""
 
     folder: Path
     config: Config
@@ -107,12 +100,12 @@ class Opened:
 def _evaluate(
     opened: Opened, table: Table, examples: Sequence[Example], cut: int, backend: Backend, note: Note
 ) -> dict[str, Any]:
-    """The figures of one table."""
+    """Returns the scores of one table."""
     config, task, adapter = opened.config, opened.task, opened.adapter
     found = {"run": str(opened.folder), "data": table.origin, "rows": len(table.rows)}
     if not isinstance(task, Answers) or task.scoring == "loss":
         if backend != "transformers":
-            raise UserError(f"--backend {backend} writes answers; this run is scored by {task.scoring}: leave it out")
+            raise UserError(_not_generated(backend, task))
         with matmul_precision(config.model.float32_matmul_precision):
             return {**found, "cut": cut, **measured(opened.model(), task, examples, config.eval.batch_size).figures}
 
@@ -131,19 +124,26 @@ def _evaluate(
     return found
 
 
+def _not_generated(backend: str, task: Task) -> str:
+    return f"--backend {backend} generates answers, but this run is scored by {task.scoring}. Leave it out."
+
+
 def evaluate_by_lm_eval(folder: Path, tasks: str) -> dict[str, Any]:
-    """lm-eval's own `tasks` ("gsm8k,piqa") on the base with the adapter. Raises UserError as the other does."""
+    """Runs lm-eval's own `tasks` ("gsm8k,piqa") on the base model with the adapter.
+
+    Raises UserError as `evaluate_tables`, and for a task that does not generate text.
+    """
     _, config, adapter = finished_run(folder)
     tokenizer = load_tokenizer(config.model)
     task = build_task(config, tokenizer)
     if task.auto_class != "AutoModelForCausalLM":
-        raise UserError(f"--lm-eval asks models that write; this run's task is {config.task.kind!r}")
+        raise UserError(f"--lm-eval needs a model that generates text, but this run's task is {config.task.kind!r}.")
     found = run_lm_eval(adapted_model(config, task, adapter), tokenizer, tasks, config.eval.batch_size)
     return {"run": str(folder), "lm_eval": found}
 
 
 def adapted_model(config: Config, task: Task, adapter: Path) -> Any:
-    """The base with the plain adapter, by PEFT, in evaluation mode."""
+    """Returns the base model with the LoRA adapter, loaded with PEFT, in evaluation mode."""
     from peft import PeftModel
 
     base = load_base(
@@ -155,7 +155,7 @@ def adapted_model(config: Config, task: Task, adapter: Path) -> Any:
 
 def _by_vllm(config: Config, task: Answers, adapter: Path, examples: Sequence[Example]) -> Iterator[Answered]:
     if task.scoring != "answers":
-        raise UserError(f"--backend vllm writes answers; this run is scored by {task.scoring}: leave it out")
+        raise UserError(_not_generated("vllm", task))
     questions = [question_of(example) for example in examples]
     written = write_with_vllm(
         resolve_name(config.model.name)[0],
@@ -170,7 +170,7 @@ def _by_vllm(config: Config, task: Answers, adapter: Path, examples: Sequence[Ex
 
 
 def _name(config: Config, table: Table, adapter: Path, backend: str) -> str:
-    """A folder for an evaluation: another table, adapter, way of scoring or backend is another evaluation."""
+    """Returns the folder name of an evaluation, which depends on the table, adapter, task, model and backend."""
     weights = hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest()
     model = config.model.model_dump_json(
         include={"name", "revision", "dtype", "float32_matmul_precision", "attn_implementation"}
@@ -182,16 +182,16 @@ def _name(config: Config, table: Table, adapter: Path, backend: str) -> str:
 def fitted_task(manifest: Mapping[str, Any], config: Config, new_tokens: int | None = None) -> Task:
     """Returns the task of a run, with the classes that it was trained on.
 
-    `new_tokens` replaces the run's own limit. Raises UserError where the task writes nothing, or it is below 1.
+    `new_tokens` replaces the run's own limit. Raises UserError if it is below 1 or the task does not generate text.
     """
     if new_tokens is not None:
         if TASKS[config.task.kind].auto_class != "AutoModelForCausalLM":
             raise UserError(
-                f"--new-tokens {new_tokens} is for models that write, and this run's task is {config.task.kind!r}. "
-                "Leave it out"
+                f"--new-tokens {new_tokens} is for models that generate text, but this run's task is "
+                f"{config.task.kind!r}. Leave it out."
             )
         if new_tokens < 1:
-            raise UserError(f"--new-tokens {new_tokens} must be at least 1")
+            raise UserError(f"--new-tokens {new_tokens} is too small. It must be at least 1.")
         config = config.model_copy(update={"task": config.task.model_copy(update={"new_tokens": new_tokens})})
     task = build_task(config, load_tokenizer(config.model))
     task.take_classes(manifest["task"])
@@ -199,17 +199,17 @@ def fitted_task(manifest: Mapping[str, Any], config: Config, new_tokens: int | N
 
 
 def export_to(folder: Path, to: str, *, merged: bool, public: bool = False) -> str:
-    """Copies the adapter, or the merged model, to a new folder or to `hub:owner/name`, and returns where it is.
+    """Copies the adapter or the merged model to a new folder or to `hub:owner/name`, and returns its path or address.
 
-    A repository that this makes on the Hub is private unless `public`. A folder is there whole or not at all.
-    Raises UserError where the folder holds something, HF_TOKEN is missing, or the Hub refuses.
+    A new repository on the Hub is private unless `public`. A folder is written atomically. Raises UserError if the
+    folder is not empty, if HF_TOKEN is missing, and if the Hub refuses.
     """
     manifest, config, adapter = finished_run(folder)
     if public and not to.startswith("hub:"):
-        raise UserError(f"--public is for a repository on the Hub, but --to {to} is a folder: leave --public out")
+        raise UserError(f"--public is for a repository on the Hub, but --to {to} is a folder. Leave --public out.")
     if to.startswith("hub:"):
         if not os.environ.get("HF_TOKEN"):
-            raise UserError(f"--to {to}: pushing to the Hub needs a token; set the environment variable HF_TOKEN")
+            raise UserError(f"--to {to} needs a token for the Hub. Set the environment variable HF_TOKEN.")
         with disk_errors(folder), TemporaryDirectory(dir=folder, prefix=".export.") as draft:
             made = _make(folder, manifest, config, adapter, Path(draft) / "model", merged=merged)
             if not merged:
@@ -217,7 +217,7 @@ def export_to(folder: Path, to: str, *, merged: bool, public: bool = False) -> s
             return _push(made, to, public=public)
     target = Path(to).expanduser()
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
-        raise UserError(f"--to {to} holds something already; name a new folder")
+        raise UserError(f"--to {to} is not empty. Choose a new folder.")
     with disk_errors(target.parent):
         target.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as draft:
@@ -228,7 +228,7 @@ def export_to(folder: Path, to: str, *, merged: bool, public: bool = False) -> s
 
 
 def _make(run: Path, manifest: Mapping[str, Any], config: Config, adapter: Path, folder: Path, *, merged: bool) -> Path:
-    """Writes what is exported to `folder` and returns it."""
+    """Writes the adapter or the merged model to `folder` and returns it."""
     if not merged:
         return Path(shutil.copytree(adapter, folder))
     name, _ = resolve_name(config.model.name)
@@ -252,7 +252,7 @@ def _make(run: Path, manifest: Mapping[str, Any], config: Config, adapter: Path,
 
 
 def _forget_local_base(adapter: Path) -> None:
-    """Names a base that is a folder on this machine by the folder's name alone: its path says nothing to others."""
+    """Replaces the path of a local base model by its name, since the path is meaningless elsewhere."""
     path = adapter / "adapter_config.json"
     settings = json.loads(path.read_text())
     if Path(settings["base_model_name_or_path"]).is_dir():
@@ -267,14 +267,14 @@ def _push(folder: Path, to: str, *, public: bool) -> str:
     try:
         api.create_repo(name, private=not public, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=folder)
-    except Exception as error:  # the Hub's client raises its own kinds, those of its network library, and the system's
-        raise UserError(f"--to {to}: the Hub refused it: {error}. The run and its adapter are as they were") from error
+    except Exception as error:  # the Hub's client raises errors of many libraries
+        raise UserError(f"--to {to}: the Hub refused it: {error}. The run is unchanged.") from error
     return f"https://huggingface.co/{name}"
 
 
 @contextmanager
 def _silently() -> Iterator[None]:
-    """No progress bars, no load report, and not PEFT's call of a name that transformers is giving up."""
+    """Hides progress bars, load reports, and PEFT's use of a deprecated name of transformers."""
     with quiet(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         yield
@@ -283,17 +283,19 @@ def _silently() -> Iterator[None]:
 def finished_run(folder: Path) -> tuple[dict[str, Any], Config, Path]:
     """Returns the manifest, the settings and the adapter of a run.
 
-    Raises UserError for a run that is not finished, that has no one adapter, or whose adapter PEFT does not load.
+    Raises UserError if the run is not finished, has no global model, or has an adapter that PEFT cannot load.
     """
     manifest, result = read_manifest(folder), read_result(folder)
     if result is None:
-        raise UserError(f"{folder} is not finished: `fedsb resume {folder}` goes on")
+        raise UserError(f"{folder} is not finished. Resume it with `fedsb resume {folder}`.")
     config, adapter = load_config(manifest["config"]).config, folder / "adapter"
     if not config.method.spec.global_model:
         names = ", ".join(sorted(path.name for path in adapter.glob("*")))
-        raise UserError(f"method {config.method.spec.id!r} has no global model; its clients' adapters are {names}")
+        raise UserError(
+            f"Method {config.method.spec.id!r} has no global model. The adapters of its clients are {names}."
+        )
     if not (adapter / "adapter_config.json").exists():
-        raise UserError(f"{adapter} is gone: `fedsb resume {folder}` writes it again")
+        raise UserError(f"{adapter} does not exist. `fedsb resume {folder}` writes it again.")
     if result.get("adapter_fault"):
         raise UserError(f"The adapter of {folder} cannot be used. {result['adapter_fault']}")
     return manifest, config, adapter

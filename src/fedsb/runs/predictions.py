@@ -1,12 +1,12 @@
-"""Predictions of a finished run's adapter for rows that need no label: in Python, as JSON lines, or as CSV.
+"""Predicts rows without labels with the adapter of a finished run: in Python, as JSON lines, or as CSV.
 
     classification    prediction (a class) and probabilities (of every class)
     regression        prediction (a number)
-    all that write    prediction (the text, greedily) and ended (false: it was cut at the limit of new tokens)
-    score = options   prediction (the likeliest answer)
+    generation        prediction (the text, greedy decoding) and ended (false if it reached the limit of new tokens)
+    score = options   prediction (the most likely answer)
 
-The plain LoRA adapter is loaded by PEFT and rows are read in the batches of `fedsb eval`, so that the score computed
-from the predictions for a labelled table is the score that `fedsb eval` prints. Shapes: b rows, c classes.
+The LoRA adapter is loaded with PEFT, and batches are those of `fedsb eval`. So the score computed from the predictions
+for a labelled table is the score that `fedsb eval` prints. Shapes: b rows, c classes.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ from fedsb.data.tasks.answers import Answers
 from fedsb.data.tasks.causal import CausalTask
 from fedsb.data.tasks.classification import Classification, pooled
 from fedsb.models.load import matmul_precision
+from fedsb.reporting.terminal import PREDICTION_COLUMNS
 from fedsb.runs.evaluate import adapted_model, finished_run, fitted_task
 from fedsb.training.generation import write_answers
 from fedsb.training.scoring import batches_by_length, forward, likeliest, prompts_of
 from fedsb.utils.errors import UserError
 from fedsb.utils.files import json_lines, write_atomic
-from fedsb.utils.formatting import PREDICTION_COLUMNS
 
 FORMATS = (".jsonl", ".csv")
 Data = str | Path | Sequence[Mapping[str, Any]]
 
 
 def predict(folder: Path | str, data: Data, *, new_tokens: int | None = None) -> list[Row]:
-    """Returns a copy of every row with the columns that the module's docstring names.
+    """Returns a copy of every row with the prediction columns that the module's docstring lists.
 
     Args:
-        folder: the run's directory.
-        data: a file, "hub:owner/name", or rows. Columns that the model does not read are passed through.
-        new_tokens: the limit of a written text, instead of the run's own.
+        folder: the run directory.
+        data: a file, "hub:owner/name", or rows. Columns that the model does not read are kept.
+        new_tokens: the limit of a generated text, by default the run's own.
 
     Raises:
-        UserError: the run has no adapter that PEFT loads, a column is missing or would be overwritten, or a row cannot
-            be read. The message names the row's file and line.
+        UserError: PEFT cannot load the run's adapter, a column is missing or would be overwritten, or a row is not
+            valid. The message names the row's file and line.
     """
     manifest, config, adapter = finished_run(Path(folder))
     task = fitted_task(manifest, config, new_tokens)
@@ -57,7 +57,7 @@ def predict(folder: Path | str, data: Data, *, new_tokens: int | None = None) ->
         table = make_table([dict(row) for row in data], "the rows")
         require_read_columns(task, table)
     if taken := sorted(set(PREDICTION_COLUMNS) & set(table.columns)):
-        raise UserError(f"{table.origin} has a column {taken[0]!r}, which the predictions would overwrite: rename it")
+        raise UserError(f"{table.origin} has a column {taken[0]!r}, which a prediction would overwrite. Rename it.")
     made: list[Row]
     with matmul_precision(config.model.float32_matmul_precision):
         if isinstance(task, Classification):
@@ -72,7 +72,7 @@ def predict(folder: Path | str, data: Data, *, new_tokens: int | None = None) ->
 
 @torch.no_grad()
 def _classify(task: Classification, model: Any, inputs: list[Any], batch_size: int) -> list[Row]:
-    """Returns the columns of a class, or of a number, for each of the inputs."""
+    """Returns the columns of a class or a number for each input."""
     made: list[Row] = [{} for _ in inputs]
     for chosen in batches_by_length(inputs, batch_size):
         logits_bc = pooled(*forward(model, task, [inputs[i] for i in chosen])).cpu()
@@ -86,7 +86,7 @@ def _classify(task: Classification, model: Any, inputs: list[Any], batch_size: i
 
 
 def _write(task: CausalTask, model: Any, questions: list[Any], batch_size: int) -> list[Row]:
-    """Returns the columns of a written text, or of the likeliest answer, for each of the questions."""
+    """Returns the columns of a generated text or of the most likely answer for each question."""
     made: list[Row] = [{} for _ in questions]
     if isinstance(task, Answers) and task.scoring == "options":
         for answered in likeliest(model, task, questions, batch_size):
@@ -100,7 +100,7 @@ def _write(task: CausalTask, model: Any, questions: list[Any], batch_size: int) 
 
 
 def write_predictions(rows: Sequence[Row], path: Path) -> None:
-    """Writes predictions as JSON lines or as CSV, by the name's ending. A CSV has a column for each probability."""
+    """Writes predictions to a .jsonl or .csv file. A CSV file has a column for each probability."""
     if path.suffix == ".jsonl":
         write_atomic(path, json_lines(rows, default=str))
         return
@@ -113,15 +113,15 @@ def write_predictions(rows: Sequence[Row], path: Path) -> None:
 
 
 def refuse_output(path: Path) -> None:
-    """Raises UserError for a file that exists, or whose format is not known."""
+    """Raises UserError for a file that exists, and for an unknown format."""
     if path.suffix not in FORMATS:
-        raise UserError(f"--out {path}: predictions are written as {' or '.join(FORMATS)}. Give the name that ending")
+        raise UserError(f"--out {path} has an unknown format. Use a name that ends with {' or '.join(FORMATS)}.")
     if path.exists():
-        raise UserError(f"--out {path} exists already. Give another name")
+        raise UserError(f"--out {path} already exists. Choose a different name.")
 
 
 def _flat(row: Row) -> Row:
-    """Returns a row as a line of CSV has it."""
+    """Returns a row with one cell per column of the CSV file."""
     shares = {f"probability of {name}": share for name, share in row.get("probabilities", {}).items()}
     cells = {name: value for name, value in row.items() if name != "probabilities"} | shares
     return {

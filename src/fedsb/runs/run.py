@@ -22,7 +22,7 @@ from fedsb.config.schema import Config
 from fedsb.data.card import shown_lines
 from fedsb.methods.base import Method, State
 from fedsb.privacy.mechanism import PrivacyBudgetExceededError
-from fedsb.protocol.prices import bytes_line
+from fedsb.reporting.prices import bytes_line
 from fedsb.reporting.run_directory import read_manifest
 from fedsb.runs.artifacts import describe_start, export, finish, round_row
 from fedsb.runs.record import FORMAT, Record, refuse_existing, refuse_old_format

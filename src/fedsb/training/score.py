@@ -10,23 +10,23 @@ from dataclasses import dataclass, field
 class Score:
     """A metric over some examples, or over several clients' own models: their mean.
 
-    Beside it stand other figures of the same examples, by name: floats are metrics, ints count answers that went wrong.
+    `extra_metrics` are other figures of the same examples, by name. Floats are metrics; ints count faulty answers.
     """
 
     value: float
     count: int
-    beside: Mapping[str, float] = field(default_factory=dict)
+    extra_metrics: Mapping[str, float] = field(default_factory=dict)
     by_client: Mapping[str, float] = field(default_factory=dict)
     confusion: list[list[int]] | None = None  # rows of each true class by predicted class; of one model, with classes
 
 
 def mean_of(scores: Mapping[str, Score]) -> Score:
-    """The mean of clients' scores on the same rows, and of what stands beside them; counts are sums."""
+    """The mean of clients' scores on the same rows, and of their extra metrics; counts are sums."""
     one, *_ = scores.values()
-    beside = {name: [score.beside[name] for score in scores.values()] for name in one.beside}
+    extra = {name: [score.extra_metrics[name] for score in scores.values()] for name in one.extra_metrics}
     return Score(
         value=sum(score.value for score in scores.values()) / len(scores),
         count=one.count,
-        beside={k: sum(v) if isinstance(v[0], int) else sum(v) / len(v) for k, v in beside.items()},
+        extra_metrics={k: sum(v) if isinstance(v[0], int) else sum(v) / len(v) for k, v in extra.items()},
         by_client={name: score.value for name, score in scores.items()},
     )

@@ -122,7 +122,7 @@ class Trainer:
         self._load_one(tensors)
         with matmul_precision(self.config.model.float32_matmul_precision):
             found, confusion = measured(self.adapted.model, self.task, examples, self.config.eval.batch_size)
-        return Score(value=found.pop(self.task.metric), count=len(examples), beside=found, confusion=confusion)
+        return Score(value=found.pop(self.task.metric), count=len(examples), extra_metrics=found, confusion=confusion)
 
     @torch.no_grad()
     def logits(self, tensors: Tensors, examples: Sequence[Example]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:

@@ -81,20 +81,22 @@ def score_text(metric: str, *, unit: bool = True) -> Show:
     return plain_text
 
 
-def extra_metrics_text(metrics: Mapping[str, float]) -> str:
-    """Returns the metrics that accompany a score, "f1 81.2 %, matthews 0.62", with the counts last."""
+def extra_metrics_text(extra_metrics: Mapping[str, float]) -> str:
+    """Returns the extra metrics of a score as text, "F1 81.2 %, matthews 0.62", its counts last."""
     shown = [
         f"{name.replace('_', ' ')} {score_text(name)(value)}"
-        for name, value in metrics.items()
+        for name, value in extra_metrics.items()
         if not isinstance(value, int)
     ]
-    return ", ".join(shown) + counts_text(metrics, ", " if shown else "")
+    return ", ".join(shown) + counts_text(extra_metrics, ", " if shown else "")
 
 
-def counts_text(metrics: Mapping[str, float], before: str = ", ") -> str:
-    """Returns the counts among the metrics, "3 cut, 1 without answer", without those that are 0."""
+def counts_text(extra_metrics: Mapping[str, float], before: str = ", ") -> str:
+    """Returns the counts among the extra metrics that are not 0, "3 cut, 1 without answer"."""
     named = [
-        f"{value:,} {name.replace('_', ' ')}" for name, value in metrics.items() if isinstance(value, int) and value
+        f"{value:,} {name.replace('_', ' ')}"
+        for name, value in extra_metrics.items()
+        if isinstance(value, int) and value
     ]
     return before + ", ".join(named) if named else ""
 

@@ -1,4 +1,4 @@
-"""The state as text for a terminal."""
+"""Prints the state of a coordinator or a site in a terminal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Column, Table
 from rich.text import Text
 
-from fedsb.deployment.monitoring import formatting as words
+from fedsb.deployment.monitoring import formatting
 from fedsb.reporting.terminal import PLAIN
 from fedsb.utils.formatting import GLUE, Json
 
@@ -19,7 +19,7 @@ STYLES = {"faults": "red", "silence": "red", "warnings": "yellow"}
 
 
 def show(state: Json, *, as_json: bool = False, indent: int | None = 1) -> None:
-    """Prints the state once, for people or as JSON."""
+    """Prints the state once, as text or as JSON."""
     if as_json:
         _console().out(json.dumps(state, indent=indent), highlight=False)
     else:
@@ -27,25 +27,25 @@ def show(state: Json, *, as_json: bool = False, indent: int | None = 1) -> None:
 
 
 def watch(read: Callable[[], Json], *, as_json: bool = False) -> None:
-    """Shows the state again and again, until Ctrl-C; as JSON, one line each time."""
+    """Prints the state every two seconds until Ctrl-C. As JSON, each is one line."""
     while True:
         state = read()
         if not as_json:
-            _console().clear()  # nothing, where this is no terminal
+            _console().clear()  # does nothing if stdout is not a terminal
         show(state, as_json=as_json, indent=None)
         time.sleep(WATCH_SECONDS)
 
 
 def view(state: Json) -> Group:
-    """All of it, as rich prints it."""
-    parts: list[RenderableType] = [_text(words.headline(state), "bold"), _text(words.whose(state))]
-    for title, content in words.sections(state):
+    """Returns the whole state as a rich renderable."""
+    parts: list[RenderableType] = [_text(formatting.headline(state), "bold"), _text(formatting.owner(state))]
+    for title, content in formatting.sections(state):
         parts += _section(title, content)
     notes = [_text(f"{kind}: {line}", style) for kind, style in STYLES.items() for line in state["health"][kind]]
-    return Group(*parts, _text(""), *(notes or [_text("all is well")]))
+    return Group(*parts, _text(""), *(notes or [_text("no problems")]))
 
 
-def _section(title: str, content: words.Row | list[words.Row] | list[str]) -> list[RenderableType]:
+def _section(title: str, content: formatting.Row | list[formatting.Row] | list[str]) -> list[RenderableType]:
     if isinstance(content, dict):
         table = Table(show_header=False, **PLAIN)
         for name, text in content.items():
@@ -60,7 +60,7 @@ def _section(title: str, content: words.Row | list[words.Row] | list[str]) -> li
 
 
 def _text(text: str, style: str = "") -> Text:
-    """As it is, with spaces that may break over a line."""
+    """Returns a text with ordinary spaces, at which a line can break."""
     return Text(text.replace(GLUE, " "), style=style)
 
 

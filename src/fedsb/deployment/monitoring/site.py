@@ -1,4 +1,4 @@
-"""The state of a site: its processes, what left it, what its ledgers say was spent, and its own rules."""
+"""The state of a site: its processes, what it sent, the epsilon that its ledgers record, and its rules."""
 
 from __future__ import annotations
 
@@ -6,30 +6,30 @@ import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedsb.deployment.join_file import KEPT, read_join_file
-from fedsb.deployment.monitoring.files import by_age, of_both, seconds_left, spent
+from fedsb.deployment.join_file import JOIN_FILE, read_join_file
+from fedsb.deployment.monitoring.files import by_age, common_state, epsilon_spent, seconds_left
 from fedsb.privacy.plan import default_delta
-from fedsb.reporting.report import document, lines
+from fedsb.reporting.run_directory import read_json, read_lines
 from fedsb.utils.errors import UserError
 from fedsb.utils.files import safe_name
 from fedsb.utils.formatting import Json
 
-PROCESSES = ("supervisor", "node", "trainer")
-TROUBLES = ("died", "refused", "failed", "crashed", "trouble", "trainer gone", "not wanted", "no heartbeat")
+PROCESSES = ("supervisor", "node", "worker")
+PROBLEMS = ("died", "refused", "failed", "crashed", "trouble", "worker gone", "not needed", "no heartbeat")
 SITE = "site.toml"
-BEAT_SECONDS = 7.0  # as flower_client.py has it
+HEARTBEAT_SECONDS = 7.0  # as in flower_client.py, which needs flwr
 
 
 def site_state(folder: Path, now: float) -> Json:
-    """Raises UserError for a folder that cannot be read. Nothing of the keys in its join file is told."""
-    join = read_join_file(folder / KEPT)
+    """Returns the state, without the keys in the join file. Raises UserError if the folder cannot be read."""
+    join = read_join_file(folder / JOIN_FILE)
     outbox = folder / "outbox.jsonl"
-    both, logs = of_both(folder, now, PROCESSES, TROUBLES, outbox)
+    common, logs = common_state(folder, now, PROCESSES, PROBLEMS, outbox)
     runs = [_run(path, join.site) for path in by_age((folder / "runs").glob("*/run.json"))]
     certificates = {"authority": seconds_left(join.ca, now)}
     return {
         "kind": "site",
-        **both,
+        **common,
         "site": join.site,
         "federation": {
             "id": join.federation,
@@ -37,22 +37,22 @@ def site_state(folder: Path, now: float) -> Json:
             "serial": join.directory.serial,
             "certificates": certificates,
         },
-        "reached": _reached(logs["node"], now) if both["running"] else None,
+        "reached": _reached(logs["node"], now) if common["running"] else None,
         "rules": _rules(folder / SITE),
         "run": runs[-1] if runs else None,
         "runs": runs,
-        "epsilon_all_runs": _together(folder, join.site, runs),
-        "outbox": _outbox(lines(outbox)[0]),
+        "epsilon_all_runs": _all_runs(folder, join.site, runs),
+        "outbox": _outbox(read_lines(outbox)[0]),
     }
 
 
 def _reached(node: Sequence[Json], now: float) -> Json:
-    """Whether the coordinator was there when it was last asked, and since when it is so."""
+    """Returns whether the coordinator was reached at the last attempt, and since when."""
     events = [line for line in node if line.get("event") in ("active", "trouble", "no heartbeat")]
     active = max((i for i, line in enumerate(events) if line["event"] == "active"), default=-1)
     after = events[active + 1 :]
     lost = [line for line in after if line["event"] == "trouble"]
-    if after and not lost and now - after[-1]["at"] < 3 * BEAT_SECONDS:  # busy, and its heartbeat does not arrive
+    if after and not lost and now - after[-1]["at"] < 3 * HEARTBEAT_SECONDS:  # busy, and no heartbeat arrives
         lost = after
     if lost or active < 0:
         return {"yes": False, "since_seconds": max(0.0, now - lost[0]["at"]) if lost else None}
@@ -60,25 +60,25 @@ def _reached(node: Sequence[Json], now: float) -> Json:
 
 
 def _rules(path: Path) -> Json:
-    """As site.toml has them; what is not set there is not limited."""
+    """Returns the rules in site.toml. A rule that is not set does not limit anything."""
     try:
         found = tomllib.loads(path.read_text())
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as TOML: {error}") from error
+        raise UserError(f"{path} is not valid TOML: {error}.") from error
     return {"data": found.get("data"), **found.get("allow", {})}
 
 
 def _run(path: Path, site: str) -> Json:
-    """A run that this site was asked into; `path` is its run.json."""
-    folder, facts = path.parent, document(path) or {}
+    """Returns the state of a run that the coordinator offered to this site; `path` is its run.json."""
+    folder, facts = path.parent, read_json(path) or {}
     config: Json = facts.get("config") or {}
     privacy: Json = config.get("privacy") or {}
     delta = None
     if privacy.get("unit") == "example" and (rows := facts.get("rows")):
         delta = default_delta("example", rows.values())[0] if privacy["delta"] == "auto" else float(privacy["delta"])
-    used, fault = spent([_ledger(folder, site)], delta)
+    used, fault = epsilon_spent([_ledger(folder, site)], delta)
     done = [int(round.stem.removeprefix("round-")) for round in folder.glob("rounds/round-*.safetensors")]
     return {
         "id": folder.name,
@@ -97,25 +97,26 @@ def _ledger(run: Path, site: str) -> Path:
     return run / "privacy" / f"{safe_name(site)}.jsonl"
 
 
-def _together(folder: Path, site: str, runs: Sequence[Json]) -> Json | None:
-    """What all runs on this site's rows come to together; None for fewer than two that policy something."""
+def _all_runs(folder: Path, site: str, runs: Sequence[Json]) -> Json | None:
+    """Returns the epsilon of all private runs on this site's rows together; None for fewer than two."""
     private = [run for run in runs if run["delta"] is not None]
     if len(private) < 2:
         return None
     delta = max(run["delta"] for run in private)
-    return {"epsilon": spent((_ledger(folder / "runs" / run["id"], site) for run in private), delta)[0], "delta": delta}
+    ledgers = [_ledger(folder / "runs" / run["id"], site) for run in private]
+    return {"epsilon": epsilon_spent(ledgers, delta)[0], "delta": delta}
 
 
-def _outbox(left: Sequence[Json]) -> Json:
-    """What left, by what it was."""
+def _outbox(sent: Sequence[Json]) -> Json:
+    """Returns the number and the bytes of the messages that this site sent, by their kind."""
     kinds: dict[str, Json] = {}
-    for line in left:
+    for line in sent:
         kind = kinds.setdefault(line["what"], {"messages": 0, "bytes": 0})
         kind["messages"] += 1
         kind["bytes"] += line["bytes"]
     return {
-        "messages": len(left),
+        "messages": len(sent),
         "bytes": sum(kind["bytes"] for kind in kinds.values()),
         "kinds": kinds,
-        "last": {key: left[-1].get(key) for key in ("time", "what", "round", "bytes")} if left else None,
+        "last": {key: sent[-1].get(key) for key in ("time", "what", "round", "bytes")} if sent else None,
     }

@@ -17,8 +17,9 @@ from flwr.common.constant import ErrorCode
 from fedsb.channels import flower as grid_channel
 from fedsb.channels.flower import GridChannel
 from fedsb.channels.flower_wire import pack, unpack
-from fedsb.deployment.federation import revoke, serve_init
-from fedsb.deployment.federation import SiteRegistry, read_federation
+from fedsb.deployment import create_federation, revoke
+from fedsb.deployment.logs import log_event
+from fedsb.deployment.registry import SiteRegistry, read_federation
 from fedsb.protocol.channel import NoResponse
 from fedsb.utils.errors import UserError
 
@@ -73,13 +74,18 @@ def task(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    serve_init(tmp_path, ["a", "b"], ["localhost"])
+    create_federation(tmp_path, ["a", "b"], ["localhost"])
     return tmp_path
 
 
-def channel(folder: Path, patience_s: float = 5.0, **nodes: Node) -> tuple[GridChannel, FakeGrid]:
+def node_keys_of(folder: Path) -> Callable[[], dict[str, bytes | None]]:
+    registry = SiteRegistry(folder)
+    return lambda: registry().node_keys
+
+
+def channel(folder: Path, offline_s: float = 5.0, **nodes: Node) -> tuple[GridChannel, FakeGrid]:
     grid = FakeGrid(folder, nodes)
-    return GridChannel(grid, SiteRegistry(folder), patience_s), grid  # type: ignore[arg-type]
+    return GridChannel(grid, node_keys_of(folder), log_event, offline_s), grid  # type: ignore[arg-type]
 
 
 def test_answers_and_refusals(folder: Path) -> None:
@@ -91,7 +97,7 @@ def test_answers_and_refusals(folder: Path) -> None:
 
 def test_a_site_that_is_none(folder: Path) -> None:
     ends, _ = channel(folder, a=lambda request: request)
-    with pytest.raises(UserError, match="there is no site 'c'"):
+    with pytest.raises(UserError, match="This federation has no site 'c'"):
         ends.ask({"c": b""})
 
 
@@ -143,13 +149,13 @@ def test_an_answer_that_flower_lost_is_asked_for_again_but_not_for_ever(folder: 
     answers = iter([lost, b"at last"])
     ends, grid = channel(folder, a=lambda request: next(answers), b=lambda request: lost)
     answered = dict(ends.ask({"a": b"x", "b": b"y"}))
-    assert answered == {"a": b"at last", "b": NoResponse("failed: its answer did not arrive, 3 times")}
+    assert answered == {"a": b"at last", "b": NoResponse("failed: the answer could not be fetched in 3 attempts")}
     assert (grid.asked.count("a"), grid.asked.count("b")) == (2, 3)
 
 
 def test_a_line_that_comes_and_goes_is_no_lost_answer(folder: Path) -> None:
     away = Error(code=ErrorCode.NODE_UNAVAILABLE, reason="no heartbeat")
-    answers = iter([away] * (2 * grid_channel.FETCHES) + [b"at last"])
+    answers = iter([away] * (2 * grid_channel.MAX_FETCHES) + [b"at last"])
     ends, _ = channel(folder, a=lambda request: next(answers))
     assert dict(ends.ask({"a": b"x"}, timeout_s=10)) == {"a": b"at last"}
 
@@ -170,29 +176,29 @@ def test_an_answer_that_comes_too_late_is_taken_out_of_memory(folder: Path) -> N
     ends, grid = channel(folder, a=lambda request: None, b=lambda request: request)
     assert isinstance(dict(ends.ask({"a": b"x"}, timeout_s=0.2))["a"], NoResponse)
     time.sleep(0.3)
-    assert ends._late == {"a-1"}
+    assert ends._expired == {"a-1"}
     grid._nodes["a"] = grid._nodes["b"]
     grid.push_messages([Message(pack(b"z"), 1, "query")])  # the answer to a-1, as it were
     grid._replies["a-1"] = grid._replies.pop("a-2")
     assert dict(ends.ask({"b": b"y"})) == {"b": b"y"}
     time.sleep(0.2)
-    assert ends._late == set() and not grid._replies
+    assert ends._expired == set() and not grid._replies
 
 
 def test_what_is_not_an_answer_of_fedsb_is_lost() -> None:
-    assert unpack(RecordDict()) == NoResponse("failed: what came back is not an answer of fedsb")
+    assert unpack(RecordDict()) == NoResponse("failed: the message is not an answer of fedsb")
     assert unpack(pack(b"")) == b""
     assert unpack(pack(NoResponse("why"))) == NoResponse("why")
 
 
 def test_a_link_that_is_gone_is_no_sites_fault(tmp_path: Path) -> None:
-    serve_init(tmp_path / "fed", ["a", "b"], ["localhost"])
+    create_federation(tmp_path / "fed", ["a", "b"], ["localhost"])
     grid = FakeGrid(tmp_path / "fed", {"a": lambda request: request, "b": lambda request: request})
 
     def gone(message_ids: Iterable[str]) -> list[Message]:
         raise httpx.ConnectError("connection refused")
 
     grid.pull_messages = gone  # type: ignore[method-assign]
-    channel = GridChannel(grid, SiteRegistry(tmp_path / "fed"))  # type: ignore[arg-type]
+    channel = GridChannel(grid, node_keys_of(tmp_path / "fed"), log_event)  # type: ignore[arg-type]
     with pytest.raises(httpx.ConnectError):
         list(channel.ask({"a": b"1", "b": b"2"}))

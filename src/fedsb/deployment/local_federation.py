@@ -1,7 +1,7 @@
-"""`fedsb run --engine flower`: a whole federation on this machine, every party a process of its own, as it would be.
+"""`fedsb run --engine flower`: a complete federation on this machine, with separate processes for every party.
 
-The clients' rows are split as the embedded engine splits them and written to a file a site, so that the same seed gives
-the same adapter. Everything is below OUT/NAME-federation: coordinator/, and a folder with its rows for each site.
+The rows are partitioned as in a simulated run and written to one file per site, so the same seed gives the same
+adapter. Everything is in OUT/NAME-federation: the folder coordinator/, and one folder per site with its rows.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from fedsb.config.load import ResolvedConfig
 from fedsb.data.clients import rows_by_client
 from fedsb.data.rows import Row
 from fedsb.deployment.coordinate import PROGRAM, prepare, run_folder
-from fedsb.deployment.federation import serve_init
-from fedsb.deployment.join_file import CARD, make_keys
+from fedsb.deployment.federation import create_federation
+from fedsb.deployment.join_file import PUBLIC_KEYS_SUFFIX, make_keys
 from fedsb.deployment.run import serve
 from fedsb.models.tokenizer import load_tokenizer
 from fedsb.utils.errors import UserError
@@ -29,22 +29,22 @@ LOCALHOST = "127.0.0.1"
 STOP_SECONDS = 60.0
 
 
-def rehearse(loaded: ResolvedConfig) -> Path:
-    """Carries out a run from making the federation to the adapter; gives back the run's folder.
+def run_local_federation(loaded: ResolvedConfig) -> Path:
+    """Creates a federation on this machine, runs it to the end, and returns the run directory.
 
-    Raises UserError where there is one of that name already, and as `serve`.
+    Raises UserError if a local federation of this name exists, and the errors of `serve`.
     """
     config = loaded.config
     folder = Path(config.out) / f"{config.name}-federation"
     if folder.exists():
-        raise UserError(f"{folder} is there already: delete it, or give another name (--set name=other)")
+        raise UserError(f"{folder} already exists. Delete it, or give the run a different name (--set name=other).")
     rows, test = rows_by_client(config, load_tokenizer(config.model))
     port = _free_port()
-    cards = {name: folder / "sites" / f"{name}{CARD}" for name in sorted(rows)}
-    for name, card in cards.items():
-        make_keys(card, folder / "sites" / name)
-    joins = serve_init(folder / "coordinator", [str(card) for card in cards.values()], [LOCALHOST], port)
-    if test and config.data.test is None:  # of built-in rows
+    keys = {name: folder / "sites" / f"{name}{PUBLIC_KEYS_SUFFIX}" for name in sorted(rows)}
+    for name, path in keys.items():
+        make_keys(path, folder / "sites" / name)
+    joins = create_federation(folder / "coordinator", list(map(str, keys.values())), [LOCALHOST], port)
+    if test and config.data.test is None:  # built-in test rows
         write_atomic(folder / "test.jsonl", json_lines(test))
         data = {**loaded.given.get("data", {}), "test": str(folder / "test.jsonl")}
         loaded = replace(loaded, given={**loaded.given, "data": data})
@@ -55,13 +55,13 @@ def rehearse(loaded: ResolvedConfig) -> Path:
 
 @contextmanager
 def _sites(folder: Path, joins: list[Path], rows: Mapping[str, list[Row]]) -> Iterator[None]:
-    """Every site joined, each in a folder of its own by the command that it would type; it speaks to sites/NAME.log."""
+    """Starts `fedsb site join` for every site, each in its own folder. Their output goes to sites/NAME.log."""
     started: list[subprocess.Popen[bytes]] = []
     try:
         for join in joins:
             here = folder / "sites" / join.stem
             write_atomic(here / "rows.jsonl", json_lines(rows[join.stem]))
-            command = [sys.executable, "-m", "fedsb", "join", str(join.resolve()), "--data", "rows.jsonl"]
+            command = [sys.executable, "-m", "fedsb", "site", "join", str(join.resolve()), "--data", "rows.jsonl"]
             with here.with_suffix(".log").open("ab") as log:
                 started.append(
                     subprocess.Popen(

@@ -1,4 +1,4 @@
-"""The resident trainer: one answer a request, whatever dies in between."""
+"""The resident worker: one answer a request, whatever dies in between."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fedsb.deployment import trainer
+from fedsb.deployment import worker
 from fedsb.protocol.channel import Handle, NoResponse
 from fedsb.utils.errors import DiskError, RefusalError, RunError, UserError
 
@@ -20,7 +20,7 @@ TOKEN = bytes(range(32))
 
 
 class Site:
-    """A trainer in a thread, and what it was asked."""
+    """A worker in a thread, and what it was asked."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.handled = folder, list[bytes]()
@@ -28,7 +28,7 @@ class Site:
 
     def start(self, handle: Handle | None = None) -> None:
         arguments = (handle or self.handle, self.answers, self.path, TOKEN)
-        threading.Thread(target=trainer.serve, args=arguments, daemon=True).start()
+        threading.Thread(target=worker.serve, args=arguments, daemon=True).start()
 
     def handle(self, request: bytes) -> bytes:
         self.handled.append(request)
@@ -45,7 +45,7 @@ class Site:
         return request[::-1]
 
     def ask(self, request: bytes) -> bytes | NoResponse:
-        return trainer.ask(self.path, TOKEN, request)
+        return worker.ask(self.path, TOKEN, request)
 
 
 @pytest.fixture
@@ -78,9 +78,11 @@ def test_a_refusal_is_told_and_not_stored(site: Site) -> None:
 
 def test_what_is_the_sites_own_is_said_there_alone(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
     site.start()
-    assert site.ask(b"data") == NoResponse("refused: what it has does not fit this run (its own log says more)")
-    assert site.ask(b"fail") == NoResponse("failed: RunError at the site (its own log says more)")
-    assert site.ask(b"bug") == NoResponse("failed: KeyError at the site (its own log says more)")
+    assert site.ask(b"data") == NoResponse(
+        "refused: the site's data or settings do not fit this run (the site's log has the reason)"
+    )
+    assert site.ask(b"fail") == NoResponse("failed: RunError at the site (the site's log has the reason)")
+    assert site.ask(b"bug") == NoResponse("failed: KeyError at the site (the site's log has the reason)")
     said = capsys.readouterr().out
     assert "refused: patients.csv: row 7 has the label 'hiv'" in said and "failed: no room in /home/ward-3" in said
 
@@ -90,16 +92,16 @@ def test_an_answer_that_cannot_be_stored_does_not_leave(site: Site, monkeypatch:
         raise DiskError(f"the disk is full: {path}")
 
     with monkeypatch.context() as patched:
-        patched.setattr(trainer, "write_atomic", full)
+        patched.setattr(worker, "write_atomic", full)
         site.start()
-        assert site.ask(b"abc") == NoResponse("failed: DiskError at the site (its own log says more)")
-    assert site.ask(b"abc") == b"cba"  # there is room again, and the trainer is still there
+        assert site.ask(b"abc") == NoResponse("failed: DiskError at the site (the site's log has the reason)")
+    assert site.ask(b"abc") == b"cba"  # there is room again, and the worker still runs
 
 
 def test_who_has_no_token_gets_nothing(site: Site) -> None:
     site.start()
-    assert trainer.ask(site.path, bytes(32), b"abc") == NoResponse(
-        "failed: the site's trainer died 3 times over this request"
+    assert worker.ask(site.path, bytes(32), b"abc") == NoResponse(
+        "failed: the site's worker died 3 times during this request"
     )
     assert site.handled == []
 
@@ -117,13 +119,13 @@ def test_who_asked_may_go_and_ask_again(site: Site) -> None:
     assert site.handled == [b"first", b"slow"]
 
 
-def test_asking_waits_for_a_trainer_that_is_starting(site: Site) -> None:
+def test_asking_waits_for_a_worker_that_is_starting(site: Site) -> None:
     threading.Timer(0.3, site.start).start()
     assert site.ask(b"abc") == b"cba"
 
 
 def test_only_the_last_answers_are_kept(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "KEPT", 2)
+    monkeypatch.setattr(worker, "STORED_ANSWERS", 2)
     site.start()
     for request in (b"1", b"2", b"1", b"3"):  # 1 was asked for again after 2
         site.ask(request)

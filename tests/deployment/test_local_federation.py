@@ -1,4 +1,5 @@
-"""`fedsb run --engine flower`: every client in a process of its own, over TLS, makes the adapter of a run in one process."""
+"""`fedsb run --engine flower`: every client in a process of its own, over TLS, makes the adapter of a run in one
+process."""
 
 from __future__ import annotations
 
@@ -30,4 +31,4 @@ def test_real_processes_make_the_same_adapter(
         assert left[:3] == ["describe", "prepare", "start"]
         assert left[-1] == "finish"
     assert json.loads((there / "result.json").read_text())["score"] is not None
-    assert "is there already" in cli("run", path, "--engine", "flower").err
+    assert "already exists" in cli("run", path, "--engine", "flower").err

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from fedsb.deployment import supervise
-from fedsb.deployment.supervise import Child, Supervisor
+from fedsb.deployment import supervisor as supervisor_module
+from fedsb.deployment.supervisor import Child, Supervisor
 from fedsb.utils.errors import RunError, UserError
 
 CHILD = """
 import os, signal, sys, time
 from pathlib import Path
-from fedsb.deployment.child import run_child
+from fedsb.deployment.child_process import run_child
 from fedsb.utils.errors import RunError, UserError
 lives = Path(sys.argv[1]) / "lives"
 with lives.open("a") as file:
@@ -47,7 +47,7 @@ run_child(main)
 def supervisor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
     (tmp_path / "a_child.py").write_text(CHILD)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    monkeypatch.setattr(supervise, "DEATHS", 3)
+    monkeypatch.setattr(supervisor_module, "MAX_DEATHS", 3)
 
     def make(*what: str) -> Supervisor:
         return Supervisor(tmp_path, [Child(name="one", module="a_child", arguments=[str(tmp_path), *what])])
@@ -73,7 +73,7 @@ def test_its_own_errors_are_told_and_end_it(supervisor, tmp_path: Path, what: st
 
 
 def test_what_dies_again_and_again_is_given_up(supervisor, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    with pytest.raises(RunError, match=r"one died 3 times in 300 s, last with exit code 70: see .*one.out"):
+    with pytest.raises(RunError, match=r"one died 3 times in 300 s, the last time with exit code 70. See .*one.out"):
         supervisor("crash").watch()
     assert lives(tmp_path) == 3
     lines = [json.loads(line) for line in (tmp_path / "logs" / "one.jsonl").read_text().splitlines()]
@@ -82,7 +82,7 @@ def test_what_dies_again_and_again_is_given_up(supervisor, tmp_path: Path) -> No
 
 def test_children_end_with_a_supervisor_that_is_killed(supervisor, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     code = (
-        "from pathlib import Path; from fedsb.deployment.supervise import *\n"
+        "from pathlib import Path; from fedsb.deployment.supervisor import *\n"
         f"folder = {str(tmp_path)!r}\n"
         "Supervisor(Path(folder), [Child(name='one', module='a_child', arguments=[folder, 'stay'])]).watch()"
     )
@@ -104,7 +104,7 @@ def test_a_second_interrupt_ends_it_at_once_and_leaves_nothing_behind(  # type: 
 ) -> None:
     """The first waits for what the children are doing."""
     code = (
-        "from pathlib import Path; from fedsb.deployment.supervise import *\n"
+        "from pathlib import Path; from fedsb.deployment.supervisor import *\n"
         "from fedsb.utils.signals import Interrupts\n"
         f"folder = {str(tmp_path)!r}\n"
         "with Interrupts().installed():\n"
@@ -120,7 +120,7 @@ def test_a_second_interrupt_ends_it_at_once_and_leaves_nothing_behind(  # type: 
     parent.send_signal(signal.SIGINT)
     assert parent.wait(10) != 0
     assert parent.stderr is not None and "KeyboardInterrupt" in (said := parent.stderr.read())
-    assert "Ctrl-C again stops at once" in said
+    assert "Press Ctrl-C again to stop at once" in said
     assert not (tmp_path / "pids.json").exists(), "status would take it for killed"
     assert _state(child) == "Z"
 
@@ -143,7 +143,7 @@ def test_a_fault_is_told_without_a_disk(  # type: ignore[no-untyped-def]
     def full(path: Path, content: bytes) -> None:
         raise RunError("the disk is full")
 
-    monkeypatch.setattr(supervise, "write_atomic", full)
+    monkeypatch.setattr(supervisor_module, "write_atomic", full)
     with pytest.raises(UserError, match="write it differently"):
         supervisor("user").watch()
     assert not list((tmp_path / "logs").glob("*fault*"))

@@ -1,4 +1,7 @@
-"""What every process of a deployment does: log to its file, end with its parent, and tell its parent why it ended."""
+"""The common part of every process of a deployment.
+
+A process logs to its own file, ends when its parent ends, and reports the reason of a failure to its parent.
+"""
 
 from __future__ import annotations
 
@@ -12,24 +15,24 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from fedsb.deployment.logs import LOGGER, open_log, say
+from fedsb.deployment.logs import LOGGER, log_event, open_log
 from fedsb.utils.errors import RunError, UserError
 
-LOG, FAULT = "FEDSB_LOG", "FEDSB_FAULT"  # environment: the file to log to, the pipe to tell a fault in
-USER_ERROR, RUN_ERROR, CRASHED = 1, 2, 70  # exit codes; of the first two another try is of no use
+LOG, FAULT = "FEDSB_LOG", "FEDSB_FAULT"  # environment: the log file, the pipe that receives the reason of a failure
+USER_ERROR, RUN_ERROR, CRASHED = 1, 2, 70  # exit codes; the supervisor does not restart a process after the first two
 PARENT_SECONDS = 0.5
-FAULT_BYTES = 32 * 2**10  # what a pipe holds at least
+FAULT_BYTES = 32 * 2**10  # the smallest capacity of a pipe
 
 
 def run_child(main: Callable[[], None]) -> None:
-    """Runs `main` as a process that a supervisor started."""
+    """Runs `main` in a process that a supervisor started."""
     open_log(Path(os.environ[LOG]))
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     try:
         main()
     except (UserError, RunError) as error:
-        say("failed", reason=str(error))
-        os.write(int(os.environ[FAULT]), str(error).encode()[:FAULT_BYTES])  # no file: the fault may be a full disk
+        log_event("failed", reason=str(error))
+        os.write(int(os.environ[FAULT]), str(error).encode()[:FAULT_BYTES])  # not a file: the disk may be full
         sys.exit(USER_ERROR if isinstance(error, UserError) else RUN_ERROR)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -39,19 +42,19 @@ def run_child(main: Callable[[], None]) -> None:
 
 
 def load(reference: str) -> Callable[..., Any]:
-    """The function that `module:function` names. Raises UserError where there is none."""
+    """Returns the function that `module:function` names. Raises UserError if it does not exist."""
     module, _, name = reference.partition(":")
     try:
         found = getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"{reference!r} names no function: {error}; write it as module:function") from error
+        raise UserError(f"{reference!r} cannot be imported: {error}. Write module:function.") from error
     if not callable(found):
-        raise UserError(f"{reference!r} is not a function")
+        raise UserError(f"{reference!r} is not a function. Write module:function.")
     return found  # type: ignore[no-any-return]
 
 
 def _end_with(parent: int) -> None:
-    """A supervisor that was killed cannot stop its children: they stop by themselves."""
+    """Stops this process when its parent has ended. A supervisor that was killed cannot stop its children."""
     while os.getppid() == parent:
         time.sleep(PARENT_SECONDS)
     os.kill(os.getpid(), signal.SIGTERM)

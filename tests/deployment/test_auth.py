@@ -1,4 +1,4 @@
-"""What passes the public door, and what does not."""
+"""Which requests pass the public port."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 
-from fedsb.deployment.join_file import read_join_file
-from fedsb.deployment.federation import revoke, serve_init
-from fedsb.deployment.door import PATHS, AuthMiddleware, Limits, TrafficCounter
-from fedsb.deployment.federation import SiteRegistry
+from fedsb.deployment import create_federation, read_join_file, revoke
+from fedsb.deployment.auth import PATHS, AuthMiddleware, Limits, TrafficCounter
+from fedsb.deployment.registry import SiteRegistry
 
 PULL, PUSH, OBJECT = (f"/v1/fleet/{call}" for call in ("pull-messages", "push-messages", "push-object"))
 
@@ -66,7 +65,7 @@ class Doorway:
 
 @pytest.fixture
 def doorway(tmp_path: Path) -> Doorway:
-    serve_init(tmp_path, ["a", "b"], ["localhost"])
+    create_federation(tmp_path, ["a", "b"], ["localhost"])
     return Doorway(tmp_path, Limits(body_bytes=100, answer_bytes=250))
 
 
@@ -112,9 +111,9 @@ def test_who_is_refused(doorway: Doorway) -> None:
         ({"content-length": "5"}, "not signed"),
         ({**doorway.signed(), "flwr-signature": "?"}, "not signed"),
         ({**doorway.signed(), "flwr-timestamp": "2026-01-01T00:00:00"}, "not signed"),  # of no zone
-        (doorway.signed(stranger), "of no site"),
-        (borrowed, "not by the key that it names"),
-        (later, "not by the key that it names"),
+        (doorway.signed(stranger), "does not belong to a site"),
+        (borrowed, "does not match its key"),
+        (later, "does not match its key"),
         (doorway.signed(late_s=900), "clock"),
         (doorway.signed(late_s=-900), "clock"),
     ]:

@@ -1,12 +1,13 @@
-"""The process of a site that keeps its model: answers one request at a time, and none of them twice.
+"""The process of a site that keeps its model. It answers one request at a time, and computes no answer twice.
 
-    a request    token (32 bytes), length (8 bytes), the bytes
-    an answer    b"A" (an answer) or b"L" (lost: the bytes are a reason), length (8 bytes), the bytes
+    request    token (32 bytes), length (8 bytes), the bytes
+    answer     b"A" (an answer) or b"L" (lost: the bytes are the reason), length (8 bytes), the bytes
 
-The last answers are on disk by the SHA-256 of their requests: a request that comes again, because a node or the
-coordinator died in between, is sent the stored answer. A refusal is not stored: what was wrong may have been mended.
-The words of a fault leave the site only where its class says so (`may_leave`, fedsb/errors.py), else its kind alone: a
-path, a column or a label is the site's own. Its terminal and its log have all of it.
+The last answers are on disk, by the SHA-256 of their requests. A request that arrives again, after the node or the
+coordinator died, gets the stored answer. A refusal is not stored, because its reason may be corrected.
+
+The message of an error leaves the site only if its class allows it (`may_leave`, utils/errors.py). Otherwise only the
+class leaves, because a path, a column or a label is private to the site. The site's terminal and log have the message.
 """
 
 from __future__ import annotations
@@ -20,19 +21,19 @@ import sys
 import time
 from pathlib import Path
 
-from fedsb.deployment.child import load, run_child
-from fedsb.deployment.logs import LOGGER, say
+from fedsb.deployment.child_process import load, run_child
+from fedsb.deployment.logs import LOGGER, log_event
 from fedsb.protocol.channel import Handle, NoResponse
 from fedsb.utils.errors import RunError, UserError
 from fedsb.utils.files import write_atomic
 
-TOKEN = "FEDSB_TOKEN"  # environment, hexadecimal: who may ask
-KEPT = 16  # answers
-HERE = "its own log says more"
-DEATHS = 3  # of the trainer over one request, before it is given up
+TOKEN = "FEDSB_TOKEN"  # environment: the token that authorises a request, hexadecimal
+STORED_ANSWERS = 16
+SEE_LOG = "the site's log has the reason"
+MAX_DEATHS = 3  # of the worker during one request
 _HEAD = struct.Struct(">Q")
 _TOKEN_BYTES = 32
-_PIECE = 1 << 20
+_PIECE_BYTES = 1 << 20
 
 
 def main() -> None:
@@ -41,7 +42,7 @@ def main() -> None:
 
 
 def serve(handle: Handle, answers: Path, path: Path, token: bytes) -> None:
-    """Listens on a Unix socket until the process ends."""
+    """Answers requests on a Unix socket until the process ends."""
     answers.mkdir(parents=True, exist_ok=True)
     answers.chmod(0o700)
     path.unlink(missing_ok=True)
@@ -49,19 +50,19 @@ def serve(handle: Handle, answers: Path, path: Path, token: bytes) -> None:
         listener.bind(str(path))
         path.chmod(0o600)
         listener.listen()
-        say("trainer ready")
+        log_event("worker ready")
         while True:
             connection, _ = listener.accept()
             with connection:
                 try:
                     _answer(connection, handle, answers, token)
-                except OSError as error:  # who asked has gone; the answer is stored
-                    say("asker gone", reason=str(error))
+                except OSError as error:  # the node died; the answer is stored
+                    log_event("node gone", reason=str(error))
 
 
 def ask(path: Path, token: bytes, request: bytes) -> bytes | NoResponse:
-    """What the trainer answers, for as long as that takes; waits for one that is starting."""
-    for _ in range(DEATHS):
+    """Returns the worker's answer. Waits without a limit, also for a worker that is starting."""
+    for _ in range(MAX_DEATHS):
         try:
             with _connected(path) as connection:
                 connection.sendall(token + _HEAD.pack(len(request)))
@@ -71,52 +72,53 @@ def ask(path: Path, token: bytes, request: bytes) -> bytes | NoResponse:
                 content = bytes(_receive(connection, size))
                 return content if kind == b"A" else NoResponse(content.decode())
         except OSError as error:
-            say("trainer gone", reason=str(error))
-    return NoResponse(f"failed: the site's trainer died {DEATHS} times over this request")
+            log_event("worker gone", reason=str(error))
+    return NoResponse(f"failed: the site's worker died {MAX_DEATHS} times during this request")
 
 
 def _answer(connection: socket.socket, handle: Handle, answers: Path, token: bytes) -> None:
     if not hmac.compare_digest(_receive(connection, _TOKEN_BYTES), token):
-        say("refused", reason="wrong token")
+        log_event("refused", reason="wrong token")
         return
     (size,) = _HEAD.unpack(_receive(connection, _HEAD.size))
     request = bytes(_receive(connection, size))
-    answer = stored_or_made(handle, request, answers)
+    answer = stored_or_computed(handle, request, answers)
     content = answer.reason.encode() if isinstance(answer, NoResponse) else answer
     connection.sendall((b"L" if isinstance(answer, NoResponse) else b"A") + _HEAD.pack(len(content)))
     connection.sendall(content)
 
 
-def stored_or_made(handle: Handle, request: bytes, answers: Path) -> bytes | NoResponse:
-    digest, begun = hashlib.sha256(request).hexdigest(), time.monotonic()
+def stored_or_computed(handle: Handle, request: bytes, answers: Path) -> bytes | NoResponse:
+    """Returns the stored answer to a request, or computes and stores it."""
+    digest, started = hashlib.sha256(request).hexdigest(), time.monotonic()
     stored = answers / digest
     if stored.exists():
-        say("answered again", request=digest[:12])
+        log_event("answered again", request=digest[:12])
         os.utime(stored)
         return stored.read_bytes()
     try:
         answer = handle(request)
-        write_atomic(stored, answer)  # before it leaves: an answer that could be made anew would be another one
+        write_atomic(stored, answer)  # before it is sent: the same request must never get a different answer
     except (UserError, RunError) as error:
         how, kind = "failed", f"{type(error).__name__} at the site"
         if isinstance(error, UserError):
-            how, kind = "refused", "what it has does not fit this run"
-        say(how, request=digest[:12], reason=str(error))
+            how, kind = "refused", "the site's data or settings do not fit this run"
+        log_event(how, request=digest[:12], reason=str(error))
         print(f"{how}: {error}", flush=True)
-        return NoResponse(f"{how}: {error if error.may_leave else f'{kind} ({HERE})'}")
+        return NoResponse(f"{how}: {error if error.may_leave else f'{kind} ({SEE_LOG})'}")
     except Exception as error:
         LOGGER.exception("failed")
-        print(f"failed: {type(error).__name__}, see the trainer's log", flush=True)
-        return NoResponse(f"failed: {type(error).__name__} at the site ({HERE})")
-    seconds = round(time.monotonic() - begun, 3)
-    say("answered", request=digest[:12], request_bytes=len(request), answer_bytes=len(answer), seconds=seconds)
-    for old in sorted(answers.iterdir(), key=lambda file: file.stat().st_mtime_ns)[:-KEPT]:
+        print(f"failed: {type(error).__name__}, see logs/worker.jsonl", flush=True)
+        return NoResponse(f"failed: {type(error).__name__} at the site ({SEE_LOG})")
+    seconds = round(time.monotonic() - started, 3)
+    log_event("answered", request=digest[:12], request_bytes=len(request), answer_bytes=len(answer), seconds=seconds)
+    for old in sorted(answers.iterdir(), key=lambda file: file.stat().st_mtime_ns)[:-STORED_ANSWERS]:
         old.unlink()
     return answer
 
 
 def _connected(path: Path) -> socket.socket:
-    """Waits until somebody listens."""
+    """Returns a connection to the worker. Waits until it listens."""
     while True:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
@@ -129,12 +131,12 @@ def _connected(path: Path) -> socket.socket:
 
 
 def _receive(connection: socket.socket, size: int) -> bytearray:
-    """Raises ConnectionError where the other end closes before."""
+    """Returns `size` bytes. Raises ConnectionError if the peer closes the connection first."""
     content = bytearray()
     while len(content) < size:
-        piece = connection.recv(min(size - len(content), _PIECE))
+        piece = connection.recv(min(size - len(content), _PIECE_BYTES))
         if not piece:
-            raise ConnectionError("the connection ended in the middle")
+            raise ConnectionError("the peer closed the connection")
         content += piece
     return content
 
