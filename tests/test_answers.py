@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from conftest import Said, set_all, write_rows
-from fedsb.config.load import load_config
 from fedsb.config.inputs import ModelConfig
-from fedsb.data.tasks.base import TaskOptions
+from fedsb.config.load import load_config
 from fedsb.data.tasks import open_task
+from fedsb.data.tasks.base import TaskOptions
 from fedsb.models.load import load_base
 from fedsb.models.tokenizer import load_tokenizer
 from fedsb.reporting.run_directory import read_rows

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from fedsb.config.nested import difference, flatten, set_key
 from fedsb.config.load import load_config, parse_override, unused_settings
+from fedsb.config.nested import difference, flatten, set_key
 from fedsb.config.registry import method_types
 from fedsb.config.renamed import KNOWN_ELSEWHERE, RENAMED
 from fedsb.config.schema import Config

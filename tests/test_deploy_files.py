@@ -16,7 +16,6 @@ import typer
 import yaml
 
 from fedsb.cli.app import app
-from fedsb.cli.renamed import new_arguments
 
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy"

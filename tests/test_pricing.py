@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from conftest import Said, labelled_rows, set_all, write_rows, write_toml
-from fedsb.adapters.adapted import find_targets
+from fedsb.models.layers import find_targets
 from fedsb.comparison.contenders import methods_to_price
-from fedsb.config.load import load_config
 from fedsb.config.inputs import ModelConfig
+from fedsb.config.load import load_config
+from fedsb.config.registry import build_method
 from fedsb.data.clients import build_task
 from fedsb.data.tables import load_rows
-from fedsb.config.registry import build_method
 from fedsb.methods.fed_sb import FedSB
 from fedsb.methods.fedit import FedIT
 from fedsb.methods.flora import FLoRA
@@ -25,7 +25,7 @@ from fedsb.models.hub import SHIPPED, shipped_shapes
 from fedsb.models.layers import find_targets
 from fedsb.models.load import load_base
 from fedsb.models.tokenizer import load_tokenizer
-from fedsb.planning.estimate import estimate
+from fedsb.runs.estimate import estimate
 from fedsb.training.memory import trained_values, training_memory
 from fedsb.utils.environment import memory_of
 from fedsb.utils.errors import UserError
@@ -447,9 +447,9 @@ def test_an_estimate_above_this_machines_memory_is_warned_of(
     cli: Callable[..., Said], tiny_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     needed = estimate(load_config(tiny_config))["memory_bytes"]
-    monkeypatch.setattr("fedsb.planning.estimate.memory_of", lambda device: needed)
+    monkeypatch.setattr("fedsb.runs.estimate.memory_of", lambda device: needed)
     assert estimate(load_config(tiny_config))["warnings"] == []
-    monkeypatch.setattr("fedsb.planning.estimate.memory_of", lambda device: needed - 1)
+    monkeypatch.setattr("fedsb.runs.estimate.memory_of", lambda device: needed - 1)
     (warning,) = estimate(load_config(tiny_config))["warnings"]
     assert "is more than the" in warning and "train.batch_size" in warning
     said = cli("check", write_toml(tmp_path / "my.toml", tiny_config))

@@ -11,7 +11,7 @@ import pytest
 from conftest import labelled_rows, write_rows
 from fedsb.cli.listing import recipes
 from fedsb.config.load import ResolvedConfig, load_config
-from fedsb.planning.estimate import estimate
+from fedsb.runs.estimate import estimate
 from fedsb.runs.find import recipe_path
 from fedsb.utils.formatting import bytes_text
 

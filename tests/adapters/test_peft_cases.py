@@ -42,9 +42,9 @@ from transformers import (
 )
 
 from fedsb.adapters import peft_export
+from fedsb.adapters.peft_config import LoraSBConfig
 from fedsb.adapters.peft_export import save_as_lora
 from fedsb.adapters.peft_layer import adapter_layers
-from fedsb.adapters.peft_config import LoraSBConfig
 from fedsb.utils.errors import RunError, UserError
 
 IDS = torch.arange(3, 24).reshape(3, 7)

@@ -31,12 +31,11 @@ from transformers import (
 import fedsb.adapters.peft_layer
 import fedsb.adapters.peft_tuner
 from fedsb.adapters.basis import random_pair, truncated_svd, weight_pair
-from fedsb.models.layers import base_weight
-from fedsb.adapters.peft_export import save_as_lora, to_lora
-from fedsb.adapters.peft_layer import adapter_layers
 from fedsb.adapters.peft_config import LoraSBConfig
-from fedsb.adapters.peft_layer import LoraSBLinear
+from fedsb.adapters.peft_export import save_as_lora, to_lora
+from fedsb.adapters.peft_layer import LoraSBLinear, adapter_layers
 from fedsb.adapters.peft_update import single_samples, update_basis_
+from fedsb.models.layers import base_weight
 from fedsb.utils.errors import UserError
 
 IDS = torch.arange(21).reshape(3, 7)

@@ -18,10 +18,9 @@ from fedsb.models.tokenizer import tokenizer_fingerprint
 from fedsb.privacy.ledger import read_ledger
 from fedsb.privacy.mechanism import DPMechanism, PrivacyBudgetExceededError
 from fedsb.protocol.messages import Note, pack_note, read_answer
-from fedsb.secagg.messages import Phase
 from fedsb.protocol.payload import Payload, pack
 from fedsb.protocol.tensors import to_arrays
-from fedsb.secagg.messages import MessageError, SumError
+from fedsb.secagg.messages import MessageError, Phase, SumError
 from fedsb.secagg.server import SumServer
 from fedsb.training.trainer import Trainer
 from fedsb.utils.environment import versions

@@ -5,8 +5,7 @@ import pytest
 from fedsb.data.rows import make_table
 from fedsb.data.sources import load_table
 from fedsb.data.tasks import TASKS, open_task
-from fedsb.data.tasks.base import TaskOptions
-from fedsb.data.tasks.base import question_of
+from fedsb.data.tasks.base import TaskOptions, question_of
 from fedsb.data.tasks.instruction import ALPACA
 from fedsb.utils.errors import UserError
 

@@ -289,8 +289,8 @@ def test_tables_of_different_columns_are_compared_by_their_prompts(stories: Any)
     """MetaMathQA to train on, GSM8K as the test; Alpaca rows with and without an input."""
     from fedsb.data.card import make_card
     from fedsb.data.rows import make_table
-    from fedsb.data.tasks.base import TaskOptions
     from fedsb.data.tasks import open_task
+    from fedsb.data.tasks.base import TaskOptions
 
     def card(kind: str, train: list[dict[str, Any]], test: list[dict[str, Any]], **options: Any) -> Any:
         task = open_task(kind, tokenizer=stories, options=TaskOptions(**options), max_tokens=64)

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from fedsb.data.sources import load_table
-from fedsb.data.tasks.base import TaskOptions
 from fedsb.data.tasks import open_task
+from fedsb.data.tasks.base import TaskOptions
 from fedsb.data.tasks.instruction import ALPACA, prompt_text
 from fedsb.utils.errors import UserError
 

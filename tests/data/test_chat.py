@@ -2,8 +2,8 @@
 
 import pytest
 
-from fedsb.data.tasks.base import TaskOptions
 from fedsb.data.tasks import open_task
+from fedsb.data.tasks.base import TaskOptions
 from fedsb.utils.errors import UserError
 
 TURNS = (

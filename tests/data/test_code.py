@@ -11,10 +11,9 @@ import pytest
 from fedsb.data.grading import code_check
 from fedsb.data.grading.code_check import run_tests
 from fedsb.data.sources import load_table
-from fedsb.data.tasks.base import TaskOptions
-from fedsb.data.tasks import open_task
 from fedsb.data.tasks import code as programs
-from fedsb.data.tasks.base import question_of
+from fedsb.data.tasks import open_task
+from fedsb.data.tasks.base import TaskOptions, question_of
 from fedsb.data.tasks.code import code_of, fenced
 from fedsb.utils.errors import RunError, UserError
 

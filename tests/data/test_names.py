@@ -12,8 +12,8 @@ import pytest
 from conftest import labelled_rows, set_all, write_rows
 from fedsb.config.load import load_config
 from fedsb.data.sources import load_table
-from fedsb.data.tasks.base import TaskOptions
 from fedsb.data.tasks import open_task
+from fedsb.data.tasks.base import TaskOptions
 from fedsb.runs.run import federate
 from fedsb.utils.errors import RunError, UserError
 from laws.test_channels import federation, remote_of

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from fedsb.data.tasks.base import TaskOptions
 from fedsb.data.tasks import open_task
+from fedsb.data.tasks.base import TaskOptions
 from fedsb.utils.errors import UserError
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from fedsb.data.tasks.base import NO_LOSS, TaskOptions
 from fedsb.data.tasks import open_task
+from fedsb.data.tasks.base import NO_LOSS, TaskOptions
 from fedsb.utils.errors import UserError
 
 TURNS = (

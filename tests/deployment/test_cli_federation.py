@@ -11,7 +11,7 @@ import pytest
 
 from conftest import Said
 from fedsb.cli.renamed import new_arguments
-from fedsb.deployment import create_federation
+from fedsb.deployment.federation import create_federation
 from fedsb.deployment.registry import read_federation
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from conftest import Said, set_all, write_rows, write_toml
-from fedsb.deployment import create_federation
+from fedsb.deployment.federation import create_federation
 from fedsb.deployment.registry import SERVER, SERVER_KEY
 from fedsb.reporting.run_directory import read_rows
 from support.architectures import build

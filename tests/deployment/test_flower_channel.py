@@ -17,7 +17,7 @@ from flwr.common.constant import ErrorCode
 from fedsb.channels import flower as grid_channel
 from fedsb.channels.flower import GridChannel
 from fedsb.channels.flower_wire import pack, unpack
-from fedsb.deployment import create_federation, revoke
+from fedsb.deployment.federation import create_federation, revoke
 from fedsb.deployment.logs import log_event
 from fedsb.deployment.registry import SiteRegistry, read_federation
 from fedsb.protocol.channel import NoResponse

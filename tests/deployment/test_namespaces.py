@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fedsb.deployment import create_federation, read_join_file
+from fedsb.deployment.federation import create_federation
+from fedsb.deployment.join_file import read_join_file
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks" / "federation"))
 from namespaces import Network, why_not

@@ -14,7 +14,9 @@ import httpx
 import pytest
 
 from fedsb.config.load import load_config
-from fedsb.deployment import certificates, create_federation, renew, serve
+from fedsb.deployment import certificates
+from fedsb.deployment.federation import create_federation, renew
+from fedsb.deployment.worker import serve
 from fedsb.deployment.certificates import tls_client
 from fedsb.deployment.coordinate import prepare
 from fedsb.deployment.flower_client import _raise_if_final

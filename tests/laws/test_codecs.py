@@ -13,17 +13,17 @@ import torch
 from conftest import adapter_bytes, set_all
 from fedsb.channels.in_process import InProcessChannel
 from fedsb.config.load import load_config
-from fedsb.config.schema import Config
 from fedsb.config.registry import method_type
+from fedsb.config.schema import Config
 from fedsb.methods.averaging import ServerOptimizer
 from fedsb.methods.base import State, Update
 from fedsb.methods.fed_sb import FedSB
-from fedsb.planning.estimate import estimate
 from fedsb.protocol import schedule
 from fedsb.protocol.codec import CODECS, Q_MAX
 from fedsb.protocol.messages import TrainReply
 from fedsb.protocol.payload import unpack
 from fedsb.reporting.run_directory import read_manifest
+from fedsb.runs.estimate import estimate
 from fedsb.runs.record import Record
 from fedsb.runs.run import federate, resume
 from support.server import replies_of, started

@@ -16,9 +16,9 @@ from fedsb.methods.base import Method, State
 from fedsb.methods.central import Central
 from fedsb.methods.fed_sb import FedSB
 from fedsb.methods.ravan import Ravan
-from fedsb.planning.estimate import estimate
 from fedsb.reporting.report import summary
 from fedsb.reporting.run_directory import read_manifest
+from fedsb.runs.estimate import estimate
 from fedsb.runs.record import Record
 from fedsb.runs.run import federate, resume
 from fedsb.server.basis import BasisRound

@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from fedsb.protocol.requirements import fitting_rank
 
 from conftest import set_all
 from fedsb.adapters.basis import Basis
 from fedsb.config.load import load_config
 from fedsb.config.registry import GROUP, build_method
 from fedsb.methods.control import control_options
-from fedsb.planning.estimate import estimate
+from fedsb.protocol.requirements import fitting_rank
 from fedsb.reporting.run_directory import read_rows
+from fedsb.runs.estimate import estimate
 from fedsb.runs.run import federate
 from fedsb.utils.errors import UserError
 

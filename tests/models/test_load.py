@@ -24,12 +24,12 @@ from transformers import (
 
 from conftest import WORDS, _save, set_all
 from fedsb.adapters.adapted import AdaptedModel
-from fedsb.models.layers import find_targets
+from fedsb.config.inputs import ModelConfig
 from fedsb.config.load import load_config
 from fedsb.config.resolved import ResolvedSetting
-from fedsb.config.inputs import ModelConfig
 from fedsb.models import load as models
 from fedsb.models.heads import find_head, head_start
+from fedsb.models.layers import find_targets
 from fedsb.models.load import (
     MINILM_HUB,
     BaseModel,

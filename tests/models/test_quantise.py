@@ -15,9 +15,9 @@ from torch import nn
 
 from conftest import WORDS, Said, _save, set_all, write_toml
 from fedsb.adapters.basis import weight_pair
-from fedsb.models.layers import base_weight
-from fedsb.config.load import load_config
 from fedsb.config.inputs import ModelConfig
+from fedsb.config.load import load_config
+from fedsb.models.layers import base_weight
 from fedsb.models.load import load_base
 from fedsb.models.quantise import count_values, missing_package, weight_bytes
 from fedsb.runs.run import federate
@@ -265,9 +265,7 @@ def test_8_bits_are_trained_a_client_at_a_time(folder: Path, tiny_config: dict[s
     server = open_server(set_all(tiny_config, model=model))
     assert server.channel.clients_per_forward == 1
     assert any(
-        "whole batch" in choice.reason
-        for choice in server.settings
-        if choice.key == "engine.clients_per_forward"
+        "whole batch" in choice.reason for choice in server.settings if choice.key == "engine.clients_per_forward"
     )
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from conftest import set_all
-from fedsb.config.load import load_config
 from fedsb.config.inputs import ModelConfig
+from fedsb.config.load import load_config
 from fedsb.config.schema import method_of
 from fedsb.models.load import load_base
 from fedsb.models.tokenizer import load_tokenizer, tokenizer_fingerprint
@@ -23,7 +23,6 @@ from fedsb.runs.evaluate import export_to
 from fedsb.runs.run import federate, resume
 from fedsb.utils.errors import UserError
 from support.architectures import build, save_tokenizer, write_rows
-from support.server import open_server
 
 LM = "AutoModelForCausalLM"
 DATED = "{{ strftime_now('%d %b %Y') }} {% for m in messages %}{{ m.content }} [EOS]{% endfor %}"

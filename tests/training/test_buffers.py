@@ -13,8 +13,8 @@ from torch import nn
 
 from conftest import set_all
 from fedsb.adapters.adapted import AdaptedModel
-from fedsb.adapters.residual import Tensors
 from fedsb.adapters.layout import Layout
+from fedsb.adapters.residual import Tensors
 from fedsb.methods.base import State
 from fedsb.server.server import Server
 from fedsb.training.buffers import ClientBuffers

@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from fedsb.adapters.adapted import AdaptedModel
-from fedsb.models.layers import find_targets
 from fedsb.config.inputs import ModelConfig
+from fedsb.models.layers import find_targets
 from fedsb.models.load import load_base
 from fedsb.training.generation import Prompt, Written, write_answers
 

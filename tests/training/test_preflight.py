@@ -14,10 +14,10 @@ from torch import nn
 
 from conftest import set_all
 from fedsb.adapters.adapted import AdaptedModel
-from fedsb.models.layers import find_targets, left_out
 from fedsb.adapters.layout import Layout
 from fedsb.config.load import load_config
 from fedsb.data.tasks.base import Task
+from fedsb.models.layers import find_targets, left_out
 from fedsb.privacy.ledger import read_ledger
 from fedsb.runs.run import federate
 from fedsb.server.server import Server

@@ -44,8 +44,8 @@ def check(
 ) -> None:
     """Check a configuration and estimate bytes, memory and time. Trains nothing; exit code 1 with all errors."""
     from fedsb.comparison.contenders import methods_to_price
-    from fedsb.planning.estimate import estimate
     from fedsb.reporting.terminal import print_estimate
+    from fedsb.runs.estimate import estimate
 
     loaded = common.load(config, overrides)
     found = estimate(loaded, also=methods_to_price(loaded))

@@ -31,7 +31,6 @@ from fedsb.models.layers import block_layers, find_targets, is_linear, left_out,
 from fedsb.models.limits import check_positions, check_tokens
 from fedsb.models.load import choose_device, load_base, resolve_name
 from fedsb.models.quantise import missing_package, weight_bytes
-from fedsb.planning.availability import Availability, find_availability
 from fedsb.privacy.policy import refuse_what_would_leak
 from fedsb.privacy.statement import privacy_statement
 from fedsb.protocol.codec import payload_bytes
@@ -44,6 +43,7 @@ from fedsb.protocol.requirements import (
     refuse_what_needs_one_place,
 )
 from fedsb.protocol.schedule import refreshes, whole_broadcasts
+from fedsb.runs.availability import Availability, find_availability
 from fedsb.training.basis import basis_values
 from fedsb.training.local import LocalTraining
 from fedsb.training.memory import Memory, memory_by_clients, trained_values

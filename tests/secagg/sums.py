@@ -8,10 +8,10 @@ from collections.abc import Collection
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from fedsb.secagg.client import SumClient
 from fedsb.secagg.fixed_point import Ring
 from fedsb.secagg.keys import pair_mask
 from fedsb.secagg.messages import Phase, SumPlan
-from fedsb.secagg.client import SumClient
 from fedsb.secagg.server import SumServer
 
 IDENTITIES = {name: Ed25519PrivateKey.generate() for name in "abcdefghi"}

@@ -9,8 +9,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from sums import ANSWERS, HEADERS, IDENTITIES, LOW_ORDER, SHAPES, WHOLE, Sum, flip, make_plan, spoil
 
 from fedsb.secagg.keys import Keys, pack_advert, public_key, sign_survivors
-from fedsb.secagg.messages import pack
-from fedsb.secagg.messages import MessageError, Phase, SumError
+from fedsb.secagg.messages import MessageError, Phase, SumError, pack
 
 
 @pytest.mark.parametrize("phase", ANSWERS)

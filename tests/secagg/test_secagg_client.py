@@ -9,10 +9,9 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from sums import ANSWERS, HEADERS, IDENTITIES, LOW_ORDER, SHAPES, WHOLE, Sum, body, flip, make_plan, spoil
 
-from fedsb.secagg.keys import ADVERT_BYTES, SEALED_BYTES, Keys, pack_advert, public_key, sign_survivors
-from fedsb.secagg.messages import SERVER, members_bits, pack, pack_list, read_list
-from fedsb.secagg.messages import MessageError, Phase, SumError
 from fedsb.secagg.client import SumClient
+from fedsb.secagg.keys import ADVERT_BYTES, SEALED_BYTES, Keys, pack_advert, public_key, sign_survivors
+from fedsb.secagg.messages import SERVER, MessageError, Phase, SumError, members_bits, pack, pack_list, read_list
 
 PHASES_TOLD: dict[Phase, Phase] = {"sealed": "roster", "masked": "inbox", "confirm": "survivors", "shares": "confirmed"}
 

@@ -11,12 +11,12 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from sums import ANSWERS, Sum, body, is_uniform, make_plan
 
+from fedsb.secagg.client import SumClient
 from fedsb.secagg.fixed_point import FixedPoint, Floats, flatten, unflatten
 from fedsb.secagg.keys import mask_private, pair_mask, public_key, self_check, self_mask
-from fedsb.secagg.primitives import SEED_BYTES, combine, fresh_seed, mask
 from fedsb.secagg.messages import Phase, SumError, SumPlan
+from fedsb.secagg.primitives import SEED_BYTES, combine, fresh_seed, mask
 from fedsb.secagg.protocol import Simulated, simulate
-from fedsb.secagg.client import SumClient
 from fedsb.utils.errors import RunError, UserError
 from fedsb.utils.rng import keyed_generator
 
