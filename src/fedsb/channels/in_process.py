@@ -13,7 +13,7 @@ from fedsb.adapters.residual import Tensors
 from fedsb.client.memo import Memo
 from fedsb.client.round import ClientView
 from fedsb.client.session import LocalRound, PreparedClient, StartedClient
-from fedsb.client.store import MemoryStore
+from fedsb.client.store import ClientStore
 from fedsb.config.resolved import ResolvedSetting
 from fedsb.config.schema import Config
 from fedsb.data.clients import ClientData, open_data
@@ -92,7 +92,7 @@ class InProcessChannel:
     def start(self, policy: PrivacyPolicy, sums: Any, states: ClientStates) -> None:
         rows = {name: client.data.rows for name, client in self._prepared.items()}
         for name, client in self._prepared.items():
-            store, secagg = MemoryStore(states.get(name)), None
+            store, secagg = ClientStore(states.get(name)), None
             if sums is not None:
                 from fedsb.client.secure_sum import Identity, SecAggSession
 
@@ -108,7 +108,6 @@ class InProcessChannel:
     def client_states(self, round: int) -> dict[str, Tensors]:
         found = {}
         for name, client in self._started.items():
-            assert isinstance(client.store, MemoryStore)
             if state := client.store.states.get(round):
                 found[name] = state
         return found
@@ -127,7 +126,7 @@ class InProcessChannel:
         yield from self._train(training)
         for name, request in requests.items():
             if isinstance(request, Start):
-                yield name, StartReply(shared=self._started[name].derive_shared())
+                yield name, StartReply(shared=self._started[name].shared.derive())
             elif isinstance(request, Finish):
                 yield name, self._finish(name, request)
             elif not isinstance(request, Train):

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
 import torch
 
 from fedsb.adapters.residual import Tensors
+from fedsb.utils.environment import versions
 from fedsb.utils.errors import RefusalError
 from fedsb.utils.tensors import Shapes
 
+SAME = ("fedsb", "torch", "transformers")  # versions that must equal the coordinator's: others compute other numbers
 LARGEST = 1e6  # of the values that a client receives
 ORTHONORMAL = 1e-3  # by which the entries of A A' and B'B may differ from those of the identity
 
@@ -36,3 +41,38 @@ def refuse_basis(shared: Tensors, shapes: Shapes) -> None:
                 raise RefusalError(
                     f"The basis is not orthonormal in layer {layer!r}. This site accepts only orthonormal ones."
                 )
+
+
+@contextmanager
+def fitting() -> Iterator[None]:
+    """Raises RefusalError where a broadcast has other names or shapes than those of this run."""
+    try:
+        yield
+    except RefusalError:
+        raise
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise RefusalError(f"The broadcast does not belong to this run: {type(error).__name__}: {error}.") from error
+
+
+def refuse_versions(theirs: Mapping[str, str]) -> None:
+    """Raises RefusalError where a package has another version than the coordinator's; a build's own suffix aside."""
+    ours = versions()
+    other = [
+        f"{name} {ours[name]} here, {theirs.get(name, 'none')} at the coordinator"
+        for name in SAME
+        if ours[name].partition("+")[0] != theirs.get(name, "none").partition("+")[0]
+    ]
+    if other:
+        raise RefusalError(
+            "Different versions from the coordinator's: " + "; ".join(other) + ". Install the same ones."
+        )
+
+
+def refuse_base(model: tuple[str, str], tokenizer: tuple[str, str]) -> None:
+    """Raises RefusalError where the fingerprints (here, at the coordinator) of base model or tokenizer differ."""
+    for what, (here, there) in {"model": model, "tokenizer": tokenizer}.items():
+        if here != there:
+            raise RefusalError(
+                f"A different {what} from the coordinator's: {here} here, {there} there. Set model = 'FOLDER' in "
+                "site.toml to where the right one is."
+            )

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fedsb.client.checks import refuse_base, refuse_versions
 from fedsb.client.outbox import Outbox
 from fedsb.client.policy import (
     SiteConfig,
@@ -54,12 +55,10 @@ from fedsb.protocol.payload import unpack
 from fedsb.protocol.requirements import open_secure_sums, privacy_policy_of
 from fedsb.secagg.messages import SumError
 from fedsb.training.export import write_adapters
-from fedsb.utils.environment import versions
 from fedsb.utils.errors import RefusalError
 from fedsb.utils.files import keyed_fingerprint, safe_name
 from fedsb.utils.formatting import bytes_text
 
-SAME = ("fedsb", "torch", "transformers")  # versions that must equal the coordinator's: others compute other numbers
 Stage = DescribedClient | PreparedClient | StartedClient
 
 
@@ -134,7 +133,10 @@ class SiteHandler:
         described = self._take_up(request.run, until=DescribedClient)
         assert isinstance(described, DescribedClient)
         client = self.client = described.prepare(request.label_names, request.class_names)
-        refuse_base(request, client)
+        refuse_base(
+            (client.trainer.base.fingerprint, request.model),
+            (tokenizer_fingerprint(client.trainer.tokenizer), request.tokenizer),
+        )
         private = client.trainer.config.privacy.on
         return PrepareReply(
             rows=client.data.rows,
@@ -150,7 +152,7 @@ class SiteHandler:
         assert isinstance(prepared, PreparedClient)
         client = self.client = self._begin(prepared, request.rows)
         self._remember(request.run, rows=request.rows)
-        return StartReply(shared=client.derive_shared())
+        return StartReply(shared=client.shared.derive())
 
     def _finish(self, request: Finish) -> FinishReply:
         """Scores the final model on this site's held-out rows, and writes the adapter.
@@ -327,31 +329,3 @@ def _in_words(request: Request[Any]) -> str:
     if isinstance(request, Train):
         return f"round {unpack(request.payload).round + 1}"
     return request.verb
-
-
-def refuse_versions(theirs: Mapping[str, str]) -> None:
-    """Raises RefusalError where a package has another version than the coordinator's; a build's own suffix aside."""
-    ours = versions()
-    other = [
-        f"{name} {ours[name]} here, {theirs.get(name, 'none')} at the coordinator"
-        for name in SAME
-        if ours[name].partition("+")[0] != theirs.get(name, "none").partition("+")[0]
-    ]
-    if other:
-        raise RefusalError(
-            "Different versions from the coordinator's: " + "; ".join(other) + ". Install the same ones."
-        )
-
-
-def refuse_base(request: Prepare, client: PreparedClient) -> None:
-    """Raises RefusalError for another base model or tokenizer than the coordinator's."""
-    ours = {
-        "model": (client.trainer.base.fingerprint, request.model),
-        "tokenizer": (tokenizer_fingerprint(client.trainer.tokenizer), request.tokenizer),
-    }
-    for what, (here, there) in ours.items():
-        if here != there:
-            raise RefusalError(
-                f"A different {what} from the coordinator's: {here} here, {there} there. Set model = 'FOLDER' in "
-                "site.toml to where the right one is."
-            )

@@ -12,29 +12,27 @@ the handler (handler.py) adds the site's own rules before each request and its d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fedsb.adapters.basis import Basis
 from fedsb.adapters.residual import Tensors
-from fedsb.client.checks import refuse_basis, refuse_values
+from fedsb.client.checks import fitting, refuse_values
 from fedsb.client.memo import Memo
-from fedsb.client.round import ClientRound, ClientView
+from fedsb.client.round import ClientRound
 from fedsb.client.secure_sum import SecAggSession
+from fedsb.client.shared_state import ClientSharedState
 from fedsb.client.store import ClientStore, StoredRound
 from fedsb.config.schema import Config
 from fedsb.data.clients import ClientData, prepare_client_data
 from fedsb.data.rows import Table
 from fedsb.data.tasks.base import Task
 from fedsb.data.tasks.tokens import Tokenizer
-from fedsb.methods.base import Method, State
+from fedsb.methods.base import Method
 from fedsb.privacy.policy import PrivacyPolicy
 from fedsb.protocol.compressor import build_compressor
 from fedsb.protocol.messages import (
     BasisGradient,
-    BasisGradientReply,
     Refresh,
     RefreshReply,
     Reply,
@@ -51,7 +49,6 @@ from fedsb.protocol.messages import (
 )
 from fedsb.protocol.payload import Payload, PayloadError, unpack
 from fedsb.protocol.tensors import shape_mismatch, under, within
-from fedsb.training.basis import core_sums, inner_basis, outer_basis, whole_basis
 from fedsb.training.joint import ClientTraining
 from fedsb.training.trainer import Trainer
 from fedsb.utils.errors import RefusalError
@@ -116,7 +113,7 @@ class PreparedClient:
                 "The coordinator states another number of rows than this site has. If the file has changed since the "
                 "run began, restore the old one, or start a new run."
             )
-        return StartedClient(
+        shared = ClientSharedState(
             run=self.run,
             data=self.data,
             trainer=self.trainer,
@@ -124,6 +121,15 @@ class PreparedClient:
             all_rows=sum(rows.values()),
             store=store,
             policy=policy,
+        )
+        return StartedClient(
+            run=self.run,
+            data=self.data,
+            trainer=self.trainer,
+            memo=self.memo,
+            store=store,
+            policy=policy,
+            shared=shared,
             secagg=secagg,
             check_upload=check_upload,
         )
@@ -149,9 +155,9 @@ class StartedClient:
     data: ClientData
     trainer: Trainer
     memo: Memo
-    all_rows: int
     store: ClientStore
     policy: PrivacyPolicy
+    shared: ClientSharedState
     secagg: SecAggSession | None
     check_upload: CheckUpload
 
@@ -167,102 +173,18 @@ class StartedClient:
         """Answers one request of a run that has started."""
         match request:
             case BasisGradient():
-                return self.basis_gradient(request)
+                return self.shared.basis_gradient(request)
             case SetBasis():
-                return SetBasisReply(shared=self.set_basis(request))
+                return SetBasisReply(shared=self.shared.set_basis(request))
             case SetShared():
-                return SetSharedReply(shared=self.set_shared(unpack(request.payload).tensors))
+                return SetSharedReply(shared=self.shared.set_shared(unpack(request.payload).tensors))
             case Refresh():
-                return RefreshReply(shared=self.refresh(request))
+                return RefreshReply(shared=self.shared.refresh(request))
             case Train():
                 return self.train(request)
             case SecAggPhase():
                 return self.secagg_phase(request)
         raise RefusalError(f"Request {request.verb!r} is not for a client of a run that has started.")
-
-    # --- before the first round, and where a basis is made anew ---
-
-    def derive_shared(self) -> str | None:
-        """Derives the shared state where it follows from settings and base model. Returns its hash, else None."""
-        if (view := self.store.view(self.store.start_round)) is not None:
-            return view.hash
-        if self.method.adapter == "core" and self.config.basis.kind not in ("random", "weights"):
-            return None
-        basis = self.trainer.data_free_basis(0) if self.method.adapter == "core" else None
-        return self._hold(self.memo.get(("start", 0), lambda: ClientView(self._start(basis), self._known())), 0)
-
-    def basis_gradient(self, request: BasisGradient) -> BasisGradientReply:
-        """Returns this client's S of a `core` basis. It is made once: a second request gets the stored payload."""
-        config, round = self.config, request.round
-        if self.method.adapter != "core" or config.basis.kind != "core":
-            raise RefusalError(f"basis.kind = {config.basis.kind!r} reads no row of a client.")
-        if (stored := self.store.basis_gradient(round)) is not None:
-            return BasisGradientReply(rows=stored[1], parts=(stored[0],))
-        mechanisms = self.policy.row_mechanisms()
-        own, rows = core_sums(
-            config.basis,
-            self.trainer.adapted,
-            self.trainer.task,
-            self.data,
-            self.all_rows,
-            self._basis_start(),
-            self._outer(round),
-            mechanisms[self.data.name] if mechanisms else None,
-            seed=config.seed,
-            round=round,
-            batch_size=config.train.batch_size,
-        )
-        compressor = build_compressor(config, self.method, self.run)
-        payload = compressor.basis("up", self.data.name, round, own, compressor.codec)
-        self.store.save_basis_gradient(round, payload, rows)
-        return BasisGradientReply(rows=rows, parts=(payload,))
-
-    def set_basis(self, request: SetBasis) -> str:
-        """Takes the basis that all clients receive. Returns the hash of the shared state."""
-        round = request.round
-
-        def build() -> ClientView:
-            received, kind = unpack(request.payload).tensors, self.config.basis.kind
-            outer = self._outer(round) if kind == "core" else {}
-            A, B = inner_basis(received, outer) if outer else whole_basis(received, self.trainer.shapes)
-            shared = {**self._start(Basis(kind=kind, A=A, B=B)), **within("residual", self.store.refresh_start())}
-            self._check_shared(shared)
-            return ClientView(shared, self._known(), round)
-
-        return self._hold(self.memo.get(("basis", request.payload, round), build), round)
-
-    def set_shared(self, shared: Tensors) -> str:
-        """Takes `shared` as the shared state at the start. Raises RefusalError for a basis that is not orthonormal."""
-        self._check_shared(shared)
-        round = self.store.start_round
-        return self._hold(ClientView(shared, self._known(), round), round)
-
-    def refresh(self, request: Refresh) -> str | None:
-        """Merges the adapter into the residual, for a new basis that starts from here.
-
-        Returns the hash of the shared state; None where a basis has to come first.
-        """
-        payload = unpack(request.payload)
-
-        def merge() -> Tensors:
-            view = self._latest(payload.round)
-            state = State(round=payload.round, tensors=payload.tensors, shared=view.shared)
-            return under("residual", self.method.merge_into_residual(state)) | {
-                f"head/{key}": payload.tensors[key] for key in self.trainer.head
-            }
-
-        with fitting():
-            start = self.memo.get(("refresh", request.payload), merge)
-        self.store.save_refresh_start(start)
-        if self.config.basis.kind != "random":
-            return None
-
-        def build() -> ClientView:
-            basis = self.trainer.data_free_basis(payload.round)
-            shared = {**self._start(basis), **within("residual", start)}
-            return ClientView(shared, self._known(), payload.round)
-
-        return self._hold(self.memo.get(("start", payload.round), build), payload.round)
 
     # --- a round ---
 
@@ -287,7 +209,7 @@ class StartedClient:
             raise RefusalError(f"Round {payload.round + 1} of a run of {self.config.rounds} rounds.")
         shared = self._receive(payload, request)
         if shared is None:
-            return Stale(shared=self._start_view().hash)
+            return Stale(shared=self.shared.start_view().hash)
         state = self.store.client_state(request.state_round)
         with fitting():
             tensors = shared.start(state)
@@ -344,7 +266,7 @@ class StartedClient:
     def final_tensors(self, payload: Payload) -> Tensors:
         """Returns the final model's tensors from the last broadcast."""
         message = payload.tensors
-        shared = self.method.update_shared(self._start_view().shared, message)
+        shared = self.method.update_shared(self.shared.start_view().shared, message)
         with fitting():
             tensors = self.method.init_client(shared, message, {}, payload.round)
             self._check_tensors(tensors)
@@ -366,7 +288,7 @@ class StartedClient:
         lossy = build_compressor(self.config, self.method, self.run).codec != "float32"
         view = self.store.view(payload.round)
         if view is None:
-            view = self._start_view()
+            view = self.shared.start_view()
             if view.needs_whole(payload):
                 return None
 
@@ -397,59 +319,8 @@ class StartedClient:
             )
         return self.store.stored_round(round + 1)
 
-    def _latest(self, round: int) -> ClientView:
-        return self.store.view(round) or self._start_view()
-
-    def _start_view(self) -> ClientView:
-        view = self.store.view(self.store.start_round)
-        if view is None:
-            raise RefusalError("This site has no basis yet. Ask it to set one first.")
-        return view
-
-    def _hold(self, view: ClientView, round: int) -> str:
-        """Takes the view as that of the start; `round` counts the rounds that were finished before it."""
-        self.store.save_start(view, round)
-        return view.hash
-
-    def _start(self, basis: Basis | None) -> Tensors:
-        return self.trainer.start_state(basis).shared
-
-    def _known(self) -> Tensors:
-        """Returns the tensors of the server that a client knows at the start: none of a core, whose start is sent."""
-        if self.method.adapter == "core":
-            return {}
-        return self.memo.get(("known",), lambda: self.trainer.start_state(None).tensors)
-
-    def _basis_start(self) -> Tensors:
-        """Returns where gradients are taken: the head, and the residual of a run that has come so far."""
-        start = self.store.refresh_start()
-        if not start:
-            return self.trainer.head
-        return {**within("residual", start), **within("head", start)}
-
-    def _outer(self, round: int) -> Any:
-        rank, config = self.method.total_rank, self.config
-        build = lambda: outer_basis(config.basis, self.trainer.adapted, rank, config.seed, round)  # noqa: E731
-        return self.memo.get(("outer", round), build)
-
-    def _check_shared(self, shared: Tensors) -> None:
-        refuse_values(shared)
-        if self.method.adapter == "core":
-            refuse_basis(shared, self.trainer.shapes)
-
     def _check_tensors(self, tensors: Tensors) -> None:
         """Raises PayloadError for tensors with other names or shapes than those of this run."""
         found = {key: tuple(x.shape) for key, x in tensors.items()}
         if reason := shape_mismatch(found, self.trainer.adapted.sizes(tensors)):
             raise PayloadError(reason)
-
-
-@contextmanager
-def fitting() -> Iterator[None]:
-    """Raises RefusalError where a broadcast has other names or shapes than those of this run."""
-    try:
-        yield
-    except RefusalError:
-        raise
-    except (ValueError, KeyError, RuntimeError) as error:
-        raise RefusalError(f"The broadcast does not belong to this run: {type(error).__name__}: {error}.") from error

@@ -21,7 +21,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,86 +58,74 @@ class Pending:
     change: Floats
 
 
-class ClientStore(Protocol):
-    """What a session keeps between requests."""
-
-    keeps_answers: bool  # a repeated request gets the stored answer
-
-    @property
-    def start_round(self) -> int:
-        """The rounds that were finished when the shared state started: 0, or those before the last new basis."""
-        ...
-
-    def view(self, round: int) -> ClientView | None: ...
-    def save_start(self, view: ClientView, round: int) -> None: ...
-    def refresh_start(self) -> Tensors: ...
-    def save_refresh_start(self, tensors: Tensors) -> None: ...
-    def client_state(self, round: int) -> Tensors: ...
-    def save_round(self, shared: ClientRound, state: Tensors, done: StoredRound, state_round: int) -> None: ...
-    def answered(self, round: int) -> str | None: ...
-    def save_answered(self, round: int, received: str) -> None: ...
-    def stored_round(self, round: int) -> StoredRound | None: ...
-    def basis_gradient(self, round: int) -> tuple[bytes, float] | None: ...
-    def save_basis_gradient(self, round: int, payload: bytes, rows: float) -> None: ...
-    def pending(self) -> Pending | None: ...
-    def save_pending(self, pending: Pending) -> None: ...
-    def encoded(self, key: str) -> Ring | None: ...
-    def save_encoded(self, key: str, vector: Ring) -> None: ...
-    def sum_survivors(self, round: int) -> list[str] | None: ...
-    def save_sum_survivors(self, round: int, survivors: Sequence[str]) -> None: ...
-
-
-class MemoryStore:
+class ClientStore:
     """The store of a client in this process. What must survive the process is in the run directory.
 
     Args:
         states: the client's own state by round, as a run directory has it.
     """
 
-    keeps_answers = False
+    keeps_answers = False  # whether a repeated request gets the stored answer
 
     def __init__(self, states: Mapping[int, Tensors] | None = None) -> None:
-        self.start_round = 0
         self.states: dict[int, Tensors] = {0: {}, **(states or {})}
-        self._views: dict[int, ClientView] = {}
+        self._start_round, self._views = 0, dict[int, ClientView]()
         self._refresh: Tensors = {}
         self._pending: Pending | None = None
         self._encoded: tuple[str, Ring] | None = None
 
+    # --- the shared state ---
+
+    @property
+    def start_round(self) -> int:
+        """The rounds that were finished when the shared state started: 0, or those before the last new basis."""
+        return self._start_round
+
     def view(self, round: int) -> ClientView | None:
+        """Returns what the client holds after `round` rounds; None where that is not stored any more."""
         return self._views.get(round)
 
     def save_start(self, view: ClientView, round: int) -> None:
-        self.start_round, self._views = round, {round: view}
+        self._start_round, self._views = round, {round: view}
 
     def refresh_start(self) -> Tensors:
+        """Returns where gradients for a new basis are taken."""
         return self._refresh
 
     def save_refresh_start(self, tensors: Tensors) -> None:
         self._refresh = tensors
 
-    def client_state(self, round: int) -> Tensors:
-        return self.states[round]
-
-    def save_round(self, shared: ClientRound, state: Tensors, done: StoredRound, state_round: int) -> None:
-        after = shared.round + 1
-        self.states = {0: {}, state_round: self.states[state_round], after: state}
-        self._views = {self.start_round: self._views[self.start_round], after: shared.view}
-
-    def answered(self, round: int) -> str | None:
-        return None
-
-    def save_answered(self, round: int, received: str) -> None:
-        pass
-
-    def stored_round(self, round: int) -> StoredRound | None:
-        return None
-
     def basis_gradient(self, round: int) -> tuple[bytes, float] | None:
+        """Returns (the payload, the rows) that were sent for the basis of this round."""
         return None
 
     def save_basis_gradient(self, round: int, payload: bytes, rows: float) -> None:
         pass
+
+    # --- rounds ---
+
+    def client_state(self, round: int) -> Tensors:
+        """Returns the client's own state after `round` rounds."""
+        return self.states[round]
+
+    def save_round(self, shared: ClientRound, state: Tensors, done: StoredRound, state_round: int) -> None:
+        """Stores a round; the state after `state_round` is kept too, in case this round's update is not used."""
+        after = shared.round + 1
+        self.states = {0: {}, state_round: self.states[state_round], after: state}
+        self._views = {self._start_round: self._views[self._start_round], after: shared.view}
+
+    def answered(self, round: int) -> str | None:
+        """Returns the hash of the broadcast that was trained on in this round, counted from 0; None for none."""
+        return None
+
+    def save_answered(self, round: int, received: str) -> None:
+        """Notes a broadcast before it is trained on: a round is never done for a second one."""
+
+    def stored_round(self, round: int) -> StoredRound | None:
+        """Returns what was sent in the last of `round` rounds; None if it is not stored any more."""
+        return None
+
+    # --- secure sums ---
 
     def pending(self) -> Pending | None:
         return self._pending
@@ -149,21 +137,24 @@ class MemoryStore:
         return self._encoded[1] if self._encoded is not None and self._encoded[0] == key else None
 
     def save_encoded(self, key: str, vector: Ring) -> None:
+        """Saves what was encoded, with its noise, for the sum of this key."""
         self._encoded = key, vector
 
     def sum_survivors(self, round: int) -> list[str] | None:
+        """Returns who else was in the secure sum of this round; None for no sum."""
         return None
 
     def save_sum_survivors(self, round: int, survivors: Sequence[str]) -> None:
         pass
 
 
-class DiskStore:
+class DiskStore(ClientStore):
     """The store of a site, in the run's folder."""
 
     keeps_answers = True
 
     def __init__(self, folder: Path) -> None:
+        super().__init__()
         self.folder = folder
         self._start: tuple[int, ClientView] | None = None
         self._newest: tuple[int, ClientView] | None = None  # in memory, as after its round
@@ -185,7 +176,6 @@ class DiskStore:
         return 0 if start is None else start[0]
 
     def view(self, round: int) -> ClientView | None:
-        """Returns what the client holds after `round` rounds; None where that is not stored any more."""
         start = self._read_start()
         if start is None or round < start[0]:
             return None
@@ -213,7 +203,7 @@ class DiskStore:
     # --- rounds ---
 
     def client_state(self, round: int) -> Tensors:
-        """Returns the client's own state after `round` rounds. Raises RunError where it is not stored any more."""
+        """Raises RunError where it is not stored any more."""
         if round == 0:
             return {}
         if (parts := self._round(round)) is None:
@@ -238,15 +228,12 @@ class DiskStore:
                 path.unlink()
 
     def answered(self, round: int) -> str | None:
-        """Returns the hash of the broadcast that was trained on in this round, counted from 0; None for none."""
         return self._answered().get(str(round))
 
     def save_answered(self, round: int, received: str) -> None:
-        """Notes a broadcast before it is trained on: a round is never done for a second one."""
         write_atomic(self.folder / "answered.json", json.dumps({**self._answered(), str(round): received}).encode())
 
     def stored_round(self, round: int) -> StoredRound | None:
-        """Returns what was sent in the last of `round` rounds; None if it is not stored any more."""
         path = self._path(round)
         if not path.is_file():
             return None
@@ -282,7 +269,6 @@ class DiskStore:
         return None if found is None else found[0]["vector"].numpy().view(np.uint32)
 
     def save_encoded(self, key: str, vector: Ring) -> None:
-        """Saves what was encoded, with its noise, for the sum of this key."""
         self._write("encoded", {"vector": torch.from_numpy(vector.view(np.int32))}, {"key": key})
 
     def sum_survivors(self, round: int) -> list[str] | None:

@@ -6,6 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
+from fedsb.adapters.layout import Layout
 from fedsb.protocol.payload import measure
 
 Direction = Literal["up", "down"]
@@ -42,9 +43,11 @@ class TrafficCounter:
             direction=direction,
             kind=kind,
             values=layout.size,
-            head_values=sum(
-                size for (key, _), size in zip(layout.shapes, layout.sizes, strict=True) if key in self.head
-            ),
+            head_values=self.head_values(layout),
             bytes=size,
             wire_bytes=wire_bytes,
         )
+
+    def head_values(self, layout: Layout) -> int:
+        """Returns how many of the values belong to the task head."""
+        return sum(size for (key, _), size in zip(layout.shapes, layout.sizes, strict=True) if key in self.head)

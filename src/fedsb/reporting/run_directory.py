@@ -9,6 +9,8 @@ from typing import Any
 
 from fedsb.utils.errors import UserError, did_you_mean
 
+FORMAT = 2  # of a run directory; an older one can be read and exported, and not resumed
+
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Reads manifest.json. Raises UserError if `folder` is not a run directory."""
@@ -70,3 +72,27 @@ def extra_metrics(row: Mapping[str, Any]) -> dict[str, float]:
     Version 0.1 wrote them as "beside".
     """
     return dict(row.get("extra_metrics") or row.get("beside") or {})
+
+
+def refuse_old_format(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Raises UserError for a run directory that this version cannot resume."""
+    if (found := manifest.get("format", 1)) != FORMAT:
+        raise UserError(
+            f"{folder} was written by fedsb {manifest.get('fedsb', 'of an unknown version')}, in format {found} of run "
+            f"directories. This version resumes format {FORMAT} only. Resume it with the version that started it, or "
+            "start a new run. `fedsb eval`, `export` and `report` read it as it is."
+        )
+
+
+def refuse_existing(folder: Path) -> None:
+    """Raises UserError where there is a run already: nothing is ever overwritten."""
+    if (folder / "manifest.json").exists():
+        if (folder / "result.json").exists():
+            raise UserError(
+                f"{folder} holds a finished run, which `fedsb report {folder}` shows. To run it again, choose another "
+                "name (--set name=other), or move the folder away first"
+            )
+        raise UserError(
+            f"{folder} holds a run already: take it up with `fedsb resume {folder}`, or give another name "
+            "(--set name=other)"
+        )

@@ -28,13 +28,12 @@ from fedsb.adapters.residual import Tensors
 from fedsb.methods.base import State
 from fedsb.protocol.tensors import under, within
 from fedsb.protocol.traffic import TrafficRecord
-from fedsb.reporting.run_directory import read_manifest, read_rows
+from fedsb.reporting.run_directory import read_manifest, read_rows, refuse_existing
 from fedsb.server.server import RoundResult
 from fedsb.utils.errors import RunError, UserError
 from fedsb.utils.files import disk_errors, flush, json_lines, keyed_fingerprint, lock, safe_name, write, write_atomic
 
 PREFIX = "round-"
-FORMAT = 2  # of a run directory; an older one can be read and exported, and not resumed
 
 
 class Record:
@@ -311,30 +310,6 @@ class Record:
             (self.folder / "privacy").rmdir()
         with suppress(OSError):  # what else is in there is the user's
             self.folder.rmdir()
-
-
-def refuse_old_format(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Raises UserError for a run directory that this version cannot resume."""
-    if (found := manifest.get("format", 1)) != FORMAT:
-        raise UserError(
-            f"{folder} was written by fedsb {manifest.get('fedsb', 'of an unknown version')}, in format {found} of run "
-            f"directories. This version resumes format {FORMAT} only. Resume it with the version that started it, or "
-            "start a new run. `fedsb eval`, `export` and `report` read it as it is."
-        )
-
-
-def refuse_existing(folder: Path) -> None:
-    """Raises UserError where there is a run already: nothing is ever overwritten."""
-    if (folder / "manifest.json").exists():
-        if (folder / "result.json").exists():
-            raise UserError(
-                f"{folder} holds a finished run, which `fedsb report {folder}` shows. To run it again, choose another "
-                "name (--set name=other), or move the folder away first"
-            )
-        raise UserError(
-            f"{folder} holds a run already: take it up with `fedsb resume {folder}`, or give another name "
-            "(--set name=other)"
-        )
 
 
 def _round_of(path: Path) -> int:

@@ -23,9 +23,9 @@ from fedsb.data.card import shown_lines
 from fedsb.methods.base import Method, State
 from fedsb.privacy.mechanism import PrivacyBudgetExceededError
 from fedsb.reporting.prices import bytes_line
-from fedsb.reporting.run_directory import read_manifest
+from fedsb.reporting.run_directory import FORMAT, read_manifest, refuse_existing, refuse_old_format
 from fedsb.runs.artifacts import describe_start, export, finish, round_row
-from fedsb.runs.record import FORMAT, Record, refuse_existing, refuse_old_format
+from fedsb.runs.record import Record
 from fedsb.runs.scoring import final_scores, score_clients, score_global
 from fedsb.server.opened import OpenedFederation
 from fedsb.server.server import Server

@@ -104,9 +104,7 @@ def _masked(layout: Layout, round: int, client: str, counter: TrafficCounter, wi
         direction="up",
         kind="round",
         values=layout.size,
-        head_values=sum(
-            size for (key, _), size in zip(layout.shapes, layout.sizes, strict=True) if key in counter.head
-        ),
+        head_values=counter.head_values(layout),
         bytes=4 * layout.size,
         wire_bytes=wire_bytes,
     )

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedsb.adapters.basis import Basis, basis_hash
-from fedsb.client.round import ClientRound, ClientView
+from fedsb.adapters.basis import Basis
 from fedsb.config.resolved import ResolvedSetting
 from fedsb.config.schema import Config
 from fedsb.data.tasks.base import Example
@@ -16,23 +15,22 @@ from fedsb.methods.averaging import ServerOptimizer
 from fedsb.methods.base import Method, State
 from fedsb.privacy.ledger import Entry
 from fedsb.protocol import schedule
-from fedsb.protocol.channel import NoResponse
 from fedsb.protocol.compressor import build_compressor
-from fedsb.protocol.messages import Finish, FinishReply, Stale, Start, Train, TrainReply
-from fedsb.protocol.payload import Payload, PayloadError, pack, unpack
+from fedsb.protocol.messages import Finish, FinishReply, Start
+from fedsb.protocol.payload import Payload, PayloadError, pack
 from fedsb.protocol.requirements import client_ranks, open_secure_sums, privacy_policy_of
 from fedsb.protocol.traffic import TrafficCounter, TrafficRecord
 from fedsb.server.basis import BasisRound
 from fedsb.server.exchange import Exchange, reason_of
 from fedsb.server.opened import OpenedFederation
-from fedsb.server.replies import ClientReply, Replies
+from fedsb.server.replies import Replies
+from fedsb.server.round import ServerRound
 from fedsb.server.shared_state import SharedStateSync
 from fedsb.server.spool import Spool
 from fedsb.server.validation import Dropped, update_rules, validate_updates
 from fedsb.training.basis import draw_samples
 from fedsb.training.gradients import captured_share
 from fedsb.training.score import Score
-from fedsb.utils.environment import versions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +143,7 @@ class Server:
             rows=self.rows,
             steps={name: self.local.steps_for(rows) for name, rows in self.rows.items()},
         )
-        round = _Round(self, state, view, missed=missed if state.round else frozenset(), score=score)
+        round = ServerRound(self, state, view, missed=missed if state.round else frozenset(), score=score)
         answers = round.answers(cohort)
         payloads = round.summed(answers, cohort, replies, in_sum) if self.secure_sums else round.each(answers, replies)
         updates, dropped = validate_updates(payloads, rules, Spool(spool), replies.dropped)
@@ -223,131 +221,3 @@ class Server:
             self.method.total_rank // self.method.rank,
         )
         return replace(basis, captured=captured)
-
-
-@dataclass(frozen=True)
-class _Answer:
-    """A client's answer in a round, and what travelled to it."""
-
-    client: str
-    reply: TrainReply | Stale | NoResponse
-    traffic: Sequence[TrafficRecord]
-
-
-class _Round:
-    """The requests of one round, and the answers to them."""
-
-    def __init__(self, server: Server, state: State, view: State, *, missed: frozenset[str], score: bool) -> None:
-        self.server, self.state, self.view, self.missed, self.score = server, state, view, missed, score
-        self.ranks = {**server.ranks, **state.total_ranks}
-        self.shared_hash = basis_hash(view.shared)
-        self._payloads: dict[tuple[bool, int | None], bytes] = {}
-
-    def payload(self, *, whole: bool, rank: int | None) -> bytes:
-        """Returns the broadcast to clients of this rank; those that receive the same share its bytes."""
-        key = whole, rank
-        if key not in self._payloads:
-            self._payloads[key] = self.server.compressor.broadcast(
-                self.server.method,
-                self.state,
-                self.view,
-                self.shared_hash,
-                missed_last_round=whole,
-                total_rank=rank,
-            )
-        return self._payloads[key]
-
-    def answers(self, cohort: Sequence[str]) -> Iterator[_Answer]:
-        """Asks the cohort to train. A client that lost the shared state receives it, and is asked again."""
-        caught_up: dict[str, Sequence[TrafficRecord]] = {}
-        for answer in self._ask(cohort, whole=False):
-            if not isinstance(answer.reply, Stale):
-                yield answer
-                continue
-            sync, round = self.server.shared_state, self.state.round + 1
-            residual = bool(self.server.config.basis.refresh)
-            sent = sync.catch_up(answer.client, answer.reply, self.view.shared, round, residual=residual)
-            if isinstance(sent, NoResponse):
-                yield _Answer(answer.client, sent, answer.traffic)
-            else:
-                caught_up[answer.client] = [*answer.traffic, *sent]
-        for answer in self._ask(list(caught_up), whole=True):
-            yield _Answer(answer.client, answer.reply, [*caught_up[answer.client], *answer.traffic])
-
-    def each(self, answers: Iterable[_Answer], replies: Replies) -> Iterator[tuple[str, bytes]]:
-        """Yields (client, update) as they come in: none is kept here."""
-        for answer in answers:
-            if (reply := self._checked(answer, replies)) is not None:
-                replies.add(reply)
-                assert reply.payload is not None
-                yield reply.client, reply.payload
-
-    def summed(
-        self, answers: Iterable[_Answer], cohort: Sequence[str], replies: Replies, in_sum: list[str]
-    ) -> Iterator[tuple[str, bytes]]:
-        """Yields the sum of the cohort's updates, as one; `in_sum` are then the clients in it."""
-        from fedsb.protocol.secure_sum import SUM
-        from fedsb.server.secure_sum import add_up
-
-        server = self.server
-        trained = [reply for answer in answers if (reply := self._checked(answer, replies)) is not None]
-        message = unpack(self.payload(whole=False, rank=None)).tensors
-        if server.compressor.codec != "float32":
-            raise AssertionError("refused at the start: a secure sum with a codec")
-        shared = ClientRound(server.method, ClientView(self.view.shared), message, self.state.round, self.shared_hash)
-        assert server.secure_sums is not None
-        keys = {name: server.opened.directory[name] for name in cohort}
-        terms = server.secure_sums.terms(self.state.round, self.shared_hash, keys, shared.against)
-        found = add_up(server.exchange, terms, shared, trained, server.counter)
-        replies.dropped += found.dropped
-        for reply in found.survivors:
-            replies.add(reply)
-            in_sum.append(reply.client)
-        yield SUM, found.payload
-
-    def _ask(self, clients: Sequence[str], *, whole: bool) -> Iterator[_Answer]:
-        requests, traffic = {}, {}
-        server, round = self.server, self.state.round + 1
-        for name in clients:
-            rank = self.ranks.get(name)
-            payload = self.payload(whole=whole or name in self.missed, rank=rank)
-            request = requests[name] = Train(
-                run=server.run,
-                total_rank=rank,
-                state_round=self.state.accepted.get(name, 0),
-                score=self.score,
-                versions=versions(),
-                parts=(payload,),
-            )
-            traffic[name] = server.counter.record(payload, round, name, "down", wire_bytes=request.wire_bytes)
-        for name, reply in server.exchange.each(requests, what=f"Round {round}"):
-            yield _Answer(name, reply, [traffic[name]])
-
-    def _checked(self, answer: _Answer, replies: Replies) -> ClientReply | None:
-        """Returns the reply; None, with the reason in `replies`, for a client that sent nothing to continue with."""
-        server, reply = self.server, answer.reply
-        try:
-            if not isinstance(reply, TrainReply):
-                raise PayloadError(reason_of(reply))
-            if reply.left is not None:
-                raise PayloadError(f"left the sum by itself: {reply.left}")
-            if (server.secure_sums is None) != len(reply.parts):
-                raise PayloadError(f"sent {len(reply.parts)} updates")
-            server.copy_ledger(answer.client, reply.entries)
-            up = [
-                server.counter.record(part, self.state.round + 1, answer.client, "up", wire_bytes=reply.wire_bytes)
-                for part in reply.parts
-            ]
-        except PayloadError as error:
-            replies.dropped.append(Dropped(client=answer.client, reason=str(error)))
-            if isinstance(reply, TrainReply):  # it received the broadcast
-                replies.traffic += answer.traffic
-            return None
-        travels = not server.method.spec.pools_data
-        return ClientReply(
-            client=answer.client,
-            payload=reply.parts[0] if reply.parts else None,
-            loss=reply.loss,
-            score=reply.score,
-            traffic=[*answer.traffic, *up] if travels else [],
-        )

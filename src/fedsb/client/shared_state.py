@@ -1,0 +1,169 @@
+"""A client's shared state: derived from the settings, received, or made anew during a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from fedsb.adapters.basis import Basis
+from fedsb.client.checks import fitting, refuse_basis, refuse_values
+from fedsb.client.memo import Memo
+from fedsb.client.round import ClientView
+from fedsb.client.store import ClientStore
+from fedsb.config.schema import Config
+from fedsb.data.clients import ClientData
+from fedsb.methods.base import Method, State
+from fedsb.privacy.policy import PrivacyPolicy
+from fedsb.protocol.compressor import build_compressor
+from fedsb.protocol.messages import BasisGradient, BasisGradientReply, Refresh, SetBasis
+from fedsb.protocol.payload import unpack
+from fedsb.protocol.tensors import under, within
+from fedsb.training.basis import core_sums, inner_basis, outer_basis, whole_basis
+from fedsb.training.trainer import Trainer
+from fedsb.utils.errors import RefusalError
+from fedsb.utils.tensors import Tensors
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientSharedState:
+    """The shared state of one client in a run that has started."""
+
+    run: str
+    data: ClientData
+    trainer: Trainer
+    memo: Memo
+    all_rows: int  # of all clients
+    store: ClientStore
+    policy: PrivacyPolicy
+
+    @property
+    def config(self) -> Config:
+        return self.trainer.config
+
+    @property
+    def method(self) -> Method:
+        return self.trainer.method
+
+    def derive(self) -> str | None:
+        """Derives the shared state where it follows from settings and base model. Returns its hash, else None."""
+        if (view := self.store.view(self.store.start_round)) is not None:
+            return view.hash
+        if self.method.adapter == "core" and self.config.basis.kind not in ("random", "weights"):
+            return None
+        basis = self.trainer.data_free_basis(0) if self.method.adapter == "core" else None
+        return self._hold(self.memo.get(("start", 0), lambda: ClientView(self._start(basis), self._known())), 0)
+
+    def basis_gradient(self, request: BasisGradient) -> BasisGradientReply:
+        """Returns this client's S of a `core` basis. It is made once: a second request gets the stored payload."""
+        config, round = self.config, request.round
+        if self.method.adapter != "core" or config.basis.kind != "core":
+            raise RefusalError(f"basis.kind = {config.basis.kind!r} reads no row of a client.")
+        if (stored := self.store.basis_gradient(round)) is not None:
+            return BasisGradientReply(rows=stored[1], parts=(stored[0],))
+        mechanisms = self.policy.row_mechanisms()
+        own, rows = core_sums(
+            config.basis,
+            self.trainer.adapted,
+            self.trainer.task,
+            self.data,
+            self.all_rows,
+            self._basis_start(),
+            self._outer(round),
+            mechanisms[self.data.name] if mechanisms else None,
+            seed=config.seed,
+            round=round,
+            batch_size=config.train.batch_size,
+        )
+        compressor = build_compressor(config, self.method, self.run)
+        payload = compressor.basis("up", self.data.name, round, own, compressor.codec)
+        self.store.save_basis_gradient(round, payload, rows)
+        return BasisGradientReply(rows=rows, parts=(payload,))
+
+    def set_basis(self, request: SetBasis) -> str:
+        """Takes the basis that all clients receive. Returns the hash of the shared state."""
+        round = request.round
+
+        def build() -> ClientView:
+            received, kind = unpack(request.payload).tensors, self.config.basis.kind
+            outer = self._outer(round) if kind == "core" else {}
+            A, B = inner_basis(received, outer) if outer else whole_basis(received, self.trainer.shapes)
+            shared = {**self._start(Basis(kind=kind, A=A, B=B)), **within("residual", self.store.refresh_start())}
+            self._check_shared(shared)
+            return ClientView(shared, self._known(), round)
+
+        return self._hold(self.memo.get(("basis", request.payload, round), build), round)
+
+    def set_shared(self, shared: Tensors) -> str:
+        """Takes `shared` as the shared state at the start. Raises RefusalError for a basis that is not orthonormal."""
+        self._check_shared(shared)
+        round = self.store.start_round
+        return self._hold(ClientView(shared, self._known(), round), round)
+
+    def refresh(self, request: Refresh) -> str | None:
+        """Merges the adapter into the residual, for a new basis that starts from here.
+
+        Returns the hash of the shared state; None where a basis has to come first.
+        """
+        payload = unpack(request.payload)
+
+        def merge() -> Tensors:
+            view = self.latest(payload.round)
+            state = State(round=payload.round, tensors=payload.tensors, shared=view.shared)
+            return under("residual", self.method.merge_into_residual(state)) | {
+                f"head/{key}": payload.tensors[key] for key in self.trainer.head
+            }
+
+        with fitting():
+            start = self.memo.get(("refresh", request.payload), merge)
+        self.store.save_refresh_start(start)
+        if self.config.basis.kind != "random":
+            return None
+
+        def build() -> ClientView:
+            basis = self.trainer.data_free_basis(payload.round)
+            shared = {**self._start(basis), **within("residual", start)}
+            return ClientView(shared, self._known(), payload.round)
+
+        return self._hold(self.memo.get(("start", payload.round), build), payload.round)
+
+    def latest(self, round: int) -> ClientView:
+        return self.store.view(round) or self.start_view()
+
+    def start_view(self) -> ClientView:
+        view = self.store.view(self.store.start_round)
+        if view is None:
+            raise RefusalError("This site has no basis yet. Ask it to set one first.")
+        return view
+
+    # --- private ---
+
+    def _hold(self, view: ClientView, round: int) -> str:
+        """Takes the view as that of the start; `round` counts the rounds that were finished before it."""
+        self.store.save_start(view, round)
+        return view.hash
+
+    def _start(self, basis: Basis | None) -> Tensors:
+        return self.trainer.start_state(basis).shared
+
+    def _known(self) -> Tensors:
+        """Returns the tensors of the server that a client knows at the start: none of a core, whose start is sent."""
+        if self.method.adapter == "core":
+            return {}
+        return self.memo.get(("known",), lambda: self.trainer.start_state(None).tensors)
+
+    def _basis_start(self) -> Tensors:
+        """Returns where gradients are taken: the head, and the residual of a run that has come so far."""
+        start = self.store.refresh_start()
+        if not start:
+            return self.trainer.head
+        return {**within("residual", start), **within("head", start)}
+
+    def _outer(self, round: int) -> Any:
+        rank, config = self.method.total_rank, self.config
+        build = lambda: outer_basis(config.basis, self.trainer.adapted, rank, config.seed, round)  # noqa: E731
+        return self.memo.get(("outer", round), build)
+
+    def _check_shared(self, shared: Tensors) -> None:
+        refuse_values(shared)
+        if self.method.adapter == "core":
+            refuse_basis(shared, self.trainer.shapes)
