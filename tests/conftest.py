@@ -25,6 +25,10 @@ collect_ignore_glob = [] if find_spec("flwr") else ["deployment/*"]  # needs the
 CLASSES = ("red", "blue", "green")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--rewrite-golden", action="store_true", help="write the golden traces of tests/laws anew")
+
+
 def _save(folder: Path, model: Any) -> Path:
     """A model folder with a word-level tokenizer over WORDS."""
     from tokenizers import Tokenizer, models, pre_tokenizers
