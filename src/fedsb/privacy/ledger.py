@@ -195,9 +195,8 @@ def _parse(content: bytes, path: Path) -> tuple[tuple[str, str], list[Entry], in
             entries.append(_entry(json.loads(line), owner))
     except (ValueError, TypeError, KeyError) as error:
         raise RunError(
-            f"cannot read line {number} of {path} ({str(error).rstrip('.')}). What was released is therefore "
-            f"unknown. Restore the file "
-            "from a backup. fedsb never recreates it."
+            f"cannot read line {number} of {path} ({str(error).rstrip('.')}). What was released is therefore unknown. "
+            "Restore the file from a backup. fedsb never recreates it."
         ) from error
     return owner, entries, len(content) - len(last)
 
