@@ -163,7 +163,7 @@ def test_several_tables_and_their_plain_mean(
     assert lines[-1] == ["mean", f"{found['mean']:.4f}"]
     assert [line[0] for line in lines[-3:-1]] == ["test5.jsonl", "test6.jsonl"]
     said = cli("eval", result.folder, *named, "--data", files[0])
-    assert said.code == 1 and "names a table twice, which would count twice in the mean" in said.err
+    assert said.code == 1 and "contains a table twice" in said.err
     said = cli("eval", result.folder, *named, "--data", tmp_path / "no.jsonl")
     assert said.code == 1 and "there is no file" in said.err and said.out == ""  # before anything is scored
 
