@@ -52,7 +52,7 @@ class Layout:
     def views(self, x: Array) -> dict[str, Array]:  # (..., P)
         """Returns the tensors of each vector by name: (..., *shape) each, without a copy."""
         slices, axes = self.slices, tuple(x.shape[:-1])
-        return {key: x[..., slices[key]].reshape((*axes, *shape)) for key, shape in self.shapes}
+        return {key: x[..., slices[key]].reshape(axes + shape) for key, shape in self.shapes}
 
     def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Returns (P,), the float32 vector of one client's tensors."""

@@ -35,7 +35,6 @@ Count = Annotated[int, Field(ge=0, le=10**9)]
 Real = Annotated[float, Field(allow_inf_nan=False)]
 Labels = list[str | int | bool]
 SecAggPhaseName = Literal["advert", "sealed", "masked", "confirm", "shares"]
-SecAggPhaseName = Literal["advert", "sealed", "masked", "confirm", "shares"]
 
 
 class Message(BaseModel):
