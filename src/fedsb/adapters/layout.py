@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-Array = TypeVar("Array", Tensor, Any)  # a tensor of torch or an array of numpy
+Array = TypeVar("Array", bound=Any)  # a tensor of torch or an array of numpy
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,9 @@ class Layout:
 
     def views(self, x: Array) -> dict[str, Array]:  # (..., P)
         """Returns the tensors of each vector by name: (..., *shape) each, without a copy."""
-        slices, axes = self.slices, tuple(x.shape[:-1])
-        return {key: x[..., slices[key]].reshape(axes + shape) for key, shape in self.shapes}
+        slices = self.slices
+        axes: tuple[int, ...] = tuple(x.shape[:-1])
+        return {key: x[..., slices[key]].reshape((*axes, *shape)) for key, shape in self.shapes}
 
     def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Returns (P,), the float32 vector of one client's tensors."""
