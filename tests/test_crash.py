@@ -67,7 +67,7 @@ def unbroken(tiny_bert: Path, tables: tuple[Path, Path], tmp_path_factory: pytes
 
 
 def same_run(broken: Path, whole: Path) -> None:
-    """The adapter to the last bit, and ledgers in which every round stands once."""
+    """Checks the adapter to the last bit, and ledgers in which every round occurs once."""
     assert adapter_bytes(broken) == adapter_bytes(whole)
     rounds = [[{**row, "seconds": 0} for row in read_rows(folder / "rounds.jsonl")] for folder in (broken, whole)]
     assert rounds[0] == rounds[1]
@@ -95,7 +95,7 @@ def test_killed_before_a_write(tiny_config: dict[str, Any], tmp_path: Path, unbr
 
 
 def started_run(tmp_path: Path, config: dict[str, Any], rounds: int) -> subprocess.Popen[str]:
-    """`python -m fedsb run` in a process of its own, given back when so many rounds are done."""
+    """Starts `python -m fedsb run` in a process of its own. Returns it when `rounds` rounds are completed."""
     toml = write_toml(tmp_path / "long.toml", config)
     process = subprocess.Popen(
         [sys.executable, "-m", "fedsb", "run", str(toml), "--json"],
@@ -116,7 +116,7 @@ def started_run(tmp_path: Path, config: dict[str, Any], rounds: int) -> subproce
 def long_settings(
     tiny_bert: Path, tables: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[dict[str, Any], Path]:
-    """A run of two seconds of rounds, and where its unbroken twin is."""
+    """A run of two seconds of rounds, and the folder of the same run without an interruption."""
     config = set_all(tiny_settings(tiny_bert, tables, tmp_path_factory.mktemp("long")), rounds=60)
     return config, federate(load_config(config)).folder
 

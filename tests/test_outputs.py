@@ -563,7 +563,7 @@ def test_writing(cli: Callable[..., Said], run_of: Callable[[str], Path], tmp_pa
 def test_a_run_whose_adapter_is_not_loaded_is_finished(
     cli: Callable[..., Said], tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It says so at the end, and every verb that needs the adapter does; the trained tensors are on disk."""
+    """The run reports it at the end, as does every verb that needs the adapter; the trained tensors are on disk."""
 
     def refuse(*_: object) -> None:
         raise UserError("PEFT loads no LoRA on the layer 'x.out_proj'")

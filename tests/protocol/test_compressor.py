@@ -268,7 +268,7 @@ def test_draws_are_keyed_by_the_client_the_round_and_the_seed() -> None:
 
     def coded(seed: int, client: str, round: int) -> list[float]:
         data, _ = sent(compressor_of("int4", seed), method, update(values, round, client), base, {})
-        return unpack(data).tensors["x"].tolist()  # type: ignore[no-any-return]
+        return unpack(data).tensors["x"].tolist()
 
     assert coded(0, "a", 1) == coded(0, "a", 1)
     others = [coded(0, "b", 1), coded(0, "a", 2), coded(1, "a", 1)]

@@ -1,4 +1,4 @@
-"""Who takes part and who is told everything, and what that costs with a codec."""
+"""Which clients take part, which receive a whole broadcast, and what that costs with a codec."""
 
 from __future__ import annotations
 
@@ -30,12 +30,19 @@ def test_a_sample_is_a_function_of_seed_and_round() -> None:
     assert sample(NAMES, 3, config(5)) == sample(NAMES, 3, config(9)) == NAMES
 
 
-def test_everyone_is_told_everything_once_where_everyone_takes_part() -> None:
+def test_all_clients_receive_one_whole_broadcast_where_all_take_part() -> None:
     assert whole_broadcasts(NAMES, config(5), FedSB(rank=2), []) == [5, 0, 0, 0, 0, 0]
-    assert whole_broadcasts(NAMES, config(5), FedSB(rank=2), ["b", "d"]) == [5, 2, 2, 2, 2, 2]  # another rank: always
+    assert whole_broadcasts(NAMES, config(5), FedSB(rank=2), ["b", "d"]) == [
+        5,
+        2,
+        2,
+        2,
+        2,
+        2,
+    ]  # a different rank: in every round
 
 
-def test_whoever_missed_a_round_is_told_everything() -> None:
+def test_a_client_that_missed_a_round_receives_a_whole_broadcast() -> None:
     cohorts = [set(sample(NAMES, round, config(3))) for round in range(6)]
     wanted = [3] + [len(now - before) for before, now in pairwise(cohorts)]
     assert whole_broadcasts(NAMES, config(3), FedSB(rank=2), []) == wanted
