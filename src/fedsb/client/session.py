@@ -12,6 +12,7 @@ the handler (handler.py) adds the site's own rules before each request and its d
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -49,6 +50,7 @@ from fedsb.protocol.messages import (
     TrainReply,
 )
 from fedsb.protocol.payload import Payload, PayloadError, unpack
+from fedsb.protocol.schedule import refreshes
 from fedsb.protocol.tensors import shape_mismatch, under, within
 from fedsb.training.basis import core_sums, inner_basis, outer_basis, whole_basis
 from fedsb.training.joint import ClientTraining
@@ -96,6 +98,14 @@ class PreparedClient:
     cut: int = 0
     unused: int = 0
 
+    def check_rows(self, rows: Mapping[str, int]) -> None:
+        """Raises RefusalError where the server states another number of rows than this client has."""
+        if rows.get(self.data.name) != self.data.rows:
+            raise RefusalError(
+                "The coordinator states another number of rows than this site has. If the file has changed since the "
+                "run began, restore the old one, or start a new run."
+            )
+
     def start(
         self,
         rows: Mapping[str, int],
@@ -110,11 +120,6 @@ class PreparedClient:
             rows: those of every client.
             check_upload: raises RefusalError for an update that must not leave.
         """
-        if rows.get(self.data.name) != self.data.rows:
-            raise RefusalError(
-                "The coordinator states another number of rows than this site has. If the file has changed since the "
-                "run began, restore the old one, or start a new run."
-            )
         return StartedClient(
             run=self.run,
             data=self.data,
@@ -193,6 +198,8 @@ class StartedClient:
     def basis_gradient(self, request: BasisGradient) -> BasisGradientReply:
         """Returns this client's S of a `core` basis. It is made once: a second request gets the stored payload."""
         config, round = self.config, request.round
+        if round:
+            self._refuse_undue(round)
         if self.method.adapter != "core" or config.basis.kind != "core":
             raise RefusalError(f"basis.kind = {config.basis.kind!r} reads no row of a client.")
         if (stored := self.store.basis_gradient(round)) is not None:
@@ -218,7 +225,8 @@ class StartedClient:
 
     def set_basis(self, request: SetBasis) -> str:
         """Takes the basis that all clients receive. Returns the hash of the shared state."""
-        round = request.round
+        if round := request.round:
+            self._refuse_undue(round)
 
         def build() -> ClientView:
             received, kind = unpack(request.payload).tensors, self.config.basis.kind
@@ -228,7 +236,9 @@ class StartedClient:
             self._check_shared(shared)
             return ClientView(shared, self._known(), round)
 
-        return self._hold(self.memo.get(("basis", request.payload, round), build), round)
+        with fitting():
+            view = self.memo.get(("basis", request.payload, round), build)
+        return self._hold(view, round)
 
     def set_shared(self, shared: Tensors) -> str:
         """Takes `shared` as the shared state at the start. Raises RefusalError for a basis that is not orthonormal."""
@@ -242,6 +252,7 @@ class StartedClient:
         Returns the hash of the shared state; None where a basis has to come first.
         """
         payload = unpack(request.payload)
+        self._refuse_undue(payload.round)
 
         def merge() -> Tensors:
             view = self._latest(payload.round)
@@ -324,7 +335,7 @@ class StartedClient:
         data, feedback = compressor.update(method, payload, shared.baseline_vector, begun.client_state)
         keeps = self.trainer.local.keep_optimizer
         state = under("method", own) | (under("optimizer", trained.moments) if keeps else {}) | feedback
-        scored = begun.score and bool(self.data.held_out)
+        scored = begun.score and self.data.held_out and self.policy.shows("scores")
         done = StoredRound(
             payload=data,
             loss=trained.loss,
@@ -353,8 +364,8 @@ class StartedClient:
 
     def _reply(self, begun: LocalRound, done: StoredRound) -> TrainReply:
         self.check_upload(unpack(done.payload), len(done.payload))
-        loss = done.loss if self.policy.shows("loss") else None
-        score = done.score if self.policy.shows("scores") else None
+        loss = finite(done.loss) if self.policy.shows("loss") else None
+        score = finite(done.score) if self.policy.shows("scores") else None
         if self.secagg is None:
             return TrainReply(loss=loss, score=score, parts=(done.payload,))
         assert done.change is not None
@@ -426,6 +437,11 @@ class StartedClient:
             return self.trainer.head
         return {**within("residual", start), **within("head", start)}
 
+    def _refuse_undue(self, round: int) -> None:
+        """Raises RefusalError for a new basis that the run does not make: its gradients reveal something of the rows."""
+        if round not in refreshes(self.config, self.method):
+            raise RefusalError(f"No new basis is made before round {round + 1} of this run.")
+
     def _outer(self, round: int) -> Any:
         rank, config = self.method.total_rank, self.config
         build = lambda: outer_basis(config.basis, self.trainer.adapted, rank, config.seed, round)  # noqa: E731
@@ -441,6 +457,11 @@ class StartedClient:
         found = {key: tuple(x.shape) for key, x in tensors.items()}
         if reason := shape_mismatch(found, self.trainer.adapted.sizes(tensors)):
             raise PayloadError(reason)
+
+
+def finite(value: float | None) -> float | None:
+    """Returns a loss or a score as a reply states it: None where it is NaN or infinite."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 @contextmanager
