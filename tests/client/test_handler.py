@@ -205,7 +205,9 @@ def test_a_site_that_was_never_asked_says_so(tmp_path: Path) -> None:
     with pytest.raises(RefusalError, match="is not the id of a run"):
         handle(BasisGradient(run="../../x", round=0).pack())
     unknown = b'{"fields":{},"parts":[],"verb":"boo"}'
-    with pytest.raises(RefusalError, match="Unknown request 'boo'. The coordinator may run a different fedsb version"):
+    with pytest.raises(
+        RefusalError, match=r"Unknown request 'boo'\. The coordinator may run a different fedsb version"
+    ):
         handle(len(unknown).to_bytes(4, "big") + unknown)
 
 

@@ -263,9 +263,7 @@ def test_8_bits_are_trained_a_client_at_a_time(folder: Path, tiny_config: dict[s
     server = open_server(set_all(tiny_config, model=model))
     assert server.channel.clients_per_forward == 1
     assert any(
-        "whole batch" in choice.reason
-        for choice in server.settings
-        if choice.key == "engine.clients_per_forward"
+        "whole batch" in choice.reason for choice in server.settings if choice.key == "engine.clients_per_forward"
     )
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from conftest import Said, set_all, write_toml
+from fedsb.adapters.layout import Layout
 from fedsb.config.load import load_config
 from fedsb.privacy import audit as module
 from fedsb.privacy import policy as setup
@@ -149,24 +150,22 @@ def test_canaries_are_drawn_and_clipped_like_rows(tmp_path: Path) -> None:
     assert 0.15 < len(canaries.drawn) / len(inside) < 0.35  # q = 1/4
 
     canaries.drawn = [3]
-    sums = {"b": torch.randn(40, 5), "a": torch.randn(100)}
-    mean = mechanism.mean(sums, 100)
-    planted = {key: 8 * mean[key] - sums[key] for key in sums}
-    length = torch.cat([x.flatten() for x in planted.values()]).norm()
-    assert float(length) == pytest.approx(0.5, rel=1e-4)  # ten clips long before
+    layout, total = Layout((("a", (100,)), ("b", (40, 5)))), torch.randn(300)
+    planted = 8 * mechanism.mean(total, 100, layout) - total
+    assert float(planted.norm()) == pytest.approx(0.5, rel=1e-4)  # ten clips long before
     scores = canaries.scores()
     assert scores.argmax() == inside[3]
     assert scores.max() == pytest.approx(0.5, rel=1e-4)
 
 
 def test_directions_do_not_depend_on_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = {"a": torch.randn(30), "b": torch.randn(4, 5)}
+    both, one, seen = Layout((("a", (30,)), ("b", (4, 5)))), Layout((("a", (30,)),)), torch.randn(50)
     each = []
     for chunk in (1, 1 << 22):
         monkeypatch.setattr(module, "CHUNK", chunk)
         canaries = Canaries(40, SeededNoise(0), 7)
-        canaries.see(seen)
-        canaries.see({"a": seen["a"]})  # a round that trains less
+        canaries.see(seen, both)
+        canaries.see(seen[:30], one)  # a round that trains less
         each.append(canaries.scores())
     assert np.allclose(*each, atol=1e-5)
 
@@ -206,7 +205,7 @@ def no_noise(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def no_clipping(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(per_example, "norms", lambda gradients: torch.zeros(len(next(iter(gradients.values())))))
+    monkeypatch.setattr(per_example, "norms", lambda gradients: torch.zeros(len(gradients)))
 
 
 def thin_noise(share: float) -> Callable[[pytest.MonkeyPatch], None]:
@@ -222,49 +221,50 @@ def shared(by: str) -> Callable[[pytest.MonkeyPatch], None]:
     def install(monkeypatch: pytest.MonkeyPatch) -> None:
         kept: dict[Any, torch.Tensor] = {}
 
-        def mean(self: DPMechanism, sums: dict[str, torch.Tensor], rows: int) -> dict[str, torch.Tensor]:
+        def mean(self: DPMechanism, total: torch.Tensor, rows: int, layout: Layout) -> torch.Tensor:
             self._take("training")
             if by == "layers":
                 kept.clear()
             made = {}
-            for key, x in sums.items():
+            for key, x in layout.views(total).items():
                 place = tuple(x.shape) if by == "layers" else key
                 if place not in kept:
                     kept[place] = self.noised(torch.zeros_like(x), self.plan.noise_std)
                 made[key] = (x + kept[place]) / self.plan.batch
-            return made
+            return layout.flatten(made)
 
         monkeypatch.setattr(DPMechanism, "mean", mean)
 
     return install
 
 
-def is_head(key: str) -> bool:
-    return not key.endswith(".R")
+CORE, HEAD = 16 * 16, [3, 3 * 32]  # values of a core, and of the head's bias and weight, the last of a vector
 
 
 def head_without_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     mean = DPMechanism.mean
 
-    def partly(self: DPMechanism, sums: dict[str, torch.Tensor], rows: int) -> dict[str, torch.Tensor]:
-        return {key: sums[key] / self.plan.batch if is_head(key) else x for key, x in mean(self, sums, rows).items()}
+    def partly(self: DPMechanism, total: torch.Tensor, rows: int, layout: Layout) -> torch.Tensor:
+        made = mean(self, total, rows, layout)
+        made[-sum(HEAD) :] = total[-sum(HEAD) :] / self.plan.batch
+        return made
 
     monkeypatch.setattr(DPMechanism, "mean", partly)
 
 
 def head_outside_the_norm(monkeypatch: pytest.MonkeyPatch) -> None:
     norms = per_example.norms
-    inside = lambda gradients: norms({key: g for key, g in gradients.items() if not is_head(key)})  # noqa: E731
-    monkeypatch.setattr(per_example, "norms", inside)
+    monkeypatch.setattr(per_example, "norms", lambda gradients: norms(gradients[:, : -sum(HEAD)]))
     monkeypatch.setattr("fedsb.privacy.mechanism._refuse_long", lambda *_: None)
 
 
 def each_tensor_clipped_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = per_example.add_clipped
 
-    def alone(sums: Any, gradients: Any, owner_b: Any, clip: float) -> None:
-        for key in gradients:
-            whole({key: sums[key]}, {key: gradients[key]}, owner_b, clip)
+    def alone(sums: torch.Tensor, gradients: torch.Tensor, owner_b: torch.Tensor, clip: float) -> None:
+        sizes = [CORE] * ((gradients.shape[1] - sum(HEAD)) // CORE) + HEAD
+        for own, g in zip(sums.split(sizes, 1), gradients.split(sizes, 1), strict=True):
+            whole(own, g, owner_b, clip)
 
     monkeypatch.setattr(per_example, "add_clipped", alone)
     monkeypatch.setattr(module, "add_clipped", alone)
@@ -340,7 +340,7 @@ def test_canaries_alone_catch_it_too(config: dict[str, Any], monkeypatch: pytest
 
 def test_noise_of_a_basis_is_tested(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     whole = DPMechanism.basis_sum
-    monkeypatch.setattr(DPMechanism, "basis_sum", lambda self, sums, rows: (whole(self, sums, rows), sums)[1])
+    monkeypatch.setattr(DPMechanism, "basis_sum", lambda self, total, *args: (whole(self, total, *args), total)[1])
     found = audit(load_config(set_all(config, basis={"kind": "core", "samples": 30})), canaries=64)
     assert found["broken"] and "the noise does not have the planned size (basis, " in found["says"]
 

@@ -247,9 +247,7 @@ def test_a_model_whose_rows_cannot_be_routed_trains_one_client_at_a_time(
     assert reason.startswith("auto: Layer 'bert.encoder.layer.0.intermediate.dense' sees")
     (reply,) = replies_of(server, state, [server.clients[0].name]).values()
     assert reply.loss is not None and not server.opened.local.client_states(1)
-    with pytest.raises(
-        UserError, match=r"engine.clients_per_forward = 2: Layer 'bert.*engine.clients_per_forward = 1"
-    ):
+    with pytest.raises(UserError, match=r"engine.clients_per_forward = 2: Layer 'bert.*engine.clients_per_forward = 1"):
         open_server(set_all(tiny_config, engine={"clients_per_forward": 2}))
     assert choice(open_server(set_all(tiny_config, engine={"clients_per_forward": 1}))) == (1, "as asked")
 

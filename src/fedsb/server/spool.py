@@ -44,7 +44,7 @@ class Spool:
     def read(self) -> Iterator[Tensors]:
         """Yields what was added, in order, as tensors: views, which may be written to without changing the file."""
         size = self._file.tell()
-        mapped = mmap.mmap(self._file.fileno(), size, access=mmap.ACCESS_COPY) if size else b""
+        mapped = mmap.mmap(self._file.fileno(), size, access=mmap.ACCESS_COPY) if size else bytearray()
         values, at = np.frombuffer(mapped, np.float32), 0
         for layout in self._layouts:
             yield layout.views(torch.from_numpy(values[at : at + layout.size]))
