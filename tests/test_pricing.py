@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from conftest import Said, labelled_rows, set_all, write_rows, write_toml
-from fedsb.models.layers import find_targets
 from fedsb.comparison.contenders import methods_to_price
 from fedsb.config.inputs import ModelConfig
 from fedsb.config.load import load_config

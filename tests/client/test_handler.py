@@ -1,4 +1,4 @@
-"""A site refuses what its rules do not allow, and says what left it."""
+"""A site refuses what its rules do not allow, and records what left it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from fedsb.client import handler as handle_module
 from fedsb.client.policy import fingerprint, load_site
 from fedsb.config.load import load_config
 from fedsb.privacy.ledger import read_ledger
-from fedsb.protocol.messages import Note, pack_note
+from fedsb.protocol.messages import BasisGradient, SetShared, read_request
 from fedsb.reporting.run_directory import read_rows
 from fedsb.runs.run import federate
-from fedsb.utils.errors import RunError, UserError
+from fedsb.utils.errors import RefusalError, RunError, UserError
 from laws.test_channels import federation, merged, remote_of
 from support.sites import Federation
 
@@ -61,7 +61,7 @@ def test_a_site_refuses_what_it_does_not_allow(
         assert not [row for row in read_rows(sites.folder / name / "outbox.jsonl") if "tensors" in row]
 
 
-def test_a_site_refuses_a_promise_above_its_own(tiny_config: dict[str, Any], tmp_path: Path) -> None:
+def test_a_site_refuses_an_epsilon_above_its_own(tiny_config: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"it spends epsilon .*; allowed is 3"):
         run(tiny_config, allowing(tmp_path, epsilon=3.0, delta=1e-3), **PRIVATE)
 
@@ -97,7 +97,7 @@ def test_what_left_is_in_the_outbox(tiny_config: dict[str, Any], tmp_path: Path)
     sites = federation(tmp_path)
     folder = run(tiny_config, sites)
     for name in sites.rows:
-        left = [row for row in read_rows(sites.folder / name / "outbox.jsonl") if row["what"] == "round"]
+        left = [row for row in read_rows(sites.folder / name / "outbox.jsonl") if row["what"] == "train"]
         assert [row["round"] for row in left] == [1, 2, 3]
         up = [row for row in read_rows(folder / "traffic.jsonl") if row["client"] == name and row["direction"] == "up"]
         assert [row["values"] for row in left] == [row["values"] for row in up]
@@ -158,7 +158,7 @@ def test_another_base_model_is_refused(tiny_config: dict[str, Any], tmp_path: Pa
     AutoTokenizer.from_pretrained(tiny_bert).save_pretrained(tmp_path / "other")
     sites = federation(tmp_path)
     wrong = Federation(tmp_path / "sites", sites.rows, {"model": str(tmp_path / "other")})
-    with pytest.raises(RunError, match="another model than the coordinator's"):
+    with pytest.raises(RunError, match="A different model from the coordinator's"):
         run(tiny_config, wrong)
 
 
@@ -200,19 +200,22 @@ def test_a_sites_own_column_names(
 
 def test_a_site_that_was_never_asked_says_so(tmp_path: Path) -> None:
     handle = federation(tmp_path).restarted("site 0")
-    with pytest.raises(UserError, match="never asked into the run"):
-        handle(pack_note(Note("sums", {"run": "abc"})))
-    with pytest.raises(UserError, match="knows no request 'boo'"):
-        handle(pack_note(Note("boo", {"run": "abc"})))
-    with pytest.raises(UserError, match="no run's id"):
-        handle(pack_note(Note("sums", {"run": "../../x"})))
+    with pytest.raises(RefusalError, match="never asked to join the run"):
+        handle(BasisGradient(run="abc", round=0).pack())
+    with pytest.raises(RefusalError, match="is not the id of a run"):
+        handle(BasisGradient(run="../../x", round=0).pack())
+    unknown = b'{"fields":{},"parts":[],"verb":"boo"}'
+    with pytest.raises(
+        RefusalError, match=r"Unknown request 'boo'\. The coordinator may run a different fedsb version"
+    ):
+        handle(len(unknown).to_bytes(4, "big") + unknown)
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"\x00\x00\x00\x05ab", b"\xff\xff\xff\xff", pack_note(Note("a", {}, (b"x",)))[:-1]]
+    "data", [b"", b"\x00\x00\x00\x05ab", b"\xff\xff\xff\xff", SetShared(run="a", parts=(b"x",)).pack()[:-1]]
 )
-def test_bytes_that_are_no_note(data: bytes) -> None:
-    with pytest.raises(ValueError, match="not a message of fedsb"):
+def test_bytes_that_are_not_a_message(data: bytes) -> None:
+    with pytest.raises(ValueError, match="Not a message of fedsb"):
         read_request(data)
 
 

@@ -15,9 +15,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 
+from fedsb.deployment.auth import PATHS, AuthMiddleware, Limits, TrafficCounter
 from fedsb.deployment.federation import create_federation, revoke
 from fedsb.deployment.join_file import read_join_file
-from fedsb.deployment.auth import PATHS, AuthMiddleware, Limits, TrafficCounter
 from fedsb.deployment.registry import SiteRegistry
 
 PULL, PUSH, OBJECT = (f"/v1/fleet/{call}" for call in ("pull-messages", "push-messages", "push-object"))

@@ -26,10 +26,10 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 from echo import step
 
-from fedsb.deployment.federation import add_site, create_federation, revoke
 from fedsb.deployment import certificates
-from fedsb.deployment.join_file import read_join_file
 from fedsb.deployment.certificates import tls_client
+from fedsb.deployment.federation import add_site, create_federation, revoke
+from fedsb.deployment.join_file import read_join_file
 
 RUN = (
     "import sys; from pathlib import Path; from fedsb.deployment import join, serve; from fedsb.utils.errors import *\n"

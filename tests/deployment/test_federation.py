@@ -15,10 +15,9 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedsb.deployment.federation import add_site, create_federation, renew, revoke, sign_directory
 from fedsb.deployment import certificates
-from fedsb.deployment.join_file import read_join_file, update_directory
-from fedsb.deployment.join_file import make_keys, store_join_file
+from fedsb.deployment.federation import add_site, create_federation, renew, revoke, sign_directory
+from fedsb.deployment.join_file import make_keys, read_join_file, store_join_file, update_directory
 from fedsb.deployment.registry import SiteRegistry, read_federation
 from fedsb.utils.errors import UserError
 

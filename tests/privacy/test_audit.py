@@ -11,9 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fedsb.privacy.audit import SHARES
 
 from conftest import Said, set_all, write_toml
+from fedsb.adapters.layout import Layout
 from fedsb.config.load import load_config
+from fedsb.privacy import audit as module
 from fedsb.privacy import policy as setup
 from fedsb.privacy.accounting import Release, epsilon
 from fedsb.privacy.ledger import Ledger
@@ -24,8 +27,7 @@ from fedsb.privacy.release_checks import ReleaseChecks, failed, limit
 from fedsb.runs.audit import audit
 from fedsb.runs.run import federate
 from fedsb.training import per_example
-from fedsb.training import privacy_audit as module
-from fedsb.training.privacy_audit import SHARES, Canaries, audited, best_bound, ceiling, lower_bound, p_value
+from fedsb.training.privacy_audit import Canaries, audited, best_bound, ceiling, lower_bound, p_value
 from fedsb.utils.errors import UserError
 
 # --- the bound ---
@@ -149,24 +151,22 @@ def test_canaries_are_drawn_and_clipped_like_rows(tmp_path: Path) -> None:
     assert 0.15 < len(canaries.drawn) / len(inside) < 0.35  # q = 1/4
 
     canaries.drawn = [3]
-    sums = {"b": torch.randn(40, 5), "a": torch.randn(100)}
-    mean = mechanism.mean(sums, 100)
-    planted = {key: 8 * mean[key] - sums[key] for key in sums}
-    length = torch.cat([x.flatten() for x in planted.values()]).norm()
-    assert float(length) == pytest.approx(0.5, rel=1e-4)  # ten clips long before
+    layout, total = Layout((("a", (100,)), ("b", (40, 5)))), torch.randn(300)
+    planted = 8 * mechanism.mean(total, 100, layout) - total
+    assert float(planted.norm()) == pytest.approx(0.5, rel=1e-4)  # ten clips long before
     scores = canaries.scores()
     assert scores.argmax() == inside[3]
     assert scores.max() == pytest.approx(0.5, rel=1e-4)
 
 
 def test_directions_do_not_depend_on_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = {"a": torch.randn(30), "b": torch.randn(4, 5)}
+    both, one, seen = Layout((("a", (30,)), ("b", (4, 5)))), Layout((("a", (30,)),)), torch.randn(50)
     each = []
     for chunk in (1, 1 << 22):
         monkeypatch.setattr(module, "CHUNK", chunk)
         canaries = Canaries(40, SeededNoise(0), 7)
-        canaries.record(seen)
-        canaries.record({"a": seen["a"]})  # a round that trains less
+        canaries.see(seen, both)
+        canaries.see(seen[:30], one)  # a round that trains less
         each.append(canaries.scores())
     assert np.allclose(*each, atol=1e-5)
 
@@ -197,22 +197,22 @@ def test_whole_code_passes(config: dict[str, Any]) -> None:
 
 def test_whole_code_passes_where_canaries_are_heard(config: dict[str, Any]) -> None:
     found = audit(load_config(set_all(config, privacy=LOUD)))
-    assert not found["broken"] and "The canaries could not show a problem" in found["says"]
+    assert not found["broken"] and "The canaries could not have shown a fault" in found["says"]
     assert 1.0 < found["epsilon_audited"] < found["epsilon_most"] < found["epsilon"]
 
 
 def no_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(DPMechanism, "add_noise", lambda self, total, std: total)
+    monkeypatch.setattr(DPMechanism, "noised", lambda self, total, std: total)
 
 
 def no_clipping(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(per_example, "norms", lambda gradients: torch.zeros(len(next(iter(gradients.values())))))
+    monkeypatch.setattr(per_example, "norms", lambda gradients: torch.zeros(len(gradients)))
 
 
 def thin_noise(share: float) -> Callable[[pytest.MonkeyPatch], None]:
-    whole = DPMechanism.add_noise
+    whole = DPMechanism.noised
     return lambda monkeypatch: monkeypatch.setattr(
-        DPMechanism, "add_noise", lambda self, total, std: whole(self, total, std * share)
+        DPMechanism, "noised", lambda self, total, std: whole(self, total, std * share)
     )
 
 
@@ -222,49 +222,50 @@ def shared(by: str) -> Callable[[pytest.MonkeyPatch], None]:
     def install(monkeypatch: pytest.MonkeyPatch) -> None:
         kept: dict[Any, torch.Tensor] = {}
 
-        def mean(self: DPMechanism, sums: dict[str, torch.Tensor], rows: int) -> dict[str, torch.Tensor]:
+        def mean(self: DPMechanism, total: torch.Tensor, rows: int, layout: Layout) -> torch.Tensor:
             self._take("training")
             if by == "layers":
                 kept.clear()
             made = {}
-            for key, x in sums.items():
+            for key, x in layout.views(total).items():
                 place = tuple(x.shape) if by == "layers" else key
                 if place not in kept:
-                    kept[place] = self.add_noise(torch.zeros_like(x), self.plan.noise_std)
+                    kept[place] = self.noised(torch.zeros_like(x), self.plan.noise_std)
                 made[key] = (x + kept[place]) / self.plan.batch
-            return made
+            return layout.flatten(made)
 
         monkeypatch.setattr(DPMechanism, "mean", mean)
 
     return install
 
 
-def is_head(key: str) -> bool:
-    return not key.endswith(".R")
+CORE, HEAD = 16 * 16, [3, 3 * 32]  # values of a core, and of the head's bias and weight, the last of a vector
 
 
 def head_without_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     mean = DPMechanism.mean
 
-    def partly(self: DPMechanism, sums: dict[str, torch.Tensor], rows: int) -> dict[str, torch.Tensor]:
-        return {key: sums[key] / self.plan.batch if is_head(key) else x for key, x in mean(self, sums, rows).items()}
+    def partly(self: DPMechanism, total: torch.Tensor, rows: int, layout: Layout) -> torch.Tensor:
+        made = mean(self, total, rows, layout)
+        made[-sum(HEAD) :] = total[-sum(HEAD) :] / self.plan.batch
+        return made
 
     monkeypatch.setattr(DPMechanism, "mean", partly)
 
 
 def head_outside_the_norm(monkeypatch: pytest.MonkeyPatch) -> None:
     norms = per_example.norms
-    inside = lambda gradients: norms({key: g for key, g in gradients.items() if not is_head(key)})  # noqa: E731
-    monkeypatch.setattr(per_example, "norms", inside)
+    monkeypatch.setattr(per_example, "norms", lambda gradients: norms(gradients[:, : -sum(HEAD)]))
     monkeypatch.setattr("fedsb.privacy.mechanism._refuse_long", lambda *_: None)
 
 
 def each_tensor_clipped_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = per_example.add_clipped
 
-    def alone(sums: Any, gradients: Any, owner_b: Any, clip: float) -> None:
-        for key in gradients:
-            whole({key: sums[key]}, {key: gradients[key]}, owner_b, clip)
+    def alone(sums: torch.Tensor, gradients: torch.Tensor, owner_b: torch.Tensor, clip: float) -> None:
+        sizes = [CORE] * ((gradients.shape[1] - sum(HEAD)) // CORE) + HEAD
+        for own, g in zip(sums.split(sizes, 1), gradients.split(sizes, 1), strict=True):
+            whole(own, g, owner_b, clip)
 
     monkeypatch.setattr(per_example, "add_clipped", alone)
     monkeypatch.setattr(module, "add_clipped", alone)
@@ -298,16 +299,16 @@ MUTANTS = {
     "a quarter of the noise": (thin_noise(1 / 4), "the noise does not have the planned size"),
     "half the noise": (thin_noise(1 / 2), "the noise does not have the planned size"),
     "the noise is divided by the batch too": (thin_noise(1 / 8), "the noise does not have the planned size"),
-    "noise that layers share": (shared("layers"), "two tensors have the same noise"),
-    "noise that steps share": (shared("steps"), "several steps have the same noise"),
+    "noise that layers share": (shared("layers"), "two tensors share noise"),
+    "noise that steps share": (shared("steps"), "steps share noise"),
     "the head without noise": (head_without_noise, "the noise does not have the planned size (classifier"),
     "uniform noise": (uniform_noise, "the noise is not normal"),
-    "no clipping": (no_clipping, "a clipped gradient has a norm above the clip norm"),
-    "the head outside the norm": (head_outside_the_norm, "a norm above the clip norm (classifier"),
-    "each tensor clipped alone": (each_tensor_clipped_alone, "the clip norm (all tensors together"),
-    "twice the rows": (drawn_at(2.0), "rows are not sampled as planned (rows drawn"),
-    "half the rows": (drawn_at(0.5), "rows are not sampled as planned (rows drawn"),
-    "one draw for all steps": (one_draw_for_all, "rows are not sampled as planned (rows drawn again"),
+    "no clipping": (no_clipping, "a gradient is longer than the clip after clipping"),
+    "the head outside the norm": (head_outside_the_norm, "longer than the clip after clipping (classifier"),
+    "each tensor clipped alone": (each_tensor_clipped_alone, "after clipping (all tensors together"),
+    "twice the rows": (drawn_at(2.0), "rows are not drawn as planned (rows drawn"),
+    "half the rows": (drawn_at(0.5), "rows are not drawn as planned (rows drawn"),
+    "one draw for all steps": (one_draw_for_all, "rows are not drawn as planned (rows drawn again"),
 }
 
 
@@ -316,7 +317,7 @@ def test_broken_code_is_caught(config: dict[str, Any], monkeypatch: pytest.Monke
     install, words = MUTANTS[mutant]
     install(monkeypatch)
     found = audit(load_config(set_all(config, train={"local_steps": 3, "batch_size": 8, "lr": 0.02})), canaries=256)
-    assert found["broken"] and "Publish no result" in found["says"]
+    assert found["broken"] and "Publish nothing" in found["says"]
     assert words in found["says"]
 
 
@@ -340,7 +341,7 @@ def test_canaries_alone_catch_it_too(config: dict[str, Any], monkeypatch: pytest
 
 def test_noise_of_a_basis_is_tested(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     whole = DPMechanism.basis_sum
-    monkeypatch.setattr(DPMechanism, "basis_sum", lambda self, sums, rows: (whole(self, sums, rows), sums)[1])
+    monkeypatch.setattr(DPMechanism, "basis_sum", lambda self, total, *args: (whole(self, total, *args), total)[1])
     found = audit(load_config(set_all(config, basis={"kind": "core", "samples": 30})), canaries=64)
     assert found["broken"] and "the noise does not have the planned size (basis, " in found["says"]
 
@@ -378,10 +379,10 @@ def test_the_tests_of_a_release_hardly_ever_accuse_whole_code() -> None:
     for _ in range(300):
         checks = ReleaseChecks(0.05)
         for step in range(6):
-            checks.record_draw(np.flatnonzero(draw.random(400) < 0.05).tolist(), 400)
+            checks.see_draw(np.flatnonzero(draw.random(400) < 0.05).tolist(), 400)
             keys = {"bias": (3,), "a": (6, 6), "b": (6, 6), "c": (6, 6)} if step % 2 else {"bias": (3,), "d": (50, 4)}
             noise = {key: torch.from_numpy(2.0 * draw.standard_normal(shape)) for key, shape in keys.items()}
-            checks.record_noise(noise, 2.0)
+            checks.see_noise(noise, 2.0)
         scores = checks.scores(1e-3)
         assert failed(scores) == []
         assert {score.kind for score in scores} == {"size", "mean", "shape", "tensors", "steps", "draws"}
@@ -427,15 +428,15 @@ def test_the_command(config: dict[str, Any], cli: Callable[..., Said], tmp_path:
     toml = write_toml(tmp_path / "my.toml", config)
     said = cli("audit", toml, "--client", "site 2", "--rounds", "2", "--canaries", "200")
     assert said.code == 0
-    assert "tiny, site 2: 6 noised sums in 2 rounds" in said.out
-    assert "95% confidence" in said.out and "no problem was found" in said.out
+    assert "tiny, site 2: 6 noised sums of 2 rounds" in said.out
+    assert "95% confidence" in said.out and "nothing is seen to be broken" in said.out
     found = json.loads((run.parent / "tiny-audit" / "audit.json").read_text())
     assert found["epsilon"] < 1 and found["config"]["name"] == "tiny"
     assert (run.parent / "tiny-audit" / "privacy" / "site 2.jsonl").exists()
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
     again = cli("audit", toml)
-    assert again.code == 1 and "tiny-audit already exists" in again.err
+    assert again.code == 1 and "tiny-audit is there already" in again.err
 
     of_the_run = cli("audit", run, "--set", "name=same", "--client", "site 2", "--rounds", "2", "--canaries", "200")
     assert of_the_run.code == 0, of_the_run.err
@@ -449,17 +450,17 @@ def test_the_command_fails_where_something_is_broken(
 ) -> None:
     no_noise(monkeypatch)
     said = cli("audit", write_toml(tmp_path / "my.toml", config), "--json")
-    assert said.code == 2 and "The audit failed" in said.err
+    assert said.code == 2 and "the audit failed" in said.err
     assert json.loads(said.out)["broken"]
 
 
 @pytest.mark.parametrize(
     ("changes", "options", "wanted"),
     [
-        ({"privacy": {}}, {}, "cannot be audited. Canaries are rows"),
-        ({}, {"canaries": 31}, "--canaries 31 is too small. Use at least 32"),
-        ({}, {"client": "site 3"}, "This run has no client 'site 3'; did you mean"),
-        ({}, {"rounds": 4}, "takes part in 3 rounds"),
+        ({"privacy": {}}, {}, "an audit needs 'example'"),
+        ({}, {"canaries": 31}, "--canaries 31: at least 32"),
+        ({}, {"client": "site 3"}, "there is no client 'site 3'; did you mean"),
+        ({}, {"rounds": 4}, "takes part in 3, so from 1 to 3"),
     ],
 )
 def test_what_an_audit_refuses(

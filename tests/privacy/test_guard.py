@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from conftest import set_all
+from fedsb.adapters.layout import Layout
 from fedsb.config.load import load_config
 from fedsb.privacy.ledger import Ledger, read_ledger
 from fedsb.privacy.mechanism import DPMechanism, UnsafeReleaseError
@@ -21,6 +22,8 @@ from fedsb.runs.run import federate
 from fedsb.training import per_example
 from fedsb.training.per_example import add_clipped, norms
 from fedsb.utils.errors import RunError
+
+LAYOUT = Layout((("a", (4,)),))
 
 
 @pytest.fixture(autouse=True)
@@ -45,17 +48,16 @@ def guarded(folder: Path, **changes: Any) -> DPMechanism:
 )
 def test_no_row_enters_a_sum_longer_than_the_clip(scale: float, clip: float) -> None:
     """The squares of small entries are 0 in float32: a norm in float32 would be 0, and the row would not be clipped."""
-    g = {"a": torch.full((2, 300, 100), scale), "b": torch.full((2, 7), scale)}
-    sums = {"a": torch.zeros(1, 300, 100), "b": torch.zeros(1, 7)}
-    add_clipped(sums, g, torch.tensor([0, 0]), clip)
-    length = float(torch.cat([x.flatten() for x in sums.values()]).double().norm())
+    sums = torch.zeros(1, 30_007)
+    add_clipped(sums, torch.full((2, 30_007), scale), torch.tensor([0, 0]), clip)
+    length = float(sums.double().norm())
     wanted = 2 * min(clip, scale * math.sqrt(30_007))  # both rows point the same way
     assert length == pytest.approx(wanted, rel=1e-5, abs=0)
 
 
 def test_the_norm_of_ten_million_values_is_exact() -> None:
     """A float32 sum of squares is too small by a tenth of a percent, and the clipped row too long by as much."""
-    found = norms({"a": torch.full((1, 10_000_000), 1e-3)})
+    found = norms(torch.full((1, 10_000_000), 1e-3))
     assert float(found) == pytest.approx(1e-3 * math.sqrt(10_000_000), rel=1e-6)
 
 
@@ -72,7 +74,7 @@ def test_the_product_of_the_clip_is_in_full_float32(monkeypatch: pytest.MonkeyPa
     torch.set_float32_matmul_precision("medium")
     try:
         monkeypatch.setattr(torch.Tensor, "__matmul__", watched)
-        add_clipped({"a": torch.zeros(1, 4)}, {"a": torch.ones(2, 4)}, torch.tensor([0, 0]), 1.0)
+        add_clipped(torch.zeros(1, 4), torch.ones(2, 4), torch.tensor([0, 0]), 1.0)
         assert set(used) == {"highest"} and torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
@@ -81,21 +83,21 @@ def test_the_product_of_the_clip_is_in_full_float32(monkeypatch: pytest.MonkeyPa
 def test_a_sum_longer_than_its_rows_allow_is_not_released(tmp_path: Path) -> None:
     mechanism = guarded(tmp_path, basis=BasisNoise(clip=0.5, sigma=1.0))
     mechanism.charge(1)
-    mechanism.mean({"a": torch.full((4,), 0.5)}, 2)  # exactly 2 x 0.5
-    for sums, rows in ({"a": torch.full((4,), 0.51)}, 2), ({"a": torch.tensor([1e-20])}, 0):
+    mechanism.mean(torch.full((4,), 0.5), 2, LAYOUT)  # exactly 2 x 0.5
+    for total, rows in (torch.full((4,), 0.51), 2), (torch.tensor([1e-20, 0, 0, 0]), 0):
         with pytest.raises(
             UnsafeReleaseError, match=f"the sum of {rows} clipped gradients is longer than {rows} x 0.5"
         ):
-            mechanism.mean(sums, rows)
+            mechanism.mean(total, rows, LAYOUT)
     mechanism.charge_basis(0)
     with pytest.raises(UnsafeReleaseError, match="Nothing was released"):
-        mechanism.basis_sum({"a": torch.tensor([math.nan])}, 2)
+        mechanism.basis_sum(torch.full((4,), math.nan), 2, LAYOUT)
 
 
 def test_a_private_run_whose_clip_does_nothing_ends(
     tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(per_example, "norms", lambda gradients: torch.zeros(len(next(iter(gradients.values())))))
+    monkeypatch.setattr(per_example, "norms", lambda gradients: torch.zeros(len(gradients)))
     privacy = {"unit": "example", "epsilon": 8.0, "delta": 1e-3, "clip": 1e-3}
     with pytest.raises(UnsafeReleaseError, match="its noise would not cover it"):
         federate(load_config(set_all(tiny_config, privacy=privacy)))
@@ -106,12 +108,12 @@ def test_a_private_run_whose_clip_does_nothing_ends(
 
 def test_what_is_not_charged_is_neither_drawn_nor_released(tmp_path: Path) -> None:
     mechanism = guarded(tmp_path, basis=BasisNoise(clip=0.5, sigma=1.0))
-    zeros = {"a": torch.zeros(4)}
+    zeros = torch.zeros(4)
     makes: list[Callable[[], object]] = [
         mechanism.draw,
-        lambda: mechanism.mean(zeros, 0),
+        lambda: mechanism.mean(zeros, 0, LAYOUT),
         lambda: mechanism.noised_update(zeros),
-        lambda: mechanism.basis_sum(zeros, 0),
+        lambda: mechanism.basis_sum(zeros, 0, LAYOUT),
     ]
     for make in makes:
         with pytest.raises(RunError, match="the ledger has no line for"):
@@ -119,15 +121,15 @@ def test_what_is_not_charged_is_neither_drawn_nor_released(tmp_path: Path) -> No
     mechanism.charge(1)
     for _ in range(3):  # steps
         mechanism.draw()
-        mechanism.mean(zeros, 0)
+        mechanism.mean(zeros, 0, LAYOUT)
     with pytest.raises(RunError, match="the ledger has no line for"):
-        mechanism.mean(zeros, 0)
+        mechanism.mean(zeros, 0, LAYOUT)
     with pytest.raises(RunError, match="the ledger has no line for"):
-        mechanism.basis_sum(zeros, 0)
+        mechanism.basis_sum(zeros, 0, LAYOUT)
     mechanism.charge_basis(1)
-    mechanism.basis_sum(zeros, 0)
+    mechanism.basis_sum(zeros, 0, LAYOUT)
     with pytest.raises(RunError, match="the ledger has no line for"):
-        mechanism.basis_sum(zeros, 0)
+        mechanism.basis_sum(zeros, 0, LAYOUT)
 
 
 # --- the noise ---

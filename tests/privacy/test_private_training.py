@@ -1,4 +1,4 @@
-"""DP-SGD inside the engine: per-example gradients, the noised mean, the sampling, and whole private runs."""
+"""DP-SGD in whole rounds: per-example gradients, the noised mean, the sampling, and whole private runs."""
 
 from __future__ import annotations
 
@@ -16,23 +16,29 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import set_all
+from fedsb.adapters.layout import Layout
+from fedsb.adapters.residual import Tensors
 from fedsb.config.load import load_config
 from fedsb.data.tasks.classification import Classification
+from fedsb.methods.base import State
 from fedsb.privacy import policy as setup
 from fedsb.privacy.accounting import Release, epsilon
 from fedsb.privacy.ledger import Ledger, merged, read_ledger
-from fedsb.privacy.mechanism import Cap, DPMechanism, PrivacyBudgetExceededError, clipped_change
+from fedsb.privacy.mechanism import Cap, DPMechanism, PrivacyBudgetExceededError, clip_change
 from fedsb.privacy.noise import SeededNoise
 from fedsb.privacy.plan import PrivacyPlan
 from fedsb.protocol.payload import unpack
+from fedsb.protocol.traffic import TrafficCounter
 from fedsb.reporting.run_directory import read_manifest, read_result, read_rows
 from fedsb.runs.run import Silent, federate, resume
+from fedsb.server.server import Server
+from fedsb.server.validation import update_rules, validate_updates
 from fedsb.training.joint import join_tensors
-from fedsb.training.per_example import add_clipped, clipped_sums
+from fedsb.training.per_example import RowGradients, add_clipped
 from fedsb.training.scoring import forward
 from fedsb.utils.errors import ConfigError, DivergedError, UserError
 from laws.test_codecs import StopAfterOne
-from support.server import open_engine, started
+from support.server import open_server, replies_of, started
 
 METHODS = [
     pytest.param({"name": "fed-sb", "rank": 4}, id="fed-sb"),
@@ -65,7 +71,7 @@ def private(config: dict[str, Any], **privacy: Any) -> dict[str, Any]:
     return set_all(config, privacy={"unit": "example", "epsilon": 8.0, "delta": 1e-3, "clip": 0.5, **privacy})
 
 
-def moved(engine: Any, state: Any) -> tuple[dict[str, torch.Tensor], frozenset[str]]:
+def moved(server: Server, state: State) -> tuple[dict[str, torch.Tensor], frozenset[str]]:
     """A client's tensors with nothing at zero, so that every gradient is there."""
     tensors = server.method.model(state)
     draw = torch.Generator().manual_seed(0)
@@ -75,16 +81,33 @@ def moved(engine: Any, state: Any) -> tuple[dict[str, torch.Tensor], frozenset[s
     }, trainable
 
 
-def one_by_one(engine: Any, tensors: Any, trainable: Any, rows: Any) -> list[dict[str, torch.Tensor]]:
-    """Every row's gradient by a backward of its own."""
-    each = []
+def one_by_one(server: Server, tensors: Any, trainable: Any, rows: Any) -> tuple[list[torch.Tensor], list[float]]:
+    """Every row's gradient (P,) by a backward of its own, and its mean loss."""
+    each, losses = [], []
+    layout = layout_of(tensors, trainable)
     for row in rows:
         server.trainer.adapted.load(join_tensors(server.trainer.adapted, [tensors]), trainable=trainable)
         logits, batch = forward(server.trainer.adapted.model, server.trainer.task, [row])
         loss, weight = server.trainer.task.losses(logits, batch)
-        (loss / weight.clamp(min=1)).sum().backward()
-        each.append({key: p.grad[0].clone() for key, p in server.trainer.adapted.parameters().items()})
-    return each
+        loss = (loss / weight.clamp(min=1)).sum()
+        loss.backward()
+        each.append(layout.flatten({key: p.grad[0] for key, p in server.trainer.adapted.parameters().items()}))
+        losses.append(float(loss.detach()))
+    return each, losses
+
+
+def layout_of(tensors: Tensors, trainable: frozenset[str]) -> Layout:
+    return Layout.of({key: tensors[key] for key in trainable})
+
+
+def sums_of(
+    server: Server, tensors: Tensors, trainable: frozenset[str], rows: list[Any], clip: float, micro: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """((K, P) the clipped sums, (K,) the mean losses) of clients with these tensors, in forwards of `micro` rows."""
+    adapted, layout = server.trainer.adapted, layout_of(tensors, trainable)
+    frozen = join_tensors(adapted, [{key: x for key, x in tensors.items() if key not in trainable}] * len(rows))
+    values = layout.flatten(tensors).repeat(len(rows), 1)
+    return RowGradients.allocate(adapted, server.trainer.task, layout, micro).clipped_sums(values, frozen, rows, clip)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -107,44 +130,38 @@ def test_clipped_sums_are_those_of_single_backwards(
     tensors, trainable = moved(server, state)
     rows = [server.clients[0].train[:5], [], server.clients[1].train[:3]]
     each = [one_by_one(server, tensors, trainable, own) for own in rows]
-    lengths = [float(torch.cat([g.flatten() for g in one.values()]).norm()) for own in each for one in own]
+    lengths = [float(one.norm()) for own, _ in each for one in own]
     clip = sorted(lengths)[len(lengths) // 2] * 0.999
     assert min(lengths) < clip < max(lengths)
-    joined = join_tensors(server.trainer.adapted, [tensors] * 3)
     for micro in (1, 3, 64):
-        sums, losses = clipped_sums(server.trainer.adapted, server.trainer.task, joined, trainable, rows, clip, micro)
-        assert [len(own) for own in losses] == [5, 0, 3]
-        for k, own in enumerate(each):
-            for key in trainable:
-                wanted = torch.zeros_like(sums[key][k])
-                for one in own:
-                    norm = float(torch.cat([g.flatten() for g in one.values()]).norm())
-                    wanted += one[key] * min(1.0, clip / norm)
-                assert torch.allclose(sums[key][k], wanted, atol=1e-5 * max(1.0, clip)), (key, k, micro)
+        sums, losses = sums_of(server, tensors, trainable, rows, clip, micro)
+        for k, (own, own_losses) in enumerate(each):
+            expected = torch.zeros_like(sums[k])
+            for one in own:
+                expected += one * min(1.0, clip / float(one.norm()))
+            assert torch.allclose(sums[k], expected, atol=1e-5 * max(1.0, clip)), (k, micro)
+            assert float(losses[k]) == pytest.approx(sum(own_losses) / max(len(own), 1), rel=1e-5)
 
 
 def test_one_row_moves_the_sum_by_at_most_the_clip(tiny_config: dict[str, Any]) -> None:
     server, state = started(tiny_config)
     tensors, trainable = moved(server, state)
     rows, clip = server.clients[0].train[:6], 0.01
-    joined = join_tensors(server.trainer.adapted, [tensors])
-    whole, _ = clipped_sums(server.trainer.adapted, server.trainer.task, joined, trainable, [rows], clip, 64)
+    whole, _ = sums_of(server, tensors, trainable, [rows], clip, 64)
     for left_out in range(len(rows)):
         others = [row for i, row in enumerate(rows) if i != left_out]
-        without, _ = clipped_sums(server.trainer.adapted, server.trainer.task, joined, trainable, [others], clip, 64)
-        distance = float(torch.cat([(whole[key] - without[key]).flatten() for key in trainable]).norm())
+        without, _ = sums_of(server, tensors, trainable, [others], clip, 64)
+        distance = float((whole - without).norm())
         assert 0.99 * clip < distance <= clip * (1 + 1e-4)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 1e30])
 def test_a_row_without_a_finite_gradient_counts_as_none(bad: float) -> None:
     """1e30 is finite, and its square is not. All rows of the second client are such."""
-    g = {"a": torch.ones(4, 2, 3), "b": torch.ones(4)}
-    g["a"][1, 0, 0] = g["b"][3] = bad
-    sums = {"a": torch.zeros(2, 2, 3), "b": torch.zeros(2)}
+    g, sums = torch.ones(4, 7), torch.zeros(2, 7)
+    g[1, 0] = g[3, 6] = bad
     add_clipped(sums, g, torch.tensor([0, 0, 0, 1]), 1.0)
-    assert torch.allclose(sums["a"][0], torch.full((2, 3), 2 / 7**0.5)) and sums["b"][0] == sums["a"][0, 0, 0]
-    assert not sums["a"][1].any() and sums["b"][1] == 0
+    assert torch.allclose(sums[0], torch.full((7,), 2 / 7**0.5)) and not sums[1].any()
 
 
 @pytest.mark.parametrize("unit", ["example", "client"])
@@ -187,7 +204,7 @@ def test_a_row_that_becomes_several_examples_is_refused(tiny_config: dict[str, A
     federate(load_config(private(set_all(text, model={"name": str(tiny_llama), "max_seq_length": 64}))))
 
 
-def test_clients_that_are_drawn_take_part_in_all_rounds_of_the_promise(tiny_config: dict[str, Any]) -> None:
+def test_clients_that_are_drawn_take_part_in_all_rounds_of_the_plan(tiny_config: dict[str, Any]) -> None:
     """The sum's one ledger is charged in each, whoever is in it."""
     config = of_clients(tiny_config, epsilon=40.0)
     drawn = set_all(config, rounds=6, train={"local_steps": 1}, server={**config["server"], "clients_per_round": 2})
@@ -204,15 +221,18 @@ def test_without_noise_and_clip_it_is_training_on_all_rows(
     config = set_all(private(tiny_config, clip=1e6, epsilon=None, noise_multiplier=1.0), train=train)
     server, state = started(set_all(config, privacy={}))
     tensors, trainable = server.method.model(state), server.method.trainable(server.method.model(state), 0)
-    guarded = open_engine(config)
-    guarded.policy.open_ledgers(tmp_path, "test", new=True)
-    name = guarded.sites[0].name
-    (reply,) = guarded.train(guarded.method, state, [name], {}).each
-    each = one_by_one(server, tensors, trainable, server.clients[0].train)
-    sent = unpack(reply.envelope).tensors
-    for key in trainable:
-        step = torch.stack([one[key] for one in each]).sum(0) / 4  # the expected batch, not the rows drawn
-        assert torch.allclose(torch.tensor(sent[key]), tensors[key] - 0.5 * step, atol=1e-4), key
+    guarded, _ = started(config, tmp_path)
+    sent = update_of(guarded, state)
+    each, _ = one_by_one(server, tensors, trainable, server.clients[0].train)
+    step = torch.stack(each).sum(0) / 4  # the expected batch, not the rows drawn
+    layout = layout_of(tensors, trainable)
+    assert torch.allclose(layout.flatten(sent), layout.flatten(tensors) - 0.5 * step, atol=1e-4)
+
+
+def update_of(server: Server, state: State) -> Tensors:
+    """What the first client sends."""
+    name = server.clients[0].name
+    return unpack(replies_of(server, state, [name])[name].payload).tensors
 
 
 class Quiet(SeededNoise):
@@ -231,11 +251,10 @@ def test_the_noise_on_a_step_is_as_planned(
     ends = []
     for noise in (Quiet, SeededNoise):
         monkeypatch.setattr(setup, "noise_for", lambda client, noise=noise: noise(0, client))
-        engine, state = started_private(config, tmp_path / noise.__name__)
-        name = server.clients[0].name
-        (reply,) = engine.train(server.method, state, [name], {}).each
-        ends.append(torch.cat([torch.tensor(x).flatten() for _, x in sorted(unpack(reply.envelope).tensors.items())]))
-    plan = server.policy.plans[name]
+        server, state = started(config, tmp_path / noise.__name__)
+        sent = update_of(server, state)
+        ends.append(Layout.of(sent).flatten(sent))
+    plan = server.policy.plans[server.clients[0].name]
     assert float((ends[1] - ends[0]).std()) == pytest.approx(plan.sigma * 0.05 / 4, rel=0.05)
 
 
@@ -247,21 +266,11 @@ def test_an_empty_draw_still_steps_and_is_charged(
             return []
 
     monkeypatch.setattr(setup, "noise_for", lambda client: Nobody(0, client))
-    engine, state = started_private(private(tiny_config), tmp_path)
-    name = server.clients[0].name
-    (reply,) = engine.train(server.method, state, [name], {}).each
-    before = server.method.model(state)
-    after = unpack(reply.envelope).tensors
-    assert all((torch.tensor(x) != before[key]).any() for key, x in after.items())  # noise alone has moved it
-    (release,) = server.policy.mechanisms[name].ledger.releases()
+    server, state = started(private(tiny_config), tmp_path)
+    before, after = server.method.model(state), update_of(server, state)
+    assert all((x != before[key]).any() for key, x in after.items())  # noise alone has moved it
+    (release,) = server.policy.mechanisms[server.clients[0].name].ledger.releases()
     assert release.count == 3
-
-
-def started_private(config: dict[str, Any], folder: Path) -> tuple[Any, Any]:
-    server = open_engine(config)
-    server.policy.open_ledgers(folder, "test", new=True)
-    basis, _ = engine.build_basis(server.method)
-    return engine, server.method.start(server.trainer.shapes, basis, server.trainer.head, server.config.seed)
 
 
 def test_a_private_run(tiny_config: dict[str, Any]) -> None:
@@ -300,23 +309,23 @@ def test_seeded_noise_is_called_not_private(tiny_config: dict[str, Any], seeded:
     assert "not private" in (done.folder / "adapter" / "README.md").read_text()
 
 
-def test_a_round_done_again_is_charged_again_and_the_promise_is_kept(
+def test_a_round_done_again_is_charged_again_and_the_epsilon_is_kept(
     tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A crash behind the charge and before the checkpoint: the run goes on until its budget is spent."""
     from fedsb.runs.record import Record
 
-    checkpoint = Record.round
+    commit = Record.commit
 
-    def dies(self: Record, state: Any, *args: Any, **kwargs: Any) -> None:
-        if state.round == 2:
+    def dies(self: Record, result: Any, *args: Any, **kwargs: Any) -> None:
+        if result.state.round == 2:
             raise KeyboardInterrupt
-        checkpoint(self, state, *args, **kwargs)
+        commit(self, result, *args, **kwargs)
 
-    monkeypatch.setattr(Record, "round", dies)
+    monkeypatch.setattr(Record, "commit", dies)
     with pytest.raises(KeyboardInterrupt):
         federate(load_config(private(tiny_config)))
-    monkeypatch.setattr(Record, "round", checkpoint)
+    monkeypatch.setattr(Record, "commit", commit)
     folder = Path(tiny_config["out"]) / "tiny"
     said: list[str] = []
     display = Silent()
@@ -342,9 +351,12 @@ def test_a_step_ahead_is_along_the_mean_of_the_rows_expected(
     starts = []
     for samples in (10, 20):
         basis = {"kind": "core", "samples": samples, "R0": "step", "outer_rank": 16}
-        server = open_engine(private(set_all(tiny_config, basis=basis), clip=1e6))
+        server = open_server(private(set_all(tiny_config, basis=basis), clip=1e6))
         server.policy.open_ledgers(tmp_path / str(samples), "test", new=True)
-        starts.append(engine.build_basis(server.method)[0].R0)
+        server.opened.local.start(server.policy, None, {})
+        _, made, _ = server.start()
+        assert made is not None
+        starts.append(made.R0)
     for layer, R in starts[1].items():
         assert torch.allclose(starts[0][layer], 2 * R, rtol=1e-4, atol=1e-8) and (R != 0).any()
 
@@ -371,7 +383,7 @@ def test_a_ledger_that_is_gone_stops_the_run(tiny_config: dict[str, Any]) -> Non
         federate(load_config(private(tiny_config)), StopAfterOne())
     folder = Path(tiny_config["out"]) / "tiny"
     next((folder / "privacy").glob("*.jsonl")).unlink()
-    with pytest.raises(UserError, match="is gone, and with it the record of what"):
+    with pytest.raises(UserError, match="is gone, and with it what"):
         resume(folder)
 
 
@@ -403,23 +415,20 @@ def test_the_noise_on_a_core_basis_is_as_planned(
     tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """What a client sends, less what it sends without noise, has the planned standard deviation."""
-    from fedsb.server.server import Server
-
     sent: list[torch.Tensor] = []
-    count = Server._count
+    record = TrafficCounter.record
 
-    def watched(self: Any, envelope: bytes, *args: Any, **kwargs: Any) -> Any:
-        payload = unpack(envelope)
+    def watched(self: TrafficCounter, data: bytes, *args: Any, **kwargs: Any) -> Any:
+        payload = unpack(data)
         if payload.kind == "basis-up":
-            sent.append(torch.cat([torch.tensor(x).flatten() for _, x in sorted(payload.tensors.items())]))
-        return count(self, envelope, *args, **kwargs)
+            sent.append(torch.from_numpy(payload.vector))
+        return record(self, data, *args, **kwargs)
 
-    monkeypatch.setattr(Server, "_count", watched)
+    monkeypatch.setattr(TrafficCounter, "record", watched)
     config = set_all(private(tiny_config), basis={"kind": "core", "samples": 30})
-
     for number, noise in enumerate((Quiet, SeededNoise)):
         monkeypatch.setattr(setup, "noise_for", lambda client, noise=noise: noise(0, client))
-        engine, _ = started_private(config, tmp_path / str(number))
+        server, _ = started(config, tmp_path / str(number))
     half = len(sent) // 2
     for plan, quiet, noisy in zip(server.policy.plans.values(), sent[:half], sent[half:], strict=True):
         assert plan.basis is not None
@@ -451,18 +460,15 @@ def test_the_servers_noise_and_the_clients_clip(
     tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A client's change is at most the clip long; the mean's noise is sigma clip / n."""
-    from fedsb.server.validation import rules, validate_updates
-
     monkeypatch.setattr(setup, "noise_for", lambda client: SeededNoise(0, client))
-    engine, state = started_private(of_clients(set_all(tiny_config, method={"name": "fed-sb", "rank": 16})), tmp_path)
-    everyone = [site.name for site in server.clients]
-    replies = engine.train(server.method, state, everyone, {})
-    updates, _ = validate_updates(replies.envelopes, rules(server.method, state, server.config.server, "test", {}))
+    server, state = started(of_clients(set_all(tiny_config, method={"name": "fed-sb", "rank": 16})), tmp_path)
+    payloads = [(name, reply.payload) for name, reply in replies_of(server, state).items()]
+    updates, _ = validate_updates(payloads, update_rules(server.method, state, server.config.server, "test", {}))
     for update in updates:
         change = torch.cat([(x - state.tensors[key]).flatten() for key, x in update.tensors.items()])
         assert float(change.norm()) == pytest.approx(0.5, rel=1e-4)  # it was longer
-    noised = engine.policy.add_noise(updates, 0)
-    plan = engine.policy.mechanisms[setup.SERVER].plan
+    noised = server.policy.add_noise(updates, 0)
+    plan = server.policy.mechanisms[setup.SERVER].plan
     total = [
         torch.cat([sum(u.tensors[k] for u in each).flatten() for k in updates[0].tensors]) for each in (updates, noised)
     ]
@@ -479,18 +485,16 @@ def test_no_client_is_left_out_for_its_norm(tiny_config: dict[str, Any]) -> None
 
 
 def test_a_short_change_is_left_as_it_is() -> None:
-    unmoved = {"a": torch.zeros(2), "b": torch.ones(1)}
-    sent = {"a": torch.tensor([3.0, 0.0]), "b": torch.tensor([5.0])}
-    assert clipped_change(sent, unmoved, 5.0)["a"].tolist() == [3.0, 0.0]
-    half = clipped_change(sent, unmoved, 2.5)
-    assert half["a"].tolist() == [1.5, 0.0] and half["b"].tolist() == [3.0]
-    assert clipped_change(sent, unmoved, 50.0)["a"].tolist() == [3.0, 0.0]
-    assert clipped_change(unmoved, unmoved, 1.0)["b"].tolist() == [1.0]
+    baseline, sent = torch.tensor([0.0, 0.0, 1.0]), torch.tensor([3.0, 0.0, 5.0])
+    assert clip_change(sent, baseline, 5.0).tolist() == [3.0, 0.0, 5.0]
+    assert clip_change(sent, baseline, 2.5).tolist() == [1.5, 0.0, 3.0]
+    assert clip_change(sent, baseline, 50.0).tolist() == [3.0, 0.0, 5.0]
+    assert clip_change(baseline, baseline, 1.0).tolist() == [0.0, 0.0, 1.0]
     for clip in (1e-7, 5e-5):  # float32 rounds values of 1 by up to 6e-8, which is more than a thousandth of these
-        with pytest.raises(UserError, match=r"privacy.clip_norm = .* is too small.* Set it to at least 6e-05"):
-            clipped_change(sent, unmoved, clip)
-    broken = clipped_change({**sent, "b": torch.tensor([math.nan])}, unmoved, 5.0)
-    assert broken["a"].tolist() == [0.0, 0.0] and broken["b"].tolist() == [1.0]
+        with pytest.raises(UserError, match=r"privacy.clip = .* is too small.* Set it to at least 6e-05"):
+            clip_change(sent, baseline, clip)
+    for bad in (math.nan, math.inf):
+        assert clip_change(torch.tensor([3.0, 0.0, bad]), baseline, 5.0).tolist() == [0.0, 0.0, 1.0]
 
 
 def test_a_clients_own_cap_is_for_its_own_delta_and_all_runs(tmp_path: Path) -> None:
@@ -503,7 +507,7 @@ def test_a_clients_own_cap_is_for_its_own_delta_and_all_runs(tmp_path: Path) -> 
     mechanism = DPMechanism(plan=plan, ledger=ledger, noise=SeededNoise(0, "a"), cap=cap)
     mechanism.charge(1)
     mechanism.charge(2)
-    with pytest.raises(PrivacyBudgetExceededError, match=r"at a delta of 1e-05. This site allows"):
+    with pytest.raises(PrivacyBudgetExceededError, match=r"at a delta of 1e-05; this site allows"):
         mechanism.charge(3)
     assert epsilon(ledger.releases(), plan.delta) < plan.epsilon()
     assert len(read_ledger(ledger.path)) == 2
@@ -515,7 +519,7 @@ def test_a_clients_own_cap_is_for_its_own_delta_and_all_runs(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"basis": {"kind": "update-pooled"}}, "reads private rows without noise"),
+        ({"basis": {"kind": "update-pooled"}}, "looks at raw private rows without noise"),
         ({"train": {"local_steps": 1, "batch_size": 4, "dropout": 0.1}}, "train.dropout"),
         ({"eval": {"gap": True}}, "eval.gap scores private rows"),
         ({"method": {"name": "hetlora", "rank": 2}}, "hetlora adds a local regulariser"),
@@ -529,29 +533,29 @@ def test_what_would_make_epsilon_untrue_is_refused(tiny_config: dict[str, Any], 
     if share := changes.pop("data_tune", None):
         changes = {"data": {**tiny_config["data"], "validation_fraction": share}}
     with pytest.raises(UserError, match=said):
-        open_engine(set_all(config, **changes))
+        open_server(set_all(config, **changes))
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"method": {"name": "flora", "rank": 2}}, "flora does not compute one"),
+        ({"method": {"name": "flora", "rank": 2}}, "flora is no such"),
         ({"server": {"weighting": "samples"}}, "needs server.weighting = 'uniform'"),
         ({"server": {"weighting": "uniform", "codec": "int8"}}, "server.codec = 'float32'"),
-        ({"basis": {"kind": "core"}}, "Its noise is planned only for privacy.unit = 'example'"),
+        ({"basis": {"kind": "core"}}, "its noise is planned for unit = 'example'"),
     ],
     ids=lambda value: str(value)[:40],
 )
 def test_what_clients_as_the_unit_rule_out(tiny_config: dict[str, Any], changes: Any, said: str) -> None:
     with pytest.raises(UserError, match=said):
-        open_engine({**of_clients(tiny_config), **changes})
+        open_server({**of_clients(tiny_config), **changes})
 
 
 def test_settings_that_do_not_go_together() -> None:
     for privacy, said in (
-        ({"unit": "example"}, "needs epsilon or noise_multiplier"),
+        ({"unit": "example"}, "needs epsilon, or noise_multiplier"),
         ({"unit": "example", "epsilon": 1, "noise_multiplier": 1}, "and not both"),
-        ({"epsilon": 1}, "unit = 'none' means no privacy"),
+        ({"epsilon": 1}, "unit = 'none' says not at all"),
     ):
         with pytest.raises(ConfigError, match=said):
             load_config({"privacy": privacy})

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from fedsb.protocol.payload import unpack
 from fedsb.reporting.run_directory import read_manifest, read_result, read_rows
 from fedsb.runs.record import Record
 from fedsb.runs.run import federate, resume
-from fedsb.server.validation import rules, validate_updates
+from fedsb.server.validation import update_rules, validate_updates
 from fedsb.training.basis import core_sums, outer_basis
 from fedsb.training.gradients import core_gradients
 from fedsb.training.joint import join_tensors
@@ -35,7 +36,7 @@ from fedsb.training.scoring import forward
 from fedsb.utils.errors import UserError
 from fedsb.utils.formatting import delta_text, epsilon_text
 from laws.test_codecs import StopAfterOne
-from support.server import open_engine, started
+from support.server import open_server, replies_of, started
 
 CORE = {"kind": "core", "samples": 30, "R0": "zero", "outer_rank": 8}
 
@@ -104,10 +105,10 @@ def test_each_step_is_of_the_rows_drawn_for_it(
     """Row 3 in the first step and row 1 in the second: two steps of SGD, each along one row's gradient."""
 
     class InTurn(Quiet):
-        turns = iter((3, 1))
+        order = iter((3, 1))
 
         def poisson_sample(self, rows: int, q: float) -> list[int]:
-            return [next(self.turns)]
+            return [next(self.order)]
 
     with_noise(monkeypatch, lambda client: InTurn(0, client))
     train = {"local_steps": 2, "batch_size": 4, "lr": 0.5, "head_lr": 0.5, "optimizer": "sgd", "max_grad_norm": 0}
@@ -122,11 +123,9 @@ def test_each_step_is_of_the_rows_drawn_for_it(
         server.trainer.task.losses(logits, batch)[0].sum().backward()
         steps = {key: 0.5 * p.grad[0] / 4 for key, p in server.trainer.adapted.parameters().items()}
         tensors = {key: x - steps[key] if key in steps else x for key, x in tensors.items()}
-    guarded = open_engine(config)
-    guarded.policy.open_ledgers(tmp_path, "test", new=True)
-    (reply,) = guarded.train(guarded.method, state, [site.name], {}).each
-    for key, x in unpack(reply.envelope).tensors.items():
-        assert torch.allclose(torch.tensor(x), tensors[key], atol=1e-5), key
+    guarded, _ = started(config, tmp_path)
+    for key, x in unpack(replies_of(guarded, state, [site.name])[site.name].payload).tensors.items():
+        assert torch.allclose(x, tensors[key], atol=1e-5), key
 
 
 def test_a_basis_is_made_of_the_rows_drawn_for_it(
@@ -137,7 +136,7 @@ def test_a_basis_is_made_of_the_rows_drawn_for_it(
             return [5, rows - 2, rows - 1]
 
     with_noise(monkeypatch, lambda client: Some(0, client))
-    server = open_engine(set_all(private(tiny_config, clip=1e6), basis=CORE))
+    server = open_server(set_all(private(tiny_config, clip=1e6), basis=CORE))
     server.policy.open_ledgers(tmp_path, "test", new=True)
     site, basis = server.clients[0], server.config.basis
     outer = outer_basis(basis, server.trainer.adapted, server.method.total_rank, 0, 0)
@@ -172,23 +171,16 @@ def test_every_tensor_and_every_step_has_noise_of_its_own(
     ends: list[dict[str, torch.Tensor]] = []
     for noise in (Quiet, SeededNoise):
         with_noise(monkeypatch, lambda client, noise=noise: noise(0, client))
-        server, state = started(set_all(config, privacy={}))
-        server = open_engine(config)
-        server.policy.open_ledgers(tmp_path / noise.__name__, "test", new=True)
+        server, state = started(config, tmp_path / noise.__name__)
+        name = server.clients[0].name
         for round in (0, 1):
-            (reply,) = engine.train(server.method, _at(state, round), [server.clients[0].name], {}).each
-            ends.append({f"{round} {k}": torch.tensor(x) for k, x in unpack(reply.envelope).tensors.items()})
+            reply = replies_of(server, replace(state, round=round), [name])[name]
+            ends.append({f"{round} {key}": x for key, x in unpack(reply.payload).tensors.items()})
     quiet, noisy = ends[0] | ends[1], ends[2] | ends[3]
     parts = [(noisy[key] - quiet[key]).flatten().double() for key in sorted(noisy) if key.endswith(".R")]
     assert len(parts) > 20 and len({len(part) for part in parts}) == 1
     correlations = torch.corrcoef(torch.stack(parts)) - torch.eye(len(parts))
     assert float(correlations.abs().max()) < 5 / len(parts[0]) ** 0.5  # 256 values each
-
-
-def _at(state: Any, round: int) -> Any:
-    from dataclasses import replace
-
-    return replace(state, round=round)
 
 
 def test_the_steps_do_not_depend_on_how_large_a_loss_is(
@@ -296,7 +288,7 @@ def test_a_long_row_behind_short_ones_is_refused(tiny_config: dict[str, Any], ti
         clients={"partition": "column", "column": "client", "holdout_fraction": 0.0},
         train={"local_steps": 1, "batch_size": 2},
     )
-    with pytest.raises(UserError, match=r"1 of the 6 rows of client 'a' .* would be cut into several examples"):
+    with pytest.raises(UserError, match=r"of the 6 rows of client 'a' 1 .* would be cut into several examples"):
         federate(load_config(config))
 
 
@@ -367,7 +359,7 @@ def test_what_a_private_run_says_of_its_epsilon(tiny_config: dict[str, Any], cli
     assert says["relation"] in says["says"] and says["relation"] in (done.adapter / "README.md").read_text()
     uncovered = "; ".join(says["not_covered"])
     assert "other runs on the same rows: their epsilons add up" in uncovered
-    assert "the number of rows of each class" in uncovered and "which clients' updates arrive" not in uncovered
+    assert "how many rows of each class there are" in uncovered and "which clients' updates arrive" not in uncovered
     assert result["peak_memory_bytes"] is None and manifest["basis"]["peak_memory_bytes"] is None
     printed = cli("report", done.folder).out
     (stated,) = re.findall(r"epsilon ([0-9.]+) at delta", printed)
@@ -388,22 +380,19 @@ def test_the_mean_is_over_the_updates_that_arrived(
     config = set_all(
         tiny_config, privacy=privacy, server={"weighting": "uniform"}, method={"name": "fed-sb", "rank": 16}
     )
-    server, state = started(set_all(config, privacy={}))
-    server = open_engine(config)
-    server.policy.open_ledgers(tmp_path, "test", new=True)
-    everyone = [site.name for site in server.clients]
-    replies = engine.train(server.method, state, everyone, {})
-    updates, _ = validate_updates(replies.envelopes, rules(server.method, state, server.config.server, "test", {}))
+    server, state = started(config, tmp_path)
+    payloads = [(name, reply.payload) for name, reply in replies_of(server, state).items()]
+    updates, _ = validate_updates(payloads, update_rules(server.method, state, server.config.server, "test", {}))
     plan = server.policy.plans[setup.SERVER]
     assert (plan.batch, len(updates)) == (3, 3)
     for count in (3, 2):
         arrived = updates[:count]
-        mean = engine.method.aggregate(state, arrived, ServerOptimizer())
-        noised = engine.method.aggregate(state, engine.policy.add_noise(arrived, 3 - count), ServerOptimizer())
+        mean = server.method.aggregate(state, arrived, ServerOptimizer())
+        noised = server.method.aggregate(state, server.policy.add_noise(arrived, 3 - count), ServerOptimizer())
         noise = torch.cat([(noised.tensors[key] - mean.tensors[key]).flatten() for key in mean.tensors])
         assert float(noise.std()) == pytest.approx(plan.sigma * plan.clip / count, rel=0.05)
         assert torch.allclose(
             mean.tensors["classifier.bias"], sum(u.tensors["classifier.bias"] for u in arrived) / count
         )
-    said = privacy_statement(engine.policy, engine.config, 3)
+    said = privacy_statement(server.policy, server.config, 3)
     assert said is not None and "which clients' updates arrive in a round" in "; ".join(said["not_covered"])

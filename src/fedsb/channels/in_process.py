@@ -12,7 +12,7 @@ from typing import Any
 from fedsb.adapters.residual import Tensors
 from fedsb.client.memo import Memo
 from fedsb.client.round import ClientView
-from fedsb.client.session import LocalRound, PreparedClient, StartedClient
+from fedsb.client.session import LocalRound, PreparedClient, StartedClient, finite
 from fedsb.client.store import ClientStore
 from fedsb.config.resolved import ResolvedSetting
 from fedsb.config.schema import Config
@@ -155,7 +155,7 @@ class InProcessChannel:
         held_out, score = client.data.held_out, None
         if held_out and client.policy.may_release("scores"):
             score = self._trainer.evaluate(client.final_tensors(unpack(request.payload)), held_out).value
-        return FinishReply(score=score, held_out=len(held_out))
+        return FinishReply(score=finite(score), held_out=len(held_out))
 
 
 def _clients_per_forward(

@@ -6,7 +6,6 @@ killed answers the next request as if nothing had happened.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -25,7 +24,7 @@ from fedsb.client.policy import (
     refuse_sum,
 )
 from fedsb.client.secure_sum import Identity, SecAggSession
-from fedsb.client.session import DescribedClient, PreparedClient, StartedClient
+from fedsb.client.session import DescribedClient, PreparedClient, StartedClient, finite
 from fedsb.client.store import DiskStore
 from fedsb.config.load import load_config
 from fedsb.config.schema import Config
@@ -51,7 +50,7 @@ from fedsb.protocol.messages import (
     TrainReply,
     read_request,
 )
-from fedsb.protocol.payload import unpack
+from fedsb.protocol.payload import PayloadError, unpack
 from fedsb.protocol.requirements import open_secure_sums, privacy_policy_of
 from fedsb.secagg.messages import SumError
 from fedsb.training.export import write_adapters
@@ -82,7 +81,10 @@ class SiteHandler:
 
     def __call__(self, data: bytes) -> bytes:
         """Raises RefusalError for what this site's rules refuse, UserError for what it has that does not fit."""
-        request = read_request(data)
+        try:
+            request = read_request(data)
+        except PayloadError as error:  # the coordinator's own bytes: it may read what is wrong with them
+            raise RefusalError(str(error)) from error
         try:
             answer = self._send(request, self._answer(request))
         except SumError:  # nothing has changed by it
@@ -113,6 +115,7 @@ class SiteHandler:
                 return self._finish(request)
             case Train():
                 refuse_versions(request.versions)  # a coordinator may have come back as another
+                request = request.model_copy(update={"score": request.score and self.settings.allow.tells})
                 return self._with_ledger(self._quiet(self._started(request).answer(request)))
         return self._with_ledger(self._started(request).answer(request))
 
@@ -166,7 +169,7 @@ class SiteHandler:
         score = client.trainer.evaluate(tensors, held_out).value if held_out and tells else None
         probes = client.data.train[:4] if tells else []
         write_adapters(client.trainer, {folder / "adapter": tensors}, request.card, probes)
-        reply = self._with_ledger(FinishReply(score=score, held_out=len(held_out)))
+        reply = self._with_ledger(FinishReply(score=finite(score), held_out=len(held_out)))
         assert isinstance(reply, FinishReply)
         self.close()
         self.print_line(f"{request.run[:12]}  the final adapter is in {folder / 'adapter'}")
@@ -206,6 +209,7 @@ class SiteHandler:
     def _begin(self, prepared: PreparedClient, rows: Mapping[str, int]) -> StartedClient:
         """Puts the policy in force, with the ledger, for a run that starts or continues."""
         config, method, name = prepared.trainer.config, prepared.trainer.method, self.identity.name
+        prepared.check_rows(rows)
         store, cap = DiskStore(self._folder(prepared.run)), None
         new = store.view(store.start_round) is None
         policy = privacy_policy_of(config, method, rows, prepared.trainer.local)
@@ -287,13 +291,12 @@ class SiteHandler:
         """Returns the reply without what this site keeps to itself."""
         if not isinstance(reply, TrainReply):
             return reply
-        loss = reply.loss if self.settings.allow.tells and reply.loss is not None else None
-        changes: dict[str, Any] = {"loss": loss if loss is not None and math.isfinite(loss) else None}
+        changes: dict[str, Any] = {}
         if reply.left is not None:
             self.print_line(f"The change does not go into the sum: {reply.left}")
             changes["left"] = "its change is not finite, or above server.secagg_clip; its own terminal says more"
         if not self.settings.allow.tells:
-            changes["score"] = None
+            changes |= {"loss": None, "score": None}
         return reply.model_copy(update=changes)
 
     def _with_ledger(self, reply: Reply) -> Reply:

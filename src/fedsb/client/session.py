@@ -12,6 +12,7 @@ the handler (handler.py) adds the site's own rules before each request and its d
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -94,6 +95,14 @@ class PreparedClient:
     cut: int = 0
     unused: int = 0
 
+    def check_rows(self, rows: Mapping[str, int]) -> None:
+        """Raises RefusalError where the server states another number of rows than this client has."""
+        if rows.get(self.data.name) != self.data.rows:
+            raise RefusalError(
+                "The coordinator states another number of rows than this site has. If the file has changed since the "
+                "run began, restore the old one, or start a new run."
+            )
+
     def start(
         self,
         rows: Mapping[str, int],
@@ -108,11 +117,6 @@ class PreparedClient:
             rows: those of every client.
             check_upload: raises RefusalError for an update that must not leave.
         """
-        if rows.get(self.data.name) != self.data.rows:
-            raise RefusalError(
-                "The coordinator states another number of rows than this site has. If the file has changed since the "
-                "run began, restore the old one, or start a new run."
-            )
         shared = ClientSharedState(
             run=self.run,
             data=self.data,
@@ -247,7 +251,7 @@ class StartedClient:
         data, feedback = compressor.update(method, payload, shared.baseline_vector, begun.client_state)
         keeps = self.trainer.local.keep_optimizer
         state = under("method", own) | (under("optimizer", trained.moments) if keeps else {}) | feedback
-        scored = begun.score and bool(self.data.held_out)
+        scored = begun.score and self.data.held_out and self.policy.may_release("scores")
         done = StoredRound(
             payload=data,
             loss=trained.loss,
@@ -276,8 +280,8 @@ class StartedClient:
 
     def _reply(self, begun: LocalRound, done: StoredRound) -> TrainReply:
         self.check_upload(unpack(done.payload), len(done.payload))
-        loss = done.loss if self.policy.may_release("loss") else None
-        score = done.score if self.policy.may_release("scores") else None
+        loss = finite(done.loss) if self.policy.may_release("loss") else None
+        score = finite(done.score) if self.policy.may_release("scores") else None
         if self.secagg is None:
             return TrainReply(loss=loss, score=score, parts=(done.payload,))
         assert done.change is not None
@@ -324,3 +328,8 @@ class StartedClient:
         found = {key: tuple(x.shape) for key, x in tensors.items()}
         if reason := shape_mismatch(found, self.trainer.adapted.sizes(tensors)):
             raise PayloadError(reason)
+
+
+def finite(value: float | None) -> float | None:
+    """Returns a loss or a score as a reply states it: None where it is NaN or infinite."""
+    return value if value is not None and math.isfinite(value) else None

@@ -17,6 +17,7 @@ from fedsb.privacy.policy import PrivacyPolicy
 from fedsb.protocol.compressor import build_compressor
 from fedsb.protocol.messages import BasisGradient, BasisGradientReply, Refresh, SetBasis
 from fedsb.protocol.payload import unpack
+from fedsb.protocol.schedule import refreshes
 from fedsb.protocol.tensors import under, within
 from fedsb.training.basis import core_sums, inner_basis, outer_basis, whole_basis
 from fedsb.training.trainer import Trainer
@@ -58,6 +59,8 @@ class ClientSharedState:
         config, round = self.config, request.round
         if self.method.adapter != "core" or config.basis.kind != "core":
             raise RefusalError(f"basis.kind = {config.basis.kind!r} reads no row of a client.")
+        if round:
+            self._refuse_undue(round)
         if (stored := self.store.basis_gradient(round)) is not None:
             return BasisGradientReply(rows=stored[1], parts=(stored[0],))
         mechanisms = self.policy.row_mechanisms()
@@ -81,7 +84,8 @@ class ClientSharedState:
 
     def set_basis(self, request: SetBasis) -> str:
         """Takes the basis that all clients receive. Returns the hash of the shared state."""
-        round = request.round
+        if round := request.round:
+            self._refuse_undue(round)
 
         def build() -> ClientView:
             received, kind = unpack(request.payload).tensors, self.config.basis.kind
@@ -91,7 +95,9 @@ class ClientSharedState:
             self._check_shared(shared)
             return ClientView(shared, self._known(), round)
 
-        return self._hold(self.memo.get(("basis", request.payload, round), build), round)
+        with fitting():
+            view = self.memo.get(("basis", request.payload, round), build)
+        return self._hold(view, round)
 
     def set_shared(self, shared: Tensors) -> str:
         """Takes `shared` as the shared state at the start. Raises RefusalError for a basis that is not orthonormal."""
@@ -105,6 +111,7 @@ class ClientSharedState:
         Returns the hash of the shared state; None where a basis has to come first.
         """
         payload = unpack(request.payload)
+        self._refuse_undue(payload.round)
 
         def merge() -> Tensors:
             view = self.latest(payload.round)
@@ -136,6 +143,11 @@ class ClientSharedState:
         return view
 
     # --- private ---
+
+    def _refuse_undue(self, round: int) -> None:
+        """Raises RefusalError for a new basis that the run does not make: its gradients would reveal something."""
+        if round not in refreshes(self.config, self.method):
+            raise RefusalError(f"No new basis is made before round {round + 1} of this run.")
 
     def _hold(self, view: ClientView, round: int) -> str:
         """Takes the view as that of the start; `round` counts the rounds that were finished before it."""

@@ -8,7 +8,7 @@ refresh.safetensors                 where gradients for a new basis are taken
 rounds/round-0003.safetensors       after the third round: its own state, what changed in the shared state, the last
                                     broadcast, and the answer that it sent
 answered.json                       for each round, the hash of the broadcast that it trained on
-basis_gradient.safetensors          what it sent for a `core` basis
+basis_gradient-0000.safetensors     what it sent for a `core` basis, before the first round
 pending.safetensors                 its change, for a secure sum
 encoded.safetensors                 the same with its share of the noise, where clients are the unit of privacy
 sums/round-0003.json                who else was in the secure sum of this round
@@ -246,11 +246,11 @@ class DiskStore(ClientStore):
     # --- a basis ---
 
     def basis_gradient(self, round: int) -> tuple[bytes, float] | None:
-        found = self._read("basis_gradient", "round", str(round))
+        found = self._read(f"basis_gradient-{round:04d}")
         return None if found is None else (found[0]["payload"].numpy().tobytes(), float(found[1]["rows"]))
 
     def save_basis_gradient(self, round: int, payload: bytes, rows: float) -> None:
-        self._write("basis_gradient", {"payload": _bytes(payload)}, {"round": str(round), "rows": repr(rows)})
+        self._write(f"basis_gradient-{round:04d}", {"payload": _bytes(payload)}, {"rows": repr(rows)})
 
     # --- secure sums ---
 
