@@ -10,6 +10,7 @@ import pytest
 
 from conftest import labelled_rows, write_rows
 from fedsb.cli.listing import recipes
+from fedsb.comparison.contenders import methods_to_price
 from fedsb.config.load import ResolvedConfig, load_config
 from fedsb.runs.estimate import estimate
 from fedsb.runs.find import recipe_path

@@ -121,7 +121,7 @@ def test_sites_call_the_classes_as_the_coordinator_does(
     tiny_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The names may come from the coordinator's own test table, which no site has; a killed site keeps them."""
-    from fedsb.server import remote
+    from fedsb.server import opened
 
     numbers = {"blue": 0, "green": 1, "red": 2}
     rows = [row | {"label": numbers[row["label"]]} for row in labelled_rows(60, 0)]
@@ -132,7 +132,7 @@ def test_sites_call_the_classes_as_the_coordinator_does(
     def named(*args: Any) -> Any:
         return replace(real(*args), class_names={"label": ("Blau", "Grün", "Rot")})
 
-    monkeypatch.setattr(remote, "load_test", named)
+    monkeypatch.setattr(opened, "load_test", named)
     config = remote_of(tiny_config, {"rounds": 1, "data": {"test": test}})
     federate(load_config(config), open_federation=sites.open_federation)
     for name in ("a", "b"):

@@ -71,7 +71,6 @@ def test_law_4_bytes_of_a_client_that_missed_a_round(tiny_config: dict[str, Any]
     server, state = started(set_all(tiny_config, method={"name": "fedex-lora", "rank": 2}))
     for _ in range(3):
         state = server.run_round(state).state
-    first, second, third = names(server)
     payloads = {
         missed: server.compressor.broadcast(
             server.method, state, state, basis_hash(state.shared), missed_last_round=missed, total_rank=None

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from conftest import set_all
+from fedsb.channels.in_process import open_in_process
 from fedsb.config.inputs import ModelConfig
 from fedsb.config.load import load_config
-from fedsb.config.schema import method_of
 from fedsb.models.load import load_base
 from fedsb.models.tokenizer import load_tokenizer, tokenizer_fingerprint
 from fedsb.reporting.run_directory import read_manifest
@@ -166,7 +166,7 @@ def test_code_of_a_model_folder_is_never_run(tiny_config: dict[str, Any], tmp_pa
     save_tokenizer(folder)
     config = load_config(set_all(tiny_config, model={"name": str(folder)}, task={"kind": "text"})).config
     with pytest.raises(UserError, match="comes with its own Python code, which fedsb never runs"):
-        EmbeddedEngine(config, method_of(config), "run")
+        open_in_process(config, config.method, "run")
     assert not (tmp_path / "ran").exists()
 
 

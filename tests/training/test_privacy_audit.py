@@ -11,12 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fedsb.privacy.audit import SHARES
 
 from conftest import Said, set_all, write_toml
 from fedsb.adapters.layout import Layout
 from fedsb.config.load import load_config
-from fedsb.privacy import audit as module
 from fedsb.privacy import policy as setup
 from fedsb.privacy.accounting import Release, epsilon
 from fedsb.privacy.ledger import Ledger
@@ -27,7 +25,8 @@ from fedsb.privacy.release_checks import ReleaseChecks, failed, limit
 from fedsb.runs.audit import audit
 from fedsb.runs.run import federate
 from fedsb.training import per_example
-from fedsb.training.privacy_audit import Canaries, audited, best_bound, ceiling, lower_bound, p_value
+from fedsb.training import privacy_audit as module
+from fedsb.training.privacy_audit import SHARES, Canaries, audited, best_bound, ceiling, lower_bound, p_value
 from fedsb.utils.errors import UserError
 
 # --- the bound ---
