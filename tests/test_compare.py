@@ -681,7 +681,7 @@ def test_cut_off_and_taken_up_again(
 
 # --- private runs ---
 
-PRIVATE = {"unit": "example", "epsilon": 2.0, "delta": 1e-3, "clip": 0.5}
+PRIVATE = {"unit": "example", "epsilon": 2.0, "delta": 1e-3, "clip_norm": 0.5}
 
 
 def ledger(folder: Path, run: str, client: str, *releases: Release) -> None:

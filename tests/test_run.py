@@ -163,7 +163,7 @@ def test_the_local_to_global_gap(tiny_config: dict[str, Any]) -> None:
     clients = json.loads((finished.folder / "result.json").read_text())["clients"]
     assert rows[-1]["global_score"] == pytest.approx(sum(c["score"] for c in clients) / len(clients))
     assert 0 <= rows[-1]["local_score"] <= 1
-    with pytest.raises(ConfigError, match=r"set clients\.holdout_fraction"):
+    with pytest.raises(ConfigError, match=r"Set clients\.holdout_fraction"):
         load_config(set_all(tiny_config, eval={"gap": True}, clients={"partition": "iid", "count": 3}))
 
 

@@ -18,7 +18,7 @@ from fedsb.utils.errors import DiskError
 from laws.test_channels import federation, merged, remote_of
 
 PRIVATE = {
-    "privacy": {"unit": "example", "epsilon": 5.0, "clip": 1.0, "delta": 1e-3},
+    "privacy": {"unit": "example", "epsilon": 5.0, "clip_norm": 1.0, "delta": 1e-3},
     "clients": {"holdout_fraction": 0.0},
     "basis": {"share_samples": 0},
 }

@@ -20,7 +20,7 @@ from laws.test_channels import federation, merged, remote_of
 from support.sites import Federation
 
 PRIVATE = {
-    "privacy": {"unit": "example", "epsilon": 5.0, "clip": 1.0, "delta": 1e-3},
+    "privacy": {"unit": "example", "epsilon": 5.0, "clip_norm": 1.0, "delta": 1e-3},
     "clients": {"holdout_fraction": 0.0},
     "basis": {"share_samples": 0},
 }
@@ -132,7 +132,7 @@ def test_a_client_as_the_unit(tiny_config: dict[str, Any], tmp_path: Path, secur
     folder = run(
         tiny_config,
         sites,
-        privacy={"unit": "client", "noise_multiplier": 1.0, "clip": 0.5, "delta": 1e-2},
+        privacy={"unit": "client", "noise_multiplier": 1.0, "clip_norm": 0.5, "delta": 1e-2},
         server={"weighting": "uniform", "secure_aggregation": secure},
         basis={"share_samples": 0},
     )

@@ -53,8 +53,8 @@ from support.sites import Federation
 RUN = "abc1"
 CLASSES = ["blue", "green", "red"]
 OUTSIDE = {"out": True, "compare": True, "data": {"train", "test"}}
-EXAMPLE = {"privacy": {"unit": "example", "epsilon": 3.0, "clip": 1.0}, "basis": {"share_samples": 0}}
-CLIENT = {"privacy": {"unit": "client", "noise_multiplier": 2.0, "clip": 0.5, "delta": 1e-3}}
+EXAMPLE = {"privacy": {"unit": "example", "epsilon": 3.0, "clip_norm": 1.0}, "basis": {"share_samples": 0}}
+CLIENT = {"privacy": {"unit": "client", "noise_multiplier": 2.0, "clip_norm": 0.5, "delta": 1e-3}}
 SUMS = {"server": {"weighting": "uniform", "secure_aggregation": True, "min_clients": 2}}
 
 Settings = Callable[..., dict[str, Any]]
@@ -478,7 +478,10 @@ def test_there_are_no_more_rounds_than_the_run_has(round: int, settings: Setting
 
 def test_epsilon_is_for_the_sites_own_delta(settings: Settings, tmp_path: Path) -> None:
     """At a delta of 0.03 an epsilon of 3 is cheap; at 1e-5 it is another number."""
-    lax = {"privacy": {"unit": "example", "epsilon": 3.0, "clip": 1.0, "delta": 0.03}, "basis": {"share_samples": 0}}
+    lax = {
+        "privacy": {"unit": "example", "epsilon": 3.0, "clip_norm": 1.0, "delta": 0.03},
+        "basis": {"share_samples": 0},
+    }
     world = Hostile(tmp_path, epsilon=3.0)
     world.open(settings(lax), start=False)
     with pytest.raises(RefusalError, match="at this site's delta of 1e-05"):

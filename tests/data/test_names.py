@@ -127,7 +127,7 @@ def test_sites_call_the_classes_as_the_coordinator_does(
     rows = [row | {"label": numbers[row["label"]]} for row in labelled_rows(60, 0)]
     sites = Federation(tmp_path / "sites", {"a": rows[:30], "b": rows[30:]})
     test = str(write_rows(tmp_path / "test.jsonl", rows[:20]))
-    real = remote.load_test
+    real = opened.load_test
 
     def named(*args: Any) -> Any:
         return replace(real(*args), class_names={"label": ("Blau", "Grün", "Rot")})

@@ -98,7 +98,7 @@ def test_a_private_run_whose_clip_does_nothing_ends(
     tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(per_example, "norms", lambda gradients: torch.zeros(len(gradients)))
-    privacy = {"unit": "example", "epsilon": 8.0, "delta": 1e-3, "clip": 1e-3}
+    privacy = {"unit": "example", "epsilon": 8.0, "delta": 1e-3, "clip_norm": 1e-3}
     with pytest.raises(UnsafeReleaseError, match="its noise would not cover it"):
         federate(load_config(set_all(tiny_config, privacy=privacy)))
 

@@ -68,7 +68,7 @@ def seeded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def private(config: dict[str, Any], **privacy: Any) -> dict[str, Any]:
-    return set_all(config, privacy={"unit": "example", "epsilon": 8.0, "delta": 1e-3, "clip": 0.5, **privacy})
+    return set_all(config, privacy={"unit": "example", "epsilon": 8.0, "delta": 1e-3, "clip_norm": 0.5, **privacy})
 
 
 def moved(server: Server, state: State) -> tuple[dict[str, torch.Tensor], frozenset[str]]:
@@ -218,7 +218,7 @@ def test_without_noise_and_clip_it_is_training_on_all_rows(
     """The noised mean is the sum over the drawn rows by the expected batch; SGD then takes that step."""
     monkeypatch.setattr(setup, "noise_for", lambda client: NoNoise())
     train = {"local_steps": 1, "batch_size": 4, "lr": 0.5, "head_lr": 0.5, "optimizer": "sgd", "max_grad_norm": 0}
-    config = set_all(private(tiny_config, clip=1e6, epsilon=None, noise_multiplier=1.0), train=train)
+    config = set_all(private(tiny_config, clip_norm=1e6, epsilon=None, noise_multiplier=1.0), train=train)
     server, state = started(set_all(config, privacy={}))
     tensors, trainable = server.method.model(state), server.method.trainable(server.method.model(state), 0)
     guarded, _ = started(config, tmp_path)
@@ -247,7 +247,7 @@ def test_the_noise_on_a_step_is_as_planned(
 ) -> None:
     """What a step of SGD does with noise, less what it does without, is sigma clip / batch wide."""
     train = {"local_steps": 1, "batch_size": 4, "lr": 1.0, "head_lr": 1.0, "optimizer": "sgd"}
-    config = set_all(private(tiny_config, clip=0.05), train=train, method={"name": "fed-sb", "rank": 16})
+    config = set_all(private(tiny_config, clip_norm=0.05), train=train, method={"name": "fed-sb", "rank": 16})
     ends = []
     for noise in (Quiet, SeededNoise):
         monkeypatch.setattr(setup, "noise_for", lambda client, noise=noise: noise(0, client))
@@ -351,7 +351,7 @@ def test_a_step_ahead_is_along_the_mean_of_the_rows_expected(
     starts = []
     for samples in (10, 20):
         basis = {"kind": "core", "samples": samples, "R0": "step", "outer_rank": 16}
-        server = open_server(private(set_all(tiny_config, basis=basis), clip=1e6))
+        server = open_server(private(set_all(tiny_config, basis=basis), clip_norm=1e6))
         server.policy.open_ledgers(tmp_path / str(samples), "test", new=True)
         server.opened.local.start(server.policy, None, {})
         _, made, _ = server.start()
@@ -383,7 +383,7 @@ def test_a_ledger_that_is_gone_stops_the_run(tiny_config: dict[str, Any]) -> Non
         federate(load_config(private(tiny_config)), StopAfterOne())
     folder = Path(tiny_config["out"]) / "tiny"
     next((folder / "privacy").glob("*.jsonl")).unlink()
-    with pytest.raises(UserError, match="is gone, and with it what"):
+    with pytest.raises(UserError, match="is gone, and with it the record of what"):
         resume(folder)
 
 
@@ -440,7 +440,7 @@ def test_the_noise_on_a_core_basis_is_as_planned(
 
 
 def of_clients(config: dict[str, Any], **privacy: Any) -> dict[str, Any]:
-    settings = {"unit": "client", "epsilon": 20.0, "delta": 1e-3, "clip": 0.5, **privacy}
+    settings = {"unit": "client", "epsilon": 20.0, "delta": 1e-3, "clip_norm": 0.5, **privacy}
     server = {**config.get("server", {}), "weighting": "uniform"}
     return set_all(config, privacy=settings, server=server)
 
@@ -480,7 +480,7 @@ def test_no_client_is_left_out_for_its_norm(tiny_config: dict[str, Any]) -> None
     strict = set_all(tiny_config, server={"max_norm_ratio": 1.0001, "weighting": "uniform"}, rounds=1)
     plain = federate(load_config(set_all(strict, name="plain")))
     assert read_rows(plain.folder / "rounds.jsonl")[0]["dropped"]
-    done = federate(load_config(of_clients(strict, clip=100.0)))
+    done = federate(load_config(of_clients(strict, clip_norm=100.0)))
     assert not read_rows(done.folder / "rounds.jsonl")[0]["dropped"]
 
 
@@ -491,7 +491,7 @@ def test_a_short_change_is_left_as_it_is() -> None:
     assert clip_change(sent, baseline, 50.0).tolist() == [3.0, 0.0, 5.0]
     assert clip_change(baseline, baseline, 1.0).tolist() == [0.0, 0.0, 1.0]
     for clip in (1e-7, 5e-5):  # float32 rounds values of 1 by up to 6e-8, which is more than a thousandth of these
-        with pytest.raises(UserError, match=r"privacy.clip = .* is too small.* Set it to at least 6e-05"):
+        with pytest.raises(UserError, match=r"privacy.clip_norm = .* is too small.* Set it to at least 6e-05"):
             clip_change(sent, baseline, clip)
     for bad in (math.nan, math.inf):
         assert clip_change(torch.tensor([3.0, 0.0, bad]), baseline, 5.0).tolist() == [0.0, 0.0, 1.0]
@@ -507,7 +507,7 @@ def test_a_clients_own_cap_is_for_its_own_delta_and_all_runs(tmp_path: Path) -> 
     mechanism = DPMechanism(plan=plan, ledger=ledger, noise=SeededNoise(0, "a"), cap=cap)
     mechanism.charge(1)
     mechanism.charge(2)
-    with pytest.raises(PrivacyBudgetExceededError, match=r"at a delta of 1e-05; this site allows"):
+    with pytest.raises(PrivacyBudgetExceededError, match=r"at a delta of 1e-05. This site allows"):
         mechanism.charge(3)
     assert epsilon(ledger.releases(), plan.delta) < plan.epsilon()
     assert len(read_ledger(ledger.path)) == 2
@@ -519,7 +519,7 @@ def test_a_clients_own_cap_is_for_its_own_delta_and_all_runs(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"basis": {"kind": "update-pooled"}}, "looks at raw private rows without noise"),
+        ({"basis": {"kind": "update-pooled"}}, "reads private rows without noise"),
         ({"train": {"local_steps": 1, "batch_size": 4, "dropout": 0.1}}, "train.dropout"),
         ({"eval": {"gap": True}}, "eval.gap scores private rows"),
         ({"method": {"name": "hetlora", "rank": 2}}, "hetlora adds a local regulariser"),
@@ -539,10 +539,10 @@ def test_what_would_make_epsilon_untrue_is_refused(tiny_config: dict[str, Any], 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"method": {"name": "flora", "rank": 2}}, "flora is no such"),
+        ({"method": {"name": "flora", "rank": 2}}, "flora does not compute one"),
         ({"server": {"weighting": "samples"}}, "needs server.weighting = 'uniform'"),
         ({"server": {"weighting": "uniform", "codec": "int8"}}, "server.codec = 'float32'"),
-        ({"basis": {"kind": "core"}}, "its noise is planned for unit = 'example'"),
+        ({"basis": {"kind": "core"}}, "Its noise is planned only for privacy.unit = 'example'"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -553,9 +553,9 @@ def test_what_clients_as_the_unit_rule_out(tiny_config: dict[str, Any], changes:
 
 def test_settings_that_do_not_go_together() -> None:
     for privacy, said in (
-        ({"unit": "example"}, "needs epsilon, or noise_multiplier"),
+        ({"unit": "example"}, "needs epsilon or noise_multiplier"),
         ({"unit": "example", "epsilon": 1, "noise_multiplier": 1}, "and not both"),
-        ({"epsilon": 1}, "unit = 'none' says not at all"),
+        ({"epsilon": 1}, "unit = 'none' means no privacy"),
     ):
         with pytest.raises(ConfigError, match=said):
             load_config({"privacy": privacy})

@@ -48,7 +48,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def private(config: dict[str, Any], **privacy: Any) -> dict[str, Any]:
-    return set_all(config, privacy={"unit": "example", "epsilon": 8.0, "delta": 1e-3, "clip": 0.5, **privacy})
+    return set_all(config, privacy={"unit": "example", "epsilon": 8.0, "delta": 1e-3, "clip_norm": 0.5, **privacy})
 
 
 class Quiet(SeededNoise):
@@ -112,7 +112,7 @@ def test_each_step_is_of_the_rows_drawn_for_it(
 
     with_noise(monkeypatch, lambda client: InTurn(0, client))
     train = {"local_steps": 2, "batch_size": 4, "lr": 0.5, "head_lr": 0.5, "optimizer": "sgd", "max_grad_norm": 0}
-    config = set_all(private(tiny_config, clip=1e6, epsilon=None, noise_multiplier=1.0), train=train)
+    config = set_all(private(tiny_config, clip_norm=1e6, epsilon=None, noise_multiplier=1.0), train=train)
     server, state = started(set_all(config, privacy={}))
     tensors = server.method.model(state)
     trainable = server.method.trainable(tensors, 0)
@@ -136,7 +136,7 @@ def test_a_basis_is_made_of_the_rows_drawn_for_it(
             return [5, rows - 2, rows - 1]
 
     with_noise(monkeypatch, lambda client: Some(0, client))
-    server = open_server(set_all(private(tiny_config, clip=1e6), basis=CORE))
+    server = open_server(set_all(private(tiny_config, clip_norm=1e6), basis=CORE))
     server.policy.open_ledgers(tmp_path, "test", new=True)
     site, basis = server.clients[0], server.config.basis
     outer = outer_basis(basis, server.trainer.adapted, server.method.total_rank, 0, 0)
@@ -167,7 +167,7 @@ def test_every_tensor_and_every_step_has_noise_of_its_own(
 ) -> None:
     """With noise shared by tensors of one shape their difference would be without."""
     train = {"local_steps": 1, "batch_size": 4, "lr": 1.0, "head_lr": 1.0, "optimizer": "sgd"}
-    config = set_all(private(tiny_config, clip=0.05), train=train, method={"name": "fed-sb", "rank": 16})
+    config = set_all(private(tiny_config, clip_norm=0.05), train=train, method={"name": "fed-sb", "rank": 16})
     ends: list[dict[str, torch.Tensor]] = []
     for noise in (Quiet, SeededNoise):
         with_noise(monkeypatch, lambda client, noise=noise: noise(0, client))
@@ -288,7 +288,7 @@ def test_a_long_row_behind_short_ones_is_refused(tiny_config: dict[str, Any], ti
         clients={"partition": "column", "column": "client", "holdout_fraction": 0.0},
         train={"local_steps": 1, "batch_size": 2},
     )
-    with pytest.raises(UserError, match=r"of the 6 rows of client 'a' 1 .* would be cut into several examples"):
+    with pytest.raises(UserError, match=r"1 of the 6 rows of client 'a' .* would be cut into several examples"):
         federate(load_config(config))
 
 
@@ -359,7 +359,7 @@ def test_what_a_private_run_says_of_its_epsilon(tiny_config: dict[str, Any], cli
     assert says["relation"] in says["says"] and says["relation"] in (done.adapter / "README.md").read_text()
     uncovered = "; ".join(says["not_covered"])
     assert "other runs on the same rows: their epsilons add up" in uncovered
-    assert "how many rows of each class there are" in uncovered and "which clients' updates arrive" not in uncovered
+    assert "the number of rows of each class" in uncovered and "which clients' updates arrive" not in uncovered
     assert result["peak_memory_bytes"] is None and manifest["basis"]["peak_memory_bytes"] is None
     printed = cli("report", done.folder).out
     (stated,) = re.findall(r"epsilon ([0-9.]+) at delta", printed)
@@ -376,7 +376,7 @@ def test_the_mean_is_over_the_updates_that_arrived(
 ) -> None:
     """The noise is on their sum, whoever is missing: on a mean of two of three it is 3 / 2 times as large."""
     with_noise(monkeypatch, lambda client: SeededNoise(0, client))
-    privacy = {"unit": "client", "epsilon": 20.0, "delta": 1e-3, "clip": 0.5}
+    privacy = {"unit": "client", "epsilon": 20.0, "delta": 1e-3, "clip_norm": 0.5}
     config = set_all(
         tiny_config, privacy=privacy, server={"weighting": "uniform"}, method={"name": "fed-sb", "rank": 16}
     )

@@ -197,7 +197,7 @@ def test_a_client_of_another_rank_receives_its_part_of_the_clients_view(name: st
     for rank, codec in ((None, "int4"), (4, "int4"), (2, "float32")):
         payload, message = received(compressor, method, state, view, rank=rank)
         assert payload.codec == codec
-        assert same(message, method.broadcast(view, rank=rank))
+        assert same(message, method.broadcast(view, total_rank=rank))
 
 
 # --- error feedback ---

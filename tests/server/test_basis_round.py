@@ -143,7 +143,7 @@ def test_start_of_R(tiny_config: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("kind", ["random", "weights"])
 def test_a_step_without_a_gradient_is_refused(tiny_config: dict[str, Any], kind: str) -> None:
-    with pytest.raises(ConfigError, match=f"kind = '{kind}' looks at none"):
+    with pytest.raises(ConfigError, match=f"kind = '{kind}' computes none"):
         built(tiny_config, kind=kind, R0="step")
 
 

@@ -156,7 +156,7 @@ def test_a_run_shows_its_threshold_counts_its_traffic_and_resumes(tiny_config: d
 
 
 def of_clients(config: dict[str, Any], **privacy: Any) -> dict[str, Any]:
-    chosen = {"unit": "client", "noise_multiplier": 1.5, "delta": 1e-3, "clip": 0.5, **privacy}
+    chosen = {"unit": "client", "noise_multiplier": 1.5, "delta": 1e-3, "clip_norm": 0.5, **privacy}
     return secure(set_all(config, privacy=chosen, server={"weighting": "uniform"}), weighting="uniform")
 
 

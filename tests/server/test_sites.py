@@ -300,7 +300,7 @@ def test_a_site_that_fails_while_it_catches_up_misses_the_round(tiny_config: dic
     rows = read_rows(folder / "rounds.jsonl")
     assert [[drop["reason"] for drop in row["dropped"]] for row in rows] == [
         [],
-        ["failed: RunError at the site (its own log says more)"],
+        ["failed: RunError at the site (the site's log has the reason)"],
         [],
     ]
 

@@ -137,7 +137,7 @@ def test_parameters_keep_their_identity_within_a_round(
 ) -> None:
     """Clients that finish their steps leave the forward: three, then two, then one. Or rows are in their place."""
     train = {"local_epochs": 1, "batch_size": 4, "lr": 0.02}
-    privacy = {"unit": "example", "epsilon": 8.0, "delta": 1e-3, "clip": 0.5} if private else {}
+    privacy = {"unit": "example", "epsilon": 8.0, "delta": 1e-3, "clip_norm": 0.5} if private else {}
     server, state = started(set_all(tiny_config, train=train, privacy=privacy), tmp_path)
     members = members_of(server, state, None if private else [5, 9, 3])
     load, seen = AdaptedModel.load, []

@@ -164,8 +164,8 @@ def test_directions_do_not_depend_on_the_chunk(monkeypatch: pytest.MonkeyPatch) 
     for chunk in (1, 1 << 22):
         monkeypatch.setattr(module, "CHUNK", chunk)
         canaries = Canaries(40, SeededNoise(0), 7)
-        canaries.see(seen, both)
-        canaries.see(seen[:30], one)  # a round that trains less
+        canaries.record(seen, both)
+        canaries.record(seen[:30], one)  # a round that trains less
         each.append(canaries.scores())
     assert np.allclose(*each, atol=1e-5)
 
@@ -177,11 +177,11 @@ def test_directions_do_not_depend_on_the_chunk(monkeypatch: pytest.MonkeyPatch) 
 def config(tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Epsilon 1; some 3000 trained values."""
     monkeypatch.setattr(setup, "noise_for", lambda client: SeededNoise(0, client))
-    privacy = {"unit": "example", "epsilon": 1.0, "clip": 0.5}
+    privacy = {"unit": "example", "epsilon": 1.0, "clip_norm": 0.5}
     return set_all(tiny_config, method={"name": "fed-sb", "rank": 16}, privacy=privacy)
 
 
-LOUD = {"unit": "example", "noise_multiplier": 0.5, "clip": 0.5}  # epsilon 17, and canaries that are heard
+LOUD = {"unit": "example", "noise_multiplier": 0.5, "clip_norm": 0.5}  # epsilon 17, and canaries that are heard
 
 
 def test_whole_code_passes(config: dict[str, Any]) -> None:
@@ -196,12 +196,12 @@ def test_whole_code_passes(config: dict[str, Any]) -> None:
 
 def test_whole_code_passes_where_canaries_are_heard(config: dict[str, Any]) -> None:
     found = audit(load_config(set_all(config, privacy=LOUD)))
-    assert not found["broken"] and "The canaries could not have shown a fault" in found["says"]
+    assert not found["broken"] and "The canaries could not show a problem" in found["says"]
     assert 1.0 < found["epsilon_audited"] < found["epsilon_most"] < found["epsilon"]
 
 
 def no_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(DPMechanism, "noised", lambda self, total, std: total)
+    monkeypatch.setattr(DPMechanism, "add_noise", lambda self, total, std: total)
 
 
 def no_clipping(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,9 +209,9 @@ def no_clipping(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def thin_noise(share: float) -> Callable[[pytest.MonkeyPatch], None]:
-    whole = DPMechanism.noised
+    whole = DPMechanism.add_noise
     return lambda monkeypatch: monkeypatch.setattr(
-        DPMechanism, "noised", lambda self, total, std: whole(self, total, std * share)
+        DPMechanism, "add_noise", lambda self, total, std: whole(self, total, std * share)
     )
 
 
@@ -229,7 +229,7 @@ def shared(by: str) -> Callable[[pytest.MonkeyPatch], None]:
             for key, x in layout.views(total).items():
                 place = tuple(x.shape) if by == "layers" else key
                 if place not in kept:
-                    kept[place] = self.noised(torch.zeros_like(x), self.plan.noise_std)
+                    kept[place] = self.add_noise(torch.zeros_like(x), self.plan.noise_std)
                 made[key] = (x + kept[place]) / self.plan.batch
             return layout.flatten(made)
 
@@ -298,16 +298,16 @@ MUTANTS = {
     "a quarter of the noise": (thin_noise(1 / 4), "the noise does not have the planned size"),
     "half the noise": (thin_noise(1 / 2), "the noise does not have the planned size"),
     "the noise is divided by the batch too": (thin_noise(1 / 8), "the noise does not have the planned size"),
-    "noise that layers share": (shared("layers"), "two tensors share noise"),
-    "noise that steps share": (shared("steps"), "steps share noise"),
+    "noise that layers share": (shared("layers"), "two tensors have the same noise"),
+    "noise that steps share": (shared("steps"), "several steps have the same noise"),
     "the head without noise": (head_without_noise, "the noise does not have the planned size (classifier"),
     "uniform noise": (uniform_noise, "the noise is not normal"),
-    "no clipping": (no_clipping, "a gradient is longer than the clip after clipping"),
-    "the head outside the norm": (head_outside_the_norm, "longer than the clip after clipping (classifier"),
-    "each tensor clipped alone": (each_tensor_clipped_alone, "after clipping (all tensors together"),
-    "twice the rows": (drawn_at(2.0), "rows are not drawn as planned (rows drawn"),
-    "half the rows": (drawn_at(0.5), "rows are not drawn as planned (rows drawn"),
-    "one draw for all steps": (one_draw_for_all, "rows are not drawn as planned (rows drawn again"),
+    "no clipping": (no_clipping, "a clipped gradient has a norm above the clip norm"),
+    "the head outside the norm": (head_outside_the_norm, "a norm above the clip norm (classifier"),
+    "each tensor clipped alone": (each_tensor_clipped_alone, "the clip norm (all tensors together"),
+    "twice the rows": (drawn_at(2.0), "rows are not sampled as planned (rows drawn"),
+    "half the rows": (drawn_at(0.5), "rows are not sampled as planned (rows drawn"),
+    "one draw for all steps": (one_draw_for_all, "rows are not sampled as planned (rows drawn again"),
 }
 
 
@@ -316,7 +316,7 @@ def test_broken_code_is_caught(config: dict[str, Any], monkeypatch: pytest.Monke
     install, words = MUTANTS[mutant]
     install(monkeypatch)
     found = audit(load_config(set_all(config, train={"local_steps": 3, "batch_size": 8, "lr": 0.02})), canaries=256)
-    assert found["broken"] and "Publish nothing" in found["says"]
+    assert found["broken"] and "Publish no result" in found["says"]
     assert words in found["says"]
 
 
@@ -378,10 +378,10 @@ def test_the_tests_of_a_release_hardly_ever_accuse_whole_code() -> None:
     for _ in range(300):
         checks = ReleaseChecks(0.05)
         for step in range(6):
-            checks.see_draw(np.flatnonzero(draw.random(400) < 0.05).tolist(), 400)
+            checks.record_draw(np.flatnonzero(draw.random(400) < 0.05).tolist(), 400)
             keys = {"bias": (3,), "a": (6, 6), "b": (6, 6), "c": (6, 6)} if step % 2 else {"bias": (3,), "d": (50, 4)}
             noise = {key: torch.from_numpy(2.0 * draw.standard_normal(shape)) for key, shape in keys.items()}
-            checks.see_noise(noise, 2.0)
+            checks.record_noise(noise, 2.0)
         scores = checks.scores(1e-3)
         assert failed(scores) == []
         assert {score.kind for score in scores} == {"size", "mean", "shape", "tensors", "steps", "draws"}
@@ -427,15 +427,15 @@ def test_the_command(config: dict[str, Any], cli: Callable[..., Said], tmp_path:
     toml = write_toml(tmp_path / "my.toml", config)
     said = cli("audit", toml, "--client", "site 2", "--rounds", "2", "--canaries", "200")
     assert said.code == 0
-    assert "tiny, site 2: 6 noised sums of 2 rounds" in said.out
-    assert "95% confidence" in said.out and "nothing is seen to be broken" in said.out
+    assert "tiny, site 2: 6 noised sums in 2 rounds" in said.out
+    assert "95% confidence" in said.out and "no problem was found" in said.out
     found = json.loads((run.parent / "tiny-audit" / "audit.json").read_text())
     assert found["epsilon"] < 1 and found["config"]["name"] == "tiny"
     assert (run.parent / "tiny-audit" / "privacy" / "site 2.jsonl").exists()
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
     again = cli("audit", toml)
-    assert again.code == 1 and "tiny-audit is there already" in again.err
+    assert again.code == 1 and "tiny-audit already exists" in again.err
 
     of_the_run = cli("audit", run, "--set", "name=same", "--client", "site 2", "--rounds", "2", "--canaries", "200")
     assert of_the_run.code == 0, of_the_run.err
@@ -449,17 +449,17 @@ def test_the_command_fails_where_something_is_broken(
 ) -> None:
     no_noise(monkeypatch)
     said = cli("audit", write_toml(tmp_path / "my.toml", config), "--json")
-    assert said.code == 2 and "the audit failed" in said.err
+    assert said.code == 2 and "The audit failed" in said.err
     assert json.loads(said.out)["broken"]
 
 
 @pytest.mark.parametrize(
     ("changes", "options", "wanted"),
     [
-        ({"privacy": {}}, {}, "an audit needs 'example'"),
-        ({}, {"canaries": 31}, "--canaries 31: at least 32"),
-        ({}, {"client": "site 3"}, "there is no client 'site 3'; did you mean"),
-        ({}, {"rounds": 4}, "takes part in 3, so from 1 to 3"),
+        ({"privacy": {}}, {}, "cannot be audited. Canaries are rows"),
+        ({}, {"canaries": 31}, "--canaries 31 is too small. Use at least 32"),
+        ({}, {"client": "site 3"}, "This run has no client 'site 3'; did you mean"),
+        ({}, {"rounds": 4}, "takes part in 3 rounds"),
     ],
 )
 def test_what_an_audit_refuses(

@@ -44,6 +44,7 @@ class Record:
         self.manifest = dict(manifest)
         self.skipped: list[str] = []  # torn or foreign checkpoints, with the reason
         self._shared: Tensors = {}  # as in shared.safetensors: a checkpoint holds what has changed in it since
+        self._stateful: set[str] = set()  # clients with a state of their own after the last round that used them
         self._lock: IO[str] | None = None
         self._new = False
 
@@ -112,8 +113,10 @@ class Record:
             raise RunError(
                 f"{self.folder} was deleted or moved while the run went on. If it was moved, put it back and resume it"
             )
+        used = {name for name, round in state.accepted.items() if round == state.round}
+        self._stateful = (self._stateful - used) | (used & client_states.keys())
         for name, tensors in client_states.items():
-            if tensors and state.accepted.get(name) == state.round:
+            if name in used:
                 path = self.folder / "clients" / safe_name(name) / f"{PREFIX}{state.round:04d}.safetensors"
                 write_atomic(path, save(_contiguous(tensors), metadata={"client": name}))
         self.append("traffic.jsonl", [asdict(each) for each in result.traffic])
@@ -173,7 +176,11 @@ class Record:
         parts["shared"] = {key: x for key, x in state.shared.items() if not _same(x, self._shared.get(key))}
         content = save(_contiguous({key: x for name, part in parts.items() for key, x in under(name, part).items()}))
         facts = {"run": self.run, "round": state.round, "sha256": hashlib.sha256(content).hexdigest()}
-        facts |= {"ranks": dict(state.total_ranks), "accepted": dict(state.accepted)}
+        facts |= {
+            "ranks": dict(state.total_ranks),
+            "accepted": dict(state.accepted),
+            "stateful": sorted(self._stateful),
+        }
         final = self.folder / "checkpoints" / f"{PREFIX}{state.round:04d}"
         temporary = final.with_name(f".{final.name}.{os.getpid()}")
         with disk_errors(self.folder):
@@ -222,7 +229,7 @@ class Record:
             except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
                 self.skipped.append(f"checkpoint {folder.name} was skipped: {error}")
                 continue
-            self._shared = common
+            self._shared, self._stateful = common, set(facts["stateful"])
             return State(
                 round=facts["round"],
                 tensors=within("tensors", tensors),
@@ -243,7 +250,7 @@ class Record:
         for name, round in (state.accepted if state is not None else {}).items():
             path = self.folder / "clients" / safe_name(name) / f"{PREFIX}{round:04d}.safetensors"
             try:
-                found[name] = {round: load(path.read_bytes()) if path.exists() else {}}
+                found[name] = {round: load(path.read_bytes()) if name in self._stateful else {}}
             except (OSError, SafetensorError) as error:
                 raise RunError(
                     f"{path}, what a client keeps between rounds, cannot be read: {error}. Put the file back, or "
