@@ -351,7 +351,7 @@ def test_no_sums_but_of_a_core_basis(changes: dict[str, Any], settings: Settings
     ("changes", "said"),
     [
         ({"basis": {"kind": "core"}, **SUMS}, "every client sends the server something of its own"),
-        ({"basis": {"kind": "core"}, **CLIENT, "server": {"weighting": "uniform"}}, "looks at private rows"),
+        ({"basis": {"kind": "core"}, **CLIENT, "server": {"weighting": "uniform"}}, "reads private rows"),
         ({**EXAMPLE, "train": {"dropout": 0.1}}, "train.dropout = 0.1 is not supported in a private run"),
         ({"basis": {"kind": "update-pooled"}}, "pools raw rows"),
     ],
@@ -449,7 +449,7 @@ def test_sites_that_were_told_other_things_have_no_sum(settings: Settings, tmp_p
         told("b", dict.fromkeys("abc", 30), 0.02)
         told("c", rows, lr)
         world.train(0, "abc")
-        with pytest.raises(MessageError, match="told other things"):
+        with pytest.raises(MessageError, match="belongs to a plan with different"):
             world.sum(0, "abc")
 
 
@@ -458,7 +458,7 @@ def test_changes_against_other_broadcasts_have_no_sum(settings: Settings, tmp_pa
     world.open(settings(SUMS))
     world.train(0, "ab")
     world.train(0, "c", world.broadcast(0, lambda message: {key: x + 0.1 for key, x in message.items()}))
-    with pytest.raises(MessageError, match="told other things"):
+    with pytest.raises(MessageError, match="belongs to a plan with different"):
         world.sum(0, "abc")
 
 
