@@ -263,7 +263,7 @@ def test_a_rotary_model_beyond_its_positions_is_a_warning(tiny_config: dict[str,
     model = {"name": str(made("llama", LM)), "max_tokens": 2 * POSITIONS}
     engine = opened(set_all(tiny_config, model=model, task={"kind": "text"}))
     reason = next(choice.reason for choice in engine.choices if choice.key == "model.max_seq_length")
-    assert reason == f"warning: the model was made for {POSITIONS} positions; longer rows may be read badly"
+    assert reason == f"warning: the model was trained for {POSITIONS} positions; it may read longer rows badly"
 
 
 def test_a_padding_token_that_only_the_tokenizer_has_is_replaced(tiny_config: dict[str, Any], tmp_path: Path) -> None:
