@@ -286,7 +286,7 @@ def test_eval_of_other_rows(cli: Callable[..., Said], finished: Path, tmp_path: 
     said = cli("eval", finished, "--data", write_rows(tmp_path / "other.jsonl", rows))
     assert said.code == 1 and "'mauve'" in said.err
     said = cli("eval", finished, "--data", tmp_path / "no.jsonl")
-    assert said.code == 1 and "there is no file" in said.err
+    assert said.code == 1 and "There is no file" in said.err
 
 
 def test_export_copies_the_adapter(cli: Callable[..., Said], finished: Path, tmp_path: Path) -> None:

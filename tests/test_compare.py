@@ -338,7 +338,7 @@ def test_tuning_rows_are_training_rows_that_are_not_trained_on(tiny_config: dict
         assert all_of_it - trained <= scored
         assert len(site.train) == len(same.train) - round(0.25 * len(same.train))
         assert site.held_out == same.held_out, "what is held out is drawn apart"
-    with pytest.raises(UserError, match=r"data.validation_fraction = 0.001 leaves no row of 120 to score: raise it"):
+    with pytest.raises(UserError, match=r"data.validation_fraction = 0.001 sets aside none of the 120 rows. Raise it"):
         open_data(load_config(set_all(config, data={**data, "validation_fraction": 0.001})).config, tokenizer)
 
 

@@ -550,7 +550,7 @@ def test_sites_that_were_told_other_things_have_no_sum(settings: Settings, tmp_p
         told("b", dict.fromkeys("abc", 30), 0.02)
         told("c", rows, lr)
         world.train(0, "abc")
-        with pytest.raises(MessageError, match="told other things"):
+        with pytest.raises(MessageError, match="belongs to a plan with different"):
             world.sum(0, "abc")
 
 
@@ -559,7 +559,7 @@ def test_changes_against_other_broadcasts_have_no_sum(settings: Settings, tmp_pa
     world.open(settings(SUMS))
     world.train(0, "ab")
     world.train(0, "c", world.broadcast(0, lambda message: {key: x + 0.1 for key, x in message.items()}))
-    with pytest.raises(MessageError, match="told other things"):
+    with pytest.raises(MessageError, match="belongs to a plan with different"):
         world.sum(0, "abc")
 
 

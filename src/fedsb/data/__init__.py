@@ -1,1 +1,1 @@
-"""Where rows come from, who holds which, and what a model reads of them."""
+"""The data of clients: tables, partitions, tasks, and the grading of answers."""

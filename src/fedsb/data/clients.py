@@ -203,18 +203,18 @@ def _partition(config: Config, task: Task, train: Table) -> Partition:
             f"data.classes = {expected}, but the rows have {found}: {', '.join(task.classes[:12])}. Set it to "
             f"{found}, or leave out rows that have no class with data.exclude."
         )
-    labels = [row[task.options.label] for row in train.rows] if task.classes else None
     clients = config.clients
+    values = [row[task.options.label] for row in train.rows] if task.classes else None
     if clients.partition == "column":
         require_columns(train, [clients.column])
         _check_client_names(train, clients.column)
+        values = [row[clients.column] for row in train.rows]
     partition = split_rows(
         clients.partition,
         len(train.rows),
         clients=clients.count,
         seed=config.seed,
-        labels=labels,
-        column=[row[clients.column] for row in train.rows] if clients.partition == "column" else None,
+        values=values,
         alpha=clients.dirichlet_alpha,
         sizes=clients.sizes,
         min_rows=clients.min_rows,

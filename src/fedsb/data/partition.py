@@ -48,8 +48,7 @@ def split_rows(
     *,
     clients: int,  # ignored by `column`, whose values are the clients
     seed: int,
-    labels: Sequence[Any] | None,  # (n_rows,) for `dirichlet`
-    column: Sequence[Any] | None,  # (n_rows,) for `column`
+    values: Sequence[Any] | None,  # (n_rows,): the labels for `dirichlet`, the clients for `column`
     alpha: float,
     sizes: Sequence[float] | None,  # (clients,) relative sizes for `size`; None: 1, 2, ..., clients
     min_rows: int,
@@ -63,7 +62,7 @@ def split_rows(
         raise UserError(f"clients.partition = {kind!r} is not known: {did_you_mean(kind, KINDS)}.")
     floor = max(1, min_rows)
     if kind == "column":
-        return _by_column(_require(column, n_rows, kind), floor)
+        return _by_column(_require(values, n_rows, kind), floor)
     if clients < 1:
         raise UserError(f"clients = {clients} is too few. Set clients.count to at least 1.")
     if clients > n_rows:
@@ -72,7 +71,7 @@ def split_rows(
             f"{n_rows} or fewer."
         )
     if kind == "dirichlet":
-        parts = _by_label(_require(labels, n_rows, kind), clients, alpha, seed, floor)
+        parts = _by_label(_require(values, n_rows, kind), clients, alpha, seed, floor)
     else:
         counts = _counts(n_rows, np.ones(clients) if kind == "iid" else _relative_sizes(sizes, clients))
         parts = np.split(keyed_generator(seed, "partition").permutation(n_rows), np.cumsum(counts)[:-1])

@@ -15,6 +15,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -228,14 +229,6 @@ def _swallowed(fields: Sequence[str], separator: str, width: int) -> bool:
     return len(inner) >= 2 and width >= 2 and set(inner) == {width - 1}
 
 
-def _read_csv(file: OpenedFile) -> Iterator[tuple[Place, Row]]:
-    return _read_separated(file, ",", quoted=True)
-
-
-def _read_tsv(file: OpenedFile) -> Iterator[tuple[Place, Row]]:
-    return _read_separated(file, "\t", quoted=False)
-
-
 def _read_parquet(file: OpenedFile) -> Iterator[tuple[Place, Row]]:
     import pyarrow
     import pyarrow.parquet
@@ -254,7 +247,7 @@ def _read_parquet(file: OpenedFile) -> Iterator[tuple[Place, Row]]:
 READERS: dict[str, Callable[[OpenedFile], Iterator[tuple[Place, Row]]]] = {
     ".json": _read_json,
     ".jsonl": _read_jsonl,
-    ".csv": _read_csv,
-    ".tsv": _read_tsv,
+    ".csv": partial(_read_separated, usual=",", quoted=True),
+    ".tsv": partial(_read_separated, usual="\t", quoted=False),
     ".parquet": _read_parquet,
 }
