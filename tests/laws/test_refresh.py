@@ -78,7 +78,7 @@ def basis_at(server: Server, state: State) -> Basis:
 @pytest.mark.parametrize("kind", ["random", "core"])
 def test_the_new_basis_looks_from_where_the_run_has_come(tiny_config: dict[str, Any], kind: str) -> None:
     """`core` sees another gradient, `random` is another draw; both at the same point make the same basis again."""
-    server, state = started(set_all(tiny_config, basis={"kind": kind, "share_samples": 0}))
+    server, state = started(set_all(tiny_config, basis={"kind": kind, "refresh": 2, "share_samples": 0}))
     moved = {key: torch.randn_like(x) if key.endswith(".R") else x for key, x in state.tensors.items()}
     there = State(round=2, tensors=moved, shared=state.shared)
     first, again = (basis_at(server, there) for _ in range(2))
