@@ -60,7 +60,7 @@ def fedsb(folder: Path, name: str, given: Sequence[str], engine: str) -> Path:
     done = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if done.returncode:
         sys.exit(f"{name} failed:\n{done.stderr}")
-    return folder / name if engine == "embedded" else folder / f"{name}-federation" / "coordinator" / "runs" / name
+    return folder / name if engine == "in_process" else folder / f"{name}-federation" / "coordinator" / "runs" / name
 
 
 def facts(run: Path) -> dict[str, Any]:
@@ -96,7 +96,7 @@ class Demo:
 
     def one_process(self, name: str, **more: Any) -> Path:
         print(f"{name} ...", flush=True)
-        return fedsb(self.folder, name, overrides(self.folder, name, self.data, **more), "embedded")
+        return fedsb(self.folder, name, overrides(self.folder, name, self.data, **more), "in_process")
 
     def sites(self, name: str, cuts: Sequence[Cut] = (), **more: Any) -> Path:
         print(f"{name} ...", flush=True)
@@ -124,8 +124,8 @@ def main() -> None:
     print(f"{SITES} sites and a coordinator on this machine, TLS between them; about six minutes on two cores")
     print(f"network: {network}", flush=True)
     demo = Demo(folder, data, apart=not reason)
-    here, there = demo.one_process("plain-embedded"), demo.sites("plain-flower")
-    once = demo.one_process("once-embedded", rounds=1), demo.sites("once-flower", rounds=1, **SECURE)
+    here, there = demo.one_process("plain-in-process"), demo.sites("plain-flower")
+    once = demo.one_process("once-in-process", rounds=1), demo.sites("once-flower", rounds=1, **SECURE)
     secure = demo.sites("secure-flower", **SECURE)
     found = {
         "network": network,

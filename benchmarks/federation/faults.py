@@ -187,7 +187,7 @@ def same_as_left_out(rig: Rig, out: dict[int, dict[str, str]]) -> bool:
     loaded = load_config(rig.toml, [f"name={json.dumps('left-out')}", f"out={json.dumps(str(rig.folder))}"])
     sites = OneProcess(rig.folder / "left-out-sites", rig.rows)
     sites.absent = {(name, "round", number) for number, row in out.items() for name in row}
-    return adapter(federate(loaded, open_engine=sites.open_engine).folder) == adapter(rig.run)
+    return adapter(federate(loaded, open_federation=sites.open_federation).folder) == adapter(rig.run)
 
 
 def _meant(rows: list[dict[str, Any]], number: int, site: str) -> bool:

@@ -49,7 +49,7 @@ def break_it(rig: Rig, mount: bool) -> list[dict[str, Any]]:
 def opening(rig: Rig) -> list[dict[str, Any]]:
     begun, rows = now(), []
     for party, process in FINISH:
-        rig.when(party, "look")
+        rig.when(party, "describe")
         rows.append(_struck(rig, "opening", party, process))
     after = rig.when("site-a", "open")
     rows.append(_struck(rig, "opening", CO, "server"))

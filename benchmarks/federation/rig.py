@@ -20,7 +20,7 @@ from typing import Any
 from namespaces import Network
 from world import make_model, make_rows, settings, write_rows, write_toml
 
-from fedsb.deployment.federation import serve_init
+from fedsb.deployment.federation import create_federation
 from fedsb.reporting.run_directory import read_rows
 
 HERE = Path(__file__).parent

@@ -29,14 +29,15 @@ from typing import Any
 from rig import CO, HERE, Rig, running
 from world import OneProcess, make_model, make_rows, settings, write_rows
 
+from fedsb.channels.serialized import SerializedChannel
 from fedsb.config.load import load_config
 from fedsb.config.schema import Config
 from fedsb.methods.base import Method
 from fedsb.protocol.channel import NoResponse
-from fedsb.protocol.messages import read_note
+from fedsb.protocol.messages import Train, read_request
 from fedsb.reporting.run_directory import read_rows
 from fedsb.runs.run import federate
-from fedsb.server.remote import RemoteEngine
+from fedsb.server.opened import OpenedFederation, open_sites
 
 ROUNDS, FEW, COUNTS = 20, 6, (5, 10, 20, 40)
 SMALL, LARGE = {"width": 64, "layers": 2}, {"width": 512, "layers": 2}
@@ -112,15 +113,15 @@ class Elsewhere:
             begun = time.monotonic()
             self._pipe.send((name, request))
             answer = self._pipe.recv()
-            if read_note(request).verb == "round":
+            if isinstance(read_request(request), Train):
                 self.waited += time.monotonic() - begun
             yield name, answer
 
-    def open_engine(self, config: Config, method: Method, run: str) -> RemoteEngine:
-        engine = RemoteEngine(config, method, run, self, self.directory)
+    def open_federation(self, config: Config, method: Method, run: str) -> OpenedFederation:
+        opened = open_sites(config, method, run, SerializedChannel(self, "flower"), self.directory)
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark from here on is of the rounds
         self.opened_mb = peak_mb(os.getpid())
-        return engine
+        return opened
 
 
 def answer_all(folder: Path, rows: Mapping[str, list[dict[str, str]]], pipe: Connection) -> None:
@@ -143,7 +144,7 @@ def messages(count: int, width: int, layers: int) -> dict[str, Any]:
     train = {"local_steps": 2, "batch_size": 4, "lr": 0.01}
     sites = Elsewhere(folder / "sites", rows)
     loaded = load_config(settings(model, test, rounds=FEW, out=str(folder), train=train))
-    run = federate(loaded, open_engine=sites.open_engine).folder
+    run = federate(loaded, open_federation=sites.open_federation).folder
     done = read_rows(run / "rounds.jsonl")
     own = sum(row["seconds"] for row in done) - sites.waited  # checks, the average, one score of the test rows
     dropped = sum(len(row["dropped"]) for row in done)

@@ -9,6 +9,7 @@ Each end writes phases.jsonl in its folder. A site reads spoil.json in its own: 
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -19,8 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from fedsb.protocol.channel import Channel, Handle
-from fedsb.protocol.messages import Note, pack_note, read_note
+from fedsb.adapters.layout import Layout
+from fedsb.protocol.channel import Handle, Transport
+from fedsb.protocol.messages import DescribeReply, Reply, Train, TrainReply, read_reply, read_request
 from fedsb.protocol.payload import Payload, pack, unpack
 from fedsb.utils.errors import RunError, UserError
 
@@ -44,8 +46,9 @@ def announcer(folder: Path) -> Callable[..., None]:
 
 
 def verb_and_round(request: bytes) -> tuple[str, int]:
-    note = read_note(request)
-    return note.verb, unpack(note.parts[0]).round + 1 if note.verb == "round" else 0
+    """Returns what a request asks; "round" with its number for one that asks to train."""
+    asked = read_request(request)
+    return ("round", unpack(asked.payload).round + 1) if isinstance(asked, Train) else (asked.verb, 0)
 
 
 # --- a site ---
@@ -53,7 +56,7 @@ def verb_and_round(request: bytes) -> tuple[str, int]:
 
 def open_handle(folder: Path) -> Handle:
     """Opens a real site's handle, whose answers are spoiled as spoil.json says."""
-    from fedsb.client.handler import open_handle as open_real
+    from fedsb.deployment.site_folder import open_handle as open_real
 
     real, announce, last = open_real(folder), announcer(folder), [b""]
     wanted = folder / "spoil.json"
@@ -66,7 +69,7 @@ def open_handle(folder: Path) -> Handle:
         if fault.startswith("slow"):
             time.sleep(float(fault.split()[1]))
         answer = real(request)
-        spoiled = spoil(fault, answer, last[0])
+        spoiled = spoil(fault, request, answer, last[0]) if fault else answer
         last[0] = answer
         announce(verb, round=number, event="end", bytes=len(answer))
         return spoiled
@@ -74,38 +77,48 @@ def open_handle(folder: Path) -> Handle:
     return handle
 
 
-def spoil(fault: str, answer: bytes, before: bytes) -> bytes:
+def spoil(fault: str, request: bytes, answer: bytes, before: bytes) -> bytes:
     """Returns what a site sends instead of its answer."""
-    note = read_note(answer)
+    reply = read_reply(answer, read_request(request))
     changed: dict[str, Callable[[Payload], Payload]] = {
         "nan": lambda payload: _each(payload, lambda x: np.full_like(x, np.nan)),
-        "shape": lambda payload: _each(payload, lambda x: x.reshape(-1)),
-        "key": lambda payload: replace(payload, tensors={f"my.{key}": x for key, x in payload.tensors.items()}),
+        "shape": lambda payload: _renamed(payload, lambda name, shape: (name, (math.prod(shape),))),
+        "key": lambda payload: _renamed(payload, lambda name, shape: (f"my.{name}", shape)),
         "norm": lambda payload: _each(payload, lambda x: 1000 * x),
         "samples": lambda payload: replace(payload, samples=10**12),
         "name": lambda payload: replace(payload, client="somebody else"),
     }
     if fault in changed:
-        return pack_note(replace(note, parts=(pack(changed[fault](unpack(note.parts[0]))),)))
+        return _with(reply, pack(changed[fault](unpack(reply.payload))))
     if fault == "garbage":
         return os.urandom(3000)
     if fault == "garbage inside":
-        return pack_note(replace(note, parts=(os.urandom(3000),)))
+        return _with(reply, os.urandom(3000))
     if fault == "earlier":
         return before
     if fault == "twice":  # in one answer; `join twice` sends the whole answer twice
-        return pack_note(replace(note, parts=(*note.parts, *note.parts)))
+        return _with(reply, *reply.parts, *reply.parts)
     if fault == "no update":
-        return pack_note(replace(note, parts=()))
+        return _with(reply)
     if fault == "another answer":
-        return pack_note(Note("look", {"labels": None, "rows": "many"}))
+        return DescribeReply.model_construct(labels=None, rows="many", fingerprint="").pack()
     if fault == "facts":
-        return pack_note(replace(note, facts={key: {"not": ["this"]} for key in note.facts}))
+        return TrainReply.model_construct(
+            parts=reply.parts, **{key: {"not": ["this"]} for key in TrainReply.model_fields if key != "parts"}
+        ).pack()
     return answer
 
 
 def _each(payload: Payload, change: Callable[[Any], Any]) -> Payload:
-    return replace(payload, tensors={key: change(x) for key, x in payload.tensors.items()})
+    return replace(payload, vector=change(payload.vector))
+
+
+def _renamed(payload: Payload, change: Callable[[str, Any], tuple[str, Any]]) -> Payload:
+    return replace(payload, layout=Layout(tuple(change(name, shape) for name, shape in payload.layout.shapes)))
+
+
+def _with(reply: Reply, *parts: bytes) -> bytes:
+    return reply.model_copy(update={"parts": parts}).pack()
 
 
 def node_twice() -> None:
@@ -129,7 +142,7 @@ def node_twice() -> None:
 # --- the coordinator ---
 
 
-def coordinate(channel: Channel, folder: Path) -> None:
+def coordinate(transport: Transport, folder: Path) -> None:
     """Runs the coordinator's program, slowed down where a kill would come too late."""
     import fedsb.runs.run
     from fedsb.deployment import coordinate as real
@@ -150,14 +163,13 @@ def coordinate(channel: Channel, folder: Path) -> None:
 
     Record.checkpoint, fedsb.runs.run.export = slow_checkpoint, slow_export  # type: ignore[method-assign]
     announce("program", round=0, event="begin")
-    real.coordinate(channel, folder)
+    real.coordinate(transport, folder)
 
 
 def main() -> None:
-    from fedsb.deployment.run import join
     from fedsb.deployment import run
-    from fedsb.deployment.trainer import serve
     from fedsb.deployment.coordinate import prepare
+    from fedsb.deployment.run import join, serve
 
     try:
         if sys.argv[1] == "serve":

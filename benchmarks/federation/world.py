@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedsb.client.handler import SiteHandle
+from fedsb.channels.serialized import SerializedChannel
+from fedsb.client.handler import SiteHandler
 from fedsb.client.policy import SiteConfig
 from fedsb.client.secure_sum import Identity
 from fedsb.config.schema import Config
 from fedsb.methods.base import Method
 from fedsb.protocol.channel import Handle, NoResponse
-from fedsb.server.remote import RemoteEngine
+from fedsb.server.opened import OpenedFederation, open_sites
 from fedsb.utils.errors import RunError, UserError
 
 WORDS = [f"{kind}{i}" for kind in ("red", "blue", "green", "grey") for i in range(12)]
@@ -103,9 +104,9 @@ class OneProcess:
         self.handles: dict[str, Handle] = {name: self.open(name) for name in rows} if resident else {}
         self.absent: set[tuple[str, str, int]] = set()  # (site, verb, round) that get no answer
 
-    def open(self, name: str) -> SiteHandle:
+    def open(self, name: str) -> SiteHandler:
         site = SiteConfig.model_validate({"data": str(self.folder / name / "rows.jsonl")})
-        return SiteHandle(self.folder / name, site, Identity(name=name, key=self.keys[name], directory=self.directory))
+        return SiteHandler(self.folder / name, site, Identity(name=name, key=self.keys[name], directory=self.directory))
 
     @property
     def sites(self) -> Sequence[str]:
@@ -125,5 +126,5 @@ class OneProcess:
             except (UserError, RunError) as error:
                 yield name, NoResponse(str(error))
 
-    def open_engine(self, config: Config, method: Method, run: str) -> RemoteEngine:
-        return RemoteEngine(config, method, run, self, self.directory)
+    def open_federation(self, config: Config, method: Method, run: str) -> OpenedFederation:
+        return open_sites(config, method, run, SerializedChannel(self, "flower"), self.directory)

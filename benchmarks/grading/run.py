@@ -21,9 +21,8 @@ from typing import Any
 from fedsb.data.grading import math_check
 from fedsb.data.grading.verdict import Verdict, as_number
 from fedsb.data.sources import load_table
-from fedsb.data.tasks.base import TaskOptions
 from fedsb.data.tasks.arithmetic import Arithmetic
-from fedsb.data.tasks.base import Question
+from fedsb.data.tasks.base import Question, TaskOptions
 from fedsb.data.tasks.commonsense import Commonsense
 
 HERE = Path(__file__).parent

@@ -28,9 +28,10 @@ from torch import Tensor, nn
 
 from fedsb.adapters.adapted import AdaptedModel
 from fedsb.adapters.basis import random_pair
+from fedsb.adapters.layout import Layout
 from fedsb.models.layers import find_targets
-from fedsb.training.optimizer import clip_by_client
-from fedsb.training.per_example import clipped_sums
+from fedsb.training.optimizer import clip_rows
+from fedsb.training.per_example import RowGradients
 from fedsb.training.scoring import forward
 from fedsb.utils.environment import git_hash
 
@@ -126,6 +127,10 @@ class Trainer:
             setattr(self.three.get_submodule(parent), child, Three(self.three.get_submodule(layer), A, B).to(device))
         self.tensors |= {key: x.unsqueeze(0) for key, x in self.adapted.head_tensors().items()}
         self.trainable = frozenset(key for key in self.tensors if not key.endswith((".A", ".B")))
+        layout = Layout.of({key: self.tensors[key][0] for key in self.trainable})
+        self.values = layout.flatten({key: self.tensors[key][0] for key in self.trainable}).unsqueeze(0)
+        self.frozen = {key: x for key, x in self.tensors.items() if key not in self.trainable}
+        self.gradients = RowGradients.allocate(self.adapted, self.task, layout, len(self.rows))  # type: ignore[arg-type]
         if not causal:
             self.three.classifier.requires_grad_(True)
 
@@ -139,13 +144,11 @@ class Trainer:
         loss_b, weight_b = self.task.losses(logits, batch)
         (loss_b / weight_b).mean().backward()
         gradients = {key: p.grad for key, p in self.adapted.parameters().items() if p.grad is not None}
-        return clip_by_client(gradients, CLIP)
+        return clip_rows(torch.cat([x.flatten() for x in gradients.values()]).unsqueeze(0), CLIP)
 
     def ours(self) -> Tensor:
-        sums, _ = clipped_sums(
-            self.adapted, self.task, self.tensors, self.trainable, [self.rows], CLIP, len(self.rows)  # type: ignore[arg-type]
-        )  # fmt: skip
-        return torch.stack([x.square().sum() for x in sums.values()]).sum().sqrt()
+        sums, _ = self.gradients.clipped_sums(self.values, self.frozen, [self.rows], CLIP)
+        return sums.norm()
 
     def opacus(self, mode: str) -> Callable[[], Tensor]:
         from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientClipping

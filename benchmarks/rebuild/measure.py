@@ -95,11 +95,12 @@ def new_rounds(config: dict[str, Any], folder: Path) -> Callable[[], Any]:
 
 
 def old_rounds(config: dict[str, Any], folder: Path) -> Callable[[], Any]:
-    from fedsb.config import load_config
     from fedsb.engines.embedded import EmbeddedEngine
     from fedsb.engines.round import play
-    from fedsb.methods.averaging import ServerOptimizer
     from fedsb.settings import method_of
+
+    from fedsb.config import load_config
+    from fedsb.methods.averaging import ServerOptimizer
 
     resolved = load_config(config).config
     method = method_of(resolved)
@@ -157,13 +158,14 @@ def new_server_step(config: dict[str, Any]) -> Callable[[], Any]:
 
 
 def old_server_step(config: dict[str, Any]) -> Callable[[], Any]:
-    from fedsb.config import load_config
     from fedsb.engines.embedded import EmbeddedEngine
     from fedsb.federation.payload import Payload, pack
     from fedsb.federation.server import admit, rules
     from fedsb.federation.tensors import to_arrays
-    from fedsb.methods.averaging import ServerOptimizer
     from fedsb.settings import method_of
+
+    from fedsb.config import load_config
+    from fedsb.methods.averaging import ServerOptimizer
 
     resolved = load_config(config).config
     method = method_of(resolved)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import sys
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,13 +25,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedsb.channels.in_process import EmbeddedEngine
+from fedsb.adapters.layout import Layout
+from fedsb.channels.in_process import open_in_process
 from fedsb.config.load import load_config
 from fedsb.config.nested import set_key
-from fedsb.config.schema import Config, method_of
+from fedsb.config.schema import Config
 from fedsb.models.load import matmul_precision
+from fedsb.server.server import Server
 from fedsb.training.joint import join_tensors
-from fedsb.training.per_example import clipped_sums
+from fedsb.training.per_example import RowGradients
 
 HERE = Path(__file__).parent
 ROWS = 768
@@ -65,21 +67,24 @@ def config_of(settings: Mapping[str, Any]) -> Config:
 
 
 def measure(config: Config) -> dict[str, float]:
-    method = method_of(config)
-    engine = EmbeddedEngine(config, method, "gradients")
+    method = config.method
+    server = Server(config, method, "gradients", open_in_process(config, method, "gradients"))
+    adapted, client = server.trainer.adapted, server.clients[0]
     with TemporaryDirectory() as folder:  # a basis of private rows is noised, so it needs its ledgers
-        engine.policy.open_ledgers(Path(folder), "gradients", new=True)
-        basis, _ = engine.build_basis(method)
-        engine.policy.close()
-    state = method.start(engine.shapes, basis, engine.head, config.seed)
+        server.policy.open_ledgers(Path(folder), "gradients", new=True)
+        server.opened.local.start(server.policy, server.secure_sums, {})
+        state, _, _ = server.start()
+        server.policy.close()
     own = method.init_client(state.shared, method.broadcast(state), {}, 0)
-    trainable, heads = method.trainable(own, 0), engine.adapted.head_keys
-    joined = join_tensors(engine.adapted, [own])
-    site, plan = engine.sites[0], engine.policy.plans[engine.sites[0].name]
-    rows = site.train[:: site.rows // ROWS][:ROWS]
+    trainable, heads = method.trainable(own, 0), adapted.head_keys
+    layout = Layout.of({key: own[key] for key in trainable})
+    values = layout.flatten({key: own[key] for key in trainable}).unsqueeze(0)
+    frozen = join_tensors(adapted, [{key: x for key, x in own.items() if key not in trainable}])
+    gradients, plan = RowGradients.allocate(adapted, server.data.task, layout, 64), server.policy.plans[client.name]
+    rows = client.train[:: client.rows // ROWS][:ROWS]
 
-    def sums(part: list[Any]) -> Mapping[str, Tensor]:
-        return clipped_sums(engine.adapted, engine.task, joined, trainable, [part], plan.clip, 64)[0]
+    def sums(part: Sequence[Any]) -> Mapping[str, Tensor]:
+        return layout.views(gradients.clipped_sums(values, frozen, [part], plan.clip)[0][0])
 
     with matmul_precision(config.model.float32_matmul_precision):
         first, second = sums(rows[0::2]), sums(rows[1::2])

@@ -14,20 +14,21 @@ import json
 import statistics
 import sys
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedsb.channels.in_process import EmbeddedEngine
+from fedsb.channels.in_process import open_in_process
 from fedsb.config.load import load_config
-from fedsb.config.schema import method_of
 from fedsb.data.tasks.base import Example
 from fedsb.models.load import matmul_precision
 from fedsb.privacy.plan import PrivacyPlan, default_delta
 from fedsb.training.gradients import load_nothing
 from fedsb.training.scoring import forward
+from fedsb.training.trainer import Trainer
 
 HERE = Path(__file__).parent
 Rows = tuple[Tensor, Tensor]  # states (b, d), the last of them 1; labels (b,)
@@ -40,10 +41,10 @@ def main() -> None:
     raw.pop("compare")
     raw["data"] |= {"train": sys.argv[1], "test": sys.argv[2]}
     config = load_config(raw).config
-    engine = EmbeddedEngine(config, method_of(config), "head")
-    load_nothing(engine.adapted, engine.head)
-    sites = [states(engine, site.train[::4]) for site in engine.sites]
-    test, rows = states(engine, engine.data.test), engine.sites[0].rows
+    opened = open_in_process(config, config.method, "head")
+    load_nothing(opened.trainer.adapted, opened.trainer.head)
+    sites = [states(opened.trainer, client.train[::4]) for client in opened.clients]
+    test, rows = states(opened.trainer, opened.data.test), opened.clients[0].rows
     left_out = tuple(torch.cat([site[i][:267] for site in sites]) for i in (0, 1))
     found = []
     for setting in SETTINGS:
@@ -64,15 +65,15 @@ def main() -> None:
 
 
 @torch.no_grad()
-def states(engine: EmbeddedEngine, rows: list[Example]) -> Rows:
+def states(trainer: Trainer, rows: Sequence[Example]) -> Rows:
     seen: list[Tensor] = []
-    (head,) = engine.adapted.heads.values()
+    (head,) = trainer.adapted.heads.values()
     hook = head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     x, y = [], []
     ordered = sorted(rows, key=lambda row: len(row["input_ids"]))
-    with matmul_precision(engine.config.model.float32_matmul_precision):
+    with matmul_precision(trainer.config.model.float32_matmul_precision):
         for start in range(0, len(ordered), 64):
-            _, batch = forward(engine.adapted.model, engine.task, ordered[start : start + 64])
+            _, batch = forward(trainer.adapted.model, trainer.task, ordered[start : start + 64])
             mask = batch["attention_mask"].unsqueeze(-1).float()
             x.append((seen.pop() * mask).sum(1) / mask.sum(1))
             y.append(batch["labels"])
