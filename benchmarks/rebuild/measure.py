@@ -77,11 +77,10 @@ def rounds(config: dict[str, Any], folder: Path) -> Callable[[], Any]:
 def new_rounds(config: dict[str, Any], folder: Path) -> Callable[[], Any]:
     from fedsb.channels.in_process import open_in_process
     from fedsb.config.load import load_config
-    from fedsb.config.schema import method_of
     from fedsb.server.server import Server
 
     resolved = load_config(config).config
-    method = method_of(resolved)
+    method = resolved.method
     server = Server(resolved, method, "timed", open_in_process(resolved, method, "timed"))
     server.policy.open_ledgers(folder, "timed", new=True)
     server.opened.local.start(server.policy, server.secure_sums, {})
@@ -136,14 +135,13 @@ def new_server_step(config: dict[str, Any]) -> Callable[[], Any]:
 
     from fedsb.channels.in_process import open_in_process
     from fedsb.config.load import load_config
-    from fedsb.config.schema import method_of
     from fedsb.methods.averaging import ServerOptimizer
     from fedsb.protocol.payload import Payload, pack
     from fedsb.server.server import Server
     from fedsb.server.validation import update_rules, validate_updates
 
     resolved = load_config(config).config
-    method = method_of(resolved)
+    method = resolved.method
     server = Server(resolved, method, "timed", open_in_process(resolved, method, "timed"))
     server.opened.local.start(server.policy, None, {})
     state, _, _ = server.start()

@@ -13,7 +13,6 @@ from transformers import AutoModelForSequenceClassification
 from fedsb.adapters.basis import basis_hash
 from fedsb.channels.in_process import open_in_process
 from fedsb.config.load import load_config
-from fedsb.config.schema import method_of
 from fedsb.data.tasks.base import Example
 from fedsb.methods.base import State
 from fedsb.protocol.messages import Train, TrainReply
@@ -24,7 +23,7 @@ from fedsb.training.joint import ClientTraining
 def open_server(config: dict[str, Any]) -> Server:
     """A server with its clients in this process, opened but not started."""
     settings = load_config(config).config
-    method = method_of(settings)
+    method = settings.method
     return Server(settings, method, "test", open_in_process(settings, method, "test"))
 
 

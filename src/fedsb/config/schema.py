@@ -42,13 +42,7 @@ __all__ = [
     "Section",
     "ServerConfig",
     "TaskConfig",
-    "method_of",
 ]
-
-
-def method_of(config: Config) -> Method:
-    """Returns the method of a configuration."""
-    return config.method
 
 
 class ContenderConfig(Section):
