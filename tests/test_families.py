@@ -90,7 +90,7 @@ def test_a_regression_from_training_to_the_adapter(
     settings = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert (settings["problem_type"], settings["id2label"]) == ("regression", {"0": "label"})
     card = (result.folder / "adapter" / "README.md").read_text()
-    assert "## Output, a number\n\n- 0: label\n" in card and "| Score | pearson 0." in card
+    assert "## Output\n\n- 0: label\n" in card and "| Score | pearson 0." in card
 
 
 def test_what_a_regression_cannot(cli: Callable[..., Said], regression: dict[str, Any], tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_several_tables_and_their_plain_mean(
     said = cli("eval", result.folder, *named, "--data", files[0])
     assert said.code == 1 and "contains a table twice" in said.err
     said = cli("eval", result.folder, *named, "--data", tmp_path / "no.jsonl")
-    assert said.code == 1 and "there is no file" in said.err and said.out == ""  # before anything is scored
+    assert said.code == 1 and "There is no file" in said.err and said.out == ""  # before anything is scored
 
 
 def test_a_chat_and_its_perplexity(
@@ -228,7 +228,7 @@ def test_programs_are_run_where_it_is_allowed(
     }
     toml = write_toml(tmp_path / "my.toml", config)
     said = cli("run", toml)
-    assert said.code == 1 and "allow it with task.run_code = true" in said.err
+    assert said.code == 1 and "Allow it with task.run_code = true" in said.err
     assert cli("run", toml, "--set", "task.run_code=true").code == 0
     folder = tmp_path / "runs" / "code"
     assert json.loads((folder / "manifest.json").read_text())["task"]["metric"] == "pass@1"

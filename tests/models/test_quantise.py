@@ -247,8 +247,8 @@ def test_without_bitsandbytes(
 @pytest.mark.parametrize(
     ("more", "part"),
     [
-        ({"engine": {"clients_per_forward": 2}}, "engine.clients_per_forward must be 1"),
-        ({"privacy": {"unit": "example", "epsilon": 3.0}}, "so none is protected: take 4bit"),
+        ({"engine": {"clients_per_forward": 2}}, "Set engine.clients_per_forward to 1"),
+        ({"privacy": {"unit": "example", "epsilon": 3.0}}, r"so no single row is protected\. Set model.quantize to"),
     ],
 )
 def test_8_bits_mix_a_batchs_rows(tiny_config: dict[str, Any], more: dict[str, Any], part: str) -> None:
