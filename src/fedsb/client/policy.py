@@ -124,7 +124,9 @@ def refuse_run(allow: AllowConfig, config: Config, method: Method) -> None:
         faults.append(f"privacy.release = {list(config.privacy.release)}: neither losses nor scores may leave")
     told = {config.task.label} if config.task.kind == "classification" else set()
     if other := sorted(set(config.data.exclude) - told):
-        faults.append(f"data.exclude = {', '.join(other)}: the number of remaining rows would leak which are among them")
+        faults.append(
+            f"data.exclude = {', '.join(other)}: the number of remaining rows would leak which are among them"
+        )
     if config.task.run_code:
         faults.append("task.run_code = true: no site runs what a model writes")
     if faults:
