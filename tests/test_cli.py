@@ -205,10 +205,10 @@ def test_run(cli: Callable[..., Said], toml: Path, tmp_path: Path) -> None:
     assert f"adapter         {folder / 'adapter'}" in said.out
     compile(said.out.split("Load the adapter:")[1], "load", "exec")
     again = cli("run", toml)
-    assert again.code == 1 and f"{folder} holds a finished run" in again.err and "resume" not in again.err
+    assert again.code == 1 and f"{folder} contains a finished run" in again.err and "resume" not in again.err
     (folder / "result.json").unlink()  # as where it was stopped
     again = cli("run", toml)
-    assert again.code == 1 and f"{folder} holds a run already: take it up with `fedsb resume {folder}`" in again.err
+    assert again.code == 1 and f"{folder} contains an unfinished run. Resume it with `fedsb resume" in again.err
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["tiny"]
 
 

@@ -207,7 +207,7 @@ def test_the_lock(record: Record) -> None:
 def test_a_name_that_exists_is_refused(record: Record) -> None:
     before = (record.folder / "manifest.json").read_bytes()
     record.__exit__(None)
-    with pytest.raises(UserError, match="holds a run already: take it up with `fedsb resume"):
+    with pytest.raises(UserError, match=r"contains an unfinished run\. Resume it with `fedsb resume"):
         Record.create(record.folder, {**MANIFEST, "run": "new"})
     assert (record.folder / "manifest.json").read_bytes() == before
 
@@ -215,7 +215,7 @@ def test_a_name_that_exists_is_refused(record: Record) -> None:
 def test_a_start_that_is_refused_leaves_the_folder_free(record: Record) -> None:
     """Also while the error is alive, which keeps its frames."""
     record.__exit__(None)
-    with pytest.raises(UserError, match="holds a run already") as error:
+    with pytest.raises(UserError, match="contains an unfinished run") as error:
         Record.create(record.folder, {**MANIFEST, "run": "new"})
     Record.open(record.folder).__exit__(None)
     with Record.open(record.folder), pytest.raises(UserError, match="in use") as held:
@@ -350,7 +350,7 @@ def test_a_folder_that_is_deleted_while_the_run_goes_on(
 
     monkeypatch.setattr(Record, "commit", deleted)
     said = cli("run", write_toml(tmp_path / "my.toml", set_all(tiny_config, method=method)))
-    assert said.code == 2 and f"{folder} was deleted or moved while the run went on" in said.err
+    assert said.code == 2 and f"{folder} was deleted or moved during the run" in said.err
     assert f"{folder} does not exist. If it was deleted or moved during the run, start the run again." in said.err
     assert "kept" not in said.err and "room" not in said.err
     assert not folder.exists()

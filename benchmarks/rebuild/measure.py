@@ -19,7 +19,7 @@ ROWS = 40  # of each client
 
 
 def llama(folder: Path) -> str:
-    """A Llama of 14M parameters with MiniLM's tokenizer."""
+    """Returns the folder of a Llama of 14M parameters with MiniLM's tokenizer."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -67,7 +67,7 @@ def settings(case: str, folder: Path) -> dict[str, Any]:
 
 
 def rounds(config: dict[str, Any], folder: Path) -> Callable[[], Any]:
-    """A function that runs the next round."""
+    """Returns a function that runs the next round."""
     try:
         return new_rounds(config, folder)
     except ImportError:
@@ -119,7 +119,7 @@ def old_rounds(config: dict[str, Any], folder: Path) -> Callable[[], Any]:
 
 
 def server_step(folder: Path) -> Callable[[], Any]:
-    """Validation and aggregation of 40 updates of MiniLM, rank 64."""
+    """Returns a function that validates and aggregates 40 updates of MiniLM, rank 64."""
     config = settings("minilm-1", folder) | {"method": {"name": "fed-sb", "rank": 64}}
     try:
         return new_server_step(config)

@@ -187,7 +187,7 @@ def test_the_head_starts_as_it_stands_and_answers_in_the_inputs_dtype() -> None:
 def test_a_head_of_another_kind_is_refused() -> None:
     model = nn.Module()
     model.head = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
-    with pytest.raises(UserError, match=r"'head' holds 'head.1.weight', which is no linear layer"):
+    with pytest.raises(UserError, match=r"'head' contains 'head.1.weight', which is not a linear layer"):
         head_linears(model, ["head"])
     model.head = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2, bias=False))
     assert head_linears(model, ["head"]) == ["head.0", "head.2"]

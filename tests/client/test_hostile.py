@@ -192,7 +192,7 @@ def test_a_start_that_failed_leaves_no_run_without_a_policy(settings: Settings, 
     world.open(settings(EXAMPLE), start=False)
     DiskStore(tmp_path / "a" / "runs" / RUN).save_start(ClientView(world.state().shared), 0)
     broadcast = world.broadcast(0)
-    with pytest.raises(Exception, match="is gone, and with it what 'a' has released"):
+    with pytest.raises(Exception, match="is missing, and with it the record of what 'a' has released"):
         world.ask("a", Start, rows=world.rows())
     with pytest.raises(RefusalError, match="has not started this run"):
         world.train(0, "a", broadcast)
@@ -203,7 +203,7 @@ def test_a_sum_with_strangers_fails_before_it_starts(settings: Settings, tmp_pat
     world = Hostile(tmp_path)
     world.open(settings(SUMS), start=False)
     broadcast = world.broadcast(0)
-    with pytest.raises(RefusalError, match="A secure sum with stranger"):
+    with pytest.raises(RefusalError, match="Secure aggregation with stranger"):
         world.ask("a", Start, rows={**world.rows(), "stranger": 5})
     with pytest.raises(RefusalError, match="has not started"):
         world.train(0, "a", broadcast)

@@ -201,7 +201,7 @@ def test_it_is_never_started_anew(tmp_path: Path) -> None:
         started(tmp_path)
     assert path.read_bytes() == content
     path.unlink()
-    with pytest.raises(UserError, match="is gone"):
+    with pytest.raises(UserError, match="is missing"):
         taken_up(path)
     with pytest.raises(RunError, match="cannot read the ledger"):
         read_ledger(path)

@@ -383,7 +383,7 @@ def test_a_ledger_that_is_gone_stops_the_run(tiny_config: dict[str, Any]) -> Non
         federate(load_config(private(tiny_config)), StopAfterOne())
     folder = Path(tiny_config["out"]) / "tiny"
     next((folder / "privacy").glob("*.jsonl")).unlink()
-    with pytest.raises(UserError, match="is gone, and with it the record of what"):
+    with pytest.raises(UserError, match="is missing, and with it the record of what"):
         resume(folder)
 
 

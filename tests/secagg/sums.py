@@ -131,8 +131,8 @@ SHAPES = [
     (lambda m: m[:-1], "torn: "),
     (lambda m: m + b"\0", "oversized"),
     (lambda m: m + m, "oversized"),
-    (lambda m: b"\x02\x00[]" + m, "not of a secure sum"),
-    (lambda m: b"\xff\xff" + b"[" * 65535, "not of a secure sum"),
-    (lambda m: b"\x80\x04\x95" + m, "not of a secure sum"),  # a pickle's first bytes
-    (lambda m: flip(m, 3), "not of a secure sum|has the"),
+    (lambda m: b"\x02\x00[]" + m, "not of secure aggregation"),
+    (lambda m: b"\xff\xff" + b"[" * 65535, "not of secure aggregation"),
+    (lambda m: b"\x80\x04\x95" + m, "not of secure aggregation"),  # a pickle's first bytes
+    (lambda m: flip(m, 3), "not of secure aggregation|has the"),
 ]

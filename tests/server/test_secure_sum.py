@@ -65,7 +65,7 @@ def test_a_method_that_needs_more_than_a_sum_is_refused(name: str, tiny_config: 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"server": {"codec": "int8", "secure_aggregation": True}}, "a fixed point of its own"),
+        ({"server": {"codec": "int8", "secure_aggregation": True}}, "its own fixed-point format"),
         ({"basis": {"kind": "core"}, "server": {"secure_aggregation": True}}, "something of its own"),
         ({"clients": {"total_ranks": [2, 4]}, "server": {"secure_aggregation": True}}, "changes of one shape"),
         ({"server": {"secure_aggregation": True, "clients_per_round": 1}}, "one client per round"),

@@ -68,12 +68,12 @@ class AdaptedModel:
         return {name: linear_shape(layer.base) for name, layer in self.layers.items()}
 
     def base_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, W0 (m, n)) of every adapted layer, one at a time."""
+        """Yields (name, W0 (m, n)) of every adapted layer, one at a time."""
         for name, layer in self.layers.items():
             yield name, base_weight(layer.base)
 
     def head_tensors(self) -> Tensors:
-        """The head as it stands in the model: "<layer>.weight" (m, n) and "<layer>.bias" (m,), client 0's."""
+        """Returns client 0's current head: "<layer>.weight" (m, n) and "<layer>.bias" (m,)."""
         return {
             key: parameter.detach()[0].clone() for key, parameter in self._slots(self.heads) if parameter is not None
         }
@@ -133,10 +133,10 @@ class AdaptedModel:
         return known[1]
 
     def sizes(self, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-        """The names and shapes that one client's tensors must have, without the axis of clients, at the ranks shown.
+        """Returns the names and shapes that one client's tensors must have, without the axis of clients.
 
-        `load` would not notice all others: a head (b, m, n) in place of (m, n) is broadcast, and one example's gradient
-        then has all examples in it.
+        The ranks are those of `tensors`. `load` does not detect every wrong shape: a head (b, m, n) in place of (m, n)
+        is broadcast, and one example's gradient then contains all examples.
         """
         wanted: dict[str, tuple[int, ...]] = {}
         for name, layer in self.layers.items():
@@ -150,7 +150,7 @@ class AdaptedModel:
         return wanted
 
     def is_shared(self, key: str) -> bool:
-        """Whether all clients share this tensor: a core's A and B, a carried adapter."""
+        """Returns whether all clients share this tensor, such as a core's A and B, or a residual adapter."""
         name, attribute = key.rsplit(".", 1)
         return name in self.layers and attribute in self.layers[name].shared
 
@@ -165,7 +165,7 @@ class AdaptedModel:
         return self.model
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The tensors that train, by key, each with the axis of clients first."""
+        """Returns the trained tensors by key, each with the axis of clients first."""
         slots = [*self._slots({**self.layers, **self.heads})]
         slots += [(f"{name}.{o}", getattr(layer, o)) for name, layer in self.layers.items() for o in layer.optional]
         return {key: p for key, p in slots if isinstance(p, nn.Parameter) and p.requires_grad}
@@ -180,7 +180,7 @@ class AdaptedModel:
 
 
 def head_linears(model: nn.Module, head: Sequence[str]) -> list[str]:
-    """The linear layers inside the head's modules. A head with parameters of another kind is refused."""
+    """Returns the linear layers inside the head's modules. Raises UserError if the head has other parameters."""
     found: list[str] = []
     for part in head:
         module = model.get_submodule(part)
@@ -189,7 +189,8 @@ def head_linears(model: nn.Module, head: Sequence[str]) -> list[str]:
         strange = [f"{part}.{name}" for name, _ in module.named_parameters() if f"{part}.{name}" not in inside]
         if strange:
             raise UserError(
-                f"the task head {part!r} holds {strange[0]!r}, which is no linear layer; it cannot be trained"
+                f"The task head {part!r} contains {strange[0]!r}, which is not a linear layer and cannot be trained. "
+                "Use a checkpoint with a linear head."
             )
         found += names
     return found

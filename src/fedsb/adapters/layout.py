@@ -42,7 +42,7 @@ class Layout:
 
     @cached_property
     def slices(self) -> dict[str, slice]:
-        """Where each tensor lies in the vector."""
+        """The slice of the vector that contains each tensor."""
         found, at = {}, 0
         for (key, _), size in zip(self.shapes, self.sizes, strict=True):
             found[key] = slice(at, at + size)

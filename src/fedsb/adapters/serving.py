@@ -20,7 +20,7 @@ MERGE = "merge it: fedsb export RUN --to DIR --merged"
 
 @dataclass(frozen=True, kw_only=True)
 class Serving:
-    """Whether a server can load an adapter."""
+    """A statement whether an inference server can load an adapter."""
 
     name: str
     loads: bool | None  # None: unknown

@@ -99,7 +99,7 @@ class GridChannel:
         try:
             answer = self._until_answered(name, request, end, stop)
         except httpx.TransportError as error:
-            self._log("the SuperLink is gone", reason=repr(error))
+            self._log("the SuperLink is unreachable", reason=repr(error))
             answers.put((name, error))
             return
         except Exception as error:  # the other sites are not affected

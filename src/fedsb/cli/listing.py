@@ -130,7 +130,7 @@ def _fields(section: type[Section]) -> list[dict[str, Any]]:
 
 
 def _values(schema: dict[str, Any]) -> str:
-    """Returns the values that a JSON schema accepts, in words."""
+    """Returns the values that a JSON schema accepts, as text."""
     if "anyOf" in schema:
         return " or ".join(kind for of in schema["anyOf"] if (kind := _values(of)) != "nothing")
     if "enum" in schema or "const" in schema:

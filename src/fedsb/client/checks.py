@@ -1,4 +1,4 @@
-"""What a client refuses of a server's tensors."""
+"""A client's checks of a server's tensors and package versions."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def refuse_values(tensors: Tensors) -> None:
 
 
 def refuse_basis(shared: Tensors, shapes: Shapes) -> None:
-    """Raises RefusalError if a layer's B or A is missing, of another shape, or not orthonormal.
+    """Raises RefusalError if a layer's B or A is missing, has a wrong shape, or is not orthonormal.
 
-    A basis of another scale would scale every row's gradient.
+    A basis of a different scale would scale every row's gradient.
     """
     for layer, (m, n) in shapes.items():
         B, A = shared.get(f"{layer}.B"), shared.get(f"{layer}.A")
@@ -55,7 +55,7 @@ def fitting() -> Iterator[None]:
 
 
 def refuse_versions(theirs: Mapping[str, str]) -> None:
-    """Raises RefusalError where a package has another version than the coordinator's; a build's own suffix aside."""
+    """Raises RefusalError if a package's version differs from the coordinator's. Build suffixes are ignored."""
     ours = versions()
     other = [
         f"{name} {ours[name]} here, {theirs.get(name, 'none')} at the coordinator"

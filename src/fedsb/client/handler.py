@@ -1,4 +1,4 @@
-"""What a site does with a coordinator's requests: the site's own rules come before each, its disk after each.
+"""A site's answers to a coordinator's requests. The site applies its own rules first and saves its state afterwards.
 
 The conversation itself is client/session.py. Everything that a site must remember is on its disk: a site that was
 killed answers the next request as if nothing had happened.

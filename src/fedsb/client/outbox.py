@@ -17,7 +17,7 @@ class Outbox:
         self.path = path
 
     def note(self, what: str, data: bytes, payload: Payload | None = None, **facts: Any) -> None:
-        """Returns when the line is on the disk. `payload` is what `data` holds, where it is an envelope."""
+        """Writes a line and returns once it is on disk. `payload` is `data` unpacked, if `data` is a payload."""
         line: dict[str, Any] = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "what": what, **facts}
         line |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         if payload is not None:

@@ -1,4 +1,4 @@
-"""site.toml: what a site holds and what it allows. The site is its own master: no coordinator sets any of it."""
+"""A site's settings and its policy, from site.toml. A coordinator cannot change any of them."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ FEW, MANY = 10, 0.5  # labels, and labels a row, up to which a column is taken f
 
 
 class AllowConfig(Section):
-    """What a site takes part in. What is not set is not limited."""
+    """A site's policy. A setting that is left out sets no limit."""
 
     methods: list[str] | None = Field(None, description="by name, as in `fedsb ls methods`")
     models: list[str] | None = Field(None, description="base models, by the run's model.name, or NAME@REVISION")
     columns: list[str] | None = Field(None, description="of this site's rows that a run may read, by their names here")
     labels: list[str | int | bool] | None = Field(
-        None, description="classes that may be told; rows with another: no run"
+        None, description="classes that may leave; a run with other classes is refused"
     )
     rounds: Positive | None = Field(None, description="of one run")
     epsilon: Rate | None = Field(None, description="of all runs together, for a row of this site; others are refused")
@@ -44,9 +44,9 @@ class AllowConfig(Section):
     )
     tensors: list[str] | None = Field(None, description="that may leave, as patterns of names: ['*.R', 'classifier.*']")
     megabytes: Rate | None = Field(None, description="of one message that leaves, in 1e6 bytes")
-    sum_clients: Count = Field(0, description="of a secure sum, at least; 0: single updates may leave")
+    sum_clients: Count = Field(0, description="at least, in secure aggregation; 0: single updates may leave")
     peers: dict[str, str] | None = Field(
-        None, description="of a secure sum: the only sites, each with the fingerprint of its key as that site tells it"
+        None, description="the only sites in secure aggregation, each with the fingerprint that the site itself states"
     )
     losses: bool | None = Field(
         None,
@@ -56,7 +56,7 @@ class AllowConfig(Section):
 
     @property
     def tells(self) -> bool:
-        """Whether a loss or a score may leave."""
+        """True if a loss or a score may leave."""
         return (self.epsilon is None and not self.sum_clients) if self.losses is None else self.losses
 
 
@@ -75,7 +75,7 @@ class SiteConfig(Section):
 
     @property
     def form(self) -> FileFormat:
-        """How this site's file is read."""
+        """The format of this site's file."""
         return FileFormat(
             delimiter=self.delimiter, quoting=self.quoting, encoding=self.encoding, columns=tuple(self.header)
         )
@@ -96,9 +96,9 @@ def load_site(path: Path) -> SiteConfig:
 
 
 def refuse_run(allow: AllowConfig, config: Config, method: Method) -> None:
-    """Before anything of a run is done. Raises RefusalError with all that this site does not take part in.
+    """Checks a run before any work. Raises RefusalError with everything that this site does not allow.
 
-    That a run would leak is asked here too: a coordinator that asks for such a one need not have asked itself.
+    The checks for leaks are repeated here, because a malicious coordinator would leave them out.
     """
     faults = []
     for refuse in (refuse_what_facts_forbid, refuse_what_would_leak, refuse_what_needs_one_place):
@@ -124,7 +124,9 @@ def refuse_run(allow: AllowConfig, config: Config, method: Method) -> None:
         faults.append(f"privacy.release = {list(config.privacy.release)}: neither losses nor scores may leave")
     told = {config.task.label} if config.task.kind == "classification" else set()
     if other := sorted(set(config.data.exclude) - told):
-        faults.append(f"data.exclude = {', '.join(other)}: how many rows are left would tell who is among them")
+        faults.append(
+            f"data.exclude = {', '.join(other)}: the number of remaining rows would leak which are among them"
+        )
     if config.task.run_code:
         faults.append("task.run_code = true: no site runs what a model writes")
     if faults:
@@ -132,7 +134,10 @@ def refuse_run(allow: AllowConfig, config: Config, method: Method) -> None:
 
 
 def refuse_columns(site: SiteConfig, read: Iterable[str]) -> None:
-    """Before rows are read; `read` are the run's names of columns. Raises RefusalError for one that is not allowed."""
+    """Checks the columns before rows are read. Raises RefusalError for one that is not allowed.
+
+    `read` contains the run's names of the columns.
+    """
     if site.allow.columns is None:
         return
     own = [site.columns.get(name, name) for name in read]
@@ -144,11 +149,11 @@ def refuse_columns(site: SiteConfig, read: Iterable[str]) -> None:
 
 
 def refuse_labels(allow: AllowConfig, labels: Sequence[str | int | bool], rows: int) -> None:
-    """Before they are told; `labels` are those of so many rows. Raises RefusalError, which tells none of them."""
+    """Checks the labels of `rows` rows before they leave. Raises RefusalError, whose text contains no label."""
     if allow.labels is None and len(labels) > max(FEW, rows * MANY):
         raise RefusalError(
             "the run's label column has a value of its own in nearly every row here, and all of a run's classes are "
-            "told: if they are classes, name them in allow.labels of site.toml"
+            "sent: if they are classes, name them in allow.labels of site.toml"
         )
     if allow.labels is not None and not set(labels) <= set(allow.labels):
         raise RefusalError(
@@ -158,9 +163,9 @@ def refuse_labels(allow: AllowConfig, labels: Sequence[str | int | bool], rows: 
 
 
 def cap_of(allow: AllowConfig, plan: PrivacyPlan, before: Iterable[Release]) -> Cap | None:
-    """What this site's ledger is held to, release by release, for a plan can be carried out otherwise than it was made.
+    """Returns the cap that this site's ledger enforces at each release, because a run can deviate from its plan.
 
-    `before` was released in other runs. Raises RefusalError where the plan alone comes to too much.
+    `before` was released in other runs. Raises RefusalError if the plan alone exceeds the cap.
     """
     if allow.epsilon is None:
         return None
@@ -184,7 +189,10 @@ def refuse_sum(allow: AllowConfig, clients: int) -> None:
 
 
 def refuse_peers(allow: AllowConfig, cohort: Mapping[str, bytes]) -> None:
-    """Before a key is sent to the cohort (name -> identity key). Raises RefusalError for one that is not as pinned."""
+    """Checks a cohort (name -> identity key) before a key is sent to it.
+
+    Raises RefusalError for a key that differs from the pinned one.
+    """
     if allow.peers is None:
         return
     for name, key in cohort.items():
@@ -195,7 +203,7 @@ def refuse_peers(allow: AllowConfig, cohort: Mapping[str, bytes]) -> None:
 
 
 def fingerprint(identity: bytes) -> str:
-    """By which people compare a site's public identity key: half of its SHA-256, in groups of four."""
+    """Returns half of the SHA-256 of a site's public identity key in groups of four, for people to compare."""
     digest = hashlib.sha256(identity).hexdigest()[:32]
     return " ".join(digest[at : at + 4] for at in range(0, 32, 4))
 

@@ -1,4 +1,4 @@
-"""A round as a client sees it: what it holds, what it receives, what it trains and sends."""
+"""A client's round: its stored state, the broadcast, local training and the upload."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fedsb.protocol.tensors import within
 
 @dataclass(frozen=True, eq=False)
 class ClientView:
-    """What a client holds between rounds, as do all clients that received the same messages.
+    """The state of a client between rounds. It is equal for all clients that received the same messages.
 
     Args:
         shared: the shared state.
@@ -78,7 +78,7 @@ class ClientRound:
 
     @cached_property
     def baseline(self) -> Tensors:
-        """What one of the clients would send without training."""
+        """The tensors that a client would send without training."""
         return baseline_upload(self.method, self.view.shared, self.message, self.round)
 
     @cached_property

@@ -1,4 +1,4 @@
-"""A client's part in the secure sums of a run: secagg/protocol.py is the protocol, protocol/secure_sum.py the terms."""
+"""A client's part in secure aggregation: secagg/protocol.py has the protocol, protocol/secure_sum.py the terms."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Identity:
 
 @dataclass(frozen=True)
 class _Sum:
-    """A secure sum that this client takes part in, with its change when it was asked."""
+    """A secure aggregation in progress, with this client's change at its start."""
 
     client: SumClient
     terms: SumTerms
@@ -36,7 +36,7 @@ class _Sum:
 
 
 class SecAggSession:
-    """The secure sums of a run that has started.
+    """The secure aggregation of a run that has started.
 
     Args:
         refuse_peers: raises RefusalError for a cohort (name -> key) that this client does not accept.
@@ -57,11 +57,11 @@ class SecAggSession:
         known = self._identity.directory
         if unknown := [name for name in cohort if name not in known]:
             raise RefusalError(
-                f"A secure sum with {', '.join(unknown)}, whom this site's directory does not contain. Get the newer "
+                f"Secure aggregation with {', '.join(unknown)}: not in this site's directory. Get the newer "
                 "directory from the coordinator, run `fedsb site join FILE --directory directory.json`, and restart."
             )
         if strangers := sorted(set(cohort) - set(self._sums.rows)):
-            raise RefusalError(f"A secure sum with {', '.join(strangers)}, who were not in this run at its start.")
+            raise RefusalError(f"Secure aggregation with {', '.join(strangers)}: not in this run at its start.")
         self._refuse_peers({name: known[name] for name in cohort if name != self._identity.name})
         return {name: known[name] for name in cohort}
 
@@ -94,7 +94,7 @@ class SecAggSession:
                 shares = client.unmask(message)  # raises for one that is not due, or not of this sum
                 self._allow_one_sum(client.plan.round, client.survivors)
                 return shares
-        raise SumError(f"A secure sum has no phase {phase!r:.40}.")
+        raise SumError(f"Secure aggregation has no phase {phase!r:.40}.")
 
     # --- private ---
 

@@ -262,9 +262,9 @@ class StartedClient:
         return self._reply(begun, done)
 
     def secagg_phase(self, request: SecAggPhase) -> SecAggReply:
-        """Answers one phase of a secure sum."""
+        """Answers one phase of secure aggregation."""
         if self.secagg is None:
-            raise RefusalError("server.secure_aggregation = false: this run has no secure sums.")
+            raise RefusalError("server.secure_aggregation = false: this run has no secure aggregation.")
         return SecAggReply(parts=(self.secagg.answer(request.phase, request.cohort, request.payload),))
 
     def final_tensors(self, payload: Payload) -> Tensors:

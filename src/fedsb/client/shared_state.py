@@ -1,4 +1,4 @@
-"""A client's shared state: derived from the settings, received, or made anew during a run."""
+"""A client's shared state: derived from the settings, received, or made again during a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a client keeps of a run between rounds: on the disk of a site, or in the memory of one process.
+"""A client's store of a run between rounds: on the disk of a site, or in the memory of one process.
 
 A site may be killed at any point and continues from the last round. Its files:
 
@@ -9,9 +9,9 @@ rounds/round-0003.safetensors       after the third round: its own state, what c
                                     broadcast, and the answer that it sent
 answered.json                       for each round, the hash of the broadcast that it trained on
 basis_gradient-0000.safetensors     what it sent for a `core` basis, before the first round
-pending.safetensors                 its change, for a secure sum
+pending.safetensors                 its change, for secure aggregation
 encoded.safetensors                 the same with its share of the noise, where clients are the unit of privacy
-sums/round-0003.json                who else was in the secure sum of this round
+sums/round-0003.json                the other clients in the secure aggregation of this round
 privacy/<name>.jsonl                its ledger
 """
 
@@ -40,7 +40,7 @@ KEEP = 2  # rounds: the coordinator may fall back to the one before
 
 @dataclass(frozen=True, kw_only=True)
 class StoredRound:
-    """What a client sent in a round, or puts into its secure sum."""
+    """A client's upload of a round, or its input to secure aggregation."""
 
     payload: bytes
     loss: float
@@ -50,7 +50,7 @@ class StoredRound:
 
 @dataclass(frozen=True)
 class Pending:
-    """What a client has to put into the secure sum of a round."""
+    """A client's input to the secure aggregation of a round."""
 
     round: int
     shared: str
@@ -82,7 +82,7 @@ class ClientStore:
         return self._start_round
 
     def view(self, round: int) -> ClientView | None:
-        """Returns what the client holds after `round` rounds; None where that is not stored any more."""
+        """Returns the client's view after `round` rounds, or None if it is no longer stored."""
         return self._views.get(round)
 
     def save_start(self, view: ClientView, round: int) -> None:
@@ -141,7 +141,7 @@ class ClientStore:
         self._encoded = key, vector
 
     def sum_survivors(self, round: int) -> list[str] | None:
-        """Returns who else was in the secure sum of this round; None for no sum."""
+        """Returns the other clients in the secure aggregation of this round, or None if there was none."""
         return None
 
     def save_sum_survivors(self, round: int, survivors: Sequence[str]) -> None:

@@ -109,7 +109,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _rows_of_8_bit_products_depend_on_each_other(self) -> Self:
-        """LLM.int8() searches the whole batch for outliers, so one row's gradient depends on the other rows."""
+        """Refuses LLM.int8() where rows must be independent, because it searches the whole batch for outliers."""
         if self.model.quantize == "8bit":
             if self.engine.clients_per_forward not in ("auto", 1):
                 raise ValueError(

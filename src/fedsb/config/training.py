@@ -237,7 +237,7 @@ class PrivacyConfig(Section):
 
 
 class EngineConfig(Section):
-    """Where the clients run."""
+    """The channel between the server and the clients."""
 
     name: Literal["in_process", "flower"] = "in_process"
     """All clients in this process, or sites over Flower."""

@@ -70,7 +70,7 @@ class TableCard:
 
 @dataclass(frozen=True, kw_only=True)
 class DataCard:
-    """What a run reads. The counts of a private run's own rows are left out."""
+    """A summary of the tables of a run. It leaves out the row counts of a private run."""
 
     train: TableCard
     test: TableCard | None

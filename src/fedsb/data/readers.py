@@ -29,7 +29,7 @@ SEPARATORS = {"\t": "tabs", ";": "semicolons", "|": "bars"}  # that a .csv may h
 
 @dataclass(frozen=True, kw_only=True)
 class FileFormat:
-    """How to read a text file. The defaults follow from its extension."""
+    """The format of a text file. The defaults follow from its extension."""
 
     delimiter: str | None = None  # of .csv and .tsv
     quoting: Quoting = "auto"  # of .csv and .tsv

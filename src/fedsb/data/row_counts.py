@@ -13,7 +13,7 @@ from fedsb.data.tasks.base import Task
 
 @dataclass(frozen=True, kw_only=True)
 class RowCounts:
-    """What a pass over the rows of a table finds."""
+    """The findings of one pass over the rows of a table."""
 
     empty: int  # rows with an empty text
     empty_at: str | None  # the file and line of the first one

@@ -1,7 +1,7 @@
-"""The coordinator's program: one run over a channel, started or taken up by the same call.
+"""The coordinator's program: one run over a channel. The same call starts and resumes a run.
 
-FEDERATION/runs/NAME.json     the settings that the run was asked for with
-FEDERATION/runs/NAME/         the run directory, as of any run
+FEDERATION/runs/NAME.json     the settings of the run, as given
+FEDERATION/runs/NAME/         the run directory, as for any run
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def run_folder(federation: Path, loaded: ResolvedConfig) -> Path:
 
 
 def prepare(federation: Path, loaded: ResolvedConfig) -> Path:
-    """Writes down what a run is asked for; gives back its folder, for `coordinate`.
+    """Writes the settings of a run and returns its folder, for `coordinate`.
 
-    Raises UserError where the run is there already with other settings.
+    Raises UserError if the run already exists with different settings.
     """
     folder = run_folder(federation, loaded)
     asked = {**loaded.given, "out": str(folder.parent), "engine": {**loaded.given.get("engine", {}), "name": "flower"}}

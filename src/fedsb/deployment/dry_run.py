@@ -1,4 +1,4 @@
-"""What a site tries before it joins: its files, the door, its rows, its rules. Nothing leaves it."""
+"""A site's checks before it joins: its files, the public port, its rows, its policy. No data leaves the site."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SHOWN = 12  # labels
 
 
 def check_site(folder: Path, config: str | None) -> Iterator[str]:
-    """A line for each thing that is well. Raises UserError at the first that is not."""
+    """Yields a line for each check that succeeds. Raises UserError at the first that fails."""
     join = read_join_file(folder / JOIN_FILE)
     yield f"join file: site {join.site} of federation {join.federation}, whose sites are, by fingerprint of their key:"
     for name, key in sorted(join.directory.sites.items()):
@@ -30,7 +30,7 @@ def check_site(folder: Path, config: str | None) -> Iterator[str]:
 
 
 def _rows(folder: Path, site: SiteConfig, config: str | None) -> Iterator[str]:
-    """This site's own rows; with the run's TOML also its rules and the base model."""
+    """Checks this site's rows and, with the run's TOML, its policy and the base model."""
     if config is None:
         from fedsb.data.sources import load_table
 
@@ -51,7 +51,7 @@ def _rows(folder: Path, site: SiteConfig, config: str | None) -> Iterator[str]:
         _, threshold = sum_threshold(settings.server, len(directory))
         refuse_sum(site.allow, threshold)
         refuse_peers(site.allow, {name: key for name, key in directory.items() if name != handler.identity.name})
-        yield f"secure sums: of {threshold} of {len(directory)} sites at least"
+        yield f"secure aggregation: of {threshold} of {len(directory)} sites at least"
     described = handler.describe("dryrun", settings)
     task, labels = described.task, described.labels
     if len(labels) == 1:  # the classes are those of all sites
@@ -70,7 +70,7 @@ def _rows(folder: Path, site: SiteConfig, config: str | None) -> Iterator[str]:
 
 
 def check_tls(address: str, ca: str) -> None:
-    """A TLS handshake with the coordinator. Raises UserError where there is none."""
+    """Performs a TLS handshake with the coordinator. Raises UserError if it fails."""
     host, _, port = address.rpartition(":")
     context = ssl.create_default_context(cadata=ca)
     try:

@@ -63,13 +63,13 @@ class FedSB(Method):
         return State(tensors={**basis.start(self.blocks, self.rank), **head}, shared=basis.tensors)
 
     def broadcast(self, state: State, *, missed_last_round: bool = False, total_rank: int | None = None) -> Tensors:
-        """A client of a lower rank receives the leading corner of every block."""
+        """Returns the broadcast. A client of a lower rank receives the leading corner of every block."""
         message = super().broadcast(state, missed_last_round=missed_last_round)
         r = self.rank if total_rank is None else self.at(total_rank).rank
         return {key: tensor[..., :r, :r] if key.endswith(".R") else tensor for key, tensor in message.items()}
 
     def init_client(self, shared: Tensors, message: Tensors, client_state: Tensors, round: int) -> Tensors:
-        """The basis is ordered by importance, so a client of a lower rank uses its leading directions."""
+        """Returns a client's tensors. A lower rank uses the leading directions, the most important ones of the basis."""
         own = super().init_client(shared, message, client_state, round)
         for layer in [key.removesuffix(".R") for key in own if key.endswith(".R")]:
             h, r, _ = own[f"{layer}.R"].shape

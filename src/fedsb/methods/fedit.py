@@ -45,7 +45,7 @@ class FedIT(Method):
         return 2.0 if self.alpha is None else self.alpha / self.rank
 
     def at(self, total_rank: int) -> Self:
-        """The scale is the same for all clients, whatever their ranks."""
+        """Returns the method at a lower rank, with the same scale."""
         if not 0 < total_rank <= self.rank:
             raise UserError(
                 f"A client cannot have the total rank {total_rank} with {self.spec.id}. Choose at most {self.rank}, "

@@ -57,7 +57,7 @@ class FLoRA(FedIT):
         return State(tensors=dict(head), shared={**first, SEED: torch.tensor(seed)})
 
     def init_client(self, shared: Tensors, message: Tensors, client_state: Tensors, round: int) -> Tensors:
-        """A is drawn from the seed and the round. A client of a lower rank has its leading rows."""
+        """Returns a client's tensors, with A drawn from the seed and the round. A lower rank uses A's leading rows."""
         own = super().init_client(shared, message, client_state, round)
         seed = int(own.pop(SEED))
         shapes = {layer: (len(own[f"{layer}.B"]), own[f"{layer}.A"].shape[1]) for layer in layers_of(own)}

@@ -80,7 +80,7 @@ def solve(
     """Returns P, Q (c,), ||M||_F^2, and the squared error ||M - Bhat Ahat||_F^2 of FedIT (P = Q = p) and of the result.
 
     Given P, the error is quadratic in Q: Q' H Q - 2 b' Q + ||M||^2, with H_uv = <GB[u,v], S>, S = sum P_u P_v GA[u,v],
-    b_u = sum_w p_w <GB[u,w], T_w> and T_w = sum_u P_u GA[u,w]. The same holds with P and Q exchanged. A ridge of
+    b_u = sum_w p_w <GB[u,w], T_w> and T_w = sum_u P_u GA[u,w]. The same is true with P and Q exchanged. A ridge of
     1e-8 tr(H), centred on the last iterate, keeps H invertible and the error decreasing. At the end, the scale between
     P and Q is chosen such that ||Ahat|| = ||Abar||.
     """

@@ -53,7 +53,7 @@ class Ravan(FedSB):
         return self.model_copy(update={"blocks": total_rank // self.rank})
 
     def broadcast(self, state: State, *, missed_last_round: bool = False, total_rank: int | None = None) -> Tensors:
-        """A client of a lower rank receives the first blocks."""
+        """Returns the broadcast. A client of a lower rank receives the first blocks."""
         h = self.blocks if total_rank is None else self.at(total_rank).blocks
         message = Method.broadcast(self, state, missed_last_round=missed_last_round)
         return {key: tensor[:h] if key.endswith(".R") else tensor for key, tensor in message.items()}

@@ -28,8 +28,8 @@ def find_head(model: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
 def find_fresh(model: nn.Module, missing: set[str], head: tuple[str, ...]) -> tuple[str, ...]:
     """Returns linear layers outside the head that the checkpoint lacks. They are trained, sent and saved with the head.
 
-    If they were frozen, every load would draw them anew, and the adapter would fit none of them. Raises UserError for
-    such a module of a different kind, unless its initial value is constant, like that of a norm.
+    If they were frozen, every load would draw different values, and the adapter would fit none of them. Raises
+    UserError for such a module of a different kind, unless its initial value is constant, like that of a norm.
     """
     fresh: list[str] = []
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
@@ -40,7 +40,9 @@ def find_fresh(model: nn.Module, missing: set[str], head: tuple[str, ...]) -> tu
         if isinstance(model.get_submodule(part), nn.Linear):
             fresh.append(part)
         elif bool((tensors[key] != tensors[key].flatten()[0]).any()):
-            raise UserError(f"The checkpoint has no {key!r}, so every load draws it anew. Use a complete checkpoint.")
+            raise UserError(
+                f"The checkpoint has no {key!r}, so every load draws different values. Use a complete checkpoint."
+            )
     return tuple(fresh)
 
 

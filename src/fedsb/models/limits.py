@@ -1,4 +1,4 @@
-"""What a base model can read: how many positions it has, and which tokens.
+"""The limits of a base model's inputs: the number of its positions, and its tokens.
 
 Both follow from the architecture, so `fedsb check` can report them without weights.
 """
@@ -22,7 +22,7 @@ POSITIONS = re.compile(
 
 
 def usable_positions(model: Any) -> int | None:
-    """Returns how many tokens a row may have; None for a model without a table of positions (RoPE, ALiBi, T5).
+    """Returns the maximal number of tokens; None for a model without a table of positions (RoPE, ALiBi, T5).
 
     A table may have reserved entries: RoBERTa starts after the position of its padding token, OPT and BART at an
     offset.

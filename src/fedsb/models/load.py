@@ -237,7 +237,7 @@ def _refuse_encoder_decoder(settings: Any, name: str, auto_class: str) -> None:
 
 
 def _refuse_mismatch(mismatched: Sequence[Any], head: Sequence[str], name: str) -> None:
-    """Raises UserError for tensors of a wrong size outside the head, whose weights are always drawn anew."""
+    """Raises UserError for tensors of a wrong size outside the head, whose weights are always drawn."""
     odd = [entry for entry in mismatched if not any(is_inside(entry[0], part) for part in head)]
     if odd:
         key, found, expected = odd[0]

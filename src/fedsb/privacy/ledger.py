@@ -66,7 +66,7 @@ class Ledger:
             self._file = path.open("r+b", buffering=0)
         except FileNotFoundError as error:
             raise UserError(
-                f"{path} is gone, and with it the record of what {client!r} has released. Restore the file."
+                f"{path} is missing, and with it the record of what {client!r} has released. Restore the file."
             ) from error
         try:
             lock(self._file, f"{path} is in use by another process. Wait for it, or stop it.")

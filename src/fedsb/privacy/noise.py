@@ -36,7 +36,7 @@ class Noise(Protocol):
 
     @property
     def secret(self) -> bool:
-        """Whether nobody can reproduce the numbers. If it is False, the run is not private."""
+        """True if nobody can reproduce the numbers. If it is False, the run is not private."""
 
     def normal(self, shape: int | tuple[int, ...]) -> NDArray[np.float64]:
         """Returns independent standard normals of this shape."""

@@ -50,7 +50,7 @@ class BasisNoise:
 
 @dataclass(frozen=True, kw_only=True)
 class PrivacyPlan:
-    """What one client releases in a run. Raises ConfigError with all faults at once."""
+    """The releases of one client in a run. Raises ConfigError with all faults at once."""
 
     unit: Unit
     clip: float  # C, L2 over all trained tensors together

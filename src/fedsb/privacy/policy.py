@@ -28,7 +28,7 @@ SERVER = "the server"  # adds the noise if clients are the unit
 
 @dataclass(kw_only=True)
 class PrivacyPolicy:
-    """What a run guarantees, and what enforces it. Without plans it guarantees nothing and changes nothing."""
+    """The guarantee of a run, and its enforcement. Without plans it guarantees nothing and changes nothing."""
 
     unit: Literal["none", "example", "client"]
     plans: Mapping[str, PrivacyPlan] = field(default_factory=dict)  # by who adds the noise: the clients, or the server

@@ -1,4 +1,4 @@
-"""What carries messages between the server and the clients."""
+"""The interface of a channel, which carries messages between the server and the clients."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class NoResponse(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ChannelSpec:
-    """What a channel can do. A configuration that needs more is refused, with the fact named."""
+    """The capabilities of a channel. A configuration that needs others is refused, and the error names them."""
 
     name: str
     holds_rows: bool  # all clients' rows are in this process: pooled data, scores of clients' own models in each round

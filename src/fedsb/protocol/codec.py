@@ -1,4 +1,4 @@
-"""How values become bytes: float32, bfloat16, or int8 and int4 with a scale a block.
+"""Codecs of values: float32, bfloat16, or int8 and int4 with one scale per block.
 
     int8, int4:   scale_j = max |x| over block j / q_max, rounded up to bfloat16       q_max = 127, 7
                   code_i  = floor(x_i / scale_j + u_i),  u_i ~ U[0, 1)                 E[scale_j code_i] = x_i
@@ -6,10 +6,11 @@
 Stochastic rounding as in QSGD (Alistarh et al., NeurIPS 2017, arXiv 1610.02132). bfloat16 rounds to nearest, ties to
 even.
 
-Shapes: n values, flat, of a whole message: the tensors that are coded lie end to end, and blocks run over their ends,
-so that bytes are a function of n alone. Of one value |decoded - x| < scale_j, that is, at most max |block| / q_max
-(1 + 2^-7); a block of zeros is zeros, and one that holds a NaN or an infinity is NaN throughout, for the server to see.
-Limits: values below 2^-133 may become 0. Rounding hides nothing: whoever knows the seed knows the draws.
+Shapes: n values of a whole message. The coded tensors are concatenated, and blocks may span two tensors, so that the
+number of bytes depends on n alone. For each value |decoded - x| < scale_j, which is at most max |block| / q_max
+(1 + 2^-7). A block of zeros decodes to zeros. A block with a NaN or an infinity decodes to NaN, so that the server
+detects it. Limits: values below 2^-133 may become 0. Rounding does not protect privacy, because anyone who knows the
+seed knows the draws.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ Bytes = NDArray[np.uint8]
 
 
 def payload_bytes(codec: Codec, values: int, exact: int = 0) -> int:
-    """Bytes of a message: `values` that are coded, scales included, and `exact` ones that stay float32."""
+    """Returns the bytes of a message: `values` coded ones with their scales, and `exact` ones in float32."""
     if codec == "float32":
         return 4 * (values + exact)
     if codec == "bfloat16":
@@ -63,7 +64,7 @@ def encode(
 
 
 def decode(data: Bytes, codec: Codec, count: int) -> Floats:  # (count,)
-    """What `encode` made of `count` values. Raises ValueError where `data` has not the length of that."""
+    """Decodes `count` values that `encode` coded. Raises ValueError if `data` has a wrong length."""
     if len(data) != payload_bytes(codec, count):
         raise ValueError(f"{len(data)} bytes; {count} values in {codec} are {payload_bytes(codec, count)}")
     if codec == "float32":
@@ -83,7 +84,7 @@ def decode(data: Bytes, codec: Codec, count: int) -> Floats:  # (count,)
 
 
 def _to_bfloat16(x: Floats) -> NDArray[np.uint16]:
-    """To nearest, ties to even: half of the last place is added, less one where that place is even."""
+    """Rounds to nearest, ties to even: adds half of the last place, less one where that place is even."""
     bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
     rounded = (bits + (np.uint32(0x7FFF) + ((bits >> 16) & 1))) >> 16
     return np.where(np.isnan(x), (bits >> 16) | 0x40, rounded).astype("<u2")  # a NaN's carry would make it a number
@@ -95,7 +96,7 @@ def _from_bfloat16(bits: NDArray[np.uint16]) -> Floats:
 
 
 def _scales(x: NDArray[np.float64]) -> NDArray[np.uint16]:
-    """Non-negative numbers as bfloat16, rounded up; NaN for what is not finite."""
+    """Rounds non-negative numbers up to bfloat16. A number that is not finite becomes NaN."""
     bits = x.astype(np.float32).view(np.uint32)
     return np.where(np.isfinite(x), (bits + np.uint32(0xFFFF)) >> 16, 0x7FC0).astype("<u2")
 

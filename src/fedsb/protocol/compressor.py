@@ -1,4 +1,4 @@
-"""What a lossy codec sends: changes, with an account of what the last one lost.
+"""Compression with error feedback: a lossy codec sends changes, and the next message corrects its error.
 
     down   c = Q(s - h),  h <- h + c                        s: the server's tensors; h: the clients' view of them
     up     c_k = Q(x_k - b_k + e_k),  e_k <- x_k - b_k + e_k - c_k       the server takes b_k + c_k for client k's x_k
@@ -48,7 +48,7 @@ FEEDBACK = "codec"  # the prefix of error feedback in a client's state
 
 @dataclass(frozen=True, kw_only=True)
 class Compressor:
-    """How the payloads of a run are made. Every draw is keyed by (seed, client, round, direction)."""
+    """The encoder of a run's payloads. Every draw is keyed by (seed, client, round, direction)."""
 
     run: str
     codec: Codec

@@ -12,7 +12,7 @@
                     be merged into the residual
     SetShared       a payload: all of the shared state     -> hash of the shared state
     Train           a payload: the broadcast               -> a payload: the update; or Stale
-    SecAggPhase     one phase's message of a secure sum    -> the client's message (secagg/protocol.py)
+    SecAggPhase     one phase of secure aggregation        -> the client's message (secagg/protocol.py)
     Finish          a payload: the last broadcast          -> the client's own score; it writes its adapter
 
 A reply is checked against its type before anything reads it.
@@ -68,7 +68,7 @@ class Message(BaseModel):
 
 
 class Reply(Message):
-    """What a client answers."""
+    """A client's reply."""
 
 
 class Stale(Reply):
@@ -146,7 +146,7 @@ R = TypeVar("R", bound=Reply)
 
 
 class Request(Message, Generic[R]):
-    """What a server asks."""
+    """A server's request."""
 
     reply: ClassVar[type[Reply]]
     run: str

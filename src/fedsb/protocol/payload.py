@@ -35,7 +35,7 @@ Vector = NDArray[np.float32]
 
 
 class PayloadError(ValueError):
-    """Bytes that are not a payload of ours, or one of another version."""
+    """Raised for bytes that are not a fedsb payload, or have a different version."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +170,7 @@ def _encoded(payload: Payload, draw: np.random.Generator | None) -> Bytes:
 
 
 def _decoded(values: Bytes, layout: Layout, codec: Codec) -> Vector:
-    """The lengths are known to fit."""
+    """Returns the decoded values. The caller has checked the lengths."""
     exact, vector = _exact(layout), np.empty(layout.size, np.float32)
     count = int(exact.sum())
     vector[exact] = decode(values[: 4 * count], "float32", count)

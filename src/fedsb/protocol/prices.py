@@ -1,6 +1,6 @@
-"""What a run costs in bytes, before it starts, by this method and by the others: one-off, up, down and total.
+"""The bytes that a run will send, with its method and with others: one-off, up, down and total.
 
-All figures are for the whole federation and all rounds, in the run's codec, the envelopes' headers aside.
+All figures are for the whole federation and all rounds, in the run's codec, without the headers of payloads.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def price(
     label: str | None = None,
     this_run: bool = False,
 ) -> Price:
-    """The price of one method. A value of the head costs as much as its message's mean value, as in report.py."""
+    """Returns the price of one method. The head's part of a message is in proportion to its number of values."""
     typical = method.traffic(shapes, head=head, clients=clients)
     each = [method.traffic(shapes, head=head, clients=clients, round=round) for round in range(rounds)]
     bill = sum(payload_bytes(codec, values) for values in (basis or {}).values())
@@ -82,7 +82,7 @@ def price(
 
 
 def _message(codec: Codec, values: int, head: int) -> tuple[int, int]:
-    """(bytes of one message, those of the head in it)."""
+    """Returns (the bytes of one message, the head's part of them)."""
     size = payload_bytes(codec, values + head)
     return size, round(size * head / max(values + head, 1))
 
@@ -101,9 +101,9 @@ def price_list(
     whole: Sequence[int] = (),
     also: Sequence[Method] = (),
 ) -> list[Price]:
-    """This run's method first, then the others, cheapest first, in the same codec.
+    """Returns the prices of this run's method and then of the others, cheapest first, in the same codec.
 
-    They are those of `also`, and every method at LORA_RANKS or CORE_RANKS.
+    The others are `also`, and every method at LORA_RANKS or CORE_RANKS.
     """
     mine = price(
         method,

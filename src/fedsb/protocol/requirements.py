@@ -1,4 +1,4 @@
-"""What a configuration asks of a method, against the method's facts: refused with the fact named, never changed."""
+"""Checks of a configuration against the method's spec. A conflict is an error. Settings are never changed."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def refuse_what_needs_one_place(config: Config, method: Method) -> None:
     if config.basis.kind == "update-pooled" and method.adapter == "core":
         faults.append("basis.kind = 'update-pooled' pools raw rows: take weights, random, core or update")
     if config.basis.refresh and method.adapter == "core":
-        faults.append("basis.refresh is not there yet for sites that are elsewhere: leave it out")
+        faults.append("basis.refresh is not supported with real sites: leave it out")
     if config.data.validation_fraction:
         faults.append("data.validation_fraction scores rows of the sites: tune in a simulation")
     if config.eval.gap:
@@ -87,7 +87,7 @@ def _no_secure_sum(config: Config, method: Method) -> list[str]:
         )
     if config.server.codec != "float32":
         faults.append(
-            "server.secure_aggregation has a fixed point of its own, 4 bytes a value: server.codec = 'float32'"
+            "server.secure_aggregation has its own fixed-point format, 4 bytes per value: server.codec = 'float32'"
         )
     if config.clients.total_ranks is not None or config.clients.memory_mib is not None:
         faults.append(
@@ -100,9 +100,9 @@ def _no_secure_sum(config: Config, method: Method) -> list[str]:
 def client_ranks(
     config: Config, method: Method, shapes: Shapes, clients: Sequence[str]
 ) -> tuple[dict[str, int], list[ResolvedSetting]]:
-    """(client -> total rank, of those whose rank is not the method's; what to say of it).
+    """Returns the total rank of each client whose rank differs from the method's, and the resolved setting to show.
 
-    Raises UserError for an unknown client, or a rank that cannot be.
+    Raises UserError for an unknown client or an impossible rank.
     """
     by_rank = _by_client("clients.total_ranks", config.clients.total_ranks, clients)
     by_memory = _by_client("clients.memory_mib", config.clients.memory_mib, clients)
@@ -112,16 +112,16 @@ def client_ranks(
         method.at(rank)
     if not ranks:
         return {}, []
-    reason = "as asked" if by_rank else "the largest that clients.memory_mib holds, 16 bytes a trained value"
+    reason = "as asked" if by_rank else "the largest that fits into clients.memory_mib, 16 bytes per trained value"
     shown = ", ".join(f"{client}: {rank}" for client, rank in sorted(ranks.items()))
     different = {client: rank for client, rank in ranks.items() if rank != method.total_rank}
     return different, [ResolvedSetting(key="clients.total_ranks", value=shown, reason=reason)]
 
 
 def fitting_rank(method: Method, shapes: Shapes, budget_bytes: float, client: str) -> int:
-    """The largest total rank whose trained values fit; what is trained is what goes up.
+    """Returns the largest total rank whose trained values, which equal the uploaded ones, fit into the budget.
 
-    Raises UserError where none does.
+    Raises UserError if none fits.
     """
     for rank in range(method.total_rank, 0, -1):
         try:
@@ -149,9 +149,9 @@ def _by_client(
 
 
 def open_secure_sums(config: Config, policy: PrivacyPolicy, run: str, rows: Mapping[str, int]) -> SecureSums | None:
-    """Returns the secure sums of a run that asks for them; `rows` are those of every client.
+    """Returns the secure aggregation of a run, or None if it is off; `rows` is each client's number of rows.
 
-    Raises UserError without the extra `privacy`, and where a sum would hide nothing.
+    Raises UserError without the extra `privacy`, and if a sum would hide nothing.
     """
     if not config.server.secure_aggregation:
         return None

@@ -1,4 +1,4 @@
-"""Who takes part in which round, known before the first: a function of (seed, round)."""
+"""The cohorts of all rounds, a function of (seed, round), so that they are known before the first round."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fedsb.utils.rng import keyed_generator
 
 
 def sample(names: Sequence[str], round: int, config: Config) -> list[str]:
-    """The clients of a round, in the order of `names`: all, or a draw keyed by (seed, round)."""
+    """Returns the clients of a round, in the order of `names`: all, or a draw keyed by (seed, round)."""
     wanted = config.server.clients_per_round
     if wanted is None or wanted >= len(names):
         return list(names)
@@ -27,14 +27,17 @@ def participation(names: Iterable[str], config: Config) -> dict[str, int]:
 
 
 def refreshes(config: Config, method: Method) -> list[int]:
-    """The rounds, counted from 0, before which the basis is made anew."""
+    """Returns the rounds, counted from 0, before which the basis is refreshed."""
     every = config.basis.refresh if method.adapter == "core" else None
     return list(range(every, config.rounds, every)) if every else []
 
 
 def whole_broadcasts(names: Sequence[str], config: Config, method: Method, odd: Collection[str]) -> list[int]:
-    """For each round, how many broadcasts a lossy codec leaves whole (link.py): all but those to clients that were in
-    the round before, under the same basis; `odd` are the clients whose rank is not the method's."""
+    """Returns how many broadcasts of each round a lossy codec leaves whole (protocol/compressor.py).
+
+    These are all but the broadcasts to clients that were in the previous round with the same basis. `odd` contains the
+    clients whose rank differs from the method's.
+    """
     cohorts = [set(sample(names, round, config)) for round in range(config.rounds)]
     up_to_date = [set[str](), *(cohort - set(odd) for cohort in cohorts)]
     for round in refreshes(config, method):

@@ -1,4 +1,4 @@
-"""The terms of a run's secure sums, which the server and every client derive for themselves.
+"""The terms of a run's secure aggregation, which the server and every client derive for themselves.
 
     x_k = sent - baseline                            what a client puts in, after it has checked it for itself
     update = baseline + sum_k p_k x_k / sum_k p_k    what the server gets, one in place of all; p_k = n_k / max n, or 1
@@ -9,8 +9,8 @@ Where a client is the unit of privacy, the noise goes in with the changes, in sh
 add up to (sigma C')^2 when no more than the threshold of clients stay. C' = C + step sqrt(size): rounding to the grid
 makes a clipped change longer by at most that.
 
-Limits: in one process the keys are known to that process, which shows that the sums are right and what they cost, and
-hides nothing from whoever runs it. A server that sees no single update cannot judge one: server.max_norm_ratio has no
+Limits: in one process that process knows all keys. Such a run shows that the sums are right and what they cost, but
+hides nothing from its user. A server that sees no single update cannot validate one: server.max_norm_ratio has no
 effect here. Clients that exchange their shares of the noise can subtract them from the sum.
 """
 
@@ -157,7 +157,7 @@ class SecureSums:
 
 
 def sum_threshold(server: ServerConfig, clients: int) -> tuple[int, int]:
-    """Returns (the clients that are asked into a secure sum, the number of them that it needs at least)."""
+    """Returns (the number of clients asked to take part in secure aggregation, the number that must stay)."""
     asked = min(server.clients_per_round or clients, clients)
     return asked, max(server.min_clients, asked // 2 + 1)
 

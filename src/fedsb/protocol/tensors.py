@@ -15,7 +15,7 @@ TensorShapes = Mapping[str, tuple[int, ...]]
 
 
 def under(prefix: str, tensors: Mapping[str, torch.Tensor]) -> Tensors:
-    """`under("a", {"x": t})` -> `{"a/x": t}`; `within` is its inverse."""
+    """Prefixes the keys: `under("a", {"x": t})` is `{"a/x": t}`. `within` is its inverse."""
     return {f"{prefix}/{key}": tensor for key, tensor in tensors.items()}
 
 

@@ -69,7 +69,7 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
 def extra_metrics(row: Mapping[str, Any]) -> dict[str, float]:
     """Returns the extra metrics of a score in rounds.jsonl, result.json or cells.json.
 
-    Version 0.1 wrote them as "beside".
+    Version 0.1 wrote them under a different key.
     """
     return dict(row.get("extra_metrics") or row.get("beside") or {})
 
@@ -89,10 +89,10 @@ def refuse_existing(folder: Path) -> None:
     if (folder / "manifest.json").exists():
         if (folder / "result.json").exists():
             raise UserError(
-                f"{folder} holds a finished run, which `fedsb report {folder}` shows. To run it again, choose another "
-                "name (--set name=other), or move the folder away first"
+                f"{folder} contains a finished run, which `fedsb report {folder}` shows. To run it again, choose "
+                "another name (--set name=other), or move the folder away first"
             )
         raise UserError(
-            f"{folder} holds a run already: take it up with `fedsb resume {folder}`, or give another name "
-            "(--set name=other)"
+            f"{folder} contains an unfinished run. Resume it with `fedsb resume {folder}`, or choose another name "
+            "(--set name=other)."
         )

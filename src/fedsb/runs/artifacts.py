@@ -1,4 +1,4 @@
-"""What a run says of itself: the manifest, a round's row, the exported adapter, the result."""
+"""The documents of a run: the manifest, the row of a round, the exported adapter, the result."""
 
 from __future__ import annotations
 
@@ -240,7 +240,7 @@ def _basis_facts(basis: Basis | None, *, private: bool) -> dict[str, Any] | None
 
 
 def _table_text(table: Mapping[str, Any]) -> str:
-    """Returns a table's name and its rows, where they are told."""
+    """Returns a table's name and, if it is public, its number of rows."""
     name = Path(table["origin"]).name
     return name if table["rows"] is None else f"{name} ({table['rows']:,} rows)"
 

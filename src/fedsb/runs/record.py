@@ -1,10 +1,10 @@
-"""The run directory: manifest, ledgers, atomic checkpoints, and how a run is taken up again.
+"""The run directory: manifest, ledgers, atomic checkpoints, and how a run resumes.
 
     manifest.json  rounds.jsonl  traffic.jsonl  shared.safetensors  checkpoints/round-0007/  clients/<name>/  adapter/
 
-A checkpoint is a folder written under a temporary name, flushed to disk, and renamed: it is there whole or not at all.
-Its rename is what finishes a round; rows of the ledgers and clients' states of a later round are left from a run that
-was cut off, and are dropped when it is taken up again. Everything is safetensors or JSON; nothing is pickled.
+A checkpoint is a folder written under a temporary name, flushed to disk, and renamed, so that it is never partial. The
+rename completes a round. If a run was interrupted, the ledgers' rows and the clients' states of a later round are
+dropped when it resumes. Everything is safetensors or JSON; nothing is pickled.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Record:
 
     @classmethod
     def open(cls, folder: Path) -> Record:
-        """Takes up an existing directory. Raises UserError where there is none, or another process holds it."""
+        """Opens an existing directory. Raises UserError if it does not exist, or another process uses it."""
         record = cls(folder, read_manifest(folder))
         record._hold()
         return record
@@ -94,7 +94,7 @@ class Record:
     # --- the life of a run ---
 
     def start(self, state: State, sent: Sequence[TrafficRecord]) -> None:
-        """Writes what is there before the first round."""
+        """Writes the state before the first round."""
         write_atomic(self.folder / "traffic.jsonl", json_lines([asdict(each) for each in sent]))
         write_atomic(self.folder / "shared.safetensors", save(_contiguous(state.shared)))
         self._shared = state.shared
@@ -111,7 +111,7 @@ class Record:
         state = result.state
         if not (self.folder / "manifest.json").exists():
             raise RunError(
-                f"{self.folder} was deleted or moved while the run went on. If it was moved, put it back and resume it"
+                f"{self.folder} was deleted or moved during the run. If it was moved, put it back and resume it"
             )
         used = {name for name, round in state.accepted.items() if round == state.round}
         self._stateful = (self._stateful - used) | (used & client_states.keys())
@@ -127,7 +127,7 @@ class Record:
         """Returns the facts of private tables with their fingerprints under a key of this run.
 
         With a plain hash, anyone who knows all rows but one could test candidates for it. The key is in the run
-        directory, and in nothing that is published. Raises UserError if it is gone.
+        directory, and in nothing that is published. Raises UserError if it is missing.
         """
         path = self.folder / "privacy" / "tables.key"
         if not path.exists():
@@ -144,7 +144,7 @@ class Record:
         }
 
     def check_same(self, tables: Mapping[str, Any], model: str) -> None:
-        """Raises UserError where a run that is taken up would go on with other data or another base model."""
+        """Raises UserError if a run would resume with different data or a different base model."""
         if self.manifest.get("model", {}).get("fingerprint", model) != model:
             raise UserError(
                 f"the base model of {self.folder} has changed since the run was started (its weights' fingerprint is "
@@ -171,7 +171,7 @@ class Record:
             os.fsync(file.fileno())
 
     def checkpoint(self, state: State, keep: int) -> None:
-        """Finishes a round: after this returns, the run resumes behind it. Older checkpoints but `keep` are deleted."""
+        """Completes a round, after which the run can resume. Keeps the newest `keep` checkpoints."""
         parts = {name: getattr(state, name) for name in ("tensors", "server", "shared_delta", "client_view")}
         parts["shared"] = {key: x for key, x in state.shared.items() if not _same(x, self._shared.get(key))}
         content = save(_contiguous({key: x for name, part in parts.items() for key, x in under(name, part).items()}))
@@ -202,9 +202,9 @@ class Record:
     # --- reading ---
 
     def latest(self) -> State | None:
-        """The state after the last round that was finished whole; None where none was.
+        """Returns the state after the last completed round, or None if there is none.
 
-        Torn or foreign checkpoints are skipped and named in `skipped`. Raises RunError where checkpoints are there but
+        Damaged or foreign checkpoints are skipped and named in `skipped`. Raises RunError if checkpoints exist but
         none can be used.
         """
         found = self._checkpoints()
@@ -259,11 +259,11 @@ class Record:
         return found
 
     def rows(self, ledger: str) -> list[dict[str, Any]]:
-        """The rows of rounds.jsonl or traffic.jsonl; a torn last line is left out."""
+        """Returns the rows of rounds.jsonl or traffic.jsonl, without an incomplete last line."""
         return read_rows(self.folder / ledger)
 
     def roll_back(self, round: int) -> None:
-        """Drops what was written behind the state after `round` rounds, by a run that was cut off."""
+        """Drops everything that an interrupted run wrote after `round` rounds."""
         for ledger in ("rounds.jsonl", "traffic.jsonl"):
             rows = [row for row in self.rows(ledger) if row["round"] <= round]
             write_atomic(self.folder / ledger, json_lines(rows))
@@ -277,12 +277,12 @@ class Record:
     # --- the inside ---
 
     def _checkpoints(self) -> list[Path]:
-        """Newest first."""
+        """Returns the checkpoints, newest first."""
         found = [path for path in (self.folder / "checkpoints").glob(f"{PREFIX}*") if _is_round(path)]
         return sorted(found, key=_round_of, reverse=True)
 
     def _thin_clients(self, round: int, keep: int) -> None:
-        """Of each client's states, keeps those that the kept checkpoints may need."""
+        """Deletes the clients' states that no kept checkpoint needs."""
         oldest = round - keep + 1
         for folder in (self.folder / "clients").glob("*"):
             states = sorted(folder.glob(f"{PREFIX}*.safetensors"), key=_round_of)
@@ -332,7 +332,7 @@ def _same(x: torch.Tensor, other: torch.Tensor | None) -> bool:
 
 
 def _contiguous(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """As a file of tensors wants them: on the CPU, in order, none sharing memory with another."""
+    """Returns tensors as safetensors requires them: on the CPU, contiguous, without shared memory."""
     own: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
     for key, tensor in tensors.items():

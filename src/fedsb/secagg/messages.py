@@ -1,4 +1,4 @@
-"""What the parties of secure aggregation agree on beforehand, and the bytes that they exchange.
+"""The agreement of the parties of secure aggregation, and the bytes that they exchange.
 
 A message is 2 bytes of length, a JSON header, and a body. The header contains the version, run, round, phase, sender
 and plan (a hash of all that the parties agreed on). A reader knows all of these beforehand. It accepts only the exact
@@ -32,7 +32,7 @@ Phase = Literal["advert", "roster", "sealed", "inbox", "masked", "survivors", "c
 
 
 class SumError(RunError):
-    """Raised if a secure sum cannot continue."""
+    """Raised if secure aggregation cannot continue."""
 
     may_leave = True
 
@@ -43,7 +43,7 @@ class MessageError(SumError):
 
 @dataclass(frozen=True, kw_only=True)
 class SumPlan:
-    """One secure sum. Every party builds its own plan from what it trusts, above all `sites`.
+    """The plan of one secure aggregation. Every party builds its own from what it trusts, above all `sites`.
 
     Raises UserError for a plan that hides nothing or cannot be carried out.
     """
@@ -60,8 +60,8 @@ class SumPlan:
         n = len(self.sites)
         if not 2 <= n <= CLIENTS_LIMIT:
             raise UserError(
-                f"A secure sum of {n} clients is impossible. It needs 2 to {CLIENTS_LIMIT}: a sum of one client hides "
-                "nothing."
+                f"Secure aggregation of {n} clients is impossible. It needs 2 to {CLIENTS_LIMIT}: a sum of one client "
+                "hides nothing."
             )
         if not n < 2 * self.threshold <= 2 * n:
             raise UserError(
@@ -69,9 +69,9 @@ class SumPlan:
                 "Otherwise one half could be asked for a client's key and the other half for its own mask."
             )
         if not 1 <= self.size <= SIZE_LIMIT:
-            raise UserError(f"A secure sum of {self.size} values is impossible. It needs 1 to {SIZE_LIMIT}.")
+            raise UserError(f"Secure aggregation of {self.size} values is impossible. It needs 1 to {SIZE_LIMIT}.")
         if not 0 <= self.round < 1 << 31:
-            raise UserError(f"A secure sum in round {self.round} is impossible. The round must be 0 or more.")
+            raise UserError(f"Secure aggregation in round {self.round} is impossible. The round must be 0 or more.")
         for text in (self.run, *self.sites):
             if not 0 < len(text) <= TEXT_LIMIT:
                 raise UserError(
@@ -165,9 +165,9 @@ def _body_start(plan: SumPlan, data: bytes, phase: Phase, sender: str) -> int:
     try:
         found = json.loads(data[2 : 2 + int.from_bytes(data[:2], "little")])
     except (ValueError, RecursionError) as error:
-        raise MessageError(f"{whose} is torn, or not of a secure sum ({len(data)} bytes)") from error
+        raise MessageError(f"{whose} is damaged, or not of secure aggregation ({len(data)} bytes)") from error
     if not isinstance(found, dict):
-        raise MessageError(f"{whose} is not of a secure sum ({len(data)} bytes)")
+        raise MessageError(f"{whose} is not of secure aggregation ({len(data)} bytes)")
     for field, expected in _header(plan, phase, sender).items():
         if field == "plan" and found.get(field) != expected:
             raise MessageError(

@@ -22,7 +22,7 @@ class Exchange:
     """The clients of a channel, for one run.
 
     Args:
-        note: takes lines for whoever watches the run.
+        note: receives lines for the user.
     """
 
     def __init__(self, channel: Channel, run: str, deadline_s: float, note: Callable[[str], None]) -> None:

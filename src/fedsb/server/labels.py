@@ -14,7 +14,7 @@ SHOWN = 5
 
 
 def labels_of(described: Mapping[str, DescribeReply]) -> list[Any]:
-    """All labels, sorted. Raises UserError where they are of different types, with the sites that have each."""
+    """Returns all labels, sorted. Raises UserError if their types differ, with the sites that have each type."""
     kinds: dict[str, list[str]] = {}
     for name, site in described.items():
         for kind in sorted({type(label).__name__ for label in site.labels}):
@@ -32,7 +32,7 @@ def labels_of(described: Mapping[str, DescribeReply]) -> list[Any]:
 
 
 def label_choices(described: Mapping[str, DescribeReply]) -> list[ResolvedSetting]:
-    """Says which labels one site alone has: a misspelt one widens the head, and no score tells of it."""
+    """Returns a note on labels that only one site has. A misspelt label adds a class, which no score reveals."""
     sites: dict[Any, list[str]] = {}
     for name, site in described.items():
         for label in site.labels:

@@ -67,13 +67,13 @@ class NoLocalClients:
 
 @dataclass(frozen=True, kw_only=True)
 class OpenedFederation:
-    """What a server needs of its federation.
+    """The parts of a federation that its server needs.
 
     Args:
         clients: those that take part, with their number of rows.
         data: the card, the task, the test rows; in a simulation also the clients' rows.
         trainer: the server's own model, to score and to export; in one process the clients share it.
-        directory: each client's public key, for secure sums.
+        directory: each client's public key, for secure aggregation.
         local: the clients in this process.
     """
 

@@ -1,4 +1,4 @@
-"""What a cohort's replies add up to, as they come in."""
+"""Totals over a cohort's replies, updated as they arrive."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class ClientReply:
 
 @dataclass
 class Replies:
-    """What is known of a cohort apart from its updates."""
+    """Everything in a cohort's replies except the updates."""
 
     losses: dict[str, float] = field(default_factory=dict)
     scores: dict[str, float] = field(default_factory=dict)

@@ -90,7 +90,7 @@ class ServerRound:
         trained = [reply for answer in answers if (reply := self._checked(answer, replies)) is not None]
         message = unpack(self.payload(whole=False, rank=None)).tensors
         if server.compressor.codec != "float32":
-            raise AssertionError("refused at the start: a secure sum with a codec")
+            raise AssertionError("refused at the start: secure aggregation with a codec")
         shared = ClientRound(server.method, ClientView(self.view.shared), message, self.state.round, self.shared_hash)
         assert server.secure_sums is not None
         keys = {name: server.opened.directory[name] for name in cohort}

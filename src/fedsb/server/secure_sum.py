@@ -1,4 +1,4 @@
-"""The server's part of a round's secure sum: each phase of secagg/protocol.py is a request to all still in it."""
+"""The server's part of secure aggregation. Each phase of secagg/protocol.py is a request to the remaining clients."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fedsb.server.validation import Dropped
 
 @dataclass(frozen=True, kw_only=True)
 class Summed:
-    """The result of a secure sum."""
+    """The result of secure aggregation."""
 
     payload: bytes  # one update in place of all
     survivors: Sequence[ClientReply]  # the clients in it, with what their phases added to the traffic
@@ -92,7 +92,7 @@ def _ask(
         )
         for name, message in messages.items()
     }
-    for name, reply in exchange.each(requests, what=f"The secure sum of round {terms.round + 1}"):
+    for name, reply in exchange.each(requests, what=f"The secure aggregation of round {terms.round + 1}"):
         yield name, requests[name].wire_bytes, reply
 
 

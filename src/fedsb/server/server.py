@@ -48,7 +48,7 @@ class Server:
     """The server of a run, over an opened federation.
 
     Args:
-        note: takes lines for whoever watches the run.
+        note: receives lines for the user.
     """
 
     def __init__(

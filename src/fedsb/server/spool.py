@@ -1,8 +1,8 @@
-"""Where a round's updates wait until all are in: a file without a name.
+"""An anonymous file that stores a round's updates until all have arrived.
 
-A method may need all clients' updates of a layer at once, and a bad update is only known beside the others. So a server
-holds one envelope and one layer in memory, whatever the number of clients; the rest is on disk, or where the system
-keeps a file that it has room for.
+A method may need all clients' updates of a layer at once, and a bad update is only recognised in comparison with the
+others. A server therefore has one payload and one layer in memory, whatever the number of clients. The rest is on
+disk, or in the system's file cache.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ class UpdateSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateRules:
-    """What a good update must be."""
+    """The requirements on an update."""
 
     run: str
     round: int

@@ -55,7 +55,7 @@ def no_gradients(_: Mapping[str, Pair]) -> Iterable[tuple[Tensors, float]]:
 
 @dataclass(frozen=True, kw_only=True)
 class BasisSource:
-    """What a basis is made from, as far as its kind asks for it.
+    """The inputs of a basis. Each kind of basis uses some of them.
 
     Args:
         start: where gradients are taken: the head, and the residual adapter.
@@ -137,7 +137,7 @@ def core_sums(
     round: int,
     batch_size: int,
 ) -> tuple[Tensors, float]:
-    """(S of a site by layer, the rows behind it); with a mechanism noised, and the rows are those expected."""
+    """Returns (S of a site by layer, its number of rows). A mechanism adds noise and gives the expected number."""
     if mechanism is not None:
         due = round + 1 if round else 0
         return private_core_gradients(
@@ -148,7 +148,7 @@ def core_sums(
 
 
 def outer_basis(config: BasisConfig, adapted: AdaptedModel, rank: int, seed: int, round: int) -> dict[str, Pair]:
-    """(A, B) by layer, data-free, around a `core` of that rank."""
+    """Returns the data-free (A, B) by layer around a `core` of that rank."""
     return _data_free(config, adapted, config.outer, rank, seed, round, outer=True)
 
 
@@ -165,7 +165,7 @@ def whole_basis(received: Tensors, layers: Collection[str]) -> tuple[Tensors, Te
 
 
 def basis_values(config: BasisConfig, method: Method, shapes: Mapping[str, tuple[int, int]]) -> dict[str, int]:
-    """Values a client sends ("up") and receives ("down") for the basis, known before it is made."""
+    """Returns the number of values that a client sends ("up") and receives ("down") for the basis."""
     if method.adapter != "core" or method.spec.pools_data or config.kind in ("random", "weights"):
         return {"up": 0, "down": 0}
     rank = method.total_rank
@@ -178,9 +178,10 @@ def basis_values(config: BasisConfig, method: Method, shapes: Mapping[str, tuple
 def draw_samples(
     site: ClientData, all_rows: int, samples: int, seed: int, *, from_the_end: bool = False
 ) -> list[Example]:
-    """A site's part of `samples` rows, in proportion to its size and at least one, drawn by (seed, its name).
+    """Returns a site's part of `samples` rows, in proportion to its size and at least one, drawn by (seed, its name).
 
-    Rows for the basis come from the front of the draw, rows that judge it from the end: others, if there are enough.
+    Rows for the basis come from the front of the draw, and rows that evaluate it from the end. They are different if
+    there are enough rows.
     """
     count = min(len(site.train), max(1, math.ceil(samples * len(site.train) / all_rows)))
     order = keyed_generator(seed, "basis samples", site.name).permutation(len(site.train))
@@ -189,13 +190,13 @@ def draw_samples(
 
 
 def outer_rank(config: BasisConfig, shape: tuple[int, int], rank: int) -> int:
-    """k of `core` in a layer: as asked, or 4 h r but at most half of min(m, n); never under h r, or 2."""
+    """Returns k of `core` in a layer: as set, or 4 h r but at most half of min(m, n); at least h r, and 2."""
     wanted = config.outer_rank or min(4 * rank, min(shape) // 2)
     return max(rank, min(max(wanted, 2), min(shape)))
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The high-water mark of the CUDA device, if the model is on one, else of this process."""
+    """Returns the peak memory of the CUDA device, if the model is on one, else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
@@ -212,7 +213,7 @@ def _data_free(
 
 
 def _core_basis(sums: Tensors, outer: Mapping[str, Pair], rank: int, step: float | None) -> Basis:
-    """`core`, the server's part; R starts at -step * D, or at 0 without a step."""
+    """Returns a `core` basis from the sums of all sites. R starts at -step * D, or at 0 without a step."""
     built = {layer: core_pair(sums[f"{layer}.S"], pair, rank) for layer, pair in outer.items()}
     return Basis(
         kind="core",

@@ -13,11 +13,11 @@ Keys = Sequence[tuple[int | str, ...]]  # for each client, the key of its draws 
 
 
 class Dropout:
-    """Adapter dropout, drawn for each client, step, layer and row by key, and the same when a forward is run again.
+    """Adapter dropout, keyed by client, step, layer and row, and therefore the same when a forward pass is repeated.
 
-    A row's mask is drawn token by token, so it depends neither on how far others make the row pad, nor on the rows
-    beside it, nor on how a step's rows are cut into micro-batches. A layer that sees no rows (its client is alone then)
-    gets one mask for all it sees.
+    A row's mask is drawn per token. It depends neither on the padding, nor on the other rows of the batch, nor on how
+    a step's rows are split into micro-batches. A layer whose input has no axis of rows (its client is alone then) gets
+    one mask for its whole input.
 
     Args:
         p: the share that is dropped.

@@ -22,7 +22,7 @@ STOP_TOKENS = 16  # of an answer's end that are searched for a stop text
 
 @dataclass(frozen=True, kw_only=True)
 class Written:
-    """What a model wrote."""
+    """A generated text."""
 
     text: str
     tokens: int
@@ -31,7 +31,7 @@ class Written:
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """What a model reads, and how much it may write."""
+    """A prompt and the maximal length of its answer."""
 
     tokens: tuple[int, ...]
     new_tokens: int
@@ -46,9 +46,9 @@ def write_answers(
     stops: Sequence[str] = (),
     batch_size: int,
 ) -> Iterator[tuple[int, Written]]:
-    """(the prompt's position, what was written), batch by batch, those of a length together, long ones first.
+    """Yields (the prompt's position, the generated text). A batch has prompts of one length; long ones come first.
 
-    A prompt that leaves no room in the model's window is answered with nothing, which counts as cut.
+    A prompt that leaves no room in the model's window has an empty answer, which counts as cut.
     """
     inner: Any = model
     if hasattr(inner, "get_base_model"):  # PEFT's own wrapper adds nothing
@@ -79,7 +79,7 @@ def _generate(
     ends: Sequence[int],
     stops: Sequence[str],
 ) -> list[list[int]]:
-    """The new tokens of each prompt, filled up behind its end."""
+    """Returns the new tokens of each prompt, padded after their end."""
     from transformers import GenerationConfig
 
     pad = pad_token(tokenizer)
@@ -110,7 +110,7 @@ def _stopper(tokenizer: Tokenizer, width: int, stops: Sequence[str]) -> Any:
 
 
 def _read(tokenizer: Tokenizer, row: list[int], limit: int, ends: Sequence[int], stops: Sequence[str]) -> Written:
-    """A row of new tokens as text, cut before its first end token and its first stop text."""
+    """Decodes a row of new tokens, cut before its first end token and its first stop text."""
     own = next((at for at, token in enumerate(row) if token in ends), len(row))
     text = tokenizer.decode(row[:own], skip_special_tokens=True)
     cuts = [at for stop in stops if (at := text.find(stop)) >= 0]
@@ -126,10 +126,10 @@ def _window(model: Any) -> int | None:
 
 @contextmanager
 def _ready(model: Any, plain: Any) -> Iterator[None]:
-    """In evaluation mode and with a plain generation config, meanwhile.
+    """Sets evaluation mode and a plain generation config inside a `with` block.
 
-    A checkpoint may bring one that samples, punishes repetition or bans tokens. And blocks that recompute activations
-    stand in training mode (see models/activations.py), in which transformers drops their cache.
+    A checkpoint's own config may sample, penalise repetition or ban tokens. Blocks that recompute activations are in
+    training mode (see models/activations.py), in which transformers drops their cache.
     """
     before, modes = model.generation_config, [(module, module.training) for module in model.modules()]
     model.eval()

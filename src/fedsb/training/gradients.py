@@ -1,7 +1,7 @@
-"""Gradients at a starting point, for bases that look at data: of a core (k x k), and what a basis captures of them.
+"""Gradients at a starting point, for bases that use data: of a core (k x k), and the share that a basis captures.
 
-The point is the base with `start` beside it: the head and, where a basis is refreshed, the carried adapter.
-Everywhere the loss is summed over the samples, each counting once, whatever its number of tokens.
+The point is the base model with `start`: the head and, when a basis is refreshed, the residual adapter. The loss is a
+sum over the samples. Each counts once, whatever its number of tokens.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def core_gradients(
     examples: Sequence[Example],
     batch_size: int,
 ) -> Tensors:
-    """S = U' G V of every layer, "<layer>.S" (k, k): the gradient of a rank-k core at R = 0, with B = U and A = V'."""
+    """Returns S = U' G V per layer, "<layer>.S" (k, k): the gradient of a rank-k core at R = 0, B = U and A = V'."""
     tensors, cores = _outer_core(adapted, start, outer)
     adapted.load(tensors, trainable=cores)
     backward_sum(adapted, task, examples, batch_size)
@@ -60,9 +60,10 @@ def private_core_gradients(
     mechanism: DPMechanism,
     round: int,
 ) -> Tensors:
-    """S as in `core_gradients`, of rows that the site's mechanism draws: each row's cores clipped over all layers,
-    noise on
-    their sum. Nothing else is looked at."""
+    """Returns S as in `core_gradients`, of rows that the site's mechanism draws.
+
+    Each row's cores are clipped over all layers together, and noise is added to their sum. No other row is read.
+    """
     rows = [site.train[i] for i in mechanism.charge_basis(round)]
     tensors, cores = _outer_core(adapted, start, outer)
     assert mechanism.plan.basis is not None
@@ -76,7 +77,7 @@ def private_core_gradients(
 
 
 def _outer_core(adapted: AdaptedModel, start: Tensors, outer: Mapping[str, Pair]) -> tuple[Tensors, frozenset[str]]:
-    """(the tensors of a rank-k core at R = 0 in the outer basis, the names of its cores)."""
+    """Returns (the tensors of a rank-k core at R = 0 in the outer basis, the names of its cores)."""
     tensors: Tensors = {}
     for layer, (A, B) in outer.items():
         tensors |= {f"{layer}.A": A, f"{layer}.B": B, f"{layer}.R": torch.zeros(1, 1, len(A), len(A))}
@@ -84,12 +85,12 @@ def _outer_core(adapted: AdaptedModel, start: Tensors, outer: Mapping[str, Pair]
 
 
 def one_client(adapted: AdaptedModel, tensors: Tensors) -> Tensors:
-    """With the axis of clients, of length 1, where a tensor has one."""
+    """Adds the axis of clients, of length 1, to the tensors that have one."""
     return {key: t if adapted.is_shared(key) else t.unsqueeze(0) for key, t in tensors.items()}
 
 
 def load_nothing(adapted: AdaptedModel, start: Tensors) -> None:
-    """The base as it is: every adapter zero, of rank 1, with `start` beside it (the head, what is carried)."""
+    """Loads zero adapters of rank 1 and `start`: the head, and the residual adapter."""
     tensors: Tensors = {}
     for layer, (m, n) in adapted.shapes.items():
         A, B = torch.zeros(1, n), torch.zeros(m, 1)
@@ -110,9 +111,9 @@ def captured_share(
     budget_bytes: int,
     blocks: int = 1,
 ) -> dict[str, float]:
-    """The share of ||G_k||^2 inside the basis, by layer: sum_k ||B' G_k A'||^2 / sum_k ||G_k||^2 over the clients k.
+    """Returns the captured share by layer: sum_k ||B' G_k A'||^2 / sum_k ||G_k||^2 over the clients k.
 
-    Each client looks at its own gradient alone, a group of layers at a time within `budget_bytes`.
+    Each client computes its own gradient, for one group of layers at a time, within `budget_bytes`.
     """
     load_nothing(adapted, start)
     layers = {name: layer.base for name, layer in adapted.layers.items()}

@@ -50,7 +50,7 @@ class ClientTraining:
 
 @dataclass(frozen=True, kw_only=True)
 class RoundTraining:
-    """How the clients of one round train.
+    """The training of the clients of one round.
 
     Args:
         trainable: the tensors that move.

@@ -20,7 +20,7 @@ BYTES_PER_TRAINED_VALUE = 16  # float32: the value, its gradient and Adam's two 
 
 @dataclass(frozen=True, kw_only=True)
 class LocalTraining:
-    """What one client does in one round. Exactly one of `steps` and `epochs` is set."""
+    """The local training of one client in one round. Exactly one of `steps` and `epochs` is set."""
 
     steps: int | None = 10
     epochs: int | None = None
@@ -45,14 +45,14 @@ class LocalTraining:
         return self.batch_size * self.accumulate
 
     def steps_for(self, rows: int) -> int:
-        """Optimiser steps in one round for a client with so many rows."""
+        """Returns the number of optimizer steps in one round for a client with `rows` rows."""
         if self.steps is not None:
             return self.steps
         assert self.epochs is not None
         return self.epochs * math.ceil(rows / self.rows_a_step)
 
     def lr_factor(self, round: int, step: int, steps: int) -> float:
-        """The schedule in 0..1 at `step` of `steps` in `round`, over the run as a whole."""
+        """Returns the factor of the schedule, in 0..1, at `step` of `steps` in `round`. It spans the whole run."""
         done, total = round * steps + step, self.rounds * steps
         if done < self.warmup * total:
             return min((done + 1) / (self.warmup * total), 1.0)
@@ -65,10 +65,10 @@ class LocalTraining:
 
 
 def draw_batches(local: LocalTraining, *, rows: int, seed: int, client: str, round: int) -> Iterator[list[int]]:
-    """The rows of each step: shuffled passes over the client's rows, end to end.
+    """Yields the rows of each step, from consecutive shuffled passes over the client's rows.
 
-    With `epochs`, each pass ends with a batch that may be short; with `steps`, batches run over the ends of passes and
-    are all full, unless the client has fewer rows than a step takes: then a step takes them all.
+    With `epochs`, the last batch of a pass may be short. With `steps`, a batch may span two passes, and all batches are
+    full, unless the client has fewer rows than a step needs: then each step uses all of them.
     """
     draw = keyed_generator(seed, "batches", client, round)
     size = min(local.rows_a_step, rows)

@@ -1,4 +1,4 @@
-"""What training takes in memory, as an estimate from the architecture alone, part by part.
+"""An estimate of the memory of training, from the architecture alone, part by part.
 
     base          its weights, quantised or in their dtype
     adapter       float32: what is frozen once, and 16 bytes for each trained value of each client in the forward
@@ -50,7 +50,7 @@ class Memory:
 
 
 def trained_values(method: Method, shapes: Shapes, head: int) -> int:
-    """Values that one client trains: what goes up, or all of its adapter where it keeps a part to itself."""
+    """Returns the number of values that a client trains: the uploaded ones and those in its client state."""
     traffic = method.traffic(shapes, head=head, clients=1)
     if traffic.up and method.spec.client_state == "nothing":
         return traffic.up + head
@@ -111,7 +111,7 @@ def training_memory(
     dtype: torch.dtype,
     activation_checkpointing: bool,
 ) -> Memory:
-    """The estimate, for the process that trains `together` clients at once; 1 is what a site of its own needs."""
+    """Returns the estimate for a process that trains `together` clients at once. A site trains 1."""
     trained = trained_values(method, shapes, head)
     frozen = sum(method.total_rank * (m + n) for m, n in shapes.values()) if method.adapter == "core" else 0
     news = method.traffic(shapes, head=head, clients=cohort).down if method.spec.changes_base else 0

@@ -29,7 +29,7 @@ def clip_rows(gradients: Tensor, max_norm_l2: float) -> Tensor:  # (K, P)
 
 @dataclass(frozen=True)
 class StepSizes:
-    """What the steps of a round are multiplied by, on the device before the first of them."""
+    """The factors of the steps of a round, on the device before the first step."""
 
     rates_P: Tensor  # (P,) the learning rate of each value: the adapter's, or the head's
     factors_SK: Tensor  # (S, K) the schedule

@@ -58,7 +58,7 @@ FAULTS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Preflight:
-    """What the probes found. A reason is None where there is nothing to say."""
+    """The findings of the preflight. A reason is None if the model has no such fault."""
 
     unroutable: str | None  # why rows of several clients or examples cannot share a forward
     mixing: str | None  # why a row's result depends on the other rows of its batch

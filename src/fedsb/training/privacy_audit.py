@@ -26,9 +26,9 @@ The noise itself, the sampling and the clipping are tested too (privacy/release_
 smaller faults.
 
 Limits: a lower bound far below the stated epsilon proves nothing. At a delta of 1e-5 no bound is above 6.4, whatever m,
-and a canary that no step samples cannot be told from one that is out (`ceiling`). Canaries take no part in a noised
-basis. How a step uses the sampled rows, and how a row's gradient is computed, happens before the canaries and is not
-tested.
+and a canary that no step samples cannot be distinguished from one that is out (`ceiling`). Canaries take no part in a
+noised basis. How a step uses the sampled rows, and how a row's gradient is computed, happens before the canaries and is
+not tested.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ class Canaries:
 
     @property
     def coins(self) -> NDArray[np.bool_]:
-        """Whether each canary is in, (m,)."""
+        """True for each canary that is in, (m,)."""
         return np.isin(np.arange(self.count), self.inside)
 
     def add(self, total: Tensor, clip: float) -> Tensor:

@@ -43,9 +43,9 @@ def public_rows(config: Config, task: Task) -> list[Example]:
 def auto_clients_per_forward(
     config: Config, device: torch.device, memory_by_clients: Callable[[int], Memory]
 ) -> tuple[int, str]:
-    """(clients in one forward, reason): as many as fit a budget of tokens and the device's memory, at least one.
+    """Returns (clients per forward, reason): as many as fit a budget of tokens and the device's memory, at least one.
 
-    The memory is all that the device has, not what is free now: a run that is resumed must round as before.
+    The memory is the device's total and not its free memory, so that a resumed run rounds as before.
     """
     if config.model.quantize == "8bit":
         return 1, "auto: 8-bit products look at the whole batch, which must be one client's"
@@ -83,7 +83,7 @@ def batch_warnings(config: Config, local: LocalTraining, sites: Sequence[ClientD
     asked = f"train.batch_size = {train.batch_size:,}"
     if train.gradient_accumulation_steps > 1:
         steps = train.gradient_accumulation_steps
-        asked += f" with train.gradient_accumulation_steps = {steps} ({local.rows_a_step:,} rows a step)"
+        asked += f" with train.gradient_accumulation_steps = {steps} ({local.rows_a_step:,} rows per step)"
     largest = max(sites, key=lambda site: site.rows)
     which = "every client" if len(short) == len(sites) else f"{len(short)} of {len(sites)} clients"
     return [
@@ -110,7 +110,7 @@ def end_choices(task: Task | None) -> list[ResolvedSetting]:
 
 
 def local_training(config: Config, *, clients: int = 1) -> LocalTraining:
-    """The settings of [train], resolved. A pooled client takes the steps of all clients of a round, of `clients`."""
+    """Returns the resolved settings of [train]. A pooled client makes the steps of all `clients` of a round."""
     train = config.train
     together = min(config.server.clients_per_round or clients, clients)
     steps = None if train.local_steps is None else train.local_steps * together

@@ -21,7 +21,7 @@ class Score:
 
 
 def mean_of(scores: Mapping[str, Score]) -> Score:
-    """The mean of clients' scores on the same rows, and of their extra metrics; counts are sums."""
+    """Returns the mean of clients' scores on the same rows, and of their extra metrics. Counts are summed."""
     one, *_ = scores.values()
     extra = {name: [score.extra_metrics[name] for score in scores.values()] for name in one.extra_metrics}
     return Score(

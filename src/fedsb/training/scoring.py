@@ -29,7 +29,7 @@ class Answered:
 
 
 def forward(model: nn.Module, task: Task, examples: Sequence[Example]) -> tuple[torch.Tensor, Batch]:
-    """(logits, the batch with its labels), on the model's device."""
+    """Returns (logits, the batch with its labels), on the model's device."""
     device = next(model.parameters()).device
     batch = {key: value.to(device) for key, value in task.collate(list(examples)).items()}
     logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
@@ -37,7 +37,7 @@ def forward(model: nn.Module, task: Task, examples: Sequence[Example]) -> tuple[
 
 
 class Measured(NamedTuple):
-    """What a model reaches on some examples."""
+    """The metrics of a model on some examples."""
 
     figures: dict[str, float]  # the task's metric, and others to show with it
     confusion: list[list[int]] | None = None  # rows of each true class by predicted class
@@ -52,10 +52,10 @@ def measured(model: nn.Module, task: Task, examples: Sequence[Example], batch_si
 
 
 def figures(found: Collection[Answered], metric: str) -> dict[str, float]:
-    """The share of right answers, called `metric`, and what kept others from being so, counted (an int).
+    """Returns the share of right answers, called `metric`, and counts (int) of four problems.
 
-    cut: not ended by itself, though it may be right; no_room: of those, the prompts that fill the window;
-    without_answer: nothing to grade in what was written; grading_faults: the grader gave up or failed.
+    cut: the text did not end by itself, though it may be right; no_room: those of them whose prompt fills the window;
+    without_answer: the text contains nothing to grade; grading_faults: the grader timed out or failed.
     """
     return {
         metric: sum(answered.verdict.right for answered in found) / len(found),
@@ -70,7 +70,7 @@ def figures(found: Collection[Answered], metric: str) -> dict[str, float]:
 def batch_scores(
     model: nn.Module, task: Task, examples: Sequence[Example], batch_size: int
 ) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
-    """(positions, the two numbers that the task scores of each), from logits: float64, batch by batch, short first."""
+    """Yields (positions, the task's two scores of each) per batch, as float64, short examples first."""
     for chosen in batches_by_length(examples, batch_size):
         sums, counts = task.scores(*forward(model, task, [examples[i] for i in chosen]))
         yield chosen, sums.cpu().double(), counts.cpu().double()
@@ -83,7 +83,7 @@ def batches_by_length(examples: Sequence[Example], batch_size: int) -> Iterator[
 
 
 def answers(model: nn.Module, task: Answers, examples: Sequence[Example], batch_size: int) -> Iterator[Answered]:
-    """Every example's graded answer, as they come: written by the model, or the option that it finds likeliest."""
+    """Yields every example's graded answer: a generated text, or the model's likeliest option."""
     questions = [question_of(example) for example in examples]
     if task.scoring == "options":
         yield from likeliest(model, task, questions, batch_size)
@@ -104,7 +104,7 @@ def prompts_of(questions: Sequence[Question]) -> list[Prompt]:
 
 
 def graded(task: Answers, questions: Sequence[Question], answers: Iterable[tuple[int, Written]]) -> Iterator[Answered]:
-    """The answers to the questions, by position, each with its verdict."""
+    """Yields the answers with their positions and verdicts."""
     for position, written in answers:
         question = questions[position]
         verdict = task.grade(question, written.text)
@@ -112,9 +112,9 @@ def graded(task: Answers, questions: Sequence[Question], answers: Iterable[tuple
 
 
 def likeliest(model: nn.Module, task: Answers, questions: Sequence[Question], batch_size: int) -> Iterator[Answered]:
-    """The option with the largest log p(what the model would write, its end token included | prompt).
+    """Yields the option with the largest log p(option with its end token | prompt).
 
-    Not divided by length: the strings are those that training showed, and each is a whole answer.
+    It is not divided by length, because each string is a whole answer, as in training.
     """
     for start in range(0, len(questions), batch_size):
         some = questions[start : start + batch_size]

@@ -1,4 +1,4 @@
-"""What computes, on the server and on every client: the task, and the base model with the method's adapter on it."""
+"""The trainer of the server and of every client: the task, and the base model with the method's adapter."""
 
 from __future__ import annotations
 

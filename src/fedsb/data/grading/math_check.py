@@ -2,7 +2,7 @@
 
 Some answers take forever, such as 9^(9^9) inside one machine instruction loop that no Python signal can interrupt. The
 comparisons therefore run in a child process, one at a time, which asks the system to end it after a while. The caller's
-process needs neither threads nor signal handlers, and a child whose caller is gone ends too. An answer that ends the
+process needs neither threads nor signal handlers, and a child ends with its caller. An answer that ends the
 child, or raises, is wrong, and the reason is reported.
 
     python -m fedsb.data.grading.math_check     reads {"gold": ..., "answer": ...} per line, writes {"right", "fault"}

@@ -48,7 +48,7 @@ class Text(CausalTask):
         return sum(len(windows) > 1 for windows in self._windows(rows))
 
     def hold_out(self, rows: list[Row], share: float, rng: np.random.Generator) -> tuple[list[Row], list[Row]]:
-        """Holds out the tail of every text, because clients have few, long texts. Nothing is drawn."""
+        """Splits off the tail of every text, because clients have few, long texts. Nothing is drawn."""
         return self.split_tail(rows, share)
 
     def split_tail(self, rows: list[Row], share: float) -> tuple[list[Row], list[Row]]:
