@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from fedsb.runs.run import Display, Result, federate, resume
     from fedsb.utils.errors import ConfigError, RunError, UserError
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _MODULES = {
     "LoraSBConfig": "fedsb.adapters.peft_tuner",
