@@ -69,7 +69,7 @@ class FedSB(Method):
         return {key: tensor[..., :r, :r] if key.endswith(".R") else tensor for key, tensor in message.items()}
 
     def init_client(self, shared: Tensors, message: Tensors, client_state: Tensors, round: int) -> Tensors:
-        """Returns a client's tensors. A lower rank uses the leading directions, the most important ones of the basis."""
+        """Returns a client's tensors. A lower rank uses the leading, most important directions of the basis."""
         own = super().init_client(shared, message, client_state, round)
         for layer in [key.removesuffix(".R") for key in own if key.endswith(".R")]:
             h, r, _ = own[f"{layer}.R"].shape
