@@ -1,7 +1,7 @@
 """A base model with its adapter: which layers are adapted, and the adapter's tensors by name.
 
 Keys are "<layer>.<tensor>", as in "bert.encoder.layer.0.attention.self.query.R" or "classifier.weight". The base is
-frozen and in memory once; `load` puts in the tensors of one client or of several, stacked along a leading axis.
+frozen and in memory once; `load` sets the tensors of one client or of several, stacked along a leading axis.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LAYERS: dict[str, type[AdaptedLinear]] = {"core": CoreLinear, "factors": FactorL
 
 
 class AdaptedModel:
-    """A model whose chosen layers carry an adapter, and whose head, if it has one, is trained too.
+    """A model whose chosen layers have an adapter, and whose head, if it has one, is trained too.
 
     Args:
         model: any torch module; it is changed in place and frozen.
@@ -85,12 +85,12 @@ class AdaptedModel:
         trainable: frozenset[str] = frozenset(),
         gradients: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Puts in the adapter's and the head's tensors; those in `trainable`, or in `gradients`, are trained.
+        """Sets the adapter's and the head's tensors; those in `trainable`, or in `gradients`, are trained.
 
         A core's A (h r, n) and B (m, h r) and the residual adapter are shared by all clients; every other tensor has
         the axis of clients first. All are replaced, so that nothing of the client before remains. Parameters keep their
         identity, their data become the given tensors themselves, and backward adds to the given `gradients`. Raises
-        ValueError where a tensor is missing or unknown.
+        ValueError if a tensor is missing or unknown.
         """
         needed = {key for key, _ in self._slots({**self.layers, **self.heads})}
         optional = {f"{name}.{attribute}" for name, layer in self.layers.items() for attribute in layer.optional}
@@ -159,7 +159,7 @@ class AdaptedModel:
         return frozenset(key for key, _ in self._slots(self.heads))
 
     def unwrap(self) -> nn.Module:
-        """Takes the adapter off and gives the base model back as it was; this object is of no use afterwards."""
+        """Removes the adapter and returns the original base model. This object cannot be used afterwards."""
         for name, layer in {**self.layers, **self.heads}.items():
             _replace(self.model, name, layer.base)
         return self.model

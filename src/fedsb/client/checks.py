@@ -18,7 +18,7 @@ ORTHONORMAL = 1e-3  # by which the entries of A A' and B'B may differ from those
 
 
 def refuse_values(tensors: Tensors) -> None:
-    """Raises RefusalError where a server sent values that are not finite or out of range."""
+    """Raises RefusalError if a server sent values that are not finite or out of range."""
     for key, x in tensors.items():
         if x.is_floating_point() and x.numel() and not float(x.abs().max()) <= LARGEST:
             raise RefusalError(
@@ -45,7 +45,7 @@ def refuse_basis(shared: Tensors, shapes: Shapes) -> None:
 
 @contextmanager
 def fitting() -> Iterator[None]:
-    """Raises RefusalError where a broadcast has other names or shapes than those of this run."""
+    """Raises RefusalError if the names or shapes of a broadcast differ from those of this run."""
     try:
         yield
     except RefusalError:
@@ -69,7 +69,7 @@ def refuse_versions(theirs: Mapping[str, str]) -> None:
 
 
 def refuse_base(model: tuple[str, str], tokenizer: tuple[str, str]) -> None:
-    """Raises RefusalError where the fingerprints (here, at the coordinator) of base model or tokenizer differ."""
+    """Raises RefusalError if the fingerprints of the base model or tokenizer, (here, at the coordinator), differ."""
     for what, (here, there) in {"model": model, "tokenizer": tokenizer}.items():
         if here != there:
             raise RefusalError(

@@ -1,7 +1,7 @@
 """A site's answers to a coordinator's requests. The site applies its own rules first and saves its state afterwards.
 
-The conversation itself is client/session.py. Everything that a site must remember is on its disk: a site that was
-killed answers the next request as if nothing had happened.
+The conversation itself is client/session.py. Everything that a site must remember is on its disk, so a site
+that was killed can answer the next request.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class SiteHandler:
         self.client: Stage | None = None  # of the run that was asked about last
 
     def __call__(self, data: bytes) -> bytes:
-        """Raises RefusalError for what this site's rules refuse, UserError for what it has that does not fit."""
+        """Raises RefusalError if this site's policy refuses the request, UserError if its files do not fit the run."""
         try:
             request = read_request(data)
         except PayloadError as error:  # the coordinator's own bytes: it may read what is wrong with them
@@ -160,7 +160,7 @@ class SiteHandler:
     def _finish(self, request: Finish) -> FinishReply:
         """Scores the final model on this site's held-out rows, and writes the adapter.
 
-        Where no score may leave no row is looked at: that the request failed would reveal something of one.
+        If no score may leave, no row is read, because a failed request could leak information about one.
         """
         client = self._started(request)
         held_out, folder = client.data.held_out, self._folder(request.run)
@@ -178,7 +178,7 @@ class SiteHandler:
     # --- the run in memory ---
 
     def describe(self, run: str, config: Config) -> DescribedClient:
-        """Reads this site's table for a run. Raises UserError for data that do not fit."""
+        """Reads this site's table for a run. Raises UserError if the data do not fit the run."""
         settings = self.settings
         own = {"name": settings.model or config.model.name, "device": settings.device}
         config = config.model_copy(update={"model": config.model.model_copy(update=own)})
@@ -259,13 +259,13 @@ class SiteHandler:
         return keyed_fingerprint(key, f"{client.run} {client.table.fingerprint}")
 
     def _released_before(self, run: str) -> list[Release]:
-        """Returns what was released of this site's rows in other runs."""
+        """Returns the releases of this site's rows in other runs."""
         ledger, folder = Path("privacy") / f"{safe_name(self.identity.name)}.jsonl", self._folder(run)
         others = [path for path in folder.parent.glob(f"*/{ledger}") if path != folder / ledger]
         return [entry.release for path in sorted(others) for entry in read_ledger(path)]
 
     def _allowed(self, settings: Any) -> Config:
-        """Returns a run's settings. Raises RefusalError where this site's rules are against them."""
+        """Returns a run's settings. Raises RefusalError if this site's policy does not allow them."""
         config = load_config(settings).config
         refuse_run(self.settings.allow, config, config.method)
         return config
@@ -276,7 +276,7 @@ class SiteHandler:
         return self.folder / "runs" / run
 
     def _check_known(self, run: str, **facts: Any) -> dict[str, Any]:
-        """Returns what this site was asked in the run before. Raises RefusalError where it was something else."""
+        """Returns the run's stored request of this kind. Raises RefusalError if the new request differs from it."""
         known = DiskStore(self._folder(run)).facts() or {}
         if other := [key for key, value in facts.items() if key in known and known[key] != value]:
             raise RefusalError(f"This run began here with a different {', '.join(other)}, which cannot change.")
@@ -288,7 +288,7 @@ class SiteHandler:
     # --- what leaves ---
 
     def _quiet(self, reply: Reply) -> Reply:
-        """Returns the reply without what this site keeps to itself."""
+        """Returns the reply without the values that this site keeps private."""
         if not isinstance(reply, TrainReply):
             return reply
         changes: dict[str, Any] = {}
@@ -310,7 +310,7 @@ class SiteHandler:
         return reply.model_copy(update={"entries": [vars(entry) for entry in read_ledger(path)]})
 
     def _send(self, request: Request[Any], reply: Reply) -> bytes:
-        """Returns the bytes that leave this site: within its rules, and in the outbox before they leave."""
+        """Returns the bytes that leave this site, after checking its policy and writing them to the outbox."""
         data, run = reply.pack(), request.run
         what = f"secagg: {request.phase}" if isinstance(request, SecAggPhase) else reply.verb
         if isinstance(request, SecAggPhase) or not reply.parts:
@@ -326,9 +326,9 @@ class SiteHandler:
 
 
 def _in_words(request: Request[Any]) -> str:
-    """Returns what was asked."""
+    """Returns a short description of a request, for the operator."""
     if isinstance(request, SecAggPhase):
-        return f"secure sum, {request.phase}"
+        return f"secure aggregation, {request.phase}"
     if isinstance(request, Train):
         return f"round {unpack(request.payload).round + 1}"
     return request.verb

@@ -17,7 +17,7 @@ class Memo:
         self._known: OrderedDict[Hashable, Any] = OrderedDict()
 
     def get(self, key: Hashable, compute: Callable[[], T]) -> T:
-        """Returns the result for this key, computed where it is not known."""
+        """Returns the result for this key. It is computed if it is not stored."""
         if key not in self._known:
             self._known[key] = compute()
             if len(self._known) > SIZE:

@@ -1,4 +1,4 @@
-"""outbox.jsonl: a line for everything that left this site, written before it leaves."""
+"""The outbox, outbox.jsonl: one line for each message that leaves this site, written before it leaves."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ class SiteConfig(Section):
 
 
 def load_site(path: Path) -> SiteConfig:
-    """Raises UserError for a file that is not there or no TOML, ConfigError with every fault in it."""
+    """Loads site.toml. Raises UserError if it is missing or not valid TOML, ConfigError with all faults in it."""
     try:
         raw = tomllib.loads(path.read_text())
     except FileNotFoundError as error:
@@ -122,8 +122,8 @@ def refuse_run(allow: AllowConfig, config: Config, method: Method) -> None:
         faults.append(f"server.secure_aggregation = false, allowed are sums of {allow.sum_clients} clients or more")
     if config.privacy.release and not allow.tells:
         faults.append(f"privacy.release = {list(config.privacy.release)}: neither losses nor scores may leave")
-    told = {config.task.label} if config.task.kind == "classification" else set()
-    if other := sorted(set(config.data.exclude) - told):
+    labels = {config.task.label} if config.task.kind == "classification" else set()
+    if other := sorted(set(config.data.exclude) - labels):
         faults.append(
             f"data.exclude = {', '.join(other)}: the number of remaining rows would leak which are among them"
         )

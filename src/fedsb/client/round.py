@@ -35,7 +35,7 @@ class ClientView:
         return self.known_hash or basis_hash(self.shared)
 
     def receive(self, method: Method, payload: Payload, total_rank: int | None, *, lossy: bool) -> ClientRound | None:
-        """Returns the round that a broadcast starts; None where this view lacks what the broadcast adds to.
+        """Returns the round that a broadcast starts; None if this view lacks the state to which the broadcast adds.
 
         A view that has the changes of all rounds so far, because the run was resumed here, does not add them again.
         """
@@ -93,7 +93,7 @@ class ClientRound:
 
     @cached_property
     def against(self) -> str:
-        """The hash of what a change is against, of the tensors that were received."""
+        """The hash of the received tensors from which a change is computed."""
         return basis_hash({key: self.message[key] for key in self.baseline if key in self.message})
 
     @cached_property

@@ -19,7 +19,7 @@ from fedsb.utils.errors import RefusalError
 
 @dataclass(frozen=True, kw_only=True)
 class Identity:
-    """A client's name and key in its federation, and the keys that it believes to be the others'."""
+    """A client's name and key in its federation, and the other clients' keys according to its directory."""
 
     name: str
     key: Ed25519PrivateKey
@@ -66,7 +66,7 @@ class SecAggSession:
         return {name: known[name] for name in cohort}
 
     def enter(self, shared: ClientRound, change: Floats) -> str | None:
-        """Stores the change of a round for its sum. Returns why it must not go in; None for a good one."""
+        """Stores the change of a round for its sum. Returns the reason if it must not go in, else None."""
         pending = Pending(shared.round, shared.shared_hash, shared.against, change)
         self._store.save_pending(pending)
         return self._terms(pending, [self._identity.name]).rejection_reason(change)
@@ -115,7 +115,7 @@ class SecAggSession:
         return known
 
     def _allow_one_sum(self, round: int, survivors: tuple[str, ...]) -> None:
-        """Raises SumError where this change is already in a sum with others: the difference would reveal it."""
+        """Raises SumError if this change is already in a sum of other clients: the difference would reveal it."""
         known = self._store.sum_survivors(round)
         if known is not None and known != list(survivors):
             raise SumError(

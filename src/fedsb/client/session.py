@@ -1,4 +1,4 @@
-"""The client's side of the conversation, on every channel.
+"""The client's side of the protocol, on every channel.
 
 A client passes through three stages, each a type of its own:
 
@@ -6,8 +6,8 @@ A client passes through three stages, each a type of its own:
     PreparedClient    has the classes, its tokenised rows and the base model
     StartedClient     has its privacy policy and ledger in force, and answers the requests of rounds
 
-In one process all clients share one trainer and one memo, so that what is the same for all is computed once. On a site
-the handler (handler.py) adds the site's own rules before each request and its disk after each.
+In one process all clients share one trainer and one memo, so that equal results are computed once. On a site the
+handler (handler.py) applies the site's policy before each request and saves the state after it.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class PreparedClient:
     unused: int = 0
 
     def check_rows(self, rows: Mapping[str, int]) -> None:
-        """Raises RefusalError where the server states another number of rows than this client has."""
+        """Raises RefusalError if the server states a wrong number of rows for this client."""
         if rows.get(self.data.name) != self.data.rows:
             raise RefusalError(
                 "The coordinator states another number of rows than this site has. If the file has changed since the "
@@ -203,9 +203,9 @@ class StartedClient:
         return self.finish(begun, trained)
 
     def begin(self, request: Train) -> LocalRound | Stale:
-        """Returns what to train; Stale where this client lacks what the broadcast adds to.
+        """Returns the client's round; Stale if this client lacks the state to which the broadcast adds.
 
-        A round is done once. The same broadcast again gets the stored answer; another one for a round that was done, or
+        A round is done once. A repeated broadcast gets the stored answer. A different broadcast for the same round, or
         a round that the run does not have, raises RefusalError.
         """
         payload = self.memo.get(("payload", request.payload), lambda: unpack(request.payload))

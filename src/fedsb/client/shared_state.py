@@ -46,7 +46,7 @@ class ClientSharedState:
         return self.trainer.method
 
     def derive(self) -> str | None:
-        """Derives the shared state where it follows from settings and base model. Returns its hash, else None."""
+        """Derives the shared state if it follows from the settings and the base model. Returns its hash, else None."""
         if (view := self.store.view(self.store.start_round)) is not None:
             return view.hash
         if self.method.adapter == "core" and self.config.basis.kind not in ("random", "weights"):
@@ -83,7 +83,7 @@ class ClientSharedState:
         return BasisGradientReply(rows=rows, parts=(payload,))
 
     def set_basis(self, request: SetBasis) -> str:
-        """Takes the basis that all clients receive. Returns the hash of the shared state."""
+        """Sets the basis that all clients receive. Returns the hash of the shared state."""
         if round := request.round:
             self._refuse_undue(round)
 
@@ -108,7 +108,7 @@ class ClientSharedState:
     def refresh(self, request: Refresh) -> str | None:
         """Merges the adapter into the residual, for a new basis that starts from here.
 
-        Returns the hash of the shared state; None where a basis has to come first.
+        Returns the hash of the shared state; None if a basis has to be set first.
         """
         payload = unpack(request.payload)
         self._refuse_undue(payload.round)
@@ -164,7 +164,7 @@ class ClientSharedState:
         return self.memo.get(("known",), lambda: self.trainer.start_state(None).tensors)
 
     def _basis_start(self) -> Tensors:
-        """Returns where gradients are taken: the head, and the residual of a run that has come so far."""
+        """Returns the tensors at which gradients are computed: the head, and the current residual adapter."""
         start = self.store.refresh_start()
         if not start:
             return self.trainer.head

@@ -4,7 +4,7 @@ A site may be killed at any point and continues from the last round. Its files:
 
 run.json                            the requests that opened the run
 start.safetensors                   the shared state at the start, or since the last new basis
-refresh.safetensors                 where gradients for a new basis are taken
+refresh.safetensors                 the tensors at which gradients for a new basis are computed
 rounds/round-0003.safetensors       after the third round: its own state, what changed in the shared state, the last
                                     broadcast, and the answer that it sent
 answered.json                       for each round, the hash of the broadcast that it trained on
@@ -89,7 +89,7 @@ class ClientStore:
         self._start_round, self._views = round, {round: view}
 
     def refresh_start(self) -> Tensors:
-        """Returns where gradients for a new basis are taken."""
+        """Returns the tensors at which gradients for a new basis are computed."""
         return self._refresh
 
     def save_refresh_start(self, tensors: Tensors) -> None:
@@ -119,7 +119,7 @@ class ClientStore:
         return None
 
     def save_answered(self, round: int, received: str) -> None:
-        """Notes a broadcast before it is trained on: a round is never done for a second one."""
+        """Records a broadcast before training, so that a round is never done for a second broadcast."""
 
     def stored_round(self, round: int) -> StoredRound | None:
         """Returns what was sent in the last of `round` rounds; None if it is not stored any more."""
@@ -203,7 +203,7 @@ class DiskStore(ClientStore):
     # --- rounds ---
 
     def client_state(self, round: int) -> Tensors:
-        """Raises RunError where it is not stored any more."""
+        """Raises RunError if it is no longer stored."""
         if round == 0:
             return {}
         if (parts := self._round(round)) is None:
@@ -304,7 +304,7 @@ class DiskStore(ClientStore):
         write_atomic(self.folder / f"{name}.safetensors", save(tensors, metadata=dict(facts)))
 
     def _read(self, name: str, fact: str = "", value: str = "") -> tuple[Tensors, dict[str, str]] | None:
-        """Returns (tensors, facts) of a file; None where it does not exist or states another value."""
+        """Returns (tensors, facts) of a file; None if it does not exist or states a different value."""
         path = self.folder / f"{name}.safetensors"
         if not path.is_file():
             return None

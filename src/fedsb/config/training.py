@@ -1,4 +1,4 @@
-"""The sections of a TOML that describe how a run computes: basis, training, server, privacy, engine and evaluation."""
+"""The sections of a TOML that describe how a run computes: basis, training, server, privacy, channel and evaluation."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def encode(
     codec: Codec,
     draw: np.random.Generator | None = None,  # int8 and int4 round by it
 ) -> Bytes:  # (payload_bytes(codec, n),): the codes, then the scales
-    """Raises ValueError where int8 or int4 is given no draw."""
+    """Encodes the values. Raises ValueError if int8 or int4 is given no draw."""
     if codec == "float32":
         return _bytes(x.astype("<f4"))
     if codec == "bfloat16":
@@ -102,7 +102,7 @@ def _scales(x: NDArray[np.float64]) -> NDArray[np.uint16]:
 
 
 def _pack_nibbles(codes: NDArray[np.int8]) -> Bytes:
-    """Codes -8..7, two a byte, the first in the lower half; an odd one out is followed by a zero."""
+    """Codes -8..7 as two per byte, the first in the lower half. An odd number of codes is padded with a zero."""
     nibbles = np.pad(codes, (0, len(codes) % 2)).view(np.uint8) & np.uint8(0x0F)
     return nibbles[::2] | (nibbles[1::2] << np.uint8(4))
 

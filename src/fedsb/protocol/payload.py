@@ -1,11 +1,11 @@
 """The values of a message as bytes: a safetensors file with one tensor, which any language can read.
 
-Its metadata say what it is: kind, run, round, client, samples, hash of the shared state, codec, and the layout (name
-and shape of each tensor, compressed, since names would outweigh a small core). Reading one never runs code and never
-trusts a length that it did not check.
+Its metadata contain: kind, run, round, client, samples, hash of the shared state, codec, and the layout (name and shape
+of each tensor, compressed, because names would need more bytes than a small core). Reading a payload never runs code,
+and checks every length before it uses it.
 
 With a codec other than float32 (codec.py) the single tensor is bytes: first the tensors of one value, in float32, then
-all others end to end, encoded.
+all others concatenated and encoded.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def price(
     rounds: int,
     basis: Mapping[str, int] | None = None,  # values "up" and "down" of the basis, a client's
     sites: int = 0,  # that receive the basis
-    refreshes: int = 0,  # how often it is made anew: every site is told the adapter as it stands, then the new basis
+    refreshes: int = 0,  # of the basis: every site receives the current adapter, then the new basis
     codec: Codec = "float32",
     whole: Sequence[int] = (),  # of each round's broadcasts, those that the codec leaves in float32; none said: none
     label: str | None = None,
@@ -56,8 +56,8 @@ def price(
     typical = method.traffic(shapes, head=head, clients=clients)
     each = [method.traffic(shapes, head=head, clients=clients, round=round) for round in range(rounds)]
     bill = sum(payload_bytes(codec, values) for values in (basis or {}).values())
-    told = payload_bytes("float32", each[0].down + each[0].head)
-    one_off = sites * (payload_bytes("float32", each[0].one_off) + bill + refreshes * (bill + told))
+    adapter_bytes = payload_bytes("float32", each[0].down + each[0].head)
+    one_off = sites * (payload_bytes("float32", each[0].one_off) + bill + refreshes * (bill + adapter_bytes))
     up, down, heads = 0, 0, sites * refreshes * payload_bytes("float32", each[0].head)
     for round, traffic in enumerate(each):
         plain = clients if method.spec.changes_base else whole[round] if whole else 0

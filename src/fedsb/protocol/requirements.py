@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def refuse_what_facts_forbid(config: Config, method: Method) -> None:
-    """Raises UserError with every combination that the method's facts rule out."""
+    """Raises UserError with every combination that the method's spec excludes."""
     facts, faults = method.spec, []
     if config.server.optimizer != "none" and not facts.supports_server_optimizer:
         faults.append(
@@ -49,7 +49,7 @@ def refuse_what_facts_forbid(config: Config, method: Method) -> None:
 
 
 def refuse_what_needs_one_place(config: Config, method: Method) -> None:
-    """Raises UserError with every setting that only a simulation, with all data in one process, can carry out."""
+    """Raises UserError with every setting that requires a simulation, which has all data in one process."""
     facts, faults = method.spec, []
     if facts.pools_data:
         faults.append(f"{facts.id} pools all data in one place")

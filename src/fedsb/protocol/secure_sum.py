@@ -1,9 +1,9 @@
 """The terms of a run's secure aggregation, which the server and every client derive for themselves.
 
-    x_k = sent - baseline                            what a client puts in, after it has checked it for itself
+    x_k = sent - baseline                            a client's input, which the client validates itself
     update = baseline + sum_k p_k x_k / sum_k p_k    what the server gets, one in place of all; p_k = n_k / max n, or 1
 
-The protocol is secagg/protocol.py. The baseline is what a client sends that has not trained, which the server knows.
+The protocol is secagg/protocol.py. The baseline is the update of a client without training, which the server knows.
 
 Where a client is the unit of privacy, the noise goes in with the changes, in shares: discrete Gaussians whose variances
 add up to (sigma C')^2 when no more than the threshold of clients stay. C' = C + step sqrt(size): rounding to the grid
@@ -77,7 +77,7 @@ class SumTerms:
     # --- client ---
 
     def rejection_reason(self, change: Floats) -> str | None:
-        """Returns why a client must not put this in. Nobody else will see it."""
+        """Returns the reason why a client must not contribute this change, else None. No other party can check it."""
         largest = float(np.abs(change).max(initial=0.0))
         if not math.isfinite(largest):
             return "its change contains values that are NaN or infinite"
@@ -119,7 +119,7 @@ class SumTerms:
 
 
 class SecureSums:
-    """The sums of a run. Raises UserError where a round has too few clients."""
+    """The secure aggregation of a run. Raises UserError if a round has too few clients."""
 
     def __init__(self, config: Config, policy: PrivacyPolicy, run: str, rows: Mapping[str, int]) -> None:
         self.server, self.seed, self.run, self.policy, self.rows = config.server, config.seed, run, policy, dict(rows)
@@ -138,8 +138,9 @@ class SecureSums:
     def terms(self, round: int, shared: str, clients: Mapping[str, bytes], against: str = "") -> SumTerms:
         """Returns the terms of a round among `clients`, its cohort with their keys.
 
-        `against` is a hash of what the changes are against. Clients that received other settings or rows make other
-        masks, which hide all: a server that asks one client alone to train, or gives the others no weight, gets no sum.
+        `against` is a hash of the tensors from which changes are computed. Clients that received different settings or
+        rows make different masks, which do not cancel. So a server that trains one client alone, or gives the others no
+        weight, gets no sum.
         """
         agreed = json.dumps([self.settings, self.rows, shared, against], sort_keys=True)
         return SumTerms(

@@ -1,4 +1,4 @@
-"""Names of tensors with a prefix, and checks of tensors that came from elsewhere."""
+"""Names of tensors with a prefix, and checks of received tensors."""
 
 from __future__ import annotations
 

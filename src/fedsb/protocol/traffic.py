@@ -1,4 +1,4 @@
-"""One message as it is counted: values, their bytes, and bytes on the wire."""
+"""Counts of traffic per message: values, their bytes, and bytes on the wire."""
 
 from __future__ import annotations
 

@@ -4,7 +4,8 @@
 recomputes a score. The charts (charts.py) are inline SVG with the colours of the page's style, for light, dark and
 print. Sections without content are left out.
 
-Bytes are those of the tensors; `wire` adds the envelope. One-off are the bytes of the basis, in both directions.
+Bytes are those of the tensors; `wire` includes the headers of the messages. One-off are the bytes of the basis, in both
+directions.
 """
 
 from __future__ import annotations

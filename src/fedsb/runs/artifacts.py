@@ -160,8 +160,8 @@ def export(server: Server, state: State, record: Record) -> tuple[Path, UserErro
     A method without a global model writes one adapter for each client. Files are written one by one, each whole or
     not at all, the config last: a folder with an adapter_config.json is complete.
 
-    Returns the folder, and what is wrong with an adapter that PEFT does not load as it was trained. The run is finished
-    nevertheless: its trained tensors are on disk.
+    Returns the folder, and the fault of an adapter that PEFT does not load as it was trained. The run still completes,
+    and its trained tensors are on disk.
     """
     folder, method = record.folder / "adapter", server.method
     own = server.opened.local.client_model
@@ -183,7 +183,7 @@ def export(server: Server, state: State, record: Record) -> tuple[Path, UserErro
 def finish(
     record: Record, server: Server, scores: Mapping[str, Score], adapter: Path, fault: Exception | None = None
 ) -> float | None:
-    """Writes result.json and the report, and returns the last score. `fault` is what is wrong with the adapter."""
+    """Writes result.json and the report, and returns the last score. `fault` is the fault of the adapter, if any."""
     rounds = record.rows("rounds.jsonl")
     last = rounds[-1]
     before = read_result(record.folder)  # of a finished run that is taken up again
@@ -208,7 +208,7 @@ def finish(
             for site in server.data.clients
         ],
         "epsilon": epsilon_spent(server.policy) if server.policy else None,
-        # Of a private run it is not told: it depends on how many rows were drawn, and on how long they are.
+        # Left out of a private run, because it depends on how many rows were drawn, and on how long they are.
         "peak_memory_bytes": None
         if server.policy
         else (before or {}).get("peak_memory_bytes") or peak_memory_bytes(server.trainer.adapted.device),

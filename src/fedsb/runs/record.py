@@ -37,7 +37,7 @@ PREFIX = "round-"
 
 
 class Record:
-    """A run directory, held by this process alone while it is open."""
+    """A run directory, which only this process can use while it is open."""
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any]) -> None:
         self.folder = folder
@@ -50,12 +50,12 @@ class Record:
 
     @property
     def run(self) -> str:
-        """The run's id: its messages and checkpoints carry it."""
+        """The run's id, which its messages and checkpoints contain."""
         return str(self.manifest["run"])
 
     @classmethod
     def create(cls, folder: Path, manifest: Mapping[str, Any]) -> Record:
-        """Makes the directory. Raises UserError where it cannot be made, or contains a run already."""
+        """Creates the directory. Raises UserError if it cannot be created, or already contains a run."""
         with disk_errors(folder):
             try:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -103,10 +103,10 @@ class Record:
     def commit(
         self, result: RoundResult, row: Mapping[str, Any], client_states: Mapping[str, Tensors], *, keep: int
     ) -> None:
-        """Finishes a round. The checkpoint is written last: until it exists, the round did not happen.
+        """Completes a round. The checkpoint is written last, and the round counts only if it exists.
 
         `client_states` are the own states of clients after the round. Those whose update was not used keep what they
-        had before. Raises RunError if the directory was deleted in the meantime: writing would make a part of it again.
+        had before. Raises RunError if the directory was deleted, because writing would recreate a part of it.
         """
         state = result.state
         if not (self.folder / "manifest.json").exists():
@@ -219,22 +219,22 @@ class Record:
                 if hashlib.sha256(content).hexdigest() != facts["sha256"]:
                     raise ValueError("its sha256 differs from the one it was written with")
                 tensors = load(content)
-                common = load((self.folder / "shared.safetensors").read_bytes())
+                start_shared = load((self.folder / "shared.safetensors").read_bytes())
                 ranks, accepted = (
                     {str(client): int(number) for client, number in facts[name].items()}
                     for name in ("ranks", "accepted")
                 )
-                if basis_hash(common) != self.manifest["basis_hash"]:
+                if basis_hash(start_shared) != self.manifest["basis_hash"]:
                     raise ValueError("shared.safetensors, the basis, is not the one that the run was started with")
             except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
                 self.skipped.append(f"checkpoint {folder.name} was skipped: {error}")
                 continue
-            self._shared, self._stateful = common, set(facts["stateful"])
+            self._shared, self._stateful = start_shared, set(facts["stateful"])
             return State(
                 round=facts["round"],
                 tensors=within("tensors", tensors),
                 server=within("server", tensors),
-                shared={**common, **within("shared", tensors)},
+                shared={**start_shared, **within("shared", tensors)},
                 shared_delta=within("shared_delta", tensors),
                 client_view=within("client_view", tensors),
                 total_ranks=ranks,
@@ -292,7 +292,7 @@ class Record:
                     path.unlink()
 
     def _hold(self) -> None:
-        """Takes the lock, which the system lets go with the process: a stale one cannot be."""
+        """Locks the directory. The system releases the lock when the process ends, so it cannot be stale."""
         with disk_errors(self.folder):
             self._lock = (self.folder / "lock").open("a+")
             try:
@@ -304,13 +304,13 @@ class Record:
                 raise
 
     def _release(self) -> None:
-        """Lets go of the lock."""
+        """Releases the lock."""
         if self._lock is not None:
             self._lock.close()
             self._lock = None
 
     def _undo(self) -> None:
-        """Takes back a start that the user's input made fail, so that the same name can be run again."""
+        """Removes a run whose start failed because of the user's input, so that its name can be used again."""
         for name in ("manifest.json", "traffic.jsonl", "shared.safetensors", "lock", "privacy/tables.key"):
             (self.folder / name).unlink(missing_ok=True)
         with suppress(OSError):  # ledgers with a line stay

@@ -36,7 +36,7 @@ from fedsb.utils.signals import Interrupts
 
 
 class Display(Protocol):
-    """Shows a run as it proceeds: a terminal, a notebook."""
+    """The display of a run in progress, such as a terminal or a notebook."""
 
     def settings(self, settings: Sequence[ResolvedSetting]) -> None: ...
     def note(self, text: str) -> None: ...
@@ -108,9 +108,9 @@ def resume(
     changed: ResolvedConfig | None = None,
     open_federation: OpenFederation = open_here,
 ) -> Result:
-    """Resumes a run after its last completed round. The outcome is that of a run that was never interrupted.
+    """Resumes a run after its last completed round. The result equals that of an uninterrupted run.
 
-    Raises UserError where `changed`, a configuration to compare with, or the data differ from the run's own, and for a
+    Raises UserError if `changed`, a configuration to compare with, or the data differ from the run's own, and for a
     run directory of an older version.
     """
     manifest = read_manifest(folder)
@@ -182,7 +182,7 @@ def _show_start(resolved: ResolvedConfig, server: Server, display: Display) -> l
 
 
 def _check_same(server: Server, record: Record) -> dict[str, Any]:
-    """Raises UserError where a run would resume on other data or another model. Returns the facts of the tables."""
+    """Returns the facts of the tables. Raises UserError if a run would resume with different data or a different model."""
     own_rows = server.policy and server.channel.spec.holds_rows  # a site keys the fingerprint of its own
     tables = record.keyed(server.data.tables) if own_rows else dict(server.data.tables)
     record.check_same(tables, server.trainer.base.fingerprint)
@@ -208,7 +208,7 @@ def _start(
 
 
 def _dated(resolved: ResolvedConfig, day: str | None = None) -> ResolvedConfig:
-    """Returns the configuration with the date that chat templates write, today where none is given."""
+    """Returns the configuration with the date that chat templates write, by default today."""
     config = resolved.config
     if config.model.template_date is not None:
         return resolved

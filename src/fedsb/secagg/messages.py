@@ -165,7 +165,7 @@ def _body_start(plan: SumPlan, data: bytes, phase: Phase, sender: str) -> int:
     try:
         found = json.loads(data[2 : 2 + int.from_bytes(data[:2], "little")])
     except (ValueError, RecursionError) as error:
-        raise MessageError(f"{whose} is damaged, or not of secure aggregation ({len(data)} bytes)") from error
+        raise MessageError(f"{whose} is torn, or not of secure aggregation ({len(data)} bytes)") from error
     if not isinstance(found, dict):
         raise MessageError(f"{whose} is not of secure aggregation ({len(data)} bytes)")
     for field, expected in _header(plan, phase, sender).items():

@@ -1,4 +1,4 @@
-"""The server's part in making a basis, and what travels for it."""
+"""The server's part in making a basis, and the messages that it needs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class BasisRound:
         self.traffic: list[TrafficRecord] = []
 
     def make(self) -> Basis:
-        """Returns the basis. `traffic` is then what was sent for it."""
+        """Returns the basis. `traffic` then contains the messages sent for it."""
         server, config = self.server, self.server.config
         if config.basis.kind in ("random", "weights"):
             return server.trainer.data_free_basis(self.round)
@@ -57,7 +57,7 @@ class BasisRound:
             self._record(payload, name, "down", request.wire_bytes)
 
     def _start(self) -> Tensors:
-        """Returns where gradients are taken."""
+        """Returns the tensors at which gradients are computed."""
         server, state = self.server, self.state
         if state is None:
             return server.trainer.head

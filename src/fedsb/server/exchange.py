@@ -31,10 +31,10 @@ class Exchange:
     def each(
         self, requests: Mapping[str, Request[R]], *, patient: bool = False, what: str | None = None
     ) -> Iterator[tuple[str, R | Stale | NoResponse]]:
-        """Yields replies as they come in.
+        """Yields replies as they arrive.
 
-        The deadline is that of a round. A patient server, which needs every client, waits longer. `what` waits, in the
-        notes about clients that take long.
+        The deadline is that of a round. A patient server, which needs every client, waits longer. `what` names the
+        waiting step in notes about slow clients.
         """
         if not requests:
             return
@@ -92,7 +92,7 @@ def _is_offline(reply: object) -> bool:
 
 
 def reason_of(reply: Reply | NoResponse | None) -> str:
-    """Returns why a reply is of no use."""
+    """Returns the reason why a reply cannot be used."""
     if isinstance(reply, NoResponse):
         return reply.reason
     return "no reply" if reply is None else "it still lacks the shared state of the others"

@@ -1,4 +1,4 @@
-"""The labels of a federation: a run's classes are those of all sites, which never saw each other's column."""
+"""The labels of a federation: a run's classes are the union over all sites, which do not see each other's data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A federation that is ready for a run: a channel to its clients, and what the server knows and has."""
+"""A federation that is ready for a run: a channel to its clients, and the server's own model and data."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ClientStates = Mapping[str, Mapping[int, Tensors]]  # client -> round -> its own
 
 
 class LocalClients(Protocol):
-    """The clients that live in the server's process, whose state is stored with the run."""
+    """The clients in the server's process, whose state is stored with the run."""
 
     def start(self, policy: PrivacyPolicy, sums: SecureSums | None, states: ClientStates) -> None:
         """Puts the run's policy in force; `states` are the clients' own, by round, of a run that is resumed."""
@@ -50,7 +50,7 @@ class LocalClients(Protocol):
 
 
 class NoLocalClients:
-    """For a federation whose clients are remote_client and keep their own state."""
+    """A federation without clients in this process. Remote clients keep their own state."""
 
     def start(self, policy: PrivacyPolicy, sums: SecureSums | None, states: ClientStates) -> None:
         pass
@@ -97,7 +97,7 @@ def open_sites(
 ) -> OpenedFederation:
     """Describes the run to the sites of a channel, and prepares them.
 
-    Raises UserError for whatever is wrong with the settings, RunError where a site refuses or does not answer.
+    Raises UserError if the settings do not fit the federation, RunError if a site refuses or does not answer.
     """
     refuse_what_facts_forbid(config, method)
     refuse_what_would_leak(config, method)
@@ -153,7 +153,7 @@ def _data(
     prepared: Sequence[PrepareReply],
     tables: Mapping[str, Any],
 ) -> Data:
-    """Returns what the server knows of the rows, which it does not have."""
+    """Returns the server's facts about the sites' rows, which stay at the sites."""
     examples, cut_test = task.encode_test(test.rows) if test else ([], 0)
     labels = [site.labels for site in prepared if site.labels is not None]
     all_labels = bool(labels) and len(labels) == len(prepared)
@@ -189,6 +189,6 @@ def _data(
 
 
 def _sum_of(counts: Iterable[int | None]) -> int | None:
-    """Returns the sum; None where a site keeps its count to itself, or none was asked."""
+    """Returns the sum; None if a site keeps its count private, or no site was asked."""
     known = list(counts)
     return sum(count or 0 for count in known) if known and None not in known else None

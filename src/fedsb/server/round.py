@@ -1,4 +1,4 @@
-"""The requests of one round, and what the clients answer."""
+"""The requests of one round, and the clients' answers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ClientAnswer:
-    """A client's answer in a round, and what travelled to it."""
+    """A client's answer in a round, and the traffic to the client."""
 
     client: str
     reply: TrainReply | Stale | NoResponse
@@ -72,7 +72,7 @@ class ServerRound:
             yield ClientAnswer(answer.client, answer.reply, [*caught_up[answer.client], *answer.traffic])
 
     def each(self, answers: Iterable[ClientAnswer], replies: Replies) -> Iterator[tuple[str, bytes]]:
-        """Yields (client, update) as they come in: none is kept here."""
+        """Yields (client, update) as they arrive. None is kept here."""
         for answer in answers:
             if (reply := self._checked(answer, replies)) is not None:
                 replies.add(reply)

@@ -35,7 +35,7 @@ def add_up(
     replies: Sequence[ClientReply],  # of the clients that have trained
     counter: TrafficCounter,
 ) -> Summed:
-    """Runs the phases. Raises SumError where too few clients stayed."""
+    """Runs the phases. Raises SumError if too few clients stayed."""
     plan = terms.plan(shared.layout.size)
     server, trained = SumServer(plan), {reply.client: b"" for reply in replies}
     phases: tuple[tuple[SecAggPhaseName, Callable[[], Mapping[str, bytes]]], ...] = (

@@ -100,7 +100,7 @@ class Server:
         return state, self._with_captured_share(basis, state), traffic
 
     def refresh(self, state: State) -> tuple[State, list[TrafficRecord]]:
-        """Returns the state with a new basis, made where the run has come to, and what travelled for it."""
+        """Returns the state with a new basis, made at the current state, and the traffic for it."""
         round = BasisRound(self, state)
         round.send_state()
         basis = round.make()
@@ -206,7 +206,7 @@ class Server:
         }
 
     def _with_captured_share(self, basis: Basis | None, state: State) -> Basis | None:
-        """Returns the basis with the share of the clients' gradients inside it, where their rows may be looked at."""
+        """Returns the basis with its captured share of the clients' gradients, if their rows may be read."""
         config = self.config
         if basis is None or not config.basis.share_samples or self.policy or not self.channel.spec.holds_rows:
             return basis

@@ -1,4 +1,4 @@
-"""The clients' shared state, known by its hash. A client whose own differs receives it, bit for bit."""
+"""The clients' shared state, compared by its hash. A client with a different hash receives the state, bit for bit."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class SharedStateSync:
         self.by_client: dict[str, str | None] = {}  # None: it waits for a basis
 
     def agree(self, shared: Tensors, round: int, *, residual: bool) -> list[TrafficRecord]:
-        """Sends the state to those whose own derivation differs, as last bits do on other hardware.
+        """Sends the state to clients whose own derivation differs, as the last bits can on different hardware.
 
-        `round` is that of the traffic. Raises RunError where a client ends with another state.
+        `round` is that of the traffic. Raises RunError if a client still has a different state.
         """
         expected = basis_hash(shared)
         odd = [name for name, known in self.by_client.items() if known != expected]

@@ -35,7 +35,7 @@ class Spool:
             self._file = TemporaryFile(dir=folder)  # noqa: SIM115
 
     def add(self, layout: Layout, vector: Vector) -> None:  # (P,)
-        """Raises RunError where the disk is full."""
+        """Appends a vector. Raises RunError if the disk is full."""
         self._layouts.append(layout)
         with disk_errors(self._folder):
             self._file.write(np.ascontiguousarray(vector, np.float32).data)

@@ -84,8 +84,8 @@ def update_rules(
 ) -> UpdateRules:
     """Returns the rules of the round that starts at `state`.
 
-    `judge_norms` is off where clients' changes are clipped and noised in sum: who is dropped for its norm would depend
-    on the others' rows.
+    `judge_norms` is off if clients' changes are clipped and noised in sum, because whether a client is dropped for its
+    norm would depend on the others' rows.
     """
     ranks = {**ranks, **state.total_ranks}
     by_rank = {rank: UpdateSpec.of(method, state, rank) for rank in set(ranks.values())}

@@ -1,4 +1,4 @@
-"""Collects what a plain adapter says of its base model and its task, for its files, its card and its trial in PEFT."""
+"""Facts about an adapter's base model and task, for its files, its card and its check in PEFT."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fedsb.models.load import BaseModel
 def base_model_info(
     loaded: BaseModel, task: Task, layers: Mapping[str, AdaptedLinear], revision: str | None
 ) -> BaseModelInfo:
-    """Returns what an adapter of this run must say of its base, and of how it is used."""
+    """Returns the facts about the base model that an adapter of this run must state, and how it is used."""
     return BaseModelInfo(
         name=loaded.name,
         shared_name=loaded.shared_name,

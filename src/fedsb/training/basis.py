@@ -1,6 +1,7 @@
 """Making a basis: a round with a client part and a server part, over the same channel as any round.
 
-The linear algebra is in adapters/basis.py. This module says who computes what, from which rows, and what travels.
+The linear algebra is in adapters/basis.py. This module defines which party computes what, from which rows, and what
+is sent.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ Broadcast = Callable[[Tensors], Tensors]
 
 
 def no_gradients(_: Mapping[str, Pair]) -> Iterable[tuple[Tensors, float]]:
-    """Returns nothing: a basis that asks no client."""
+    """Returns nothing, for a basis that needs no client."""
     return ()
 
 
@@ -77,7 +78,7 @@ class BasisSource:
 def build_basis(
     config: Config, method: Method, adapted: AdaptedModel, task: Task, local: LocalTraining, source: BasisSource
 ) -> Basis:
-    """Returns the configured basis, with its cost. Raises UserError where a layer is too small for it."""
+    """Returns the configured basis, with its cost. Raises UserError if a layer is too small for it."""
     started = time.monotonic()
     rank, kind, seed, round = method.total_rank, config.basis.kind, config.seed, source.round
     check_rank(adapted.shapes, rank)

@@ -1,7 +1,7 @@
 """The trained tensors of K clients as one matrix, with their gradients and the optimiser's moments.
 
 The model's parameters are views of `values` and their gradients are views of `gradients`. So clipping is one norm, the
-optimiser updates one matrix, and a client's update is a row. The matrices are allocated once and overwritten.
+optimizer updates one matrix, and a client's update is one row. The matrices are allocated once and overwritten.
 
 Shapes: K clients, P trained values of one client.
 """

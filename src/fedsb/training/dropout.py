@@ -1,4 +1,4 @@
-"""Adapter dropout whose masks are drawn by key, so that a client's masks do not depend on who trains with it."""
+"""Adapter dropout with keyed masks, so that a client's masks do not depend on the clients that train with it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def word(*key: int | str) -> int:
 def random_words(count: int, keys: Sequence[int], device: torch.device) -> Tensor:
     """Returns (len(keys), count) signed 32-bit words, made on the device: word i of a key is mix(mix(i) ^ key).
 
-    A function of key and position alone: longer rows and other company change no word.
+    Each word depends on its key and position only, and not on the length of a row or on other rows.
     """
     counter = mix(torch.arange(count, dtype=torch.int32, device=device))
     return mix(counter ^ torch.tensor(keys, dtype=torch.int32, device=device).unsqueeze(1))

@@ -1,7 +1,7 @@
-"""Answers that a model writes: greedy, batched, left-padded, with the key-value cache of transformers.
+"""Greedy generation, batched and left-padded, with the key-value cache of transformers.
 
-The same prompts give the same answers in any order and any batch, but for rounding: in bfloat16 two near-equal logits
-may change places. Works on a bare model, one with fedsb's adapter inside (one client's), and one of PEFT's.
+The same prompts give the same answers in any order and any batch, except for rounding: in bfloat16 two almost equal
+logits may change places. It works with a plain model, with fedsb's adapter of one client, and with a PEFT model.
 Shapes: b prompts, t tokens.
 """
 
@@ -100,7 +100,7 @@ def _generate(
 
 
 def _stopper(tokenizer: Tokenizer, width: int, stops: Sequence[str]) -> Any:
-    """Ends the rows whose last tokens hold a stop text; transformers' own needs a table of the whole vocabulary."""
+    """Ends rows whose last tokens contain a stop text. That of transformers needs a table of the whole vocabulary."""
 
     def done(ids_bt: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         tails = tokenizer.batch_decode(ids_bt[:, width:][:, -STOP_TOKENS:], skip_special_tokens=True)
@@ -119,7 +119,7 @@ def _read(tokenizer: Tokenizer, row: list[int], limit: int, ends: Sequence[int],
 
 
 def _window(model: Any) -> int | None:
-    """Tokens that the model was made for, where it says so."""
+    """Returns the maximal number of tokens that the model's configuration states, if any."""
     found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return int(found) if found and found > 0 else None
 

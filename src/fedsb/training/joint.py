@@ -1,8 +1,8 @@
-"""Local training of several clients in one forward: their batches are joined, each row meets its own client's adapter.
+"""Joint training: local training of several clients in one forward pass, each row with its own client's adapter.
 
-The base model is in memory once, whatever the number of clients. Loss mean, clipping, step count, schedule and decay
-are each client's own; a client that has finished its steps leaves the batch. K clients together end where K clients
-one after another end, to float tolerance. With K = 1 it is plain training.
+The base model is in memory once, whatever the number of clients. Loss mean, clipping, step count, schedule and weight
+decay are separate for each client. A client that has finished its steps leaves the batch. The result equals that of K
+clients trained one after another, up to float rounding. With K = 1 it is plain training.
 
 Shapes: K clients, b rows of one client in a forward, P trained values of a client.
 """
@@ -53,12 +53,12 @@ class RoundTraining:
     """The training of the clients of one round.
 
     Args:
-        trainable: the tensors that move.
+        trainable: the trained tensors.
         penalty: the method's local regulariser: of the trained tensors (K, ...), one value per client (K,), or None.
         mechanisms: by client. Every step is then one of DP-SGD: the mechanism draws the rows, each row's gradient is
             clipped, and noise is added to their sum.
-        watch: whether a loss that is not finite ends the run. It does not where losses must stay private: an end would
-            reveal one.
+        watch: whether a loss that is not finite ends the run. False where losses must stay private, because the end of
+            the run would reveal one.
     """
 
     round: int

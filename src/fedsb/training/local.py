@@ -1,7 +1,7 @@
 """A client's local training, as settings and as pure functions: how many steps, which rows, which learning rate.
 
-All draws are keyed by (seed, client, round), so a client trains on the same rows in the same order wherever and with
-whomever it is trained.
+All draws are keyed by (seed, client, round), so a client trains on the same rows in the same order on every channel
+and with any other clients.
 """
 
 from __future__ import annotations

@@ -114,7 +114,7 @@ def training_memory(
     """Returns the estimate for a process that trains `together` clients at once. A site trains 1."""
     trained = trained_values(method, shapes, head)
     frozen = sum(method.total_rank * (m + n) for m, n in shapes.values()) if method.adapter == "core" else 0
-    news = method.traffic(shapes, head=head, clients=cohort).down if method.spec.changes_base else 0
+    residual = method.traffic(shapes, head=head, clients=cohort).down if method.spec.changes_base else 0
     keep = sum(m + n for m, n in block_shapes.values()) * (1.0 if method.adapter == "core" else FACTORS_KEEP)
     if activation_checkpointing:  # one block's, and the hidden state at each block's start
         blocks = {re.split(r"(?<=\.)(\d+)\.", name)[1] for name in block_shapes}
@@ -123,7 +123,7 @@ def training_memory(
     return Memory(
         base=base,
         adapter=4 * frozen + together * trained * BYTES_PER_TRAINED_VALUE,
-        carried=4 * news,
+        carried=4 * residual,
         activations=round(tokens * keep * dtype.itemsize),
         logits=tokens * vocabulary * (2 * dtype.itemsize + 8),
         row_gradients=4 * private_rows * trained,

@@ -1,4 +1,4 @@
-"""Settings that an engine resolves from what it finds: each choice with its reason, for a run and for its price."""
+"""Settings that are resolved from the data and the device, each with its reason, for a run and for its price."""
 
 from __future__ import annotations
 

@@ -118,13 +118,13 @@ def likeliest(model: nn.Module, task: Answers, questions: Sequence[Question], ba
     """
     for start in range(0, len(questions), batch_size):
         some = questions[start : start + batch_size]
-        told = [task.option_tokens(question) for question in some]
+        tokens = [task.option_tokens(question) for question in some]
         examples: list[Example] = [
             {
                 "input_ids": [*question.prompt_ids, *option],
                 "labels": [NO_LOSS] * len(question.prompt_ids) + option,
             }
-            for question, options in zip(some, told, strict=True)
+            for question, options in zip(some, tokens, strict=True)
             for option in options
         ]
         nats = [0.0] * len(examples)
@@ -132,7 +132,7 @@ def likeliest(model: nn.Module, task: Answers, questions: Sequence[Question], ba
             for i, value in zip(chosen, sums.tolist(), strict=True):
                 nats[i] = value
         following = iter(nats)
-        for position, (question, options) in enumerate(zip(some, told, strict=True), start=start):
+        for position, (question, options) in enumerate(zip(some, tokens, strict=True), start=start):
             costs = [next(following) for _ in options]
             best = min(range(len(costs)), key=costs.__getitem__)
             name = question.options[best]
