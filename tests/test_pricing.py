@@ -25,7 +25,7 @@ from fedsb.models.layers import find_targets
 from fedsb.models.load import load_base
 from fedsb.models.tokenizer import load_tokenizer
 from fedsb.runs.estimate import estimate
-from fedsb.training.memory import trained_values, training_memory
+from fedsb.training.memory import ModelSizes, trained_values, training_memory
 from fedsb.utils.environment import memory_of
 from fedsb.utils.errors import UserError
 
@@ -239,16 +239,13 @@ def test_estimated_activations_are_near_what_autograd_keeps(kind: str, wanted: A
     counted = sum(size for size, _ in kept.values())
     found = training_memory(
         wanted,
-        adapted.shapes,
-        adapted.shapes,
-        base=0,
-        head=0,
+        ModelSizes(
+            shapes=adapted.shapes, block_shapes=adapted.shapes, base=0, head=0, vocabulary=0, dtype=torch.float32
+        ),
         together=1,
         cohort=1,
         tokens=192,
-        vocabulary=0,
         private_rows=0,
-        dtype=torch.float32,
         activation_checkpointing=False,
     )
     assert 0.9 < found.activations / counted < 1.4, (found.activations, counted)
@@ -257,18 +254,9 @@ def test_estimated_activations_are_near_what_autograd_keeps(kind: str, wanted: A
 def test_what_else_takes_memory() -> None:
     def of(method: Any = FedSB(rank=2), **more: Any) -> Any:  # noqa: B008
         shapes = {f"h.{i}.{part}": (20, 10) for i in range(12) for part in ("up", "out")}
-        given = {
-            "base": 5,
-            "head": 7,
-            "together": 3,
-            "cohort": 4,
-            "tokens": 6,
-            "vocabulary": 11,
-            "private_rows": 0,
-            "dtype": torch.bfloat16,
-            "activation_checkpointing": False,
-        }
-        return training_memory(method, shapes, shapes, **{**given, **more})
+        sizes = ModelSizes(shapes=shapes, block_shapes=shapes, base=5, head=7, vocabulary=11, dtype=torch.bfloat16)
+        given = {"together": 3, "cohort": 4, "tokens": 6, "private_rows": 0, "activation_checkpointing": False}
+        return training_memory(method, sizes, **{**given, **more})
 
     plain = of()
     assert plain.adapter == 4 * 24 * 2 * 30 + 3 * 16 * (24 * 4 + 7)

@@ -19,7 +19,7 @@ from fedsb.config.registry import GROUP, build_method, method_type, method_types
 from fedsb.config.section import Positive
 from fedsb.methods.base import Method, MethodSpec, State
 from fedsb.methods.fed_sb import FedSB
-from fedsb.protocol.prices import price_list
+from fedsb.protocol.prices import PricedBasis, PricedRun, price_list
 from fedsb.runs.run import federate
 from fedsb.utils.errors import ConfigError, UserError
 
@@ -130,7 +130,12 @@ def announce(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 def test_a_third_partys_method_is_known_priced_and_runs(announce: Any, tiny_config: dict[str, Any]) -> None:
     announce("half-sb", f"{__name__}:HalfSB")
     assert build_method("half-sb", {"rank": 4, "share": 0.1}) == HalfSB(rank=4, share=0.1)
-    labels = [p.label for p in price_list(FedSB(rank=4), SHAPES, head=0, clients=2, rounds=1, basis=None, sites=2)]
+    labels = [
+        p.label
+        for p in price_list(
+            FedSB(rank=4), PricedRun(shapes=SHAPES, head=0, clients=2, rounds=1), PricedBasis(clients=2)
+        )
+    ]
     assert "half-sb (rank 32)" in labels
     with pytest.raises(ConfigError, match="did you mean 'share'"):
         load_config(set_all(tiny_config, method={"name": "half-sb", "shares": 0.1}))

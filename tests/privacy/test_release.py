@@ -142,16 +142,7 @@ def test_a_basis_is_made_of_the_rows_drawn_for_it(
     outer = outer_basis(basis, server.trainer.adapted, server.method.total_rank, 0, 0)
     common = (server.trainer.adapted, server.trainer.task)
     found, _ = core_sums(
-        basis,
-        *common,
-        site,
-        1000,
-        server.trainer.head,
-        outer,
-        server.policy.mechanisms[site.name],
-        seed=0,
-        round=0,
-        batch_size=4,
+        server.config, *common, site, server.trainer.head, outer, draw=server.policy.mechanisms[site.name], round=0
     )
     drawn = [site.train[i] for i in (5, site.rows - 2, site.rows - 1)]
     wanted = core_gradients(*common, server.trainer.head, outer, drawn, 4)

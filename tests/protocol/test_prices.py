@@ -18,7 +18,7 @@ from fedsb.methods.ffa_lora import FFALoRA
 from fedsb.methods.flora import FLoRA
 from fedsb.methods.local import Local
 from fedsb.models.layers import find_targets
-from fedsb.protocol.prices import price, price_list
+from fedsb.protocol.prices import PricedBasis, PricedRun, price, price_list
 from fedsb.training.basis import basis_values
 
 TOY = {"up": (20, 10), "down": (10, 20)}  # m + n = 30 in both, m n = 200
@@ -60,7 +60,8 @@ def test_traffic_of_a_toy_with_four_clients(method: Method, up: int, down: int) 
 
 def test_price_of_a_run_by_hand() -> None:
     """4 clients x 5 rounds, 18 core and 7 head values each way; a basis of 150 values at 6 sites; 4 bytes a value."""
-    got = price(FedSB(rank=3), TOY, head=7, clients=4, rounds=5, basis={"up": 100, "down": 50}, sites=6, this_run=True)
+    run, basis = PricedRun(shapes=TOY, head=7, clients=4, rounds=5), PricedBasis(up=100, down=50, clients=6)
+    got = price(FedSB(rank=3), run, basis, this_run=True)
     assert got.one_off_bytes == 6 * 150 * 4
     assert got.up_bytes == got.down_bytes == 20 * 25 * 4
     assert got.total_bytes == 3600 + 2 * 2000
@@ -69,7 +70,7 @@ def test_price_of_a_run_by_hand() -> None:
 
 
 def test_price_list_has_this_run_first_and_the_others_cheapest_first() -> None:
-    prices = price_list(FedSB(rank=8), TOY, head=0, clients=2, rounds=1, basis=None, sites=2)
+    prices = price_list(FedSB(rank=8), PricedRun(shapes=TOY, head=0, clients=2, rounds=1), PricedBasis(clients=2))
     assert prices[0].this_run and prices[0].label == "fed-sb (rank 8)"
     others = prices[1:]
     assert [p.total_bytes for p in others] == sorted(p.total_bytes for p in others)

@@ -10,7 +10,7 @@ from fedsb.config.load import load_config
 from fedsb.config.schema import Config
 from fedsb.methods.fed_sb import FedSB
 from fedsb.methods.flora import FLoRA
-from fedsb.protocol.prices import price
+from fedsb.protocol.prices import PricedRun, price
 from fedsb.protocol.schedule import sample, whole_broadcasts
 
 NAMES = ["a", "b", "c", "d", "e"]
@@ -55,7 +55,7 @@ def test_price_by_hand() -> None:
     4 clients, 2 rounds: 8 updates of 68; 5 broadcasts of 512 and 3 of 68.
     """
     shapes = {"x": (20, 10), "y": (10, 20)}
-    got = price(FedSB(rank=3), shapes, head=110, clients=4, rounds=2, codec="int4", whole=[4, 1])
+    got = price(FedSB(rank=3), PricedRun(shapes=shapes, head=110, clients=4, rounds=2, codec="int4", whole=[4, 1]))
     assert got.up_bytes == 8 * 68
     assert got.down_bytes == 5 * 512 + 3 * 68
     assert got.total_bytes_without_head == pytest.approx(got.total_bytes * 18 / 128, rel=0.03)  # 68 x 110 / 128: 58
@@ -64,7 +64,7 @@ def test_price_by_hand() -> None:
 def test_a_method_that_changes_the_base_is_priced_in_float32_on_the_way_down() -> None:
     shapes = {"x": (40, 60)}
     coded, plain = (
-        price(FLoRA(rank=2), shapes, head=7, clients=3, rounds=4, codec=codec, whole=[3, 0, 0, 0])
+        price(FLoRA(rank=2), PricedRun(shapes=shapes, head=7, clients=3, rounds=4, codec=codec, whole=[3, 0, 0, 0]))
         for codec in ("int8", "float32")
     )
     assert coded.down_bytes == plain.down_bytes

@@ -26,7 +26,7 @@ from fedsb.protocol.payload import unpack
 from fedsb.protocol.requirements import refuse_what_facts_forbid
 from fedsb.protocol.tensors import within
 from fedsb.server.opened import ClientStates, OpenedFederation
-from fedsb.training.memory import memory_by_clients
+from fedsb.training.memory import ModelSizes, memory_by_clients
 from fedsb.training.resolved import auto_clients_per_forward, local_training
 from fedsb.training.trainer import Trainer
 from fedsb.utils.errors import UserError
@@ -174,16 +174,16 @@ def _clients_per_forward(
         return 1, f"auto: {reason}"
     if wanted != "auto":
         return wanted, "as asked"
-    memory = memory_by_clients(
+    sizes = ModelSizes.of(
         config,
-        method,
         trainer.base.model,
         trainer.shapes,
         trainer.block_shapes,
         base=sum(x.nbytes for x in trainer.base.model.parameters()),
         head=sum(x.numel() for x in trainer.head.values()),
-        cohort=min(config.server.clients_per_round or len(clients), len(clients)),
-        batch=min(config.train.batch_size, max(client.rows for client in clients)),
         device=trainer.adapted.device,
     )
+    cohort = min(config.server.clients_per_round or len(clients), len(clients))
+    batch = min(config.train.batch_size, max(client.rows for client in clients))
+    memory = memory_by_clients(config, method, sizes, cohort, batch)
     return auto_clients_per_forward(config, trainer.adapted.device, memory)

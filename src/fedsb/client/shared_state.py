@@ -65,17 +65,14 @@ class ClientSharedState:
             return BasisGradientReply(rows=stored[1], parts=(stored[0],))
         mechanisms = self.policy.row_mechanisms()
         own, rows = core_sums(
-            config.basis,
+            config,
             self.trainer.adapted,
             self.trainer.task,
             self.data,
-            self.all_rows,
             self._basis_start(),
             self._outer(round),
-            mechanisms[self.data.name] if mechanisms else None,
-            seed=config.seed,
+            draw=mechanisms[self.data.name] if mechanisms else self.all_rows,
             round=round,
-            batch_size=config.train.batch_size,
         )
         compressor = build_compressor(config, self.method, self.run)
         payload = compressor.basis("up", self.data.name, round, own, compressor.codec)

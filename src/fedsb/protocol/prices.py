@@ -5,7 +5,7 @@ All figures are for the whole federation and all rounds, in the run's codec, wit
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -37,30 +37,53 @@ class Price:
         return asdict(self)
 
 
-def price(
-    method: Method,
-    shapes: Shapes,
-    *,
-    head: int,
-    clients: int,  # in each round
-    rounds: int,
-    basis: Mapping[str, int] | None = None,  # values "up" and "down" of the basis, a client's
-    sites: int = 0,  # that receive the basis
-    refreshes: int = 0,  # of the basis: every site receives the current adapter, then the new basis
-    codec: Codec = "float32",
-    whole: Sequence[int] = (),  # of each round's broadcasts, those that the codec leaves in float32; none said: none
-    label: str | None = None,
-    this_run: bool = False,
-) -> Price:
+@dataclass(frozen=True, kw_only=True)
+class PricedRun:
+    """What the price of a run depends on beside its method.
+
+    Args:
+        head: values of the task head.
+        clients: in each round.
+        whole: of each round's broadcasts, the number that the codec leaves in float32; empty: none.
+    """
+
+    shapes: Shapes
+    head: int
+    clients: int
+    rounds: int
+    codec: Codec = "float32"
+    whole: Sequence[int] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PricedBasis:
+    """What is sent for the basis.
+
+    Args:
+        up, down: values that one client sends and receives.
+        clients: that receive the basis.
+        refreshes: of the basis: every client receives the current adapter, then the new basis.
+    """
+
+    up: int = 0
+    down: int = 0
+    clients: int = 0
+    refreshes: int = 0
+
+
+def price(method: Method, run: PricedRun, basis: PricedBasis | None = None, *, this_run: bool = False) -> Price:
     """Returns the price of one method. The head's part of a message is in proportion to its number of values."""
-    typical = method.traffic(shapes, head=head, clients=clients)
-    each = [method.traffic(shapes, head=head, clients=clients, round=round) for round in range(rounds)]
-    bill = sum(payload_bytes(codec, values) for values in (basis or {}).values())
+    basis, clients, codec = basis or PricedBasis(), run.clients, run.codec
+    typical = method.traffic(run.shapes, head=run.head, clients=clients)
+    each = [method.traffic(run.shapes, head=run.head, clients=clients, round=round) for round in range(run.rounds)]
+    bill = payload_bytes(codec, basis.up) + payload_bytes(codec, basis.down)
     adapter_bytes = payload_bytes("float32", each[0].down + each[0].head)
-    one_off = sites * (payload_bytes("float32", each[0].one_off) + bill + refreshes * (bill + adapter_bytes))
-    up, down, heads = 0, 0, sites * refreshes * payload_bytes("float32", each[0].head)
+    one_off = basis.clients * (
+        payload_bytes("float32", each[0].one_off) + bill + basis.refreshes * (bill + adapter_bytes)
+    )
+    up, down, heads = 0, 0, basis.clients * basis.refreshes * payload_bytes("float32", each[0].head)
     for round, traffic in enumerate(each):
-        plain = clients if method.spec.changes_base else whole[round] if whole else 0
+        plain = clients if method.spec.changes_base else run.whole[round] if run.whole else 0
         up_bytes, up_head = _message(codec, traffic.up, traffic.head)
         down_bytes, down_head = _message(codec, traffic.down, traffic.head)
         plain_bytes, plain_head = _message("float32", traffic.down, traffic.head)
@@ -68,7 +91,7 @@ def price(
         down += (clients - plain) * down_bytes + plain * plain_bytes
         heads += clients * up_head + (clients - plain) * down_head + plain * plain_head
     return Price(
-        label=label or f"{method.spec.id} (rank {method.rank})",
+        label=f"{method.spec.id} (rank {method.rank})",
         this_run=this_run,
         one_off_bytes=one_off,
         up_bytes=up,
@@ -87,37 +110,12 @@ def _message(codec: Codec, values: int, head: int) -> tuple[int, int]:
     return size, round(size * head / max(values + head, 1))
 
 
-def price_list(
-    method: Method,
-    shapes: Shapes,
-    *,
-    head: int,
-    clients: int,
-    rounds: int,
-    basis: Mapping[str, int] | None,
-    sites: int,
-    refreshes: int = 0,
-    codec: Codec = "float32",
-    whole: Sequence[int] = (),
-    also: Sequence[Method] = (),
-) -> list[Price]:
+def price_list(method: Method, run: PricedRun, basis: PricedBasis, also: Sequence[Method] = ()) -> list[Price]:
     """Returns the prices of this run's method and then of the others, cheapest first, in the same codec.
 
     The others are `also`, and every method at LORA_RANKS or CORE_RANKS.
     """
-    mine = price(
-        method,
-        shapes,
-        head=head,
-        clients=clients,
-        rounds=rounds,
-        basis=basis,
-        sites=sites,
-        refreshes=refreshes,
-        codec=codec,
-        whole=whole,
-        this_run=True,
-    )
+    mine = price(method, run, basis, this_run=True)
     usual = [
         cls(rank=rank)
         for cls in method_types().values()
@@ -126,8 +124,5 @@ def price_list(
     ]
     others = {(other.spec.id, other.rank): other for other in (*usual, *also)}
     others.pop((method.spec.id, method.rank), None)
-    prices = [
-        price(other, shapes, head=head, clients=clients, rounds=rounds, codec=codec, whole=whole)
-        for other in others.values()
-    ]
+    prices = [price(other, run) for other in others.values()]
     return [mine, *sorted(prices, key=lambda p: p.total_bytes)]

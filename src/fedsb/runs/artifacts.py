@@ -18,7 +18,7 @@ from fedsb.methods.base import State
 from fedsb.models.load import quiet
 from fedsb.privacy.policy import PrivacyPolicy
 from fedsb.privacy.statement import epsilon_spent, privacy_statement, why_not_private
-from fedsb.protocol.prices import price_list
+from fedsb.protocol.prices import PricedBasis, PricedRun, price_list
 from fedsb.protocol.schedule import refreshes, whole_broadcasts
 from fedsb.reporting.report import summary, write_report
 from fedsb.reporting.run_directory import read_manifest, read_result, read_rows
@@ -92,15 +92,20 @@ def describe_start(
             price.as_dict()
             for price in price_list(
                 method,
-                trainer.shapes,
-                head=head,
-                clients=min(config.server.clients_per_round or len(server.clients), len(server.clients)),
-                rounds=config.rounds,
-                basis={"up": basis.up, "down": basis.down} if basis else None,
-                sites=len(server.clients),
-                refreshes=len(refreshes(config, method)),
-                codec=config.server.codec,
-                whole=whole_broadcasts([site.name for site in server.clients], config, method, server.ranks),
+                PricedRun(
+                    shapes=trainer.shapes,
+                    head=head,
+                    clients=min(config.server.clients_per_round or len(server.clients), len(server.clients)),
+                    rounds=config.rounds,
+                    codec=config.server.codec,
+                    whole=whole_broadcasts([site.name for site in server.clients], config, method, server.ranks),
+                ),
+                PricedBasis(
+                    up=basis.up if basis else 0,
+                    down=basis.down if basis else 0,
+                    clients=len(server.clients),
+                    refreshes=len(refreshes(config, method)),
+                ),
             )
         ],
         "before": {

@@ -34,7 +34,7 @@ from fedsb.models.quantise import missing_package, weight_bytes
 from fedsb.privacy.policy import refuse_what_would_leak
 from fedsb.privacy.statement import privacy_statement
 from fedsb.protocol.codec import payload_bytes
-from fedsb.protocol.prices import price_list
+from fedsb.protocol.prices import PricedBasis, PricedRun, price_list
 from fedsb.protocol.requirements import (
     client_ranks,
     open_secure_sums,
@@ -46,7 +46,7 @@ from fedsb.protocol.schedule import refreshes, whole_broadcasts
 from fedsb.runs.availability import Availability, find_availability
 from fedsb.training.basis import basis_values
 from fedsb.training.local import LocalTraining
-from fedsb.training.memory import Memory, memory_by_clients, trained_values
+from fedsb.training.memory import Memory, ModelSizes, memory_by_clients, trained_values
 from fedsb.training.resolved import (
     auto_clients_per_forward,
     batch_warnings,
@@ -113,16 +113,16 @@ def estimate(loaded: ResolvedConfig, also: Sequence[Method] = ()) -> dict[str, A
     bill = basis_values(config.basis, method, adapted.shapes)
     prices = price_list(
         method,
-        adapted.shapes,
-        head=head,
-        clients=cohort,
-        rounds=config.rounds,
-        basis=bill,
-        sites=len(names),
-        refreshes=len(refreshes(config, method)),
-        codec=config.server.codec,
-        whole=whole_broadcasts(names, config, method, ranks),
-        also=also,
+        PricedRun(
+            shapes=adapted.shapes,
+            head=head,
+            clients=cohort,
+            rounds=config.rounds,
+            codec=config.server.codec,
+            whole=whole_broadcasts(names, config, method, ranks),
+        ),
+        PricedBasis(**bill, clients=len(names), refreshes=len(refreshes(config, method))),
+        also,
     )
     traffic = method.traffic(adapted.shapes, head=head, clients=cohort)
     privacy, seconds, seconds_reason = None, None, "unknown: it depends on the rows"
@@ -145,18 +145,8 @@ def estimate(loaded: ResolvedConfig, also: Sequence[Method] = ()) -> dict[str, A
     batch = config.train.batch_size
     if data is not None:  # a forward never has more rows than a client
         batch = min(batch, max((site.rows for site in sites), default=0) or batch)
-    memory_of_clients = memory_by_clients(
-        config,
-        method,
-        base.model,
-        adapted.shapes,
-        blocks,
-        base=weights,
-        head=head,
-        cohort=cohort,
-        batch=batch,
-        device=device,
-    )
+    sizes = ModelSizes.of(config, base.model, adapted.shapes, blocks, base=weights, head=head, device=device)
+    memory_of_clients = memory_by_clients(config, method, sizes, cohort, batch)
     memory = _memory(config, memory_of_clients, cohort, batch, device)
     warnings += _warnings(config, device, memory["memory_bytes"])
     if why := _no_preflight(config, here, weights, device):

@@ -125,26 +125,22 @@ def _sum_of(each: Iterable[tuple[Tensors, float]]) -> tuple[Tensors, float]:
 
 
 def core_sums(
-    config: BasisConfig,
+    config: Config,
     adapted: AdaptedModel,
     task: Task,
     site: ClientData,
-    all_rows: int,  # of all who take part
     start: Tensors,
     outer: Mapping[str, Pair],
-    mechanism: DPMechanism | None,
     *,
-    seed: int,
+    draw: DPMechanism | int,  # the mechanism that draws the rows and adds noise, else the number of all clients' rows
     round: int,
-    batch_size: int,
 ) -> tuple[Tensors, float]:
     """Returns (S of a site by layer, its number of rows). A mechanism adds noise and gives the expected number."""
-    if mechanism is not None:
+    batch_size = config.train.batch_size
+    if not isinstance(draw, int):
         due = round + 1 if round else 0
-        return private_core_gradients(
-            adapted, task, start, outer, site, batch_size, mechanism, due
-        ), mechanism.basis_rows
-    drawn = draw_samples(site, all_rows, config.samples, seed)
+        return private_core_gradients(adapted, task, start, outer, site, batch_size, draw, due), draw.basis_rows
+    drawn = draw_samples(site, draw, config.basis.samples, config.seed)
     return core_gradients(adapted, task, start, outer, drawn, batch_size), float(len(drawn))
 
 

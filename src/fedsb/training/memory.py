@@ -59,37 +59,59 @@ def trained_values(method: Method, shapes: Shapes, head: int) -> int:
     return sum(method.rank * (m + n) for m, n in shapes.values()) + head
 
 
+@dataclass(frozen=True, kw_only=True)
+class ModelSizes:
+    """The sizes of a base model, as far as memory depends on them.
+
+    Args:
+        shapes: of the adapted layers.
+        block_shapes: of all linear layers of the blocks.
+        base: bytes of the weights.
+        head: values of the task head.
+        vocabulary: tokens that a language model predicts; 0: not a language model.
+        dtype: in which the model computes.
+    """
+
+    shapes: Shapes
+    block_shapes: Shapes
+    base: int
+    head: int
+    vocabulary: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(
+        cls,
+        config: Config,
+        model: Any,
+        shapes: Shapes,
+        block_shapes: Shapes,
+        *,
+        base: int,
+        head: int,
+        device: torch.device,
+    ) -> ModelSizes:
+        """Returns the sizes of a loaded model for the task and dtype of a configuration."""
+        vocabulary = 0
+        if TASKS[config.task.kind].auto_class == "AutoModelForCausalLM":
+            vocabulary = int(model.config.get_text_config().vocab_size)
+        dtype = choose_dtype(config.model.dtype, device)[0]
+        return cls(shapes=shapes, block_shapes=block_shapes, base=base, head=head, vocabulary=vocabulary, dtype=dtype)
+
+
 def memory_by_clients(
-    config: Config,
-    method: Method,
-    model: Any,
-    shapes: Shapes,
-    block_shapes: Shapes,
-    *,
-    base: int,
-    head: int,
-    cohort: int,
-    batch: int,
-    device: torch.device,
+    config: Config, method: Method, sizes: ModelSizes, cohort: int, batch: int
 ) -> Callable[[int], Memory]:
     """Returns the estimate as a function of the number of clients in one forward, each with `batch` rows."""
-    vocabulary = 0
-    if TASKS[config.task.kind].auto_class == "AutoModelForCausalLM":
-        vocabulary = int(model.config.get_text_config().vocab_size)
 
     def of(clients: int) -> Memory:
         return training_memory(
             method,
-            shapes,
-            block_shapes,
-            base=base,
-            head=head,
+            sizes,
             together=clients,
             cohort=cohort,
             tokens=clients * batch * config.model.max_seq_length,
-            vocabulary=vocabulary,
             private_rows=clients * batch if config.privacy.unit == "example" else 0,
-            dtype=choose_dtype(config.model.dtype, device)[0],
             activation_checkpointing=config.model.activation_checkpointing,
         )
 
@@ -98,33 +120,29 @@ def memory_by_clients(
 
 def training_memory(
     method: Method,
-    shapes: Shapes,  # of the adapted layers
-    block_shapes: Shapes,  # of all linear layers of the blocks
+    sizes: ModelSizes,
     *,
-    base: int,  # bytes
-    head: int,  # values
     together: int,  # clients in one forward
     cohort: int,  # clients in a round
     tokens: int,  # in one forward, of all clients in it
-    vocabulary: int,  # 0: no language model
     private_rows: int,  # in one forward; 0: not private
-    dtype: torch.dtype,
     activation_checkpointing: bool,
 ) -> Memory:
     """Returns the estimate for a process that trains `together` clients at once. A site trains 1."""
-    trained = trained_values(method, shapes, head)
+    shapes, block_shapes = sizes.shapes, sizes.block_shapes
+    trained = trained_values(method, shapes, sizes.head)
     frozen = sum(method.total_rank * (m + n) for m, n in shapes.values()) if method.adapter == "core" else 0
-    residual = method.traffic(shapes, head=head, clients=cohort).down if method.spec.changes_base else 0
+    residual = method.traffic(shapes, head=sizes.head, clients=cohort).down if method.spec.changes_base else 0
     keep = sum(m + n for m, n in block_shapes.values()) * (1.0 if method.adapter == "core" else FACTORS_KEEP)
     if activation_checkpointing:  # one block's, and the hidden state at each block's start
         blocks = {re.split(r"(?<=\.)(\d+)\.", name)[1] for name in block_shapes}
         hidden = min(n for _, n in block_shapes.values())
         keep = keep / len(blocks) + hidden * len(blocks)
     return Memory(
-        base=base,
+        base=sizes.base,
         adapter=4 * frozen + together * trained * BYTES_PER_TRAINED_VALUE,
         carried=4 * residual,
-        activations=round(tokens * keep * dtype.itemsize),
-        logits=tokens * vocabulary * (2 * dtype.itemsize + 8),
+        activations=round(tokens * keep * sizes.dtype.itemsize),
+        logits=tokens * sizes.vocabulary * (2 * sizes.dtype.itemsize + 8),
         row_gradients=4 * private_rows * trained,
     )
