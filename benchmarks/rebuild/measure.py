@@ -83,7 +83,7 @@ def new_rounds(config: dict[str, Any], folder: Path) -> Callable[[], Any]:
     method = resolved.method
     server = Server(resolved, method, "timed", open_in_process(resolved, method, "timed"))
     server.policy.open_ledgers(folder, "timed", new=True)
-    server.opened.local.start(server.policy, server.secure_sums, {})
+    server.opened.local_clients.start(server.policy, server.secure_sums, {})
     state, _, _ = server.start()
 
     def step() -> None:
@@ -143,7 +143,7 @@ def new_server_step(config: dict[str, Any]) -> Callable[[], Any]:
     resolved = load_config(config).config
     method = resolved.method
     server = Server(resolved, method, "timed", open_in_process(resolved, method, "timed"))
-    server.opened.local.start(server.policy, None, {})
+    server.opened.local_clients.start(server.policy, None, {})
     state, _, _ = server.start()
     rules = update_rules(method, state, resolved.server, "timed", {})
     draw = torch.Generator().manual_seed(0)

@@ -72,7 +72,7 @@ def measure(config: Config) -> dict[str, float]:
     adapted, client = server.trainer.adapted, server.clients[0]
     with TemporaryDirectory() as folder:  # a basis of private rows is noised, so it needs its ledgers
         server.policy.open_ledgers(Path(folder), "gradients", new=True)
-        server.opened.local.start(server.policy, server.secure_sums, {})
+        server.opened.local_clients.start(server.policy, server.secure_sums, {})
         state, _, _ = server.start()
         server.policy.close()
     own = method.init_client(state.shared, method.broadcast(state), {}, 0)

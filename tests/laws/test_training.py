@@ -87,7 +87,7 @@ def test_law_4_bytes_of_a_client_that_missed_a_round(tiny_config: dict[str, Any]
 @pytest.mark.parametrize("basis", ["random", "weights", "core", "update-pooled"])
 def test_law_4_bytes_of_a_basis(tiny_config: dict[str, Any], basis: str) -> None:
     server = open_server(set_all(tiny_config, basis={"kind": basis, "share_samples": 0}))
-    server.opened.local.start(server.policy, None, {})
+    server.opened.local_clients.start(server.policy, None, {})
     _, made, sent = server.start()
     assert made is not None
     for direction, values in (("up", made.up), ("down", made.down)):
@@ -221,7 +221,7 @@ def test_law_7_together_equals_one_after_another(
         replies = replies_of(server, state)
         payloads = {name: unpack(reply.payload) for name, reply in replies.items()}
         assert all(payload.client == name for name, payload in payloads.items())
-        kept = {name: {} for name in payloads} | server.opened.local.client_states(1)
+        kept = {name: {} for name in payloads} | server.opened.local_clients.client_states(1)
         losses = {name: reply.loss for name, reply in replies.items()}
         ends.append(({name: payload.tensors for name, payload in payloads.items()}, kept, losses))
     for tensors, kept, losses in ends[1:]:

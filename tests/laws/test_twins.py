@@ -135,7 +135,7 @@ def test_law_9_the_naive_twin(tiny_config: dict[str, Any], method: dict[str, Any
     for wanted in twin_of(method, server, state, lab_of(server)):
         state = server.run_round(state).state
         for client, (change, head) in wanted.models.items():
-            tensors = server.opened.local.client_model(server.method, state, client)
+            tensors = server.opened.local_clients.client_model(server.method, state, client)
             exported = server.method.export(tensors)
             assert exported.keys() == change.keys()
             for layer, factors in exported.items():

@@ -353,7 +353,7 @@ def test_a_step_ahead_is_along_the_mean_of_the_rows_expected(
         basis = {"kind": "core", "samples": samples, "R0": "step", "outer_rank": 16}
         server = open_server(private(set_all(tiny_config, basis=basis), clip_norm=1e6))
         server.policy.open_ledgers(tmp_path / str(samples), "test", new=True)
-        server.opened.local.start(server.policy, None, {})
+        server.opened.local_clients.start(server.policy, None, {})
         _, made, _ = server.start()
         assert made is not None
         starts.append(made.R0)

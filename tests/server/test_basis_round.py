@@ -33,7 +33,7 @@ def built(config: dict[str, Any], **basis: Any) -> tuple[Server, Basis, list[Tra
 
 
 def start(server: Server) -> tuple[Basis, list[TrafficRecord]]:
-    server.opened.local.start(server.policy, server.secure_sums, {})
+    server.opened.local_clients.start(server.policy, server.secure_sums, {})
     _, basis, traffic = server.start()
     assert basis is not None
     return basis, traffic

@@ -32,7 +32,7 @@ def started(config: dict[str, Any], ledgers: Path | None = None) -> tuple[Server
     server = open_server(config)
     if ledgers is not None:
         server.policy.open_ledgers(ledgers, "test", new=True)
-    server.opened.local.start(server.policy, server.secure_sums, {})
+    server.opened.local_clients.start(server.policy, server.secure_sums, {})
     state, _, _ = server.start()
     return server, state
 

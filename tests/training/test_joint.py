@@ -246,7 +246,7 @@ def test_a_model_whose_rows_cannot_be_routed_trains_one_client_at_a_time(
     assert value == server.channel.clients_per_forward == 1
     assert reason.startswith("auto: Layer 'bert.encoder.layer.0.intermediate.dense' sees")
     (reply,) = replies_of(server, state, [server.clients[0].name]).values()
-    assert reply.loss is not None and not server.opened.local.client_states(1)
+    assert reply.loss is not None and not server.opened.local_clients.client_states(1)
     with pytest.raises(UserError, match=r"engine.clients_per_forward = 2: Layer 'bert.*engine.clients_per_forward = 1"):
         open_server(set_all(tiny_config, engine={"clients_per_forward": 2}))
     assert choice(open_server(set_all(tiny_config, engine={"clients_per_forward": 1}))) == (1, "as asked")
@@ -295,6 +295,6 @@ def test_moments_are_kept_only_where_asked(tiny_config: dict[str, Any]) -> None:
         server, state = started(set_all(tiny_config, train=train))
         for round in (1, 2):
             state = server.run_round(state).state
-            states = server.opened.local.client_states(round)
+            states = server.opened.local_clients.client_states(round)
             assert set(states) == ({client.name for client in server.clients} if persist else set())
             assert all(float(own["optimizer/steps"]) == 3 * round for own in states.values())

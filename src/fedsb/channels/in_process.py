@@ -42,6 +42,7 @@ def open_in_process(config: Config, method: Method, run: str) -> OpenedFederatio
     tokenizer = load_tokenizer(config.model)
     data = open_data(config, tokenizer)
     pooled = method.spec.pools_data
+    # With all data in one place, one client does the work of all that take part.
     local = local_training(config, clients=len(data.participants) if pooled else 1)
     trainer = Trainer(config, method, tokenizer, data.task, local)
     trainer.check_rows(data.test)
@@ -58,7 +59,7 @@ def open_in_process(config: Config, method: Method, run: str) -> OpenedFederatio
         trainer=trainer,
         directory=channel.directory if config.server.secure_aggregation else {},
         settings=(setting,),
-        local=channel,
+        local_clients=channel,
     )
 
 
@@ -89,18 +90,19 @@ class InProcessChannel:
             self._keys = {name: Ed25519PrivateKey.generate() for name in self._prepared}
         return {name: key.public_key().public_bytes_raw() for name, key in self._keys.items()}
 
-    def start(self, policy: PrivacyPolicy, sums: Any, states: ClientStates) -> None:
+    def start(self, policy: PrivacyPolicy, secure_sums: Any, states: ClientStates) -> None:
         rows = {name: client.data.rows for name, client in self._prepared.items()}
         for name, client in self._prepared.items():
             store, secagg = ClientStore(states.get(name)), None
-            if sums is not None:
+            if secure_sums is not None:
                 from fedsb.client.secure_sum import Identity, SecAggSession
 
                 identity = Identity(name=name, key=self._keys[name], directory=self.directory)
-                secagg = SecAggSession(sums, store, identity)
+                secagg = SecAggSession(secure_sums, store, identity)
             self._started[name] = client.start(rows, store, policy, secagg)
 
     def resume(self, state: State) -> None:
+        """Gives every client the shared state after the last finished round, as if it had received its broadcast."""
         view = ClientView(state.shared, state.client_view, state.round)
         for client in self._started.values():
             client.store.save_start(view, state.round)
@@ -113,6 +115,7 @@ class InProcessChannel:
         return found
 
     def client_model(self, method: Method, state: State, client: str) -> Tensors:
+        """Returns a client's model: the global one, or its own if the method has no global model."""
         if method.spec.global_model or client not in self._started:
             return method.model(state)
         own = self._started[client].store.client_state(state.accepted.get(client, 0))
@@ -121,12 +124,12 @@ class InProcessChannel:
     def exchange(
         self, requests: Mapping[str, Request[Any]], timeout_s: float | None = None
     ) -> Iterator[tuple[str, Reply | NoResponse]]:
-        """Answers in this process. What a client raises ends the run."""
+        """Answers the requests. An exception in a client ends the run; `timeout_s` has no effect."""
         training = {name: request for name, request in requests.items() if isinstance(request, Train)}
         yield from self._train(training)
         for name, request in requests.items():
             if isinstance(request, Start):
-                yield name, StartReply(shared=self._started[name].shared.derive())
+                yield name, StartReply(shared=self._started[name].shared_state.derive())
             elif isinstance(request, Finish):
                 yield name, self._finish(name, request)
             elif not isinstance(request, Train):
@@ -136,17 +139,19 @@ class InProcessChannel:
         """Trains clients of one rank together, `clients_per_forward` at a time."""
         begun: dict[str, LocalRound] = {}
         for name, request in requests.items():
-            round = self._started[name].begin(request)
-            if isinstance(round, LocalRound):
-                begun[name] = round
+            local_round = self._started[name].begin(request)
+            if isinstance(local_round, LocalRound):
+                begun[name] = local_round  # never done already: in one process a client stores no answers
             else:
-                yield name, round
+                yield name, local_round
         for rank in dict.fromkeys(requests[name].total_rank for name in begun):
             alike = [name for name in begun if requests[name].total_rank == rank]
             for first in range(0, len(alike), self.clients_per_forward):
                 group = alike[first : first + self.clients_per_forward]
-                shared, policy = begun[group[0]].shared, self._started[group[0]].policy
-                trained = self._trainer.train([begun[n].training for n in group], shared.method, shared.round, policy)
+                client_round, policy = begun[group[0]].client_round, self._started[group[0]].policy
+                trained = self._trainer.train(
+                    [begun[n].training for n in group], client_round.method, client_round.round, policy
+                )
                 for name, client in zip(group, trained, strict=True):
                     yield name, self._started[name].finish(begun.pop(name), client)
 

@@ -6,7 +6,8 @@ A client passes through three stages, each a type of its own:
     PreparedClient    has the classes, its tokenised rows and the base model
     StartedClient     has its privacy policy and ledger in force, and answers the requests of rounds
 
-In one process all clients share one trainer and one memo, so that equal results are computed once. On a site the
+In one process the tables of all clients are opened together, so a client begins as PreparedClient, and all share one
+trainer and one memo, so that equal results are computed once. On a site the
 handler (handler.py) applies the site's policy before each request and saves the state after it.
 """
 
@@ -54,7 +55,7 @@ from fedsb.training.joint import ClientTraining
 from fedsb.training.trainer import Trainer
 from fedsb.utils.errors import RefusalError
 
-CheckUpload = Callable[[Payload, int], None]
+CheckUpload = Callable[[Payload, int], None]  # of the update and its size in bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,8 +93,8 @@ class PreparedClient:
     data: ClientData
     trainer: Trainer
     memo: Memo
-    cut: int = 0
-    unused: int = 0
+    cut: int = 0  # rows that were shortened to the model's maximum length
+    unused: int = 0  # rows that are too short or too long for the task
 
     def check_rows(self, rows: Mapping[str, int]) -> None:
         """Raises RefusalError if the server states a wrong number of rows for this client."""
@@ -114,10 +115,10 @@ class PreparedClient:
         """Returns the client with its policy in force.
 
         Args:
-            rows: those of every client.
+            rows: the number of rows of each client, by name.
             check_upload: raises RefusalError for an update that must not leave.
         """
-        shared = ClientSharedState(
+        shared_state = ClientSharedState(
             run=self.run,
             data=self.data,
             trainer=self.trainer,
@@ -133,7 +134,7 @@ class PreparedClient:
             memo=self.memo,
             store=store,
             policy=policy,
-            shared=shared,
+            shared_state=shared_state,
             secagg=secagg,
             check_upload=check_upload,
         )
@@ -143,12 +144,12 @@ class PreparedClient:
 class LocalRound:
     """A client's part of a round, between the broadcast and its training."""
 
-    shared: ClientRound
+    client_round: ClientRound
     training: ClientTraining
     client_state: Tensors  # before the round
-    state_round: int
-    score: bool
-    done: StoredRound | None = None  # where this client has already answered this broadcast
+    state_round: int  # the round after which client_state was stored
+    score: bool  # whether to score the trained model on the held-out rows
+    done: StoredRound | None = None  # the stored answer, if this client has already answered this broadcast
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +162,7 @@ class StartedClient:
     memo: Memo
     store: ClientStore
     policy: PrivacyPolicy
-    shared: ClientSharedState
+    shared_state: ClientSharedState
     secagg: SecAggSession | None
     check_upload: CheckUpload
 
@@ -177,13 +178,13 @@ class StartedClient:
         """Answers one request of a run that has started."""
         match request:
             case BasisGradient():
-                return self.shared.basis_gradient(request)
+                return self.shared_state.basis_gradient(request)
             case SetBasis():
-                return SetBasisReply(shared=self.shared.set_basis(request))
+                return SetBasisReply(shared=self.shared_state.set_basis(request))
             case SetShared():
-                return SetSharedReply(shared=self.shared.set_shared(unpack(request.payload).tensors))
+                return SetSharedReply(shared=self.shared_state.set_shared(unpack(request.payload).tensors))
             case Refresh():
-                return RefreshReply(shared=self.shared.refresh(request))
+                return RefreshReply(shared=self.shared_state.refresh(request))
             case Train():
                 return self.train(request)
             case SecAggPhase():
@@ -199,7 +200,9 @@ class StartedClient:
             return begun
         if begun.done is not None:
             return self._reply(begun, begun.done)
-        (trained,) = self.trainer.train([begun.training], begun.shared.method, begun.shared.round, self.policy)
+        (trained,) = self.trainer.train(
+            [begun.training], begun.client_round.method, begun.client_round.round, self.policy
+        )
         return self.finish(begun, trained)
 
     def begin(self, request: Train) -> LocalRound | Stale:
@@ -211,18 +214,18 @@ class StartedClient:
         payload = self.memo.get(("payload", request.payload), lambda: unpack(request.payload))
         if not 0 <= payload.round < self.config.rounds:
             raise RefusalError(f"Round {payload.round + 1} of a run of {self.config.rounds} rounds.")
-        shared = self._receive(payload, request)
-        if shared is None:
-            return Stale(shared=self.shared.start_view().hash)
+        client_round = self._receive(payload, request)
+        if client_round is None:
+            return Stale(shared=self.shared_state.start_view().hash)
         state = self.store.client_state(request.state_round)
         with fitting():
-            tensors = shared.start(state)
+            tensors = client_round.start(state)
         training = ClientTraining(
             name=self.data.name, examples=self.data.train, tensors=tensors, moments=within("optimizer", state)
         )
-        done = self._answered(shared, request.total_rank)
+        done = self._answered(client_round, request.total_rank)
         return LocalRound(
-            shared=shared,
+            client_round=client_round,
             training=training,
             client_state=state,
             state_round=request.state_round,
@@ -232,33 +235,33 @@ class StartedClient:
 
     def finish(self, begun: LocalRound, trained: ClientTraining) -> TrainReply:
         """Makes the update of a trained client, and stores what the client keeps."""
-        shared = begun.shared
-        method, name = shared.method, self.data.name
-        sent, own = method.upload(begun.training.tensors, trained.tensors, shared.round)
-        sent = self.policy.clip_update(sent, shared.baseline)
-        vector = shared.layout.flatten(sent).numpy()
+        client_round = begun.client_round
+        method, name = client_round.method, self.data.name
+        sent, own = method.upload(begun.training.tensors, trained.tensors, client_round.round)
+        sent = self.policy.clip_update(sent, client_round.baseline)
+        vector = client_round.layout.flatten(sent).numpy()
         payload = Payload(
             kind="update",
             run=self.run,
-            round=shared.round,
+            round=client_round.round,
             client=name,
             samples=self.data.rows,
-            basis=shared.shared_hash,
-            layout=shared.layout,
+            basis=client_round.shared_hash,
+            layout=client_round.layout,
             vector=vector,
         )
         compressor = build_compressor(self.config, self.method, self.run)
-        data, feedback = compressor.update(method, payload, shared.baseline_vector, begun.client_state)
+        data, feedback = compressor.update(method, payload, client_round.baseline_vector, begun.client_state)
         keeps = self.trainer.local.keep_optimizer
         state = under("method", own) | (under("optimizer", trained.moments) if keeps else {}) | feedback
         scored = begun.score and self.data.held_out and self.policy.may_release("scores")
         done = StoredRound(
             payload=data,
             loss=trained.loss,
-            change=None if self.secagg is None else vector - shared.baseline_vector,
+            change=None if self.secagg is None else vector - client_round.baseline_vector,
             score=self.trainer.evaluate(trained.tensors, self.data.held_out).value if scored else None,
         )
-        self.store.save_round(shared, state, done, begun.state_round)
+        self.store.save_round(client_round, state, done, begun.state_round)
         return self._reply(begun, done)
 
     def secagg_phase(self, request: SecAggPhase) -> SecAggReply:
@@ -270,7 +273,7 @@ class StartedClient:
     def final_tensors(self, payload: Payload) -> Tensors:
         """Returns the final model's tensors from the last broadcast."""
         message = payload.tensors
-        shared = self.method.update_shared(self.shared.start_view().shared, message)
+        shared = self.method.update_shared(self.shared_state.start_view().shared, message)
         with fitting():
             tensors = self.method.init_client(shared, message, {}, payload.round)
             self._check_tensors(tensors)
@@ -285,14 +288,15 @@ class StartedClient:
         if self.secagg is None:
             return TrainReply(loss=loss, score=score, parts=(done.payload,))
         assert done.change is not None
-        left = self.secagg.enter(begun.shared, done.change)
+        # The change stays here, for the masked sum; `left` says why, if it does not go into it.
+        left = self.secagg.enter(begun.client_round, done.change)
         return TrainReply(loss=loss, score=score, left=left)
 
     def _receive(self, payload: Payload, request: Train) -> ClientRound | None:
         lossy = build_compressor(self.config, self.method, self.run).codec != "float32"
         view = self.store.view(payload.round)
         if view is None:
-            view = self.shared.start_view()
+            view = self.shared_state.start_view()
             if view.needs_whole(payload):
                 return None
 
@@ -307,12 +311,15 @@ class StartedClient:
         with fitting():
             return self.memo.get(("round", view, request.payload, request.total_rank), receive)
 
-    def _answered(self, shared: ClientRound, total_rank: int | None) -> StoredRound | None:
-        """Returns the stored answer to this broadcast. Raises RefusalError if the round was done for another one: a
-        second update of the same rows would let a coordinator compare the two."""
+    def _answered(self, client_round: ClientRound, total_rank: int | None) -> StoredRound | None:
+        """Returns the stored answer to this broadcast. None: there is none yet; an interrupted round is trained again.
+
+        Raises RefusalError if the round was done for another broadcast: a second update of the same rows would let a
+        coordinator compare the two.
+        """
         if not self.store.keeps_answers:
             return None
-        round, received = shared.round, f"{shared.broadcast_hash} {total_rank}"
+        round, received = client_round.round, f"{client_round.broadcast_hash} {total_rank}"
         if (known := self.store.answered(round)) is None:
             self.store.save_answered(round, received)
             return None

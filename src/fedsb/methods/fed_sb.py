@@ -1,16 +1,19 @@
-"""Fed-SB: clients send only the core R, and its plain average is exact.
+"""Fed-SB: of the adapter, clients send only the core R. The weighted average of the cores is exact.
 
     W = W0 + s B R A        client k trains R_k, starting from the shared R;   R <- sum_k p_k R_k
+
+W0 is the frozen weight, s the fixed scale of the adapter, and p_k the weight of client k, with sum_k p_k = 1.
 
 Paper: "Fed-SB: A Silver Bullet for Extreme Communication Efficiency and Performance in (Private) Federated LoRA
 Fine-Tuning", Singhal et al., arXiv 2502.15436. The basis is that of LoRA-SB (Ponkshe et al., arXiv 2411.19557) or any
 other basis of adapters/basis.py.
 
 Shapes, per layer: B (m, h r) and A (h r, n), frozen and shared; R (h, r, r), with h = `blocks`, 1 in the paper.
-What travels: R, up and down: h r^2 values, independent of m, n and the number of clients. B and A are sent once, if a
-client cannot compute them itself. Exact, since B and A are shared: sum p_k B R_k A = B (sum p_k R_k) A.
-Mixed ranks: a client of rank r_k trains the leading r_k x r_k corner, and each entry is averaged over the clients that
-sent it. This is exact only if all ranks are equal.
+What travels: R, up and down: h r^2 values per layer, independent of m, n and the number of clients, and a trained
+head. B and A are sent once, if a client cannot compute them itself. Exact, since B and A are shared:
+sum p_k B R_k A = B (sum p_k R_k) A.
+Mixed ranks: a client of rank r_k per block trains the leading r_k x r_k corner of each, and each entry is averaged
+over the clients that sent it. This is exact only if all ranks are equal.
 Limits: the update stays in the span of the basis. With a bad basis, a low rank learns little.
 """
 
@@ -35,7 +38,7 @@ class FedSB(Method):
         exact=True,
         secagg_compatible=True,
         mixed_ranks=True,
-        dp_noise="linear",
+        dp_noise="linear",  # W is linear in R: no product of two noised factors
     )
     rank: Positive = 32
     """Rank r of one core."""

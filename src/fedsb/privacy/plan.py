@@ -1,18 +1,20 @@
-"""One client's privacy plan, made before any work: how much noise is added to which sums, and the resulting epsilon.
+"""A privacy plan, made before any training: which sums get how much noise, and the resulting epsilon.
 
-    sum over the sampled rows (or clients) of clip_C(g)  +  N(0, (sigma C)^2),   then divided by the expected batch
+    sum over the sampled rows (or clients) of clip_C(g)  +  N(0, (sigma C)^2),   then divided by the batch
 
 `example`: DP-SGD (Abadi et al., "Deep Learning with Differential Privacy", CCS 2016, arXiv 1607.00133), where a step
 samples each row with probability q = batch / rows. `client`: DP-FedAvg with uniform weights (McMahan, Ramage, Talwar,
 Zhang, "Learning Differentially Private Recurrent Language Models", ICLR 2018, arXiv 1710.06963), where a round sums
 whole updates. Neighbours differ in one row (or client) whose place is left empty (accounting.py).
 
-A client plans separately, with its own rows and therefore its own sigma, and adds all of its own noise. A row is at one
-client only, so the federation's epsilon is that of the worst client. A person with rows at several clients is not
-covered.
+With `example` each client has a plan of its own, with its own rows and therefore its own sigma, and adds all of its
+noise itself. A row is at one client only, so the federation's epsilon is that of the worst client. A person with rows
+at several clients is not covered. With `client` one plan covers all clients: they clip their updates, and the server
+adds the noise to the sum.
 
 With `client` the noised sum is divided by the number of updates that arrived, which is public: dividing adds nothing
-to epsilon, and which updates arrive is not covered. With m of n updates the noise on the mean is n / m times as large.
+to epsilon, and which updates arrive is not covered. If m of the n
+clients asked reply, the noise on the mean is n / m times as large.
 
 Limits: with `client` there is no amplification by sampling, q = 1: clients are drawn by a public seed.
 """
@@ -30,16 +32,16 @@ from fedsb.utils.errors import ConfigError, UserError
 Unit = Literal["example", "client"]
 DELTA = 1e-5
 CLIPS = (1e-9, 1e9)  # the smallest and the largest clip that float32 gradients resolve
-RISE = 1.1  # factor on the training noise that a private basis may cost
+RISE = 1.1  # with "auto", training noise over what it would be with a basis that reads no private rows
 
 
 @dataclass(frozen=True, kw_only=True)
 class BasisNoise:
     """The noise of a basis made from private rows: a sum before the first round, and again every `every` rounds."""
 
-    clip: float  # L2, over a row's cores of all layers
+    clip: float  # bound on the L2 norm of one row's gradient, over the cores of all layers together
     sigma: float = 0.0
-    q: float = 1.0
+    q: float = 1.0  # sampling rate of the rows of one basis
     every: int | None = None  # rounds between two bases
 
     def release(self, rounds: int) -> Release:
@@ -50,12 +52,12 @@ class BasisNoise:
 
 @dataclass(frozen=True, kw_only=True)
 class PrivacyPlan:
-    """The releases of one client in a run. Raises ConfigError with all faults at once."""
+    """The releases of one client in a run or, with `client`, of the server. Raises ConfigError with all faults."""
 
     unit: Unit
     clip: float  # C, L2 over all trained tensors together
     delta: float
-    batch: int  # expected rows per step, by which their sum is divided; `client`: clients per round
+    batch: int  # expected rows per step, which divides their sum; `client`: clients asked per round
     rows: int  # the client's rows; `client`: the number of clients
     steps: int  # noised sums per round; `client`: 1
     rounds: int
@@ -106,8 +108,9 @@ class PrivacyPlan:
     def share(self, target: float, basis: float | Literal["auto"]) -> tuple[PrivacyPlan, str]:
         """Returns (this plan with sigmas for the basis and for training that together keep the target, the reason).
 
-        A number in (0, 1) gives the basis alone that share of the target. With "auto", training gets a tenth more noise
-        than with a free basis, and the basis gets the least noise that then keeps the target.
+        With a number in (0, 1), the releases of the basis, counted alone, have that part of the target as epsilon, and
+        training gets the least noise with which both together keep the target. With "auto", training gets a tenth more
+        noise than with a basis that reads no private rows, and the basis gets the least noise that keeps the target.
         """
         if self.basis is None:
             raise UserError(
@@ -139,8 +142,10 @@ def default_delta(unit: Unit, rows: Iterable[int]) -> tuple[float, str]:
     """Returns (the delta for clients with these numbers of rows, the reason)."""
     largest = max(rows, default=1)
     if unit == "example" and 1 / (10 * largest) < DELTA:
-        return 1 / (10 * largest), f"a tenth of one over the {largest} rows of the largest client"
-    return DELTA, f"the usual {DELTA:g}" + (f", below a tenth of one over {largest} rows" if unit == "example" else "")
+        return 1 / (10 * largest), f"1 / (10 x {largest}), for the {largest} rows of the largest client"
+    return DELTA, f"the usual {DELTA:g}" + (
+        f", at most 1 / (10 x {largest}) for {largest} rows" if unit == "example" else ""
+    )
 
 
 def worst_client(plans: Mapping[str, PrivacyPlan], rounds: Mapping[str, int] | None = None) -> tuple[str, float]:
@@ -178,7 +183,7 @@ def _faults(plan: PrivacyPlan) -> Iterable[str]:
     if not 0 <= plan.sigma < math.inf:
         yield f"sigma = {plan.sigma} is invalid. A noise multiplier is finite and at least 0."
     if plan.rows < 1 or not 1 <= plan.batch <= plan.rows:
-        yield f"an expected batch of {plan.batch} from {plan.rows} {who} is impossible. Set it from 1 to all of them."
+        yield f"an expected batch of {plan.batch} from {plan.rows} {who} is impossible. Set it from 1 to {plan.rows}."
     if not 0 < plan.delta < 1:
         yield f"delta = {plan.delta} is invalid. It must be a probability in (0, 1)."
     elif plan.delta * plan.rows >= 1:
@@ -187,7 +192,9 @@ def _faults(plan: PrivacyPlan) -> Iterable[str]:
             f"as private. Set it to at most a tenth of 1/{plan.rows}, {1 / (10 * plan.rows):.1g}."
         )
     if plan.steps < 0 or (client and plan.steps != 1):
-        yield f"steps = {plan.steps} is invalid. " + ("A round releases one sum." if client else "It is at least 0.")
+        yield f"steps = {plan.steps} is invalid. " + (
+            "With unit = 'client' a round has one noised sum: set it to 1." if client else "It is at least 0."
+        )
     if plan.rounds < 0:
         yield f"rounds = {plan.rounds} is invalid. It is at least 0."
     if basis and not (CLIPS[0] <= basis.clip <= CLIPS[1] and 0 <= basis.sigma < math.inf and 0 < basis.q <= 1):

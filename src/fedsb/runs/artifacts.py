@@ -169,7 +169,7 @@ def export(server: Server, state: State, record: Record) -> tuple[Path, UserErro
     and its trained tensors are on disk.
     """
     folder, method = record.folder / "adapter", server.method
-    own = server.opened.local.client_model
+    own = server.opened.local_clients.client_model
     models = (
         {folder: method.model(state)}
         if method.spec.global_model

@@ -59,7 +59,7 @@ def audit(
     refused: UnsafeReleaseError | None = None
     with closing(server.policy):
         server.policy.open_ledgers(folder, run, new=True)
-        opened.local.start(server.policy, server.secure_sums, {})
+        opened.local_clients.start(server.policy, server.secure_sums, {})
         mechanism = server.policy.mechanisms[name]
         planted = Canaries(canaries, mechanism.noise, config.seed)
         server.policy.mechanisms[name] = watched = audited(mechanism, planted)

@@ -136,11 +136,11 @@ def _run(resolved: ResolvedConfig, opened: OpenedFederation, record: Record, dis
         tables = _check_same(server, record)
         state = record.latest()
         server.policy.open_ledgers(record.folder, record.run, new=state is None)
-        opened.local.start(server.policy, server.secure_sums, record.client_states(state))
+        opened.local_clients.start(server.policy, server.secure_sums, record.client_states(state))
         if state is None:
             state = _start(server, record, settings, tables, display)
         else:
-            opened.local.resume(state)
+            opened.local_clients.resume(state)
         for skipped in record.skipped:
             display.note(skipped)
         record.roll_back(state.round)
@@ -155,7 +155,9 @@ def _run(resolved: ResolvedConfig, opened: OpenedFederation, record: Record, dis
                 clients = score_clients(server, state) if due and config.eval.gap else {}
                 row = round_row(result, score, clients, time.monotonic() - started, server.policy)
                 with interrupts.hold():
-                    record.commit(result, row, opened.local.client_states(state.round), keep=config.keep_checkpoints)
+                    record.commit(
+                        result, row, opened.local_clients.client_states(state.round), keep=config.keep_checkpoints
+                    )
                 display.round(row, config.rounds)
         except PrivacyBudgetExceededError as spent:
             if state.round == 0:
@@ -184,8 +186,8 @@ def _show_start(resolved: ResolvedConfig, server: Server, display: Display) -> l
 def _check_same(server: Server, record: Record) -> dict[str, Any]:
     """Returns the facts of the tables. Raises UserError if a run would resume with different data or a different
     model."""
-    own_rows = server.policy and server.channel.spec.holds_rows  # a site keys the fingerprint of its own
-    tables = record.keyed(server.data.tables) if own_rows else dict(server.data.tables)
+    holds_private_rows = server.policy and server.channel.spec.holds_rows  # else each site keys its own fingerprints
+    tables = record.keyed(server.data.tables) if holds_private_rows else dict(server.data.tables)
     record.check_same(tables, server.trainer.base.fingerprint)
     return tables
 
@@ -195,7 +197,8 @@ def _start(
 ) -> State:
     """Starts the clients, makes the basis, and writes the first checkpoint.
 
-    Raises PrivacyBudgetExceededError with advice for a run that was stopped while its basis was made from private rows.
+    Raises PrivacyBudgetExceededError, with advice, if the epsilon does not suffice: what an earlier start released, that
+    was stopped while it made a basis from private rows, stays charged.
     """
     try:
         state, basis, traffic = server.start()

@@ -18,7 +18,7 @@ def score_global(server: Server, state: State) -> Score | None:
         score = server.trainer.evaluate(method.model(state), data.test)
         hides = policy and not data.test_is_public  # how many private rows each class has
         return replace(score, confusion=None) if hides else score
-    own = server.opened.local.client_model
+    own = server.opened.local_clients.client_model
     return mean_of({c.name: server.trainer.evaluate(own(method, state, c.name), data.test) for c in server.clients})
 
 
@@ -31,7 +31,7 @@ def score_clients(server: Server, state: State) -> dict[str, Score]:
     method = server.method
     if not server.channel.spec.holds_rows or not server.policy.may_release("scores"):
         return {}
-    own = server.opened.local.client_model
+    own = server.opened.local_clients.client_model
     return {
         c.name: server.trainer.evaluate(own(method, state, c.name), c.held_out)
         for c in server.data.clients

@@ -34,7 +34,7 @@ ClientStates = Mapping[str, Mapping[int, Tensors]]  # client -> round -> its own
 class LocalClients(Protocol):
     """The clients in the server's process, whose state is stored with the run."""
 
-    def start(self, policy: PrivacyPolicy, sums: SecureSums | None, states: ClientStates) -> None:
+    def start(self, policy: PrivacyPolicy, secure_sums: SecureSums | None, states: ClientStates) -> None:
         """Puts the run's policy in force; `states` are the clients' own, by round, of a run that is resumed."""
 
     def resume(self, state: State) -> None:
@@ -52,7 +52,7 @@ class LocalClients(Protocol):
 class NoLocalClients:
     """A federation without clients in this process. Remote clients keep their own state."""
 
-    def start(self, policy: PrivacyPolicy, sums: SecureSums | None, states: ClientStates) -> None:
+    def start(self, policy: PrivacyPolicy, secure_sums: SecureSums | None, states: ClientStates) -> None:
         pass
 
     def resume(self, state: State) -> None:
@@ -74,7 +74,7 @@ class OpenedFederation:
         data: the card, the task, the test rows; in a simulation also the clients' rows.
         trainer: the server's own model, to score and to export; in one process the clients share it.
         directory: each client's public key, for secure aggregation.
-        local: the clients in this process.
+        local_clients: the clients in this process.
     """
 
     channel: Channel
@@ -83,7 +83,7 @@ class OpenedFederation:
     trainer: Trainer
     directory: Mapping[str, bytes] = field(default_factory=dict)
     settings: tuple[ResolvedSetting, ...] = ()
-    local: LocalClients = field(default_factory=NoLocalClients)
+    local_clients: LocalClients = field(default_factory=NoLocalClients)
 
 
 def open_sites(
