@@ -182,7 +182,7 @@ def _show_start(resolved: ResolvedConfig, server: Server, display: Display) -> l
 
 
 def _check_same(server: Server, record: Record) -> dict[str, Any]:
-    """Returns the facts of the tables. Raises UserError if a run would resume with different data or a different model."""
+    """Returns the facts of the tables. Raises UserError if a run would resume with different data or model."""
     own_rows = server.policy and server.channel.spec.holds_rows  # a site keys the fingerprint of its own
     tables = record.keyed(server.data.tables) if own_rows else dict(server.data.tables)
     record.check_same(tables, server.trainer.base.fingerprint)

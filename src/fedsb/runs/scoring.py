@@ -23,7 +23,7 @@ def score_global(server: Server, state: State) -> Score | None:
 
 
 def score_clients(server: Server, state: State) -> dict[str, Score]:
-    """Returns the metric on each client's held-out rows, by its own model or the global one, if this process has the rows.
+    """Returns the metric on each client's held-out rows, of its own or the global model.
 
     Clients that never take part are included.
     """
