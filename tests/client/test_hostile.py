@@ -436,7 +436,7 @@ def test_a_column_without_classes_is_told_by_nobody(settings: Settings, tmp_path
 def test_rows_are_not_counted_by_other_columns(settings: Settings, tmp_path: Path) -> None:
     world = Hostile(tmp_path)
     assert world.describe("a", settings(data={"exclude": {"label": "red"}})).rows < 30
-    with pytest.raises(RefusalError, match=r"data.exclude = text: how many rows are left would tell"):
+    with pytest.raises(RefusalError, match=r"data.exclude = text: the number of remaining rows would leak"):
         world.describe("a", settings(data={"exclude": {"text": "red1 red2"}}))
 
 
@@ -452,8 +452,8 @@ def test_no_sums_but_of_a_core_basis(changes: dict[str, Any], settings: Settings
     ("changes", "said"),
     [
         ({"basis": {"kind": "core"}, **SUMS}, "every client sends the server something of its own"),
-        ({"basis": {"kind": "core"}, **CLIENT, "server": {"weighting": "uniform"}}, "looks at private rows"),
-        ({**EXAMPLE, "train": {"dropout": 0.1}}, "train.dropout: not in a private run"),
+        ({"basis": {"kind": "core"}, **CLIENT, "server": {"weighting": "uniform"}}, "reads private rows"),
+        ({**EXAMPLE, "train": {"dropout": 0.1}}, "train.dropout = 0.1 is not supported in a private run"),
         ({"basis": {"kind": "update-pooled"}}, "pools raw rows"),
     ],
 )

@@ -26,7 +26,7 @@ def check_site(folder: Path, config: str | None) -> Iterator[str]:
     yield f"site.toml: rules {allowed or 'none, so all is allowed'}"
     yield from _rows(folder, site, config)
     check_tls(join.address, join.ca)
-    yield f"public port: {join.address} has a certificate of this federation"
+    yield f"public port: {join.address} shows a certificate of this federation"
 
 
 def _rows(folder: Path, site: SiteConfig, config: str | None) -> Iterator[str]:
