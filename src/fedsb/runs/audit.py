@@ -1,13 +1,8 @@
 """Audits a private configuration with its real data, model, plan and noise, in a run that is discarded.
 
-<<<<<<< HEAD
 One client is trained with canaries among its rows (training/privacy_audit.py), and its releases are compared with
 its epsilon.
 The other clients are left out, because they do not affect the privacy of this one.
-=======
-One client is trained with canaries among its rows (training/privacy_audit.py), and its releases are compared with its
-epsilon. The other clients are left out, because they do not affect the privacy of this one.
->>>>>>> house-lang
 """
 
 from __future__ import annotations

@@ -184,16 +184,10 @@ def _show_start(resolved: ResolvedConfig, server: Server, display: Display) -> l
 
 
 def _check_same(server: Server, record: Record) -> dict[str, Any]:
-<<<<<<< HEAD
     """Returns the facts of the tables. Raises UserError if a run would resume with different data or a different
     model."""
     holds_private_rows = server.policy and server.channel.spec.holds_rows  # else each site keys its own fingerprints
     tables = record.keyed(server.data.tables) if holds_private_rows else dict(server.data.tables)
-=======
-    """Returns the facts of the tables. Raises UserError if a run would resume with different data or model."""
-    own_rows = server.policy and server.channel.spec.holds_rows  # a site keys the fingerprint of its own
-    tables = record.keyed(server.data.tables) if own_rows else dict(server.data.tables)
->>>>>>> house-lang
     record.check_same(tables, server.trainer.base.fingerprint)
     return tables
 
