@@ -329,7 +329,7 @@ def test_tuning_rows_are_training_rows_that_are_not_trained_on(tiny_config: dict
     config = set_all(tiny_config, data={**data, "validation_fraction": 0.25})
     tuned = open_data(load_config(config).config, tokenizer)
     whole = open_data(load_config(set_all(config, data={"train": data["train"]})).config, tokenizer)
-    assert tuned.test_description == "0.25 of the training rows of all who take part, which are not trained on"
+    assert tuned.test_description == "0.25 of the training rows of all participants, which are not trained on"
     assert list(tuned.tables) == ["train"], "the test rows are not even read"
     scored = {str(example) for example in tuned.test}
     for site, same in zip(tuned.clients, whole.clients, strict=True):

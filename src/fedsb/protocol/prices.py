@@ -39,7 +39,7 @@ class Price:
 
 @dataclass(frozen=True, kw_only=True)
 class PricedRun:
-    """What the price of a run depends on beside its method.
+    """A run to be priced, apart from its method.
 
     Args:
         head: values of the task head.
@@ -57,7 +57,7 @@ class PricedRun:
 
 @dataclass(frozen=True, kw_only=True)
 class PricedBasis:
-    """What is sent for the basis.
+    """The messages that are sent for the basis.
 
     Args:
         up, down: values that one client sends and receives.

@@ -197,8 +197,8 @@ def _start(
 ) -> State:
     """Starts the clients, makes the basis, and writes the first checkpoint.
 
-    Raises PrivacyBudgetExceededError, with advice, if the epsilon does not suffice: what an earlier start released, that
-    was stopped while it made a basis from private rows, stays charged.
+    Raises PrivacyBudgetExceededError, with advice, if the epsilon does not suffice. An earlier start that was stopped
+    while it made a basis from private rows stays charged.
     """
     try:
         state, basis, traffic = server.start()
