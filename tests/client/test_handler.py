@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fedsb.client import handler as handle_module
+from fedsb.client import checks
 from fedsb.client.policy import fingerprint, load_site
 from fedsb.config.load import load_config
 from fedsb.privacy.ledger import read_ledger
@@ -144,7 +144,7 @@ def test_a_client_as_the_unit(tiny_config: dict[str, Any], tmp_path: Path, secur
 def test_other_versions_are_refused(
     tiny_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(handle_module, "versions", lambda: {"fedsb": "0.0.1", "torch": "1.0", "transformers": "5.0"})
+    monkeypatch.setattr(checks, "versions", lambda: {"fedsb": "0.0.1", "torch": "1.0", "transformers": "5.0"})
     with pytest.raises(RunError, match=r"fedsb 0.0.1 here, .* at the coordinator; torch 1.0 here"):
         run(tiny_config, federation(tmp_path))
 

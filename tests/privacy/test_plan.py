@@ -209,7 +209,7 @@ def test_signal_to_noise() -> None:
         (PLAN, {"batch": 0}, "an expected batch of 0"),
         (PLAN, {"rows": 0}, "an expected batch of 64 from 0 rows"),
         (PLAN, {"steps": -1}, "steps = -1"),
-        (CLIENTS, {"steps": 2}, "steps = 2 is invalid. A round releases one sum"),
+        (CLIENTS, {"steps": 2}, "steps = 2 is invalid. With unit = 'client' a round has one noised sum"),
         (PLAN, {"rounds": -1}, "rounds = -1"),
         (PLAN, {"basis": BasisNoise(clip=0.0)}, "clip=0.0"),
         (PLAN, {"basis": BasisNoise(clip=math.inf)}, "clip=inf"),

@@ -244,7 +244,7 @@ def test_a_model_whose_rows_cannot_be_routed_trains_one_client_at_a_time(
     server, state = started(tiny_config)
     value, reason = choice(server)
     assert value == server.channel.clients_per_forward == 1
-    assert reason.startswith("auto: Layer 'bert.encoder.layer.0.intermediate.dense' sees")
+    assert reason.startswith("auto: Layer 'bert.encoder.layer.0.intermediate.dense' receives")
     (reply,) = replies_of(server, state, [server.clients[0].name]).values()
     assert reply.loss is not None and not server.opened.local_clients.client_states(1)
     with pytest.raises(UserError, match=r"engine.clients_per_forward = 2: Layer 'bert.*engine.clients_per_forward = 1"):
@@ -255,7 +255,7 @@ def test_a_model_whose_rows_cannot_be_routed_trains_one_client_at_a_time(
 def test_opt_flattens_its_rows(tiny_config: dict[str, Any], tiny_opt: Path) -> None:
     config = set_all(tiny_config, model={"name": str(tiny_opt), "max_seq_length": 16}, task={"kind": "text"})
     value, reason = choice(open_server(config))
-    assert value == 1 and "'model.decoder.layers.0.fc1' sees 32 rows where the batch has 2" in reason
+    assert value == 1 and "'model.decoder.layers.0.fc1' receives 32 rows, and the batch has 2" in reason
     attention = {"name": str(tiny_opt), "max_seq_length": 16, "target_modules": ["q_proj", "v_proj"]}
     assert choice(open_server(set_all(config, model=attention)))[0] == 64  # its attention does not
 

@@ -68,7 +68,7 @@ def test_rows_that_cannot_be_routed_are_protected_one_by_one(
     """Their layers flatten rows into tokens: each row gets a forward of its own, and what is charged is trained."""
     model = made(model_type, LM if kind == "text" else CLASSIFIER)
     config = on(tiny_config, model, kind, privacy=PRIVATE)
-    assert "sees" in str(found(config).unroutable)
+    assert "receives" in str(found(config).unroutable)
     result = federate(load_config(config))
     rows = [json.loads(line) for line in (result.folder / "rounds.jsonl").read_text().splitlines()]
     assert len(rows) == 3 and rows[-1]["epsilon"] > 0
@@ -264,7 +264,7 @@ def test_a_rotary_model_beyond_its_positions_is_a_warning(tiny_config: dict[str,
     model = {"name": str(made("llama", LM)), "max_seq_length": 2 * POSITIONS}
     server = open_server(set_all(tiny_config, model=model, task={"kind": "text"}))
     reason = next(choice.reason for choice in server.settings if choice.key == "model.max_seq_length")
-    assert reason == f"warning: the model was made for {POSITIONS} positions; longer rows may be read badly"
+    assert reason == f"warning: the model was trained for {POSITIONS} positions; it may read longer rows badly"
 
 
 def test_a_padding_token_that_only_the_tokenizer_has_is_replaced(tiny_config: dict[str, Any], tmp_path: Path) -> None:
@@ -367,7 +367,7 @@ def test_check_without_weights_says_what_it_could_not_try(
     said = cli("check", write_toml(tmp_path / "my.toml", on(tiny_config, folder)), "--json")
     assert said.code == 0
     assert (
-        f"whether the model passes the probes that a run makes first: the weights of {folder} are not here"
+        f"whether the model passes the preflight of a run: the weights of {folder} are not on this machine"
         in (json.loads(said.out)["unknown"])
     )
 
@@ -404,7 +404,7 @@ def test_a_checkpoint_in_4_bits_trains_and_merges_or_says_why_not(
 
     config = on(tiny_config, quantised(made, tmp_path, load_in_4bit=True, bnb_4bit_quant_type="nf4"), "text", rounds=1)
     folder = federate(load_config(config)).folder
-    with pytest.raises(UserError, match=r"are stored quantised, and an adapter is merged into unquantised ones only"):
+    with pytest.raises(UserError, match=r"are quantised, and an adapter can be merged into unquantised weights only"):
         export_to(folder, str(tmp_path / "merged"), merged=True)
 
 
