@@ -41,8 +41,8 @@ from transformers import (
     T5ForSequenceClassification,
 )
 
+from fedsb import LoraSBConfig
 from fedsb.adapters import peft_export
-from fedsb.adapters.peft_config import LoraSBConfig
 from fedsb.adapters.peft_export import save_as_lora
 from fedsb.adapters.peft_layer import adapter_layers
 from fedsb.utils.errors import RunError, UserError

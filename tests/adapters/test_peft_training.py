@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fedsb.adapters.peft_config import LoraSBConfig
+from fedsb import LoraSBConfig
 
 STEPS = 3
 

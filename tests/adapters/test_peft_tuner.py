@@ -30,8 +30,8 @@ from transformers import (
 
 import fedsb.adapters.peft_layer
 import fedsb.adapters.peft_tuner
+from fedsb import LoraSBConfig
 from fedsb.adapters.basis import random_pair, truncated_svd, weight_pair
-from fedsb.adapters.peft_config import LoraSBConfig
 from fedsb.adapters.peft_export import save_as_lora, to_lora
 from fedsb.adapters.peft_layer import LoraSBLinear, adapter_layers
 from fedsb.adapters.peft_update import single_samples, update_basis_

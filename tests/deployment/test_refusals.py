@@ -19,7 +19,7 @@ from fedsb.deployment.certificates import tls_client
 from fedsb.deployment.coordinate import prepare
 from fedsb.deployment.federation import create_federation, renew
 from fedsb.deployment.flower_client import _raise_if_final
-from fedsb.deployment.worker import serve
+from fedsb.deployment.run import serve
 from fedsb.utils.errors import UserError
 
 

@@ -126,7 +126,8 @@ def test_law_5_resume_is_bit_exact(
         one, other = getattr(states[0], part), getattr(states[1], part)
         assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
     assert bool(states[0].client_view) != facts.changes_base
-    kept = Record.open(whole).client_states(states[0])
+    record = Record.open(whole)
+    kept = record.client_states(record.latest())
     owed = {key for own in kept.values() for state in own.values() for key in state if key.startswith("codec/")}
     assert bool(owed) != facts.rotates_basis
 
