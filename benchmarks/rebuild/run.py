@@ -15,6 +15,7 @@ import platform
 import statistics
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +62,14 @@ def main() -> None:
         }
         print(case, found["cases"][case], flush=True)
         path.write_text(json.dumps(found, indent=1) + "\n")
+        (HERE / "table.md").write_text(table(found["cases"]))
+
+
+def table(cases: Mapping[str, Any]) -> str:
     lines = ["| what | old, s | new, s | new over old |", "|---|---|---|---|"]
-    for case, row in found["cases"].items():
+    for case, row in cases.items():
         lines.append(f"| {CASES[case]} | {row['old']:.3f} | {row['new']:.3f} | {row['ratio']:.2f} |")
-    (HERE / "table.md").write_text("\n".join(lines) + "\n")
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
