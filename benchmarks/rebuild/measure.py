@@ -133,6 +133,7 @@ CLIENTS = 40
 def new_server_step(config: dict[str, Any]) -> Callable[[], Any]:
     from dataclasses import replace
 
+    from fedsb.adapters.basis import basis_hash
     from fedsb.channels.in_process import open_in_process
     from fedsb.config.load import load_config
     from fedsb.methods.averaging import ServerOptimizer
@@ -145,7 +146,7 @@ def new_server_step(config: dict[str, Any]) -> Callable[[], Any]:
     server = Server(resolved, method, "timed", open_in_process(resolved, method, "timed"))
     server.opened.local_clients.start(server.policy, None, {})
     state, _, _ = server.start()
-    rules = update_rules(method, state, resolved.server, "timed", {})
+    rules = update_rules(method, state, resolved.server, "timed", basis_hash(state.shared))
     draw = torch.Generator().manual_seed(0)
     payloads = []
     for k in range(CLIENTS):

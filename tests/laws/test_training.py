@@ -237,7 +237,7 @@ def test_law_7_together_equals_one_after_another(
 def test_law_3_dropping_a_client_equals_running_without_it(tiny_config: dict[str, Any], method: dict[str, Any]) -> None:
     """One of three sends garbage: the others' average is that of a round in which it never was."""
     server, state = started(set_all(tiny_config, method=method))
-    rules = update_rules(server.method, state, server.config.server, "test", {})
+    rules = update_rules(server.method, state, server.config.server, "test", basis_hash(state.shared))
     first, second, third = names(server)
     payloads = {name: reply.payload for name, reply in replies_of(server, state).items()}
     updates, dropped = validate_updates((payloads | {second: b"garbage"}).items(), rules)

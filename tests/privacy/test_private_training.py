@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import set_all
+from fedsb.adapters.basis import basis_hash
 from fedsb.adapters.layout import Layout
 from fedsb.adapters.residual import Tensors
 from fedsb.config.load import load_config
@@ -463,7 +464,9 @@ def test_the_servers_noise_and_the_clients_clip(
     monkeypatch.setattr(setup, "noise_for", lambda client: SeededNoise(0, client))
     server, state = started(of_clients(set_all(tiny_config, method={"name": "fed-sb", "rank": 16})), tmp_path)
     payloads = [(name, reply.payload) for name, reply in replies_of(server, state).items()]
-    updates, _ = validate_updates(payloads, update_rules(server.method, state, server.config.server, "test", {}))
+    updates, _ = validate_updates(
+        payloads, update_rules(server.method, state, server.config.server, "test", basis_hash(state.shared))
+    )
     for update in updates:
         change = torch.cat([(x - state.tensors[key]).flatten() for key, x in update.tensors.items()])
         assert float(change.norm()) == pytest.approx(0.5, rel=1e-4)  # it was longer

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from conftest import Said, labelled_rows, set_all, write_rows
+from fedsb.adapters.basis import basis_hash
 from fedsb.config.load import load_config
 from fedsb.data.sources import load_table
 from fedsb.data.tasks.classification import Classification
@@ -373,7 +374,9 @@ def test_the_mean_is_over_the_updates_that_arrived(
     )
     server, state = started(config, tmp_path)
     payloads = [(name, reply.payload) for name, reply in replies_of(server, state).items()]
-    updates, _ = validate_updates(payloads, update_rules(server.method, state, server.config.server, "test", {}))
+    updates, _ = validate_updates(
+        payloads, update_rules(server.method, state, server.config.server, "test", basis_hash(state.shared))
+    )
     plan = server.policy.plans[setup.SERVER]
     assert (plan.batch, len(updates)) == (3, 3)
     for count in (3, 2):

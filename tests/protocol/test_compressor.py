@@ -56,7 +56,7 @@ def start(name: str, rank: int = 4) -> tuple[Method, State]:
 
 
 def rules_of(method: Method, state: State, codec: Codec) -> UpdateRules:
-    return update_rules(method, state, ServerConfig(codec=codec), "run", {})
+    return update_rules(method, state, ServerConfig(codec=codec), "run", basis_hash(state.shared))
 
 
 def received(

@@ -44,6 +44,8 @@ class AdaptedModel:
         self.scale = scale
         self.routing = Routing()
         model.requires_grad_(False)
+        # Views of a matrix's rows are strided, of which autograd warns; they are written in place all the same.
+        warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
         self._parameters: dict[str, nn.Parameter] = {}  # made once, whatever is loaded into them
         self._placed: dict[str, tuple[Tensor, Tensor]] = {}  # key -> (a tensor elsewhere, its copy on the device)
         self.layers: dict[str, AdaptedLinear] = {}
@@ -99,8 +101,6 @@ class AdaptedModel:
         if odd:
             raise ValueError(f"{len(odd)} tensors do not fit the adapted model: {', '.join(odd[:3])}")
         gradients = gradients or {}
-        # Views of a matrix's rows are strided, of which autograd warns; they are written in place all the same.
-        warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
         for key in needed | optional:
             name, attribute = key.rsplit(".", 1)
             layer = self.layers.get(name) or self.heads[name]

@@ -43,17 +43,17 @@ class ClientView:
         new = message
         if self.rounds == payload.round:
             new = {key: x for key, x in message.items() if not is_delta(key)}
-        now = self._updated(method.update_shared(self.shared, new))
+        now = self.updated(method.update_shared(self.shared, new))
         if now.hash != payload.basis:
             return None
         own = method if total_rank is None else method.at(total_rank)
         view = ClientView(now.shared, {**self.tensors, **message} if lossy else {}, payload.round, now.hash)
         return ClientRound(own, view, message, payload.round, payload.basis)
 
-    def _updated(self, shared: Tensors) -> ClientView:
+    def updated(self, shared: Tensors) -> ClientView:
         """Returns a view with this shared state, whose hash is computed where it has changed."""
-        hashed = {key: x for key, x in shared.items() if not is_residual(key)}
-        same = all(x is self.shared.get(key) for key, x in hashed.items())
+        before, after = ({key: x for key, x in s.items() if not is_residual(key)} for s in (self.shared, shared))
+        same = before.keys() == after.keys() and all(x is before[key] for key, x in after.items())
         return ClientView(shared, known_hash=self.hash if same else None)
 
     def needs_whole(self, payload: Payload) -> bool:

@@ -282,12 +282,12 @@ class StartedClient:
     # --- private ---
 
     def _reply(self, begun: LocalRound, done: StoredRound) -> TrainReply:
-        self.check_upload(unpack(done.payload), len(done.payload))
         loss = finite(done.loss) if self.policy.may_release("loss") else None
         score = finite(done.score) if self.policy.may_release("scores") else None
         if self.secagg is None:
             return TrainReply(loss=loss, score=score, parts=(done.payload,))
         assert done.change is not None
+        self.check_upload(unpack(done.payload), len(done.payload))
         # The change stays here, for the masked sum; `left` says why, if it does not go into it.
         left = self.secagg.enter(begun.client_round, done.change)
         return TrainReply(loss=loss, score=score, left=left)

@@ -142,7 +142,6 @@ def _unpack(data: bytes) -> Payload:
     )
 
 
-@lru_cache(maxsize=4)
 def measure(data: bytes) -> tuple[Layout, int]:
     """Returns (the layout, the bytes of the values), from the header. Raises PayloadError for other bytes."""
     try:
@@ -188,6 +187,7 @@ def _header(data: bytes) -> dict[str, Any]:
     return header
 
 
+@lru_cache(maxsize=16)  # the updates of a round have the same
 def _layout(packed: str) -> Layout:
     """Returns the layout. Every length is checked before it is used."""
     inflate = zlib.decompressobj()

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fedsb.adapters.basis import basis_hash
 from fedsb.client.round import ClientRound, ClientView
 from fedsb.methods.base import State
 from fedsb.protocol.channel import NoResponse
@@ -37,8 +36,9 @@ class ServerRound:
     def __init__(self, server: Server, state: State, view: State, *, missed: frozenset[str], score: bool) -> None:
         self.server, self.state, self.view, self.missed, self.score = server, state, view, missed, score
         self.ranks = {**server.ranks, **state.total_ranks}
-        self.shared_hash = basis_hash(view.shared)
+        self.shared_hash = server.shared_state.hash(view.shared)
         self._payloads: dict[tuple[bool, int | None], bytes] = {}
+        self._requests: dict[tuple[bool, int | None, int], Train] = {}
 
     def payload(self, *, whole: bool, rank: int | None) -> bytes:
         """Returns the broadcast to clients of this rank; those that receive the same share its bytes."""
@@ -103,22 +103,29 @@ class ServerRound:
         yield SUM, found.payload
 
     def _ask(self, clients: Sequence[str], *, whole: bool) -> Iterator[ClientAnswer]:
-        requests, traffic = {}, {}
         server, round = self.server, self.state.round + 1
-        for name in clients:
-            rank = self.ranks.get(name)
-            payload = self.payload(whole=whole or name in self.missed, rank=rank)
-            request = requests[name] = Train(
-                run=server.run,
-                total_rank=rank,
-                state_round=self.state.accepted.get(name, 0),
-                score=self.score,
-                versions=versions(),
-                parts=(payload,),
-            )
-            traffic[name] = server.counter.record(payload, round, name, "down", wire_bytes=request.wire_bytes)
+        requests = {name: self._request(name, whole=whole or name in self.missed) for name in clients}
+        traffic = {
+            name: server.counter.record(request.payload, round, name, "down", wire_bytes=request.wire_bytes)
+            for name, request in requests.items()
+        }
         for name, reply in server.exchange.each(requests, what=f"Round {round}"):
             yield ClientAnswer(name, reply, [traffic[name]])
+
+    def _request(self, name: str, *, whole: bool) -> Train:
+        """Returns the request to a client; clients to whom the same is said share one object, packed once."""
+        rank, state_round = self.ranks.get(name), self.state.accepted.get(name, 0)
+        key = whole, rank, state_round
+        if key not in self._requests:
+            self._requests[key] = Train(
+                run=self.server.run,
+                total_rank=rank,
+                state_round=state_round,
+                score=self.score,
+                versions=versions(),
+                parts=(self.payload(whole=whole, rank=rank),),
+            )
+        return self._requests[key]
 
     def _checked(self, answer: ClientAnswer, replies: Replies) -> ClientReply | None:
         """Returns the reply; None, with the reason in `replies`, for a client that sent nothing to continue with."""

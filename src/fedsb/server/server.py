@@ -133,17 +133,18 @@ class Server:
             missed = frozenset(cohort) - frozenset(schedule.sample(list(self.rows), max(state.round - 1, 0), config))
         view = self.compressor.client_view(method, state)
         replies, in_sum = Replies(), list[str]()
+        round = ServerRound(self, state, view, missed=missed if state.round else frozenset(), score=score)
         rules = update_rules(
             method,
             view,
             settings,
             self.run,
-            self.ranks,
+            round.shared_hash,
+            ranks=round.ranks,
             judge_norms=config.privacy.unit != "client",
             rows=self.rows,
             steps={name: self.local.steps_for(rows) for name, rows in self.rows.items()},
         )
-        round = ServerRound(self, state, view, missed=missed if state.round else frozenset(), score=score)
         answers = round.answers(cohort)
         payloads = round.summed(answers, cohort, replies, in_sum) if self.secure_sums else round.each(answers, replies)
         updates, dropped = validate_updates(payloads, rules, Spool(spool), replies.dropped)

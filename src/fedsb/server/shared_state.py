@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fedsb.adapters.basis import basis_hash
 from fedsb.adapters.residual import Tensors, is_residual
+from fedsb.client.round import ClientView
 from fedsb.protocol.channel import NoResponse
 from fedsb.protocol.messages import SetShared, SetSharedReply, Stale
 from fedsb.protocol.payload import Payload, pack
@@ -20,13 +20,19 @@ class SharedStateSync:
     def __init__(self, exchange: Exchange, counter: TrafficCounter) -> None:
         self._exchange, self._counter = exchange, counter
         self.by_client: dict[str, str | None] = {}  # None: it waits for a basis
+        self._view = ClientView({})  # of the server's state that was hashed last
+
+    def hash(self, shared: Tensors) -> str:
+        """Returns the hash of the server's shared state, computed where it has changed."""
+        self._view = self._view.updated(shared)
+        return self._view.hash
 
     def agree(self, shared: Tensors, round: int, *, residual: bool) -> list[TrafficRecord]:
         """Sends the state to clients whose own derivation differs, as the last bits can on different hardware.
 
         `round` is that of the traffic. Raises RunError if a client still has a different state.
         """
-        expected = basis_hash(shared)
+        expected = self.hash(shared)
         odd = [name for name, known in self.by_client.items() if known != expected]
         if not odd:
             return []
@@ -41,7 +47,7 @@ class SharedStateSync:
         self, name: str, stale: Stale, shared: Tensors, round: int, *, residual: bool
     ) -> list[TrafficRecord] | NoResponse:
         """Sends what a client that lost the shared state needs before it receives a whole broadcast."""
-        if stale.shared == basis_hash(shared):
+        if stale.shared == self.hash(shared):
             return []
         request = self._request(shared, residual=residual)
         ((_, reply),) = self._exchange.each({name: request})

@@ -9,11 +9,11 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
 
-from fedsb.adapters.basis import basis_hash
 from fedsb.adapters.layout import Layout
 from fedsb.config.training import Codec, ServerConfig
 from fedsb.methods.base import Method, State, Update
@@ -76,8 +76,9 @@ def update_rules(
     state: State,
     server: ServerConfig,
     run: str,
-    ranks: Mapping[str, int],  # of clients whose rank differs from the method's
+    shared_hash: str,
     *,
+    ranks: Mapping[str, int] = MappingProxyType({}),  # of clients whose rank differs from the method's
     judge_norms: bool = True,
     rows: Mapping[str, int] | None = None,  # of each client
     steps: Mapping[str, int] | None = None,  # optimiser steps that each client takes in a round
@@ -87,12 +88,11 @@ def update_rules(
     `judge_norms` is off if clients' changes are clipped and noised in sum, because whether a client is dropped for its
     norm would depend on the others' rows.
     """
-    ranks = {**ranks, **state.total_ranks}
     by_rank = {rank: UpdateSpec.of(method, state, rank) for rank in set(ranks.values())}
     return UpdateRules(
         run=run,
         round=state.round,
-        basis=basis_hash(state.shared),
+        basis=shared_hash,
         expected=UpdateSpec.of(method, state, None),
         at_rank={client: by_rank[rank] for client, rank in ranks.items()},
         codec=codec_of(server, method),

@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 from contextlib import suppress
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +17,9 @@ if TYPE_CHECKING:
 PACKAGES = ("fedsb", "torch", "transformers", "peft", "datasets", "tokenizers", "safetensors", "numpy", "pydantic")
 
 
+@cache
 def versions() -> dict[str, str]:
-    """Returns the installed versions by package, "not installed" for missing packages."""
+    """Returns the installed versions by package, "not installed" for missing packages. Read once in a process."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
