@@ -13,7 +13,6 @@ import torch
 
 from conftest import labelled_rows, set_all, write_rows
 from fedsb.adapters.basis import basis_hash
-from fedsb.adapters.residual import Tensors
 from fedsb.client import policy
 from fedsb.client.round import ClientView
 from fedsb.client.session import DescribedClient
@@ -47,6 +46,7 @@ from fedsb.secagg.server import SumServer
 from fedsb.training.trainer import Trainer
 from fedsb.utils.environment import versions
 from fedsb.utils.errors import RefusalError, UserError
+from fedsb.utils.tensors import Tensors
 from laws.test_channels import remote_of
 from support.sites import Federation
 

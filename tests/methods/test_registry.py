@@ -1,9 +1,8 @@
-"""How a name becomes a method, those of third parties included, and the example in the contract."""
+"""How a name becomes a method, those of third parties included."""
 
 from __future__ import annotations
 
 import dataclasses
-import doctest
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, ClassVar
@@ -11,7 +10,6 @@ from typing import Any, ClassVar
 import pytest
 from pydantic import Field, ValidationError
 
-import fedsb.methods.base
 from conftest import set_all
 from fedsb.config import registry
 from fedsb.config.load import load_config
@@ -25,11 +23,6 @@ from fedsb.utils.errors import ConfigError, UserError
 
 OURS = {point.name for point in entry_points(group=GROUP) if point.value.startswith("fedsb.")}
 SHAPES = {"up": (20, 10), "down": (10, 20)}
-
-
-def test_the_example_in_the_contract_runs() -> None:
-    result = doctest.testmod(fedsb.methods.base)
-    assert result.attempted > 5 and result.failed == 0
 
 
 @pytest.mark.parametrize(("wrong", "right"), [("fedsb", "fed-sb"), ("fed_it", "fedit"), ("Local", "local")])

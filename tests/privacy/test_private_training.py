@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 from conftest import set_all
 from fedsb.adapters.basis import basis_hash
 from fedsb.adapters.layout import Layout
-from fedsb.adapters.residual import Tensors
 from fedsb.config.load import load_config
 from fedsb.data.tasks.classification import Classification
 from fedsb.methods.base import State
@@ -38,6 +37,7 @@ from fedsb.training.joint import join_tensors
 from fedsb.training.per_example import RowGradients, add_clipped
 from fedsb.training.scoring import forward
 from fedsb.utils.errors import ConfigError, DivergedError, UserError
+from fedsb.utils.tensors import Tensors
 from laws.test_codecs import StopAfterOne
 from support.server import open_server, replies_of, started
 

@@ -238,7 +238,7 @@ def test_a_site_that_derives_another_basis_receives_the_coordinators(
             view = client.store.view(0)
             assert view is not None
             other = {key: x * (1 + 1e-7) for key, x in view.shared.items()}
-            return StartReply(shared=client.shared_state.set_shared(other)).pack()
+            return StartReply(shared=client.set_shared(other)).pack()
         return reply
 
     sites.channel.handles["site 0"] = other_bits

@@ -14,13 +14,13 @@ from torch import nn
 from conftest import set_all
 from fedsb.adapters.adapted import AdaptedModel
 from fedsb.adapters.layout import Layout
-from fedsb.adapters.residual import Tensors
 from fedsb.methods.base import State
 from fedsb.server.server import Server
 from fedsb.training.buffers import ClientBuffers
 from fedsb.training.joint import join_tensors
 from fedsb.training.optimizer import StepSizes, step_rows
 from fedsb.training.scoring import forward
+from fedsb.utils.tensors import Tensors
 from support.device import count_reads
 from support.server import members_of, started
 

@@ -16,11 +16,9 @@ from torch import Tensor, nn
 from fedsb.adapters.core import CoreLinear
 from fedsb.adapters.factors import FactorLinear
 from fedsb.adapters.layer import AdaptedLinear, HeadLinear, Routing
-from fedsb.models.layers import base_weight, block_layers, find_targets, kinds, left_out, linear_shape
+from fedsb.models.layers import base_weight, linear_shape
 from fedsb.utils.errors import UserError
 from fedsb.utils.tensors import Shapes, Tensors
-
-__all__ = ["AdaptedModel", "Shapes", "Tensors", "block_layers", "find_targets", "head_linears", "kinds", "left_out"]
 
 LAYERS: dict[str, type[AdaptedLinear]] = {"core": CoreLinear, "factors": FactorLinear}
 

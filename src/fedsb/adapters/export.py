@@ -21,8 +21,8 @@ from safetensors.torch import save
 from torch.nn.functional import pad
 
 from fedsb.adapters.factors import Factors
-from fedsb.adapters.residual import Tensors
 from fedsb.models.layers import is_conv1d
+from fedsb.utils.tensors import Tensors
 
 OLD_PEFT_KEYS = frozenset(  # fields of LoraConfig in PEFT 0.13, which refuses a config with other fields
     (

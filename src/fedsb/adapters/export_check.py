@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from fedsb.adapters.export import BaseModelInfo, lora_files
 from fedsb.adapters.factors import Factors
-from fedsb.adapters.residual import Tensors
 from fedsb.utils.errors import RunError, UserError
+from fedsb.utils.tensors import Tensors
 
 TOLERANCE = 1e-5  # relative to the largest entry of a layer's change, in float32
 LOGITS_TOLERANCE = 1e-3  # (B R) z and B (R z) round differently, and deep models amplify the difference

@@ -17,10 +17,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from fedsb.utils.tensors import Tensors
+
 RESIDUAL = ("residual_A", "residual_B", "residual_D")
 DELTA = ("delta_A", "delta_B", "delta_D")
-
-Tensors = dict[str, Tensor]
 
 
 def is_residual(key: str) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from fedsb.adapters.residual import Tensors
 from fedsb.client.memo import Memo
 from fedsb.client.round import ClientView
 from fedsb.client.session import LocalRound, PreparedClient, StartedClient, finite
@@ -30,6 +29,7 @@ from fedsb.training.memory import ModelSizes, memory_by_clients
 from fedsb.training.resolved import auto_clients_per_forward, local_training
 from fedsb.training.trainer import Trainer
 from fedsb.utils.errors import UserError
+from fedsb.utils.tensors import Tensors
 
 
 def open_in_process(config: Config, method: Method, run: str) -> OpenedFederation:
@@ -129,7 +129,7 @@ class InProcessChannel:
         yield from self._train(training)
         for name, request in requests.items():
             if isinstance(request, Start):
-                yield name, StartReply(shared=self._started[name].shared_state.derive())
+                yield name, StartReply(shared=self._started[name].derive())
             elif isinstance(request, Finish):
                 yield name, self._finish(name, request)
             elif not isinstance(request, Train):

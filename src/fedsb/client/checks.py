@@ -7,10 +7,9 @@ from contextlib import contextmanager
 
 import torch
 
-from fedsb.adapters.residual import Tensors
 from fedsb.utils.environment import versions
 from fedsb.utils.errors import RefusalError
-from fedsb.utils.tensors import Shapes
+from fedsb.utils.tensors import Shapes, Tensors
 
 SAME = ("fedsb", "torch", "transformers")  # versions that must equal the coordinator's: others compute other numbers
 LARGEST = 1e6  # of the values that a client receives

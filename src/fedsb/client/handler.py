@@ -155,7 +155,7 @@ class SiteHandler:
         assert isinstance(prepared, PreparedClient)
         client = self.client = self._begin(prepared, request.rows)
         self._remember(request.run, rows=request.rows)
-        return StartReply(shared=client.shared_state.derive())
+        return StartReply(shared=client.derive())
 
     def _finish(self, request: Finish) -> FinishReply:
         """Scores the final model on this site's held-out rows, and writes the adapter.

@@ -7,11 +7,12 @@ from functools import cached_property
 
 from fedsb.adapters.basis import basis_hash
 from fedsb.adapters.layout import Layout
-from fedsb.adapters.residual import Tensors, is_delta, is_residual
+from fedsb.adapters.residual import is_delta, is_residual
 from fedsb.methods.base import Method
 from fedsb.protocol.compressor import baseline_upload, read_change
 from fedsb.protocol.payload import Payload, Vector
 from fedsb.protocol.tensors import within
+from fedsb.utils.tensors import Tensors
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,7 +18,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fedsb.adapters.residual import Tensors
 from fedsb.client.checks import fitting, refuse_values
 from fedsb.client.memo import Memo
 from fedsb.client.round import ClientRound
@@ -54,6 +53,7 @@ from fedsb.protocol.tensors import shape_mismatch, under, within
 from fedsb.training.joint import ClientTraining
 from fedsb.training.trainer import Trainer
 from fedsb.utils.errors import RefusalError
+from fedsb.utils.tensors import Tensors
 
 CheckUpload = Callable[[Payload, int], None]  # of the update and its size in bytes
 
@@ -118,7 +118,7 @@ class PreparedClient:
             rows: the number of rows of each client, by name.
             check_upload: raises RefusalError for an update that must not leave.
         """
-        shared_state = ClientSharedState(
+        return StartedClient(
             run=self.run,
             data=self.data,
             trainer=self.trainer,
@@ -126,15 +126,6 @@ class PreparedClient:
             all_rows=sum(rows.values()),
             store=store,
             policy=policy,
-        )
-        return StartedClient(
-            run=self.run,
-            data=self.data,
-            trainer=self.trainer,
-            memo=self.memo,
-            store=store,
-            policy=policy,
-            shared_state=shared_state,
             secagg=secagg,
             check_upload=check_upload,
         )
@@ -153,38 +144,23 @@ class LocalRound:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StartedClient:
-    """A client in a run whose policy is in force."""
+class StartedClient(ClientSharedState):
+    """A client in a run whose policy is in force: its shared state (shared_state.py), and its part of the rounds."""
 
-    run: str
-    data: ClientData
-    trainer: Trainer
-    memo: Memo
-    store: ClientStore
-    policy: PrivacyPolicy
-    shared_state: ClientSharedState
     secagg: SecAggSession | None
     check_upload: CheckUpload
-
-    @property
-    def config(self) -> Config:
-        return self.trainer.config
-
-    @property
-    def method(self) -> Method:
-        return self.trainer.method
 
     def answer(self, request: Request[Any]) -> Reply:
         """Answers one request of a run that has started."""
         match request:
             case BasisGradient():
-                return self.shared_state.basis_gradient(request)
+                return self.basis_gradient(request)
             case SetBasis():
-                return SetBasisReply(shared=self.shared_state.set_basis(request))
+                return SetBasisReply(shared=self.set_basis(request))
             case SetShared():
-                return SetSharedReply(shared=self.shared_state.set_shared(unpack(request.payload).tensors))
+                return SetSharedReply(shared=self.set_shared(unpack(request.payload).tensors))
             case Refresh():
-                return RefreshReply(shared=self.shared_state.refresh(request))
+                return RefreshReply(shared=self.refresh(request))
             case Train():
                 return self.train(request)
             case SecAggPhase():
@@ -216,7 +192,7 @@ class StartedClient:
             raise RefusalError(f"Round {payload.round + 1} of a run of {self.config.rounds} rounds.")
         client_round = self._receive(payload, request)
         if client_round is None:
-            return Stale(shared=self.shared_state.start_view().hash)
+            return Stale(shared=self.start_view().hash)
         state = self.store.client_state(request.state_round)
         with fitting():
             tensors = client_round.start(state)
@@ -273,7 +249,7 @@ class StartedClient:
     def final_tensors(self, payload: Payload) -> Tensors:
         """Returns the final model's tensors from the last broadcast."""
         message = payload.tensors
-        shared = self.method.update_shared(self.shared_state.start_view().shared, message)
+        shared = self.method.update_shared(self.start_view().shared, message)
         with fitting():
             tensors = self.method.init_client(shared, message, {}, payload.round)
             self._check_tensors(tensors)
@@ -296,7 +272,7 @@ class StartedClient:
         lossy = build_compressor(self.config, self.method, self.run).codec != "float32"
         view = self.store.view(payload.round)
         if view is None:
-            view = self.shared_state.start_view()
+            view = self.start_view()
             if view.needs_whole(payload):
                 return None
 

@@ -28,12 +28,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load, save
 
-from fedsb.adapters.residual import Tensors
 from fedsb.client.round import ClientRound, ClientView
-from fedsb.protocol.tensors import under, within
+from fedsb.protocol.tensors import storable, under, within
 from fedsb.secagg.fixed_point import Floats, Ring
 from fedsb.utils.errors import RunError
 from fedsb.utils.files import write_atomic
+from fedsb.utils.tensors import Tensors
 
 KEEP = 2  # rounds: the coordinator may fall back to the one before
 
@@ -189,8 +189,8 @@ class DiskStore(ClientStore):
         return self._newest[1]
 
     def save_start(self, view: ClientView, round: int) -> None:
-        parts = under("shared", view.shared) | {key: x.clone() for key, x in under("tensors", view.tensors).items()}
-        write_atomic(self.folder / "start.safetensors", save(_contiguous(parts), {"round": str(round)}))
+        parts = under("shared", view.shared) | under("tensors", view.tensors)
+        write_atomic(self.folder / "start.safetensors", save(storable(parts), {"round": str(round)}))
         self._start, self._newest = (round, view), None
 
     def refresh_start(self) -> Tensors:
@@ -198,7 +198,7 @@ class DiskStore(ClientStore):
         return load(path.read_bytes()) if path.is_file() else {}
 
     def save_refresh_start(self, tensors: Tensors) -> None:
-        write_atomic(self.folder / "refresh.safetensors", save(_contiguous(tensors)))
+        write_atomic(self.folder / "refresh.safetensors", save(storable(tensors)))
 
     # --- rounds ---
 
@@ -214,14 +214,12 @@ class DiskStore(ClientStore):
         start, after = self._read_start(), shared.round + 1
         assert start is not None
         changed = {key: x for key, x in shared.view.shared.items() if x is not start[1].shared.get(key)}
-        parts = under("state", state) | under("shared", changed)
-        # Some of the broadcast are in the shared state too.
-        parts |= {key: x.clone() for key, x in under("message", shared.view.tensors).items()}
+        parts = under("state", state) | under("shared", changed) | under("message", shared.view.tensors)
         parts["payload"] = _bytes(done.payload)
         if done.change is not None:
             parts["change"] = torch.from_numpy(done.change)
         facts = {"loss": repr(done.loss), "score": repr(done.score)}
-        write_atomic(self._path(after), save(_contiguous(parts), facts))
+        write_atomic(self._path(after), save(storable(parts), facts))
         self._newest = after, shared.view
         for path in (self.folder / "rounds").glob("round-*.safetensors"):
             if _round_of(path) <= after - KEEP and _round_of(path) != state_round:
@@ -324,8 +322,3 @@ def _bytes(data: bytes) -> torch.Tensor:
 
 def _round_of(path: Path) -> int:
     return int(path.stem.removeprefix("round-"))
-
-
-def _contiguous(tensors: Tensors) -> Tensors:
-    """Returns the tensors as safetensors stores them: none a view of another's memory."""
-    return {key: x.clone(memory_format=torch.contiguous_format) for key, x in tensors.items()}

@@ -64,10 +64,10 @@ from torch import Tensor
 from fedsb.adapters.basis import Basis
 from fedsb.adapters.core import core_left
 from fedsb.adapters.factors import Factors
-from fedsb.adapters.residual import Tensors, apply_delta, delta_of, is_delta, residual_factors, residual_of
+from fedsb.adapters.residual import apply_delta, delta_of, is_delta, residual_factors, residual_of
 from fedsb.config.section import Positive, Section
 from fedsb.methods.averaging import ServerOptimizer, average, server_step
-from fedsb.utils.tensors import Shapes
+from fedsb.utils.tensors import Shapes, Tensors
 
 AdapterKind = Literal["core", "factors"]
 

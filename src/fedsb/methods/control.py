@@ -13,13 +13,12 @@ from typing import Annotated, Any, Self
 from pydantic import model_validator
 
 from fedsb.adapters.basis import Basis
-from fedsb.adapters.residual import Tensors
 from fedsb.config.section import Positive, Rate, used_if
 from fedsb.methods.base import AdapterKind, Method, State, Traffic
 from fedsb.methods.fed_sb import FedSB
 from fedsb.methods.fedit import FedIT
 from fedsb.methods.ravan import Ravan
-from fedsb.utils.tensors import Shapes
+from fedsb.utils.tensors import Shapes, Tensors
 
 
 class Control(Method):

@@ -22,11 +22,11 @@ from __future__ import annotations
 from typing import ClassVar, Self
 
 from fedsb.adapters.basis import Basis
-from fedsb.adapters.residual import Tensors, is_residual
+from fedsb.adapters.residual import is_residual
 from fedsb.config.section import Positive
 from fedsb.methods.base import Method, MethodSpec, State, Traffic
 from fedsb.utils.errors import UserError
-from fedsb.utils.tensors import Shapes
+from fedsb.utils.tensors import Shapes, Tensors
 
 
 class FedSB(Method):

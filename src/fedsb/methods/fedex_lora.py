@@ -23,11 +23,11 @@ from typing import ClassVar
 import torch
 
 from fedsb.adapters.low_rank import product_svd
-from fedsb.adapters.residual import Tensors, delta_of, delta_values
+from fedsb.adapters.residual import delta_of, delta_values
 from fedsb.methods.averaging import ServerOptimizer, average, weighted_stack
 from fedsb.methods.base import MethodSpec, State, Traffic, Update
 from fedsb.methods.fedit import FedIT, layers_of
-from fedsb.utils.tensors import Shapes
+from fedsb.utils.tensors import Shapes, Tensors
 
 
 class FedExLoRA(FedIT):

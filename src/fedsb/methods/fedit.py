@@ -18,11 +18,11 @@ from torch import Tensor
 
 from fedsb.adapters.basis import Basis
 from fedsb.adapters.factors import factor_start
-from fedsb.adapters.residual import Tensors, is_residual
+from fedsb.adapters.residual import is_residual
 from fedsb.config.section import Positive, Rate
 from fedsb.methods.base import Method, MethodSpec, State, Traffic
 from fedsb.utils.errors import UserError
-from fedsb.utils.tensors import Shapes
+from fedsb.utils.tensors import Shapes, Tensors
 
 
 class FedIT(Method):

@@ -19,9 +19,9 @@ from typing import ClassVar
 
 import torch
 
-from fedsb.adapters.residual import Tensors
 from fedsb.methods.base import MethodSpec
 from fedsb.methods.fedit import FedIT, layers_of
+from fedsb.utils.tensors import Tensors
 
 
 class FedRotLoRA(FedIT):

@@ -15,10 +15,9 @@ from __future__ import annotations
 from typing import ClassVar
 
 from fedsb.adapters.basis import Basis
-from fedsb.adapters.residual import Tensors
 from fedsb.methods.base import MethodSpec, State, Traffic
 from fedsb.methods.fedit import FedIT
-from fedsb.utils.tensors import Shapes
+from fedsb.utils.tensors import Shapes, Tensors
 
 
 class FedSALoRA(FedIT):

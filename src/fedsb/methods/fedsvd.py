@@ -19,11 +19,10 @@ from typing import ClassVar
 import torch
 
 from fedsb.adapters.low_rank import product_svd
-from fedsb.adapters.residual import Tensors
 from fedsb.methods.averaging import ServerOptimizer, average
 from fedsb.methods.base import MethodSpec, State, Traffic, Update
 from fedsb.methods.fedit import FedIT, layers_of
-from fedsb.utils.tensors import Shapes
+from fedsb.utils.tensors import Shapes, Tensors
 
 
 class FedSVD(FedIT):

@@ -21,10 +21,10 @@ from typing import ClassVar
 import torch
 
 from fedsb.adapters.low_rank import product_svd
-from fedsb.adapters.residual import Tensors
 from fedsb.methods.averaging import ServerOptimizer, average, weighted_stack
 from fedsb.methods.base import MethodSpec, State, Update
 from fedsb.methods.fedit import FedIT, layers_of
+from fedsb.utils.tensors import Tensors
 
 
 class FlexLoRA(FedIT):

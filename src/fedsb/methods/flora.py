@@ -23,11 +23,11 @@ import torch
 
 from fedsb.adapters.basis import Basis
 from fedsb.adapters.factors import factor_start
-from fedsb.adapters.residual import Tensors, delta_of, delta_values
+from fedsb.adapters.residual import delta_of, delta_values
 from fedsb.methods.averaging import ServerOptimizer, average, weighted_stack
 from fedsb.methods.base import MethodSpec, State, Traffic, Update
 from fedsb.methods.fedit import FedIT, layers_of
-from fedsb.utils.tensors import Shapes
+from fedsb.utils.tensors import Shapes, Tensors
 
 SEED = "seed"  # a shared tensor, from which A is drawn in every round
 

@@ -25,13 +25,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fedsb.adapters.low_rank import product_norm
-from fedsb.adapters.residual import Tensors
 from fedsb.config.section import UsedIf
 from fedsb.methods.averaging import ServerOptimizer, average
 from fedsb.methods.base import MethodSpec, State, Traffic, Update
 from fedsb.methods.fedit import FedIT, layers_of
 from fedsb.methods.flexlora import leading
-from fedsb.utils.tensors import Shapes
+from fedsb.utils.tensors import Shapes, Tensors
 
 if TYPE_CHECKING:
     from fedsb.config.schema import Config

@@ -15,11 +15,10 @@ from dataclasses import replace
 from typing import ClassVar
 
 from fedsb.adapters.basis import Basis
-from fedsb.adapters.residual import Tensors
 from fedsb.methods.averaging import ServerOptimizer
 from fedsb.methods.base import MethodSpec, State, Update
 from fedsb.methods.control import Control
-from fedsb.utils.tensors import Shapes
+from fedsb.utils.tensors import Shapes, Tensors
 
 
 class Local(Control):

@@ -19,11 +19,11 @@ from typing import ClassVar, Self
 
 import torch
 
-from fedsb.adapters.residual import Tensors
 from fedsb.config.section import Positive
 from fedsb.methods.base import Method, MethodSpec, State
 from fedsb.methods.fed_sb import FedSB
 from fedsb.utils.errors import UserError
+from fedsb.utils.tensors import Tensors
 
 
 class Ravan(FedSB):

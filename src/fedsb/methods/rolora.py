@@ -19,11 +19,10 @@ from dataclasses import replace
 from typing import ClassVar
 
 from fedsb.adapters.basis import Basis
-from fedsb.adapters.residual import Tensors
 from fedsb.methods.averaging import ServerOptimizer
 from fedsb.methods.base import MethodSpec, State, Traffic, Update
 from fedsb.methods.fedit import FedIT
-from fedsb.utils.tensors import Shapes
+from fedsb.utils.tensors import Shapes, Tensors
 
 
 class RoLoRA(FedIT):

@@ -35,13 +35,13 @@ from typing import Literal
 import numpy as np
 import torch
 
-from fedsb.adapters.residual import Tensors
 from fedsb.config.schema import Config
 from fedsb.config.training import Codec, ServerConfig
 from fedsb.methods.base import Method, State
 from fedsb.protocol.payload import Payload, Vector, pack, unpack
 from fedsb.protocol.tensors import under, within
 from fedsb.utils.rng import keyed_generator
+from fedsb.utils.tensors import Tensors
 
 FEEDBACK = "codec"  # the prefix of error feedback in a client's state
 

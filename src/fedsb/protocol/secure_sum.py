@@ -33,6 +33,7 @@ from fedsb.privacy.discrete import discrete_gaussian
 from fedsb.privacy.mechanism import DPMechanism
 from fedsb.privacy.policy import PrivacyPolicy
 from fedsb.protocol.payload import Payload, pack
+from fedsb.protocol.tensors import norm_l2
 from fedsb.secagg.fixed_point import Doubles, Floats, Ring
 from fedsb.secagg.messages import SumPlan
 from fedsb.utils.errors import UserError
@@ -90,7 +91,7 @@ class SumTerms:
         exact = change.astype(np.float64)
         draw, noise = keyed_generator(self.seed, "secure sum", client, self.round), None
         if self.mechanism is not None:  # the clip of these very values
-            exact *= min(1.0, self.mechanism.plan.clip / max(float(np.linalg.norm(exact)), 1e-300))
+            exact *= min(1.0, self.mechanism.plan.clip / max(norm_l2(exact), 1e-300))
             noise = noise_share(plan, self.mechanism)
         elif self.rows:
             weight = self.rows[client] / self._largest

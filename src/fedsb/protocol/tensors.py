@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from fedsb.adapters.layout import Layout
-from fedsb.adapters.residual import Tensors
 from fedsb.protocol.payload import Payload
+from fedsb.utils.tensors import Tensors
 
 TensorShapes = Mapping[str, tuple[int, ...]]
 
@@ -21,6 +23,23 @@ def under(prefix: str, tensors: Mapping[str, torch.Tensor]) -> Tensors:
 
 def within(prefix: str, tensors: Mapping[str, torch.Tensor]) -> Tensors:
     return {key.removeprefix(f"{prefix}/"): t for key, t in tensors.items() if key.startswith(f"{prefix}/")}
+
+
+def storable(tensors: Mapping[str, torch.Tensor]) -> Tensors:
+    """Returns tensors as safetensors requires them: on the CPU, contiguous, without shared memory."""
+    own: Tensors = {}
+    seen: set[int] = set()
+    for key, tensor in tensors.items():
+        own[key] = tensor.detach().contiguous().cpu()
+        if own[key].data_ptr() in seen:
+            own[key] = own[key].clone()
+        seen.add(own[key].data_ptr())
+    return own
+
+
+def norm_l2(x: NDArray[np.float64]) -> float:
+    """Returns the L2 norm. After np.linalg.norm, NumPy's BLAS threads spin for some 30 ms and slow torch's threads."""
+    return math.sqrt(np.square(x).sum())
 
 
 def rejection_of(payload: Payload, expected: Layout) -> str | None:

@@ -24,14 +24,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from fedsb.adapters.basis import basis_hash
-from fedsb.adapters.residual import Tensors
 from fedsb.methods.base import State
-from fedsb.protocol.tensors import under, within
+from fedsb.protocol.tensors import storable, under, within
 from fedsb.protocol.traffic import TrafficRecord
 from fedsb.reporting.run_directory import read_manifest, read_rows, refuse_existing
 from fedsb.server.server import RoundResult
 from fedsb.utils.errors import RunError, UserError
 from fedsb.utils.files import disk_errors, flush, json_lines, keyed_fingerprint, lock, safe_name, write, write_atomic
+from fedsb.utils.tensors import Tensors
 
 PREFIX = "round-"
 
@@ -96,7 +96,7 @@ class Record:
     def start(self, state: State, sent: Sequence[TrafficRecord]) -> None:
         """Writes the state before the first round."""
         write_atomic(self.folder / "traffic.jsonl", json_lines([asdict(each) for each in sent]))
-        write_atomic(self.folder / "shared.safetensors", save(_contiguous(state.shared)))
+        write_atomic(self.folder / "shared.safetensors", save(storable(state.shared)))
         self._shared = state.shared
         self.checkpoint(state, keep=1)
 
@@ -118,7 +118,7 @@ class Record:
         for name, tensors in client_states.items():
             if name in used:
                 path = self.folder / "clients" / safe_name(name) / f"{PREFIX}{state.round:04d}.safetensors"
-                write_atomic(path, save(_contiguous(tensors), metadata={"client": name}))
+                write_atomic(path, save(storable(tensors), metadata={"client": name}))
         self.append("traffic.jsonl", [asdict(each) for each in result.traffic])
         self.append("rounds.jsonl", [row])
         self.checkpoint(state, keep)
@@ -174,7 +174,7 @@ class Record:
         """Completes a round, after which the run can resume. Keeps the newest `keep` checkpoints."""
         parts = {name: getattr(state, name) for name in ("tensors", "server", "shared_delta", "client_view")}
         parts["shared"] = {key: x for key, x in state.shared.items() if not _same(x, self._shared.get(key))}
-        content = save(_contiguous({key: x for name, part in parts.items() for key, x in under(name, part).items()}))
+        content = save(storable({key: x for name, part in parts.items() for key, x in under(name, part).items()}))
         facts = {"run": self.run, "round": state.round, "sha256": hashlib.sha256(content).hexdigest()}
         facts |= {
             "ranks": dict(state.total_ranks),
@@ -329,15 +329,3 @@ def _is_round(path: Path) -> bool:
 
 def _same(x: torch.Tensor, other: torch.Tensor | None) -> bool:
     return other is not None and torch.equal(x, other)
-
-
-def _contiguous(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Returns tensors as safetensors requires them: on the CPU, contiguous, without shared memory."""
-    own: dict[str, torch.Tensor] = {}
-    seen: set[int] = set()
-    for key, tensor in tensors.items():
-        own[key] = tensor.detach().contiguous().cpu()
-        if own[key].data_ptr() in seen:
-            own[key] = own[key].clone()
-        seen.add(own[key].data_ptr())
-    return own

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from fedsb.adapters.basis import Basis, Pair
 from fedsb.adapters.layout import Layout
-from fedsb.adapters.residual import Tensors
 from fedsb.protocol.messages import BasisGradient, Refresh, SetBasis
 from fedsb.protocol.payload import Payload, PayloadError, pack, unpack
 from fedsb.protocol.tensors import rejection_of
@@ -15,6 +14,7 @@ from fedsb.protocol.traffic import Direction, TrafficRecord
 from fedsb.training.basis import BasisSource
 from fedsb.training.resolved import public_rows
 from fedsb.utils.errors import RunError
+from fedsb.utils.tensors import Tensors
 
 if TYPE_CHECKING:
     from fedsb.methods.base import State

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-from fedsb.adapters.residual import Tensors
 from fedsb.config.resolved import ResolvedSetting
 from fedsb.config.schema import Config
 from fedsb.data.card import TableCard, make_card
@@ -24,6 +23,7 @@ from fedsb.server.exchange import Exchange
 from fedsb.server.labels import label_choices, labels_of
 from fedsb.training.trainer import Trainer
 from fedsb.utils.environment import versions
+from fedsb.utils.tensors import Tensors
 
 if TYPE_CHECKING:
     from fedsb.protocol.secure_sum import SecureSums

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fedsb.adapters.residual import Tensors, is_residual
+from fedsb.adapters.residual import is_residual
 from fedsb.client.round import ClientView
 from fedsb.protocol.channel import NoResponse
 from fedsb.protocol.messages import SetShared, SetSharedReply, Stale
@@ -12,6 +12,7 @@ from fedsb.protocol.payload import Payload, pack
 from fedsb.protocol.traffic import TrafficCounter, TrafficRecord
 from fedsb.server.exchange import Exchange, reason_of
 from fedsb.utils.errors import RunError
+from fedsb.utils.tensors import Tensors
 
 
 class SharedStateSync:

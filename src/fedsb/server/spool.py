@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from fedsb.adapters.layout import Layout
-from fedsb.adapters.residual import Tensors
 from fedsb.protocol.payload import Vector
 from fedsb.utils.files import disk_errors
+from fedsb.utils.tensors import Tensors
 
 
 class Spool:

@@ -19,7 +19,7 @@ from fedsb.config.training import Codec, ServerConfig
 from fedsb.methods.base import Method, State, Update
 from fedsb.protocol.compressor import baseline_upload, codec_of
 from fedsb.protocol.payload import Payload, PayloadError, Vector, unpack
-from fedsb.protocol.tensors import rejection_of
+from fedsb.protocol.tensors import norm_l2, rejection_of
 from fedsb.server.spool import Spool
 from fedsb.utils.errors import RunError
 
@@ -180,7 +180,7 @@ def rejection_reason(client: str, payload: Payload, rules: UpdateRules) -> str |
 def change_norm_l2(payload: Payload, spec: UpdateSpec) -> float:
     """Returns the L2 norm, over all tensors of the model, of what the client changed."""
     change = (payload.vector.astype(np.float64) - spec.reference) * spec.model
-    return float(np.linalg.norm(change))
+    return norm_l2(change)
 
 
 def _outliers(norms: Mapping[str, float], rules: UpdateRules) -> list[Dropped]:

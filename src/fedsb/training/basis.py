@@ -29,7 +29,6 @@ from fedsb.adapters.basis import (
     weight_pair,
 )
 from fedsb.adapters.gradients import weight_gradients
-from fedsb.adapters.residual import Tensors
 from fedsb.config.schema import Config
 from fedsb.config.training import BasisConfig
 from fedsb.data.clients import ClientData
@@ -44,6 +43,7 @@ from fedsb.training.gradients import (
 )
 from fedsb.training.local import LocalTraining
 from fedsb.utils.rng import keyed_generator
+from fedsb.utils.tensors import Tensors
 
 Gradients = Callable[[Mapping[str, Pair]], Iterable[tuple[Tensors, float]]]
 Broadcast = Callable[[Tensors], Tensors]

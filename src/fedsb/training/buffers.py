@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fedsb.adapters.adapted import AdaptedModel
 from fedsb.adapters.layout import Layout
-from fedsb.adapters.residual import Tensors
+from fedsb.utils.tensors import Tensors
 
 
 class ClientBuffers:

@@ -9,11 +9,11 @@ from typing import Any
 from fedsb.adapters.card import model_card
 from fedsb.adapters.export import companion_files, lora_config, lora_files
 from fedsb.adapters.export_check import check_adapter
-from fedsb.adapters.residual import Tensors
 from fedsb.adapters.serving import serving
 from fedsb.data.tasks.base import Example
 from fedsb.training.trainer import Trainer
 from fedsb.utils.files import write_atomic
+from fedsb.utils.tensors import Tensors
 
 
 def write_adapters(

@@ -14,12 +14,13 @@ from fedsb.adapters.adapted import AdaptedModel
 from fedsb.adapters.basis import Basis, Pair, captured_energy
 from fedsb.adapters.gradients import weight_gradients
 from fedsb.adapters.layout import Layout
-from fedsb.adapters.residual import Tensors
 from fedsb.data.clients import ClientData
 from fedsb.data.tasks.base import Example, Task
 from fedsb.privacy.mechanism import DPMechanism
+from fedsb.training.joint import join_tensors
 from fedsb.training.per_example import RowGradients
 from fedsb.training.scoring import forward
+from fedsb.utils.tensors import Tensors
 
 
 def backward_sum(adapted: AdaptedModel, task: Task, examples: Sequence[Example], batch_size: int) -> None:
@@ -81,12 +82,7 @@ def _outer_core(adapted: AdaptedModel, start: Tensors, outer: Mapping[str, Pair]
     tensors: Tensors = {}
     for layer, (A, B) in outer.items():
         tensors |= {f"{layer}.A": A, f"{layer}.B": B, f"{layer}.R": torch.zeros(1, 1, len(A), len(A))}
-    return {**tensors, **one_client(adapted, start)}, frozenset(f"{layer}.R" for layer in outer)
-
-
-def one_client(adapted: AdaptedModel, tensors: Tensors) -> Tensors:
-    """Adds the axis of clients, of length 1, to the tensors that have one."""
-    return {key: t if adapted.is_shared(key) else t.unsqueeze(0) for key, t in tensors.items()}
+    return {**tensors, **join_tensors(adapted, [start])}, frozenset(f"{layer}.R" for layer in outer)
 
 
 def load_nothing(adapted: AdaptedModel, start: Tensors) -> None:
@@ -98,7 +94,7 @@ def load_nothing(adapted: AdaptedModel, start: Tensors) -> None:
             tensors |= {f"{layer}.A": A, f"{layer}.B": B, f"{layer}.R": torch.zeros(1, 1, 1, 1)}
         else:
             tensors |= {f"{layer}.A": A.unsqueeze(0), f"{layer}.B": B.unsqueeze(0)}
-    adapted.load({**tensors, **one_client(adapted, start)})
+    adapted.load({**tensors, **join_tensors(adapted, [start])})
 
 
 def captured_share(

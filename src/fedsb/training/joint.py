@@ -18,7 +18,6 @@ from torch import Tensor
 
 from fedsb.adapters.adapted import AdaptedModel
 from fedsb.adapters.layout import Layout
-from fedsb.adapters.residual import Tensors
 from fedsb.data.tasks.base import Example, Task
 from fedsb.privacy.mechanism import DPMechanism
 from fedsb.training.buffers import ClientBuffers
@@ -28,6 +27,7 @@ from fedsb.training.optimizer import StepSizes, clip_rows, step_rows
 from fedsb.training.per_example import RowGradients
 from fedsb.training.scoring import forward
 from fedsb.utils.errors import DivergedError
+from fedsb.utils.tensors import Tensors
 
 Penalty = Callable[[Mapping[str, Tensor]], Tensor | None]
 

@@ -27,10 +27,10 @@ from torch import Tensor
 
 from fedsb.adapters.adapted import AdaptedModel
 from fedsb.adapters.layout import Layout
-from fedsb.adapters.residual import Tensors
 from fedsb.data.tasks.base import Example, Task, ids
 from fedsb.models.load import matmul_precision
 from fedsb.training.scoring import forward
+from fedsb.utils.tensors import Tensors
 
 LONGEST = 1e19  # a gradient with a larger norm counts as 0; up to here, C over the norm is a normal float32
 

@@ -29,7 +29,6 @@ from fedsb.adapters.export import BaseModelInfo
 from fedsb.adapters.export_check import try_adapter
 from fedsb.adapters.factors import Factors
 from fedsb.adapters.layer import RoutingError
-from fedsb.adapters.residual import Tensors
 from fedsb.config.resolved import ResolvedSetting
 from fedsb.data.tasks.base import Batch, Example, Task, ids
 from fedsb.data.tasks.causal import CausalTask
@@ -39,6 +38,7 @@ from fedsb.training.scoring import forward
 from fedsb.utils.errors import DiskError, RunError, UserError
 from fedsb.utils.files import disk_errors
 from fedsb.utils.rng import keyed_generator
+from fedsb.utils.tensors import Tensors
 
 RANK = 2  # of the adapter that the probes train
 SHORT = 6  # tokens of the short row, about

@@ -10,7 +10,6 @@ from fedsb.adapters.adapted import AdaptedModel
 from fedsb.adapters.basis import Basis
 from fedsb.adapters.export import BaseModelInfo
 from fedsb.adapters.merge import merged_plan
-from fedsb.adapters.residual import Tensors
 from fedsb.config.resolved import ResolvedSetting
 from fedsb.config.schema import Config
 from fedsb.data.tasks.base import Example, Task, ids
@@ -29,6 +28,7 @@ from fedsb.training.preflight import made_up_adapter, preflight, try_with_peft
 from fedsb.training.resolved import end_choices, local_training, targets_choice
 from fedsb.training.score import Score
 from fedsb.training.scoring import forward, measured
+from fedsb.utils.tensors import Tensors
 
 
 class Trainer:
