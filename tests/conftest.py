@@ -29,7 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--rewrite-golden", action="store_true", help="write the golden traces of tests/laws anew")
 
 
-def _save(folder: Path, model: Any) -> Path:
+def save_model(folder: Path, model: Any) -> Path:
     """A model folder with a word-level tokenizer over WORDS."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -53,7 +53,7 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = BertConfig(
         vocab_size=len(WORDS) + 3, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48
     )
-    return _save(tmp_path_factory.mktemp("tiny-bert"), BertModel(config))
+    return save_model(tmp_path_factory.mktemp("tiny-bert"), BertModel(config))
 
 
 @pytest.fixture(scope="session")
@@ -71,7 +71,7 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
         intermediate_size=48,
         max_position_embeddings=64,
     )
-    return _save(tmp_path_factory.mktemp("tiny-llama"), LlamaForCausalLM(config))
+    return save_model(tmp_path_factory.mktemp("tiny-llama"), LlamaForCausalLM(config))
 
 
 @pytest.fixture(scope="session")
@@ -81,7 +81,7 @@ def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=len(WORDS) + 3, n_embd=32, n_layer=2, n_head=2, n_positions=64)
-    return _save(tmp_path_factory.mktemp("tiny-gpt2"), GPT2LMHeadModel(config))
+    return save_model(tmp_path_factory.mktemp("tiny-gpt2"), GPT2LMHeadModel(config))
 
 
 @pytest.fixture(scope="session")
@@ -110,7 +110,7 @@ def tiny_deepseek(tmp_path_factory: pytest.TempPathFactory) -> Path:
         topk_group=1,
         initializer_range=0.2,
     )
-    return _save(tmp_path_factory.mktemp("tiny-deepseek"), DeepseekV3ForCausalLM(config))
+    return save_model(tmp_path_factory.mktemp("tiny-deepseek"), DeepseekV3ForCausalLM(config))
 
 
 def labelled_rows(count: int, seed: int) -> list[dict[str, Any]]:

@@ -419,7 +419,7 @@ def test_layers_show_their_base() -> None:
 
 
 def test_registered_once_and_copies_keep_the_type() -> None:
-    fedsb.adapters.peft_tuner._register()
+    fedsb.adapters.peft_tuner.register()
     assert PeftType("LORASB") is PeftType.LORASB is PeftType["LORASB"]
     assert copy.deepcopy(LoraSBConfig()).peft_type is PeftType.LORASB
     assert isinstance(get_peft_model(base(), LoraConfig(target_modules=["q_proj"])), PeftModel)

@@ -285,11 +285,11 @@ def test_a_site_that_keeps_its_scores_to_itself_makes_none(
 def test_a_run_keeps_what_it_began_with(settings: Settings, tmp_path: Path) -> None:
     world = Hostile(tmp_path, epsilon=3.0)
     world.open(settings(EXAMPLE))
-    with pytest.raises(RefusalError, match="began here with a different rows"):
+    with pytest.raises(RefusalError, match="began here with different row counts of the clients"):
         world.ask("a", Start, rows={"a": 30, "b": 300})
-    with pytest.raises(RefusalError, match="began here with a different label_names"):
+    with pytest.raises(RefusalError, match="began here with different labels"):
         world.ask("a", Prepare, label_names=["red", "blue", "green"], class_names=None, model="", tokenizer="")
-    with pytest.raises(RefusalError, match="began here with a different config"):
+    with pytest.raises(RefusalError, match="began here with different settings"):
         world.describe("a", settings(EXAMPLE, rounds=2))
 
 
@@ -436,7 +436,7 @@ def test_a_column_without_classes_is_told_by_nobody(settings: Settings, tmp_path
 def test_rows_are_not_counted_by_other_columns(settings: Settings, tmp_path: Path) -> None:
     world = Hostile(tmp_path)
     assert world.describe("a", settings(data={"exclude": {"label": "red"}})).rows < 30
-    with pytest.raises(RefusalError, match=r"data.exclude = text: the number of remaining rows would leak"):
+    with pytest.raises(RefusalError, match=r"data.exclude = text: the number of rows that remain would reveal"):
         world.describe("a", settings(data={"exclude": {"text": "red1 red2"}}))
 
 
@@ -640,7 +640,7 @@ def test_a_sites_fingerprint_confirms_no_guess_and_shows_the_site_a_change(setti
     broadcast = world.broadcast(0)
     write_rows(tmp_path / "a" / "rows.jsonl", [{**rows[0], "text": "green1 green2"}, *rows[1:]])
     world.restart("a")
-    with pytest.raises(RefusalError, match="This run began here with a different data"):
+    with pytest.raises(RefusalError, match="This run began here with different rows of this site"):
         world.train(0, "a", broadcast)
 
 

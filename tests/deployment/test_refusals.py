@@ -18,7 +18,7 @@ from fedsb.deployment import certificates
 from fedsb.deployment.certificates import tls_client
 from fedsb.deployment.coordinate import prepare
 from fedsb.deployment.federation import create_federation, renew
-from fedsb.deployment.flower_client import _raise_if_final
+from fedsb.deployment.flower_client import raise_if_final
 from fedsb.deployment.run import serve
 from fedsb.utils.errors import UserError
 
@@ -71,7 +71,7 @@ def test_a_site_that_meets_an_expired_certificate_says_so(tmp_path: Path, monkey
             client.post(f"https://localhost:{port}/")
         thread.join(10)
     with pytest.raises(UserError, match=r"the coordinator at localhost:1 has expired.*fedsb federation renew"):
-        _raise_if_final(met.value, "localhost:1")
+        raise_if_final(met.value, "localhost:1")
 
 
 def test_other_settings_under_the_same_name_are_named(tmp_path: Path) -> None:

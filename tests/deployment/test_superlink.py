@@ -22,7 +22,7 @@ from fedsb.deployment.auth import Limits
 from fedsb.deployment.federation import create_federation
 from fedsb.deployment.local_grid import LocalGrid
 from fedsb.deployment.registry import read_federation
-from fedsb.deployment.superlink import _bound, _guarded, _Listener
+from fedsb.deployment.superlink import Listener, bound_socket, guarded_protocol
 from fedsb.utils.errors import UserError
 
 
@@ -44,8 +44,8 @@ def test_connections_that_do_not_ask_or_are_too_many_are_closed() -> None:
     limits = Limits(head_seconds=0.5, connections_per_address=2)
 
     async def scene(bound: socket.socket) -> None:
-        config = uvicorn.Config(_hello, http=_guarded(limits), lifespan="off", log_config=None, ws="none")
-        listener = _Listener(config)
+        config = uvicorn.Config(_hello, http=guarded_protocol(limits), lifespan="off", log_config=None, ws="none")
+        listener = Listener(config)
         serving = asyncio.create_task(listener.serve([bound]))
         port = bound.getsockname()[1]
         while not listener.started:
@@ -66,7 +66,7 @@ def test_connections_that_do_not_ask_or_are_too_many_are_closed() -> None:
         listener.should_exit = True
         await serving
 
-    with _bound("127.0.0.1", 0) as bound:
+    with bound_socket("127.0.0.1", 0) as bound:
         asyncio.run(scene(bound))
 
 
@@ -82,7 +82,7 @@ def has_ipv6() -> bool:
 @pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
 def test_all_addresses_of_a_federation_with_an_ipv6_host_are_reached(tmp_path: Path, address: str) -> None:
     create_federation(tmp_path / "fed", ["a"], ["::1"])
-    with _bound(read_federation(tmp_path / "fed").all_addresses, 0) as bound:
+    with bound_socket(read_federation(tmp_path / "fed").all_addresses, 0) as bound:
         bound.listen()
         socket.create_connection((address, bound.getsockname()[1]), timeout=10).close()
 
@@ -93,11 +93,11 @@ def test_a_federation_of_names_and_ipv4_addresses_does_not_listen_on_ipv6(tmp_pa
 
 
 def test_a_port_that_is_taken(tmp_path: Path) -> None:
-    with _bound("127.0.0.1", 0) as taken:
+    with bound_socket("127.0.0.1", 0) as taken:
         taken.listen()
         with (
             pytest.raises(UserError, match="If a different coordinator uses this port"),
-            _bound("127.0.0.1", taken.getsockname()[1]),
+            bound_socket("127.0.0.1", taken.getsockname()[1]),
         ):
             pass
 

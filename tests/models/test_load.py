@@ -22,7 +22,7 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from conftest import WORDS, _save, set_all
+from conftest import WORDS, save_model, set_all
 from fedsb.adapters.adapted import AdaptedModel
 from fedsb.config.inputs import ModelConfig
 from fedsb.config.load import load_config
@@ -195,7 +195,7 @@ def test_heads_of_linear_layers_train(tiny_bert: Path, tiny_gpt2: Path, tiny_lla
 def test_a_head_with_a_norm_stays_frozen_and_is_named(tmp_path: Path) -> None:
     """ModernBERT's: dense and norm stand frozen as the checkpoint has them, the classifier trains."""
     config = ModernBertConfig(vocab_size=len(WORDS) + 3, pad_token_id=0, num_labels=3, **TINY)
-    base = load(_save(tmp_path, ModernBertForSequenceClassification(config)))
+    base = load(save_model(tmp_path, ModernBertForSequenceClassification(config)))
     assert base.head == ("classifier",)
     assert choice(base, "model.frozen") == ResolvedSetting(
         key="model.frozen", value="head", reason="auto: not linear layers"
@@ -222,7 +222,7 @@ def test_head_start() -> None:
 def without_pooler(tmp_path: Path) -> Path:
     torch.manual_seed(0)
     config = BertConfig(vocab_size=len(WORDS) + 3, **TINY)
-    return _save(tmp_path / "without-pooler", BertModel(config, add_pooling_layer=False))
+    return save_model(tmp_path / "without-pooler", BertModel(config, add_pooling_layer=False))
 
 
 def test_a_linear_layer_that_the_checkpoint_lacks_trains_with_the_head(without_pooler: Path) -> None:
@@ -268,8 +268,8 @@ def test_a_language_model_without_its_output_layer_is_refused(tmp_path: Path) ->
     """An encoder's checkpoint, untied, loaded as a causal model: its output layer would be random."""
     config = BertConfig(vocab_size=len(WORDS) + 3, tie_word_embeddings=False, is_decoder=True, **TINY)
     with pytest.raises(UserError, match=r"has no 'cls\.predictions.*AutoModelForCausalLM"):
-        load(_save(tmp_path / "encoder", BertModel(config)), LM)
-    assert load(_save(tmp_path / "whole", BertForMaskedLM(config)), LM).head == ()
+        load(save_model(tmp_path / "encoder", BertModel(config)), LM)
+    assert load(save_model(tmp_path / "whole", BertForMaskedLM(config)), LM).head == ()
 
 
 def test_a_checkpoint_without_its_embeddings_is_refused(tiny_bert: Path, tmp_path: Path) -> None:
@@ -360,7 +360,7 @@ def test_a_head_of_other_classes_is_drawn_anew(tmp_path: Path) -> None:
     from transformers import BertForSequenceClassification
 
     config = BertConfig(vocab_size=len(WORDS) + 3, num_labels=5, **TINY)
-    base = load(_save(tmp_path, BertForSequenceClassification(config)))
+    base = load(save_model(tmp_path, BertForSequenceClassification(config)))
     assert base.head == ("classifier",)
     assert base.model.classifier.weight.shape == (3, 32)
     assert base.model.classifier.weight.isfinite().all()

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import WORDS, Said, _save, set_all, write_toml
+from conftest import WORDS, Said, save_model, set_all, write_toml
 from fedsb.adapters.basis import weight_pair
 from fedsb.config.inputs import ModelConfig
 from fedsb.config.load import load_config
@@ -55,7 +55,7 @@ def model_of(kind: str) -> Any:
 
 @pytest.fixture(scope="module", params=["llama", "gpt2"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return _save(tmp_path_factory.mktemp(request.param), model_of(request.param))
+    return save_model(tmp_path_factory.mktemp(request.param), model_of(request.param))
 
 
 def load(folder: Path, quantize: str, auto_class: str = LM, **more: Any) -> Any:

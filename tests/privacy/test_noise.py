@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy import stats
 
-from fedsb.privacy.noise import PAIRS, Noise, SecretNoise, SeededNoise, _Stream
+from fedsb.privacy.noise import PAIRS, Noise, NoiseStream, SecretNoise, SeededNoise
 from fedsb.utils.errors import UserError
 
 # A right generator fails a test with p below this once in a million runs.
@@ -21,7 +21,7 @@ RARE = 1e-6
 SOURCES = [SecretNoise, lambda: SeededNoise(3)]
 
 
-class Constant(_Stream):
+class Constant(NoiseStream):
     """The same bits again and again: `words`, in turn."""
 
     def __init__(self, *words: int) -> None:

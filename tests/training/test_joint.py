@@ -11,7 +11,7 @@ import torch
 from transformers import OPTConfig, OPTForCausalLM
 from transformers.models.bert.modeling_bert import BertIntermediate
 
-from conftest import WORDS, _save, set_all
+from conftest import WORDS, save_model, set_all
 from fedsb.config.load import load_config
 from fedsb.server.server import Server
 from fedsb.training.dropout import Dropout
@@ -179,7 +179,7 @@ def tiny_opt(tmp_path_factory: pytest.TempPathFactory) -> Path:
         layerdrop=0.5,
         init_std=0.5,
     )
-    return _save(tmp_path_factory.mktemp("tiny-opt"), OPTForCausalLM(config))
+    return save_model(tmp_path_factory.mktemp("tiny-opt"), OPTForCausalLM(config))
 
 
 @pytest.mark.parametrize("model", ["tiny_bert", "tiny_llama", "tiny_opt"])

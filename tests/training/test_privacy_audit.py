@@ -255,7 +255,7 @@ def head_without_noise(monkeypatch: pytest.MonkeyPatch) -> None:
 def head_outside_the_norm(monkeypatch: pytest.MonkeyPatch) -> None:
     norms = per_example.norms
     monkeypatch.setattr(per_example, "norms", lambda gradients: norms(gradients[:, : -sum(HEAD)]))
-    monkeypatch.setattr("fedsb.privacy.mechanism._refuse_long", lambda *_: None)
+    monkeypatch.setattr("fedsb.privacy.mechanism.refuse_long", lambda *_: None)
 
 
 def each_tensor_clipped_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,7 +268,7 @@ def each_tensor_clipped_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(per_example, "add_clipped", alone)
     monkeypatch.setattr(module, "add_clipped", alone)
-    monkeypatch.setattr("fedsb.privacy.mechanism._refuse_long", lambda *_: None)
+    monkeypatch.setattr("fedsb.privacy.mechanism.refuse_long", lambda *_: None)
 
 
 def drawn_at(times: float) -> Callable[[pytest.MonkeyPatch], None]:

@@ -158,7 +158,7 @@ def _pass_adapter_names(
     return args, kwargs | {"adapter_names": names}
 
 
-def _register() -> None:
+def register() -> None:
     """Registers LORASB with PEFT, once. PeftType is a closed enum, so its member is added by hand."""
     if "LORASB" in PeftType.__members__:
         return
@@ -171,4 +171,4 @@ def _register() -> None:
     register_peft_method(name="lorasb", prefix="lorasb_", config_cls=LoraSBConfig, model_cls=LoraSBModel)
 
 
-_register()
+register()

@@ -60,6 +60,15 @@ from fedsb.utils.formatting import bytes_text
 
 Stage = DescribedClient | PreparedClient | StartedClient
 
+# What a site stores of a run's requests, in words.
+STORED_FACTS = {
+    "config": "settings",
+    "data": "rows of this site",
+    "label_names": "labels",
+    "class_names": "class names",
+    "rows": "row counts of the clients",
+}
+
 
 class SiteHandler:
     """A `Handle` (protocol/channel.py) of the site whose folder this is.
@@ -279,7 +288,8 @@ class SiteHandler:
         """Returns the run's stored request of this kind. Raises RefusalError if the new request differs from it."""
         known = DiskStore(self._folder(run)).facts() or {}
         if other := [key for key, value in facts.items() if key in known and known[key] != value]:
-            raise RefusalError(f"This run began here with a different {', '.join(other)}, which cannot change.")
+            words = " and ".join(STORED_FACTS[key] for key in other)
+            raise RefusalError(f"This run began here with different {words}. They cannot change within a run.")
         return known
 
     def _remember(self, run: str, **facts: Any) -> None:

@@ -125,7 +125,7 @@ def refuse_run(allow: AllowConfig, config: Config, method: Method) -> None:
     labels = {config.task.label} if config.task.kind == "classification" else set()
     if other := sorted(set(config.data.exclude) - labels):
         faults.append(
-            f"data.exclude = {', '.join(other)}: the number of remaining rows would leak which are among them"
+            f"data.exclude = {', '.join(other)}: the number of rows that remain would reveal how many have these values"
         )
     if config.task.run_code:
         faults.append("task.run_code = true: no site runs what a model writes")

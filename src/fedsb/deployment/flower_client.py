@@ -122,7 +122,7 @@ class FlowerNode:
             except UserError:
                 raise
             except Exception as error:  # a message may be lost, so activate again
-                _raise_if_final(error, self._address)
+                raise_if_final(error, self._address)
                 now = time.monotonic()
                 duplicate = (duplicate or now) if _is_duplicate(error) else None
                 if duplicate is not None and now - duplicate > DUPLICATE_SECONDS:
@@ -148,7 +148,7 @@ class FlowerNode:
                 try:
                     self._client.DeactivateNode(DeactivateNodeRequest(node_id=self._node.node_id))
                 except httpx.HTTPStatusError as error:  # unknown to Flower, which was restarted
-                    _raise_if_final(error, self._address)
+                    raise_if_final(error, self._address)
             request = ActivateNodeRequest(public_key=self._public, heartbeat_interval=HEARTBEAT_MIN_INTERVAL)
             self._node = Node(node_id=self._client.ActivateNode(request).node_id)
             write_atomic(self._id_file, json.dumps({"node": self._node.node_id}).encode())
@@ -244,7 +244,7 @@ def _is_duplicate(error: Exception) -> bool:
     return isinstance(error, httpx.HTTPStatusError) and error.response.status_code == HTTPStatus.PRECONDITION_FAILED
 
 
-def _raise_if_final(error: Exception, address: str) -> None:
+def raise_if_final(error: Exception, address: str) -> None:
     """Raises UserError if the coordinator refuses this site, or if its certificate is not trusted."""
     if isinstance(error, httpx.HTTPStatusError) and error.response.status_code == HTTPStatus.UNAUTHORIZED:
         try:

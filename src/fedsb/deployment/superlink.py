@@ -50,12 +50,12 @@ async def _serve(folder: Path, local: Path, host: str, port: int, limits: Limits
     flower = create_app()
     flower.state.enable_supernode_auth = True  # nodes cannot register themselves
     registry, traffic = SiteRegistry(folder), TrafficCounter()
-    public = _Listener(_public(AuthMiddleware(flower, registry, limits, traffic), folder, limits))
-    private = _Listener(uvicorn.Config(flower, lifespan="on", log_config=None, access_log=False, ws="none"))
+    public = Listener(_public(AuthMiddleware(flower, registry, limits, traffic), folder, limits))
+    private = Listener(uvicorn.Config(flower, lifespan="on", log_config=None, access_log=False, ws="none"))
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _stop, [public, private])
-    with _bound(host, port) as outside, _bound_local(local) as inside:
+    with bound_socket(host, port) as outside, bound_local_socket(local) as inside:
         log_event("open", address=f"{host}:{outside.getsockname()[1]}")
         watch = asyncio.create_task(_watch(flower, registry, traffic, folder / TRAFFIC))
         try:
@@ -95,7 +95,7 @@ def _public(application: AuthMiddleware, folder: Path, limits: Limits) -> uvicor
         application,
         ssl_certfile=folder / SERVER,
         ssl_keyfile=str(folder / SERVER_KEY),
-        http=_guarded(limits),
+        http=guarded_protocol(limits),
         ws="none",
         lifespan="off",
         log_config=None,
@@ -113,7 +113,7 @@ def _public(application: AuthMiddleware, folder: Path, limits: Limits) -> uvicor
     return config
 
 
-class _Listener(uvicorn.Server):
+class Listener(uvicorn.Server):
     """One of two servers in this process. Signals are handled for both together."""
 
     @contextmanager
@@ -121,12 +121,12 @@ class _Listener(uvicorn.Server):
         yield
 
 
-def _stop(listeners: list[_Listener]) -> None:
+def _stop(listeners: list[Listener]) -> None:
     for listener in listeners:
         listener.should_exit = True
 
 
-def _guarded(limits: Limits) -> type[H11Protocol]:
+def guarded_protocol(limits: Limits) -> type[H11Protocol]:
     """Returns an HTTP protocol that closes idle connections, and those beyond the limit of one address."""
     by_address: dict[str, int] = {}
 
@@ -157,7 +157,7 @@ def _guarded(limits: Limits) -> type[H11Protocol]:
 
 
 @contextmanager
-def _bound(host: str, port: int) -> Iterator[socket.socket]:
+def bound_socket(host: str, port: int) -> Iterator[socket.socket]:
     try:
         bound = _bind(host, port)
     except OSError as error:
@@ -184,7 +184,7 @@ def _bind(host: str, port: int) -> socket.socket:
 
 
 @contextmanager
-def _bound_local(path: Path) -> Iterator[socket.socket]:
+def bound_local_socket(path: Path) -> Iterator[socket.socket]:
     path.unlink(missing_ok=True)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as bound:
         bound.bind(str(path))

@@ -97,7 +97,7 @@ class DPMechanism:
         """
         assert self.plan.basis is not None
         self._take("basis")
-        _refuse_long(total, rows, self.plan.basis.clip)
+        refuse_long(total, rows, self.plan.basis.clip)
         return self.add_noise(total, self.plan.basis.sigma * self.plan.basis.clip)
 
     def mean(self, total: Tensor, rows: int, layout: Layout) -> Tensor:
@@ -106,7 +106,7 @@ class DPMechanism:
         The divisor is public: it is the expected batch. Raises as `basis_sum` does.
         """
         self._take("training")
-        _refuse_long(total, rows, self.plan.clip)
+        refuse_long(total, rows, self.plan.clip)
         return self.add_noise(total, self.plan.noise_std) / self.plan.batch
 
     def noised_update(self, update: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ class DPMechanism:
         self._charged[what] -= 1
 
 
-def _refuse_long(total: Tensor, rows: int, clip: float) -> None:
+def refuse_long(total: Tensor, rows: int, clip: float) -> None:
     """Raises UnsafeReleaseError if the sum is longer than `rows` gradients of length `clip` can be together."""
     length = float(torch.linalg.vector_norm(total.detach(), dtype=torch.float64))
     if not length <= rows * clip * (1 + SLACK):  # NaN is refused too

@@ -48,7 +48,7 @@ class Noise(Protocol):
         """Returns the sampled rows of 0..rows-1 in order, each independently with probability q (to 2^-53)."""
 
 
-class _Stream(ABC):
+class NoiseStream(ABC):
     """Normals and samples from a stream of bits."""
 
     @abstractmethod
@@ -75,7 +75,7 @@ class _Stream(ABC):
         return (self._bits(count) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-class SecretNoise(_Stream):
+class SecretNoise(NoiseStream):
     """Noise for a private run, with a random key that can be neither copied nor pickled.
 
     A process that is forked from this one starts a separate stream with its first draw.
@@ -107,7 +107,7 @@ class SecretNoise(_Stream):
         return np.frombuffer(self._cipher.update(bytes(8 * count)), dtype="<u8")
 
 
-class SeededNoise(_Stream):
+class SeededNoise(NoiseStream):
     """Reproducible noise for tests: the same seed and key give the same numbers. A run with it is not private."""
 
     def __init__(self, seed: int, *key: Key) -> None:
