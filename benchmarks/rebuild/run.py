@@ -33,7 +33,7 @@ CASES = {  # case -> what is timed
     "minilm-1-private": "a private round of MiniLM, 1 client",
     "server-40": "validation and aggregation of 40 updates",
 }
-PAIRS, REPEATS = 3, 5
+PAIRS, REPEATS = 5, 5
 
 
 def seconds(source: Path, case: str) -> float:
