@@ -98,7 +98,7 @@ def pull_one(rig: Rig, net: Network, pull: Pull) -> dict[str, Any]:
 
 def wait_for(rig: Rig, pull: Pull) -> None:
     if pull.phase == "opening":
-        rig.when("site-b", "open")
+        rig.when("site-b", "prepare")
     elif pull.phase == "training":
         rig.when("site-b", "round", pull.round)
     elif pull.phase == "up":

@@ -47,8 +47,11 @@ ANSWERS = {  # round -> (site, what it sends); the rounds between are for its re
 STOPPED, FULL, LAST = 21, 25, 28
 
 
+LONG = {"local_steps": 60}  # about half a second, so that a kill hits the training
+
+
 def unbroken(folder: Path) -> dict[str, Any]:
-    rig = Rig(folder / "unbroken", rounds=HURT_ROUNDS)
+    rig = Rig(folder / "unbroken", rounds=HURT_ROUNDS, train=LONG)
     with running(rig):
         wait_for_end(rig)
     seconds = [row["seconds"] for row in read_rows(rig.run / "rounds.jsonl")]
@@ -56,7 +59,7 @@ def unbroken(folder: Path) -> dict[str, Any]:
 
 
 def kills(folder: Path, mount: bool) -> dict[str, Any]:
-    rig = Rig(folder / "kills", rounds=HURT_ROUNDS)
+    rig = Rig(folder / "kills", rounds=HURT_ROUNDS, train=LONG)
     if mount:
         rig.disks[CO] = "64m"
     with running(rig):
@@ -114,7 +117,7 @@ def answers(folder: Path, mount: bool) -> dict[str, Any]:
 
 def private(folder: Path) -> dict[str, Any]:
     """Kills in a run whose sites each keep a ledger: it never shrinks, and the coordinator's copy equals it."""
-    privacy = {"unit": "example", "epsilon": 8.0, "clip": 1.0, "delta": 1e-3}
+    privacy = {"unit": "example", "epsilon": 8.0, "clip_norm": 1.0, "delta": 1e-3}
     rig = Rig(folder / "private", rounds=8, privacy=privacy, clients={"holdout_fraction": 0.0}, basis={"kind": "core"})
     struck = {2: ("site-b", "worker"), 3: ("site-b", "node"), 4: (CO, "server"), 5: (CO, "superlink")}
     struck |= {6: ("site-b", "supervisor"), 7: (CO, "supervisor")}

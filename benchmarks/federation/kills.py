@@ -51,7 +51,7 @@ def opening(rig: Rig) -> list[dict[str, Any]]:
     for party, process in FINISH:
         rig.when(party, "describe")
         rows.append(_struck(rig, "opening", party, process))
-    after = rig.when("site-a", "open")
+    after = rig.when("site-a", "prepare")
     rows.append(_struck(rig, "opening", CO, "server"))
     for process in ("superlink", "supervisor"):
         after = rig.when(CO, "program", after=after)

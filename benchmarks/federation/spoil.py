@@ -22,7 +22,7 @@ import numpy as np
 
 from fedsb.adapters.layout import Layout
 from fedsb.protocol.channel import Handle, Transport
-from fedsb.protocol.messages import DescribeReply, Reply, Train, TrainReply, read_reply, read_request
+from fedsb.protocol.messages import DescribeReply, Reply, Train, read_reply, read_request
 from fedsb.protocol.payload import Payload, pack, unpack
 from fedsb.utils.errors import RunError, UserError
 
@@ -103,9 +103,8 @@ def spoil(fault: str, request: bytes, answer: bytes, before: bytes) -> bytes:
     if fault == "another answer":
         return DescribeReply.model_construct(labels=None, rows="many", fingerprint="").pack()
     if fault == "facts":
-        return TrainReply.model_construct(
-            parts=reply.parts, **{key: {"not": ["this"]} for key in TrainReply.model_fields if key != "parts"}
-        ).pack()
+        wrong = {key: {"not": ["this"]} for key in type(reply).model_fields if key != "parts"}
+        return reply.model_construct(parts=reply.parts, **wrong).pack()
     return answer
 
 

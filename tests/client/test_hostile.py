@@ -35,6 +35,7 @@ from fedsb.protocol.messages import (
     SecAggPhase,
     SetBasis,
     SetShared,
+    Stale,
     Start,
     Train,
     TrainReply,
@@ -338,6 +339,21 @@ def test_a_basis_gradient_is_made_once_for_each_basis_of_the_run(
     assert world.ask("a", BasisGradient, round=2) == second
     assert world.ask("a", BasisGradient, round=0).parts == first.parts
     assert world.ledgers("a") == ([0, 3] if changes else [])
+
+
+@pytest.mark.parametrize("changes", [{}, EXAMPLE], ids=["plain", "private"])
+def test_a_broadcast_for_another_shared_state_trains_nothing(
+    changes: dict[str, Any], settings: Settings, tmp_path: Path
+) -> None:
+    """The site asks for the shared state: R has no meaning in a basis that it does not have."""
+    world = Hostile(tmp_path)
+    world.open(settings(changes, {"rounds": 2}))
+    for other in (replace(unpack(world.broadcast(0)), basis="0" * 32), replace(unpack(world.broadcast(0)), basis="")):
+        (reply,) = world.train(0, "a", pack(other))
+        assert isinstance(reply, Stale) and reply.shared == basis_hash(world.state().shared)
+        assert not world.ledgers("a")
+    (reply,) = world.train(0, "a")
+    assert isinstance(reply, TrainReply)
 
 
 @pytest.mark.parametrize("changes", [{}, EXAMPLE], ids=["plain", "private"])
