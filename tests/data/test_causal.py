@@ -18,12 +18,27 @@ def targets(example):
     return [label for label in example["labels"] if label != -100]
 
 
+def batch_of(labels):
+    """What `collate` adds to labels (b, t)."""
+    chosen = labels != -100
+    chosen[:, 0] = False
+    return {"labels": labels, "targets": chosen.flatten().nonzero()[:, 0]}
+
+
+def test_collate_names_the_targets_and_needs_no_mask(stories):
+    task = task_of("text", stories, 8)
+    rows = [{"input_ids": [1, 5, 6], "labels": [-100, -100, 6]}, {"input_ids": [7, 8], "labels": [7, 8]}]
+    batch = task.collate(rows, multiple_of=1)
+    assert batch.keys() == {"input_ids", "labels", "targets"}
+    assert batch["targets"].tolist() == [2, 4]  # nothing comes before a text's first token
+
+
 def test_losses_equal_a_plain_loop(stories):
     task = task_of("text", stories, 8)
     torch.manual_seed(0)
     logits = torch.randn(2, 5, 7, requires_grad=True)
     labels = torch.tensor([[-100, 3, -100, 6, 0], [-100, -100, 2, -100, -100]])
-    loss_b, weight_b = task.losses(logits, {"labels": labels})
+    loss_b, weight_b = task.losses(logits, batch_of(labels))
     plain = torch.zeros(2)
     for b in range(2):
         for t in range(1, 5):
@@ -34,13 +49,13 @@ def test_losses_equal_a_plain_loop(stories):
     assert [task.weight({"labels": row}) for row in labels.tolist()] == [3, 1]
     (only_first,) = torch.autograd.grad(loss_b[0], logits)
     assert only_first[1].abs().sum() == 0  # an example's loss touches its own logits
-    assert task.scores(logits, {"labels": labels})[0].tolist() == loss_b.tolist()
-    none_b, zero_b = task.losses(logits, {"labels": torch.full((2, 5), -100)})
+    assert task.scores(logits, batch_of(labels))[0].tolist() == loss_b.tolist()
+    none_b, zero_b = task.losses(logits, batch_of(torch.full((2, 5), -100)))
     assert (none_b.tolist(), zero_b.tolist()) == ([0, 0], [0, 0])
 
 
 def test_uniform_logits_cost_log_v_a_token(stories):
-    sums, counts = task_of("text", stories, 8).losses(torch.zeros(1, 4, 512), {"labels": torch.ones(1, 4).long()})
+    sums, counts = task_of("text", stories, 8).losses(torch.zeros(1, 4, 512), batch_of(torch.ones(1, 4).long()))
     torch.testing.assert_close(sums / counts, torch.tensor([512.0]).log())
 
 

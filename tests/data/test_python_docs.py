@@ -18,7 +18,8 @@ def test_size_and_shape(rows):
     train, test = rows
     assert 5_000 < len(train) + len(test) < 10_000
     assert 0.1 < len(test) / (len(train) + len(test)) < 0.2
-    assert all(row.keys() == {"text", "label", "client", "module"} for row in train + test)
+    assert all(row.keys() == {"text", "label", "client", "module", "prompt", "answer"} for row in train + test)
+    assert all(row["prompt"].startswith(f"What is `{row['module']}") and row["answer"] for row in train + test)
     assert all(len(row["text"]) >= 20 and row["text"] == row["text"].strip() for row in train + test)
     texts = [row["text"] for row in train + test]
     assert len(texts) == len(set(texts))
@@ -53,7 +54,8 @@ def test_each_module_is_named_once_and_none_is_forgotten():
     forgotten = {
         module
         for module, path in python_docs._modules(root)
-        if python_docs._assignment(module) is None and any(len(text) >= 20 for text in python_docs._docstrings(path))
+        if python_docs._assignment(module) is None
+        and any(len(text) >= 20 for _, text in python_docs.docstrings(path, module))
     }
     assert forgotten == set()
 
@@ -64,7 +66,12 @@ def test_docstrings_in_the_order_of_the_source(tmp_path):
         '"""Module."""\nif True:\n    def f():\n        """F.\n\n        More.\n        """\n'
         'class C:\n    """C."""\n    async def g(self):\n        "G."\nx = "no docstring"\n'
     )
-    assert list(python_docs._docstrings(path)) == ["Module.", "F.\n\nMore.", "C.", "G."]
+    assert list(python_docs.docstrings(path, "m")) == [
+        ("m", "Module."),
+        ("m.f", "F.\n\nMore."),
+        ("m.C", "C."),
+        ("m.C.g", "G."),
+    ]
 
 
 def test_quick_and_repeatable(rows):

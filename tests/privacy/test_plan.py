@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import FrozenInstanceError, replace
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -44,15 +43,6 @@ def test_epsilon_is_known_beforehand() -> None:
     assert PLAN.epsilon(0) == 0
     assert PLAN.epsilon(5) == epsilon([Release(q=0.0128, sigma=0.861, count=230)], 1e-5)
     assert replace(PLAN, sigma=0.0).epsilon() == math.inf
-
-
-def test_epsilon_by_round() -> None:
-    by_round = PLAN.epsilon_by_round()
-    assert len(by_round) == 17
-    assert by_round[-1] == PLAN.epsilon()
-    assert by_round[0] == PLAN.epsilon(1)
-    assert all(a < b for a, b in pairwise(by_round))
-    assert replace(PLAN, basis=BASIS).epsilon_by_round()[0] > by_round[0]
 
 
 def test_calibration_gives_a_new_plan() -> None:

@@ -99,11 +99,12 @@ def test_a_short_last_batch_is_a_mean_over_its_own_rows(tiny_config: dict[str, A
 
 # --- dropout ---
 
+CPU = torch.device("cpu")
 KEYS = [(0, "dropout", name, 0, 0) for name in ("a", "b")]
 
 
 def mask(keys: list[Any], rows: int, tokens: int, first: int = 0, layer: str = "x", p: float = 0.5) -> torch.Tensor:
-    return Dropout(p, keys, first, rows * len(keys))(layer, torch.ones(rows * len(keys), tokens, 6))
+    return Dropout(p, keys, first, rows * len(keys), CPU)(layer, torch.ones(rows * len(keys), tokens, 6))
 
 
 def test_masks_depend_neither_on_padding_nor_on_company_nor_on_micro_batches() -> None:
@@ -115,7 +116,9 @@ def test_masks_depend_neither_on_padding_nor_on_company_nor_on_micro_batches() -
     assert torch.equal(mask(KEYS, 4, 9)[:, :5], both)  # padded further
     assert torch.equal(mask(KEYS[:1], 2, 5), a[:2])  # in a narrower batch
     assert torch.equal(mask(KEYS[:1], 2, 5, first=2), a[2:])  # in the second micro-batch
-    assert torch.equal(Dropout(0.5, KEYS[:1], 0, 4)("x", torch.ones(4, 6)), mask(KEYS[:1], 4, 1)[:, 0])  # no token axis
+    assert torch.equal(
+        Dropout(0.5, KEYS[:1], 0, 4, CPU)("x", torch.ones(4, 6)), mask(KEYS[:1], 4, 1)[:, 0]
+    )  # no token axis
 
 
 def test_masks_differ_by_client_row_layer_and_step() -> None:
@@ -134,10 +137,10 @@ def test_masks_differ_by_client_row_layer_and_step() -> None:
 def test_a_layer_that_sees_tokens_gets_a_mask_for_each() -> None:
     """One client, 4 rows of 25 tokens, flattened: no token's mask comes twice, here or in another micro-batch."""
     x = torch.ones(100, 16)
-    flat = Dropout(0.5, KEYS[:1], 0, 4)("x", x)
+    flat = Dropout(0.5, KEYS[:1], 0, 4, CPU)("x", x)
     assert len(flat.unique(dim=0)) == 100
-    assert torch.equal(Dropout(0.5, KEYS[:1], 0, 4)("x", x), flat)
-    assert 0.4 < float((Dropout(0.5, KEYS[:1], 4, 4)("x", x) == flat).float().mean()) < 0.6
+    assert torch.equal(Dropout(0.5, KEYS[:1], 0, 4, CPU)("x", x), flat)
+    assert 0.4 < float((Dropout(0.5, KEYS[:1], 4, 4, CPU)("x", x) == flat).float().mean()) < 0.6
 
 
 def test_dropout_keeps_the_mean() -> None:

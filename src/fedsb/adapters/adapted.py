@@ -7,7 +7,7 @@ frozen and in memory once; `load` sets the tensors of one client or of several, 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -121,14 +121,27 @@ class AdaptedModel:
         """
         if not self.is_shared(key):
             return value.detach().to(self.device)
-        weight = self.layers[key.rsplit(".", 1)[0]].weight
-        dtype = weight.dtype if weight.dtype in (torch.bfloat16, torch.float16) else value.dtype
+        weight, dtype = self.layers[key.rsplit(".", 1)[0]].weight, self._compute_dtype(key)
+        dtype = dtype if dtype.itemsize == 2 else value.dtype
         if value.device == weight.device and value.dtype == dtype:
             return value.detach()
         known = self._placed.get(key)
         if known is None or not _same(known[0], value):
             known = self._placed[key] = (value, value.detach().to(weight.device, dtype))
         return known[1]
+
+    def compute_dtypes(self, keys: Iterable[str]) -> dict[str, torch.dtype]:
+        """Returns the dtype in which the model computes with each tensor. Heads compute in float32."""
+        return {key: self._compute_dtype(key) for key in keys}
+
+    def _compute_dtype(self, key: str) -> torch.dtype:
+        layer = self.layers.get(key.rsplit(".", 1)[0])
+        if layer is None:
+            return torch.float32
+        dtype = layer.weight.dtype
+        if dtype.is_floating_point and dtype.itemsize >= 2:
+            return dtype
+        return next(p.dtype for p in self.model.parameters() if p.is_floating_point() and p.dtype.itemsize >= 2)
 
     def sizes(self, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
         """Returns the names and shapes that one client's tensors must have, without the axis of clients.

@@ -30,17 +30,18 @@ def core_forward(
 ) -> Tensor:  # (b, ..., m)
     """Returns the adapter's output s * sum_i x A_i' R_i' B_i', where each client's slice of rows uses that client's R.
 
-    Autograd keeps only x A' (tokens x h r) for the backward, since B and A need no gradient. The gradient of R is
-    s * sum_t (B' g_t)(A x_t)' over the tokens t of the client's rows.
+    Autograd keeps only x A' (tokens x h r) and s R for the backward, since B and A need no gradient. The gradient of R
+    is s * sum_t (B' g_t)(A x_t)' over the tokens t of the client's rows.
     """
     K, h, r, _ = R_Khrr.shape
     z = nn.functional.linear(x, A)  # (b, ..., h r)
+    R_Khrr = (R_Khrr if scale == 1 else R_Khrr * scale).to(z.dtype)  # scaled where it is smallest
     if K == h == 1:  # one client and one block need no reshaping
-        return nn.functional.linear(nn.functional.linear(z, R_Khrr[0, 0].to(z.dtype)), B) * scale
+        return nn.functional.linear(nn.functional.linear(z, R_Khrr.reshape(r, r)), B)
     z_Kphr = z.reshape(K, -1, h, r).transpose(1, 2)  # (K, h, p, r); p = the client's tokens
-    u_Kphr = z_Kphr @ R_Khrr.to(z.dtype).mT  # (K, h, p, r)
+    u_Kphr = z_Kphr @ R_Khrr.mT  # (K, h, p, r)
     u = u_Kphr.transpose(1, 2).reshape(z.shape)
-    return nn.functional.linear(u, B) * scale
+    return nn.functional.linear(u, B)
 
 
 def core_delta(A: Tensor, B: Tensor, R_hrr: Tensor, scale: float) -> Tensor:

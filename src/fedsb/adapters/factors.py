@@ -27,8 +27,9 @@ def factor_forward(
     """Returns the adapter's output s x A' B', where each client's slice of rows uses that client's factors."""
     K = max(len(A_Krn), len(B_Kmr))
     x_Kpn = x.reshape(K, -1, x.shape[-1])  # p = the client's tokens
-    y_Kpm = (x_Kpn @ A_Krn.to(x.dtype).mT) @ B_Kmr.to(x.dtype).mT
-    return y_Kpm.reshape(*x.shape[:-1], B_Kmr.shape[1]) * scale
+    z_Kpr = x_Kpn @ A_Krn.to(x.dtype).mT
+    y_Kpm = (z_Kpr if scale == 1 else z_Kpr * scale) @ B_Kmr.to(x.dtype).mT  # scaled where it is smallest
+    return y_Kpm.reshape(*x.shape[:-1], B_Kmr.shape[1])
 
 
 @dataclass(frozen=True, kw_only=True)

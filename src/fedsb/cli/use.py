@@ -64,6 +64,7 @@ def predict(
     new_tokens: Annotated[
         int | None, typer.Option("--new-tokens", help="The limit of a generated answer; default: the run's own.")
     ] = None,
+    base: Annotated[bool, typer.Option("--base", help="Also answer with the base model, to compare.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="JSON lines on stdout; logs go to stderr.")] = False,
 ) -> None:
     """Predict with a run's adapter, loaded with PEFT. Classes with probabilities, numbers, or generated answers."""
@@ -76,7 +77,7 @@ def predict(
     stay_offline_without_network()
     if out is not None:
         refuse_output(out)
-    rows = predict_rows(folder, data, new_tokens=new_tokens)
+    rows = predict_rows(folder, data, new_tokens=new_tokens, base=base)
     if out is not None:
         write_predictions(rows, out)
         if as_json:

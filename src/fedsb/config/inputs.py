@@ -47,7 +47,7 @@ class ModelConfig(Section):
     """The base model. It stays frozen and is never sent."""
 
     name: str = "minilm"
-    """Folder of the model, its name on the Hub, or 'minilm'."""
+    """Folder of the model, its name on the Hub, 'minilm' (an encoder) or 'smollm2' (a chat model)."""
     revision: Annotated[
         str | None, UsedIf(lambda config: not Path(config.model.name).is_dir(), "model.name is a folder")
     ] = None

@@ -1,9 +1,10 @@
 """The built-in data set `python-docs`: the docstrings of the standard library, read from the running interpreter.
 
-A row is {"text": the docstring, "label": the area of the library, "client": its client, "module": its module}. The
-sources are parsed, never imported, so it takes seconds and no download. A table assigns modules of each area to
-clients. The clients cut across the areas unevenly, as real organisations do, and the test is on modules that no client
-has. A different Python version has different docstrings, and a module that it lacks is absent.
+A row is {"text": the docstring, "label": the area of the library, "client": its client, "module": its module,
+"prompt": a question about what is documented, "answer": the docstring's first paragraph}. The sources are parsed, never
+imported, so it takes seconds and no download. A table assigns modules of each area to clients. The clients cut across
+the areas unevenly, as real organisations do, and the test is on modules that no client has. A different Python version
+has different docstrings, and a module that it lacks is absent.
 """
 
 from __future__ import annotations
@@ -135,10 +136,17 @@ def rows() -> tuple[list[Row], list[Row]]:
         if assignment is None:
             continue
         label, client = assignment
-        for text in _docstrings(path):
+        for name, text in docstrings(path, module):
             if len(text) >= MIN_CHARACTERS and text not in seen:
                 seen.add(text)
-                row = {"text": text, "label": label, "client": client, "module": module}
+                row = {
+                    "text": text,
+                    "label": label,
+                    "client": client,
+                    "module": module,
+                    "prompt": f"What is `{name}` in Python?",
+                    "answer": " ".join(text.split("\n\n")[0].split()),
+                }
                 (test if client == TEST else train).append(row)
     if not train or not test:
         raise UserError(
@@ -186,14 +194,16 @@ def _assignment(module: str) -> tuple[str, str] | None:
     return _ASSIGNED.get(module)
 
 
-def _docstrings(path: Path) -> Iterator[str]:
-    """Yields the cleaned docstrings of a file: of the module, and of each class, function and method."""
+def docstrings(path: Path, module: str) -> Iterator[tuple[str, str]]:
+    """Yields (full name, cleaned docstring) of the module in a file, and of its classes, functions and methods."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the library's own invalid escapes
-        nodes: list[ast.AST] = [ast.parse(path.read_bytes())]
+        nodes: list[tuple[str, ast.AST]] = [(module, ast.parse(path.read_bytes()))]
     while nodes:
-        node = nodes.pop()
+        name, node = nodes.pop()
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            name = f"{name}.{node.name}"
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            yield (ast.get_docstring(node) or "").strip()
+            yield name, (ast.get_docstring(node) or "").strip()
         inner = [n for n in ast.iter_child_nodes(node) if isinstance(n, (ast.stmt, ast.ExceptHandler))]
-        nodes += reversed(inner)  # expressions have no docstrings; reversed, because the last is taken first
+        nodes += [(name, n) for n in reversed(inner)]  # expressions have no docstrings; the last is taken first

@@ -14,6 +14,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.resources import files
+from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -115,6 +116,27 @@ def hub_errors(name: str) -> Iterator[None]:
             f"{start}Without a network, give a local folder (--set model.name=FOLDER), or fill the Hub's cache on "
             "another machine and point HF_HOME at it (with HF_HUB_OFFLINE=1). A gated model needs HF_TOKEN."
         ) from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Hides progress bars and load reports, whose content is in the table of settings.
+
+    Also hides the warning of bitsandbytes, which PEFT imports, that faster kernels are not installed.
+    """
+    from transformers.utils import logging
+
+    level, kernels = logging.get_verbosity(), getLogger("bitsandbytes")
+    before = kernels.level
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    kernels.setLevel(ERROR)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        logging.enable_progress_bar()
+        kernels.setLevel(before)
 
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")

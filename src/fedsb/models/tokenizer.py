@@ -10,7 +10,7 @@ from typing import Any
 
 from fedsb.config.inputs import ModelConfig
 from fedsb.models.hub import hub_errors
-from fedsb.models.load import resolve_name
+from fedsb.models.names import resolve_name
 from fedsb.utils.errors import UserError
 
 NOW = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")

@@ -34,7 +34,7 @@ from typing import Any, Literal
 
 from fedsb.utils.errors import RunError, UserError, did_you_mean
 from fedsb.utils.extras import needs_extra
-from fedsb.utils.files import write_atomic
+from fedsb.utils.files import cache_folder, write_atomic
 
 Accountant = Literal["pld", "rdp"]
 RELATION = "zero out one: its place is left empty, and how many there are is public"
@@ -225,9 +225,7 @@ def _dp_accounting() -> Any:
 
 def _cache_file(text: str) -> Path:
     """Returns the file of a calibration. Raises RuntimeError if the user has no home folder."""
-    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    folder = given if given.is_absolute() else Path.home() / ".cache"
-    return folder / "fedsb" / "calibrations" / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
+    return cache_folder() / "calibrations" / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
 
 
 def _cached() -> bool:

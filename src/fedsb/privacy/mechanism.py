@@ -21,6 +21,7 @@ from fedsb.privacy.ledger import Ledger
 from fedsb.privacy.noise import Noise
 from fedsb.privacy.plan import PrivacyPlan
 from fedsb.utils.errors import RunError, UserError
+from fedsb.utils.tensors import to_device
 
 ROUNDING = 1e-6  # relative difference between compositions of the same releases in different orders
 FLOAT32_ROUNDING = 2.0**-24  # relative, per value
@@ -97,8 +98,9 @@ class DPMechanism:
         """
         assert self.plan.basis is not None
         self._take("basis")
+        noised = self.add_noise(total, self.plan.basis.sigma * self.plan.basis.clip)
         refuse_long(total, rows, self.plan.basis.clip)
-        return self.add_noise(total, self.plan.basis.sigma * self.plan.basis.clip)
+        return noised
 
     def mean(self, total: Tensor, rows: int, layout: Layout) -> Tensor:
         """Returns the clipped sum (P,) of one step over `rows` rows as a noised mean, float32.
@@ -106,8 +108,9 @@ class DPMechanism:
         The divisor is public: it is the expected batch. Raises as `basis_sum` does.
         """
         self._take("training")
+        noised = self.add_noise(total, self.plan.noise_std)  # drawn on the host while the device computes the total
         refuse_long(total, rows, self.plan.clip)
-        return self.add_noise(total, self.plan.noise_std) / self.plan.batch
+        return noised / self.plan.batch
 
     def noised_update(self, update: Tensor) -> Tensor:
         """Returns one client's update (P,) with the noise of the sum of all clients' changes.
@@ -128,7 +131,9 @@ class DPMechanism:
     def add_noise(self, total: Tensor, std: float) -> Tensor:
         """Returns total + N(0, std^2), added in float64 and rounded to float32, on the tensor's device."""
         noise = torch.from_numpy(self.noise.normal(tuple(total.shape))) * std
-        return (total.detach().cpu().double() + noise).float().to(total.device)
+        if total.device.type == "mps":  # which has no float64
+            return (total.detach().cpu().double() + noise).float().to(total.device)
+        return (total.detach().double() + to_device(noise, total.device)).float()
 
     def _charge(self, release: Release, clip: float, round: int) -> None:
         planned = self.plan.epsilon()

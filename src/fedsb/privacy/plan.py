@@ -91,10 +91,6 @@ class PrivacyPlan:
         """Returns epsilon after `rounds` rounds, by default all."""
         return epsilon(self.releases(rounds), self.delta, accountant)
 
-    def epsilon_by_round(self) -> tuple[float, ...]:
-        """Returns epsilon after 1, 2, ... rounds. Each takes a tenth of a second or more."""
-        return tuple(self.epsilon(rounds) for rounds in range(1, self.rounds + 1))
-
     def calibrate(self, target: float) -> PrivacyPlan:
         """Returns this plan with the smallest sigma that keeps all rounds within the target. The basis is unchanged."""
         if self.basis and self.basis.sigma == 0:

@@ -21,7 +21,7 @@ PLAIN: dict[str, Any] = {"box": None, "padding": (0, 2, 0, 0)}  # tables without
 COLUMNS = ("round", "loss", "score", "up", "down", "seconds", "left", "dropped")
 
 
-PREDICTION_COLUMNS = ("prediction", "probabilities", "ended")
+PREDICTION_COLUMNS = ("prediction", "probabilities", "ended", "base_prediction")
 
 
 class Terminal:
@@ -146,6 +146,9 @@ def print_predictions(rows: Sequence[Mapping[str, Any]]) -> None:
         start = f"{number:>{digits}}  "
         if "ended" in row:
             console.print(start + of, no_wrap=True, overflow="ellipsis")
+            if "base_prediction" in row:
+                console.print(f"{' ' * len(start)}base model: {' '.join(row['base_prediction'].split())}")
+                prediction = f"with adapter: {prediction}"
             console.print(f"{' ' * len(start)}{prediction.strip()}{'' if row['ended'] else ' [cut]'}\n")
             continue
         share = f"{row['probabilities'][row['prediction']]:.3f}  " if "probabilities" in row else ""

@@ -15,7 +15,7 @@ from fedsb.adapters.serving import serving
 from fedsb.config.load import load_config
 from fedsb.config.resolved import ResolvedSetting
 from fedsb.methods.base import State
-from fedsb.models.load import quiet
+from fedsb.models.hub import quiet
 from fedsb.privacy.policy import PrivacyPolicy
 from fedsb.privacy.statement import epsilon_spent, privacy_statement, why_not_private
 from fedsb.protocol.prices import PricedBasis, PricedRun, price_list

@@ -10,7 +10,7 @@ from fedsb.data.clients import Data, build_task, open_data
 from fedsb.data.partition import client_names
 from fedsb.data.tables import load_test
 from fedsb.data.tasks.base import Task
-from fedsb.models.load import resolve_name
+from fedsb.models.names import resolve_name
 from fedsb.models.tokenizer import load_tokenizer
 from fedsb.utils.errors import NotAvailableError
 

@@ -29,7 +29,8 @@ from fedsb.methods.base import Method
 from fedsb.models.hub import has_weights
 from fedsb.models.layers import block_layers, find_targets, is_linear, left_out, linear_shape
 from fedsb.models.limits import check_positions, check_tokens
-from fedsb.models.load import choose_device, load_base, resolve_name
+from fedsb.models.load import choose_device, load_base
+from fedsb.models.names import resolve_name
 from fedsb.models.quantise import missing_package, weight_bytes
 from fedsb.privacy.policy import refuse_what_would_leak
 from fedsb.privacy.statement import privacy_statement

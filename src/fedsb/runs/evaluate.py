@@ -27,8 +27,9 @@ from fedsb.data.tasks import TASKS
 from fedsb.data.tasks.answers import Answers
 from fedsb.data.tasks.base import Example, Task, question_of
 from fedsb.data.tasks.tokens import pad_token
-from fedsb.models.hub import hub_errors, licence_of
-from fedsb.models.load import load_base, matmul_precision, quiet, resolve_name, shared_name
+from fedsb.models.hub import hub_errors, licence_of, quiet
+from fedsb.models.load import load_base, matmul_precision
+from fedsb.models.names import resolve_name, shared_name
 from fedsb.models.tokenizer import load_tokenizer
 from fedsb.reporting.run_directory import read_manifest, read_result
 from fedsb.runs.answers import answer_all

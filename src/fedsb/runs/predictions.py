@@ -4,6 +4,7 @@
     regression        prediction (a number)
     generation        prediction (the text, greedy decoding) and ended (false if it reached the limit of new tokens)
     score = options   prediction (the most likely answer)
+    base              base_prediction as well: the answer of the base model without the adapter
 
 The LoRA adapter is loaded with PEFT, and batches are those of `fedsb eval`. So the score computed from the predictions
 for a labelled table is the score that `fedsb eval` prints. Shapes: b rows, c classes.
@@ -37,20 +38,23 @@ FORMATS = (".jsonl", ".csv")
 Data = str | Path | Sequence[Mapping[str, Any]]
 
 
-def predict(folder: Path | str, data: Data, *, new_tokens: int | None = None) -> list[Row]:
+def predict(folder: Path | str, data: Data, *, new_tokens: int | None = None, base: bool = False) -> list[Row]:
     """Returns a copy of every row with the prediction columns that the module's docstring lists.
 
     Args:
         folder: the run directory.
         data: a file, "hub:owner/name", or rows. Columns that the model does not read are kept.
         new_tokens: the limit of a generated text, by default the run's own.
+        base: whether to answer with the base model too, to compare.
 
     Raises:
-        UserError: PEFT cannot load the run's adapter, a column is missing or would be overwritten, or a row is not
-            valid. The message names the row's file and line.
+        UserError: PEFT cannot load the run's adapter, `base` with a task that has a head, a column is missing or would
+            be overwritten, or a row is not valid. The message names the row's file and line.
     """
     manifest, config, adapter = finished_run(Path(folder))
     task = fitted_task(manifest, config, new_tokens)
+    if base and isinstance(task, Classification):
+        raise UserError("The base model has no trained task head, so it cannot answer. Leave out --base.")
     if isinstance(data, str | Path):
         table = load_unlabelled(config, task, str(data))
     else:
@@ -66,7 +70,12 @@ def predict(folder: Path | str, data: Data, *, new_tokens: int | None = None) ->
         else:
             assert isinstance(task, CausalTask)
             questions = task.questions(table.rows)
-            made = _write(task, adapted_model(config, task, adapter), questions, config.eval.batch_size)
+            model = adapted_model(config, task, adapter)
+            made = _write(task, model, questions, config.eval.batch_size)
+            if base:
+                with model.disable_adapter():
+                    before = _write(task, model, questions, config.eval.batch_size)
+                made = [row | {"base_prediction": own["prediction"]} for row, own in zip(made, before, strict=True)]
     return [{**row, **columns} for row, columns in zip(table.rows, made, strict=True)]
 
 

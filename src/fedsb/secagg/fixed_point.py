@@ -16,7 +16,6 @@ error of up to 3.0e-8 below 1. Limits: what a value exceeds C by is lost; `beyon
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,10 +60,6 @@ class FixedPoint:
         """
         return clients * self.step * (1 + 2**-20)
 
-    def beyond(self, values: Floats) -> int:
-        """Returns how many values clipping will change."""
-        return int((np.abs(values.astype(np.float64)) > self.clip).sum())
-
     def encode(
         self,
         values: NDArray[np.floating],  # (size,)
@@ -91,17 +86,3 @@ class FixedPoint:
         """Returns (sum_k p_k x_k of shape (size,), sum_k p_k) from the ring's sum (size + 1,)."""
         sums = total.view(np.int32) * np.float64(self.step)
         return sums[:-1], float(sums[-1] / self.clip)
-
-
-def flatten(arrays: Mapping[str, Floats]) -> Floats:
-    """Returns one flat vector: the arrays by sorted name, each in C order."""
-    return np.concatenate([np.zeros(0, np.float32), *(arrays[name].reshape(-1) for name in sorted(arrays))])
-
-
-def unflatten(vector: NDArray[np.floating], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Floats]:
-    """Splits what `flatten` joined, in float32. Raises ValueError if the shapes have a different number of values."""
-    sizes = [int(np.prod(shapes[name])) for name in sorted(shapes)]
-    if vector.shape != (sum(sizes),):
-        raise ValueError(f"A vector of shape {vector.shape} does not fit shapes of {sum(sizes)} values.")
-    parts = np.split(vector.astype(np.float32), np.cumsum(sizes)[:-1]) if sizes else []
-    return {name: part.reshape(shapes[name]) for name, part in zip(sorted(shapes), parts, strict=True)}

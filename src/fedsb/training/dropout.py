@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from fedsb.utils.rng import keyed_generator
+from fedsb.utils.tensors import to_device
 
 Keys = Sequence[tuple[int | str, ...]]  # for each client, the key of its draws in this step
 
@@ -26,17 +28,20 @@ class Dropout:
         rows: of all clients in the micro-batch.
     """
 
-    def __init__(self, p: float, keys: Keys, first: int, rows: int) -> None:
-        self.p, self.keys, self.first, self.rows = p, keys, first, rows
+    def __init__(self, p: float, keys: Keys, first: int, rows: int, device: torch.device) -> None:
+        self.p, self.rows = p, rows
+        numbers = range(first, first + rows // len(keys))
+        words = [word(*key, number) for key in keys for number in numbers]
+        self._row_keys = to_device(torch.tensor(words, dtype=torch.int32), device)  # (K b,)
+        self._counters: dict[int, Tensor] = {}  # values of a row -> a hashed counter, the same in every layer
 
     def __call__(self, layer: str, x: Tensor) -> Tensor:  # (K b, ..., n)
-        if len(x) == self.rows:
-            numbers = range(self.first, self.first + self.rows // len(self.keys))
-            keys = [word(*k, layer, i) for k in self.keys for i in numbers]
-            bits = random_words(x[0].numel(), keys, x.device).reshape(x.shape)
-        else:
-            bits = random_words(x.numel(), [word(*self.keys[0], layer, self.first)], x.device).reshape(x.shape)
-        return x * (bits >= round(self.p * 2**32) - 2**31).to(x.dtype) / (1 - self.p)
+        keys = self._row_keys if len(x) == self.rows else self._row_keys[:1]
+        count = x.numel() // len(keys)
+        if count not in self._counters:
+            self._counters[count] = mix(torch.arange(count, dtype=torch.int32, device=x.device))
+        bits = random_words(self._counters[count], keys ^ layer_word(layer)).view(x.shape)
+        return torch.where(bits >= round(self.p * 2**32) - 2**31, x * (1 / (1 - self.p)), 0.0)
 
 
 def word(*key: int | str) -> int:
@@ -44,13 +49,17 @@ def word(*key: int | str) -> int:
     return int(keyed_generator(*key).integers(-(2**31), 2**31))
 
 
-def random_words(count: int, keys: Sequence[int], device: torch.device) -> Tensor:
-    """Returns (len(keys), count) signed 32-bit words, made on the device: word i of a key is mix(mix(i) ^ key).
+@cache
+def layer_word(layer: str) -> int:
+    return word("dropout layer", layer)
+
+
+def random_words(counter: Tensor, keys: Tensor) -> Tensor:
+    """Returns (len(keys), len(counter)) signed 32-bit words, made on the device: mix(counter ^ key).
 
     Each word depends on its key and position only, and not on the length of a row or on other rows.
     """
-    counter = mix(torch.arange(count, dtype=torch.int32, device=device))
-    return mix(counter ^ torch.tensor(keys, dtype=torch.int32, device=device).unsqueeze(1))
+    return mix(counter ^ keys.unsqueeze(1))
 
 
 def mix(x: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from fedsb.training.optimizer import StepSizes, clip_rows, step_rows
 from fedsb.training.per_example import RowGradients
 from fedsb.training.scoring import forward
 from fedsb.utils.errors import DivergedError
-from fedsb.utils.tensors import Tensors
+from fedsb.utils.tensors import Tensors, to_device
 
 Penalty = Callable[[Mapping[str, Tensor]], Tensor | None]
 
@@ -112,6 +112,7 @@ class JointTrainer:
                 own = [mechanisms[c.name] for c in running[:K]]
                 losses_SK[step, :K] = self._private_gradients(buffers, running[:K], own, others)
             step_rows(local, buffers, K, sizes, step)
+            buffers.renew(K)
         losses = losses_SK.T.tolist()  # the one read from the device
         if how.watch:
             _check_finite(running, losses, own_steps, how.round)
@@ -137,7 +138,9 @@ class JointTrainer:
     def _buffers_for(self, layout: Layout, clients: int) -> ClientBuffers:
         known = self._buffers.get(layout)
         if known is None or known.capacity < clients:
-            known = self._buffers[layout] = ClientBuffers(layout, clients, self.adapted.device)
+            known = self._buffers[layout] = ClientBuffers(
+                layout, clients, self.adapted.device, self.adapted.compute_dtypes(layout.slices)
+            )
         return known
 
     def _gradients(
@@ -161,14 +164,17 @@ class JointTrainer:
                 [float(i < len(own)) / total for i in range(width)] for own, total in zip(micro, total_K, strict=True)
             ]
             adapted.routing.rows = K * width if K > 1 else None
-            adapted.routing.dropout = Dropout(local.dropout, keys, first, K * width) if local.dropout else None
+            adapted.routing.dropout = (
+                Dropout(local.dropout, keys, first, K * width, adapted.device) if local.dropout else None
+            )
             logits, batch = forward(adapted.model, self.task, [example for own in filled for example in own])
             loss_b, _ = self.task.losses(logits, batch)
-            loss_Kb = loss_b.reshape(K, width) * torch.tensor(weight_Kb, device=loss_b.device)
+            loss_Kb = loss_b.reshape(K, width) * to_device(torch.tensor(weight_Kb), loss_b.device)
             loss_Kb.sum().backward()  # type: ignore[no-untyped-call]
+            buffers.collect(K)
             loss_K += loss_Kb.detach().sum(1)
         adapted.routing.rows = adapted.routing.dropout = None
-        if penalty is not None and (extra_K := penalty(adapted.parameters())) is not None:
+        if penalty is not None and (extra_K := penalty(buffers.leaves(K))) is not None:
             extra_K.sum().backward()  # type: ignore[no-untyped-call]
         if local.clip_norm is not None:
             clip_rows(gradients, local.clip_norm)

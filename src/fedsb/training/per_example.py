@@ -30,7 +30,7 @@ from fedsb.adapters.layout import Layout
 from fedsb.data.tasks.base import Example, Task, ids
 from fedsb.models.load import matmul_precision
 from fedsb.training.scoring import forward
-from fedsb.utils.tensors import Tensors
+from fedsb.utils.tensors import Tensors, to_device
 
 LONGEST = 1e19  # a gradient with a larger norm counts as 0; up to here, C over the norm is a normal float32
 
@@ -67,10 +67,12 @@ class RowGradients:
         for start in range(0, len(flat), len(self.gradients)):
             part = flat[start : start + len(self.gradients)]
             owners = [k for k, _ in part]
-            owner_b = torch.tensor(owners, device=values.device)
+            owner_b = to_device(torch.tensor(owners), values.device)
             loss_b = self._backward(values, frozen, owner_b, [row for _, row in part])
             add_clipped(sums, self.gradients[: len(part)], owner_b, clip)
-            losses.index_add_(0, owner_b, loss_b / torch.tensor([len(rows[k]) for k in owners], device=values.device))
+            losses.index_add_(
+                0, owner_b, loss_b / to_device(torch.tensor([len(rows[k]) for k in owners]), values.device)
+            )
         return sums, losses
 
     def _backward(self, values: Tensor, frozen: Tensors, owner_b: Tensor, rows: list[Example]) -> Tensor:

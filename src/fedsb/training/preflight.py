@@ -30,7 +30,7 @@ from fedsb.adapters.export_check import try_adapter
 from fedsb.adapters.factors import Factors
 from fedsb.adapters.layer import RoutingError
 from fedsb.config.resolved import ResolvedSetting
-from fedsb.data.tasks.base import Batch, Example, Task, ids
+from fedsb.data.tasks.base import Batch, Example, Task, ids, inputs_of
 from fedsb.data.tasks.causal import CausalTask
 from fedsb.models.layers import kinds
 from fedsb.models.limits import batch_dependent_positions
@@ -128,7 +128,7 @@ def made_up_adapter(
         else:
             A, B = A[0], B[0]
         factors[layer] = Factors(A=A, B=B, scale=adapted.scale)
-    return factors, head, {key: x for key, x in batch.items() if key != "labels"}, logits
+    return factors, head, inputs_of(batch), logits
 
 
 def try_with_peft(

@@ -14,8 +14,9 @@ from torch import nn
 
 from fedsb.data.grading.verdict import Verdict
 from fedsb.data.tasks.answers import Answers
-from fedsb.data.tasks.base import NO_LOSS, Batch, Example, Question, Task, ids, question_of
+from fedsb.data.tasks.base import NO_LOSS, Batch, Example, Question, Task, ids, inputs_of, question_of
 from fedsb.training.generation import Prompt, Written, write_answers
+from fedsb.utils.tensors import to_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +32,8 @@ class Answered:
 def forward(model: nn.Module, task: Task, examples: Sequence[Example]) -> tuple[torch.Tensor, Batch]:
     """Returns (logits, the batch with its labels), on the model's device."""
     device = next(model.parameters()).device
-    batch = {key: value.to(device) for key, value in task.collate(list(examples)).items()}
-    logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
-    return logits, batch
+    batch = {key: to_device(value, device) for key, value in task.collate(list(examples)).items()}
+    return model(**inputs_of(batch)).logits, batch
 
 
 class Measured(NamedTuple):

@@ -12,7 +12,7 @@ from fedsb.adapters.export import BaseModelInfo
 from fedsb.adapters.merge import merged_plan
 from fedsb.config.resolved import ResolvedSetting
 from fedsb.config.schema import Config
-from fedsb.data.tasks.base import Example, Task, ids
+from fedsb.data.tasks.base import Example, Task, ids, inputs_of
 from fedsb.data.tasks.tokens import Tokenizer, pad_token
 from fedsb.methods.base import Method, State
 from fedsb.models.heads import head_start
@@ -129,7 +129,7 @@ class Trainer:
         """Returns the examples as inputs, and the model's logits for them, to compare an exported adapter with."""
         self._load_one(tensors)
         logits, batch = forward(self.adapted.model, self.task, list(examples))
-        return {key: value for key, value in batch.items() if key != "labels"}, logits
+        return inputs_of(batch), logits
 
     # --- private ---
 

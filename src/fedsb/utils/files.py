@@ -76,6 +76,12 @@ def lock(file: IO[Any] | int, busy: str) -> None:
         raise UserError(busy)
 
 
+def cache_folder() -> Path:
+    """Returns the user's cache folder of fedsb. Raises RuntimeError if the user has no home folder."""
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (given if given.is_absolute() else Path.home() / ".cache") / "fedsb"
+
+
 def safe_name(client: str) -> str:
     """Returns a folder name for a client: its own name if it is safe and short, otherwise a part of it with a hash."""
     kept = "".join(c if c.isalnum() or c in " ._-" else "_" for c in client).strip(" .")[:50]

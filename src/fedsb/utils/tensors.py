@@ -1,11 +1,18 @@
-"""The types of named tensors and of weight shapes, without importing torch."""
+"""Named tensors and weight shapes, and the way of a tensor to its device. This module does not import torch."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, device
 
 Tensors = dict[str, "Tensor"]
 Shapes = dict[str, tuple[int, int]]  # (m, n) of each adapted layer
+
+
+def to_device(tensor: Tensor, where: device) -> Tensor:
+    """Returns a tensor of the host on a device, without waiting for the copy where the device allows it."""
+    if where.type in ("cpu", "mps"):
+        return tensor.to(where)
+    return tensor.pin_memory().to(where, non_blocking=True)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Batch = dict[str, "Tensor"]
+ANSWERS = ("labels", "targets")  # what a batch contains beside the model's inputs
 
 MADE_UP = 1000  # a made-up text takes its tokens from this many first ones
 NO_LOSS = -100  # the label that cross entropy ignores
@@ -278,6 +279,11 @@ class Task(ABC):
                     "Fill it in, or remove the row."
                 )
         return [row[column] for row in rows]
+
+
+def inputs_of(batch: Batch) -> Batch:
+    """Returns the part of a batch that the model reads."""
+    return {key: value for key, value in batch.items() if key not in ANSWERS}
 
 
 def ids(example: Example, name: str) -> list[int]:

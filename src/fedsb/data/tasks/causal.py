@@ -38,16 +38,29 @@ class CausalTask(Task):
     def weight(self, example: Example) -> int:
         return sum(label != NO_LOSS for label in ids(example, "labels")[1:])
 
+    def collate(self, examples: list[Example], *, multiple_of: int = 8) -> Batch:
+        """Returns the batch with "targets" (n,): the positions, in the flattened batch, of the tokens to predict.
+
+        They are found here, on the host, so that a device need not be asked for their number. Texts that are padded on
+        the right need no attention mask: no token sees one after it, which `training/preflight.py` tests.
+        """
+        batch = super().collate(examples, multiple_of=multiple_of)
+        is_target_bt = batch["labels"] != NO_LOSS
+        is_target_bt[:, 0] = False  # nothing comes before it
+        batch["targets"] = is_target_bt.flatten().nonzero()[:, 0]
+        if not self.pads_left:
+            del batch["attention_mask"]
+        return batch
+
     def losses(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Returns (sum of token losses (b,), number of targets (b,)). Only logits of targets are copied to float32."""
         from torch.nn.functional import cross_entropy
 
-        target_bt = batch["labels"][:, 1:]  # logits at t predict the token at t + 1
-        is_target_bt = target_bt != NO_LOSS
-        logits_nv = logits[:, :-1][is_target_bt].float()
-        nats_n = cross_entropy(logits_nv, target_bt[is_target_bt], reduction="none")
-        nats_bt = nats_n.new_zeros(target_bt.shape).masked_scatter(is_target_bt, nats_n)
-        return nats_bt.sum(dim=1), is_target_bt.sum(dim=1).float()
+        target_n, labels_bt = batch["targets"], batch["labels"]
+        logits_nv = logits.flatten(0, 1).index_select(0, target_n - 1).float()  # those at t predict the token at t + 1
+        nats_n = cross_entropy(logits_nv, labels_bt.flatten().index_select(0, target_n), reduction="none")
+        nats_bt = nats_n.new_zeros(labels_bt.numel()).index_copy(0, target_n, nats_n).view(labels_bt.shape)
+        return nats_bt.sum(dim=1), (labels_bt[:, 1:] != NO_LOSS).sum(dim=1).float()
 
     def scores(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         return self.losses(logits, batch)

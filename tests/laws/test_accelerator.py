@@ -1,0 +1,170 @@
+"""Law 13: on an accelerator no tensor of the CPU meets one of the device, and a step of training hardly waits.
+
+The accelerator is a pretended one, see support/accelerator.py.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import labelled_rows, set_all, write_rows
+from fedsb.config.load import load_config
+from fedsb.runs.run import federate
+from laws.test_channels import METHODS as CHANNEL_METHODS
+from laws.test_channels import merged
+from laws.test_golden import METHODS as GOLDEN_METHODS
+from support.accelerator import MixedDevicesError, Record, accelerator
+from support.server import started
+
+PRIVATE = {"unit": "example", "noise_multiplier": 1.0, "delta": 1e-3, "clip_norm": 0.5}
+RUNS: dict[str, dict[str, Any]] = {
+    **CHANNEL_METHODS,
+    **GOLDEN_METHODS,
+    "update-basis": {"basis": {"kind": "update-pooled", "samples": 12}},
+    "captured-share": {"basis": {"kind": "core", "samples": 20, "share_samples": 6}},
+    "dropout": {"train": {"dropout": 0.2}},
+    "checkpointing": {"model": {"activation_checkpointing": True}},
+    "bfloat16": {"model": {"dtype": "bfloat16"}},
+    "sgd": {"train": {"optimizer": "sgd"}},
+    "mean-pooling": {"task": {"pooling": "mean"}},
+    "gap": {"eval": {"gap": True}},
+}
+PRIVATE_RUNS: dict[str, dict[str, Any]] = {
+    "example": {"privacy": PRIVATE},
+    "example-core-basis": {
+        "privacy": {"unit": "example", "epsilon": 8.0, "delta": 1e-3, "clip_norm": 0.5},
+        "basis": {"kind": "core", "samples": 20},
+    },
+    "example-fedit": {"privacy": PRIVATE, "method": {"name": "fedit", "rank": 2}},
+    "client": {
+        "privacy": {"unit": "client", "noise_multiplier": 1.0, "delta": 1e-3, "clip_norm": 0.5},
+        "server": {"weighting": "uniform"},
+    },
+}
+
+
+def on_device(config: dict[str, Any], name: str = "device") -> dict[str, Any]:
+    return merged({**config, "name": name}, {"model": {"device": "pretend"}})
+
+
+def changes_of(folder: Path) -> dict[str, torch.Tensor]:
+    """Returns the change of each weight by a run's adapters, and the heads."""
+    found = {}
+    for path in sorted((folder / "adapter").rglob("*.safetensors")):
+        tensors = load_file(path)
+        for key, value in tensors.items():
+            if "lora_B" in key:
+                found[f"{path.parent.name} {key}"] = value @ tensors[key.replace("lora_B", "lora_A")]
+            elif "lora_A" not in key:
+                found[f"{path.parent.name} {key}"] = value
+    return found
+
+
+def test_devices_do_not_mix() -> None:
+    with accelerator() as device:
+        x, y = torch.ones(3, device="pretend"), torch.ones(3)
+        assert (x * 2 + torch.tensor(1.0)).tolist() == [3.0, 3.0, 3.0]
+        with pytest.raises(MixedDevicesError, match="Expected all tensors on one device"):
+            x + y
+        with pytest.raises(TypeError, match=r"Use Tensor\.cpu"):
+            x.numpy()
+        before = device.waits.total()
+        float(x.sum()), y.to("pretend"), x.cpu(), x[x > 0], torch.equal(x, x)
+        assert device.waits.total() == before + 5
+        y.pin_memory().to("pretend", non_blocking=True).add_(x)
+        assert device.waits.total() == before + 5 and device.kernels
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_on_a_device_is_the_run_on_the_cpu(name: str, tiny_config: dict[str, Any]) -> None:
+    config = merged(set_all(tiny_config, rounds=2), RUNS[name])
+    here = federate(load_config({**config, "name": "cpu"}))
+    with accelerator():
+        there = federate(load_config(on_device(config)))
+    assert there.score == pytest.approx(here.score, abs=0.03 if name == "bfloat16" else 1e-3)
+    expected, found = changes_of(here.folder), changes_of(there.folder)
+    assert expected.keys() == found.keys()
+    for key, value in expected.items():
+        near = {"rtol": 0.05, "atol": 5e-3} if name == "bfloat16" else {"rtol": 1e-3, "atol": 1e-5}
+        assert torch.allclose(found[key], value, **near), key
+
+
+@pytest.mark.parametrize("name", PRIVATE_RUNS)
+def test_a_private_run_on_a_device(name: str, tiny_config: dict[str, Any]) -> None:
+    """Its noise is secret, so no two runs are alike."""
+    with accelerator():
+        federate(load_config(on_device(merged(set_all(tiny_config, rounds=2), PRIVATE_RUNS[name]))))
+
+
+LANGUAGE: dict[str, dict[str, Any]] = {
+    "text": {"kind": "text"},
+    "instruction": {"kind": "instruction", "prompt": "text", "answer": "label"},
+    "arithmetic": {"kind": "arithmetic", "prompt": "text", "answer": "label", "new_tokens": 3},
+}
+
+
+@pytest.mark.parametrize("kind", LANGUAGE)
+def test_a_language_model_on_a_device(kind: str, tiny_config: dict[str, Any], tiny_llama: Path, tmp_path: Path) -> None:
+    rows = [row | {"label": f"The answer is: {i % 4}"} for i, row in enumerate(labelled_rows(60, 0))]
+    table = write_rows(tmp_path / "rows.jsonl", rows)
+    config = merged(
+        set_all(tiny_config, rounds=2, data={"train": str(table), "test": str(table)}),
+        {"task": LANGUAGE[kind], "model": {"name": str(tiny_llama), "max_seq_length": 56}},
+    )
+    here = federate(load_config({**config, "name": "cpu"}))
+    with accelerator():
+        there = federate(load_config(on_device(config)))
+    assert there.score == pytest.approx(here.score, abs=1e-3)
+
+
+# --- waits ---
+
+
+def waits_of_a_step(config: dict[str, Any], folder: Path) -> Counter[str]:
+    """Returns what the host waits for in four steps of each client: rounds of 6 and of 2 steps, subtracted."""
+    found = []
+    for steps in (6, 2):
+        with accelerator() as device:
+            changed = merged(on_device(config), {"train": {"local_steps": steps}})
+            server, state = started(changed, folder / str(steps))
+            state = server.run_round(state).state
+            device.clear()
+            server.run_round(state)
+            found.append(Record(waits=Counter(device.waits)).waits)
+    found[0].subtract(found[1])
+    return +found[0]
+
+
+@pytest.mark.parametrize("method", ["fed-sb", "ravan", "fedit", "hetlora"])
+@pytest.mark.parametrize("together", [1, 3])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_a_step_of_training_waits_for_nothing(
+    tiny_config: dict[str, Any], tmp_path: Path, method: str, together: int, dropout: float
+) -> None:
+    settings = {"hetlora": {"rank": 4, "gamma": 0.5, "penalty_weight": 0.1}, "ravan": {"rank": 2, "blocks": 2}}
+    config = merged(
+        set_all(tiny_config, method={"name": method, **settings.get(method, {"rank": 4})}),
+        {"train": {"dropout": dropout}, "engine": {"clients_per_forward": together}},
+    )
+    waits = waits_of_a_step(config, tmp_path)
+    assert not {where: count for where, count in waits.items() if where.startswith(("training", "adapters", "data"))}
+
+
+def test_a_step_of_a_language_model_waits_for_nothing(
+    tiny_config: dict[str, Any], tiny_llama: Path, tmp_path: Path
+) -> None:
+    config = merged(tiny_config, {"model": {"name": str(tiny_llama)}, "task": {"kind": "text"}})
+    assert not waits_of_a_step(config, tmp_path)
+
+
+def test_a_private_step_waits_once_for_each_client(tiny_config: dict[str, Any], tmp_path: Path) -> None:
+    """For the check of its sum; a site has one client."""
+    waits = waits_of_a_step(merged(tiny_config, {"privacy": PRIVATE}), tmp_path)
+    own = {where: count for where, count in waits.items() if where.startswith(("training", "privacy", "adapters"))}
+    assert sum(own.values()) == 4 * 3 and all("mechanism.py" in where for where in own)
