@@ -7,6 +7,7 @@ over a network; only the messages around them are not serialised.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from fedsb.client.memo import Memo
@@ -25,6 +26,7 @@ from fedsb.protocol.payload import unpack
 from fedsb.protocol.requirements import refuse_what_facts_forbid
 from fedsb.protocol.tensors import within
 from fedsb.server.opened import ClientStates, OpenedFederation
+from fedsb.training.joint import ClientTraining
 from fedsb.training.memory import ModelSizes, memory_by_clients
 from fedsb.training.resolved import auto_clients_per_forward, local_training
 from fedsb.training.trainer import Trainer
@@ -32,11 +34,19 @@ from fedsb.utils.errors import UserError
 from fedsb.utils.tensors import Tensors
 
 
-def open_in_process(config: Config, method: Method, run: str) -> OpenedFederation:
+def open_in_process(
+    config: Config, method: Method, run: str, channel_type: type[InProcessChannel] | None = None
+) -> OpenedFederation:
     """Opens the clients, data and base model of a configuration in this process.
 
-    Raises UserError, at the start, for whatever is wrong with the data, the model, or their fit.
+    Raises UserError, at the start, for a configuration of a deployed federation, and for whatever is wrong with the
+    data, the model, or their fit.
     """
+    if config.engine.name != "in_process":
+        raise UserError(
+            f"engine.name = {config.engine.name!r} is for a deployed federation. Use `fedsb federation serve`. "
+            "To simulate it in one process, use --set engine.name=in_process."
+        )
     refuse_what_facts_forbid(config, method)
     refuse_what_would_leak(config, method)
     tokenizer = load_tokenizer(config.model)
@@ -50,7 +60,7 @@ def open_in_process(config: Config, method: Method, run: str) -> OpenedFederatio
         trainer.check_rows([*site.train, *site.held_out])
     clients = [data.pooled()] if pooled else data.participants
     together, reason = _clients_per_forward(config, method, trainer, clients)
-    channel = InProcessChannel(run, clients, trainer, together)
+    channel = (channel_type or InProcessChannel)(run, clients, trainer, together)
     setting = ResolvedSetting(key="engine.clients_per_forward", value=together, reason=reason)
     return OpenedFederation(
         channel=channel,
@@ -61,6 +71,18 @@ def open_in_process(config: Config, method: Method, run: str) -> OpenedFederatio
         settings=(setting,),
         local_clients=channel,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Clients of one rank that train in one forward."""
+
+    names: Sequence[str]
+    clients: Sequence[ClientTraining]
+    method: Method  # at their rank
+    total_rank: int | None
+    round: int
+    policy: PrivacyPolicy
 
 
 class InProcessChannel:
@@ -144,16 +166,34 @@ class InProcessChannel:
                 begun[name] = local_round  # never done already: in one process a client stores no answers
             else:
                 yield name, local_round
-        for rank in dict.fromkeys(requests[name].total_rank for name in begun):
-            alike = [name for name in begun if requests[name].total_rank == rank]
-            for first in range(0, len(alike), self.clients_per_forward):
-                group = alike[first : first + self.clients_per_forward]
-                client_round, policy = begun[group[0]].client_round, self._started[group[0]].policy
-                trained = self._trainer.train(
-                    [begun[n].training for n in group], client_round.method, client_round.round, policy
-                )
-                for name, client in zip(group, trained, strict=True):
-                    yield name, self._started[name].finish(begun.pop(name), client)
+        groups = [
+            self._group(begun, part, requests[part[0]].total_rank)
+            for rank in dict.fromkeys(requests[name].total_rank for name in begun)
+            for part in _parts([n for n in begun if requests[n].total_rank == rank], self.clients_per_forward)
+        ]
+        for group, trained in self.train_groups(groups):
+            for name, client in zip(group.names, trained, strict=True):
+                yield name, self._started[name].finish(begun.pop(name), client)
+
+    def _group(self, begun: Mapping[str, LocalRound], names: Sequence[str], total_rank: int | None) -> Group:
+        client_round = begun[names[0]].client_round
+        return Group(
+            names=names,
+            clients=[begun[name].training for name in names],
+            method=client_round.method,
+            total_rank=total_rank,
+            round=client_round.round,
+            policy=self._started[names[0]].policy,
+        )
+
+    def train_groups(self, groups: Sequence[Group]) -> Iterator[tuple[Group, list[ClientTraining]]]:
+        """Yields the groups of a round with their clients trained."""
+        for group in groups:
+            yield group, self.train_group(group)
+
+    def train_group(self, group: Group) -> list[ClientTraining]:
+        """Returns the clients of a group after a round of local training."""
+        return self._trainer.train(group.clients, group.method, group.round, group.policy)
 
     def _finish(self, name: str, request: Finish) -> FinishReply:
         client = self._started[name]
@@ -161,6 +201,11 @@ class InProcessChannel:
         if held_out and client.policy.may_release("scores"):
             score = self._trainer.evaluate(client.final_tensors(unpack(request.payload)), held_out).value
         return FinishReply(score=finite(score), held_out=len(held_out))
+
+
+def _parts(names: Sequence[str], size: int) -> Iterator[Sequence[str]]:
+    for first in range(0, len(names), size):
+        yield names[first : first + size]
 
 
 def _clients_per_forward(

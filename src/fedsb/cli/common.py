@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -61,6 +62,23 @@ def _how_to_resume(folder: Path) -> str:
     if not (folder / "manifest.json").exists():
         return f"  No run exists in {folder}. Start it again."
     return f"  Completed rounds are in {folder}. To resume:\n    fedsb resume {shlex.quote(str(folder))}"
+
+
+@contextmanager
+def all_ranks() -> Iterator[Any]:
+    """Yields how to open a federation: in this process, or with all processes of a torchrun launch.
+
+    Yields None where another process of the launch has the run.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        from fedsb.channels.in_process import open_in_process
+
+        yield open_in_process
+        return
+    from fedsb.channels.process_group import launched
+
+    with launched() as open_federation:
+        yield open_federation
 
 
 def print_result(folder: Path, as_json: bool) -> None:

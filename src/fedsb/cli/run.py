@@ -73,8 +73,12 @@ def run(
 
         common.print_result(run_local_federation(loaded), as_json)
         return
-    with common.shown_run(Path(loaded.config.out) / loaded.config.name, as_json, verbose=verbose) as display:
-        result = federate(loaded, display)
+    folder = Path(loaded.config.out) / loaded.config.name
+    with common.all_ranks() as open_federation:
+        if open_federation is None:
+            return
+        with common.shown_run(folder, as_json, verbose=verbose) as display:
+            result = federate(loaded, display, open_federation)
     common.print_result(result.folder, as_json)
 
 
@@ -99,8 +103,11 @@ def resume(
         changed = common.load(config, overrides)
     elif overrides:
         changed = load_config(read_manifest(folder)["config"], overrides)
-    with common.shown_run(folder, as_json, verbose=verbose) as display:
-        result = resume_run(folder, display, changed)
+    with common.all_ranks() as open_federation:
+        if open_federation is None:
+            return
+        with common.shown_run(folder, as_json, verbose=verbose) as display:
+            result = resume_run(folder, display, changed, open_federation)
     common.print_result(result.folder, as_json)
 
 

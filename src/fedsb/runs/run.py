@@ -63,18 +63,8 @@ class Result:
 OpenFederation = Callable[[Config, Method, str], OpenedFederation]
 
 
-def open_here(config: Config, method: Method, run: str) -> OpenedFederation:
-    """Opens all clients in this process. Raises UserError for a configuration of a deployed federation."""
-    if config.engine.name != "in_process":
-        raise UserError(
-            f"engine.name = {config.engine.name!r} is for a deployed federation. Use `fedsb federation serve`. "
-            "To simulate it in one process, use --set engine.name=in_process."
-        )
-    return open_in_process(config, method, run)
-
-
 def federate(
-    resolved: ResolvedConfig, display: Display | None = None, open_federation: OpenFederation = open_here
+    resolved: ResolvedConfig, display: Display | None = None, open_federation: OpenFederation = open_in_process
 ) -> Result:
     """Runs a configuration from the start, in a new run directory.
 
@@ -106,7 +96,7 @@ def resume(
     folder: Path,
     display: Display | None = None,
     changed: ResolvedConfig | None = None,
-    open_federation: OpenFederation = open_here,
+    open_federation: OpenFederation = open_in_process,
 ) -> Result:
     """Resumes a run after its last completed round. The result equals that of an uninterrupted run.
 
