@@ -18,6 +18,7 @@ from fedsb.config.inputs import ModelConfig
 from fedsb.config.load import load_config
 from fedsb.data.tasks import open_task
 from fedsb.data.tasks.base import TaskOptions
+from fedsb.data.tasks.instruction import ALPACA
 from fedsb.models.load import load_base
 from fedsb.models.tokenizer import load_tokenizer
 from fedsb.reporting.run_directory import read_rows
@@ -131,6 +132,28 @@ def test_predictions_are_what_was_scored(
         predicted = fedsb.predict(folder, table)
         assert [row["prediction"] for row in predicted] == [line["generated"] for line in lines]
         assert [row["ended"] for row in predicted] == [line["ended"] for line in lines]
+
+
+def test_the_base_model_answers_too(
+    cli: Callable[..., Said], finished: dict[str, Any], stories: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import fedsb
+
+    folder = finished["arithmetic"].folder
+    rows = [{"prompt": "How many apples are 3 and 4?"}, {"prompt": "Lily had 2 cats. How many?"}]
+    both, alone = fedsb.predict(folder, rows, base=True, new_tokens=12), fedsb.predict(folder, rows, new_tokens=12)
+    assert [row["prediction"] for row in both] == [row["prediction"] for row in alone]
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(stories), AutoTokenizer.from_pretrained(stories)
+    for row in both:
+        ids = tokenizer(ALPACA.format(prompt=row["prompt"]), return_tensors="pt")
+        written = model.generate(**ids, max_new_tokens=12, do_sample=False)[0, ids["input_ids"].shape[1] :]
+        assert row["base_prediction"] == tokenizer.decode(written, skip_special_tokens=True)
+        assert row["base_prediction"] != row["prediction"]
+    asked = write_rows(tmp_path / "asked.jsonl", rows)
+    said = cli("predict", folder, "--data", asked, "--base", "--new-tokens", 12).out
+    assert said.count("base model: ") == said.count("with adapter: ") == 2
 
 
 def test_an_evaluation_goes_on_and_grades_anew(

@@ -428,8 +428,8 @@ def test_a_cell_that_fails_says_why(tiny_config: dict[str, Any], tmp_path: Path)
 # --- a comparison, its cells made up ---
 
 
-def made_up(scores: Callable[[Cell], float | None], rows: int | None = None) -> Callable[[Cell, Path], Any]:
-    async def run(cell: Cell, ledgers: Path) -> Outcome:
+def made_up(scores: Callable[[Cell], float | None], rows: int | None = None) -> Callable[[Cell, Path, int], Any]:
+    async def run(cell: Cell, ledgers: Path, slot: int) -> Outcome:
         score = scores(cell)
         sizes = {"one_off": 0, "up": 500, "down": 500, "total": 1000 * cell.settings["method.rank"]}
         return {
@@ -618,6 +618,28 @@ def test_workers(tiny_config: dict[str, Any]) -> None:
     plan = plan_of(load_config(asked(tiny_config, methods=["fedit"])))
     assert plan.workers == cores and plan.cells == 7
     assert plan_of(load_config(asked(tiny_config, methods=["fedit"], workers=5))).workers == 5
+
+
+def test_each_worker_has_a_gpu_of_its_own(
+    tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert plan_of(load_config(asked(tiny_config, methods=["fedit"]))).workers == 4
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    assert plan_of(load_config(asked(tiny_config, methods=["fedit"]))).workers == 2
+    cell, seen = make_cell("one", load_config(tiny_config).config.model_dump(mode="json")), []
+
+    async def call(*_: str, environment: dict[str, str]) -> tuple[int, str]:
+        seen.append(environment["CUDA_VISIBLE_DEVICES"])
+        return 1, "nothing is run here"
+
+    monkeypatch.setattr(cells, "call_process", call)
+    for slot in range(3):
+        with pytest.raises(CellError):
+            asyncio.run(run_cell(cell, tmp_path, slot))
+    assert seen == ["5", "7", "5"]
 
 
 # --- a real one ---

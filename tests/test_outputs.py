@@ -224,6 +224,11 @@ def _quiet() -> Iterator[None]:
     logging.set_verbosity(level)
 
 
+def test_a_base_model_without_a_head_cannot_answer(run_of: Callable[[str], Path]) -> None:
+    with pytest.raises(UserError, match="no trained task head"):
+        fedsb.predict(run_of("classes"), asked_rows("classes"), base=True)
+
+
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_a_pipeline_of_a_merged_classifier(
     run_of: Callable[[str], Path], merged_of: Callable[[str], Path], batch_size: int

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from conftest import Said, adapter_bytes, set_all, write_toml
 from fedsb.channels.in_process import InProcessChannel
@@ -138,6 +139,27 @@ def test_a_resume_on_another_base_model_is_refused(
     save_file({**tensors, key: tensors[key] + 1}, base / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match="has changed since the run was started"):
         resume(done.folder)
+
+
+def test_a_run_keeps_the_dtype_that_its_first_device_chose(
+    tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It can be resumed where "auto" would mean another dtype, and with the TOML that says "auto"."""
+    config = load_config(set_all(tiny_config, rounds=2))
+    assert config.config.model.dtype == "auto"
+    whole = federate(dataclasses.replace(config, config=config.config.model_copy(update={"name": "whole"})))
+    done = federate(config)
+    assert json.loads((done.folder / "manifest.json").read_text())["config"]["model"]["dtype"] == "float32"
+    shutil.rmtree(done.folder / "checkpoints" / "round-0002")
+    monkeypatch.setattr("fedsb.runs.run.choose_dtype", lambda *_: (torch.bfloat16, "a GPU"))
+    resumed = resume(done.folder, changed=config)
+    assert adapter_bytes(resumed.folder) == adapter_bytes(whole.folder)
+
+
+def test_float16_is_not_trained(tiny_config: dict[str, Any]) -> None:
+    model = {**tiny_config["model"], "dtype": "float16"}
+    with pytest.raises(UserError, match="'float16' cannot be trained"):
+        federate(load_config(set_all(tiny_config, model=model)))
 
 
 def test_a_resume_whose_federation_does_not_open_releases_the_lock(tiny_config: dict[str, Any]) -> None:

@@ -26,6 +26,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
+
 from fedsb.comparison.contenders import dotted
 from fedsb.config.load import load_config
 from fedsb.config.nested import set_key
@@ -83,8 +85,16 @@ def make_cell(name: str, settings: Mapping[str, Any]) -> Cell:
     return Cell(name=name, settings={k: v for k, v in dotted(settings).items() if k not in ("name", "out")})
 
 
-async def run_cell(cell: Cell, ledgers: Path) -> Outcome:
+def visible_gpus() -> list[str]:
+    """Returns the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
+
+
+async def run_cell(cell: Cell, ledgers: Path, slot: int = 0) -> Outcome:
     """Runs a cell and returns the outcome to store. A loss that is not finite gives a score of None.
+
+    `slot` numbers the worker: if the device is "cuda", each worker has its own GPU as long as there are enough.
 
     The ledgers of a private run stay in `ledgers`, even if the run fails. Raises CellError if the run fails for a
     different reason. If cancelled, ends the run's process first.
@@ -95,7 +105,12 @@ async def run_cell(cell: Cell, ledgers: Path) -> Outcome:
         toml.write_text(to_toml({**cell.settings, "name": "cell", "out": str(folder)}), "utf-8")
         device = choose_device(str(cell.settings["model.device"]))[0]
         environment = {"OMP_NUM_THREADS": "1"} if device.type == "cpu" else {}  # cells run in parallel, one per core
-        code, errors = await _call(sys.executable, "-m", "fedsb", "run", str(toml), "--json", environment=environment)
+        if device == torch.device("cuda"):
+            gpus = visible_gpus()
+            environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
+        code, errors = await call_process(
+            sys.executable, "-m", "fedsb", "run", str(toml), "--json", environment=environment
+        )
         if code and not (code == 2 and DIVERGED.search(errors)):
             raise CellError(_reason(code, errors))
         facts: Outcome = {"score": None, "diverged": _reason(code, errors)} if code else read_run(folder / "cell")
@@ -251,7 +266,7 @@ def current_settings(settings: Mapping[str, Any]) -> Mapping[str, Any]:
         return settings
 
 
-async def _call(*command: str, environment: Mapping[str, str]) -> tuple[int, str]:
+async def call_process(*command: str, environment: Mapping[str, str]) -> tuple[int, str]:
     """Returns the exit code and stderr of a process in its own session, so that Ctrl-C does not reach it directly."""
     process = await asyncio.create_subprocess_exec(
         *command,

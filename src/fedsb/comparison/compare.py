@@ -17,7 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fedsb.comparison.cells import Cell, CellError, Outcome, Results, current_settings, make_cell, run_cell
+from fedsb.comparison.cells import (
+    Cell,
+    CellError,
+    Outcome,
+    Results,
+    current_settings,
+    make_cell,
+    run_cell,
+    visible_gpus,
+)
 from fedsb.comparison.contenders import Contender, contenders_of
 from fedsb.comparison.figures import Entry, comparison_of
 from fedsb.comparison.page import write_page
@@ -92,11 +101,7 @@ def plan_of(loaded: ResolvedConfig) -> Plan:
     """Returns the plan of a comparison. Raises ConfigError with all errors of all contenders."""
     options = loaded.config.compare
     contenders = contenders_of(loaded)
-    workers = options.workers
-    if workers == "auto":
-        on_cpu = all(choose_device(device)[0].type == "cpu" for device in {c.config.model.device for c in contenders})
-        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        workers = workers if on_cpu else 1  # two runs on one GPU would share its memory and time
+    workers = _workers(contenders) if options.workers == "auto" else options.workers
     task = contenders[0].config.task
     return Plan(
         options=options,
@@ -106,6 +111,13 @@ def plan_of(loaded: ResolvedConfig) -> Plan:
     )
 
 
+def _workers(contenders: Sequence[Contender]) -> int:
+    """Returns one worker per core, or per GPU, because two runs on one GPU would share its memory and time."""
+    if any(choose_device(each.config.model.device)[0].type != "cpu" for each in contenders):
+        return max(1, len(visible_gpus()))
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class Work:
     """Runs the cells of a plan."""
 
@@ -113,7 +125,9 @@ class Work:
         self.plan = plan
         self.results = results
         self.note = note
-        self.slots = asyncio.Semaphore(plan.workers)
+        self.slots: asyncio.Queue[int] = asyncio.Queue()  # of the workers that are free
+        for slot in range(plan.workers):
+            self.slots.put_nowait(slot)
         self.failed: dict[str, str] = {}
         self.started = time.monotonic()
         self.ran = self.known = 0  # cells that ran now, cells that were stored
@@ -183,8 +197,11 @@ class Work:
                 "; ".join(difference(current_settings(stale["settings"]), cell.portable)) or "the content of its files"
             )
             self.note(f"{cell.name}: a stored run has different settings and is not used ({changed})")
-        async with self.slots:
-            outcome = await run_cell(cell, self.results.path.parent / "ledgers")
+        slot = await self.slots.get()
+        try:
+            outcome = await run_cell(cell, self.results.path.parent / "ledgers", slot)
+        finally:
+            self.slots.put_nowait(slot)
         self.results.add(cell, outcome)
         self.ran += 1
         score = "not finite" if outcome["score"] is None else score_text(outcome["metric"])(outcome["score"])

@@ -53,7 +53,7 @@ class ModelConfig(Section):
     ] = None
     """Branch, tag or commit on the Hub."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Data type of the base model. Default: bfloat16 on a GPU that supports it, else float32."""
+    """Data type of the base model. Default: bfloat16 if the run starts on a GPU that supports it, else float32."""
     quantize: Literal["none", "4bit", "8bit"] = "none"
     """Quantisation of the blocks' linear layers, by bitsandbytes."""
     device: str = "auto"

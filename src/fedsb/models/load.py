@@ -109,7 +109,11 @@ def load_base(
     choices = [
         ResolvedSetting(key="model.name", value=name, reason=reason),
         ResolvedSetting(key="model.device", value=str(device), reason=device_reason),
-        ResolvedSetting(key="model.dtype", value=str(dtype).removeprefix("torch."), reason=dtype_reason),
+        *(
+            [ResolvedSetting(key="model.dtype", value=str(dtype).removeprefix("torch."), reason=dtype_reason)]
+            if config.dtype == "auto"
+            else []
+        ),
         *([] if quantised is None else [quantised]),
         ResolvedSetting(
             key="model.head",

@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fedsb.channels.in_process import open_in_process
+from fedsb.config.inputs import ModelConfig
 from fedsb.config.load import ResolvedConfig, load_config
 from fedsb.config.nested import difference
 from fedsb.config.resolved import ResolvedSetting
 from fedsb.config.schema import Config
 from fedsb.data.card import shown_lines
 from fedsb.methods.base import Method, State
+from fedsb.models.load import choose_device, choose_dtype
 from fedsb.privacy.mechanism import PrivacyBudgetExceededError
 from fedsb.reporting.prices import bytes_line
 from fedsb.reporting.run_directory import FORMAT, read_manifest, refuse_existing, refuse_old_format
@@ -73,7 +75,7 @@ def federate(
         RunError: a run that cannot continue; its last finished round is on disk.
         KeyboardInterrupt: Ctrl-C or SIGTERM, after what was being written is on disk.
     """
-    resolved = _dated(resolved)
+    resolved = _fixed(resolved)
     config = resolved.config
     folder = Path(config.out) / config.name
     refuse_existing(folder)
@@ -107,7 +109,7 @@ def resume(
     refuse_old_format(folder, manifest)
     resolved = ResolvedConfig(config=load_config(manifest["config"]).config, origin=manifest["origin"])
     if changed is not None:
-        changed = _dated(changed, resolved.config.model.template_date)
+        changed = _fixed(changed, resolved.config.model)
     if changed is not None and (lines := difference(manifest["config"], changed.config.model_dump(mode="json"))):
         raise UserError(
             f"{folder} was started with other settings. Resume it without them, or start a new run:\n  "
@@ -201,13 +203,21 @@ def _start(
     return state
 
 
-def _dated(resolved: ResolvedConfig, day: str | None = None) -> ResolvedConfig:
-    """Returns the configuration with the date that chat templates write, by default today."""
-    config = resolved.config
-    if config.model.template_date is not None:
-        return resolved
-    model = config.model.model_copy(update={"template_date": day or date.today().isoformat()})
-    return replace(resolved, config=config.model_copy(update={"model": model}))
+def _fixed(resolved: ResolvedConfig, started: ModelConfig | None = None) -> ResolvedConfig:
+    """Returns the configuration with what would otherwise depend on the day and on the machine.
+
+    These are the date that chat templates write and the dtype of the base model, so that a run can be resumed on
+    another day and another device, and all sites compute in one dtype. `started`: of the run that is resumed.
+    """
+    model, changes, origin = resolved.config.model, dict[str, Any](), dict(resolved.origin)
+    if model.template_date is None:
+        changes["template_date"] = started.template_date if started else date.today().isoformat()
+    if model.dtype == "auto":
+        if started is None:
+            dtype, origin["model.dtype"] = choose_dtype("auto", choose_device(model.device)[0])
+        changes["dtype"] = started.dtype if started else str(dtype).removeprefix("torch.")
+    config = resolved.config.model_copy(update={"model": model.model_copy(update=changes)})
+    return replace(resolved, config=config, origin=origin)
 
 
 def _nothing_finished(spent: PrivacyBudgetExceededError) -> PrivacyBudgetExceededError:

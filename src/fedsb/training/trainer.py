@@ -28,6 +28,7 @@ from fedsb.training.preflight import made_up_adapter, preflight, try_with_peft
 from fedsb.training.resolved import end_choices, local_training, targets_choice
 from fedsb.training.score import Score
 from fedsb.training.scoring import forward, measured
+from fedsb.utils.errors import UserError
 from fedsb.utils.tensors import Tensors
 
 
@@ -39,6 +40,11 @@ class Trainer:
     ) -> None:
         self.config, self.method, self.tokenizer, self.task = config, method, tokenizer, task
         self.local = local or local_training(config)
+        if config.model.dtype == "float16":
+            raise UserError(
+                "model.dtype = 'float16' cannot be trained: gradients below 6e-8 become 0, and fedsb does not scale "
+                "the loss. Use bfloat16 or float32."
+            )
         self.base = load_base(
             config.model,
             auto_class=task.auto_class,
