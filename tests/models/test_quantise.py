@@ -101,7 +101,7 @@ def test_the_linear_layers_of_the_blocks_are_quantised_and_nothing_else(
     assert base.parameters == plain.parameters == count_values(base.model)
     reasons = {choice.key: choice for choice in base.choices}
     assert reasons["model.quantize"].value == quantize and "as configured" in reasons["model.quantize"].reason
-    assert reasons["model.dtype"].value == "bfloat16"
+    assert base.model.dtype == torch.bfloat16
     assert "model.quantize" not in {choice.key for choice in plain.choices}
 
 

@@ -89,6 +89,7 @@ def load_base(
         else:
             settings = read_config(name, config.revision, labels)
         _refuse_encoder_decoder(settings, name, auto_class)
+        settings.get_text_config().use_cache = False  # only generation needs one, and asks for it
         own_pad_token = _set_padding(settings, name, pad_token, classifier=bool(num_labels))
         with hub_errors(name):
             loaded = _load(config, name, settings, auto_class, dtype, None if shapes_only else device, num_labels > 0)
