@@ -105,8 +105,7 @@ async def run_cell(cell: Cell, ledgers: Path, slot: int = 0) -> Outcome:
         toml.write_text(to_toml({**cell.settings, "name": "cell", "out": str(folder)}), "utf-8")
         device = choose_device(str(cell.settings["model.device"]))[0]
         environment = {"OMP_NUM_THREADS": "1"} if device.type == "cpu" else {}  # cells run in parallel, one per core
-        if device == torch.device("cuda"):
-            gpus = visible_gpus()
+        if device == torch.device("cuda") and (gpus := visible_gpus()):
             environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
         code, errors = await call_process(
             sys.executable, "-m", "fedsb", "run", str(toml), "--json", environment=environment
