@@ -440,7 +440,8 @@ def test_the_command(config: dict[str, Any], cli: Callable[..., Said], tmp_path:
     of_the_run = cli("audit", run, "--set", "name=same", "--client", "site 2", "--rounds", "2", "--canaries", "200")
     assert of_the_run.code == 0, of_the_run.err
     same = json.loads((run.parent / "same-audit" / "audit.json").read_text())
-    del same["config"]["model"]["template_date"], found["config"]["model"]["template_date"]  # of the run's start
+    for facts in (same, found):
+        del facts["config"]["model"]["template_date"], facts["config"]["model"]["dtype"]  # decided when the run starts
     assert same["config"] == {**found["config"], "name": "same"}
 
 
