@@ -6,6 +6,7 @@ The accelerator is a pretended one, see support/accelerator.py.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from safetensors.torch import load_file
 from conftest import labelled_rows, set_all, write_rows
 from fedsb.config.load import load_config
 from fedsb.runs.run import federate
+from fedsb.training.scoring import forward
 from laws.test_channels import METHODS as CHANNEL_METHODS
 from laws.test_channels import merged
 from laws.test_golden import METHODS as GOLDEN_METHODS
-from support.accelerator import MixedDevicesError, Record, accelerator
+from support.accelerator import MixedDevicesError, accelerator
 from support.server import started
 
 PRIVATE = {"unit": "example", "noise_multiplier": 1.0, "delta": 1e-3, "clip_norm": 0.5}
@@ -74,11 +76,32 @@ def test_devices_do_not_mix() -> None:
             x + y
         with pytest.raises(TypeError, match=r"Use Tensor\.cpu"):
             x.numpy()
-        before = device.waits.total()
-        float(x.sum()), y.to("pretend"), x.cpu(), x[x > 0], torch.equal(x, x)
-        assert device.waits.total() == before + 5
-        y.pin_memory().to("pretend", non_blocking=True).add_(x)
-        assert device.waits.total() == before + 5 and device.kernels
+        assert device.kernels
+
+
+def test_waits_are_counted() -> None:
+    with accelerator() as device:
+        host = torch.arange(3.0)
+        x, at = host.to("pretend"), torch.tensor([0, 2]).to("pretend")
+        waiting: list[Callable[[], Any]] = [
+            lambda: float(x.sum()),
+            lambda: bool((x > 1).any()),
+            lambda: x[x > 1],
+            lambda: x.nonzero(),
+            lambda: x.tolist(),
+            lambda: x.cpu(),
+            lambda: x.to("cpu", copy=True),
+            lambda: torch.equal(x, x + 1),
+            lambda: host.to("pretend"),
+        ]
+        for wait in waiting:
+            device.clear()
+            wait()
+            assert device.waits.total() == 1
+        device.clear()
+        x[at].masked_fill(x[:2] > 0, 0.0).add_(torch.tensor(1.0)).sum()
+        host.pin_memory().to("pretend", non_blocking=True).add_(x)
+        assert not device.waits and device.kernels
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -126,19 +149,24 @@ def test_a_language_model_on_a_device(kind: str, tiny_config: dict[str, Any], ti
 # --- waits ---
 
 
-def waits_of_a_step(config: dict[str, Any], folder: Path) -> Counter[str]:
-    """Returns what the host waits for in four steps of each client: rounds of 6 and of 2 steps, subtracted."""
+def waits_of_four_steps(config: dict[str, Any], folder: Path, rows: int = 0) -> tuple[Counter[str], Counter[str]]:
+    """Returns what the host waits for in four more steps of a round, and in one forward of so many rows, if any."""
     found = []
-    for steps in (6, 2):
+    for steps in (2, 6):
         with accelerator() as device:
-            changed = merged(on_device(config), {"train": {"local_steps": steps}})
-            server, state = started(changed, folder / str(steps))
+            server, state = started(
+                merged(on_device(config), {"train": {"local_steps": steps}}), folder / f"{steps} steps"
+            )
             state = server.run_round(state).state
             device.clear()
             server.run_round(state)
-            found.append(Record(waits=Counter(device.waits)).waits)
-    found[0].subtract(found[1])
-    return +found[0]
+            found.append(Counter(device.waits))
+            device.clear()
+            if rows:
+                forward(server.trainer.adapted.model, server.trainer.task, server.clients[0].train[:rows])
+            own = Counter(device.waits)
+    found[1].subtract(found[0])
+    return Counter({where: count for where, count in found[1].items() if count}), own
 
 
 @pytest.mark.parametrize("method", ["fed-sb", "ravan", "fedit", "hetlora"])
@@ -147,25 +175,33 @@ def waits_of_a_step(config: dict[str, Any], folder: Path) -> Counter[str]:
 def test_a_step_of_training_waits_for_nothing(
     tiny_config: dict[str, Any], tmp_path: Path, method: str, together: int, dropout: float
 ) -> None:
-    settings = {"hetlora": {"rank": 4, "gamma": 0.5, "penalty_weight": 0.1}, "ravan": {"rank": 2, "blocks": 2}}
+    """Four more steps are four more forwards for each group of three clients, and no wait but those of transformers."""
+    settings = {
+        "fed-sb": {"rank": 4},
+        "ravan": {"rank": 2, "blocks": 2},
+        "fedit": {"rank": 2},
+        "hetlora": {"rank": 4, "gamma": 0.5, "penalty_weight": 0.1},
+    }
     config = merged(
-        set_all(tiny_config, method={"name": method, **settings.get(method, {"rank": 4})}),
+        set_all(tiny_config, method={"name": method, **settings[method]}),
         {"train": {"dropout": dropout}, "engine": {"clients_per_forward": together}},
     )
-    waits = waits_of_a_step(config, tmp_path)
-    assert not {where: count for where, count in waits.items() if where.startswith(("training", "adapters", "data"))}
+    waits, own = waits_of_four_steps(config, tmp_path, 4 * together)
+    assert waits == Counter({where: 4 * 3 // together * count for where, count in own.items()})
+    assert all(where.startswith("transformers/") for where in own)
 
 
 def test_a_step_of_a_language_model_waits_once_and_in_transformers(
     tiny_config: dict[str, Any], tiny_llama: Path, tmp_path: Path
 ) -> None:
     config = merged(tiny_config, {"model": {"name": str(tiny_llama)}, "task": {"kind": "text"}})
-    waits = waits_of_a_step(config, tmp_path)  # transformers looks for packed rows, once for each forward
+    waits, own = waits_of_four_steps(config, tmp_path, 12)  # transformers looks for packed rows, once for each forward
     assert all(where.startswith("transformers/") for where in waits) and waits.total() <= 4
+    assert own.total() == 1
 
 
 def test_a_private_step_waits_once_for_each_client(tiny_config: dict[str, Any], tmp_path: Path) -> None:
     """For the check of its sum; a site has one client."""
-    waits = waits_of_a_step(merged(tiny_config, {"privacy": PRIVATE}), tmp_path)
-    own = {where: count for where, count in waits.items() if where.startswith(("training", "privacy", "adapters"))}
+    waits, _ = waits_of_four_steps(merged(tiny_config, {"privacy": PRIVATE}), tmp_path)
+    own = {where: count for where, count in waits.items() if not where.startswith("transformers/")}
     assert sum(own.values()) == 4 * 3 and all("mechanism.py" in where for where in own)

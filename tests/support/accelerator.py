@@ -58,13 +58,6 @@ class Record:
         self.waits.clear()
         self.kernels.clear()
 
-    def by_operation(self, counted: Counter[str]) -> Counter[str]:
-        """Returns the counts without the lines of code."""
-        found: Counter[str] = Counter()
-        for key, count in counted.items():
-            found[key.split()[-1]] += count
-        return found
-
 
 RECORD = Record()
 

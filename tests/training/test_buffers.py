@@ -1,9 +1,7 @@
-"""One matrix for all clients: parameters are its views, made once, and a step of training reads nothing from it."""
+"""One matrix for all clients: parameters are its views, and made once. Law 13 counts what a step waits for."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,6 @@ from fedsb.training.joint import join_tensors
 from fedsb.training.optimizer import StepSizes, step_rows
 from fedsb.training.scoring import forward
 from fedsb.utils.tensors import Tensors
-from support.device import count_reads
 from support.server import members_of, started
 
 METHODS = [
@@ -151,60 +148,6 @@ def test_parameters_keep_their_identity_within_a_round(
     assert all(found == seen[0][0] for found, _ in seen)
     if not private:
         assert [clients for _, clients in seen] == [{3}, {2}, {1}]
-
-
-# --- reads from the device ---
-
-
-def test_reads_are_counted() -> None:
-    x = torch.arange(3.0)
-    reads: list[Callable[[], Any]] = [
-        lambda: float(x.sum()),
-        lambda: bool((x > 1).any()),
-        lambda: x[x > 1],
-        lambda: x.nonzero(),
-        lambda: x.tolist(),
-        lambda: x.cpu(),
-        lambda: x.to("cpu", copy=True),
-        lambda: torch.equal(x, x + 1),
-    ]
-    for read in reads:
-        with count_reads() as found:
-            read()
-        assert found.total() == 1
-    with count_reads() as found:
-        x[torch.tensor([0, 2])].masked_fill(x[:2] > 0, 0.0).add_(torch.tensor(1.0)).sum()
-    assert not found
-
-
-def reads_of_a_round(config: dict[str, Any], steps: int) -> tuple[Counter[str], Server]:
-    server, state = started(set_all(config, train={**config["train"], "local_steps": steps}))
-    with count_reads() as reads:
-        server.run_round(state)
-    return reads, server
-
-
-def reads_of_a_forward(server: Server, rows: int) -> Counter[str]:
-    """Those of transformers itself."""
-    examples = server.clients[0].train[:rows]
-    with count_reads() as reads:
-        forward(server.trainer.adapted.model, server.trainer.task, examples)
-    return reads
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("together", [1, 3])
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_a_step_of_training_reads_nothing_from_the_device(
-    tiny_config: dict[str, Any], method: dict[str, Any], together: int, dropout: float
-) -> None:
-    """Rounds of 2 and of 6 steps read as much: four more forwards for each group of clients, and no read but theirs."""
-    train = {**tiny_config["train"], "dropout": dropout}
-    config = set_all(tiny_config, method=method, train=train, engine={"clients_per_forward": together})
-    (short, _), (long, server) = (reads_of_a_round(config, steps) for steps in (2, 6))
-    forwards = (6 - 2) * len(server.clients) // together
-    own = reads_of_a_forward(server, 4 * together)
-    assert long == short + Counter({name: forwards * count for name, count in own.items()})
 
 
 # --- shared tensors ---

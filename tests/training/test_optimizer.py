@@ -12,7 +12,7 @@ from fedsb.adapters.layout import Layout
 from fedsb.training.buffers import ClientBuffers
 from fedsb.training.local import LocalTraining
 from fedsb.training.optimizer import StepSizes, clip_rows, step_rows
-from support.device import count_reads
+from support.accelerator import accelerator
 
 SHAPES = {"core": (1, 3, 3), "bias": (4,), "scalar": ()}
 LAYOUT = Layout(tuple(sorted(SHAPES.items())))
@@ -32,7 +32,7 @@ def gradients(K: int, step: int) -> dict[str, Tensor]:
 
 def buffers_of(clients: list[dict[str, Tensor]], moments: list[dict[str, Tensor]] | None = None) -> ClientBuffers:
     layout = Layout.of(clients[0])
-    buffers = ClientBuffers(layout, len(clients), torch.device("cpu"))
+    buffers = ClientBuffers(layout, len(clients), next(iter(clients[0].values())).device)
     buffers.read(clients, moments or [{}] * len(clients))
     return buffers
 
@@ -87,12 +87,13 @@ def test_one_client_is_torchs_optimiser(local: LocalTraining) -> None:
 @pytest.mark.parametrize("local", SETTINGS, ids=["adamw", "momentum", "sgd"])
 def test_a_step_reads_nothing_from_the_device(local: LocalTraining) -> None:
     """On an accelerator each read waits for all that was queued there."""
-    buffers = buffers_of([client(start(2), k) for k in range(2)])
-    sizes = StepSizes.of(local, buffers, HEADS, [[1.0, 0.5]], [0, 0])
-    with count_reads() as reads:
+    with accelerator() as device:
+        buffers = buffers_of([{key: x[k].to("pretend") for key, x in start(2).items()} for k in range(2)])
+        sizes = StepSizes.of(local, buffers, HEADS, [[1.0, 0.5]], [0, 0])
+        device.clear()
         clip_rows(buffers.gradients, 1.0)
         step_rows(local, buffers, 2, sizes, 0)
-    assert not reads
+        assert not device.waits and device.kernels
 
 
 @pytest.mark.parametrize("local", SETTINGS, ids=["adamw", "momentum", "sgd"])

@@ -34,45 +34,6 @@ from fedsb.utils.errors import UserError
 from fedsb.utils.tensors import Tensors
 
 
-def open_in_process(
-    config: Config, method: Method, run: str, channel_type: type[InProcessChannel] | None = None
-) -> OpenedFederation:
-    """Opens the clients, data and base model of a configuration in this process.
-
-    Raises UserError, at the start, for a configuration of a deployed federation, and for whatever is wrong with the
-    data, the model, or their fit.
-    """
-    if config.engine.name != "in_process":
-        raise UserError(
-            f"engine.name = {config.engine.name!r} is for a deployed federation. Use `fedsb federation serve`. "
-            "To simulate it in one process, use --set engine.name=in_process."
-        )
-    refuse_what_facts_forbid(config, method)
-    refuse_what_would_leak(config, method)
-    tokenizer = load_tokenizer(config.model)
-    data = open_data(config, tokenizer)
-    pooled = method.spec.pools_data
-    # With all data in one place, one client does the work of all that take part.
-    local = local_training(config, clients=len(data.participants) if pooled else 1)
-    trainer = Trainer(config, method, tokenizer, data.task, local)
-    trainer.check_rows(data.test)
-    for site in data.clients:
-        trainer.check_rows([*site.train, *site.held_out])
-    clients = [data.pooled()] if pooled else data.participants
-    together, reason = _clients_per_forward(config, method, trainer, clients)
-    channel = (channel_type or InProcessChannel)(run, clients, trainer, together)
-    setting = ResolvedSetting(key="engine.clients_per_forward", value=together, reason=reason)
-    return OpenedFederation(
-        channel=channel,
-        clients=clients,
-        data=data,
-        trainer=trainer,
-        directory=channel.directory if config.server.secure_aggregation else {},
-        settings=(setting,),
-        local_clients=channel,
-    )
-
-
 @dataclass(frozen=True, kw_only=True)
 class Group:
     """Clients of one rank that train in one forward."""
@@ -201,6 +162,45 @@ class InProcessChannel:
         if held_out and client.policy.may_release("scores"):
             score = self._trainer.evaluate(client.final_tensors(unpack(request.payload)), held_out).value
         return FinishReply(score=finite(score), held_out=len(held_out))
+
+
+def open_in_process(
+    config: Config, method: Method, run: str, channel_type: type[InProcessChannel] = InProcessChannel
+) -> OpenedFederation:
+    """Opens the clients, data and base model of a configuration in this process.
+
+    Raises UserError, at the start, for a configuration of a deployed federation, and for whatever is wrong with the
+    data, the model, or their fit.
+    """
+    if config.engine.name != "in_process":
+        raise UserError(
+            f"engine.name = {config.engine.name!r} is for a deployed federation. Use `fedsb federation serve`. "
+            "To simulate it in one process, use --set engine.name=in_process."
+        )
+    refuse_what_facts_forbid(config, method)
+    refuse_what_would_leak(config, method)
+    tokenizer = load_tokenizer(config.model)
+    data = open_data(config, tokenizer)
+    pooled = method.spec.pools_data
+    # With all data in one place, one client does the work of all that take part.
+    local = local_training(config, clients=len(data.participants) if pooled else 1)
+    trainer = Trainer(config, method, tokenizer, data.task, local)
+    trainer.check_rows(data.test)
+    for site in data.clients:
+        trainer.check_rows([*site.train, *site.held_out])
+    clients = [data.pooled()] if pooled else data.participants
+    together, reason = _clients_per_forward(config, method, trainer, clients)
+    channel = channel_type(run, clients, trainer, together)
+    setting = ResolvedSetting(key="engine.clients_per_forward", value=together, reason=reason)
+    return OpenedFederation(
+        channel=channel,
+        clients=clients,
+        data=data,
+        trainer=trainer,
+        directory=channel.directory if config.server.secure_aggregation else {},
+        settings=(setting,),
+        local_clients=channel,
+    )
 
 
 def _parts(names: Sequence[str], size: int) -> Iterator[Sequence[str]]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -34,13 +34,12 @@ from fedsb.methods.base import Method
 from fedsb.privacy.policy import PrivacyPolicy
 from fedsb.protocol.requirements import privacy_policy_of
 from fedsb.protocol.tensors import storable
-from fedsb.server.opened import OpenedFederation
+from fedsb.server.opened import OpenedFederation, OpenFederation
 from fedsb.training.joint import ClientTraining
 from fedsb.utils.environment import versions
 from fedsb.utils.errors import RunError, UserError
-from fedsb.utils.tensors import Tensors
+from fedsb.utils.tensors import Tensors, same_tensors
 
-OpenFederation = Callable[[Config, Method, str], OpenedFederation]
 WAIT = timedelta(days=7)  # for the others: a round may take long, and torchrun ends all ranks if one dies
 
 
@@ -171,10 +170,15 @@ class ProcessGroupChannel(InProcessChannel):
     def train_groups(self, groups: Sequence[Group]) -> Iterator[tuple[Group, list[ClientTraining]]]:
         size = dist.get_world_size()
         shared = {group.total_rank: self._shared_of(group) for group in groups}
-        new = {rank: tensors for rank, tensors in shared.items() if not _same(tensors, self._sent.get(rank))}
+        new = {
+            rank: tensors
+            for rank, tensors in shared.items()
+            if rank not in self._sent or not same_tensors(tensors, self._sent[rank])
+        }
         for number, group in enumerate(groups):
-            if number % size:  # on disk before another rank draws a row
-                self._charge(group)
+            if number % size and (mechanisms := group.policy.row_mechanisms()) is not None:
+                for name in group.names:  # on disk before another rank draws a row
+                    mechanisms[name].charge(group.round + 1)
         jobs = [
             Job(
                 names=group.names,
@@ -204,12 +208,6 @@ class ProcessGroupChannel(InProcessChannel):
         tensors, adapted = group.clients[0].tensors, self._trainer.adapted
         return {key: x for key, x in tensors.items() if adapted.is_shared(key)}
 
-    def _charge(self, group: Group) -> None:
-        for name in group.names:
-            mechanisms = self._started[name].policy.row_mechanisms()
-            if mechanisms is not None:
-                mechanisms[name].charge(group.round + 1)
-
 
 def _trained(group: Group, results: Sequence[Result]) -> list[ClientTraining]:
     """Returns the clients of a group as another rank has trained them."""
@@ -226,12 +224,6 @@ def _own(tensors: Tensors, shared: Tensors) -> bytes:
 
 def _bytes(tensors: Tensors) -> bytes:
     return save(storable(tensors))
-
-
-def _same(tensors: Tensors, others: Tensors | None) -> bool:
-    return (
-        others is not None and tensors.keys() == others.keys() and all(x is others[key] for key, x in tensors.items())
-    )
 
 
 def _scatter(parcels: list[Any] | None) -> Any:

@@ -17,6 +17,7 @@ from fedsb.utils.errors import RunError
 if TYPE_CHECKING:
     from fedsb.config.load import ResolvedConfig
     from fedsb.reporting.terminal import Terminal
+    from fedsb.server.opened import OpenFederation
 
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout; logs go to stderr.")]
 Set = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, as in train.lr=0.01.")]
@@ -65,7 +66,7 @@ def _how_to_resume(folder: Path) -> str:
 
 
 @contextmanager
-def all_ranks() -> Iterator[Any]:
+def all_ranks() -> Iterator[OpenFederation | None]:
     """Yields how to open a federation: in this process, or with all processes of a torchrun launch.
 
     Yields None where another process of the launch has the run.

@@ -12,7 +12,7 @@ from fedsb.methods.base import Method
 from fedsb.protocol.compressor import baseline_upload, read_change
 from fedsb.protocol.payload import Payload, Vector
 from fedsb.protocol.tensors import within
-from fedsb.utils.tensors import Tensors
+from fedsb.utils.tensors import Tensors, same_tensors
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,8 +54,7 @@ class ClientView:
     def updated(self, shared: Tensors) -> ClientView:
         """Returns a view with this shared state, whose hash is computed where it has changed."""
         before, after = ({key: x for key, x in s.items() if not is_residual(key)} for s in (self.shared, shared))
-        same = before.keys() == after.keys() and all(x is before[key] for key, x in after.items())
-        return ClientView(shared, known_hash=self.hash if same else None)
+        return ClientView(shared, known_hash=self.hash if same_tensors(before, after) else None)
 
     def needs_whole(self, payload: Payload) -> bool:
         """Returns whether the payload adds to an earlier broadcast."""

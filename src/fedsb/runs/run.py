@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime
@@ -19,9 +19,8 @@ from fedsb.config.inputs import ModelConfig
 from fedsb.config.load import ResolvedConfig, load_config
 from fedsb.config.nested import difference
 from fedsb.config.resolved import ResolvedSetting
-from fedsb.config.schema import Config
 from fedsb.data.card import shown_lines
-from fedsb.methods.base import Method, State
+from fedsb.methods.base import State
 from fedsb.models.load import choose_device, choose_dtype
 from fedsb.privacy.mechanism import PrivacyBudgetExceededError
 from fedsb.reporting.prices import bytes_line
@@ -29,7 +28,7 @@ from fedsb.reporting.run_directory import FORMAT, read_manifest, refuse_existing
 from fedsb.runs.artifacts import describe_start, export, finish, round_row
 from fedsb.runs.record import Record
 from fedsb.runs.scoring import final_scores, score_clients, score_global
-from fedsb.server.opened import OpenedFederation
+from fedsb.server.opened import OpenedFederation, OpenFederation
 from fedsb.server.server import Server
 from fedsb.training.resolved import batch_warnings
 from fedsb.utils.environment import versions
@@ -60,9 +59,6 @@ class Result:
     folder: Path
     score: float | None
     adapter: Path
-
-
-OpenFederation = Callable[[Config, Method, str], OpenedFederation]
 
 
 def federate(

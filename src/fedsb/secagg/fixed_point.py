@@ -11,7 +11,7 @@ that stayed, and divides by it, without learning any n_k.
 
 Rounding is stochastic and therefore unbiased. For a sum over K clients, each value has an error below K step, with a
 standard deviation of at most sqrt(K) step / 2: with n = K = 8 and C = 1, 3.0e-8 and 5.3e-9, where float32 itself has an
-error of up to 3.0e-8 below 1. Limits: what a value exceeds C by is lost; `beyond` counts such values.
+error of up to 3.0e-8 below 1. Limit: what a value exceeds C by is lost.
 """
 
 from __future__ import annotations

@@ -86,6 +86,9 @@ class OpenedFederation:
     local_clients: LocalClients = field(default_factory=NoLocalClients)
 
 
+OpenFederation = Callable[[Config, Method, str], OpenedFederation]  # of a configuration, for the run with this id
+
+
 def open_sites(
     config: Config,
     method: Method,

@@ -51,6 +51,7 @@ def word(*key: int | str) -> int:
 
 @cache
 def layer_word(layer: str) -> int:
+    """Returns the layer's part of its masks' keys, computed once per layer."""
     return word("dropout layer", layer)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -9,6 +10,11 @@ if TYPE_CHECKING:
 
 Tensors = dict[str, "Tensor"]
 Shapes = dict[str, tuple[int, int]]  # (m, n) of each adapted layer
+
+
+def same_tensors(some: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
+    """Returns whether these are the very same tensors under the same names, without comparing values."""
+    return some.keys() == others.keys() and all(x is others[key] for key, x in some.items())
 
 
 def to_device(tensor: Tensor, where: device) -> Tensor:
