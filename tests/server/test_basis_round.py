@@ -35,6 +35,7 @@ def built(config: dict[str, Any], **basis: Any) -> tuple[Server, Basis, list[Tra
 def start(server: Server) -> tuple[Basis, list[TrafficRecord]]:
     server.opened.local_clients.start(server.policy, server.secure_sums, {})
     _, basis, traffic = server.start()
+    basis = server.with_captured_share(basis)
     assert basis is not None
     return basis, traffic
 

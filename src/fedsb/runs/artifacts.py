@@ -25,12 +25,12 @@ from fedsb.reporting.run_directory import read_manifest, read_result, read_rows
 from fedsb.reporting.warnings import counted_rounds, run_warnings
 from fedsb.runs.record import Record
 from fedsb.server.server import RoundResult, Server
-from fedsb.training.basis import peak_memory_bytes
 from fedsb.training.export import write_adapters
 from fedsb.training.score import Score
 from fedsb.utils.environment import git_hash, versions
 from fedsb.utils.errors import DiskError, RunError, UserError
 from fedsb.utils.files import safe_name, write_atomic
+from fedsb.utils.phases import Phases
 
 
 def describe_start(
@@ -186,12 +186,22 @@ def export(server: Server, state: State, record: Record) -> tuple[Path, UserErro
 
 
 def finish(
-    record: Record, server: Server, scores: Mapping[str, Score], adapter: Path, fault: Exception | None = None
+    record: Record,
+    server: Server,
+    scores: Mapping[str, Score],
+    phases: Phases,
+    adapter: Path,
+    fault: Exception | None = None,
 ) -> float | None:
-    """Writes result.json and the report, and returns the last score. `fault` is the fault of the adapter, if any."""
+    """Writes result.json and the report, and returns the last score. `fault` is the fault of the adapter, if any.
+
+    `phases` are those of this process: a resumed run has no "basis".
+    """
     rounds = record.rows("rounds.jsonl")
     last = rounds[-1]
-    before = read_result(record.folder)  # of a finished run that is taken up again
+    measured = phases.as_dict(memory=not server.policy)
+    if (before := read_result(record.folder)) is not None:  # a finished run that is resumed
+        measured = before.get("phases", {}) | measured
     one = adapter if server.method.spec.global_model else adapter / safe_name(server.clients[0].name)
     base = server.trainer.base_model_info()
     written = json.loads((one / "adapter_config.json").read_bytes())
@@ -216,7 +226,8 @@ def finish(
         # Left out of a private run, because it depends on how many rows were drawn, and on how long they are.
         "peak_memory_bytes": None
         if server.policy
-        else (before or {}).get("peak_memory_bytes") or peak_memory_bytes(server.trainer.adapted.device),
+        else max(phase.get("peak_memory_bytes", 0) for phase in measured.values()),
+        "phases": measured,
         "adapter": str(adapter),
         "adapter_fault": None if fault is None else str(fault),
         "load": load_lines(base, one),

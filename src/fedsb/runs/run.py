@@ -33,6 +33,7 @@ from fedsb.server.server import Server
 from fedsb.training.resolved import batch_warnings
 from fedsb.utils.environment import versions
 from fedsb.utils.errors import UserError
+from fedsb.utils.phases import Phases
 from fedsb.utils.signals import Interrupts
 
 
@@ -76,7 +77,9 @@ def federate(
     folder = Path(config.out) / config.name
     refuse_existing(folder)
     run_id = uuid.uuid4().hex[:12]
-    opened = open_federation(config, config.method, run_id)
+    phases = Phases(choose_device(config.model.device)[0])
+    with phases.measure("load"):
+        opened = open_federation(config, config.method, run_id)
     manifest = {
         "format": FORMAT,
         "fedsb": versions()["fedsb"],
@@ -87,7 +90,7 @@ def federate(
         "origin": dict(resolved.origin),
     }
     with Record.create(folder, manifest) as record:
-        return _run(resolved, opened, record, display or Silent())
+        return _run(resolved, opened, record, phases, display or Silent())
 
 
 def resume(
@@ -112,11 +115,15 @@ def resume(
             + "\n  ".join(lines)
         )
     with Record.open(folder) as record:
-        opened = open_federation(resolved.config, resolved.config.method, record.run)
-        return _run(resolved, opened, record, display or Silent())
+        phases = Phases(choose_device(resolved.config.model.device)[0])
+        with phases.measure("load"):
+            opened = open_federation(resolved.config, resolved.config.method, record.run)
+        return _run(resolved, opened, record, phases, display or Silent())
 
 
-def _run(resolved: ResolvedConfig, opened: OpenedFederation, record: Record, display: Display) -> Result:
+def _run(
+    resolved: ResolvedConfig, opened: OpenedFederation, record: Record, phases: Phases, display: Display
+) -> Result:
     config, method = resolved.config, opened.trainer.method
     server = Server(config, method, record.run, opened, display.note)
     with closing(server.policy), Interrupts().installed() as interrupts:
@@ -126,7 +133,7 @@ def _run(resolved: ResolvedConfig, opened: OpenedFederation, record: Record, dis
         server.policy.open_ledgers(record.folder, record.run, new=state is None)
         opened.local_clients.start(server.policy, server.secure_sums, record.client_states(state))
         if state is None:
-            state = _start(server, record, settings, tables, display)
+            state = _start(server, record, settings, tables, phases, display)
         else:
             opened.local_clients.resume(state)
         for skipped in record.skipped:
@@ -137,10 +144,12 @@ def _run(resolved: ResolvedConfig, opened: OpenedFederation, record: Record, dis
             for _ in range(state.round, config.rounds):
                 started = time.monotonic()
                 due = config.eval.due(state.round + 1, config.rounds)
-                result = server.run_round(state, score=due and config.eval.gap, spool=record.folder)
+                with phases.measure("rounds"):
+                    result = server.run_round(state, score=due and config.eval.gap, spool=record.folder)
                 state = result.state
-                score = score_global(server, state) if due else None
-                clients = score_clients(server, state) if due and config.eval.gap else {}
+                with phases.measure("scores"):
+                    score = score_global(server, state) if due else None
+                    clients = score_clients(server, state) if due and config.eval.gap else {}
                 row = round_row(result, score, clients, time.monotonic() - started, server.policy)
                 with interrupts.hold():
                     record.commit(
@@ -152,9 +161,11 @@ def _run(resolved: ResolvedConfig, opened: OpenedFederation, record: Record, dis
                 raise _nothing_finished(spent) from spent
             display.note(f"The run ends after round {state.round}: {spent}.")
 
-        scores = final_scores(server, state)
-        adapter, fault = export(server, state, record)
-        score_at_end = finish(record, server, scores, adapter, fault)
+        with phases.measure("scores"):
+            scores = final_scores(server, state)
+        with phases.measure("export"):
+            adapter, fault = export(server, state, record)
+        score_at_end = finish(record, server, scores, phases, adapter, fault)
         if fault is not None:
             raise fault
     return Result(folder=record.folder, score=score_at_end, adapter=adapter)
@@ -181,7 +192,12 @@ def _check_same(server: Server, record: Record) -> dict[str, Any]:
 
 
 def _start(
-    server: Server, record: Record, settings: list[ResolvedSetting], tables: dict[str, Any], display: Display
+    server: Server,
+    record: Record,
+    settings: list[ResolvedSetting],
+    tables: dict[str, Any],
+    phases: Phases,
+    display: Display,
 ) -> State:
     """Starts the clients, makes the basis, and writes the first checkpoint.
 
@@ -189,10 +205,15 @@ def _start(
     while it made a basis from private rows stays charged.
     """
     try:
-        state, basis, traffic = server.start()
+        with phases.measure("basis"):
+            state, basis, traffic = server.start()
     except PrivacyBudgetExceededError as spent:
         raise _nothing_finished(spent) from spent
-    described = describe_start(server, basis, state, settings, score_global(server, state))
+    with phases.measure("captured share"):
+        basis = server.with_captured_share(basis)
+    with phases.measure("scores"):
+        before = score_global(server, state)
+    described = describe_start(server, basis, state, settings, before)
     record.save_manifest(described | {"data": tables})
     display.note(bytes_line(described["prices"]) + "\n")
     record.start(state, traffic)

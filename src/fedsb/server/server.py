@@ -97,7 +97,24 @@ class Server:
             basis = round.make()
         state = self.trainer.start_state(basis)
         traffic = [*round.traffic, *self.shared_state.agree(state.shared, 0, residual=False)]
-        return state, self._with_captured_share(basis, state), traffic
+        return state, basis, traffic
+
+    def with_captured_share(self, basis: Basis | None) -> Basis | None:
+        """Returns the basis with its captured share of the clients' gradients, if their rows may be read."""
+        config = self.config
+        if basis is None or not config.basis.share_samples or self.policy or not self.channel.spec.holds_rows:
+            return basis
+        captured = captured_share(
+            self.trainer.adapted,
+            self.trainer.task,
+            self.trainer.head,
+            basis,
+            self._samples(config.basis.share_samples, from_the_end=True),
+            config.train.batch_size,
+            config.basis.budget_mib << 20,
+            self.method.total_rank // self.method.rank,
+        )
+        return replace(basis, captured=captured)
 
     def refresh(self, state: State) -> tuple[State, list[TrafficRecord]]:
         """Returns the state with a new basis, made at the current state, and the traffic for it."""
@@ -205,20 +222,3 @@ class Server:
         return {
             client.name: draw_samples(client, total, count, seed, from_the_end=from_the_end) for client in self.clients
         }
-
-    def _with_captured_share(self, basis: Basis | None, state: State) -> Basis | None:
-        """Returns the basis with its captured share of the clients' gradients, if their rows may be read."""
-        config = self.config
-        if basis is None or not config.basis.share_samples or self.policy or not self.channel.spec.holds_rows:
-            return basis
-        captured = captured_share(
-            self.trainer.adapted,
-            self.trainer.task,
-            self.trainer.head,
-            basis,
-            self._samples(config.basis.share_samples, from_the_end=True),
-            config.train.batch_size,
-            config.basis.budget_mib << 20,
-            self.method.total_rank // self.method.rank,
-        )
-        return replace(basis, captured=captured)

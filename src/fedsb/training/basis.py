@@ -7,14 +7,10 @@ is sent.
 from __future__ import annotations
 
 import math
-import resource
-import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-
-import torch
 
 from fedsb.adapters.adapted import AdaptedModel
 from fedsb.adapters.basis import (
@@ -42,6 +38,7 @@ from fedsb.training.gradients import (
     private_core_gradients,
 )
 from fedsb.training.local import LocalTraining
+from fedsb.utils.phases import peak_memory_bytes
 from fedsb.utils.rng import keyed_generator
 from fedsb.utils.tensors import Tensors
 
@@ -190,14 +187,6 @@ def outer_rank(config: BasisConfig, shape: tuple[int, int], rank: int) -> int:
     """Returns k of `core` in a layer: as set, or 4 h r but at most half of min(m, n); at least h r, and 2."""
     wanted = config.outer_rank or min(4 * rank, min(shape) // 2)
     return max(rank, min(max(wanted, 2), min(shape)))
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Returns the peak memory of the CUDA device, if the model is on one, else of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _data_free(
