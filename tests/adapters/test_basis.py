@@ -15,11 +15,13 @@ from fedsb.adapters.basis import (
     Basis,
     Pair,
     basis_hash,
+    basis_sketch,
     captured_energy,
     check_rank,
     core_pair,
     make_basis,
     random_pair,
+    same_sketch,
     svd,
     truncated_svd,
     update_pair,
@@ -259,6 +261,25 @@ def test_the_hash_names_the_bytes_and_the_layer() -> None:
     turned = dict(reversed(one.items()))
     assert basis_hash(one) == basis_hash(turned)
     assert len({basis_hash(one), basis_hash(moved), basis_hash(renamed)}) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        (lambda A, B: (A * (1 + 1e-7), B), True),
+        (lambda A, B: (A, B.clone().index_fill_(1, torch.tensor([RANK - 1]), 0.0)), False),
+        (lambda A, B: (A.flip(0), B), False),
+        (lambda A, B: (A[:, :-1], B), False),
+        (lambda A, B: (A[:-1], B), False),
+        (lambda A, B: (A * float("nan"), B), False),
+    ],
+)
+def test_a_sketch_sees_every_vector_and_not_the_last_bits(change: Callable[[Tensor, Tensor], Pair], same: bool) -> None:
+    A, B = weight_pair(matrix(), RANK)
+    sketches = [basis_sketch({"layer.A": a, "layer.B": b}) for a, b in ((A, B), change(A, B))]
+    assert sketches[0]["layer.A.sketch"].shape == (RANK,)
+    assert same_sketch(*sketches) == same
+    assert same_sketch(*reversed(sketches)) == same
 
 
 def test_a_rank_above_a_layer_is_refused_with_the_highest_that_fits() -> None:

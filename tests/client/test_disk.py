@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fedsb.client import store
 from fedsb.client.outbox import Outbox
+from fedsb.client.round import ClientView
 from fedsb.config.load import load_config
 from fedsb.privacy.ledger import Ledger, read_ledger
 from fedsb.reporting.run_directory import read_rows
@@ -53,6 +55,18 @@ def test_a_full_disk_costs_a_site_the_round_and_no_more(
     charged = [1, 2, 3] if what == "store" else [1, 3]
     assert [entry.round for entry in read_ledger(own)] == charged
     assert read_ledger(folder / "privacy" / own.name) == read_ledger(own)
+
+
+def test_a_state_that_is_held_under_the_servers_hash_is_so_after_a_restart(tmp_path: Path) -> None:
+    """As a site does whose own state differs by rounding."""
+    view = ClientView({"a.A": torch.ones(2, 3)}, known_hash="the server's")
+    store.DiskStore(tmp_path).save_start(view, 0)
+    kept = store.DiskStore(tmp_path).view(0)
+    assert kept is not None
+    assert kept.hash == "the server's"
+    assert torch.equal(kept.shared["a.A"], view.shared["a.A"])
+    assert kept.updated({**kept.shared, "a.residual_A": torch.ones(1, 3)}).hash == "the server's"
+    assert kept.updated({"a.A": torch.zeros(2, 3)}).hash != "the server's"
 
 
 def test_a_line_that_was_cut_off_spoils_no_other(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from fedsb.privacy.ledger import read_ledger
 from fedsb.privacy.mechanism import DPMechanism, PrivacyBudgetExceededError
 from fedsb.protocol.messages import (
     BasisGradient,
+    CompareShared,
     Describe,
     DescribeReply,
     Finish,
@@ -169,6 +170,7 @@ class Hostile:
     [
         (BasisGradient, {"round": 0}),
         (SetBasis, {"round": 0}),
+        (CompareShared, {"shared": "a"}),
         (SetShared, {}),
         (Refresh, {}),
         (Train, {"total_rank": None, "state_round": 0, "versions": versions()}),

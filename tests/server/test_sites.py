@@ -16,6 +16,7 @@ import torch
 from conftest import set_all
 from fedsb.adapters.layout import Layout
 from fedsb.client.handler import SiteHandler
+from fedsb.client.round import ClientView
 from fedsb.client.session import StartedClient
 from fedsb.config.load import load_config
 from fedsb.protocol.messages import Describe, Stale, StartReply, Train, read_reply, read_request
@@ -222,11 +223,12 @@ def test_a_site_that_is_offline_misses_the_round_and_returns(tiny_config: dict[s
     assert weights.read_bytes() == (folder / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize(("change", "messages"), [(1e-7, ["sketch"]), (1e-4, ["sketch", "basis"])])
 def test_a_site_that_derives_another_basis_receives_the_coordinators(
-    tiny_config: dict[str, Any], tmp_path: Path
+    change: float, messages: list[str], tiny_config: dict[str, Any], tmp_path: Path
 ) -> None:
-    """On other hardware the last bits can differ."""
-    sites = federation(tmp_path)
+    """On other hardware the last bits can differ: such a site keeps its own."""
+    sites, values = federation(tmp_path), dict[str, int]()
     honest = sites.channel.handles["site 0"]
     assert isinstance(honest, SiteHandler)
 
@@ -237,14 +239,19 @@ def test_a_site_that_derives_another_basis_receives_the_coordinators(
             assert isinstance(client, StartedClient)
             view = client.store.view(0)
             assert view is not None
-            other = {key: x * (1 + 1e-7) for key, x in view.shared.items()}
-            return StartReply(shared=client.set_shared(other)).pack()
+            other = {key: x * (1 + change) for key, x in view.shared.items()}
+            values.update(
+                sketch=sum(min(x.shape) for x in other.values()), basis=sum(x.numel() for x in other.values())
+            )
+            client.store.save_start(ClientView(other), 0)
+            return StartReply(shared=ClientView(other).hash).pack()
         return reply
 
     sites.channel.handles["site 0"] = other_bits
     folder = federate(load_config(remote_of(tiny_config, {})), open_federation=sites.open_federation).folder
     sent = [row for row in read_rows(folder / "traffic.jsonl") if row["kind"] == "basis"]
-    assert [(row["client"], row["direction"], row["round"]) for row in sent] == [("site 0", "down", 0)]
+    assert [(row["client"], row["direction"], row["round"]) for row in sent] == [("site 0", "down", 0)] * len(messages)
+    assert [row["values"] for row in sent] == [values[message] for message in messages]
     assert all(not row["dropped"] for row in read_rows(folder / "rounds.jsonl"))
     assert len(json.loads((folder / "result.json").read_text())["clients"]) == 3
 

@@ -32,12 +32,21 @@ class AdaptedModel:
         targets: names of linear layers, from `find_targets`.
         head: names of modules trained in full (all their parameters must be those of linear layers).
         scale: s in W = W0 + s * (adapter).
+        fingerprint: of the model's weights; empty: not known.
     """
 
     def __init__(
-        self, model: nn.Module, *, kind: str, targets: Sequence[str], head: Sequence[str] = (), scale: float = 1.0
+        self,
+        model: nn.Module,
+        *,
+        kind: str,
+        targets: Sequence[str],
+        head: Sequence[str] = (),
+        scale: float = 1.0,
+        fingerprint: str = "",
     ) -> None:
         self.model = model
+        self.fingerprint = fingerprint
         self.kind = kind
         self.scale = scale
         self.routing = Routing()

@@ -32,7 +32,8 @@ from fedsb.utils.errors import UserError
 from fedsb.utils.rng import keyed_generator
 
 Pair = tuple[Tensor, Tensor]  # A (k, n), B (m, k)
-EXACT_SIZE = 1024  # min(m, n) up to which the full SVD of W0 is computed
+EXACT_SIZE = 512  # min(m, n) up to which the full SVD of W0 is computed: a small model's takes a few seconds
+SKETCH_TOLERANCE = 1e-5  # relative; of the same float64 computation on different hardware
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +110,27 @@ def basis_hash(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()[:32]
 
 
+def basis_sketch(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns "<key>.sketch" of each shared tensor: its product with a random vector along its longest axis.
+
+    A x (h r,) and B'y (h r,) are small, and they differ if a basis vector differs. The residual adapter is left out.
+    """
+    found = {}
+    for key in sorted(key for key in tensors if not is_residual(key)):
+        M = tensors[key].cpu().double()
+        axis = max(range(M.dim()), key=lambda i: M.shape[i])
+        x = torch.from_numpy(keyed_generator(0, "basis sketch", key).standard_normal(M.shape[axis]))
+        found[f"{key}.sketch"] = torch.tensordot(M, x, dims=([axis], [0])).float()
+    return found
+
+
+def same_sketch(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    """Returns whether two sketches are of the same tensors, up to the rounding of different hardware."""
+    if {key: x.shape for key, x in one.items()} != {key: x.shape for key, x in other.items()}:
+        return False
+    return all(float((x - other[key]).norm()) <= SKETCH_TOLERANCE * float(other[key].norm()) for key, x in one.items())
+
+
 def check_rank(
     shapes: Mapping[str, tuple[int, int]],
     total_rank: int,
@@ -140,17 +162,19 @@ def random_pair(m: int, n: int, total_rank: int, seed: int, layer: str, round: i
 
 
 def weight_pair(W0: Tensor, total_rank: int, side: Literal["leading", "trailing"] = "leading") -> Pair:
-    """Returns A and B of `weights`: singular vectors of W0 (m, n), with the largest or smallest values, in float64.
+    """Returns A and B of `weights`: singular vectors of W0 (m, n), with the largest or smallest values, on the CPU.
 
     Above EXACT_SIZE, the leading ones are computed by subspace iteration from a fixed sketch: a full SVD of
-    4096 x 14336 takes minutes, and an approximation is sufficient if all clients have the same one.
+    4096 x 14336 takes minutes, and an approximation is sufficient if all clients have the same one. All is computed in
+    float64 on the device of W0 (on the CPU for MPS, which has no float64), so that devices agree to float32 rounding.
     """
+    W0 = W0.cpu() if W0.device.type == "mps" else W0
     if side == "leading" and min(W0.shape) > EXACT_SIZE:
         U, _, V = truncated_svd(W0.double(), total_rank)
-        return V.T.float().contiguous(), U.float().contiguous()
+        return V.T.float().cpu().contiguous(), U.float().cpu().contiguous()
     U, _, V = svd(W0.double())
     columns = slice(0, total_rank) if side == "leading" else slice(-total_rank, None)
-    return V[:, columns].T.float().contiguous(), U[:, columns].float().contiguous()
+    return V[:, columns].T.float().cpu().contiguous(), U[:, columns].float().cpu().contiguous()
 
 
 def update_pair(G: Tensor, total_rank: int, eta: float, sign: bool) -> tuple[Tensor, Tensor, Tensor]:

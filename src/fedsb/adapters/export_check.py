@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -14,9 +15,11 @@ from torch import Tensor, nn
 from fedsb.adapters.export import BaseModelInfo, lora_files
 from fedsb.adapters.factors import Factors
 from fedsb.utils.errors import RunError, UserError
+from fedsb.utils.rng import keyed_generator
 from fedsb.utils.tensors import Tensors
 
-TOLERANCE = 1e-5  # relative to the largest entry of a layer's change, in float32
+TOLERANCE = 1e-5  # relative to the largest entry of a layer's change times the probes, in float32
+PROBES = 4  # random vectors that a layer's change is multiplied with: its full matrix would take minutes at 7B
 LOGITS_TOLERANCE = 1e-3  # (B R) z and B (R z) round differently, and deep models amplify the difference
 
 
@@ -49,9 +52,10 @@ def check_adapter(
 ) -> float:
     """Loads the adapter with PEFT onto the base without an adapter, and compares it with the trained model.
 
-    It compares the change of every layer's weight, in float32, and the logits `expected`, if the base is in float32: in
-    other dtypes, the logits of two equal adapters differ by rounding. Returns the largest relative difference of a
-    layer's change. Afterwards the model has no adapter, but its head is the adapter's.
+    It compares the change of every layer's weight, times PROBES random vectors and in float32, and the logits
+    `expected`, if the base is in float32: in other dtypes, the logits of two equal adapters differ by rounding. Returns
+    the largest relative difference of a layer's change. Afterwards the model has no adapter, but its head is the
+    adapter's.
 
     Raises:
         UserError: PEFT does not support LoRA on one of the layers. The message names the layer.
@@ -74,7 +78,7 @@ def check_adapter(
             raise _refused_by_peft(folder, left_out, None)
         by_layer = [
             relative_difference(
-                modules[layer].get_delta_weight("default"), _stored(factor.scale * factor.B @ factor.A, base)
+                _loaded_change(modules[layer], x := _probes(factor), base), factor.scale * (factor.B @ (factor.A @ x))
             )
             for layer, factor in factors.items()
         ]
@@ -108,9 +112,20 @@ def _refused_by_peft(folder: Path, layers: Sequence[str], error: Exception | Non
     )
 
 
-def _stored(delta: Tensor, base: BaseModelInfo) -> Tensor:
-    """Returns a change (m, n) in the layout of the base's weights."""
-    return delta.T if base.conv1d else delta
+def _probes(factor: Factors) -> Tensor:
+    """Returns random vectors (n, PROBES), the same for every layer with n inputs."""
+    n = factor.A.shape[1]
+    return torch.from_numpy(keyed_generator(0, "export probes", n).standard_normal((n, PROBES))).to(factor.A)
+
+
+def _loaded_change(module: Any, x: Tensor, base: BaseModelInfo) -> Tensor:
+    """Returns the change of a layer's weight that PEFT has loaded, times x (n, p): (m, p)."""
+    if hasattr(module, "parameter_name") or module.fan_in_fan_out != base.conv1d:
+        delta: Tensor = module.get_delta_weight("default").float().cpu()
+        return (delta.T if base.conv1d else delta) @ x.float().cpu()
+    A, B = (module.get_submodule(f"lora_{name}.default").weight.float() for name in ("A", "B"))
+    change: Tensor = module.scaling["default"] * (B @ (A @ x.to(A)))
+    return change
 
 
 def relative_difference(result: Tensor, expected: Tensor) -> float:

@@ -34,6 +34,8 @@ from fedsb.privacy.policy import PrivacyPolicy
 from fedsb.protocol.compressor import build_compressor
 from fedsb.protocol.messages import (
     BasisGradient,
+    CompareShared,
+    CompareSharedReply,
     Refresh,
     RefreshReply,
     Reply,
@@ -157,6 +159,8 @@ class StartedClient(ClientSharedState):
                 return self.basis_gradient(request)
             case SetBasis():
                 return SetBasisReply(shared=self.set_basis(request))
+            case CompareShared():
+                return CompareSharedReply(shared=self.compare_shared(request))
             case SetShared():
                 return SetSharedReply(shared=self.set_shared(unpack(request.payload).tensors))
             case Refresh():

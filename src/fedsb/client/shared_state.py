@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from fedsb.adapters.basis import Basis
+from fedsb.adapters.basis import Basis, basis_sketch, same_sketch
 from fedsb.client.checks import fitting, refuse_basis, refuse_values
 from fedsb.client.memo import Memo
 from fedsb.client.round import ClientView
@@ -15,7 +15,7 @@ from fedsb.data.clients import ClientData
 from fedsb.methods.base import Method, State
 from fedsb.privacy.policy import PrivacyPolicy
 from fedsb.protocol.compressor import build_compressor
-from fedsb.protocol.messages import BasisGradient, BasisGradientReply, Refresh, SetBasis
+from fedsb.protocol.messages import BasisGradient, BasisGradientReply, CompareShared, Refresh, SetBasis
 from fedsb.protocol.payload import unpack
 from fedsb.protocol.schedule import refreshes
 from fedsb.protocol.tensors import under, within
@@ -95,6 +95,17 @@ class ClientSharedState:
         with fitting():
             view = self.memo.get(("basis", request.payload, round), build)
         return self._hold(view, round)
+
+    def compare_shared(self, request: CompareShared) -> str:
+        """Compares the own shared state with the server's by its sketch. Returns the hash under which it is held.
+
+        A state that differs only by the rounding of other hardware keeps its values and takes the server's hash.
+        """
+        round = self.store.start_round
+        view = self.start_view()
+        with fitting():
+            is_same = same_sketch(basis_sketch(view.shared), unpack(request.payload).tensors)
+        return self._hold(replace(view, known_hash=request.shared), round) if is_same else view.hash
 
     def set_shared(self, shared: Tensors) -> str:
         """Takes `shared` as the shared state at the start. Raises RefusalError for a basis that is not orthonormal."""

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -185,12 +185,14 @@ class DiskStore(ClientStore):
             if (parts := self._round(round)) is None:
                 return None
             shared = {**start[1].shared, **within("shared", parts)}
-            self._newest = round, ClientView(shared, within("message", parts), round - 1)
+            view = ClientView(shared, within("message", parts), round - 1)
+            self._newest = round, replace(view, known_hash=start[1].updated(shared).known_hash)
         return self._newest[1]
 
     def save_start(self, view: ClientView, round: int) -> None:
         parts = under("shared", view.shared) | under("tensors", view.tensors)
-        write_atomic(self.folder / "start.safetensors", save(storable(parts), {"round": str(round)}))
+        facts = {"round": str(round), "hash": view.hash}
+        write_atomic(self.folder / "start.safetensors", save(storable(parts), facts))
         self._start, self._newest = (round, view), None
 
     def refresh_start(self) -> Tensors:
@@ -282,7 +284,8 @@ class DiskStore(ClientStore):
         if self._start is None and (found := self._read("start")) is not None:
             tensors, facts = found
             round = int(facts["round"])
-            self._start = round, ClientView(within("shared", tensors), within("tensors", tensors), round)
+            shared = within("shared", tensors)
+            self._start = round, ClientView(shared, within("tensors", tensors), round, facts.get("hash"))
         return self._start
 
     def _round(self, round: int) -> Tensors | None:

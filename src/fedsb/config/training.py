@@ -32,7 +32,7 @@ def _reports_share(config: Config) -> bool:
 
 
 def _needs_gradients(config: Config) -> bool:
-    share = _reports_share(config) and config.basis.share_samples > 0
+    share = _reports_share(config) and config.basis.share_samples != 0
     return share or config.basis.kind in ("update", "update-pooled")
 
 
@@ -64,6 +64,8 @@ class BasisConfig(Section):
     """Number of rows whose gradient is summed, over all clients together."""
     data: Annotated[str | None, used_if("basis.kind", "update")] = None
     """File of rows that are declared public, for 'update'."""
+    cache: Annotated[bool, UsedIf(_uses_side, "B and A are not singular vectors of W0 here")] = True
+    """Whether the singular vectors of large models are kept in the user's cache folder for the next run."""
     R0: Annotated[Literal["auto", "zero", "step"], used_if("basis.kind", *FROM_GRADIENTS)] = "auto"
     """Initial R: zero, or one approximate full step. Default: a step for 'update', else zero."""
     eta: Annotated[Rate | Auto, UsedIf(_steps_ahead, "R starts at zero")] = "auto"
@@ -71,11 +73,13 @@ class BasisConfig(Section):
     refresh: Positive | None = None
     """Number of rounds after which the basis is recomputed from the current model. Default: never."""
     share_samples: Annotated[
-        Count, UsedIf(_reports_share, "the captured share is computed in simulations without privacy only")
-    ] = 16
-    """Number of rows on which the captured share of the gradient is reported. 0: none."""
-    budget_mib: Annotated[Positive, UsedIf(_needs_gradients, "no gradients of whole weights are computed")] = 1024
-    """Memory for gradients of whole weights, which are computed one group of layers at a time."""
+        Count | Auto, UsedIf(_reports_share, "the captured share is computed in simulations without privacy only")
+    ] = "auto"
+    """Number of rows on which the captured share of the gradient is reported. 0: none. Default: 16 for small models."""
+    budget_mib: Annotated[Positive | Auto, UsedIf(_needs_gradients, "no gradients of whole weights are computed")] = (
+        "auto"
+    )
+    """Memory for gradients of whole weights, one pass for each group of layers. Default: half of what is free."""
 
     @model_validator(mode="after")
     def _step_needs_a_gradient(self) -> Self:

@@ -116,6 +116,11 @@ class RefreshReply(Reply):
     shared: str | None
 
 
+class CompareSharedReply(Reply):
+    verb = "compare_shared"
+    shared: str
+
+
 class SetSharedReply(Reply):
     verb = "set_shared"
     shared: str
@@ -187,6 +192,12 @@ class Refresh(Request[RefreshReply]):
     payloads = (1,)
 
 
+class CompareShared(Request[CompareSharedReply]):
+    verb, reply = "compare_shared", CompareSharedReply
+    payloads = (1,)
+    shared: str  # the hash of the shared state whose sketch is sent
+
+
 class SetShared(Request[SetSharedReply]):
     verb, reply = "set_shared", SetSharedReply
     payloads = (1,)
@@ -217,7 +228,10 @@ class Finish(Request[FinishReply]):
 
 REQUESTS: dict[str, type[Request[Any]]] = {
     kind.verb: kind
-    for kind in (Describe, Prepare, Start, BasisGradient, SetBasis, Refresh, SetShared, Train, SecAggPhase, Finish)
+    for kind in (
+        *(Describe, Prepare, Start, BasisGradient, SetBasis, Refresh),
+        *(CompareShared, SetShared, Train, SecAggPhase, Finish),
+    )
 }
 
 

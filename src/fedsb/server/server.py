@@ -30,6 +30,7 @@ from fedsb.server.spool import Spool
 from fedsb.server.validation import Dropped, update_rules, validate_updates
 from fedsb.training.basis import draw_samples
 from fedsb.training.gradients import captured_share
+from fedsb.training.resolved import gradient_budget, share_rows
 from fedsb.training.score import Score
 
 
@@ -77,8 +78,14 @@ class Server:
         self.counter = TrafficCounter(self.trainer.head.keys())
         self.shared_state = SharedStateSync(self.exchange, self.counter)
         self.optimizer = ServerOptimizer(**config.server.optimizer_settings)
+        self.share_rows, reason = share_rows(config, self.trainer.shapes)
         self.settings: tuple[ResolvedSetting, ...] = (
             *self.trainer.settings,
+            *(
+                []
+                if self.share_rows or config.basis.share_samples == 0
+                else [ResolvedSetting(key="basis.share_samples", value=0, reason=reason)]
+            ),
             *self.data.choices,
             *rank_settings,
             *opened.settings,
@@ -102,16 +109,17 @@ class Server:
     def with_captured_share(self, basis: Basis | None) -> Basis | None:
         """Returns the basis with its captured share of the clients' gradients, if their rows may be read."""
         config = self.config
-        if basis is None or not config.basis.share_samples or self.policy or not self.channel.spec.holds_rows:
+        count = self.share_rows
+        if basis is None or not count or self.policy or not self.channel.spec.holds_rows:
             return basis
         captured = captured_share(
             self.trainer.adapted,
             self.trainer.task,
             self.trainer.head,
             basis,
-            self._samples(config.basis.share_samples, from_the_end=True),
+            self._samples(count, from_the_end=True),
             config.train.batch_size,
-            config.basis.budget_mib << 20,
+            gradient_budget(config, self.trainer.adapted.device),
             self.method.total_rank // self.method.rank,
         )
         return replace(basis, captured=captured)

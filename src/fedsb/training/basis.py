@@ -31,6 +31,7 @@ from fedsb.data.clients import ClientData
 from fedsb.data.tasks.base import Example, Task
 from fedsb.methods.base import Method
 from fedsb.privacy.mechanism import DPMechanism
+from fedsb.training.basis_cache import cached_pairs, is_worth_caching
 from fedsb.training.gradients import (
     backward_sum,
     core_gradients,
@@ -38,6 +39,7 @@ from fedsb.training.gradients import (
     private_core_gradients,
 )
 from fedsb.training.local import LocalTraining
+from fedsb.training.resolved import gradient_budget
 from fedsb.utils.phases import peak_memory_bytes
 from fedsb.utils.rng import keyed_generator
 from fedsb.utils.tensors import Tensors
@@ -195,7 +197,13 @@ def _data_free(
     ranks = {layer: outer_rank(config, shape, rank) if outer else rank for layer, shape in adapted.shapes.items()}
     if kind == "random":
         return {layer: random_pair(m, n, ranks[layer], seed, layer, round) for layer, (m, n) in adapted.shapes.items()}
-    return {layer: weight_pair(W0.cpu(), ranks[layer], config.side) for layer, W0 in adapted.base_weights()}
+
+    def build() -> dict[str, Pair]:
+        return {layer: weight_pair(W0, ranks[layer], config.side) for layer, W0 in adapted.base_weights()}
+
+    if not config.cache or not is_worth_caching(adapted):
+        return build()
+    return cached_pairs(f"{adapted.fingerprint} weights {config.side} {sorted(ranks.items())}", build)
 
 
 def _core_basis(sums: Tensors, outer: Mapping[str, Pair], rank: int, step: float | None) -> Basis:
@@ -225,7 +233,7 @@ def _update_basis(
     run = partial(backward_sum, adapted, task, rows, config.train.batch_size)
     built = {
         name: update_pair(G.cpu() * mean, rank, eta, sign)
-        for name, G in weight_gradients(layers, run, budget_bytes=config.basis.budget_mib << 20)
+        for name, G in weight_gradients(layers, run, budget_bytes=gradient_budget(config, adapted.device))
     }
     return Basis(
         kind=config.basis.kind,

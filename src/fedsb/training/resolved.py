@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -17,11 +18,13 @@ from fedsb.data.tasks.instruction import Instruction
 from fedsb.models.layers import kinds
 from fedsb.training.local import LocalTraining
 from fedsb.training.memory import Memory
-from fedsb.utils.environment import memory_of
+from fedsb.utils.environment import free_memory_of, memory_of
 from fedsb.utils.errors import UserError
 from fedsb.utils.formatting import bytes_text
+from fedsb.utils.tensors import Shapes
 
 MEMORY_SHARE = 0.8  # of a device's memory, that the estimate for clients in one forward may take
+SHARE_ROWS, SHARE_WEIGHTS = 16, 500_000_000  # of the captured share: rows, and the adapted weights above which none
 CPU_TOKENS, GPU_TOKENS = 4096, 16384  # that a joint forward may hold; see docs/decisions.md
 
 
@@ -38,6 +41,24 @@ def public_rows(config: Config, task: Task) -> list[Example]:
     table = load_table(basis.data, form=format_of(config))
     task.columns_of(table)
     return task.encode(draw_rows(table, basis.samples, config.seed, "basis rows").rows)[0]
+
+
+def share_rows(config: Config, shapes: Shapes) -> tuple[int, str]:
+    """Returns the number of rows on which a run reports the captured share, and the reason: 0 for a large model."""
+    if config.basis.share_samples != "auto":
+        return config.basis.share_samples, "as configured"
+    weights = sum(math.prod(shape) for shape in shapes.values())
+    if weights <= SHARE_WEIGHTS:
+        return SHARE_ROWS, "auto: the adapted layers are small"
+    return 0, f"auto: the gradients of {weights:,} adapted weights take long, for a figure of the report"
+
+
+def gradient_budget(config: Config, device: torch.device) -> int:
+    """Returns the bytes for gradients of whole weights: as set, or half of what is free on the device."""
+    if config.basis.budget_mib != "auto":
+        return config.basis.budget_mib << 20
+    free = free_memory_of(device)
+    return 1 << 30 if free is None else max(free // 2, 1 << 26)
 
 
 def auto_clients_per_forward(

@@ -141,7 +141,14 @@ class Trainer:
 
     def _adapt(self, targets: Sequence[str], *, one_by_one: bool = False) -> AdaptedModel:
         method, base = self.method, self.base
-        adapted = AdaptedModel(base.model, kind=method.adapter, targets=targets, head=base.head, scale=method.scale)
+        adapted = AdaptedModel(
+            base.model,
+            kind=method.adapter,
+            targets=targets,
+            head=base.head,
+            scale=method.scale,
+            fingerprint=base.fingerprint,
+        )
         adapted.routing.one_by_one = one_by_one
         return adapted
 

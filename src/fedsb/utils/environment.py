@@ -42,6 +42,24 @@ def memory_of(device: torch.device) -> int | None:
     return memory
 
 
+def free_memory_of(device: torch.device) -> int | None:
+    """Returns the bytes of memory of a device that nothing uses now; None if it is not known."""
+    import torch
+
+    if device.type == "cuda":
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + held
+    with suppress(OSError, ValueError, StopIteration):  # Linux
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = 1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
+        with suppress(OSError, ValueError):  # no cgroup, or "max": no limit
+            group = Path("/sys/fs/cgroup")
+            used = int((group / "memory.current").read_text())
+            free = min(free, int((group / "memory.max").read_text()) - used)
+        return free
+    return None
+
+
 def _machine_memory() -> int:
     """Returns the bytes of memory of this machine; 0 if it is unknown."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
