@@ -433,14 +433,37 @@ def test_a_batch_that_is_larger_than_a_client_is_priced_by_its_rows_and_warned_o
 def test_an_estimate_above_this_machines_memory_is_warned_of(
     cli: Callable[..., Said], tiny_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    needed = estimate(load_config(tiny_config))["memory_bytes"]
-    monkeypatch.setattr("fedsb.runs.estimate.memory_of", lambda device: needed)
+    needed = max(phase["memory_bytes"] for phase in estimate(load_config(tiny_config))["phases"].values())
+    monkeypatch.setattr("fedsb.runs.costs.memory_of", lambda device: needed)
     assert estimate(load_config(tiny_config))["warnings"] == []
-    monkeypatch.setattr("fedsb.runs.estimate.memory_of", lambda device: needed - 1)
+    monkeypatch.setattr("fedsb.runs.costs.memory_of", lambda device: needed - 1)
     (warning,) = estimate(load_config(tiny_config))["warnings"]
     assert "is more than the" in warning and "train.batch_size" in warning
     said = cli("check", write_toml(tmp_path / "my.toml", tiny_config))
     assert said.code == 0 and "Warning:" in said.out
+
+
+def test_a_run_is_priced_for_a_gpu_that_is_not_here(
+    cli: Callable[..., Said], tiny_config: dict[str, Any], tmp_path: Path
+) -> None:
+    """Whatever model.device says, in bfloat16, without a CPU process's own memory; and what would fit a small one."""
+    rows = {"data": {"train": None, "test": None}, "task": {"kind": "text"}, "train": {"batch_size": 8}}
+    config = {**rows, "model": {"name": LLAMA, "max_seq_length": 1024, "device": "cuda"}}
+    config |= {"method": {"name": "fed-sb", "rank": 64}, "clients": {"count": 8}}
+    large, small = (estimate(load_config(config), gpu=gigabytes) for gigabytes in (80, 8))
+    settings = {choice["key"]: choice for choice in large["settings"]}
+    assert (settings["model.dtype"]["value"], settings["model.dtype"]["reason"]) == ("bfloat16", "--gpu 80")
+    assert large["warnings"] == []
+    assert PARAMETERS[LLAMA] * 2 < large["memory_bytes"] < 80 << 30
+    assert large["phases"].keys() == {"load", "basis", "captured share", "scores", "rounds", "export"}
+    (warning,) = small["warnings"]
+    assert "model.quantize = '4bit': " in warning and "model.activation_checkpointing = true: " in warning
+    assert "train.batch_size = 4: " in warning
+    toml = write_toml(tmp_path / "my.toml", {**tiny_config, "model": {**tiny_config["model"], "device": "cuda"}})
+    said = cli("check", toml, "--gpu", "80", "--verbose")
+    assert said.code == 0 and "assumed for such a GPU" in " ".join(said.out.split())
+    assert "captured share" in said.out
+    assert cli("check", toml).code == 1
 
 
 def test_the_memory_of_this_machine() -> None:

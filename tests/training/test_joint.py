@@ -272,12 +272,12 @@ def test_the_cohort_size_and_its_reason(tiny_config: dict[str, Any]) -> None:
 
 def test_the_cohort_size_fits_the_memory(tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """The estimate for the clients of one forward stays below the device's memory, and the reason says so."""
-    from fedsb.training import resolved
+    from fedsb.channels import in_process
 
     server = open_server(tiny_config)
     sizes = {}
     for mib in (64, 2, 1):
-        monkeypatch.setattr(resolved, "memory_of", lambda _, mib=mib: mib << 20)
+        monkeypatch.setattr(in_process, "memory_of", lambda _, mib=mib: mib << 20)
         sizes[mib], reason = choice(open_server(tiny_config))
         assert ("as many as fit the memory" in reason) == (mib < 64)
     assert server.channel.clients_per_forward == sizes[64] > sizes[2] > sizes[1] >= 1

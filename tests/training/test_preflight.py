@@ -467,9 +467,9 @@ def test_a_batch_of_one_row_is_tried_with_one_row(tiny_config: dict[str, Any], m
     seen: list[int] = []
     real = probes.forward
 
-    def spy(model: Any, task: Task, rows: Any) -> Any:
+    def spy(model: Any, task: Task, rows: Any, **how: Any) -> Any:
         seen.append(sum(len(row["input_ids"]) == task.max_tokens for row in rows))
-        return real(model, task, rows)
+        return real(model, task, rows, **how)
 
     monkeypatch.setattr(probes, "forward", spy)
     open_server(set_all(tiny_config, train={**tiny_config["train"], "batch_size": 1}))

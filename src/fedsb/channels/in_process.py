@@ -18,6 +18,7 @@ from fedsb.config.resolved import ResolvedSetting
 from fedsb.config.schema import Config
 from fedsb.data.clients import ClientData, open_data
 from fedsb.methods.base import Method, State
+from fedsb.models.load import choose_dtype
 from fedsb.models.tokenizer import load_tokenizer
 from fedsb.privacy.policy import PrivacyPolicy, refuse_what_would_leak
 from fedsb.protocol.channel import ChannelSpec, NoResponse
@@ -30,6 +31,7 @@ from fedsb.training.joint import ClientTraining
 from fedsb.training.memory import ModelSizes, memory_by_clients
 from fedsb.training.resolved import auto_clients_per_forward, local_training
 from fedsb.training.trainer import Trainer
+from fedsb.utils.environment import memory_of
 from fedsb.utils.errors import UserError
 from fedsb.utils.tensors import Tensors
 
@@ -231,9 +233,10 @@ def _clients_per_forward(
         trainer.block_shapes,
         base=sum(x.nbytes for x in trainer.base.model.parameters()),
         head=sum(x.numel() for x in trainer.head.values()),
-        device=trainer.adapted.device,
+        dtype=choose_dtype(config.model.dtype, trainer.adapted.device)[0],
     )
     cohort = min(config.server.clients_per_round or len(clients), len(clients))
     batch = min(config.train.batch_size, max(client.rows for client in clients))
     memory = memory_by_clients(config, method, sizes, cohort, batch)
-    return auto_clients_per_forward(config, trainer.adapted.device, memory)
+    device = trainer.adapted.device
+    return auto_clients_per_forward(config, device, memory_of(device), memory)

@@ -39,6 +39,9 @@ def init(
 def check(
     config: ConfigArgument,
     overrides: Set = [],  # noqa: B006
+    gpu: Annotated[
+        float | None, typer.Option(min=1, metavar="GB", help="Estimate for a GPU with this memory, such as 80.")
+    ] = None,
     verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
@@ -48,7 +51,7 @@ def check(
     from fedsb.runs.estimate import estimate
 
     loaded = common.load(config, overrides)
-    found = estimate(loaded, also=methods_to_price(loaded))
+    found = estimate(loaded, also=methods_to_price(loaded), gpu=gpu)
     if as_json:
         common.print_json(found)
     else:

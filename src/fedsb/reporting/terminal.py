@@ -227,6 +227,7 @@ def print_estimate(found: Mapping[str, Any], *, verbose: bool) -> None:
     terminal.note(f"{'memory':<9}about {bytes_text(found['memory_bytes'])}, an estimate; {alone}")
     if verbose:
         terminal.note(f"{'':<9}{found['memory_reason']}")
+        _print_phases(console, found["phases"])
     about = "" if found["seconds"] is None else f"about {seconds_text(found['seconds'])} "
     reason = found["seconds_reason"]
     terminal.note(f"{'time':<9}{about}{f'({reason})' if about else reason}")
@@ -240,6 +241,17 @@ def print_estimate(found: Mapping[str, Any], *, verbose: bool) -> None:
             console.print(f"  - {line}")
     if not verbose:
         console.print("\n--verbose shows every setting with its reason, and the bytes of other methods.")
+
+
+def _print_phases(console: Console, phases: Mapping[str, Any]) -> None:
+    table = Table("phase", "time", "memory", **PLAIN)
+    for phase, cost in phases.items():
+        table.add_row(
+            phase, "" if cost["seconds"] is None else seconds_text(cost["seconds"]), bytes_text(cost["memory_bytes"])
+        )
+    console.print("Estimates of each phase:")
+    console.print(table)
+    console.print()
 
 
 def _print_prices(console: Console, found: Mapping[str, Any]) -> None:

@@ -8,7 +8,6 @@ not exist is an error, because `fedsb run` would fail in this folder, except for
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,15 +20,16 @@ from fedsb.adapters.basis import check_rank
 from fedsb.config.load import ResolvedConfig, unused_settings
 from fedsb.config.resolved import ResolvedSetting
 from fedsb.config.schema import Config
+from fedsb.config.training import FROM_GRADIENTS
 from fedsb.data.clients import Data, remote_client
 from fedsb.data.sources import load_table
-from fedsb.data.tasks.base import Task, ids
+from fedsb.data.tasks.base import Task, ids, question_of
 from fedsb.data.tasks.tokens import pad_token
 from fedsb.methods.base import Method
 from fedsb.models.hub import has_weights
 from fedsb.models.layers import block_layers, find_targets, is_linear, left_out, linear_shape
 from fedsb.models.limits import check_positions, check_tokens
-from fedsb.models.load import choose_device, load_base
+from fedsb.models.load import BaseModel, choose_device, choose_dtype, load_base
 from fedsb.models.names import resolve_name
 from fedsb.models.quantise import missing_package, weight_bytes
 from fedsb.privacy.policy import refuse_what_would_leak
@@ -45,6 +45,7 @@ from fedsb.protocol.requirements import (
 )
 from fedsb.protocol.schedule import refreshes, whole_broadcasts
 from fedsb.runs.availability import Availability, find_availability
+from fedsb.runs.costs import Cost, Machine, Work, phase_costs
 from fedsb.training.basis import basis_values
 from fedsb.training.local import LocalTraining
 from fedsb.training.memory import Memory, ModelSizes, memory_by_clients, trained_values
@@ -52,8 +53,10 @@ from fedsb.training.resolved import (
     auto_clients_per_forward,
     batch_warnings,
     end_choices,
+    gradient_budget,
     local_training,
     public_rows,
+    share_rows,
     targets_choice,
 )
 from fedsb.training.trainer import Trainer
@@ -63,16 +66,25 @@ from fedsb.utils.formatting import bytes_text
 from fedsb.utils.tensors import Shapes
 
 PREFLIGHT_SHARE = 0.5  # of the device's memory: a model with larger weights is not loaded for the preflight
-OVERHEAD = 1.5  # of a step relative to its matrix products, measured with MiniLM on two cores
 
 
-def estimate(loaded: ResolvedConfig, also: Sequence[Method] = ()) -> dict[str, Any]:
+def estimate(loaded: ResolvedConfig, also: Sequence[Method] = (), gpu: float | None = None) -> dict[str, Any]:
     """Returns everything that `fedsb check` prints.
 
-    `also` are methods whose bytes are estimated in addition. Raises UserError for errors in settings, data and model.
+    Args:
+        also: methods whose bytes are estimated in addition.
+        gpu: gigabytes of a GPU that is not here, on which the run is priced.
+
+    Raises UserError for errors in settings, data and model.
     """
     if loaded.config.data.train is None and "engine.name" not in loaded.origin:
         loaded = _as_served(loaded)
+    if gpu is None:
+        machine = Machine.here(choose_device(loaded.config.model.device)[0])
+        dtype = choose_dtype(loaded.config.model.dtype, machine.device)[0]
+    else:
+        machine, loaded = Machine.gpu(gpu), _on_gpu(loaded, gpu)
+        dtype = getattr(torch, loaded.config.model.dtype)
     config = loaded.config
     method = config.method
     refuse_what_facts_forbid(config, method)
@@ -126,14 +138,14 @@ def estimate(loaded: ResolvedConfig, also: Sequence[Method] = ()) -> dict[str, A
         also,
     )
     traffic = method.traffic(adapted.shapes, head=head, clients=cohort)
-    privacy, seconds, seconds_reason = None, None, "unknown: it depends on the rows"
+    privacy, work = None, None
     choices = [*loaded.choices(), *base.choices, *positions, targets_choice(config, targets, without)]
     choices += end_choices(here.task)
     sites = [remote_client(name, 0) for name in names]
     local = local_training(config, clients=len(here.clients) if method.spec.pools_data else 1)
     if data is not None:
         sites = [data.pooled()] if method.spec.pools_data else data.participants
-        seconds, seconds_reason = _seconds(config, local, data, linear, cohort)
+        work = _work(config, method, local, data, cohort, share_rows(config, adapted.shapes)[0])
         choices += [*data.choices, *rank_settings]
     if data is not None or config.privacy.unit != "example":  # else it depends on the number of rows of each client
         row_counts = {site.name: site.rows for site in sites}
@@ -142,15 +154,17 @@ def estimate(loaded: ResolvedConfig, also: Sequence[Method] = ()) -> dict[str, A
         privacy = privacy_statement(policy, config, trained_values(method, adapted.shapes, head))
         choices += policy.choices
     warnings = batch_warnings(config, local, sites) if data is not None else []
-    device = choose_device(config.model.device)[0]
     batch = config.train.batch_size
     if data is not None:  # a forward never has more rows than a client
         batch = min(batch, max((site.rows for site in sites), default=0) or batch)
-    sizes = ModelSizes.of(config, base.model, adapted.shapes, blocks, base=weights, head=head, device=device)
+    sizes = ModelSizes.of(config, base.model, adapted.shapes, blocks, base=weights, head=head, dtype=dtype)
     memory_of_clients = memory_by_clients(config, method, sizes, cohort, batch)
-    memory = _memory(config, memory_of_clients, cohort, batch, device)
-    warnings += _warnings(config, device, memory["memory_bytes"])
-    if why := _no_preflight(config, here, weights, device):
+    memory, training = _memory(config, memory_of_clients, cohort, batch, machine)
+    budget = gradient_budget(config, machine.device, free=None if machine.memory is None else machine.memory - weights)
+    costs = phase_costs(config, method, sizes, machine, training, linear, work, budget)
+    if machine.memory is not None and max(cost.memory_bytes for cost in costs.values()) > machine.memory:
+        warnings.append(_too_large(config, method, base, sizes, cohort, batch, costs, machine.memory))
+    if why := _no_preflight(config, here, weights, choose_device(config.model.device)[0]):
         unknown.append(f"whether the model passes the preflight of a run: {why}")
     else:
         choices += Trainer(config, method, here.tokenizer, here.task).preflight.choices
@@ -172,8 +186,9 @@ def estimate(loaded: ResolvedConfig, also: Sequence[Method] = ()) -> dict[str, A
         "compared": [f"{method.spec.id} (rank {method.rank})" for method in also],
         "privacy": privacy,
         **memory,
-        "seconds": seconds,
-        "seconds_reason": seconds_reason,
+        "phases": {phase: asdict(cost) for phase, cost in costs.items()},
+        "seconds": sum(cost.seconds or 0 for cost in costs.values()) if work else None,
+        "seconds_reason": f"{work}, {machine.says(dtype)}" if work else "unknown: it depends on the rows",
         "warnings": warnings,
         "unknown": unknown,
     }
@@ -212,16 +227,50 @@ def _no_preflight(config: Config, here: Availability, weights: int, device: torc
     return None
 
 
-def _warnings(config: Config, device: torch.device, memory_bytes: int) -> list[str]:
-    """Returns what the user should change before the run starts."""
-    memory = memory_of(device)
-    if memory is None or memory_bytes <= memory:
-        return []
-    lower = "train.batch_size, model.max_seq_length or engine.clients_per_forward"
-    return [
-        f"The estimated memory, {bytes_text(memory_bytes)}, is more than the {bytes_text(memory)} on {device.type}. "
-        f"Reduce {lower}, or use a larger machine"
+def _on_gpu(loaded: ResolvedConfig, gigabytes: float) -> ResolvedConfig:
+    """Returns the configuration as it would run on a GPU that is not here."""
+    model, why = loaded.config.model, f"--gpu {gigabytes:g}"
+    dtype = "bfloat16" if model.dtype == "auto" else model.dtype
+    config = loaded.config.model_copy(update={"model": model.model_copy(update={"dtype": dtype, "device": "auto"})})
+    origin = {**loaded.origin, "model.device": why} | ({"model.dtype": why} if model.dtype == "auto" else {})
+    return replace(loaded, config=config, origin=origin)
+
+
+def _too_large(
+    config: Config,
+    method: Method,
+    base: BaseModel,
+    sizes: ModelSizes,
+    cohort: int,
+    batch: int,
+    costs: Mapping[str, Cost],
+    memory: int,
+) -> str:
+    """Returns the warning that a run does not fit the memory, and what each of some settings would need instead."""
+    phase, most = max(((phase, cost.memory_bytes) for phase, cost in costs.items()), key=lambda found: found[1])
+    model, train = config.model, config.train
+    changes: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+        ("model.activation_checkpointing = true", {"activation_checkpointing": True}, {}),
+        ("model.quantize = '4bit'", {"quantize": "4bit"}, {}),
+        (f"model.max_seq_length = {model.max_seq_length // 2}", {"max_seq_length": model.max_seq_length // 2}, {}),
+        (f"train.batch_size = {batch // 2}", {}, {"batch_size": batch // 2}),
     ]
+    found = []
+    for text, of_model, of_train in changes:
+        changed = config.model_copy(
+            update={"model": model.model_copy(update=of_model), "train": train.model_copy(update=of_train)}
+        )
+        weights = weight_bytes(base.model, changed.model.quantize, base.head)
+        rows = min(batch, changed.train.batch_size)
+        one = memory_by_clients(changed, method, replace(sizes, base=weights), cohort, rows)(1).total
+        found.append((one, text))
+    alone = memory_by_clients(config, method, sizes, cohort, batch)(1).total
+    better = [f"{text}: {bytes_text(one)}" for one, text in sorted(found) if one < alone]
+    return (
+        f"The estimated memory, {bytes_text(most)} in the phase {phase!r}, is more than the {bytes_text(memory)} "
+        f"of the device. A round of one client in a forward needs {bytes_text(alone)}"
+        + (f"; with one more setting: {'; '.join(better)}" if better else "")
+    )
 
 
 def _as_served(loaded: ResolvedConfig) -> ResolvedConfig:
@@ -250,48 +299,40 @@ def _ranks(
     return client_ranks(config, method, shapes, names)
 
 
-def _seconds(config: Config, local: LocalTraining, data: Data, linear: int, cohort: int) -> tuple[float, str]:
-    """Returns the seconds and their reason: 2 operations per weight and token forward, the same backward."""
+def _work(config: Config, method: Method, local: LocalTraining, data: Data, cohort: int, share: int) -> Work:
+    """Returns the tokens of the run. A row that is answered counts with as many tokens as it may write."""
     pool = [len(ids(example, "input_ids")) for site in data.participants for example in site.train]
     rows = sum(local.steps_for(site.rows) * local.rows_a_step for site in data.participants) / len(data.participants)
     padded = 1.5 * sum(pool) / len(pool)  # batches are as wide as their longest row
-    trained = config.rounds * cohort * rows * padded
-    scored = sum(len(ids(example, "input_ids")) for example in data.test) * (
-        1 + math.ceil(config.rounds / config.eval.every)
-    )
-    speed = _operations_a_second(choose_device(config.model.device)[0])
-    seconds = OVERHEAD * 2 * linear * (2 * trained + scored) / speed
-    return (
-        seconds,
-        f"{trained:,.0f} training tokens, {scored:,} scored tokens, at a measured {speed / 1e9:,.0f} GFLOP/s",
+    evaluations = 1 + math.ceil(config.rounds / config.eval.every)
+    written = sum(question_of(row).new_tokens for row in data.test if "question" in row)
+    core = method.adapter == "core"
+    reads = core and config.basis.kind in FROM_GRADIENTS
+    shares = core and config.engine.name == "in_process" and not config.privacy.on
+    return Work(
+        trained=config.rounds * cohort * rows * padded,
+        scored=(sum(len(ids(example, "input_ids")) for example in data.test) + written) * evaluations,
+        basis=config.basis.samples * padded if reads else 0,
+        share=max(share, len(data.participants)) * padded if shares and share else 0,
     )
 
 
 def _memory(
-    config: Config, memory_of_clients: Callable[[int], Memory], cohort: int, batch: int, device: torch.device
-) -> dict[str, Any]:
+    config: Config, memory_of_clients: Callable[[int], Memory], cohort: int, batch: int, machine: Machine
+) -> tuple[dict[str, Any], Memory]:
     """Returns the bytes of training with their parts and reason, for clients trained together and for one alone."""
     setting = 1 if config.engine.name == "flower" else config.engine.clients_per_forward
-    most = auto_clients_per_forward(config, device, memory_of_clients)[0] if setting == "auto" else setting
-    together = min(cohort, most)
+    if setting == "auto":
+        setting = auto_clients_per_forward(config, machine.device, machine.memory, memory_of_clients)[0]
+    together = min(cohort, setting)
     found = memory_of_clients(together)
     parts = {key: value for key, value in asdict(found).items() if value}
     text = ", ".join(f"{key} {bytes_text(value)}" for key, value in parts.items())
     tokens = together * batch * config.model.max_seq_length
-    return {
+    said = {
         "memory_bytes": found.total,
         "memory_parts": parts,
         "memory_reason": f"an estimate: {text}; {together} client(s) with {tokens:,} tokens per forward",
         "client_memory_bytes": memory_of_clients(1).total,
     }
-
-
-def _operations_a_second(device: torch.device) -> float:
-    """Measures the device's speed at a float32 matrix product, in operations per second."""
-    a = torch.randn(768, 768, device=device)
-    a @ a
-    started = time.perf_counter()
-    for _ in range(20):
-        b = a @ a
-    b.sum().item()
-    return 20 * 2 * 768**3 / (time.perf_counter() - started)
+    return said, found

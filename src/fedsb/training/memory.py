@@ -26,7 +26,6 @@ import torch
 from fedsb.config.schema import Config
 from fedsb.data.tasks import TASKS
 from fedsb.methods.base import Method
-from fedsb.models.load import choose_dtype
 from fedsb.training.local import BYTES_PER_TRAINED_VALUE
 from fedsb.utils.tensors import Shapes
 
@@ -89,13 +88,12 @@ class ModelSizes:
         *,
         base: int,
         head: int,
-        device: torch.device,
+        dtype: torch.dtype,
     ) -> ModelSizes:
-        """Returns the sizes of a loaded model for the task and dtype of a configuration."""
+        """Returns the sizes of a loaded model for the task of a configuration."""
         vocabulary = 0
         if TASKS[config.task.kind].auto_class == "AutoModelForCausalLM":
             vocabulary = int(model.config.get_text_config().vocab_size)
-        dtype = choose_dtype(config.model.dtype, device)[0]
         return cls(shapes=shapes, block_shapes=block_shapes, base=base, head=head, vocabulary=vocabulary, dtype=dtype)
 
 

@@ -45,14 +45,8 @@ SHORT = 6  # tokens of the short row, about
 TOLERANCE = 1e-4  # of a gradient's or a logit's difference, relative, in float32
 TOLERANCE_HALF = 0.1  # in 16 bits, whose kernels round differently for each shape
 FAULTS = (
-    RuntimeError,
-    ValueError,
-    TypeError,
-    IndexError,
-    KeyError,
-    AttributeError,
-    NotImplementedError,
-    AssertionError,
+    *(RuntimeError, ValueError, TypeError, IndexError),
+    *(KeyError, AttributeError, NotImplementedError, AssertionError),
 )
 
 
@@ -119,7 +113,7 @@ def made_up_adapter(
     tensors = _made_up(adapted, head)
     with torch.no_grad(), _explained(adapted, task):
         adapted.load(tensors)
-        logits, batch = forward(adapted.model, task, [_rows(task)[0]])
+        logits, batch = forward(adapted.model, task, [_rows(task)[0]], whole=True)
     factors = {}
     for layer in adapted.shapes:
         A, B = tensors[f"{layer}.A"], tensors[f"{layer}.B"]
@@ -229,29 +223,31 @@ def _try_training(adapted: AdaptedModel, task: Task, tensors: Tensors, rows: Seq
     if read:
         raise UserError(
             f"model.target_modules: the model reads the weights of {', '.join(kinds(read))} and never calls these "
-            f"layers, so "
-            "that an adapter on them has no effect while training and changes the outputs when it is merged. Leave "
-            "them out of model.target_modules"
+            "layers, so that an adapter there has no effect in training and changes the outputs when it is merged. "
+            "Leave them out of model.target_modules"
         )
     return tuple(sorted(set(kinds(list(adapted.layers))) - set(kinds(sorted(moved & adapted.layers.keys())))))
 
 
 @torch.no_grad()
 def _try_causality(adapted: AdaptedModel, task: Task, tensors: Tensors, row: Example, other: Example) -> None:
-    """Raises UserError where a logit depends on a later token."""
+    """Raises UserError where a logit depends on a later token, or on which logits are computed."""
     tokens = ids(row, "input_ids")
     last = next((token for token in [*ids(other, "input_ids"), *tokens] if token != tokens[-1]), None)
     if len(tokens) < 2 or last is None:  # a vocabulary of one token
         return
     adapted.load(tensors)
     changed: Example = {**row, "input_ids": [*tokens[:-1], last]}
-    logits = [forward(adapted.model, task, [one])[0][0, : len(tokens) - 1].float() for one in (row, changed)]
-    if _difference(logits[0], logits[1]) > _tolerance(adapted):
+    whole = [forward(adapted.model, task, [one], whole=True)[0][0, : len(tokens) - 1] for one in (row, changed)]
+    if _difference(whole[0].float(), whole[1].float()) > _tolerance(adapted):
         raise UserError(
             "The model is not causal: what it predicts for a token depends on the tokens after it, so that its "
             "next-token loss and perplexity mean nothing. Take a decoder-only model (Llama, Qwen, Gemma, GPT-2) for "
             "this task, or task.kind = 'classification' for an encoder"
         )
+    targets = forward(adapted.model, task, [row])[0].reshape(-1, whole[0].shape[-1])[: len(tokens) - 1]
+    if _difference(targets.float(), whole[0].float()) > _tolerance(adapted):
+        raise UserError("The model's output layer cannot compute the logits of some positions only. Take another model")
 
 
 def _routing_fault(adapted: AdaptedModel, task: Task, tensors: Tensors, rows: Sequence[Example]) -> str | None:

@@ -18,7 +18,7 @@ from fedsb.data.tasks.instruction import Instruction
 from fedsb.models.layers import kinds
 from fedsb.training.local import LocalTraining
 from fedsb.training.memory import Memory
-from fedsb.utils.environment import free_memory_of, memory_of
+from fedsb.utils.environment import free_memory_of
 from fedsb.utils.errors import UserError
 from fedsb.utils.formatting import bytes_text
 from fedsb.utils.tensors import Shapes
@@ -53,26 +53,25 @@ def share_rows(config: Config, shapes: Shapes) -> tuple[int, str]:
     return 0, f"auto: the gradients of {weights:,} adapted weights take long, for a figure of the report"
 
 
-def gradient_budget(config: Config, device: torch.device) -> int:
-    """Returns the bytes for gradients of whole weights: as set, or half of what is free on the device."""
+def gradient_budget(config: Config, device: torch.device, *, free: int | None = None) -> int:
+    """Returns the bytes for gradients of whole weights: as set, or half of what is `free`, by default now."""
     if config.basis.budget_mib != "auto":
         return config.basis.budget_mib << 20
-    free = free_memory_of(device)
+    free = free_memory_of(device) if free is None else free
     return 1 << 30 if free is None else max(free // 2, 1 << 26)
 
 
 def auto_clients_per_forward(
-    config: Config, device: torch.device, memory_by_clients: Callable[[int], Memory]
+    config: Config, device: torch.device, there: int | None, memory_by_clients: Callable[[int], Memory]
 ) -> tuple[int, str]:
     """Returns (clients per forward, reason): as many as fit a budget of tokens and the device's memory, at least one.
 
-    The memory is the device's total and not its free memory, so that a resumed run rounds as before.
+    `there` are the bytes of the device's memory, and not of its free memory, so that a resumed run rounds as before.
     """
     if config.model.quantize == "8bit":
         return 1, "auto: 8-bit products look at the whole batch, which must be one client's"
     tokens = CPU_TOKENS if device.type == "cpu" else GPU_TOKENS
     size = max(1, tokens // (config.train.batch_size * config.model.max_seq_length))
-    there = memory_of(device)
     limit = None if there is None else MEMORY_SHARE * there
     if limit is not None and size > 1 and memory_by_clients(size).total > limit:
         while size > 1 and memory_by_clients(size).total > limit:

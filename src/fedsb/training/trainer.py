@@ -134,7 +134,7 @@ class Trainer:
     def logits(self, tensors: Tensors, examples: Sequence[Example]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Returns the examples as inputs, and the model's logits for them, to compare an exported adapter with."""
         self._load_one(tensors)
-        logits, batch = forward(self.adapted.model, self.task, list(examples))
+        logits, batch = forward(self.adapted.model, self.task, list(examples), whole=True)
         return inputs_of(batch), logits
 
     # --- private ---

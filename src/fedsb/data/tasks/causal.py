@@ -53,12 +53,13 @@ class CausalTask(Task):
         return batch
 
     def losses(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Returns (sum of token losses (b,), number of targets (b,)). Only logits of targets are copied to float32."""
+        """Returns (sum of token losses (b,), number of targets (b,)), of logits (n, v) of the targets, or (b, t, v)."""
         from torch.nn.functional import cross_entropy
 
         target_n, labels_bt = batch["targets"], batch["labels"]
-        logits_nv = logits.flatten(0, 1).index_select(0, target_n - 1).float()  # those at t predict the token at t + 1
-        nats_n = cross_entropy(logits_nv, labels_bt.flatten().index_select(0, target_n), reduction="none")
+        if logits.dim() == 3:
+            logits = logits.flatten(0, 1).index_select(0, target_n - 1)  # those at t predict the token at t + 1
+        nats_n = cross_entropy(logits.float(), labels_bt.flatten().index_select(0, target_n), reduction="none")
         nats_bt = nats_n.new_zeros(labels_bt.numel()).index_copy(0, target_n, nats_n).view(labels_bt.shape)
         return nats_bt.sum(dim=1), (labels_bt[:, 1:] != NO_LOSS).sum(dim=1).float()
 
