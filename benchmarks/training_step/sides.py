@@ -20,7 +20,7 @@ from fedsb.methods.base import Method
 from fedsb.models.heads import head_start
 from fedsb.models.layers import find_targets
 from fedsb.privacy.mechanism import DPMechanism
-from fedsb.training.joint import ClientTraining, JointTrainer, RoundTraining
+from fedsb.training.joint import ClientTraining, JointTrainer, RoundTraining, join_tensors
 from fedsb.training.local import LocalTraining
 
 LR = 1e-3
@@ -51,48 +51,60 @@ class Watched:
 
 
 class FedsbSide:
-    """Joint training of some clients, each with its own rows, as a round of a run does it."""
+    """Joint training of clients, each with its own rows, as a round of a run does it."""
 
-    def __init__(
-        self, model: nn.Module, task: Task, method: Method, *, head: Sequence[str], clients: Sequence[list[Example]]
-    ) -> None:
-        targets = find_targets(model, "blocks", head)
-        self.task, self.method, self.rows = task, method, len(clients[0])
-        self.adapted = AdaptedModel(model, kind=method.adapter, targets=targets, head=head, scale=method.scale)
+    def __init__(self, model: nn.Module, task: Task, method: Method, *, head: Sequence[str]) -> None:
+        self.task, self.method = task, method
+        self.adapted = AdaptedModel(
+            model, kind=method.adapter, targets=find_targets(model, "blocks", head), head=head, scale=method.scale
+        )
         shapes = self.adapted.shapes
         basis = None
         if method.adapter == "core":
-            basis = make_basis(
-                "random", ((key, random_pair(*mn, method.total_rank, 0, key)) for key, mn in shapes.items())
-            )
-        state = method.start(shapes, basis, head_start(self.adapted.head_tensors(), 0), 0)
-        tensors = method.model(state)
-        self.clients = [ClientTraining(name=f"{k}", examples=own, tensors=tensors) for k, own in enumerate(clients)]
-        self.trainable = method.trainable(tensors, 0)
+            pairs = ((layer, random_pair(*shape, method.total_rank, 0, layer)) for layer, shape in shapes.items())
+            basis = make_basis("random", pairs)
+        self.tensors = method.model(method.start(shapes, basis, head_start(self.adapted.head_tensors(), 0), 0))
 
     def train(
-        self, steps: int, at_start: Callable[[], None] | None = None, mechanisms: dict[str, DPMechanism] | None = None
+        self,
+        clients: Sequence[list[Example]],
+        steps: int,
+        at_start: Callable[[], None] | None = None,
+        mechanisms: dict[str, DPMechanism] | None = None,
     ) -> list[ClientTraining]:
-        """Trains a round of `steps` steps, each on all rows of a client. Returns the clients after it."""
+        """Trains a round of `steps` steps, each on all rows of each client. Returns the clients after it.
+
+        Args:
+            at_start: called at the start of each step.
+            mechanisms: for a private round, by client: "0", "1", ...
+        """
         task: Any = self.task if at_start is None else Watched(self.task, at_start)
-        local = LocalTraining(steps=steps, batch_size=self.rows, lr=LR, head_lr=LR)
+        local = LocalTraining(steps=steps, batch_size=len(clients[0]), lr=LR, head_lr=LR)
         how = RoundTraining(
-            round=0, trainable=self.trainable, penalty=self.method.penalty, mechanisms=mechanisms, watch=False
+            round=0,
+            trainable=self.method.trainable(self.tensors, 0),
+            penalty=self.method.penalty,
+            mechanisms=mechanisms,
+            watch=False,
         )
-        return JointTrainer(self.adapted, task, local, 0).train(self.clients, how)
+        before = [ClientTraining(name=f"{k}", examples=own, tensors=self.tensors) for k, own in enumerate(clients)]
+        return JointTrainer(self.adapted, task, local, 0).train(before, how)
+
+    def release(self) -> None:
+        """Loads one client's first tensors, so that the model keeps no views of a trainer's buffers."""
+        self.adapted.routing.rows = self.adapted.routing.dropout = None
+        self.adapted.load(join_tensors(self.adapted, [self.tensors]))
 
     def frozen(self) -> set[int]:
         """Returns the addresses of the base model's and the adapter's tensors."""
-        named = [getattr(layer, name, None) for layer in self.adapted.layers.values() for name in ("A", "B", "R")]
-        return _addresses([*self.adapted.model.parameters(), *self.adapted.model.buffers(), *filter(_is_tensor, named)])
+        named = [getattr(layer, name) for layer in self.adapted.layers.values() for name in layer.names]
+        return _addresses([*self.adapted.model.parameters(), *self.adapted.model.buffers(), *named])
 
 
 class PeftSide:
     """A plain loop with PEFT's LoRA, fused AdamW, and the loss that transformers computes."""
 
-    def __init__(
-        self, model: nn.Module, task: Task, *, rank: int, head: Sequence[str], rows: list[Example], device: Any
-    ) -> None:
+    def __init__(self, model: nn.Module, task: Task, *, rank: int, head: Sequence[str]) -> None:
         from peft import LoraConfig, get_peft_model
 
         lora = LoraConfig(
@@ -102,23 +114,22 @@ class PeftSide:
             task_type=task.peft_task_type,
             modules_to_save=[*head] or None,
         )
-        self.model = get_peft_model(model, lora)
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=0.0, fused=device.type in ("cpu", "cuda"))
-        self.trained = trained
-        batch = {key: x.to(device) for key, x in task.collate(rows).items() if key != "targets"}
-        self.batch: dict[str, Tensor] = batch  # ready on the device before the first step
+        self.task, self.model = task, get_peft_model(model, lora)
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.device = self.trained[0].device
+        fast: dict[str, bool] = {"fused": True} if self.device.type in ("cpu", "cuda") else {"foreach": False}
+        self.optimizer = torch.optim.AdamW(self.trained, lr=LR, weight_decay=0.0, **fast)  # type: ignore[arg-type]
 
-    def step(self) -> None:
-        loss = self.model(**self.batch, use_cache=False).loss if self.is_causal else self.model(**self.batch).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+    def batch_of(self, rows: list[Example]) -> dict[str, Tensor]:
+        """Returns the rows as a batch on the device."""
+        return {key: x.to(self.device) for key, x in self.task.collate(rows).items() if key != "targets"}
+
+    def step(self, batch: dict[str, Tensor]) -> None:
+        extra = {"use_cache": False} if batch["labels"].dim() == 2 else {}
+        self.model(**batch, **extra).loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.trained, 1.0, foreach=None if self.device.type == "cuda" else False)
         self.optimizer.step()
         self.optimizer.zero_grad()
-
-    @property
-    def is_causal(self) -> bool:
-        return self.batch["labels"].dim() == 2
 
     def frozen(self) -> set[int]:
         """Returns the addresses of the model's tensors."""
@@ -127,7 +138,10 @@ class PeftSide:
 
 @contextmanager
 def saved_activations(excluded: Callable[[], set[int]]) -> Iterator[dict[int, int]]:
-    """Yields the bytes of each storage that autograd saves for the backward pass, by address, without the model's own."""
+    """Yields the bytes of each storage that autograd saves for the backward pass, by address.
+
+    The addresses in `excluded` are left out at the end.
+    """
     found: dict[int, int] = {}
 
     def pack(x: Tensor) -> Tensor:
@@ -139,10 +153,6 @@ def saved_activations(excluded: Callable[[], set[int]]) -> Iterator[dict[int, in
         yield found
     for address in excluded():
         found.pop(address, None)
-
-
-def _is_tensor(x: Any) -> bool:
-    return isinstance(x, Tensor)
 
 
 def _addresses(tensors: Sequence[Any]) -> set[int]:

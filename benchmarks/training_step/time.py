@@ -3,13 +3,13 @@
     python benchmarks/training_step/time.py        writes time.json and time.md, in about ten minutes
 
 The models are the real SmolLM2-135M (next token, 4 x 128 tokens) and MiniLM (classification, 8 x 64 tokens), with
-adapters on all linear layers of the blocks. A step is collating, a forward, a backward, the clip and AdamW. For fedsb it
-is a step inside a round of joint training; for PEFT, a plain loop with fused AdamW over a batch that is collated before.
-With 8 clients, a joint step of fedsb is compared with 8 steps of PEFT, each on as many rows as a client has; two of them
-are run and counted four times.
+adapters on all linear layers of the blocks. A step is collating, a forward, a backward, the clip and AdamW. For fedsb
+it is a step inside a round of joint training. For PEFT it is a plain loop with fused AdamW over a batch that is
+collated before. With 8 clients, a joint step of fedsb is compared with 8 steps of PEFT, each on as many rows as a
+client has; two of them are run and counted four times.
 
-The two sides take turns in one process: a step of fedsb, steps of PEFT, and so on. The ratio is the median of the ratios
-of neighbours. Seconds are CPU time of one thread, which depends little on what else runs on the machine. Saved
+The two sides take turns in one process: a step of fedsb, steps of PEFT, and so on. The ratio is the median of the
+ratios of neighbours. Seconds are CPU time of one thread, which depends little on what else runs on the machine. Saved
 activations are the storages that autograd keeps for the backward pass, each counted once, without the tensors of the
 model and the adapter.
 """
@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sides import FedsbSide, PeftSide, examples_of, saved_activations
 
 from fedsb.config.inputs import ModelConfig
 from fedsb.data.tasks import open_task
@@ -36,7 +37,6 @@ from fedsb.methods.fedit import FedIT
 from fedsb.models.load import load_base
 from fedsb.models.tokenizer import load_tokenizer
 from fedsb.utils.environment import describe_machine, git_hash
-from sides import FedsbSide, PeftSide, examples_of, saved_activations
 
 HERE = Path(__file__).parent
 METHODS: dict[str, tuple[Method, int]] = {  # with the rank of PEFT's LoRA
@@ -71,16 +71,14 @@ class Pair:
         options = TaskOptions()
         self.task = open_task(facts["task"], tokenizer=tokenizer, options=options, max_tokens=facts["tokens"])
         self.task.label_names = facts["labels"]
-        rows = [examples_of(self.task, facts["rows"], facts["tokens"], seed) for seed in range(clients)]
-        self.clients = clients
+        self.rows = [examples_of(self.task, facts["rows"], facts["tokens"], seed) for seed in range(clients)]
         mine, others = (
             load_base(config, auto_class=self.task.auto_class, num_labels=len(facts["labels"]), pad_token=None)
             for _ in range(2)
         )
-        self.fedsb = FedsbSide(mine.model, self.task, method, head=mine.head, clients=rows)
-        self.peft = PeftSide(
-            others.model, self.task, rank=rank, head=others.head, rows=rows[0], device=torch.device("cpu")
-        )
+        self.fedsb = FedsbSide(mine.model, self.task, method, head=mine.head)
+        self.peft = PeftSide(others.model, self.task, rank=rank, head=others.head)
+        self.batch = self.peft.batch_of(self.rows[0])
 
     def seconds(self, repeats: int) -> tuple[list[float], list[float]]:
         """Returns the CPU seconds of each step of fedsb, and of the same work with PEFT after it."""
@@ -92,21 +90,21 @@ class Pair:
             nonlocal started
             now = time.process_time()
             own.append(now - started)
-            steps = min(self.clients, PEFT_STEPS)
+            steps = min(len(self.rows), PEFT_STEPS)
             for _ in range(steps):
-                self.peft.step()
+                self.peft.step(self.batch)
             started = time.process_time()
-            theirs.append((started - now) * self.clients / steps)
+            theirs.append((started - now) * len(self.rows) / steps)
 
-        self.fedsb.train(WARM_UP + repeats + 1, between)
+        self.fedsb.train(self.rows, WARM_UP + repeats + 1, between)
         return own[1 + WARM_UP :], theirs[1 + WARM_UP :]  # the first entry is the start of the round
 
     def saved_bytes(self) -> tuple[int, int]:
         """Returns the bytes that autograd saves in a step of fedsb, and in one of PEFT."""
         with saved_activations(self.fedsb.frozen) as own:
-            self.fedsb.train(1)
+            self.fedsb.train(self.rows, 1)
         with saved_activations(self.peft.frozen) as theirs:
-            self.peft.step()
+            self.peft.step(self.batch)
         return sum(own.values()), sum(theirs.values())
 
 
