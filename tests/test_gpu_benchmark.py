@@ -30,7 +30,7 @@ def test_a_row_is_skipped_fails_or_is_measured(recorder: Recorder) -> None:
             "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of ..."
         )
 
-    def wrong() -> dict[str, Any]:
+    def wrong() -> Any:
         raise RuntimeError("a shape\nand its details")
 
     said = "CUDA out of memory. Tried to allocate 20.00 GiB"
@@ -39,7 +39,9 @@ def test_a_row_is_skipped_fails_or_is_measured(recorder: Recorder) -> None:
     assert recorder.row({"what": "c"}, lambda: {"step_seconds": 1.0})["step_seconds"] == 1.0
     recorder.ends = time.monotonic()
     assert recorder.row({"what": "d"}, lambda: {"step_seconds": 1.0})["skipped"] == "no time was left"
-    assert [row["what"] for row in recorder.rows] == ["a", "b", "c", "d"]
+    recorder.part("1B", wrong)
+    assert [row["what"] for row in recorder.rows] == ["a", "b", "c", "d", "part"]
+    assert recorder.rows[-1]["failed"] == "RuntimeError: a shape"
 
 
 def test_steps_end_by_their_count_and_by_the_limit(recorder: Recorder) -> None:

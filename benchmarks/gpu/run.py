@@ -27,6 +27,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -155,12 +156,23 @@ class Recorder:
             except torch.OutOfMemoryError as error:
                 found = {"skipped": " ".join(str(error).split(". GPU ")[0].split())}
             except Exception as error:
-                found = {"failed": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
+                found = {"failed": _first_line(error)}
         self.clean()
         self.rows.append({**name, **found, "row_seconds": round(time.monotonic() - started, 1)})
         print(json.dumps(self.rows[-1]), flush=True)
         self.write(self.rows)
         return self.rows[-1]
+
+    def part(self, model: str, run: Callable[[], None]) -> None:
+        """Runs several rows. If something fails between them, it is recorded, and the other parts are run."""
+        try:
+            run()
+        except Exception as error:
+            about = {"what": "part", "model": model, "method": None, "rank": None, "batch": None, "clients": None}
+            self.rows.append({**about, "failed": _first_line(error)})
+            print(json.dumps(self.rows[-1]), flush=True)
+            self.write(self.rows)
+        self.clean()
 
     def clean(self) -> None:
         gc.collect()
@@ -197,6 +209,10 @@ class Recorder:
             peak = torch.cuda.max_memory_allocated(self.device)
             found |= {"peak_gib": round(peak / 2**30, 2), "above_base_gib": round((peak - self.base_bytes) / 2**30, 2)}
         return found
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 class Subject:
@@ -422,7 +438,7 @@ def measure_4bit(subject: Subject, tokenizer: Any, size: tuple[int, int]) -> Non
         recorder.clean()
 
 
-def tiny_tokenizer(folder: Path) -> Any:
+def tiny_tokenizer() -> Any:
     """Returns a tokenizer of WORDS words."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -434,7 +450,7 @@ def tiny_tokenizer(folder: Path) -> Any:
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
-    """Returns the rows as a table in Markdown, with what was found in words where it is not a time."""
+    """Returns the rows as a table in Markdown."""
     lines = [
         "| what | model | method | r | batch | clients | step, ms | times PEFT | tokens/s | peak, GiB | above base | "
         "remark |",
@@ -462,7 +478,7 @@ def measure(recorder: Recorder, *, tiny: bool) -> None:
     """Runs all rows. The first model has all kinds of rows, the others only steps."""
     sizes = [(4, 16), (1, 16)] if tiny else [(4, 512), (1, 512)]
     counts = (1, 2, 3) if tiny else (1, 8, 32)
-    tokenizer = tiny_tokenizer(HERE)
+    tokenizer = tiny_tokenizer()
     task = open_task("text", tokenizer=tokenizer, options=TaskOptions(), max_tokens=sizes[0][1])
     for position, (name, shape) in enumerate((TINY if tiny else SHAPES).items()):
         made: list[Subject] = []
@@ -475,13 +491,17 @@ def measure(recorder: Recorder, *, tiny: bool) -> None:
         if "base_gib" not in recorder.row(about, build):
             continue
         subject = made.pop()
-        measure_steps(subject, sizes, counts)
+        parts: list[Callable[[], None]] = [partial(measure_steps, subject, sizes, counts)]
         if position == 0:
-            measure_private(subject, sizes[0])
-            measure_same_seed(subject, sizes[1], counts[1])
-            measure_generation(subject, tokenizer, *((2, 4, 6) if tiny else (8, 64, 128)))
-            measure_4bit(subject, tokenizer, sizes[0])
-        del subject
+            parts += [
+                partial(measure_private, subject, sizes[0]),
+                partial(measure_same_seed, subject, sizes[1], counts[1]),
+                partial(measure_generation, subject, tokenizer, *((2, 4, 6) if tiny else (8, 64, 128))),
+                partial(measure_4bit, subject, tokenizer, sizes[0]),
+            ]
+        for run in parts:
+            recorder.part(name, run)
+        del subject, parts, run
         recorder.clean()
 
 
