@@ -115,6 +115,7 @@ def measure(name: str, dtype: str, clients: int, repeats: int, method: str) -> d
     ratios = sorted(a / b for a, b in zip(own, theirs, strict=True))
     low, _, high = statistics.quantiles(ratios, n=4)
     return {
+        "commit": git_hash(),
         "model": name,
         "dtype": dtype,
         "clients": clients,
@@ -148,31 +149,41 @@ def table(cells: list[dict[str, Any]]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", help="a part of a cell's name, such as 'minilm float32 8'; nothing is written")
+    parser.add_argument("--only", help="a part of cells' names, such as 'minilm float32 8'; the others are kept")
     given = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=FutureWarning)
-    facts: dict[str, Any] = {"commit": git_hash(), "machine": describe_machine(), "threads": 1, "cells": []}
+    known = json.loads((HERE / "time.json").read_text())["cells"] if (HERE / "time.json").exists() else []
+    done = {cell_name(cell): cell for cell in known}
     for name, dtype, clients, repeats, methods in CELLS:
         for method in methods:
             if given.only and given.only not in f"{name} {dtype} {clients} {method}":
                 continue
-            facts["cells"].append(measure(name, dtype, clients, repeats, method))
-            print(table(facts["cells"])[-1], flush=True)
+            cell = measure(name, dtype, clients, repeats, method)
+            done[cell_name(cell)] = cell
+            print(table([cell])[-1], flush=True)
             gc.collect()
-            if not given.only:
-                write(facts)
+            write(done)
 
 
-def write(facts: dict[str, Any]) -> None:
+def cell_name(cell: dict[str, Any]) -> str:
+    return " ".join(str(cell[key]) for key in ("model", "dtype", "clients", "method"))
+
+
+def write(done: dict[str, dict[str, Any]]) -> None:
+    """Writes the cells in the order of CELLS, each with the commit at which it was measured."""
+    names = [" ".join((c[0], c[1], str(c[2]), method)) for c in CELLS for method in c[4]]
+    cells = [done[name] for name in names if name in done]
+    machine = describe_machine()
+    facts = {"machine": machine, "threads": 1, "cells": cells}
     (HERE / "time.json").write_text(json.dumps(facts, indent=1) + "\n")
-    machine = facts["machine"]
-    said = f"Commit {facts['commit']}, {machine['machine']}, {machine['cores']} cores, one thread, "
+    commits = ", ".join(dict.fromkeys(cell["commit"] for cell in cells))
+    said = f"Commits {commits}, {machine['machine']}, {machine['cores']} cores, one thread, torch {machine['torch']}, "
     said += (
-        f"torch {machine['torch']}, peft {machine['peft']}. PEFT's LoRA has the method's rank, unless a different one "
+        f"peft {machine['peft']}. PEFT's LoRA has the method's rank, unless a different one is named. See time.py for "
     )
-    said += "is named. See time.py for what is measured."
-    (HERE / "time.md").write_text("\n".join([*table(facts["cells"]), "", said]) + "\n")
+    said += "what is measured."
+    (HERE / "time.md").write_text("\n".join([*table(cells), "", said]) + "\n")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fedsb.data.sources import load_table
-from fedsb.data.tasks import open_task
+from fedsb.data.tasks import causal, open_task
 from fedsb.data.tasks.base import TaskOptions
 from fedsb.data.tasks.instruction import ALPACA, prompt_text
 from fedsb.utils.errors import UserError
@@ -52,6 +52,25 @@ def test_losses_equal_a_plain_loop(stories):
     assert task.scores(logits, batch_of(labels))[0].tolist() == loss_b.tolist()
     none_b, zero_b = task.losses(logits, batch_of(torch.full((2, 5), -100)))
     assert (none_b.tolist(), zero_b.tolist()) == ([0, 0], [0, 0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_losses_at_every_token_equal_those_at_the_targets(minilm, dtype, monkeypatch):
+    task = task_of("text", minilm, 12)  # whose tokenizer is not asked
+    torch.manual_seed(0)
+    logits = torch.randn(3, 12, 7, dtype=dtype, requires_grad=True)
+    labels = torch.randint(0, 7, (3, 12))
+    labels[1, 10:] = labels[2, 3] = -100
+    found = []
+    for most in (0.8, 1.0):
+        monkeypatch.setattr(causal, "MOST", most)
+        loss_b, weight_b = task.losses(logits, batch_of(labels))
+        (gradient,) = torch.autograd.grad((loss_b * torch.tensor([1.0, 0.5, 0.3])).sum(), logits)
+        found.append((loss_b, weight_b, gradient))
+    (loss_b, weight_b, gradient), (fewer_b, counts_b, other) = found
+    torch.testing.assert_close(loss_b, fewer_b)
+    assert weight_b.tolist() == counts_b.tolist() == [11, 9, 10]
+    assert torch.equal(gradient, other)
 
 
 def test_uniform_logits_cost_log_v_a_token(stories):
