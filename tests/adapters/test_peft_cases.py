@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_model_status, get_peft_model, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import (
@@ -238,6 +238,79 @@ def test_safe_merge_refuses_nan(method: str) -> None:
     message = "NaNs detected in the merged weights. The adapter default seems to be broken"
     with pytest.raises(ValueError, match=message):
         model.merge_and_unload(safe_merge=True)
+
+
+@pytest.mark.parametrize(("family", "method"), every_case)
+def test_unloads(family: str, method: str) -> None:
+    plain, expected = tuned(family, method).unload(), base(family)
+    if family in HEAD:  # PEFT leaves the trained head in place
+        for name in HEAD[family]:
+            expected.get_submodule(name).load_state_dict(plain.get_submodule(name).state_dict())
+    close(logits(plain), logits(expected))
+    assert not any(isinstance(module, BaseTunerLayer) for module in plain.modules())
+
+
+@pytest.mark.parametrize(("family", "method"), every_case)
+def test_merges_one_adapter_of_two(family: str, method: str) -> None:
+    model = tuned(family, method)
+    first = logits(model)
+    model.add_adapter("second", config(family, method))
+    moved(model, "second", seed=2)
+    model.set_adapter("second")
+    second = logits(model)
+    if family not in HEAD:  # one head is active, whatever is merged
+        model.merge_adapter(["default"])
+        close(logits(model), first)
+        with pytest.raises(ValueError, match="merged"):
+            model.delete_adapter("default")
+        model.unmerge_adapter()
+        close(logits(model), second)
+    merged = model.merge_and_unload(adapter_names=["second"])
+    close(logits(merged), second)
+
+
+@pytest.mark.parametrize(("family", "method"), every_case)
+def test_deleting_the_active_adapter_activates_the_other(family: str, method: str) -> None:
+    model = tuned(family, method)
+    model.add_adapter("second", config(family, method))
+    second = logits(moved_alone(model, "second"))
+    model.set_adapter("default")
+    model.delete_adapter("default")
+    assert model.active_adapters == ["second"]
+    close(logits(model), second)
+
+
+def moved_alone(model: Any, adapter: str) -> Any:
+    model.set_adapter(adapter)
+    return moved(model, adapter, seed=2)
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_status(method: str) -> None:
+    model = tuned("llama", method)
+    model.add_adapter("second", config("llama", method))
+    status = get_model_status(model)
+    assert (status.enabled, status.active_adapters, status.merged_adapters) == (True, ["default"], [])
+    assert status.available_adapters == ["default", "second"]
+    assert status.requires_grad == {"default": True, "second": False}
+    assert status.devices == {"default": ["cpu"], "second": ["cpu"]}
+    assert status.num_adapter_layers == len([m for m in model.modules() if isinstance(m, BaseTunerLayer)])
+    assert status.trainable_params == model.get_nb_trainable_parameters()[0]
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_compiles(method: str) -> None:
+    model = tuned("llama", method)
+    expected = logits(model)
+    compiled: Any = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        close(compiled(input_ids=IDS).logits, expected)
+
+
+def test_weighted_adapters_are_refused() -> None:
+    model = tuned("llama", "random")
+    with pytest.raises(AttributeError, match="add_weighted_adapter"):
+        model.add_weighted_adapter(["default"], [1.0], "both")
 
 
 # --- every architecture, with the default targets ---

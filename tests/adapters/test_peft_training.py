@@ -1,4 +1,4 @@
-"""LoraSBConfig under other trainers: two processes with DDP and FSDP, and TRL's SFT followed by DPO."""
+"""LoraSBConfig under other trainers: two processes with DDP, FSDP and FSDP2, and TRL's SFT followed by DPO."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch
 from peft import PeftModel, get_peft_model
 from peft.utils.other import fsdp_auto_wrap_policy
 from torch import distributed, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -69,6 +70,12 @@ def train_in_a_process(rank: int, folder: str) -> None:
         model, auto_wrap_policy=policy, use_orig_params=False, device_id=torch.device("cpu")
     )
     found["fsdp"] = losses_of(parallel, mine)
+    model = get_peft_model(base(), LoraSBConfig(r=8, basis="weights"))
+    mesh = init_device_mesh("cpu", (2,))
+    for block in model.get_base_model().model.layers:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    found["fsdp2"] = losses_of(model, mine)
     torch.save(found, Path(folder) / f"{rank}.pt")
     distributed.destroy_process_group()
 
@@ -80,7 +87,7 @@ def test_two_processes_agree_with_one_and_broadcast_no_basis(tmp_path: Path) -> 
     assert first["bytes"] == sum(buffer.nbytes for buffer in base().buffers())  # none of A and B, in no forward
     model = get_peft_model(base(), LoraSBConfig(r=8, basis="weights"))
     expected = losses_of(model, rows())
-    for kind in ("ddp", "fsdp"):
+    for kind in ("ddp", "fsdp", "fsdp2"):
         torch.testing.assert_close((first[kind] + second[kind]) / 2, expected, rtol=1e-4, atol=0)
     assert expected[-1] < expected[0] - 0.01
     for name, R in first["R"].items():

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, PeftType, TaskType, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, PeftType, TaskType, get_peft_model
 from peft.tuners.lora.conversion import save_as_lora as peft_save_as_lora
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
@@ -200,6 +200,7 @@ def test_loading_computes_no_basis(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     plain.load_adapter(tmp_path)
     assert torch.equal(logits(plain), expected)
     assert torch.equal(logits(LlamaForCausalLM.from_pretrained(tmp_path)), expected)
+    assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained(tmp_path)), expected)
 
 
 @pytest.mark.parametrize("basis", ["random", "weights"])
