@@ -47,7 +47,7 @@ class KnownModel:
 
     @property
     def card(self) -> str:
-        """The README.md of the converted folder. Its licence is copied to the cards of adapters."""
+        """The README.md of the converted folder. Its licence is copied to the cards of merged models."""
         return (
             f"---\nlicense: {self.licence}\nbase_model: {self.hub}\n---\n"
             f"{self.title}, converted to float16 from {Path(self.file).name} (sha256 {self.sha256}) in the wheel "

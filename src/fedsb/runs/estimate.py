@@ -254,7 +254,7 @@ def _seconds(config: Config, local: LocalTraining, data: Data, linear: int, coho
     """Returns the seconds and their reason: 2 operations per weight and token forward, the same backward."""
     pool = [len(ids(example, "input_ids")) for site in data.participants for example in site.train]
     rows = sum(local.steps_for(site.rows) * local.rows_a_step for site in data.participants) / len(data.participants)
-    padded = 1.5 * sum(pool) / len(pool)  # batches are as wide as their longest row
+    padded = min(1.5 * sum(pool) / len(pool), max(pool))  # batches are as wide as their longest row
     trained = config.rounds * cohort * rows * padded
     scored = sum(len(ids(example, "input_ids")) for example in data.test) * (
         1 + math.ceil(config.rounds / config.eval.every)
