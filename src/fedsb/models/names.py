@@ -100,6 +100,14 @@ def shared_name(name: str, resolved: str) -> str:
     return resolved if known is None or known.converted else known.hub
 
 
+def converted_from(name: str) -> str | None:
+    """Returns how others get a base model that was converted from a wheel; None for all other models."""
+    for known in KNOWN_MODELS.values():
+        if known.converted and Path(name) == _converted_folder(known):
+            return f"{known.title}, which fedsb converts from the wheel {known.requirement}"
+    return None
+
+
 def _resolve_known(known: KnownModel) -> tuple[str, str]:
     spec = importlib.util.find_spec(known.package)
     if spec is None or spec.origin is None:
