@@ -197,7 +197,7 @@ def main() -> None:
     parser.add_argument("--test", type=Path, required=True, help="test.jsonl of benchmarks/medquad/table.py")
     asked = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": THREADS, "FEDSB_PAUSE": "2.5"}  # a checkpoint waits until the port was read
-    folder = Path(tempfile.mkdtemp(prefix="fedsb-smollm2-"))
+    folder, commit = Path(tempfile.mkdtemp(prefix="fedsb-smollm2-")), git_hash()
     given = read_rows(asked.train)
     rows = {name: [row for row in given if row["client"] == name] for name in INSTITUTES}
     test = write_rows(folder / "test.jsonl", [row for row in read_rows(asked.test) if row["client"] in INSTITUTES])
@@ -207,7 +207,7 @@ def main() -> None:
     end = json.loads((rig.folder / CO / "traffic.json").read_text())
     result = json.loads((rig.run / "result.json").read_text())
     found = {
-        "commit": git_hash(),
+        "commit": commit,
         "machine": describe_machine(),
         "seed": 0,
         "training_rows": {name: len(own) for name, own in rows.items()},
