@@ -154,6 +154,8 @@ def test_the_base_model_answers_too(
     asked = write_rows(tmp_path / "asked.jsonl", rows)
     said = cli("predict", folder, "--data", asked, "--base", "--new-tokens", 12).out
     assert said.count("base model: ") == said.count("with adapter: ") == 2
+    cut = sum(not row["base_ended"] for row in both)
+    assert cut and said.count("[cut]") == cut + sum(not row["ended"] for row in both)
 
 
 def test_an_evaluation_goes_on_and_grades_anew(

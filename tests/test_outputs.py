@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -346,6 +347,8 @@ def test_a_base_that_others_know_is_named_in_the_card(tiny_bert: Path) -> None:
     card = model_card(base, {})
     assert '\nbase_model: "owner/name"\n' in card and 'base_model = "owner/name"\n' in card
     assert str(tiny_bert) not in card
+    made = replace(base, shared_name=str(tiny_bert), origin="converted from the wheel x==1")
+    assert f"| Base model | a local folder, `{tiny_bert.name}`: converted from the wheel x==1 |" in model_card(made, {})
 
 
 @pytest.mark.parametrize("kind", ["classes", "mean", "text"])

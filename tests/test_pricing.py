@@ -430,6 +430,14 @@ def test_a_batch_that_is_larger_than_a_client_is_priced_by_its_rows_and_warned_o
     assert estimate(load_config(tiny_config))["warnings"] == []
 
 
+def test_no_batch_is_wider_than_the_longest_row(tiny_config: dict[str, Any]) -> None:
+    """Rows that are all cut at the window are not padded, so their tokens are rounds x clients x rows x window."""
+    config = set_all(tiny_config, model={"max_seq_length": 4}, train={"local_steps": 2, "batch_size": 3})
+    found = estimate(load_config(config))
+    rows = config["rounds"] * len(found["clients"]) * 2 * 3
+    assert found["seconds_reason"].startswith(f"{rows * 4:,} training tokens")
+
+
 def test_an_estimate_above_this_machines_memory_is_warned_of(
     cli: Callable[..., Said], tiny_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -118,16 +121,51 @@ def test_the_values_in_an_opening_are_what_check_says(name: str, label: str, dir
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_bytes_in_an_opening_are_what_check_prices(name: str) -> None:
-    """Of tables that are not here, the number of classes is told; Shakespeare's model is a folder."""
+    """Of tables that are not here, the number of classes or clients is given; Shakespeare's model is a folder."""
     stories = Path(__file__).resolve().parents[2] / "shared" / "models" / "stories260K"
     if name == "shakespeare" and not stories.is_dir():
         pytest.skip("stories260K is not beside the repository, in ../shared/models")
-    told = {"trec": "data.classes=6", "snli": "data.classes=3", "shakespeare": f"model.name={stories}"}
+    told = {
+        "trec": "data.classes=6",
+        "snli": "data.classes=3",
+        "shakespeare": f"model.name={stories}",
+        "medquad-smollm2": "clients.count=9",
+    }
     found = estimate(load(name, *([told[name]] if name in told else [])))
     (price,) = [price for price in found["prices"] if price["this_run"]]
     parts = (bytes_text(price[f"{part}_bytes"]).replace("\xa0", " ") for part in ("one_off", "up", "down", "total"))
     line = "# Bytes of all clients, all rounds: once {}, up {}, down {}, in all {}.".format(*parts)
     assert line in recipe_path(name).read_text().splitlines()
+
+
+def test_medquads_table_has_the_columns_of_its_recipe_and_no_topic_twice(tmp_path: Path) -> None:
+    """On documents like those of the repository: one without answers, one topic at two institutes, one short answer."""
+    for number, (source, topic, answer) in enumerate(
+        [(source, f"Topic {n}", f"{source} {n} is {'long ' * 10}.") for source in ("CDC", "GARD") for n in range(30)]
+        + [("ADAM", "Topic 1", ""), ("CDC", "Topic 40", "short")]
+    ):
+        pairs = "".join(
+            f"<QAPair><Question>{asked} {topic} ?</Question><Answer>\n {answer}\n\n  {asked}</Answer></QAPair>"
+            for asked in ("What is", "What is", "Who has")
+        )
+        path = tmp_path / "MedQuAD" / f"{source}_QA" / f"{number}.xml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f'<Document source="{source}"><Focus>{topic}</Focus>{pairs}</Document>')
+    script = Path(__file__).resolve().parents[1] / "benchmarks" / "medquad" / "table.py"
+    subprocess.run([sys.executable, str(script), str(tmp_path / "MedQuAD"), "--out", str(tmp_path)], check=True)
+    tables = [
+        [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("train", "test")
+    ]
+    config = load("medquad-smollm2").config
+    assert set(tables[0][0]) == {config.clients.column, config.task.prompt, config.task.answer, "focus"}
+    topics = [{row["focus"] for row in table} for table in tables]
+    assert topics[0] and topics[1] and not topics[0] & topics[1]
+    assert len(tables[0]) + len(tables[1]) == 2 * 30 * 2, (
+        "a repeated pair is dropped, and so are empty and short answers"
+    )
+    assert {row["client"] for row in tables[0]} == {"CDC", "GARD"}
+    assert all(row["positive"] == f"{row['positive'].splitlines()[0]}\n{row['query'][:7].strip()}" for row in tables[0])
 
 
 def test_the_private_recipe_promises_what_it_says(tiny_bert: Path, tmp_path: Path) -> None:

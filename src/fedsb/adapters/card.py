@@ -214,6 +214,7 @@ def _front(base: BaseModelInfo, *, library_name: str, licence: str | None = None
 
 def _table(base: BaseModelInfo, facts: Mapping[str, str]) -> str:
     name = f"a local folder, `{Path(base.shared_name).resolve().name}`" if base.is_local else base.shared_name
+    name += f": {base.origin}" if base.origin else ""
     rows = {"Base model": name, **facts}
     return "| | |\n|---|---|\n" + "".join(f"| {key} | {value} |\n" for key, value in rows.items())
 

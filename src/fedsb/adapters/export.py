@@ -49,6 +49,7 @@ class BaseModelInfo:
     pad_token: int | None = None  # set if a classifier needs one that the base's own config does not contain
     problem_type: str | None = None  # "regression" if the head returns a number
     model_type: str = ""  # as in its config.json
+    origin: str | None = None  # for a folder that fedsb made: how others get the same one
     quantization: Mapping[str, Any] = field(default_factory=dict)  # keys of BitsAndBytesConfig
     max_tokens: int = 512  # for classifiers: longer texts are truncated
     pair: bool = False  # for classifiers: whether they read two texts

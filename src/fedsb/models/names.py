@@ -47,7 +47,7 @@ class KnownModel:
 
     @property
     def card(self) -> str:
-        """The README.md of the converted folder. Its licence is copied to the cards of adapters."""
+        """The README.md of the converted folder. Its licence is copied to the cards of merged models."""
         return (
             f"---\nlicense: {self.licence}\nbase_model: {self.hub}\n---\n"
             f"{self.title}, converted to float16 from {Path(self.file).name} (sha256 {self.sha256}) in the wheel "
@@ -98,6 +98,14 @@ def shared_name(name: str, resolved: str) -> str:
     """Returns the name of a model for others: its Hub name if it is certain, else where it was loaded from."""
     known = KNOWN_MODELS.get(name)
     return resolved if known is None or known.converted else known.hub
+
+
+def converted_from(name: str) -> str | None:
+    """Returns how others get a base model that was converted from a wheel; None for all other models."""
+    for known in KNOWN_MODELS.values():
+        if known.converted and Path(name) == _converted_folder(known):
+            return f"{known.title}, which fedsb converts from the wheel {known.requirement}"
+    return None
 
 
 def _resolve_known(known: KnownModel) -> tuple[str, str]:

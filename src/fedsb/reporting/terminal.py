@@ -21,7 +21,7 @@ PLAIN: dict[str, Any] = {"box": None, "padding": (0, 2, 0, 0)}  # tables without
 COLUMNS = ("round", "loss", "score", "up", "down", "seconds", "left", "dropped")
 
 
-PREDICTION_COLUMNS = ("prediction", "probabilities", "ended", "base_prediction")
+PREDICTION_COLUMNS = ("prediction", "probabilities", "ended", "base_prediction", "base_ended")
 
 
 class Terminal:
@@ -147,7 +147,8 @@ def print_predictions(rows: Sequence[Mapping[str, Any]]) -> None:
         if "ended" in row:
             console.print(start + of, no_wrap=True, overflow="ellipsis")
             if "base_prediction" in row:
-                console.print(f"{' ' * len(start)}base model: {' '.join(row['base_prediction'].split())}")
+                before = " ".join(row["base_prediction"].split())
+                console.print(f"{' ' * len(start)}base model: {before}{'' if row['base_ended'] else ' [cut]'}")
                 prediction = f"with adapter: {prediction}"
             console.print(f"{' ' * len(start)}{prediction.strip()}{'' if row['ended'] else ' [cut]'}\n")
             continue

@@ -303,7 +303,7 @@ def _work(config: Config, method: Method, local: LocalTraining, data: Data, coho
     """Returns the tokens of the run. A row that is answered counts with as many tokens as it may write."""
     pool = [len(ids(example, "input_ids")) for site in data.participants for example in site.train]
     rows = sum(local.steps_for(site.rows) * local.rows_a_step for site in data.participants) / len(data.participants)
-    padded = 1.5 * sum(pool) / len(pool)  # batches are as wide as their longest row
+    padded = min(1.5 * sum(pool) / len(pool), max(pool))  # batches are as wide as their longest row
     evaluations = 1 + math.ceil(config.rounds / config.eval.every)
     written = sum(question_of(row).new_tokens for row in data.test if "question" in row)
     core = method.adapter == "core"

@@ -29,7 +29,7 @@ from fedsb.data.tasks.base import Example, Task, question_of
 from fedsb.data.tasks.tokens import pad_token
 from fedsb.models.hub import hub_errors, licence_of, quiet
 from fedsb.models.load import load_base, matmul_precision
-from fedsb.models.names import resolve_name, shared_name
+from fedsb.models.names import converted_from, resolve_name, shared_name
 from fedsb.models.tokenizer import load_tokenizer
 from fedsb.reporting.run_directory import read_manifest, read_result
 from fedsb.runs.answers import answer_all
@@ -241,6 +241,7 @@ def _make(run: Path, manifest: Mapping[str, Any], config: Config, adapter: Path,
         head=(),
         conv1d=False,
         pad_token=manifest["model"]["pad_token"],
+        origin=converted_from(name),
         **task_facts(task),
     )
     with _silently(), hub_errors(name):

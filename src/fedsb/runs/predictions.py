@@ -4,7 +4,7 @@
     regression        prediction (a number)
     generation        prediction (the text, greedy decoding) and ended (false if it reached the limit of new tokens)
     score = options   prediction (the most likely answer)
-    base              base_prediction as well: the answer of the base model without the adapter
+    base              base_prediction and base_ended as well: the answer of the base model without the adapter
 
 The LoRA adapter is loaded with PEFT, and batches are those of `fedsb eval`. So the score computed from the predictions
 for a labelled table is the score that `fedsb eval` prints. Shapes: b rows, c classes.
@@ -75,7 +75,10 @@ def predict(folder: Path | str, data: Data, *, new_tokens: int | None = None, ba
             if base:
                 with model.disable_adapter():
                     before = _write(task, model, questions, config.eval.batch_size)
-                made = [row | {"base_prediction": own["prediction"]} for row, own in zip(made, before, strict=True)]
+                made = [
+                    row | {"base_prediction": own["prediction"], "base_ended": own["ended"]}
+                    for row, own in zip(made, before, strict=True)
+                ]
     return [{**row, **columns} for row, columns in zip(table.rows, made, strict=True)]
 
 

@@ -13,6 +13,7 @@ from fedsb.data.tasks.instruction import ALPACA
 from fedsb.data.tasks.text import Text
 from fedsb.data.tasks.tokens import start_tokens
 from fedsb.models.load import BaseModel
+from fedsb.models.names import converted_from
 
 
 def base_model_info(
@@ -28,6 +29,7 @@ def base_model_info(
         pad_token=loaded.pad_token,
         quantization=loaded.quantization,
         model_type=loaded.model_type,
+        origin=converted_from(loaded.name),
         **task_facts(task, loaded.model),
     )
 
