@@ -28,6 +28,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "flora": {"method": {"name": "flora", "rank": 2}, "server": {"clients_per_round": 2}},
     "moments": {"method": {"name": "fedit", "rank": 2}, "train": {"local_steps": 2, "persist_optimizer_state": True}},
     "ranks": {"method": {"name": "fed-sb", "rank": 4}, "clients": {"total_ranks": {"site 1": 2}}},
+    "one-client": {
+        "method": {"name": "fed-sb", "rank": 4},
+        "clients": {"partition": "iid", "count": 1},
+        "train": {"local_steps": 2, "batch_size": 3, "gradient_accumulation_steps": 5, "dropout": 0.1},
+    },
+    "central": {"method": {"name": "central", "rank": 2}, "train": {"batch_size": 2, "gradient_accumulation_steps": 2}},
     "secure": {"method": {"name": "fed-sb", "rank": 4}, "server": {"secure_aggregation": True}},
 }
 
@@ -58,7 +64,7 @@ def test_any_number_of_processes_makes_the_same_adapter(name: str, tiny_config: 
     toml = write_toml(tmp_path / "run.toml", config)
     federate(load_config({**config, "name": "ranks-1"}))
     found = []
-    for ranks in (1, 2, 3) if name == "fed-sb" else (1, 2):
+    for ranks in (1, 2, 3) if name in ("fed-sb", "one-client") else (1, 2):
         folder = Path(config["out"]) / f"ranks-{ranks}"
         if ranks > 1:
             torchrun(ranks, "run", toml, "--set", f"name={folder.name}")

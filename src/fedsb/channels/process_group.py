@@ -4,8 +4,10 @@
 
 Rank 0 is the ordinary program: it has the server, the clients' stores, the ledgers and the run directory. The other
 ranks receive its settings, load the same model and data, and train what it sends them: the groups of clients of a
-round, which do not depend on the number of ranks. So the adapter is the same, bit for bit, for any number of ranks, and
-a run can be resumed with another number. Messages go over gloo, also between machines with GPUs: a client's trained
+round, which do not depend on the number of ranks. If there are fewer groups than ranks, the ranks form a team for each
+group and distribute the forwards of a step (train.gradient_accumulation_steps) among themselves; their gradients are
+added in the order of the forwards. So the adapter is the same, bit for bit, for any number of ranks, and a run can be
+resumed with another number. Messages go over gloo, also between machines with GPUs: a client's trained
 tensors are small, and what clients share is sent again only if it has changed.
 """
 
@@ -18,12 +20,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import load, save
+from torch import Tensor
 
 from fedsb.channels.in_process import Group, InProcessChannel, open_in_process
 from fedsb.config.load import load_config
@@ -59,13 +63,49 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Parcel:
-    """The work of a rank in a round. `shared` contains, by total rank, shared tensors that it does not have yet."""
+    """The work of a rank in a round.
+
+    Args:
+        shared: by total rank, shared tensors that the rank does not have yet.
+        teams: the number of groups, if the ranks form a team for each of them; else 0.
+    """
 
     jobs: Sequence[Job]
     shared: dict[int | None, bytes]
+    teams: int
 
 
 Result = tuple[bytes, bytes, tuple[float, ...]]  # own tensors, moments and losses of a trained client
+
+
+class RankTeam:
+    """The ranks that train one group of clients. Member i of n computes the micro-batches i, i + n, ..."""
+
+    def __init__(self, group: Any, place: int, size: int) -> None:
+        self.group, self.place, self.size = group, place, size
+
+    def computes(self, turn: int) -> bool:
+        return turn % self.size == self.place
+
+    def add(self, own: Mapping[int, Tensor], turns: int, shape: tuple[int, ...]) -> Tensor:
+        mine = torch.zeros(-(-turns // self.size), *shape)
+        for turn, part in own.items():
+            mine[turn // self.size].copy_(part)
+        every = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(every, mine, group=self.group)
+        total = every[0][0]
+        for turn in range(1, turns):
+            total = total + every[turn % self.size][turn // self.size]
+        return total
+
+
+@cache
+def team_of(groups: int) -> RankTeam:
+    """Returns this rank's team where each of so many groups has one. All ranks call it, in the same order."""
+    size, own = dist.get_world_size(), dist.get_rank() % groups
+    members = [list(range(group, size, groups)) for group in range(groups)]
+    process_groups = [dist.new_group(each, timeout=WAIT) for each in members]
+    return RankTeam(process_groups[own], members[own].index(dist.get_rank()), len(members[own]))
 
 
 @contextmanager
@@ -106,7 +146,11 @@ def open_process_group(config: Config, method: Method, run: str) -> OpenedFedera
     opened = open_in_process(config, method, run, ProcessGroupChannel)
     refuse_differences(opened)
     size, groups = dist.get_world_size(), _groups(config, opened)
-    hint = "; lower engine.clients_per_forward to use all processes" if size > groups else ""
+    hint = ""
+    if size > groups * (1 if config.privacy.unit == "example" else config.train.gradient_accumulation_steps):
+        hint = "; to use all processes, lower engine.clients_per_forward"
+        if config.privacy.unit != "example":
+            hint += ", or raise train.gradient_accumulation_steps, whose forwards are distributed"
     reason = f"processes of this launch; {groups} groups of clients in a round{hint}"
     return replace(opened, settings=(*opened.settings, ResolvedSetting(key="engine.ranks", value=size, reason=reason)))
 
@@ -140,6 +184,7 @@ def _work(config: Config, opened: OpenedFederation, policy: PrivacyPolicy) -> No
     shared: dict[int | None, Tensors] = {}
     while (parcel := _receive()) is not None:
         shared |= {rank: load(data) for rank, data in parcel.shared.items()}
+        opened.trainer.join(team_of(parcel.teams) if parcel.teams else None)
         done: list[list[Result]] = []
         fault: RunError | None = None
         try:
@@ -150,7 +195,8 @@ def _work(config: Config, opened: OpenedFederation, policy: PrivacyPolicy) -> No
                 done.append([(_own(c.tensors, common), _bytes(c.moments), c.losses) for c in trained])
         except RunError as error:  # it ends the run, and rank 0 says so
             fault = error
-        dist.gather_object(fault or done)
+        is_first = not parcel.teams or dist.get_rank() < parcel.teams
+        dist.gather_object(fault or (done if is_first else []))
 
 
 def _clients(job: Job, shared: Tensors, examples: Mapping[str, Sequence[Example]]) -> list[ClientTraining]:
@@ -161,13 +207,18 @@ def _clients(job: Job, shared: Tensors, examples: Mapping[str, Sequence[Example]
 
 
 class ProcessGroupChannel(InProcessChannel):
-    """An `InProcessChannel` whose groups of clients are trained by all ranks: group i by rank i modulo their number."""
+    """An `InProcessChannel` whose groups of clients are trained by all ranks.
+
+    Group i is trained by rank i modulo the number of ranks, or by the team of the ranks i modulo the number of groups.
+    """
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self._sent: dict[int | None, Tensors] = {}  # what the other ranks have
 
     def train_groups(self, groups: Sequence[Group]) -> Iterator[tuple[Group, list[ClientTraining]]]:
+        if not groups:
+            return
         size = dist.get_world_size()
         shared = {group.total_rank: self._shared_of(group) for group in groups}
         new = {
@@ -190,7 +241,13 @@ class ProcessGroupChannel(InProcessChannel):
             for group in groups
         ]
         packed = {rank: _bytes(tensors) for rank, tensors in new.items()}
-        _scatter([Parcel(jobs=jobs[rank::size] if rank else [], shared=packed if rank else {}) for rank in range(size)])
+        teams = len(groups) if len(groups) < size and self._distributes(groups[0]) else 0
+        parcels: list[Any] = [Parcel(jobs=[], shared={}, teams=teams)]
+        for rank in range(1, size):
+            own_jobs = [jobs[rank % teams]] if teams else jobs[rank::size]
+            parcels.append(Parcel(jobs=own_jobs, shared=packed, teams=teams))
+        _scatter(parcels)
+        self._trainer.join(team_of(teams) if teams else None)
         self._sent |= new
         try:
             own, fault = iter([self.train_group(group) for group in groups[::size]]), None
@@ -203,6 +260,10 @@ class ProcessGroupChannel(InProcessChannel):
         for number, group in enumerate(groups):
             rank, place = number % size, number // size
             yield group, next(own) if rank == 0 else _trained(group, results[rank][place])
+
+    def _distributes(self, group: Group) -> bool:
+        """Returns whether a step has several forwards that can be distributed. A private step draws noise once."""
+        return self._trainer.local.accumulate > 1 and group.policy.row_mechanisms() is None
 
     def _shared_of(self, group: Group) -> Tensors:
         tensors, adapted = group.clients[0].tensors, self._trainer.adapted

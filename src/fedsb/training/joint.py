@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -68,8 +69,22 @@ class RoundTraining:
     watch: bool = True
 
 
+class Team(Protocol):
+    """Several processes that train the same clients and distribute the micro-batches of a step among themselves."""
+
+    def computes(self, turn: int) -> bool:
+        """Returns whether this process computes the micro-batch at this position of a step."""
+        ...
+
+    def add(self, own: Mapping[int, Tensor], turns: int, shape: tuple[int, ...]) -> Tensor:
+        """Returns the sum over all micro-batches of a step, in their order; `own` are those of this process."""
+        ...
+
+
 class JointTrainer:
     """Trains the clients of one adapted model, with buffers that are allocated once for each layout."""
+
+    team: Team | None = None
 
     def __init__(self, adapted: AdaptedModel, task: Task, local: LocalTraining, seed: int) -> None:
         self.adapted, self.task, self.local, self.seed = adapted, task, local, seed
@@ -155,7 +170,11 @@ class JointTrainer:
         gradients = buffers.gradients[:K].zero_()
         total_K = [sum(self.task.weight(example) for example in examples) for examples in rows]
         loss_K = torch.zeros(K, device=adapted.device)
-        for first in range(0, max(len(examples) for examples in rows), local.batch_size):
+        parts: dict[int, Tensor] = {}  # this process's, if there are others: gradients and losses, (K, P + 1)
+        starts = range(0, max(len(examples) for examples in rows), local.batch_size)
+        for turn, first in enumerate(starts):
+            if self.team is not None and not self.team.computes(turn):
+                continue
             micro = [examples[first : first + local.batch_size] for examples in rows]
             width = max(len(examples) for examples in micro)
             # A client with fewer rows than the widest is filled up with a row that counts for nothing.
@@ -173,6 +192,15 @@ class JointTrainer:
             loss_Kb.sum().backward()  # type: ignore[no-untyped-call]
             buffers.collect(K)
             loss_K += loss_Kb.detach().sum(1)
+            if self.team is not None:
+                parts[turn] = torch.cat([gradients, loss_K.unsqueeze(1)], dim=1)
+                gradients.zero_()
+                loss_K.zero_()
+        if self.team is not None:
+            shape = (K, buffers.layout.size + 1)
+            total = to_device(self.team.add(parts, len(starts), shape), adapted.device)
+            gradients.copy_(total[:, :-1])
+            loss_K = total[:, -1]
         adapted.routing.rows = adapted.routing.dropout = None
         if penalty is not None and (extra_K := penalty(buffers.leaves(K))) is not None:
             extra_K.sum().backward()  # type: ignore[no-untyped-call]

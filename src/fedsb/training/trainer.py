@@ -22,7 +22,7 @@ from fedsb.models.load import load_base, matmul_precision
 from fedsb.privacy.policy import PrivacyPolicy
 from fedsb.training.base_info import base_model_info
 from fedsb.training.basis import BasisSource, build_basis
-from fedsb.training.joint import ClientTraining, JointTrainer, RoundTraining, join_tensors
+from fedsb.training.joint import ClientTraining, JointTrainer, RoundTraining, Team, join_tensors
 from fedsb.training.local import LocalTraining
 from fedsb.training.preflight import made_up_adapter, preflight, try_with_peft
 from fedsb.training.resolved import end_choices, local_training, targets_choice
@@ -108,6 +108,10 @@ class Trainer:
         return build_basis(self.config, self.method, self.adapted, self.task, self.local, source)
 
     # --- rounds ---
+
+    def join(self, team: Team | None) -> None:
+        """Makes this process one of several that train the same clients; None: alone."""
+        self._joint.team = team
 
     def train(
         self, clients: Sequence[ClientTraining], method: Method, round: int, policy: PrivacyPolicy
