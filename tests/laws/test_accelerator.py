@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from conftest import labelled_rows, set_all, write_rows
 from fedsb.config.load import load_config
+from fedsb.models import load as load_module
 from fedsb.runs.run import federate
 from fedsb.training.scoring import forward
 from laws.test_channels import METHODS as CHANNEL_METHODS
@@ -77,6 +78,45 @@ def test_devices_do_not_mix() -> None:
         with pytest.raises(TypeError, match=r"Use Tensor\.cpu"):
             x.numpy()
         assert device.kernels
+
+
+SPREAD: dict[str, dict[str, Any]] = {
+    "fed-sb": {"method": {"name": "fed-sb", "rank": 4}, "basis": {"kind": "core", "samples": 20, "share_samples": 6}},
+    "fedit-dropout": {"method": {"name": "fedit", "rank": 2}, "train": {"dropout": 0.2}},
+    "fedex-lora": {"method": {"name": "fedex-lora", "rank": 2}},
+    "private": {"privacy": PRIVATE, "method": {"name": "fed-sb", "rank": 4}},
+}
+
+
+@pytest.mark.parametrize("name", SPREAD)
+def test_a_run_over_two_devices_is_the_run_on_one(
+    name: str, tiny_config: dict[str, Any], tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second block and the output layer are on another device, by the hooks of model.placement = "balanced"."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = {"name": str(tiny_llama), "max_seq_length": 16}
+    config = merged(set_all(tiny_config, rounds=2, model=model, task={"kind": "text"}), SPREAD[name])
+    here = federate(load_config({**config, "name": "here"}))
+    load = load_module._load
+
+    def spread(*arguments: Any) -> Any:
+        loaded = load(*arguments)
+        model = loaded.model
+        for module in (model.model.layers[1], model.model.norm, model.lm_head):
+            module.to("pretend")
+            hooks.add_hook_to_module(module, hooks.AlignDevicesHook(execution_device="pretend:0"))
+        hooks.add_hook_to_module(model, hooks.AlignDevicesHook(execution_device="cpu", io_same_device=True))
+        return loaded
+
+    monkeypatch.setattr(load_module, "_load", spread)
+    with accelerator() as device:
+        there = federate(load_config({**config, "name": "there"}))
+        assert device.kernels.total() > 1000
+    expected, found = changes_of(here.folder), changes_of(there.folder)
+    assert expected.keys() == found.keys()
+    for key, value in expected.items():
+        if name != "private":  # whose noise differs in each run
+            torch.testing.assert_close(found[key], value, atol=1e-5, rtol=1e-4)
 
 
 def test_waits_are_counted() -> None:
@@ -205,3 +245,33 @@ def test_a_private_step_waits_once_for_each_client(tiny_config: dict[str, Any], 
     waits, _ = waits_of_four_steps(merged(tiny_config, {"privacy": PRIVATE}), tmp_path)
     own = {where: count for where, count in waits.items() if not where.startswith("transformers/")}
     assert sum(own.values()) == 4 * 3 and all("mechanism.py" in where for where in own)
+
+
+# --- kernels ---
+
+KERNELS: dict[str, tuple[int, dict[str, Any]]] = {  # of a step of two blocks, with a few in reserve
+    "fed-sb": (445, {"method": {"name": "fed-sb", "rank": 4}}),
+    "fedit": (476, {"method": {"name": "fedit", "rank": 2}}),
+    "dropout": (745, {"method": {"name": "fed-sb", "rank": 4}, "train": {"dropout": 0.2}}),
+    "private": (  # every row in every step
+        466,
+        {"method": {"name": "fed-sb", "rank": 4}, "privacy": PRIVATE, "train": {"batch_size": 90}},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_step_launches_few_kernels(name: str, tiny_config: dict[str, Any], tiny_llama: Path, tmp_path: Path) -> None:
+    """benchmarks/training_step compares them with PEFT's."""
+    budget, changes = KERNELS[name]
+    alone = {"clients": {"partition": "iid", "count": 1}, "model": {"name": str(tiny_llama), "max_seq_length": 16}}
+    config, found = merged(merged(tiny_config, {**alone, "task": {"kind": "text"}}), changes), []
+    for steps in (2, 6):
+        with accelerator() as device:
+            server, state = started(
+                merged(on_device(config), {"train": {"local_steps": steps}}), tmp_path / f"{steps} steps"
+            )
+            device.clear()
+            server.run_round(state)
+            found.append(device.kernels.total())
+    assert (found[1] - found[0]) / 4 <= budget

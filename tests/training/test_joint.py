@@ -277,7 +277,7 @@ def test_the_cohort_size_fits_the_memory(tiny_config: dict[str, Any], monkeypatc
     server = open_server(tiny_config)
     sizes = {}
     for mib in (64, 2, 1):
-        monkeypatch.setattr(in_process, "memory_of", lambda _, mib=mib: mib << 20)
+        monkeypatch.setattr(in_process, "memory_of_all", lambda *_, mib=mib: mib << 20)
         sizes[mib], reason = choice(open_server(tiny_config))
         assert ("as many as fit the memory" in reason) == (mib < 64)
     assert server.channel.clients_per_forward == sizes[64] > sizes[2] > sizes[1] >= 1

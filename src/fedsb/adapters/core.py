@@ -77,5 +77,5 @@ class CoreLinear(AdaptedLinear):
 
     def adapter(self, x: Tensor) -> Tensor:
         assert self.A is not None and self.B is not None and self.R is not None
-        R = self.R if self.s is None else self.R * self.s[..., None, None]
+        R = (self.R if self.s is None else self.R * self.s[..., None, None]).to(x.device)
         return core_forward(x, self.A.to(x.dtype), self.B.to(x.dtype), R, self.scale)

@@ -69,7 +69,7 @@ class FactorLinear(AdaptedLinear):
 
     def adapter(self, x: Tensor) -> Tensor:
         assert self.A is not None and self.B is not None
-        return factor_forward(x, self.A, self.B, self.scale)
+        return factor_forward(x, self.A.to(x.device), self.B.to(x.device), self.scale)
 
 
 def factor_start(shapes: Mapping[str, tuple[int, int]], rank: int, seed: int, round: int = 0) -> dict[str, Tensor]:

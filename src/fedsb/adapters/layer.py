@@ -122,9 +122,9 @@ class HeadLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         check_rows(x, self.routing, self.key)
-        y_Kpm = x.reshape(len(self.weight), -1, x.shape[-1]).float() @ self.weight.mT
+        y_Kpm = x.reshape(len(self.weight), -1, x.shape[-1]).float() @ self.weight.to(x.device).mT
         if self.bias is not None:
-            y_Kpm = y_Kpm + self.bias.unsqueeze(1)
+            y_Kpm = y_Kpm + self.bias.to(x.device).unsqueeze(1)
         return y_Kpm.reshape(*x.shape[:-1], -1).to(x.dtype)
 
 

@@ -19,6 +19,7 @@ from fedsb.config.schema import Config
 from fedsb.data.clients import ClientData, open_data
 from fedsb.methods.base import Method, State
 from fedsb.models.load import choose_dtype
+from fedsb.models.placement import memory_of_all
 from fedsb.models.tokenizer import load_tokenizer
 from fedsb.privacy.policy import PrivacyPolicy, refuse_what_would_leak
 from fedsb.protocol.channel import ChannelSpec, NoResponse
@@ -31,7 +32,6 @@ from fedsb.training.joint import ClientTraining
 from fedsb.training.memory import ModelSizes, memory_by_clients
 from fedsb.training.resolved import auto_clients_per_forward, local_training
 from fedsb.training.trainer import Trainer
-from fedsb.utils.environment import memory_of
 from fedsb.utils.errors import UserError
 from fedsb.utils.tensors import Tensors
 
@@ -239,4 +239,4 @@ def _clients_per_forward(
     batch = min(config.train.batch_size, max(client.rows for client in clients))
     memory = memory_by_clients(config, method, sizes, cohort, batch)
     device = trainer.adapted.device
-    return auto_clients_per_forward(config, device, memory_of(device), memory)
+    return auto_clients_per_forward(config, device, memory_of_all(config.model, device), memory)

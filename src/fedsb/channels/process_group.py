@@ -81,8 +81,11 @@ Result = tuple[bytes, bytes, tuple[float, ...]]  # own tensors, moments and loss
 class RankTeam:
     """The ranks that train one group of clients. Member i of n computes the micro-batches i, i + n, ..."""
 
-    def __init__(self, group: Any, place: int, size: int) -> None:
-        self.group, self.place, self.size = group, place, size
+    def __init__(self, groups: int) -> None:
+        """Makes this rank's team where each of so many groups has one. All ranks do so, in the same order."""
+        self.groups = groups
+        self.place, self.own = divmod(dist.get_rank(), groups)
+        self.size = len(_process_groups(groups)[self.own][0])
 
     def computes(self, turn: int) -> bool:
         return turn % self.size == self.place
@@ -92,7 +95,7 @@ class RankTeam:
         for turn, part in own.items():
             mine[turn // self.size].copy_(part)
         every = [torch.empty_like(mine) for _ in range(self.size)]
-        dist.all_gather(every, mine, group=self.group)
+        dist.all_gather(every, mine, group=_process_groups(self.groups)[self.own][1])
         total = every[0][0]
         for turn in range(1, turns):
             total = total + every[turn % self.size][turn // self.size]
@@ -100,12 +103,10 @@ class RankTeam:
 
 
 @cache
-def team_of(groups: int) -> RankTeam:
-    """Returns this rank's team where each of so many groups has one. All ranks call it, in the same order."""
-    size, own = dist.get_world_size(), dist.get_rank() % groups
-    members = [list(range(group, size, groups)) for group in range(groups)]
-    process_groups = [dist.new_group(each, timeout=WAIT) for each in members]
-    return RankTeam(process_groups[own], members[own].index(dist.get_rank()), len(members[own]))
+def _process_groups(groups: int) -> list[tuple[Sequence[int], Any]]:
+    """Returns (ranks, process group) of each team. The cache is emptied before torch ends the process groups."""
+    members = [range(group, dist.get_world_size(), groups) for group in range(groups)]
+    return [(each, dist.new_group(list(each), timeout=WAIT)) for each in members]
 
 
 @contextmanager
@@ -134,6 +135,9 @@ def launched() -> Iterator[OpenFederation | None]:
             if not isinstance(sys.exception(), KeyboardInterrupt):  # which torchrun sends to all ranks
                 with suppress(RuntimeError):  # they have found the same fault, and ended
                     _scatter([None] * dist.get_world_size())
+    with suppress(RuntimeError):  # another rank has ended
+        dist.barrier()  # a rank that ends earlier takes the connections of the others down with it
+    _process_groups.cache_clear()
     dist.destroy_process_group()
 
 
@@ -142,6 +146,11 @@ def open_process_group(config: Config, method: Method, run: str) -> OpenedFedera
 
     Raises UserError as `open_in_process` does, and on every rank if their data, model or versions differ.
     """
+    if config.model.placement == "balanced" and dist.get_world_size() > 1:
+        raise UserError(
+            "model.placement = 'balanced' uses all GPUs in one process, so it cannot be launched by torchrun. Use "
+            "`fedsb run`, or model.placement = 'single'."
+        )
     _scatter([config.model_dump(mode="json")] * dist.get_world_size())
     opened = open_in_process(config, method, run, ProcessGroupChannel)
     refuse_differences(opened)
@@ -184,7 +193,7 @@ def _work(config: Config, opened: OpenedFederation, policy: PrivacyPolicy) -> No
     shared: dict[int | None, Tensors] = {}
     while (parcel := _receive()) is not None:
         shared |= {rank: load(data) for rank, data in parcel.shared.items()}
-        opened.trainer.join(team_of(parcel.teams) if parcel.teams else None)
+        opened.trainer.join(RankTeam(parcel.teams) if parcel.teams else None)
         done: list[list[Result]] = []
         fault: RunError | None = None
         try:
@@ -247,7 +256,7 @@ class ProcessGroupChannel(InProcessChannel):
             own_jobs = [jobs[rank % teams]] if teams else jobs[rank::size]
             parcels.append(Parcel(jobs=own_jobs, shared=packed, teams=teams))
         _scatter(parcels)
-        self._trainer.join(team_of(teams) if teams else None)
+        self._trainer.join(RankTeam(teams) if teams else None)
         self._sent |= new
         try:
             own, fault = iter([self.train_group(group) for group in groups[::size]]), None

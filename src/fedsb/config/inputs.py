@@ -58,6 +58,8 @@ class ModelConfig(Section):
     """Quantisation of the blocks' linear layers, by bitsandbytes."""
     device: str = "auto"
     """Device of the model: 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'."""
+    placement: Literal["single", "balanced"] = "single"
+    """Where the model's weights are: on one device, or 'balanced' over all GPUs of this process."""
     target_modules: str | list[str] = "blocks"
     """Layers to adapt: 'blocks', a regular expression, or a list of name endings."""
     max_seq_length: Annotated[int, Field(ge=2)] = 128

@@ -19,6 +19,7 @@ from fedsb.models.heads import find_fresh, find_head
 from fedsb.models.hub import config_for_shapes, hub_errors, quiet, read_config
 from fedsb.models.layers import is_inside
 from fedsb.models.names import resolve_name, shared_name
+from fedsb.models.placement import device_map
 from fedsb.models.quantise import choice as quantize_choice
 from fedsb.models.quantise import count_values, loading_options, quantised_itself, quantization_keys, settle
 from fedsb.utils.errors import UserError
@@ -175,6 +176,8 @@ def _load(
         keys = quantization_keys(config.quantize, model, find_head(model)[0] if classifier else (), dtype)
     if device is None:
         return _Loaded(model=model, quantization=keys)
+    places = device_map(config, device)
+    placed = bool(keys) or quantised_itself(settings) or config.placement != "single"
     model, info = auto.from_pretrained(
         name,
         revision=config.revision,
@@ -184,11 +187,12 @@ def _load(
         ignore_mismatched_sizes=True,  # refused by _refuse_mismatch, with a clearer message
         trust_remote_code=False,
         **attention,
-        **loading_options(keys, device, itself=quantised_itself(settings)),
+        **loading_options(keys, itself=quantised_itself(settings)),
+        **({"device_map": places} if placed else {}),
     )
     if keys or quantised_itself(settings):
         settle(model)
-    else:
+    if not placed:
         model.to(device)
     missing, mismatched = set(info["missing_keys"]), info["mismatched_keys"]
     return _Loaded(model=model, quantization=keys, missing=missing, mismatched=mismatched)

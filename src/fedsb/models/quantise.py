@@ -80,13 +80,13 @@ def quantised_itself(config: Any) -> bool:
     return getattr(config, "quantization_config", None) is not None
 
 
-def loading_options(keys: Mapping[str, Any], device: torch.device, *, itself: bool) -> dict[str, Any]:
+def loading_options(keys: Mapping[str, Any], *, itself: bool) -> dict[str, Any]:
     """Returns further arguments of `from_pretrained`; `itself` means that the checkpoint is already quantised.
 
     Raises UserError if bitsandbytes is not installed, or if a quantised checkpoint would be quantised again.
     """
     if not keys:
-        return {"device_map": {"": device}} if itself else {}
+        return {}
     if itself:
         raise UserError("model.quantize is set, but this checkpoint is already quantised. Leave model.quantize out.")
     if said := missing_package("4bit" if "load_in_4bit" in keys else "8bit"):
@@ -94,7 +94,7 @@ def loading_options(keys: Mapping[str, Any], device: torch.device, *, itself: bo
     from transformers import BitsAndBytesConfig
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns at every 8-bit product
-    return {"quantization_config": BitsAndBytesConfig(**keys), "device_map": {"": device}}
+    return {"quantization_config": BitsAndBytesConfig(**keys)}
 
 
 def settle(model: nn.Module) -> None:

@@ -33,14 +33,15 @@ class Dropout:
         numbers = range(first, first + rows // len(keys))
         words = [word(*key, number) for key in keys for number in numbers]
         self._row_keys = to_device(torch.tensor(words, dtype=torch.int32), device)  # (K b,)
-        self._counters: dict[int, Tensor] = {}  # values of a row -> a hashed counter, the same in every layer
+        self._counters: dict[tuple[int, torch.device], Tensor] = {}  # values of a row -> a hashed counter, by device
 
     def __call__(self, layer: str, x: Tensor) -> Tensor:  # (K b, ..., n)
-        keys = self._row_keys if len(x) == self.rows else self._row_keys[:1]
+        keys = (self._row_keys if len(x) == self.rows else self._row_keys[:1]).to(x.device)
         count = x.numel() // len(keys)
-        if count not in self._counters:
-            self._counters[count] = mix(torch.arange(count, dtype=torch.int32, device=x.device))
-        bits = random_words(self._counters[count], keys ^ layer_word(layer)).view(x.shape)
+        place = count, x.device
+        if place not in self._counters:
+            self._counters[place] = mix(torch.arange(count, dtype=torch.int32, device=x.device))
+        bits = random_words(self._counters[place], keys ^ layer_word(layer)).view(x.shape)
         return torch.where(bits >= round(self.p * 2**32) - 2**31, x * (1 / (1 - self.p)), 0.0)
 
 

@@ -58,7 +58,8 @@ def _predicting(model: Any, target_n: torch.Tensor) -> Iterator[None]:
         return
 
     def select(_: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        return (args[0].flatten(0, 1).index_select(0, target_n - 1), *args[1:])
+        before_n = (target_n - 1).to(args[0].device)  # a model can span several devices
+        return (args[0].flatten(0, 1).index_select(0, before_n), *args[1:])
 
     handle = head.register_forward_pre_hook(select)
     try:
