@@ -82,7 +82,7 @@ class RankTeam:
     """The ranks that train one group of clients. Member i of n computes the micro-batches i, i + n, ..."""
 
     def __init__(self, groups: int) -> None:
-        """Makes this rank's team where each of so many groups has one. All ranks do so, in the same order."""
+        """Makes this rank's team where each of `groups` groups has one. All ranks do so, in the same order."""
         self.groups = groups
         self.place, self.own = divmod(dist.get_rank(), groups)
         self.size = len(_process_groups(groups)[self.own][0])
