@@ -72,6 +72,10 @@ def faults(raw: dict[str, Any], overrides: list[str] | None = None) -> list[str]
             "server: min_clients = 3 is above clients_per_round = 2. Lower",
         ),
         pytest.param({"eval": {"gap": True}}, "eval.gap scores clients on held-out rows. Set clients.holdout_fraction"),
+        pytest.param(
+            {"model": {"compile": True}, "train": {"dropout": 0.1}},
+            "model.compile = true with train.dropout would compile every step again. Set model",
+        ),
         pytest.param({"rounds": 0}, "rounds: it must be greater than or equal to 1 (it is 0)"),
         pytest.param({"name": "../x"}, "name: it must begin with a letter or digit and contain only letters, digits"),
         pytest.param({"model": {"template_date": "31.1.2026"}}, "model.template_date: it must be a date such as 2026"),

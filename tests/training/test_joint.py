@@ -14,6 +14,7 @@ from transformers.models.bert.modeling_bert import BertIntermediate
 from conftest import WORDS, save_model, set_all
 from fedsb.config.load import load_config
 from fedsb.server.server import Server
+from fedsb.training import joint
 from fedsb.training.dropout import Dropout
 from fedsb.training.joint import ClientTraining, JointTrainer, RoundTraining
 from fedsb.training.resolved import local_training
@@ -301,3 +302,30 @@ def test_moments_are_kept_only_where_asked(tiny_config: dict[str, Any]) -> None:
             states = server.opened.local_clients.client_states(round)
             assert set(states) == ({client.name for client in server.clients} if persist else set())
             assert all(float(own["optimizer/steps"]) == 3 * round for own in states.values())
+
+
+@pytest.mark.parametrize("together", [1, 3])
+@pytest.mark.parametrize("kind", ["classification", "text"])
+def test_a_compiled_step_is_one_graph_that_is_compiled_once(
+    kind: str, together: int, tiny_config: dict[str, Any], tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is loaded into the adapter, and however long the rows are below the window."""
+    from torch._dynamo.testing import CompileCounter
+
+    counter = CompileCounter()
+    monkeypatch.setattr(joint, "COMPILER", counter)
+    more = {"model": {"name": str(tiny_llama), "max_seq_length": 16}, "task": {"kind": "text"}}
+    config = set_all(tiny_config, rounds=3, **(more if kind == "text" else {}))
+    config = set_all(config, engine={"clients_per_forward": together}, clients={"partition": "iid", "count": 3})
+    plain, state = started(config)
+    server, own = started(set_all(config, model={**config["model"], "compile": True}))
+    torch._dynamo.reset()
+    for round in range(3):
+        if round == 1:
+            counter.clear()
+        state, own = plain.run_round(state).state, server.run_round(own).state
+        if round == 0:
+            assert counter.frame_count == 1
+    assert counter.frame_count == 0
+    for key, value in state.tensors.items():
+        torch.testing.assert_close(own.tensors[key], value, atol=1e-5, rtol=1e-4)

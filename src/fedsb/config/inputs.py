@@ -60,6 +60,10 @@ class ModelConfig(Section):
     """Device of the model: 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'."""
     placement: Literal["single", "balanced"] = "single"
     """Where the model's weights are: on one device, or 'balanced' over all GPUs of this process."""
+    compile: Annotated[
+        bool, UsedIf(lambda config: config.privacy.unit != "example", "steps that protect single rows are not compiled")
+    ] = False
+    """Whether to compile the forward and backward of training with torch.compile. Pays off in long runs on a GPU."""
     target_modules: str | list[str] = "blocks"
     """Layers to adapt: 'blocks', a regular expression, or a list of name endings."""
     max_seq_length: Annotated[int, Field(ge=2)] = 128

@@ -124,6 +124,15 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _dropout_is_not_compiled(self) -> Self:
+        if self.model.compile and self.train.dropout:
+            raise ValueError(
+                "model.compile = true with train.dropout would compile every step again. Set model.compile to false, "
+                "or train.dropout to 0"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _gap_needs_held_out_rows(self) -> Self:
         if self.eval.gap and not self.clients.holdout_fraction:
             raise ValueError(

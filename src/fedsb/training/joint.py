@@ -12,10 +12,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedsb.adapters.adapted import AdaptedModel
 from fedsb.adapters.layout import Layout
@@ -30,6 +31,7 @@ from fedsb.training.scoring import forward
 from fedsb.utils.errors import DivergedError
 from fedsb.utils.tensors import Tensors, to_device
 
+COMPILER, COMPILED_WIDTH = "inductor", 64
 Penalty = Callable[[Mapping[str, Tensor]], Tensor | None]
 
 
@@ -86,8 +88,14 @@ class JointTrainer:
 
     team: Team | None = None
 
-    def __init__(self, adapted: AdaptedModel, task: Task, local: LocalTraining, seed: int) -> None:
+    def __init__(
+        self, adapted: AdaptedModel, task: Task, local: LocalTraining, seed: int, *, compiled: bool = False
+    ) -> None:
         self.adapted, self.task, self.local, self.seed = adapted, task, local, seed
+        self._forward = partial(forward, adapted.model, task)
+        if compiled:  # few widths, and all logits: every other shape would be compiled again
+            model: nn.Module = torch.compile(adapted.model, dynamic=False, backend=COMPILER)  # type: ignore[assignment]
+            self._forward = partial(forward, model, task, whole=True, multiple_of=COMPILED_WIDTH)
         self._buffers: dict[Layout, ClientBuffers] = {}
         self._rows: dict[Layout, RowGradients] = {}
 
@@ -186,7 +194,7 @@ class JointTrainer:
             adapted.routing.dropout = (
                 Dropout(local.dropout, keys, first, K * width, adapted.device) if local.dropout else None
             )
-            logits, batch = forward(adapted.model, self.task, [example for own in filled for example in own])
+            logits, batch = self._forward([example for own in filled for example in own])
             loss_b, _ = self.task.losses(logits, batch)
             loss_Kb = loss_b.reshape(K, width) * to_device(torch.tensor(weight_Kb), loss_b.device)
             loss_Kb.sum().backward()  # type: ignore[no-untyped-call]

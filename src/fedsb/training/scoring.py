@@ -34,15 +34,18 @@ class Answered:
 
 
 def forward(
-    model: nn.Module, task: Task, examples: Sequence[Example], *, whole: bool = False
+    model: nn.Module, task: Task, examples: Sequence[Example], *, whole: bool = False, multiple_of: int = 8
 ) -> tuple[torch.Tensor, Batch]:
     """Returns (logits, the batch with its labels), on the model's device.
 
     In next-token tasks the logits are those that predict the batch's targets (n, v), since those of the other tokens
-    would only take memory. With `whole` they are of all tokens (b, t, v).
+    would only take memory. With `whole` they are of all tokens (b, t, v). Rows are padded to a width that is a multiple
+    of `multiple_of`, or the window.
     """
     device = next(model.parameters()).device
-    batch = {key: to_device(value, device) for key, value in task.collate(list(examples)).items()}
+    batch = {
+        key: to_device(value, device) for key, value in task.collate(list(examples), multiple_of=multiple_of).items()
+    }
     if whole or "targets" not in batch:
         return model(**inputs_of(batch)).logits, batch
     with _predicting(model, batch["targets"]):

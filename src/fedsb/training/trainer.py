@@ -71,7 +71,7 @@ class Trainer:
         try_with_peft(model, inputs, logits, factors, head, facts)
         mergeable, why = merged_plan(facts, model)
         self.adapted = self._adapt(targets, one_by_one=self.preflight.unroutable is not None)
-        self._joint = JointTrainer(self.adapted, task, self.local, config.seed)
+        self._joint = JointTrainer(self.adapted, task, self.local, config.seed, compiled=config.model.compile)
         self._data_free: dict[int, Basis] = {}
         self.settings: tuple[ResolvedSetting, ...] = (
             *self.base.choices,
