@@ -201,7 +201,7 @@ def finish(
     last = rounds[-1]
     measured = phases.as_dict(memory=not server.policy)
     if (before := read_result(record.folder)) is not None:  # a finished run that is resumed
-        measured = before.get("phases", {}) | measured
+        measured = before.get("phases", measured)
     one = adapter if server.method.spec.global_model else adapter / safe_name(server.clients[0].name)
     base = server.trainer.base_model_info()
     written = json.loads((one / "adapter_config.json").read_bytes())
