@@ -184,7 +184,7 @@ class ServerConfig(Section):
     tau: Annotated[Rate, used_if("server.optimizer", "adam"), AGGREGATES] = 1e-3
     """Value that is added to the root of the second moment of the server's Adam."""
     load_base_model: Annotated[bool, used_if("engine.name", "flower")] = True
-    """Whether the coordinator of real sites loads the base model's weights. Without them it scores and checks nothing."""
+    """Whether the coordinator loads the base model's weights. Without them it scores nothing, see docs/deploy.md."""
 
     @model_validator(mode="after")
     def _enough(self) -> Self:

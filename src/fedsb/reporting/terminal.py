@@ -198,7 +198,7 @@ def print_summary(folder: Path, found: Mapping[str, Any]) -> None:
     if result:
         console.print(f"  adapter         {result['adapter']}")
     if result and (why := result.get("adapter_unchecked")):
-        console.print(f"{'':<18}not checked: {why.replace('RUN', str(folder))}", style="yellow")
+        console.print(f"{'':<18}not checked: {why}", style="yellow")
     for text in found["data_warnings"]:
         console.print(f"  warning         {text}", style="yellow")
     if (folder / "report.html").exists():

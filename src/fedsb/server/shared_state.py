@@ -79,7 +79,7 @@ class SharedStateSync:
             if 2 * len(odd) >= len(self.by_client):
                 raise RunError(
                     f"{', '.join(odd)} derived a different basis from that of {name}, and without the base model the "
-                    "coordinator cannot tell which one is right. Set basis.kind = 'random', or "
+                    "coordinator cannot know which one is right. Set basis.kind = 'random', or "
                     "server.load_base_model = true."
                 )
             return shared, records

@@ -32,7 +32,6 @@ from fedsb.training.scoring import forward, measured
 from fedsb.utils.errors import UserError
 from fedsb.utils.tensors import Tensors
 
-
 NO_PREFLIGHT = Preflight(unroutable=None, mixing=None, untouched=(), seconds=0.0)  # without weights
 
 
