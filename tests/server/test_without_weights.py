@@ -23,6 +23,7 @@ from fedsb.reporting.terminal import print_summary
 from fedsb.runs.run import federate, resume
 from fedsb.utils.errors import RunError, UserError
 from laws.test_channels import METHODS, cut_off, federation, merged, remote_of
+from support.architectures import WORDS
 from support.replies import RawMessage, Spoil, nan, spoiled, with_parts, with_update
 from support.sites import Federation
 
@@ -86,12 +87,12 @@ def test_a_model_that_generates_has_the_end_tokens_of_its_own_config(
     model = Path(shutil.copytree(tiny_llama, tmp_path / "llama"))
     (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 5]}))
     rows = {
-        name: [{"prompt": row["text"], "completion": row["label"]} for row in own]
+        name: [{"prompt": row["text"], "answer": row["label"]} for row in own]
         for name, own in federation(tmp_path / "rows").rows.items()
     }
     changes = {"task": {"kind": "instruction"}, "name": "llama"}
     config = settings(tiny_config, without_weights(model, tmp_path / "no-weights"), WEIGHTS | changes)
-    config = merged(config, {"model": {"max_seq_length": 48}, "clients": {"column": None, "partition": "iid"}})
+    config = merged(config, {"model": {"max_seq_length": 48}, "clients": {"partition": "iid"}})
     sites = Federation(tmp_path / "sites", rows, {"model": str(model)})
     folder = federate(load_config(config), open_federation=sites.open_federation).folder
     card = (folder / "adapter" / "README.md").read_text()
@@ -187,7 +188,9 @@ def test_a_head_that_only_the_checkpoint_shows_is_refused(tiny_config: dict[str,
     from transformers import BertConfig, BertModel
 
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
-    model = save_model(tmp_path / "bert", BertModel(BertConfig(vocab_size=40, **sizes), add_pooling_layer=False))
+    model = save_model(
+        tmp_path / "bert", BertModel(BertConfig(vocab_size=len(WORDS) + 3, **sizes), add_pooling_layer=False)
+    )
     sites = sites_with(model, tmp_path / "sites")
     config = settings(tiny_config, without_weights(model, tmp_path / "no-weights"))
     with pytest.raises(UserError, match=r"trains the modules classifier, bert\.pooler\.dense in full"):
