@@ -177,8 +177,8 @@ def _common_base(prepared: Mapping[str, PrepareReply], head: Sequence[str]) -> s
     for name, site in sorted(prepared.items()):
         if sorted(site.head) != sorted(head):
             raise UserError(
-                f"server.load_base_model = false: the site {name} trains the modules {', '.join(site.head) or 'none':.200} "
-                f"in full, and the coordinator expects {', '.join(head) or 'none'}. Layers that a checkpoint lacks are "
+                f"server.load_base_model = false: {name} trains the modules {', '.join(site.head) or 'none':.200} in "
+                f"full, and the coordinator expects {', '.join(head) or 'none'}. Layers that a checkpoint lacks are "
                 "trained with the head, and only its weights show which they are. Set server.load_base_model = true."
             )
     (common,) = sites
