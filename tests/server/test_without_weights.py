@@ -123,6 +123,16 @@ def test_it_says_that_the_adapter_is_not_checked(
     assert f"not checked: {why} {folder} --data FILE`" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("test_rows", [True, False])
+def test_a_coordinator_with_the_weights_checks_the_adapter_on_its_test_rows(
+    test_rows: bool, tiny_config: dict[str, Any], tmp_path: Path
+) -> None:
+    config = set_all(remote_of(tiny_config, {}), **({} if test_rows else {"data": {}}))
+    folder = federate(load_config(config), open_federation=federation(tmp_path).open_federation).folder
+    why = json.loads((folder / "result.json").read_text())["adapter_unchecked"]
+    assert why is None if test_rows else why.startswith("this coordinator has no rows to compare it on.")
+
+
 def test_an_adapter_is_scored_later_on_a_machine_with_the_weights(
     tiny_config: dict[str, Any], tiny_bert: Path, no_weights: Path, tables: tuple[Path, Path], tmp_path: Path, cli: Any
 ) -> None:
