@@ -16,11 +16,14 @@ from fedsb.client.handler import SiteHandler
 from fedsb.client.round import ClientView
 from fedsb.client.session import StartedClient
 from fedsb.config.load import load_config
+from fedsb.data.clients import build_task
+from fedsb.models.tokenizer import load_tokenizer
 from fedsb.protocol.messages import StartReply, read_request
 from fedsb.reporting.report import summary
 from fedsb.reporting.run_directory import read_rows
 from fedsb.reporting.terminal import print_summary
 from fedsb.runs.run import federate, resume
+from fedsb.training.trainer import Trainer
 from fedsb.utils.errors import RunError, UserError
 from laws.test_channels import METHODS, cut_off, federation, merged, remote_of
 from support.architectures import WORDS
@@ -205,6 +208,17 @@ def test_a_head_that_only_the_checkpoint_shows_is_refused(tiny_config: dict[str,
     config = settings(tiny_config, without_weights(model, tmp_path / "no-weights"))
     with pytest.raises(UserError, match=r"trains the modules classifier, bert\.pooler\.dense in full"):
         federate(load_config(config), open_federation=sites.open_federation)
+
+
+def test_a_classifier_needs_its_own_config(tiny_config: dict[str, Any], tiny_bert: Path) -> None:
+    """It is a part of the adapter's folder, and the shapes that ship with fedsb lack some of its numbers."""
+    config = load_config(set_all(tiny_config, model={"name": "FacebookAI/roberta-base"})).config
+    tokenizer = load_tokenizer(load_config(tiny_config).config.model)
+    tokenizer.pad_token_id = 1
+    task = build_task(config, tokenizer)
+    task.take_classes({"label_names": ["a", "b"], "class_names": None})
+    with pytest.raises(UserError, match=r"not on this machine.* hf download FacebookAI/roberta-base config\.json"):
+        Trainer(config, config.method, tokenizer, task, shapes_only=True)
 
 
 # --- the basis of one site ---

@@ -19,7 +19,7 @@ from fedsb.models.heads import head_start
 from fedsb.models.hub import quiet, read_generation_config
 from fedsb.models.layers import block_layers, find_targets, left_out, linear_shape
 from fedsb.models.limits import check_positions, check_tokens
-from fedsb.models.load import load_base, matmul_precision
+from fedsb.models.load import BaseModel, load_base, matmul_precision
 from fedsb.privacy.policy import PrivacyPolicy
 from fedsb.training.base_info import base_model_info
 from fedsb.training.basis import BasisSource, build_basis
@@ -69,6 +69,7 @@ class Trainer:
             shapes_only=shapes_only,
         )
         if shapes_only:
+            _refuse_shipped_config(self.base, task)
             with quiet():
                 read_generation_config(self.base.model, self.base.name, config.model.revision)
         positions = check_positions(self.base.model, config.model)
@@ -186,6 +187,15 @@ class Trainer:
 
     def _load_one(self, tensors: Tensors) -> None:
         self.adapted.load(join_tensors(self.adapted, [tensors]))
+
+
+def _refuse_shipped_config(base: BaseModel, task: Task) -> None:
+    """Raises UserError for a classifier built from shipped shapes: its adapter's folder contains the config itself."""
+    if task.label_names and any(choice.key == "model.shapes" for choice in base.choices):
+        raise UserError(
+            f"The config.json of {base.name!r} is not on this machine, and the adapter of a classifier contains it. "
+            f"Fetch it without the weights: hf download {base.name} config.json"
+        )
 
 
 def _no_weights() -> ResolvedSetting:
