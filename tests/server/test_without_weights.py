@@ -12,13 +12,9 @@ import torch
 from test_sites import Notes
 
 from conftest import adapter_bytes, save_model, set_all
-from fedsb.client.handler import SiteHandler
-from fedsb.client.round import ClientView
-from fedsb.client.session import StartedClient
 from fedsb.config.load import load_config
 from fedsb.data.clients import build_task
 from fedsb.models.tokenizer import load_tokenizer
-from fedsb.protocol.messages import StartReply, read_request
 from fedsb.reporting.report import summary
 from fedsb.reporting.run_directory import read_rows
 from fedsb.reporting.terminal import print_summary
@@ -27,7 +23,7 @@ from fedsb.training.trainer import Trainer
 from fedsb.utils.errors import RunError, UserError
 from laws.test_channels import METHODS, cut_off, federation, merged, remote_of
 from support.architectures import WORDS
-from support.replies import RawMessage, Spoil, nan, spoiled, with_parts, with_update
+from support.replies import RawMessage, Spoil, deriving, nan, spoiled, with_parts, with_update
 from support.sites import Federation
 
 CORE = {"method": {"name": "fed-sb", "rank": 4}, "basis": {"kind": "core", "samples": 20, "outer": "random"}}
@@ -262,25 +258,6 @@ def test_the_run_ends_if_no_site_sends_its_basis(
     )
     with pytest.raises(RunError, match=r"No site sent the basis(.|\n)*site 2: .*refuse to send(.|\n)*list \*\.A and"):
         federate(load_config(settings(tiny_config, no_weights, WEIGHTS)), open_federation=sites.open_federation)
-
-
-def deriving(sites: Federation, name: str, change: float) -> None:
-    """The site derives other values, as on other hardware, or because it is malicious."""
-    honest = sites.channel.handles[name]
-    assert isinstance(honest, SiteHandler)
-
-    def handle(request: bytes) -> bytes:
-        reply = honest(request)
-        if read_request(request).verb != "start":
-            return reply
-        assert isinstance(honest.client, StartedClient)
-        view = honest.client.store.view(0)
-        assert view is not None
-        other = ClientView({key: x * (1 + change) for key, x in view.shared.items()})
-        honest.client.store.save_start(other, 0)
-        return StartReply(shared=other.hash).pack()
-
-    sites.channel.handles[name] = handle
 
 
 @pytest.mark.parametrize("change", [1e-7, 1e-4])

@@ -10,7 +10,10 @@ from typing import Any
 import torch
 
 from fedsb.adapters.layout import Layout
-from fedsb.protocol.messages import read_request
+from fedsb.client.handler import SiteHandler
+from fedsb.client.round import ClientView
+from fedsb.client.session import StartedClient
+from fedsb.protocol.messages import StartReply, read_request
 from fedsb.protocol.payload import pack, unpack
 from support.sites import Federation
 
@@ -77,3 +80,22 @@ def with_update(change: Callable[[dict[str, Any]], dict[str, Any]], **header: An
 
 def nan(tensors: dict[str, Any]) -> dict[str, Any]:
     return {key: torch.full_like(x, torch.nan) for key, x in tensors.items()}
+
+
+def deriving(sites: Federation, name: str, change: float) -> None:
+    """The site derives other values, as on other hardware, or because it is malicious."""
+    honest = sites.channel.handles[name]
+    assert isinstance(honest, SiteHandler)
+
+    def handle(request: bytes) -> bytes:
+        reply = honest(request)
+        if read_request(request).verb != "start":
+            return reply
+        assert isinstance(honest.client, StartedClient)
+        view = honest.client.store.view(0)
+        assert view is not None
+        other = ClientView({key: x * (1 + change) for key, x in view.shared.items()})
+        honest.client.store.save_start(other, 0)
+        return StartReply(shared=other.hash).pack()
+
+    sites.channel.handles[name] = handle
