@@ -29,6 +29,7 @@ from fedsb.protocol.messages import (
     Describe,
     DescribeReply,
     Finish,
+    GetShared,
     Prepare,
     PrepareReply,
     Refresh,
@@ -171,6 +172,7 @@ class Hostile:
         (BasisGradient, {"round": 0}),
         (SetBasis, {"round": 0}),
         (CompareShared, {"shared": "a"}),
+        (GetShared, {}),
         (SetShared, {}),
         (Refresh, {}),
         (Train, {"total_rank": None, "state_round": 0, "versions": versions()}),
@@ -635,6 +637,13 @@ def test_a_basis_of_another_scale_is_refused(
         world.ask("a", SetShared, pack(changed))
     whole = pack(Payload.of(shared, kind="broadcast", run=RUN, round=0))
     assert world.ask("a", SetShared, whole).shared == basis_hash(shared)
+
+
+def test_a_basis_is_sent_only_to_a_coordinator_without_the_base_model(settings: Settings, tmp_path: Path) -> None:
+    world = Hostile(tmp_path)
+    world.open(settings(EXAMPLE))
+    with pytest.raises(RefusalError, match="derives the basis itself"):
+        world.ask("a", GetShared)
 
 
 def test_a_site_tells_no_private_loss(settings: Settings, tmp_path: Path) -> None:

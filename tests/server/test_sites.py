@@ -5,92 +5,25 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from conftest import set_all
-from fedsb.adapters.layout import Layout
 from fedsb.client.handler import SiteHandler
 from fedsb.client.round import ClientView
 from fedsb.client.session import StartedClient
 from fedsb.config.load import load_config
 from fedsb.protocol.messages import Describe, Stale, StartReply, Train, read_reply, read_request
-from fedsb.protocol.payload import PayloadError, pack, unpack
+from fedsb.protocol.payload import PayloadError, unpack
 from fedsb.reporting.run_directory import read_rows
 from fedsb.runs.run import Silent, federate
 from fedsb.utils.errors import RunError, UserError
 from laws.test_channels import federation, merged, remote_of
+from support.replies import RawMessage, Spoil, nan, spoiled, with_fields, with_parts, with_update
 from support.sites import Federation
-
-
-@dataclass(frozen=True)
-class RawMessage:
-    """A message whose fields nothing has checked."""
-
-    verb: str
-    fields: dict[str, Any]
-    parts: tuple[bytes, ...] = ()
-
-    @classmethod
-    def read(cls, data: bytes) -> RawMessage:
-        at = 4 + int.from_bytes(data[:4], "big")
-        head = json.loads(data[4:at])
-        parts = []
-        for size in head["parts"]:
-            parts.append(data[at : at + size])
-            at += size
-        return cls(head["verb"], head["fields"], tuple(parts))
-
-    def pack(self) -> bytes:
-        head = {"verb": self.verb, "fields": self.fields, "parts": [len(part) for part in self.parts]}
-        header = json.dumps(head).encode()
-        return b"".join([len(header).to_bytes(4, "big"), header, *self.parts])
-
-
-Spoil = Callable[[RawMessage], RawMessage | bytes]
-
-
-def spoiled(sites: Federation, name: str, verb: str, spoil: Spoil) -> None:
-    """From now on the site spoils its replies to requests of this verb."""
-    honest = sites.channel.handles[name]
-
-    def handle(request: bytes) -> bytes:
-        reply = honest(request)
-        if read_request(request).verb != verb:
-            return reply
-        made = spoil(RawMessage.read(reply))
-        return made if isinstance(made, bytes) else made.pack()
-
-    sites.channel.handles[name] = handle
-
-
-def with_fields(**fields: Any) -> Spoil:
-    return lambda message: replace(message, fields={**message.fields, **fields})
-
-
-def with_parts(*parts: bytes) -> Spoil:
-    return lambda message: replace(message, parts=parts)
-
-
-def with_update(change: Callable[[dict[str, Any]], dict[str, Any]], **header: Any) -> Spoil:
-    def spoil(message: RawMessage) -> RawMessage:
-        payload = unpack(message.parts[0])
-        tensors = change(payload.tensors)
-        layout = Layout.of(tensors)
-        vector = layout.flatten(tensors).numpy()
-        return replace(message, parts=(pack(replace(payload, layout=layout, vector=vector, **header)),))
-
-    return spoil
-
-
-def nan(tensors: dict[str, Any]) -> dict[str, Any]:
-    return {key: torch.full_like(x, torch.nan) for key, x in tensors.items()}
-
 
 BAD: dict[str, tuple[Spoil, str]] = {
     "garbage": (lambda _: b"garbage", "Not a message of fedsb"),

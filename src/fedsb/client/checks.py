@@ -29,7 +29,8 @@ def refuse_values(tensors: Tensors) -> None:
 def refuse_basis(shared: Tensors, shapes: Shapes) -> None:
     """Raises RefusalError if a layer's B or A is missing, has a wrong shape, or is not orthonormal.
 
-    A basis of a different scale would scale every row's gradient.
+    A basis of a different scale would scale every row's gradient. A coordinator without the base model checks the basis
+    that a site sends in the same way.
     """
     for layer, (m, n) in shapes.items():
         B, A = shared.get(f"{layer}.B"), shared.get(f"{layer}.A")
@@ -38,7 +39,7 @@ def refuse_basis(shared: Tensors, shapes: Shapes) -> None:
         for gram in (A @ A.T, B.T @ B):
             if not float((gram - torch.eye(len(A))).abs().max()) <= ORTHONORMAL:
                 raise RefusalError(
-                    f"The basis is not orthonormal in layer {layer!r}. This site accepts only orthonormal ones."
+                    f"The basis is not orthonormal in layer {layer!r}. Only orthonormal ones are accepted."
                 )
 
 
@@ -67,10 +68,13 @@ def refuse_versions(theirs: Mapping[str, str]) -> None:
         )
 
 
-def refuse_base(model: tuple[str, str], tokenizer: tuple[str, str]) -> None:
-    """Raises RefusalError if the fingerprints of the base model or tokenizer, (here, at the coordinator), differ."""
+def refuse_base(model: tuple[str, str | None], tokenizer: tuple[str, str]) -> None:
+    """Raises RefusalError if the fingerprints of the base model or tokenizer, (here, at the coordinator), differ.
+
+    A coordinator without the base model has no fingerprint of it.
+    """
     for what, (here, there) in {"model": model, "tokenizer": tokenizer}.items():
-        if here != there:
+        if there is not None and here != there:
             raise RefusalError(
                 f"A different {what} from the coordinator's: {here} here, {there} there. Set model = 'FOLDER' in "
                 "site.toml to where the right one is."

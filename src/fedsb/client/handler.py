@@ -64,6 +64,7 @@ Stage = DescribedClient | PreparedClient | StartedClient
 STORED_FACTS = {
     "config": "settings",
     "data": "rows of this site",
+    "model": "weights of the base model",
     "label_names": "labels",
     "class_names": "class names",
     "rows": "row counts of the clients",
@@ -149,6 +150,7 @@ class SiteHandler:
             (client.trainer.base.fingerprint, request.model),
             (tokenizer_fingerprint(client.trainer.tokenizer), request.tokenizer),
         )
+        self._remember(request.run, model=client.trainer.base.fingerprint)
         private = client.trainer.config.privacy.on
         return PrepareReply(
             rows=client.data.rows,
@@ -156,6 +158,8 @@ class SiteHandler:
             cut=None if private else client.cut,
             unused=None if private else client.unused,
             labels=client.data.labels if self.settings.allow.tells and not private else None,
+            model=client.trainer.base.fingerprint,
+            head=list(client.trainer.base.head),
         )
 
     def _start(self, request: Start) -> StartReply:
@@ -257,6 +261,7 @@ class SiteHandler:
         self.client = described
         if until is not DescribedClient and "label_names" in facts:
             prepared = self.client = described.prepare(facts["label_names"], facts.get("class_names"))
+            self._check_known(run, model=prepared.trainer.base.fingerprint)
             if until is StartedClient and "rows" in facts:
                 self.client = self._begin(prepared, facts["rows"])
         return self.client

@@ -36,6 +36,8 @@ from fedsb.protocol.messages import (
     BasisGradient,
     CompareShared,
     CompareSharedReply,
+    GetShared,
+    GetSharedReply,
     Refresh,
     RefreshReply,
     Reply,
@@ -161,6 +163,8 @@ class StartedClient(ClientSharedState):
                 return SetBasisReply(shared=self.set_basis(request))
             case CompareShared():
                 return CompareSharedReply(shared=self.compare_shared(request))
+            case GetShared():
+                return GetSharedReply(parts=(self.derived_basis(),))
             case SetShared():
                 return SetSharedReply(shared=self.set_shared(unpack(request.payload).tensors))
             case Refresh():

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fedsb.adapters.basis import Basis, basis_sketch, same_sketch
+from fedsb.adapters.residual import is_residual
 from fedsb.client.checks import fitting, refuse_basis, refuse_values
 from fedsb.client.memo import Memo
 from fedsb.client.round import ClientView
@@ -16,7 +17,7 @@ from fedsb.methods.base import Method, State
 from fedsb.privacy.policy import PrivacyPolicy
 from fedsb.protocol.compressor import build_compressor
 from fedsb.protocol.messages import BasisGradient, BasisGradientReply, CompareShared, Refresh, SetBasis
-from fedsb.protocol.payload import unpack
+from fedsb.protocol.payload import Payload, pack, unpack
 from fedsb.protocol.schedule import refreshes
 from fedsb.protocol.tensors import under, within
 from fedsb.training.basis import core_sums, inner_basis, outer_basis, whole_basis
@@ -106,6 +107,18 @@ class ClientSharedState:
         with fitting():
             is_same = same_sketch(basis_sketch(view.shared), unpack(request.payload).tensors)
         return self._hold(replace(view, known_hash=request.shared), round) if is_same else view.hash
+
+    def derived_basis(self) -> bytes:
+        """Returns the payload of the basis that this client derived from the base model's weights.
+
+        Raises RefusalError in a run whose coordinator has the weights, and for a basis that looks at rows.
+        """
+        config = self.config
+        if config.server.load_base_model or self.method.adapter != "core" or config.basis.kind != "weights":
+            raise RefusalError("The coordinator of this run derives the basis itself.")
+        shared = {key: x for key, x in self.start_view().shared.items() if not is_residual(key)}
+        payload = Payload.of(shared, kind="basis-up", run=self.run, round=0)
+        return pack(replace(payload, client=self.data.name))
 
     def set_shared(self, shared: Tensors) -> str:
         """Takes `shared` as the shared state at the start. Raises RefusalError for a basis that is not orthonormal."""

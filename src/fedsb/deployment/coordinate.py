@@ -17,6 +17,7 @@ from fedsb.config.schema import Config
 from fedsb.deployment.registry import read_federation
 from fedsb.methods.base import Method
 from fedsb.protocol.channel import Transport
+from fedsb.protocol.requirements import refuse_what_needs_weights
 from fedsb.reporting.run_directory import read_manifest
 from fedsb.reporting.terminal import Terminal
 from fedsb.runs.run import federate, resume
@@ -41,6 +42,7 @@ def prepare(federation: Path, loaded: ResolvedConfig) -> Path:
     asked = {**loaded.given, "out": str(folder.parent), "engine": {**loaded.given.get("engine", {}), "name": "flower"}}
     path = _asked(folder)
     config = load_config(asked).config  # all faults now, before any process starts
+    refuse_what_needs_weights(config, config.method)
     if path.exists() and (folder / "manifest.json").exists():
         before = load_config(json.loads(path.read_text())).config
         if lines := difference(before.model_dump(mode="json"), config.model_dump(mode="json")):

@@ -44,7 +44,7 @@ def run_local_federation(loaded: ResolvedConfig) -> Path:
     for name, path in keys.items():
         make_keys(path, folder / "sites" / name)
     joins = create_federation(folder / "coordinator", list(map(str, keys.values())), [LOCALHOST], port)
-    if test and config.data.test is None:  # built-in test rows
+    if test and config.data.test is None and config.server.load_base_model:  # built-in test rows
         write_atomic(folder / "test.jsonl", json_lines(test))
         data = {**loaded.given.get("data", {}), "test": str(folder / "test.jsonl")}
         loaded = replace(loaded, given={**loaded.given, "data": data})

@@ -12,7 +12,7 @@ import os
 import re
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.resources import files
 from logging import ERROR, getLogger
 from pathlib import Path
@@ -50,6 +50,15 @@ def config_for_shapes(name: str, revision: str | None, labels: dict[str, Any]) -
         return AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False, **labels), None
     except (OSError, ValueError):
         return known, SHIPPED
+
+
+def read_generation_config(model: Any, name: str, revision: str | None) -> None:
+    """Sets the model's own generation config, as loading its weights does. Without one, the model stays unchanged."""
+    from transformers import GenerationConfig
+
+    if model.can_generate():
+        with suppress(OSError, TypeError):
+            model.generation_config = GenerationConfig.from_pretrained(name, revision=revision)
 
 
 def shipped_config(name: str, labels: dict[str, Any]) -> Any | None:

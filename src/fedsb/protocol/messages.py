@@ -3,13 +3,14 @@
     4 bytes: length of the header | header, JSON: {"verb", "fields", "parts": lengths} | the parts, end to end
 
     Describe        settings, versions                     -> rows, labels, the table's fingerprint
-    Prepare         classes, fingerprints of model and     -> rows to train on, rows held out, rows cut or left out
-                    tokenizer
+    Prepare         classes, fingerprints of model and     -> rows to train on, rows held out, rows cut or left out,
+                    tokenizer                                 the base model's fingerprint and trained modules
     Start           every client's number of rows          -> hash of the client's shared state, None before a basis
     BasisGradient   the round that the basis is for        -> a payload: S of this client
     SetBasis        a payload: the basis, or a part of it  -> hash of the shared state
     Refresh         a payload: the server's tensors, to    -> hash of the shared state, None before a basis
                     be merged into the residual
+    GetShared                                              -> a payload: B and A that the client derived from W0
     SetShared       a payload: all of the shared state     -> hash of the shared state
     Train           a payload: the broadcast               -> a payload: the update; or Stale
     SecAggPhase     one phase of secure aggregation        -> the client's message (secagg/protocol.py)
@@ -34,6 +35,7 @@ Rows = Annotated[int, Field(ge=1, le=10**9)]
 Count = Annotated[int, Field(ge=0, le=10**9)]
 Real = Annotated[float, Field(allow_inf_nan=False)]
 Labels = list[str | int | bool]
+Fingerprint = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 SecAggPhaseName = Literal["advert", "sealed", "masked", "confirm", "shares"]
 
 
@@ -92,6 +94,8 @@ class PrepareReply(Reply):
     cut: Count | None  # None in a private run
     unused: Count | None
     labels: dict[str, int] | None
+    model: Fingerprint
+    head: list[str]  # modules that are trained in full
 
 
 class StartReply(Reply):
@@ -119,6 +123,11 @@ class RefreshReply(Reply):
 class CompareSharedReply(Reply):
     verb = "compare_shared"
     shared: str
+
+
+class GetSharedReply(Reply):
+    verb = "get_shared"
+    payloads = (1,)
 
 
 class SetSharedReply(Reply):
@@ -167,7 +176,7 @@ class Prepare(Request[PrepareReply]):
     verb, reply = "prepare", PrepareReply
     label_names: list[str]
     class_names: list[str] | None
-    model: str
+    model: str | None  # None: the coordinator has no weights, and compares the clients with each other
     tokenizer: str
 
 
@@ -196,6 +205,10 @@ class CompareShared(Request[CompareSharedReply]):
     verb, reply = "compare_shared", CompareSharedReply
     payloads = (1,)
     shared: str  # the hash of the shared state whose sketch is sent
+
+
+class GetShared(Request[GetSharedReply]):
+    verb, reply = "get_shared", GetSharedReply
 
 
 class SetShared(Request[SetSharedReply]):
@@ -230,7 +243,7 @@ REQUESTS: dict[str, type[Request[Any]]] = {
     kind.verb: kind
     for kind in (
         *(Describe, Prepare, Start, BasisGradient, SetBasis, Refresh),
-        *(CompareShared, SetShared, Train, SecAggPhase, Finish),
+        *(CompareShared, GetShared, SetShared, Train, SecAggPhase, Finish),
     )
 }
 

@@ -70,6 +70,35 @@ def refuse_what_needs_one_place(config: Config, method: Method) -> None:
         raise UserError(f"engine.name = 'flower'{why}: " + "; ".join(faults))
 
 
+def refuse_what_needs_weights(config: Config, method: Method) -> None:
+    """Raises UserError with every setting for which a coordinator without the base model would need its weights."""
+    if config.server.load_base_model or config.engine.name != "flower":
+        return
+    basis, faults = config.basis, []
+    if config.data.test is not None:
+        faults.append(
+            "data.test: the coordinator cannot score test rows. Leave it out; every site scores the final model on its "
+            "held-out rows"
+        )
+    if config.model.dtype == "auto":
+        faults.append(
+            "model.dtype = 'auto' follows the coordinator's device, which computes nothing. Set it to 'bfloat16' or "
+            "'float32', for all sites"
+        )
+    if method.adapter == "core" and basis.kind == "update":
+        faults.append(
+            "basis.kind = 'update': the coordinator cannot compute its gradient. Take weights or random, or core with "
+            "basis.outer = 'random'"
+        )
+    if method.adapter == "core" and basis.kind == "core" and basis.outer == "weights":
+        faults.append(
+            "basis.outer = 'weights': the coordinator cannot derive the outer basis. Set it to 'random', or basis.kind "
+            "to 'weights' or 'random'"
+        )
+    if faults:
+        raise UserError("server.load_base_model = false: " + "; ".join(faults))
+
+
 def _no_secure_sum(config: Config, method: Method) -> list[str]:
     facts, faults = method.spec, []
     if not facts.secagg_compatible:

@@ -175,14 +175,27 @@ def export(server: Server, state: State, record: Record) -> tuple[Path, UserErro
         if method.spec.global_model
         else {folder / safe_name(c.name): own(method, state, c.name) for c in server.clients}
     )
+    why = why_unchecked(server)
+    facts = card_facts(record.folder) | ({} if why is None else {"Check": f"not checked: {why}"})
     try:
         with quiet():
-            write_adapters(server.trainer, models, card_facts(record.folder), server.probes)
+            write_adapters(server.trainer, models, facts, server.probes)
     except DiskError:
         raise
     except (UserError, RunError) as fault:
         return folder, fault
     return folder, None
+
+
+def why_unchecked(server: Server, run: Path | str = "RUN") -> str | None:
+    """Returns why the exported adapter of `run` is not compared with the trained model; None if it is."""
+    if server.trainer.shapes_only:
+        why = "this coordinator has no base model"
+    elif not server.probes:
+        why = "this coordinator has no rows to compare it on"
+    else:
+        return None
+    return f"{why}. Score it with `fedsb eval {run} --data FILE` on a machine that has the base model"
 
 
 def finish(
@@ -230,6 +243,7 @@ def finish(
         "phases": measured,
         "adapter": str(adapter),
         "adapter_fault": None if fault is None else str(fault),
+        "adapter_unchecked": why_unchecked(server, record.folder),
         "load": load_lines(base, one),
         "serving": [asdict(server) for server in serving(written, base.model_type)],
         "data_card": record.manifest.get("data_card"),

@@ -42,6 +42,7 @@ from fedsb.protocol.requirements import (
     privacy_policy_of,
     refuse_what_facts_forbid,
     refuse_what_needs_one_place,
+    refuse_what_needs_weights,
 )
 from fedsb.protocol.schedule import refreshes, whole_broadcasts
 from fedsb.runs.availability import Availability, find_availability
@@ -79,6 +80,7 @@ def estimate(loaded: ResolvedConfig, also: Sequence[Method] = (), gpu: float | N
     """
     if loaded.config.data.train is None and "engine.name" not in loaded.origin:
         loaded = _as_served(loaded)
+    refuse_what_needs_weights(loaded.config, loaded.config.method)
     if gpu is None:
         machine = Machine.here(choose_device(loaded.config.model.device)[0])
         dtype = choose_dtype(loaded.config.model.dtype, machine.device)[0]

@@ -25,7 +25,7 @@ from fedsb.models.load import choose_device, choose_dtype
 from fedsb.privacy.mechanism import PrivacyBudgetExceededError
 from fedsb.reporting.prices import bytes_line
 from fedsb.reporting.run_directory import FORMAT, read_manifest, refuse_existing, refuse_old_format
-from fedsb.runs.artifacts import describe_start, export, finish, round_row
+from fedsb.runs.artifacts import describe_start, export, finish, round_row, why_unchecked
 from fedsb.runs.record import Record
 from fedsb.runs.scoring import final_scores, score_clients, score_global
 from fedsb.server.opened import OpenedFederation, OpenFederation
@@ -165,6 +165,8 @@ def _run(
             scores = final_scores(server, state)
         with phases.measure("export"):
             adapter, fault = export(server, state, record)
+        if (why := why_unchecked(server, record.folder)) is not None:
+            display.note(f"The adapter was not checked: {why}.")
         score_at_end = finish(record, server, scores, phases, adapter, fault)
         if fault is not None:
             raise fault

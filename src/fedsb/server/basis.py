@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from fedsb.adapters.basis import Basis, Pair
+from fedsb.adapters.basis import Basis, Pair, check_rank
 from fedsb.adapters.layout import Layout
 from fedsb.protocol.messages import BasisGradient, Refresh, SetBasis
 from fedsb.protocol.payload import Payload, PayloadError, pack, unpack
@@ -32,6 +32,8 @@ class BasisRound:
     def make(self) -> Basis:
         """Returns the basis. `traffic` then contains the messages sent for it."""
         server, config = self.server, self.server.config
+        if config.basis.kind == "weights" and server.trainer.shapes_only:
+            return self._derived_at_sites()
         if config.basis.kind in ("random", "weights"):
             return server.trainer.data_free_basis(self.round)
         seen = public_rows(config, server.trainer.task)
@@ -55,6 +57,20 @@ class BasisRound:
         for name, reply in self.server.exchange.all(request).items():
             self.server.shared_state.by_client[name] = reply.shared
             self._record(payload, name, "down", request.wire_bytes)
+
+    def _derived_at_sites(self) -> Basis:
+        """Returns the basis as the sites derive it from the base model's weights, which this server does not have."""
+        server, rank = self.server, self.server.method.total_rank
+        shapes = {f"{layer}.A": (rank, n) for layer, (_, n) in server.trainer.shapes.items()}
+        shapes |= {f"{layer}.B": (m, rank) for layer, (m, _) in server.trainer.shapes.items()}
+        check_rank(server.trainer.shapes, rank)
+        shared, traffic = server.shared_state.fetch(Layout(tuple(sorted(shapes.items()))), server.trainer.shapes)
+        self.traffic += traffic
+        return Basis(
+            kind=server.config.basis.kind,
+            A={layer: shared[f"{layer}.A"] for layer in server.trainer.shapes},
+            B={layer: shared[f"{layer}.B"] for layer in server.trainer.shapes},
+        )
 
     def _start(self) -> Tensors:
         """Returns the tensors at which gradients are computed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
@@ -18,11 +19,16 @@ from fedsb.models.tokenizer import load_tokenizer, tokenizer_fingerprint
 from fedsb.privacy.policy import PrivacyPolicy, refuse_what_would_leak
 from fedsb.protocol.channel import Channel
 from fedsb.protocol.messages import Describe, DescribeReply, Prepare, PrepareReply
-from fedsb.protocol.requirements import refuse_what_facts_forbid, refuse_what_needs_one_place
+from fedsb.protocol.requirements import (
+    refuse_what_facts_forbid,
+    refuse_what_needs_one_place,
+    refuse_what_needs_weights,
+)
 from fedsb.server.exchange import Exchange
 from fedsb.server.labels import label_choices, labels_of
 from fedsb.training.trainer import Trainer
 from fedsb.utils.environment import versions
+from fedsb.utils.errors import RunError, UserError
 from fedsb.utils.tensors import Tensors
 
 if TYPE_CHECKING:
@@ -105,6 +111,7 @@ def open_sites(
     refuse_what_facts_forbid(config, method)
     refuse_what_would_leak(config, method)
     refuse_what_needs_one_place(config, method)
+    refuse_what_needs_weights(config, method)
     exchange = Exchange(channel, run, config.engine.deadline_s, note)
     tokenizer = load_tokenizer(config.model)
     task = build_task(config, tokenizer)
@@ -116,7 +123,8 @@ def open_sites(
         labels = labels_of(described)
         task.fit_labels([{task.options.label: label} for label in labels], test.rows if test else [])
     task.name_classes(test.class_names.get(task.options.label, ()) if test else ())
-    trainer = Trainer(config, method, tokenizer, task)
+    shapes_only = not config.server.load_base_model
+    trainer = Trainer(config, method, tokenizer, task, shapes_only=shapes_only)
     prepared: dict[str, PrepareReply] = {}
     if begun:
         clients = [remote_client(site["name"], site["rows"], site["labels"]) for site in begun["clients"]]
@@ -126,7 +134,7 @@ def open_sites(
             run=run,
             label_names=task.label_names,
             class_names=task.class_names or None,
-            model=trainer.base.fingerprint,
+            model=None if shapes_only else trainer.base.fingerprint,
             tokenizer=tokenizer_fingerprint(tokenizer),
         )
         prepared = exchange.all(request)
@@ -135,6 +143,9 @@ def open_sites(
             name: {"origin": f"the site {name}", "rows": site.rows, "fingerprint": site.fingerprint}
             for name, site in described.items()
         }
+    if shapes_only:
+        known = begun["model"]["fingerprint"] if begun else _common_base(prepared, trainer.base.head)
+        trainer.base = replace(trainer.base, fingerprint=known)
     data = _data(config, task, clients, test, list(prepared.values()), tables)
     data = replace(data, choices=(*label_choices(described), *data.choices))
     trainer.check_rows(data.test)
@@ -146,6 +157,32 @@ def _describe(exchange: Exchange, config: Config) -> dict[str, DescribeReply]:
     sites = exchange.channel.clients
     exchange.note(f"asking {'1 site' if len(sites) == 1 else f'{len(sites)} sites'}: {', '.join(sites)}")
     return exchange.all(Describe(run=exchange.run, config=shared, versions=versions()))
+
+
+def _common_base(prepared: Mapping[str, PrepareReply], head: Sequence[str]) -> str:
+    """Returns the fingerprint of the base model at all sites, for a coordinator without it.
+
+    Raises RunError if sites have different base models, UserError if they train modules that only the checkpoint shows.
+    """
+    sites = defaultdict[str, list[str]](list)
+    for name, site in sorted(prepared.items()):
+        sites[site.model].append(name)
+    if len(sites) > 1:
+        found = sorted(sites.items(), key=lambda item: -len(item[1]))
+        raise RunError(
+            "The sites have different base models. Their fingerprints are "
+            + "; ".join(f"{fingerprint} at {', '.join(names)}" for fingerprint, names in found)
+            + ". Set model = 'FOLDER' in site.toml to the right one at each site, and serve again."
+        )
+    for name, site in sorted(prepared.items()):
+        if sorted(site.head) != sorted(head):
+            raise UserError(
+                f"server.load_base_model = false: {name} trains the modules {', '.join(site.head) or 'none':.200} in "
+                f"full, and the coordinator expects {', '.join(head) or 'none'}. Layers that a checkpoint lacks are "
+                "trained with the head, and only its weights show which they are. Set server.load_base_model = true."
+            )
+    (common,) = sites
+    return common
 
 
 def _data(

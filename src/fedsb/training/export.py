@@ -21,7 +21,8 @@ def write_adapters(
 ) -> None:
     """Writes each model as a plain LoRA adapter in its folder, loads it again with PEFT and compares on the probes.
 
-    Without probes (a coordinator without test rows) nothing is compared; the sites then compare their own adapters.
+    Without probes (a coordinator without test rows or without the base model) nothing is compared; the sites then
+    compare their own adapters.
     Every folder is written before the first is loaded. Raises the same errors as `check_adapter`.
     """
     base = trainer.base_model_info()

@@ -16,29 +16,45 @@ from fedsb.data.tasks.base import Example, Task, ids, inputs_of
 from fedsb.data.tasks.tokens import Tokenizer, pad_token
 from fedsb.methods.base import Method, State
 from fedsb.models.heads import head_start
+from fedsb.models.hub import quiet, read_generation_config
 from fedsb.models.layers import block_layers, find_targets, left_out, linear_shape
 from fedsb.models.limits import check_positions, check_tokens
-from fedsb.models.load import load_base, matmul_precision
+from fedsb.models.load import BaseModel, load_base, matmul_precision
 from fedsb.privacy.policy import PrivacyPolicy
 from fedsb.training.base_info import base_model_info
 from fedsb.training.basis import BasisSource, build_basis
 from fedsb.training.joint import ClientTraining, JointTrainer, RoundTraining, Team, join_tensors
 from fedsb.training.local import LocalTraining
-from fedsb.training.preflight import made_up_adapter, preflight, try_with_peft
+from fedsb.training.preflight import Preflight, made_up_adapter, preflight, try_with_peft
 from fedsb.training.resolved import end_choices, local_training, targets_choice
 from fedsb.training.score import Score
 from fedsb.training.scoring import forward, measured
 from fedsb.utils.errors import UserError
 from fedsb.utils.tensors import Tensors
 
+NO_PREFLIGHT = Preflight(unroutable=None, mixing=None, untouched=(), seconds=0.0)  # without weights
+
 
 class Trainer:
-    """For a task whose classes are known. Raises UserError for a model that does not load or does not fit."""
+    """For a task whose classes are known. Raises UserError for a model that does not load or does not fit.
+
+    Args:
+        shapes_only: builds the model from its config, without weights, for a coordinator that only aggregates and
+            exports. Such a trainer has no preflight, and cannot train, score or compute logits.
+    """
 
     def __init__(
-        self, config: Config, method: Method, tokenizer: Tokenizer, task: Task, local: LocalTraining | None = None
+        self,
+        config: Config,
+        method: Method,
+        tokenizer: Tokenizer,
+        task: Task,
+        local: LocalTraining | None = None,
+        *,
+        shapes_only: bool = False,
     ) -> None:
         self.config, self.method, self.tokenizer, self.task = config, method, tokenizer, task
+        self.shapes_only = shapes_only
         self.local = local or local_training(config)
         if config.model.dtype == "float16":
             raise UserError(
@@ -50,7 +66,12 @@ class Trainer:
             auto_class=task.auto_class,
             num_labels=len(task.label_names),
             pad_token=pad_token(tokenizer),
+            shapes_only=shapes_only,
         )
+        if shapes_only:
+            _refuse_shipped_config(self.base, task)
+            with quiet():
+                read_generation_config(self.base.model, self.base.name, config.model.revision)
         positions = check_positions(self.base.model, config.model)
         targets = find_targets(self.base.model, config.model.target_modules, self.base.head)
         blocks = block_layers(self.base.model, self.base.head) or targets
@@ -59,18 +80,7 @@ class Trainer:
         self.adapted = self._adapt(targets)
         self.shapes = self.adapted.shapes
         self.head = head_start(self.adapted.head_tensors(), config.seed)
-        self.preflight = preflight(
-            self.adapted,
-            task,
-            self.head,
-            private_rows=config.privacy.unit == "example",
-            batch=config.train.batch_size,
-        )
-        factors, head, inputs, logits = made_up_adapter(self.adapted, task, self.head)
-        facts, model = self.base_model_info(), self.adapted.unwrap()
-        try_with_peft(model, inputs, logits, factors, head, facts)
-        mergeable, why = merged_plan(facts, model)
-        self.adapted = self._adapt(targets, one_by_one=self.preflight.unroutable is not None)
+        self.preflight, tried = (NO_PREFLIGHT, [_no_weights()]) if shapes_only else self._try(targets)
         self._joint = JointTrainer(self.adapted, task, self.local, config.seed, compiled=config.model.compile)
         self._data_free: dict[int, Basis] = {}
         self.settings: tuple[ResolvedSetting, ...] = (
@@ -79,8 +89,7 @@ class Trainer:
             *self._date(),
             targets_choice(config, targets, without),
             *end_choices(task),
-            *self.preflight.choices,
-            ResolvedSetting(key="export --merged", value="available" if mergeable else "not available", reason=why),
+            *tried,
         )
 
     def base_model_info(self) -> BaseModelInfo:
@@ -143,6 +152,24 @@ class Trainer:
 
     # --- private ---
 
+    def _try(self, targets: Sequence[str]) -> tuple[Preflight, list[ResolvedSetting]]:
+        """Tries the model, and PEFT with a made-up adapter. Returns the findings, also as settings to show."""
+        config, task = self.config, self.task
+        found = preflight(
+            self.adapted,
+            task,
+            self.head,
+            private_rows=config.privacy.unit == "example",
+            batch=config.train.batch_size,
+        )
+        factors, head, inputs, logits = made_up_adapter(self.adapted, task, self.head)
+        facts, model = self.base_model_info(), self.adapted.unwrap()
+        try_with_peft(model, inputs, logits, factors, head, facts)
+        mergeable, why = merged_plan(facts, model)
+        self.adapted = self._adapt(targets, one_by_one=found.unroutable is not None)
+        available = "available" if mergeable else "not available"
+        return found, [*found.choices, ResolvedSetting(key="export --merged", value=available, reason=why)]
+
     def _adapt(self, targets: Sequence[str], *, one_by_one: bool = False) -> AdaptedModel:
         method, base = self.method, self.base
         adapted = AdaptedModel(
@@ -164,3 +191,17 @@ class Trainer:
 
     def _load_one(self, tensors: Tensors) -> None:
         self.adapted.load(join_tensors(self.adapted, [tensors]))
+
+
+def _refuse_shipped_config(base: BaseModel, task: Task) -> None:
+    """Raises UserError for a classifier built from shipped shapes: its adapter's folder contains the config itself."""
+    if task.label_names and any(choice.key == "model.shapes" for choice in base.choices):
+        raise UserError(
+            f"The config.json of {base.name!r} is not on this machine, and the adapter of a classifier contains it. "
+            f"Fetch it without the weights: hf download {base.name} config.json"
+        )
+
+
+def _no_weights() -> ResolvedSetting:
+    reason = "the model was built from its config; every site loads the weights and runs the preflight"
+    return ResolvedSetting(key="server.load_base_model", value=False, reason=reason)
