@@ -77,24 +77,36 @@ def launched() -> Iterator[OpenFederation | None]:
     """
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    join_launch("gloo")
+    if dist.get_rank():
+        work()
+        yield None
+    else:
+        with told_the_end():
+            yield open_process_group
+    dist.destroy_process_group()
+
+
+def join_launch(backend: str) -> None:
+    """Connects this process to the others of its launch. Raises UserError if it cannot reach them."""
     try:
-        dist.init_process_group("gloo", timeout=WAIT)
+        dist.init_process_group(backend, timeout=WAIT)
     except (RuntimeError, ValueError, KeyError) as error:
         raise UserError(
             f"The processes of this launch cannot reach each other: {str(error).splitlines()[0]}. Start them with "
             "torchrun: --nproc-per-node, and for several machines --nnodes and --rdzv-endpoint."
         ) from error
-    if dist.get_rank():
-        work()
-        yield None
-    else:
-        try:
-            yield open_process_group
-        finally:
-            if not isinstance(sys.exception(), KeyboardInterrupt):  # which torchrun sends to all ranks
-                with suppress(RuntimeError):  # they have found the same fault, and ended
-                    _scatter([None] * dist.get_world_size())
-    dist.destroy_process_group()
+
+
+@contextmanager
+def told_the_end(started: Sequence[bool] = ()) -> Iterator[None]:
+    """Sends the other ranks the end of the launch, on rank 0, unless they have `started` a run of their own."""
+    try:
+        yield
+    finally:
+        if not started and not isinstance(sys.exception(), KeyboardInterrupt):  # which torchrun sends to all ranks
+            with suppress(RuntimeError):  # they have found the same fault, and ended
+                _scatter([None] * dist.get_world_size())
 
 
 def open_process_group(config: Config, method: Method, run: str) -> OpenedFederation:
@@ -123,7 +135,7 @@ def work() -> None:
 
     Raises UserError as `open_process_group` does, RunError if rank 0 has ended.
     """
-    if (settings := _receive()) is None:
+    if (settings := receive()) is None:
         return
     config = load_config(settings).config
     opened = open_in_process(config, config.method, "work")
@@ -138,7 +150,7 @@ def work() -> None:
 def _work(config: Config, opened: OpenedFederation, policy: PrivacyPolicy) -> None:
     examples = {client.name: client.train for client in opened.clients}
     shared: dict[int | None, Tensors] = {}
-    while (parcel := _receive()) is not None:
+    while (parcel := receive()) is not None:
         shared |= {rank: load(data) for rank, data in parcel.shared.items()}
         done: list[list[Result]] = []
         fault: RunError | None = None
@@ -147,7 +159,7 @@ def _work(config: Config, opened: OpenedFederation, policy: PrivacyPolicy) -> No
                 common = shared[job.total_rank]
                 method = config.method if job.total_rank is None else config.method.at(job.total_rank)
                 trained = opened.trainer.train(_clients(job, common, examples), method, job.round, policy)
-                done.append([(_own(c.tensors, common), _bytes(c.moments), c.losses) for c in trained])
+                done.append([(_own(c.tensors, common), pack_tensors(c.moments), c.losses) for c in trained])
         except RunError as error:  # it ends the run, and rank 0 says so
             fault = error
         dist.gather_object(fault or done)
@@ -185,11 +197,11 @@ class ProcessGroupChannel(InProcessChannel):
                 total_rank=group.total_rank,
                 round=group.round,
                 own=[_own(client.tensors, shared[group.total_rank]) for client in group.clients],
-                moments=[_bytes(client.moments) for client in group.clients],
+                moments=[pack_tensors(client.moments) for client in group.clients],
             )
             for group in groups
         ]
-        packed = {rank: _bytes(tensors) for rank, tensors in new.items()}
+        packed = {rank: pack_tensors(tensors) for rank, tensors in new.items()}
         _scatter([Parcel(jobs=jobs[rank::size] if rank else [], shared=packed if rank else {}) for rank in range(size)])
         self._sent |= new
         try:
@@ -219,10 +231,11 @@ def _trained(group: Group, results: Sequence[Result]) -> list[ClientTraining]:
 
 def _own(tensors: Tensors, shared: Tensors) -> bytes:
     """Returns the tensors that are not shared."""
-    return _bytes({key: x for key, x in tensors.items() if key not in shared})
+    return pack_tensors({key: x for key, x in tensors.items() if key not in shared})
 
 
-def _bytes(tensors: Tensors) -> bytes:
+def pack_tensors(tensors: Tensors) -> bytes:
+    """Returns tensors as safetensors."""
     return save(storable(tensors))
 
 
@@ -233,7 +246,7 @@ def _scatter(parcels: list[Any] | None) -> Any:
     return received[0]
 
 
-def _receive() -> Any:
+def receive() -> Any:
     """Returns what rank 0 sends next; None at the end. Raises RunError if rank 0 has ended without it."""
     try:
         return _scatter(None)
@@ -246,8 +259,24 @@ def refuse_differences(opened: OpenedFederation) -> None:
     own = {f"the {name} rows": facts["fingerprint"] for name, facts in opened.data.tables.items()}
     own |= {"the base model": opened.trainer.base.fingerprint}
     own |= {f"the version of {name}": version for name, version in versions().items()}
+    refuse_different(own)
+
+
+def gathered(own: Any) -> list[Any]:
+    """Returns the objects of all ranks, in their order."""
     every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(every, own)
+    return every
+
+
+def from_rank_0(sent: Any) -> Any:
+    """Returns the object of rank 0, on every rank."""
+    return _scatter([sent] * dist.get_world_size() if dist.get_rank() == 0 else None)
+
+
+def refuse_different(own: Mapping[str, Any]) -> None:
+    """Raises UserError, on every rank, if a rank has other facts than rank 0."""
+    every = gathered(own)
     for rank, other in enumerate(every):
         if odd := [
             f"{what} ({other.get(what)}, on rank 0 {fact})"

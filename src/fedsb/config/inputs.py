@@ -56,6 +56,8 @@ class ModelConfig(Section):
     """Data type of the base model. Default: bfloat16 if the run starts on a GPU that supports it, else float32."""
     quantize: Literal["none", "4bit", "8bit"] = "none"
     """Quantisation of the blocks' linear layers, by bitsandbytes."""
+    placement: Literal["single", "sharded"] = "single"
+    """Placement of the base model: on one device, or divided among the processes of torchrun, see docs/gpu.md."""
     device: str = "auto"
     """Device of the model: 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'."""
     target_modules: str | list[str] = "blocks"

@@ -53,6 +53,7 @@ class BaseModel:
     quantization: Mapping[str, Any]  # keys of BitsAndBytesConfig; empty: not quantised
     fingerprint: str  # of the weights; empty on the meta device
     choices: tuple[ResolvedSetting, ...]
+    gathered_bytes: int = 0  # of a sharded model: the weights of other processes that a forward needs at once
 
 
 @dataclass(kw_only=True)

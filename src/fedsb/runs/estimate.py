@@ -218,6 +218,8 @@ def _no_preflight(config: Config, here: Availability, weights: int, device: torc
     name = resolve_name(config.model.name)[0]
     if missing := missing_package(config.model.quantize):
         return missing
+    if config.model.placement == "sharded":
+        return "model.placement is 'sharded', and this command is one process"
     if here.tokenizer is None or not has_weights(name, config.model.revision):
         return f"the weights of {name} are not on this machine"
     if here.data is None and here.task.auto_class != "AutoModelForCausalLM":

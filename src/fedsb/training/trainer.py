@@ -19,6 +19,7 @@ from fedsb.models.heads import head_start
 from fedsb.models.layers import block_layers, find_targets, left_out, linear_shape
 from fedsb.models.limits import check_positions, check_tokens
 from fedsb.models.load import load_base, matmul_precision
+from fedsb.models.placement import Placement
 from fedsb.privacy.policy import PrivacyPolicy
 from fedsb.training.base_info import base_model_info
 from fedsb.training.basis import BasisSource, build_basis
@@ -36,7 +37,13 @@ class Trainer:
     """For a task whose classes are known. Raises UserError for a model that does not load or does not fit."""
 
     def __init__(
-        self, config: Config, method: Method, tokenizer: Tokenizer, task: Task, local: LocalTraining | None = None
+        self,
+        config: Config,
+        method: Method,
+        tokenizer: Tokenizer,
+        task: Task,
+        local: LocalTraining | None = None,
+        placement: Placement | None = None,
     ) -> None:
         self.config, self.method, self.tokenizer, self.task = config, method, tokenizer, task
         self.local = local or local_training(config)
@@ -45,17 +52,22 @@ class Trainer:
                 "model.dtype = 'float16' cannot be trained: gradients below 6e-8 become 0, and fedsb does not scale "
                 "the loss. Use bfloat16 or float32."
             )
-        self.base = load_base(
-            config.model,
-            auto_class=task.auto_class,
-            num_labels=len(task.label_names),
-            pad_token=pad_token(tokenizer),
-        )
-        positions = check_positions(self.base.model, config.model)
-        targets = find_targets(self.base.model, config.model.target_modules, self.base.head)
-        blocks = block_layers(self.base.model, self.base.head) or targets
-        self.block_shapes = {name: linear_shape(self.base.model.get_submodule(name)) for name in blocks}
-        without = left_out(self.base.model, self.base.head)
+        placement = placement or Placement()
+        with placement.loading(config.model) as model_config:
+            base = load_base(
+                model_config,
+                auto_class=task.auto_class,
+                num_labels=len(task.label_names),
+                pad_token=pad_token(tokenizer),
+            )
+            positions = check_positions(base.model, config.model)
+            targets = find_targets(base.model, config.model.target_modules, base.head)
+            blocks = block_layers(base.model, base.head) or targets
+            self.block_shapes = {name: linear_shape(base.model.get_submodule(name)) for name in blocks}
+            without = left_out(base.model, base.head)
+            # Reads the weights, as `find_targets` does, so it comes before they are divided.
+            mergeable, why = merged_plan(base_model_info(base, task, {}, config.model.revision), base.model)
+            self.base = placement.place(base)
         self.adapted = self._adapt(targets)
         self.shapes = self.adapted.shapes
         self.head = head_start(self.adapted.head_tensors(), config.seed)
@@ -69,7 +81,6 @@ class Trainer:
         factors, head, inputs, logits = made_up_adapter(self.adapted, task, self.head)
         facts, model = self.base_model_info(), self.adapted.unwrap()
         try_with_peft(model, inputs, logits, factors, head, facts)
-        mergeable, why = merged_plan(facts, model)
         self.adapted = self._adapt(targets, one_by_one=self.preflight.unroutable is not None)
         self._joint = JointTrainer(self.adapted, task, self.local, config.seed)
         self._data_free: dict[int, Basis] = {}
