@@ -166,8 +166,8 @@ class ShardedPlacement(Placement):
         model, total = base.model, device_bytes(base.model)
         if base.quantization or any(not p.is_floating_point() or p.itemsize == 1 for p in model.parameters()):
             raise UserError(
-                f"{base.name!r} has quantised weights, which model.placement = 'sharded' cannot divide. Use a checkpoint "
-                "in bfloat16 or float32."
+                f"{base.name!r} has quantised weights, which model.placement = 'sharded' cannot divide. Use a "
+                "checkpoint in bfloat16 or float32."
             )
         self._facts["the base model"] = base.fingerprint
         working = shard(model, base.head, self.mesh, self.device)
@@ -218,7 +218,7 @@ def _end_turn(fault: UserError | None) -> None:
 
 
 class ShardedChannel(InProcessChannel):
-    """An `InProcessChannel` on every rank. All train the same clients, and go on with the tensors of rank 0."""
+    """An `InProcessChannel` on every rank. All train the same clients, and continue with rank 0's tensors."""
 
     def train_group(self, group: Group) -> list[ClientTraining]:
         trained = super().train_group(group)

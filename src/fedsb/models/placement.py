@@ -1,4 +1,4 @@
-"""Where the weights of a base model are: on one device, or in parts on several (channels/sharded.py)."""
+"""The placement of a base model's weights: on one device, or in parts on several (channels/sharded.py)."""
 
 from __future__ import annotations
 

@@ -32,7 +32,11 @@ def is_worth_caching(adapted: AdaptedModel) -> bool:
     A sharded model is not cached: its ranks compute together, and one of them may not have the file.
     """
     sharded = any(is_sharded(parameter) for parameter in adapted.model.parameters())
-    return not sharded and bool(adapted.fingerprint) and sum(math.prod(shape) for shape in adapted.shapes.values()) >= SMALL
+    return (
+        not sharded
+        and bool(adapted.fingerprint)
+        and sum(math.prod(shape) for shape in adapted.shapes.values()) >= SMALL
+    )
 
 
 def cached_pairs(key: str, build: Callable[[], dict[str, Pair]]) -> dict[str, Pair]:
