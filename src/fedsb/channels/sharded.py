@@ -11,6 +11,7 @@ Rank 0 writes the run directory and shows the run. The others write theirs to a 
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import tempfile
@@ -25,6 +26,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
 from fedsb.channels.in_process import Group, InProcessChannel, open_in_process
 from fedsb.channels.process_group import (
@@ -80,6 +82,7 @@ def launched_sharded(model: ModelConfig, replica: Replica, resumed: Path | None)
         started: list[bool] = []
         with told_the_end(started):
             yield partial(_start, resumed, started)
+    gc.collect()  # a sharded model that is freed after its process group can abort the process (torch 2.13, gloo)
     dist.destroy_process_group()
 
 
@@ -144,7 +147,7 @@ class ShardedPlacement(Placement):
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
+        self.mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         self._facts = {"the device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type}
 
     @contextmanager
