@@ -107,6 +107,8 @@ def estimate(loaded: ResolvedConfig, also: Sequence[Method] = (), gpu: float | N
         check_tokens(base.model, here.tokenizer, (ids(example, "input_ids") for example in rows))
     if missing := missing_package(config.model.quantize):
         unknown.append(missing)
+    if config.model.placement == "sharded":
+        unknown.append("the memory of one process: the estimate is for one device with the whole base, see docs/gpu.md")
     weights = weight_bytes(base.model, config.model.quantize, base.head)
     linear = sum(math.prod(linear_shape(module)) for module in base.model.modules() if is_linear(module))
     targets = find_targets(base.model, config.model.target_modules, base.head)
