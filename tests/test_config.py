@@ -329,7 +329,7 @@ def test_what_has_no_effect_with_other_settings(raw: dict[str, Any], key: str, w
 ALWAYS_USED = {  # settings that have an effect, or are refused, whatever the others are
     "": "name seed rounds out keep_checkpoints model task data clients method train server privacy engine eval compare",
     "model": "name dtype quantize device target_modules max_seq_length activation_checkpointing attn_implementation "
-    "float32_matmul_precision",
+    "float32_matmul_precision placement",
     "task": "kind",
     "data": "train train_rows exclude classes validation_fraction",
     "clients": "partition min_rows holdout_fraction holdout_clients total_ranks memory_mib",
