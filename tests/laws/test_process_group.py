@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from conftest import adapter_bytes, set_all, write_toml
-from fedsb.channels import process_group
+from fedsb.channels import launch
 from fedsb.config.load import load_config
 from fedsb.privacy.ledger import read_ledger
 from fedsb.reporting.run_directory import read_rows
@@ -139,10 +139,10 @@ def test_ranks_with_other_rows_are_refused(tiny_config: dict[str, Any], monkeypa
     def gather(every: list[Any], own: dict[str, str]) -> None:
         every[:] = [own, {**own, "the train rows": "others"}]
 
-    monkeypatch.setattr(process_group.dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(process_group.dist, "all_gather_object", gather)
+    monkeypatch.setattr(launch.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(launch.dist, "all_gather_object", gather)
     with pytest.raises(UserError, match=r"Rank 1 differs from rank 0 in the train rows \(others.*same files"):
-        process_group.refuse_differences(opened)
+        launch.refuse_differences(opened)
 
 
 def test_a_run_that_exists_is_refused_and_no_process_hangs(tiny_config: dict[str, Any], tmp_path: Path) -> None:

@@ -18,8 +18,9 @@ from fedsb.config.resolved import ResolvedSetting
 from fedsb.config.schema import Config
 from fedsb.data.clients import ClientData, open_data
 from fedsb.methods.base import Method, State
+from fedsb.models.devices import memory_of_all
 from fedsb.models.load import choose_dtype
-from fedsb.models.placement import memory_of_all
+from fedsb.models.placement import Placement, device_bytes
 from fedsb.models.tokenizer import load_tokenizer
 from fedsb.privacy.policy import PrivacyPolicy, refuse_what_would_leak
 from fedsb.protocol.channel import ChannelSpec, NoResponse
@@ -167,7 +168,11 @@ class InProcessChannel:
 
 
 def open_in_process(
-    config: Config, method: Method, run: str, channel_type: type[InProcessChannel] = InProcessChannel
+    config: Config,
+    method: Method,
+    run: str,
+    channel_type: type[InProcessChannel] = InProcessChannel,
+    placement: Placement | None = None,
 ) -> OpenedFederation:
     """Opens the clients, data and base model of a configuration in this process.
 
@@ -186,7 +191,7 @@ def open_in_process(
     pooled = method.spec.pools_data
     # With all data in one place, one client does the work of all that take part.
     local = local_training(config, clients=len(data.participants) if pooled else 1)
-    trainer = Trainer(config, method, tokenizer, data.task, local)
+    trainer = Trainer(config, method, tokenizer, data.task, local, placement=placement)
     trainer.check_rows(data.test)
     for site in data.clients:
         trainer.check_rows([*site.train, *site.held_out])
@@ -231,7 +236,7 @@ def _clients_per_forward(
         trainer.base.model,
         trainer.shapes,
         trainer.block_shapes,
-        base=sum(x.nbytes for x in trainer.base.model.parameters()),
+        base=device_bytes(trainer.base.model) + trainer.base.gathered_bytes,
         head=sum(x.numel() for x in trainer.head.values()),
         dtype=choose_dtype(config.model.dtype, trainer.adapted.device)[0],
     )

@@ -14,22 +14,28 @@ tensors are small, and what clients share is sent again only if it has changed.
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
-from datetime import timedelta
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load, save
-from torch import Tensor
+from safetensors.torch import load
 
 from fedsb.channels.in_process import Group, InProcessChannel, open_in_process
+from fedsb.channels.launch import (
+    RankTeam,
+    join_launch,
+    leave_launch,
+    pack_tensors,
+    receive,
+    refuse_differences,
+    scatter,
+    told_the_end,
+)
 from fedsb.config.load import load_config
 from fedsb.config.resolved import ResolvedSetting
 from fedsb.config.schema import Config
@@ -37,14 +43,10 @@ from fedsb.data.tasks.base import Example
 from fedsb.methods.base import Method
 from fedsb.privacy.policy import PrivacyPolicy
 from fedsb.protocol.requirements import privacy_policy_of
-from fedsb.protocol.tensors import storable
 from fedsb.server.opened import OpenedFederation, OpenFederation
 from fedsb.training.joint import ClientTraining
-from fedsb.utils.environment import versions
 from fedsb.utils.errors import RunError, UserError
 from fedsb.utils.tensors import Tensors, same_tensors
-
-WAIT = timedelta(days=7)  # for the others: a round may take long, and torchrun ends all ranks if one dies
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,37 +80,6 @@ class Parcel:
 Result = tuple[bytes, bytes, tuple[float, ...]]  # own tensors, moments and losses of a trained client
 
 
-class RankTeam:
-    """The ranks that train one group of clients. Member i of n computes the micro-batches i, i + n, ..."""
-
-    def __init__(self, groups: int) -> None:
-        """Makes this rank's team where each of `groups` groups has one. All ranks do so, in the same order."""
-        self.groups = groups
-        self.place, self.own = divmod(dist.get_rank(), groups)
-        self.size = len(_process_groups(groups)[self.own][0])
-
-    def computes(self, turn: int) -> bool:
-        return turn % self.size == self.place
-
-    def add(self, own: Mapping[int, Tensor], turns: int, shape: tuple[int, ...]) -> Tensor:
-        mine = torch.zeros(-(-turns // self.size), *shape)
-        for turn, part in own.items():
-            mine[turn // self.size].copy_(part)
-        every = [torch.empty_like(mine) for _ in range(self.size)]
-        dist.all_gather(every, mine, group=_process_groups(self.groups)[self.own][1])
-        total = every[0][0]
-        for turn in range(1, turns):
-            total = total + every[turn % self.size][turn // self.size]
-        return total
-
-
-@cache
-def _process_groups(groups: int) -> list[tuple[Sequence[int], Any]]:
-    """Returns (ranks, process group) of each team. The cache is emptied before torch ends the process groups."""
-    members = [range(group, dist.get_world_size(), groups) for group in range(groups)]
-    return [(each, dist.new_group(list(each), timeout=WAIT)) for each in members]
-
-
 @contextmanager
 def launched() -> Iterator[OpenFederation | None]:
     """Yields how rank 0 opens its federation. On another rank the work is done inside, and None is yielded.
@@ -118,27 +89,14 @@ def launched() -> Iterator[OpenFederation | None]:
     """
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    try:
-        dist.init_process_group("gloo", timeout=WAIT)
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise UserError(
-            f"The processes of this launch cannot reach each other: {str(error).splitlines()[0]}. Start them with "
-            "torchrun: --nproc-per-node, and for several machines --nnodes and --rdzv-endpoint."
-        ) from error
+    join_launch("gloo")
     if dist.get_rank():
         work()
         yield None
     else:
-        try:
+        with told_the_end():
             yield open_process_group
-        finally:
-            if not isinstance(sys.exception(), KeyboardInterrupt):  # which torchrun sends to all ranks
-                with suppress(RuntimeError):  # they have found the same fault, and ended
-                    _scatter([None] * dist.get_world_size())
-    with suppress(RuntimeError):  # another rank has ended
-        dist.barrier()  # a rank that ends earlier takes the connections of the others down with it
-    _process_groups.cache_clear()
-    dist.destroy_process_group()
+    leave_launch()
 
 
 def open_process_group(config: Config, method: Method, run: str) -> OpenedFederation:
@@ -151,7 +109,7 @@ def open_process_group(config: Config, method: Method, run: str) -> OpenedFedera
             "model.placement = 'balanced' uses all GPUs in one process, so it cannot be launched by torchrun. Use "
             "`fedsb run`, or model.placement = 'single'."
         )
-    _scatter([config.model_dump(mode="json")] * dist.get_world_size())
+    scatter([config.model_dump(mode="json")] * dist.get_world_size())
     opened = open_in_process(config, method, run, ProcessGroupChannel)
     refuse_differences(opened)
     size, groups = dist.get_world_size(), _groups(config, opened)
@@ -176,7 +134,7 @@ def work() -> None:
 
     Raises UserError as `open_process_group` does, RunError if rank 0 has ended.
     """
-    if (settings := _receive()) is None:
+    if (settings := receive()) is None:
         return
     config = load_config(settings).config
     opened = open_in_process(config, config.method, "work")
@@ -191,7 +149,7 @@ def work() -> None:
 def _work(config: Config, opened: OpenedFederation, policy: PrivacyPolicy) -> None:
     examples = {client.name: client.train for client in opened.clients}
     shared: dict[int | None, Tensors] = {}
-    while (parcel := _receive()) is not None:
+    while (parcel := receive()) is not None:
         shared |= {rank: load(data) for rank, data in parcel.shared.items()}
         opened.trainer.join(RankTeam(parcel.teams) if parcel.teams else None)
         done: list[list[Result]] = []
@@ -201,7 +159,7 @@ def _work(config: Config, opened: OpenedFederation, policy: PrivacyPolicy) -> No
                 common = shared[job.total_rank]
                 method = config.method if job.total_rank is None else config.method.at(job.total_rank)
                 trained = opened.trainer.train(_clients(job, common, examples), method, job.round, policy)
-                done.append([(_own(c.tensors, common), _bytes(c.moments), c.losses) for c in trained])
+                done.append([(_own(c.tensors, common), pack_tensors(c.moments), c.losses) for c in trained])
         except RunError as error:  # it ends the run, and rank 0 says so
             fault = error
         is_first = not parcel.teams or dist.get_rank() < parcel.teams
@@ -245,17 +203,17 @@ class ProcessGroupChannel(InProcessChannel):
                 total_rank=group.total_rank,
                 round=group.round,
                 own=[_own(client.tensors, shared[group.total_rank]) for client in group.clients],
-                moments=[_bytes(client.moments) for client in group.clients],
+                moments=[pack_tensors(client.moments) for client in group.clients],
             )
             for group in groups
         ]
-        packed = {rank: _bytes(tensors) for rank, tensors in new.items()}
+        packed = {rank: pack_tensors(tensors) for rank, tensors in new.items()}
         teams = len(groups) if len(groups) < size and self._distributes(groups[0]) else 0
         parcels: list[Any] = [Parcel(jobs=[], shared={}, teams=teams)]
         for rank in range(1, size):
             own_jobs = [jobs[rank % teams]] if teams else jobs[rank::size]
             parcels.append(Parcel(jobs=own_jobs, shared=packed, teams=teams))
-        _scatter(parcels)
+        scatter(parcels)
         self._trainer.join(RankTeam(teams) if teams else None)
         self._sent |= new
         try:
@@ -289,39 +247,4 @@ def _trained(group: Group, results: Sequence[Result]) -> list[ClientTraining]:
 
 def _own(tensors: Tensors, shared: Tensors) -> bytes:
     """Returns the tensors that are not shared."""
-    return _bytes({key: x for key, x in tensors.items() if key not in shared})
-
-
-def _bytes(tensors: Tensors) -> bytes:
-    return save(storable(tensors))
-
-
-def _scatter(parcels: list[Any] | None) -> Any:
-    """Sends each rank its parcel, on rank 0. Returns the one that this rank received."""
-    received: list[Any] = [None]
-    dist.scatter_object_list(received, parcels)
-    return received[0]
-
-
-def _receive() -> Any:
-    """Returns what rank 0 sends next; None at the end. Raises RunError if rank 0 has ended without it."""
-    try:
-        return _scatter(None)
-    except RuntimeError as error:
-        raise RunError(f"rank 0 has ended: {str(error).splitlines()[0]}") from error
-
-
-def refuse_differences(opened: OpenedFederation) -> None:
-    """Raises UserError, on every rank, if a rank has other data, another model or other packages than rank 0."""
-    own = {f"the {name} rows": facts["fingerprint"] for name, facts in opened.data.tables.items()}
-    own |= {"the base model": opened.trainer.base.fingerprint}
-    own |= {f"the version of {name}": version for name, version in versions().items()}
-    every: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(every, own)
-    for rank, other in enumerate(every):
-        if odd := [
-            f"{what} ({other.get(what)}, on rank 0 {fact})"
-            for what, fact in every[0].items()
-            if other.get(what) != fact
-        ]:
-            raise UserError(f"Rank {rank} differs from rank 0 in {'; '.join(odd)}. Give all ranks the same files.")
+    return pack_tensors({key: x for key, x in tensors.items() if key not in shared})

@@ -15,6 +15,7 @@ import typer
 from fedsb.utils.errors import RunError
 
 if TYPE_CHECKING:
+    from fedsb.config.inputs import ModelConfig
     from fedsb.config.load import ResolvedConfig
     from fedsb.reporting.terminal import Terminal
     from fedsb.server.opened import OpenFederation
@@ -66,10 +67,10 @@ def _how_to_resume(folder: Path) -> str:
 
 
 @contextmanager
-def all_ranks() -> Iterator[OpenFederation | None]:
+def all_ranks(model: ModelConfig, resumed: Path | None = None) -> Iterator[OpenFederation | None]:
     """Yields how to open a federation: in this process, or with all processes of a torchrun launch.
 
-    Yields None where another process of the launch has the run.
+    Yields None where another process of the launch has the run. `resumed`: the run directory that is resumed.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         from fedsb.channels.in_process import open_in_process
@@ -77,8 +78,11 @@ def all_ranks() -> Iterator[OpenFederation | None]:
         yield open_in_process
         return
     from fedsb.channels.process_group import launched
+    from fedsb.channels.sharded import launched_sharded
+    from fedsb.runs.run import replicate
 
-    with launched() as open_federation:
+    sharded = model.placement == "sharded"
+    with launched_sharded(model, replicate, resumed) if sharded else launched() as open_federation:
         yield open_federation
 
 

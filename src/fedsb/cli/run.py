@@ -77,7 +77,7 @@ def run(
         common.print_result(run_local_federation(loaded), as_json)
         return
     folder = Path(loaded.config.out) / loaded.config.name
-    with common.all_ranks() as open_federation:
+    with common.all_ranks(loaded.config.model) as open_federation:
         if open_federation is None:
             return
         with common.shown_run(folder, as_json, verbose=verbose) as display:
@@ -97,7 +97,7 @@ def resume(
     """Resume a run after its last completed round."""
     from fedsb.config.load import load_config
     from fedsb.models.hub import stay_offline_without_network
-    from fedsb.reporting.run_directory import read_manifest
+    from fedsb.reporting.run_directory import read_manifest, refuse_old_format
     from fedsb.runs.run import resume as resume_run
 
     stay_offline_without_network()
@@ -106,7 +106,10 @@ def resume(
         changed = common.load(config, overrides)
     elif overrides:
         changed = load_config(read_manifest(folder)["config"], overrides)
-    with common.all_ranks() as open_federation:
+    manifest = read_manifest(folder)
+    refuse_old_format(folder, manifest)
+    model = load_config(manifest["config"]).config.model
+    with common.all_ranks(model, folder) as open_federation:
         if open_federation is None:
             return
         with common.shown_run(folder, as_json, verbose=verbose) as display:

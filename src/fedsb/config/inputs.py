@@ -58,8 +58,8 @@ class ModelConfig(Section):
     """Quantisation of the blocks' linear layers, by bitsandbytes."""
     device: str = "auto"
     """Device of the model: 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'."""
-    placement: Literal["single", "balanced"] = "single"
-    """Where the model's weights are: on one device, or 'balanced' over all GPUs of this process."""
+    placement: Literal["single", "balanced", "sharded"] = "single"
+    """Placement of the weights: one device, all GPUs of this process, or the processes of torchrun, see docs/gpu.md."""
     compile: Annotated[
         bool, UsedIf(lambda config: config.privacy.unit != "example", "steps that protect single rows are not compiled")
     ] = False

@@ -22,6 +22,7 @@ from fedsb.deployment.federation import create_federation
 from fedsb.deployment.join_file import PUBLIC_KEYS_SUFFIX, make_keys
 from fedsb.deployment.run import serve
 from fedsb.models.tokenizer import load_tokenizer
+from fedsb.protocol.requirements import refuse_what_facts_forbid
 from fedsb.utils.errors import UserError
 from fedsb.utils.files import json_lines, write_atomic
 
@@ -36,6 +37,8 @@ def run_local_federation(loaded: ResolvedConfig) -> Path:
     """
     config = loaded.config
     folder = Path(config.out) / f"{config.name}-federation"
+    served = config.model_copy(update={"engine": config.engine.model_copy(update={"name": "flower"})})
+    refuse_what_facts_forbid(served, config.method)
     if folder.exists():
         raise UserError(f"{folder} already exists. Delete it, or give the run a different name (--set name=other).")
     rows, test = rows_by_client(config, load_tokenizer(config.model))

@@ -167,8 +167,13 @@ def linear_shape(base: nn.Module) -> tuple[int, int]:
 
 
 def base_weight(base: nn.Module) -> Tensor:
-    """Returns W0 (m, n), detached. A quantised layer is dequantised to a new float32 matrix."""
+    """Returns W0 (m, n), detached. A quantised layer is dequantised to a new float32 matrix.
+
+    The weight of a sharded layer is gathered, by all processes together.
+    """
     weight = base.weight
+    if isinstance(sharded := weight, Tensor) and hasattr(sharded, "full_tensor"):
+        weight = sharded.full_tensor()
     assert isinstance(weight, Tensor)
     kind = type(weight).__name__
     if kind in ("Params4bit", "Int8Params"):

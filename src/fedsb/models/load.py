@@ -15,11 +15,11 @@ from torch import nn
 from fedsb.config.inputs import ModelConfig
 from fedsb.config.resolved import ResolvedSetting
 from fedsb.models.activations import checkpoint_activations
+from fedsb.models.devices import device_map
 from fedsb.models.heads import find_fresh, find_head
 from fedsb.models.hub import config_for_shapes, hub_errors, quiet, read_config
 from fedsb.models.layers import is_inside
 from fedsb.models.names import resolve_name, shared_name
-from fedsb.models.placement import device_map
 from fedsb.models.quantise import choice as quantize_choice
 from fedsb.models.quantise import count_values, loading_options, quantised_itself, quantization_keys, settle
 from fedsb.utils.errors import UserError
@@ -54,6 +54,7 @@ class BaseModel:
     quantization: Mapping[str, Any]  # keys of BitsAndBytesConfig; empty: not quantised
     fingerprint: str  # of the weights; empty on the meta device
     choices: tuple[ResolvedSetting, ...]
+    gathered_bytes: int = 0  # of a sharded model: the weights of other processes that a forward needs at once
 
 
 @dataclass(kw_only=True)
@@ -177,7 +178,7 @@ def _load(
     if device is None:
         return _Loaded(model=model, quantization=keys)
     places = device_map(config, device)
-    placed = bool(keys) or quantised_itself(settings) or config.placement != "single"
+    placed = bool(keys) or quantised_itself(settings) or config.placement == "balanced"
     model, info = auto.from_pretrained(
         name,
         revision=config.revision,

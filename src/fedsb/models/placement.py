@@ -1,39 +1,49 @@
-"""The devices of a base model's weights: one, or all GPUs that this process sees, block by block.
-
-With "balanced" the blocks follow each other from GPU to GPU, one of which computes at a time: a model that does not fit
-one GPU can be trained, no faster than on one that it fits. The trained tensors stay on the first, and each layer takes
-a copy of its own.
-"""
+"""The placement of a base model's weights: on one device, or in parts on several (channels/sharded.py)."""
 
 from __future__ import annotations
 
-import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-import torch
+from torch import nn
 
 from fedsb.config.inputs import ModelConfig
-from fedsb.utils.environment import memory_of
+from fedsb.models.load import BaseModel
 from fedsb.utils.errors import UserError
 
 
-def device_map(config: ModelConfig, device: torch.device) -> Any:
-    """Returns the `device_map` of transformers. Raises UserError where a model cannot be placed so."""
-    if config.placement == "single":
-        return {"": device}
-    count = torch.cuda.device_count() if device.type == "cuda" else 0
-    if count < 2 or device.index is not None:
-        raise UserError(
-            f"model.placement = 'balanced' needs two or more GPUs, and this process uses {count or 'none'} (device "
-            f"{device}). Use model.placement = 'single', and for a smaller model model.quantize = '4bit'."
-        )
-    if importlib.util.find_spec("accelerate") is None:
-        raise UserError("model.placement = 'balanced' needs accelerate, which is missing: pip install 'fedsb[quant]'.")
-    return "balanced"
+class Placement:
+    """Leaves a base model on the device on which it was loaded."""
+
+    @contextmanager
+    def loading(self, config: ModelConfig) -> Iterator[ModelConfig]:
+        """Yields the settings with which this process loads its base model; `place` is called before the end.
+
+        Raises UserError if the settings ask for a different placement.
+        """
+        if config.placement == "sharded":
+            raise UserError(
+                "model.placement = 'sharded' divides the base model among the processes of a torchrun launch, and this "
+                "command has one process. Start the run with `torchrun --nproc-per-node N -m fedsb run my.toml`, or "
+                "set model.placement = 'single'."
+            )
+        yield config
+
+    def place(self, base: BaseModel) -> BaseModel:
+        """Returns the base model with its weights where they stay."""
+        return base
 
 
-def memory_of_all(config: ModelConfig, device: torch.device) -> int | None:
-    """Returns the bytes of memory of the devices that a model is placed on; None if it is not known."""
-    if config.placement == "single":
-        return memory_of(device)
-    return sum(memory_of(torch.device("cuda", i)) or 0 for i in range(torch.cuda.device_count()))
+def device_bytes(model: nn.Module) -> int:
+    """Returns the bytes of the parameters that are in this process: of a sharded model, those of its own part."""
+    found = 0
+    for parameter in model.parameters():
+        own: Any = parameter
+        found += (own.to_local() if is_sharded(own) else own).nbytes
+    return found
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Returns whether other processes have parts of the tensor (a DTensor)."""
+    return hasattr(tensor, "full_tensor")

@@ -39,6 +39,8 @@ def refuse_what_facts_forbid(config: Config, method: Method) -> None:
         )
     if config.server.secure_aggregation:
         faults += _no_secure_sum(config, method)
+    if config.model.placement == "sharded":
+        faults += _not_sharded(config)
     asked = [key for key in ("total_ranks", "memory_mib") if getattr(config.clients, key) is not None]
     if asked and not facts.mixed_ranks:
         faults.append(f"clients.{asked[0]}: all clients of {facts.id} have one rank (its fact mixed_ranks is false)")
@@ -97,6 +99,20 @@ def refuse_what_needs_weights(config: Config, method: Method) -> None:
         )
     if faults:
         raise UserError("server.load_base_model = false: " + "; ".join(faults))
+
+
+def _not_sharded(config: Config) -> list[str]:
+    said = "model.placement = 'sharded' is not supported with"
+    faults = []
+    if config.engine.name != "in_process":
+        faults.append(f"{said} engine.name = {config.engine.name!r}: it divides the model among processes of torchrun")
+    if config.privacy.on:
+        faults.append(f"{said} privacy: every process would draw rows and noise of its own. Use 'single'.")
+    if config.model.quantize != "none":
+        faults.append(f"{said} model.quantize = {config.model.quantize!r}. Use one of them.")
+    if config.model.compile:
+        faults.append(f"{said} model.compile = true. Use one of them.")
+    return faults
 
 
 def _no_secure_sum(config: Config, method: Method) -> list[str]:

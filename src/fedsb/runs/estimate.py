@@ -109,6 +109,8 @@ def estimate(loaded: ResolvedConfig, also: Sequence[Method] = (), gpu: float | N
         check_tokens(base.model, here.tokenizer, (ids(example, "input_ids") for example in rows))
     if missing := missing_package(config.model.quantize):
         unknown.append(missing)
+    if config.model.placement == "sharded":
+        unknown.append("the memory of one process: the estimate is for one device with the whole base, see docs/gpu.md")
     weights = weight_bytes(base.model, config.model.quantize, base.head)
     linear = sum(math.prod(linear_shape(module)) for module in base.model.modules() if is_linear(module))
     targets = find_targets(base.model, config.model.target_modules, base.head)
@@ -220,6 +222,8 @@ def _no_preflight(config: Config, here: Availability, weights: int, device: torc
     name = resolve_name(config.model.name)[0]
     if missing := missing_package(config.model.quantize):
         return missing
+    if config.model.placement == "sharded":
+        return "model.placement is 'sharded', and this command is one process"
     if here.tokenizer is None or not has_weights(name, config.model.revision):
         return f"the weights of {name} are not on this machine"
     if here.data is None and here.task.auto_class != "AutoModelForCausalLM":

@@ -121,6 +121,18 @@ def resume(
         return _run(resolved, opened, record, phases, display or Silent())
 
 
+def replicate(settings: Mapping[str, Any], folder: Path, resumed: bool, open_federation: OpenFederation) -> Result:
+    """Runs what rank 0 of a sharded launch runs, in a temporary folder and without display.
+
+    `resumed`: the folder is a copy of the run directory that rank 0 resumes.
+    """
+    if resumed:
+        return resume(folder, open_federation=open_federation)
+    resolved = load_config(settings)
+    config = resolved.config.model_copy(update={"out": str(folder)})
+    return federate(replace(resolved, config=config), open_federation=open_federation)
+
+
 def _run(
     resolved: ResolvedConfig, opened: OpenedFederation, record: Record, phases: Phases, display: Display
 ) -> Result:

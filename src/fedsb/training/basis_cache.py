@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save
 
 from fedsb.adapters.adapted import AdaptedModel
 from fedsb.adapters.basis import Pair
+from fedsb.models.placement import is_sharded
 from fedsb.utils.errors import DiskError
 from fedsb.utils.files import cache_folder, write_atomic
 
@@ -26,8 +27,16 @@ SMALL = 50_000_000  # weights of the adapted layers, below which the vectors are
 
 
 def is_worth_caching(adapted: AdaptedModel) -> bool:
-    """Returns whether the model is known by a fingerprint, and too large to compute its vectors in each run."""
-    return bool(adapted.fingerprint) and sum(math.prod(shape) for shape in adapted.shapes.values()) >= SMALL
+    """Returns whether the model is known by a fingerprint, and too large to compute its vectors in each run.
+
+    A sharded model is not cached: its ranks compute together, and one of them may not have the file.
+    """
+    sharded = any(is_sharded(parameter) for parameter in adapted.model.parameters())
+    return (
+        not sharded
+        and bool(adapted.fingerprint)
+        and sum(math.prod(shape) for shape in adapted.shapes.values()) >= SMALL
+    )
 
 
 def cached_pairs(key: str, build: Callable[[], dict[str, Pair]]) -> dict[str, Pair]:

@@ -25,6 +25,7 @@ from fedsb.utils.tensors import Shapes
 
 MEMORY_SHARE = 0.8  # of a device's memory, that the estimate for clients in one forward may take
 SHARE_ROWS, SHARE_WEIGHTS = 16, 500_000_000  # of the captured share: rows, and the adapted weights above which none
+SHARDED_BUDGET = 1 << 30  # bytes for gradients of whole weights on each rank
 CPU_TOKENS, GPU_TOKENS = 4096, 16384  # that a joint forward may hold; see docs/decisions.md
 
 
@@ -54,9 +55,14 @@ def share_rows(config: Config, shapes: Shapes) -> tuple[int, str]:
 
 
 def gradient_budget(config: Config, device: torch.device, *, free: int | None = None) -> int:
-    """Returns the bytes for gradients of whole weights: as set, or half of what is `free`, by default now."""
+    """Returns the bytes for gradients of whole weights: as set, or half of what is `free`, by default now.
+
+    With a sharded model, where free memory may differ between the ranks, it is SHARDED_BUDGET.
+    """
     if config.basis.budget_mib != "auto":
         return config.basis.budget_mib << 20
+    if config.model.placement == "sharded":  # all ranks must form the same groups of layers
+        return SHARDED_BUDGET
     free = free_memory_of(device) if free is None else free
     return 1 << 30 if free is None else max(free // 2, 1 << 26)
 

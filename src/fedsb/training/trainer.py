@@ -20,6 +20,7 @@ from fedsb.models.hub import quiet, read_generation_config
 from fedsb.models.layers import block_layers, find_targets, left_out, linear_shape
 from fedsb.models.limits import check_positions, check_tokens
 from fedsb.models.load import BaseModel, load_base, matmul_precision
+from fedsb.models.placement import Placement
 from fedsb.privacy.policy import PrivacyPolicy
 from fedsb.training.base_info import base_model_info
 from fedsb.training.basis import BasisSource, build_basis
@@ -51,6 +52,7 @@ class Trainer:
         task: Task,
         local: LocalTraining | None = None,
         *,
+        placement: Placement | None = None,
         shapes_only: bool = False,
     ) -> None:
         self.config, self.method, self.tokenizer, self.task = config, method, tokenizer, task
@@ -61,26 +63,31 @@ class Trainer:
                 "model.dtype = 'float16' cannot be trained: gradients below 6e-8 become 0, and fedsb does not scale "
                 "the loss. Use bfloat16 or float32."
             )
-        self.base = load_base(
-            config.model,
-            auto_class=task.auto_class,
-            num_labels=len(task.label_names),
-            pad_token=pad_token(tokenizer),
-            shapes_only=shapes_only,
-        )
-        if shapes_only:
-            _refuse_shipped_config(self.base, task)
-            with quiet():
-                read_generation_config(self.base.model, self.base.name, config.model.revision)
-        positions = check_positions(self.base.model, config.model)
-        targets = find_targets(self.base.model, config.model.target_modules, self.base.head)
-        blocks = block_layers(self.base.model, self.base.head) or targets
-        self.block_shapes = {name: linear_shape(self.base.model.get_submodule(name)) for name in blocks}
-        without = left_out(self.base.model, self.base.head)
+        placement = placement or Placement()
+        with placement.loading(config.model) as model_config:
+            base = load_base(
+                model_config,
+                auto_class=task.auto_class,
+                num_labels=len(task.label_names),
+                pad_token=pad_token(tokenizer),
+                shapes_only=shapes_only,
+            )
+            if shapes_only:
+                _refuse_shipped_config(base, task)
+                with quiet():
+                    read_generation_config(base.model, base.name, config.model.revision)
+            positions = check_positions(base.model, config.model)
+            targets = find_targets(base.model, config.model.target_modules, base.head)
+            blocks = block_layers(base.model, base.head) or targets
+            self.block_shapes = {name: linear_shape(base.model.get_submodule(name)) for name in blocks}
+            without = left_out(base.model, base.head)
+            if not shapes_only:  # reads the weights, as `find_targets` does, so it comes before they are divided
+                mergeable = merged_plan(base_model_info(base, task, {}, config.model.revision), base.model)
+            self.base = placement.place(base)
         self.adapted = self._adapt(targets)
         self.shapes = self.adapted.shapes
         self.head = head_start(self.adapted.head_tensors(), config.seed)
-        self.preflight, tried = (NO_PREFLIGHT, [_no_weights()]) if shapes_only else self._try(targets)
+        self.preflight, tried = (NO_PREFLIGHT, [_no_weights()]) if shapes_only else self._try(targets, *mergeable)
         self._joint = JointTrainer(self.adapted, task, self.local, config.seed, compiled=config.model.compile)
         self._data_free: dict[int, Basis] = {}
         self.settings: tuple[ResolvedSetting, ...] = (
@@ -152,7 +159,7 @@ class Trainer:
 
     # --- private ---
 
-    def _try(self, targets: Sequence[str]) -> tuple[Preflight, list[ResolvedSetting]]:
+    def _try(self, targets: Sequence[str], mergeable: bool, why: str) -> tuple[Preflight, list[ResolvedSetting]]:
         """Tries the model, and PEFT with a made-up adapter. Returns the findings, also as settings to show."""
         config, task = self.config, self.task
         found = preflight(
@@ -165,7 +172,6 @@ class Trainer:
         factors, head, inputs, logits = made_up_adapter(self.adapted, task, self.head)
         facts, model = self.base_model_info(), self.adapted.unwrap()
         try_with_peft(model, inputs, logits, factors, head, facts)
-        mergeable, why = merged_plan(facts, model)
         self.adapted = self._adapt(targets, one_by_one=found.unroutable is not None)
         available = "available" if mergeable else "not available"
         return found, [*found.choices, ResolvedSetting(key="export --merged", value=available, reason=why)]

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fedsb.config.inputs import ModelConfig
-from fedsb.models import placement
-from fedsb.models.placement import device_map
+from fedsb.models import devices
+from fedsb.models.devices import device_map
 from fedsb.utils.errors import UserError
 
 
@@ -25,16 +25,16 @@ def test_balanced_needs_several_gpus(count: int, device: str, monkeypatch: pytes
 def test_balanced_needs_accelerate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     config, device = ModelConfig(placement="balanced"), torch.device("cuda")
-    monkeypatch.setattr(placement.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(devices.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"fedsb\[quant\]"):
         device_map(config, device)
-    monkeypatch.setattr(placement.importlib.util, "find_spec", lambda name: "found")
+    monkeypatch.setattr(devices.importlib.util, "find_spec", lambda name: "found")
     assert device_map(config, device) == "balanced"
 
 
 def test_the_memory_is_that_of_all_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    monkeypatch.setattr(placement, "memory_of", lambda device: 10)
+    monkeypatch.setattr(devices, "memory_of", lambda device: 10)
     one, all_of_them = ModelConfig(), ModelConfig(placement="balanced")
-    assert placement.memory_of_all(one, torch.device("cuda")) == 10
-    assert placement.memory_of_all(all_of_them, torch.device("cuda")) == 30
+    assert devices.memory_of_all(one, torch.device("cuda")) == 10
+    assert devices.memory_of_all(all_of_them, torch.device("cuda")) == 30
