@@ -238,7 +238,10 @@ def truncated_svd(M: Tensor, rank: int, oversample: int = 16, iterations: int = 
     sketch = torch.from_numpy(keyed_generator(0, "sketch", m, n).standard_normal((n, width))).to(M)
     Q = torch.linalg.qr(M @ sketch)[0]
     for _ in range(iterations):
-        Q = torch.linalg.qr(M @ torch.linalg.qr(M.mT @ Q)[0])[0]
+        Z = M.mT @ Q
+        if M.dtype != torch.float64:  # which keeps the directions apart through two products
+            Z = torch.linalg.qr(Z)[0]
+        Q = torch.linalg.qr(M @ Z)[0]
     U, S, V = svd(Q.mT @ M)
     U = Q @ U
     signs = torch.from_numpy(_signs(U.cpu().numpy(), axis=0)).to(U)

@@ -28,7 +28,8 @@ from fedsb.utils.tensors import Shapes
 PROCESS = 650 << 20  # bytes of a CPU process with torch and transformers, before any model
 READ = 1.0e9  # bytes a second, from disk to memory
 WRITE = 2.0e8
-OVERHEAD = 1.5  # of a step relative to its matrix products, measured with MiniLM on two cores
+START = 2.5  # seconds: the tokenizer, the data, the layers of the model
+OVERHEAD = 1.4  # of a step relative to its matrix products, measured on two cores (benchmarks/scale)
 SVD = 30  # operations of an exact SVD over m n min(m, n), at the speed of a product: it is less parallel
 DRAW = 5e-8  # seconds a value of a random basis, with its QR
 GPU_BYTES = 1 << 30  # GB, as in "an 80 GB card"
@@ -133,7 +134,7 @@ def phase_costs(
     per_token = training.activations / max(1, rows * window)
     passes = max(1, math.ceil(4 * adapted / budget))
     seconds = {
-        "load": sizes.base / READ + (1 if on_cpu else 0) * sizes.base / READ + 2 * forward * 5 * window,
+        "load": START + (2 if on_cpu else 1) * sizes.base / READ + 2 * forward * 5 * window,
         "basis": _basis_seconds(config, method, sizes.shapes, machine)
         + (2 * forward * passes * work.basis if work else 0),
         "captured share": (2 * forward + 2 * adapted / machine.speed(torch.float32)) * passes * work.share
@@ -193,4 +194,4 @@ def _svd_operations(m: int, n: int, r: int, *, exact: bool) -> int:
     width = r + max(16, r // 2)
     if exact or width * 4 >= min(m, n):
         return SVD * m * n * min(m, n)
-    return 20 * m * n * width + 20 * (m + n) * width**2
+    return 26 * m * n * width + 20 * (m + n) * width**2
