@@ -21,6 +21,7 @@ from fedsb.config.schema import Config
 from fedsb.methods.base import Method
 from fedsb.training.basis import outer_rank
 from fedsb.training.memory import Memory, ModelSizes
+from fedsb.training.resolved import gradient_budget
 from fedsb.training.scoring import LOGIT_VALUES
 from fedsb.utils.environment import memory_of
 from fedsb.utils.tensors import Shapes
@@ -28,6 +29,7 @@ from fedsb.utils.tensors import Shapes
 PROCESS = 650 << 20  # bytes of a CPU process with torch and transformers, before any model
 READ = 1.0e9  # bytes a second, from disk to memory
 WRITE = 2.0e8
+LAYER = 3e-3  # seconds that a layer takes however small it is
 START = 2.5  # seconds: the tokenizer, the data, the layers of the model
 OVERHEAD = 1.4  # of a step relative to its matrix products, measured on two cores (benchmarks/scale)
 SVD = 30  # operations of an exact SVD over m n min(m, n), at the speed of a product: it is less parallel
@@ -111,17 +113,17 @@ def phase_costs(
     sizes: ModelSizes,
     machine: Machine,
     training: Memory,
+    alone: Memory,
     linear: int,
     work: Work | None,
-    budget: int,
 ) -> dict[str, Cost]:
     """Returns the cost of each phase.
 
     Args:
         training: the memory of a round.
+        alone: the same for one client in a forward.
         linear: weights of all linear layers of the model.
         work: None: the rows are not known.
-        budget: bytes for gradients of whole weights.
     """
     dtype, on_cpu = sizes.dtype, machine.device.type == "cpu"
     speed = machine.speed(dtype)
@@ -131,7 +133,9 @@ def phase_costs(
     own = PROCESS if on_cpu else 0
     host = 4 * values if on_cpu else 0  # A and B in float32, which a GPU does not hold
     rows = config.train.batch_size
-    per_token = training.activations / max(1, rows * window)
+    per_token = alone.activations / max(1, rows * window)
+    free = None if machine.memory is None else machine.memory - sizes.base
+    budget = gradient_budget(config, machine.device, free=free)
     passes = max(1, math.ceil(4 * adapted / budget))
     seconds = {
         "load": START + (2 if on_cpu else 1) * sizes.base / READ + 2 * forward * 5 * window,
@@ -142,7 +146,7 @@ def phase_costs(
         else 0.0,
         "scores": forward * work.scored if work else 0.0,
         "rounds": 2 * forward * work.trained if work else 0.0,
-        "export": 4 * values / WRITE + 2 * forward * 4 * window,
+        "export": LAYER * len(sizes.shapes) + 4 * values / WRITE + 2 * forward * 4 * window,
     }
     scored = config.eval.batch_size * window
     logits = min(LOGIT_VALUES, scored * sizes.vocabulary) * (dtype.itemsize + 8)
@@ -186,7 +190,9 @@ def _basis_seconds(config: Config, method: Method, shapes: Shapes, machine: Mach
         r = ranks[shape] if around else method.total_rank
         drawn += r * sum(shape)
         work += _svd_operations(*shape, r, exact=kind == "weights" and min(shape) <= EXACT_SIZE)
-    return DRAW * drawn if kind == "random" else work / machine.speed(torch.float64)
+    if kind == "random":
+        return DRAW * drawn
+    return 2 * LAYER * len(shapes) + work / machine.speed(torch.float64)
 
 
 def _svd_operations(m: int, n: int, r: int, *, exact: bool) -> int:

@@ -54,7 +54,6 @@ from fedsb.training.resolved import (
     auto_clients_per_forward,
     batch_warnings,
     end_choices,
-    gradient_budget,
     local_training,
     public_rows,
     share_rows,
@@ -164,8 +163,7 @@ def estimate(loaded: ResolvedConfig, also: Sequence[Method] = (), gpu: float | N
     sizes = ModelSizes.of(config, base.model, adapted.shapes, blocks, base=weights, head=head, dtype=dtype)
     memory_of_clients = memory_by_clients(config, method, sizes, cohort, batch)
     memory, training = _memory(config, memory_of_clients, cohort, batch, machine)
-    budget = gradient_budget(config, machine.device, free=None if machine.memory is None else machine.memory - weights)
-    costs = phase_costs(config, method, sizes, machine, training, linear, work, budget)
+    costs = phase_costs(config, method, sizes, machine, training, memory_of_clients(1), linear, work)
     if machine.memory is not None and max(cost.memory_bytes for cost in costs.values()) > machine.memory:
         warnings.append(_too_large(config, method, base, sizes, cohort, batch, costs, machine.memory))
     if why := _no_preflight(config, here, weights, choose_device(config.model.device)[0]):
