@@ -461,6 +461,7 @@ def test_a_run_is_priced_for_a_gpu_that_is_not_here(
     large, small = (estimate(load_config(config), gpu=gigabytes) for gigabytes in (80, 8))
     settings = {choice["key"]: choice for choice in large["settings"]}
     assert (settings["model.dtype"]["value"], settings["model.dtype"]["reason"]) == ("bfloat16", "--gpu 80")
+    assert (settings["model.device"]["value"], settings["model.device"]["reason"]) == ("cuda", "--gpu 80")
     assert large["warnings"] == []
     assert PARAMETERS[LLAMA] * 2 < large["memory_bytes"] < 80 << 30
     assert large["phases"].keys() == {"load", "basis", "captured share", "scores", "rounds", "export"}
@@ -472,6 +473,8 @@ def test_a_run_is_priced_for_a_gpu_that_is_not_here(
     assert said.code == 0 and "assumed for such a GPU" in " ".join(said.out.split())
     assert "captured share" in said.out
     assert cli("check", toml).code == 1
+    spread = cli("check", toml, "--gpu", "80", "--set", "model.placement=balanced")
+    assert spread.code == 0 and "model.placement is 'balanced'" in " ".join(spread.out.split())
 
 
 def test_the_memory_of_this_machine() -> None:

@@ -273,12 +273,18 @@ def test_a_single_site_with_another_basis_is_compared_with_the_others(
     assert [row["client"] for row in sent] == ["site 1"]
 
 
+def rounding(model: Path, folder: Path, change: float) -> Federation:
+    """Returns sites of which two differ from the third, and from each other, by this relative change of their basis."""
+    sites = sites_with(model, folder)
+    deriving(sites, "site 0", change)
+    deriving(sites, "site 1", 2 * change)
+    return sites
+
+
 def test_sites_that_differ_by_rounding_agree(
     tiny_config: dict[str, Any], tiny_bert: Path, no_weights: Path, tmp_path: Path
 ) -> None:
-    sites = sites_with(tiny_bert, tmp_path / "sites")
-    for name, change in {"site 0": 1e-7, "site 1": 2e-7}.items():
-        deriving(sites, name, change)
+    sites = rounding(tiny_bert, tmp_path / "sites", 1e-7)
     config = load_config(settings(tiny_config, no_weights, WEIGHTS))
     assert federate(config, open_federation=sites.open_federation).folder.is_dir()
 
@@ -286,9 +292,7 @@ def test_sites_that_differ_by_rounding_agree(
 def test_a_basis_without_a_majority_ends_the_run(
     tiny_config: dict[str, Any], tiny_bert: Path, no_weights: Path, tmp_path: Path
 ) -> None:
-    sites = sites_with(tiny_bert, tmp_path / "sites")
-    for name, change in {"site 0": 1e-4, "site 1": 2e-4}.items():
-        deriving(sites, name, change)
+    sites = rounding(tiny_bert, tmp_path / "sites", 1e-4)
     with pytest.raises(RunError, match=r"derived a different basis from that of site \d, and without the base model"):
         federate(load_config(settings(tiny_config, no_weights, WEIGHTS)), open_federation=sites.open_federation)
 

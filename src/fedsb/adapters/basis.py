@@ -225,14 +225,20 @@ def svd(M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return U * signs, S, Vh.mT * signs
 
 
-def truncated_svd(M: Tensor, rank: int, oversample: int = 16, iterations: int = 4) -> tuple[Tensor, Tensor, Tensor]:
+def sketch_width(m: int, n: int, rank: int) -> int | None:
+    """Returns the width of the sketch of `truncated_svd`; None if an exact SVD of m x n is cheaper."""
+    width = rank + max(16, rank // 2)
+    return width if width * 4 < min(m, n) else None
+
+
+def truncated_svd(M: Tensor, rank: int, iterations: int = 4) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the leading `rank` singular triplets, by randomised subspace iteration if that is cheaper.
 
     Halko, Martinsson, Tropp, "Finding Structure with Randomness", SIAM Review 2011, algorithm 4.4.
     """
     m, n = M.shape
-    width = rank + max(oversample, rank // 2)
-    if width * 4 >= min(m, n):
+    width = sketch_width(m, n, rank)
+    if width is None:
         U, S, V = svd(M)
         return U[:, :rank], S[:rank], V[:, :rank]
     sketch = torch.from_numpy(keyed_generator(0, "sketch", m, n).standard_normal((n, width))).to(M)

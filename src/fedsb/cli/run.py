@@ -101,12 +101,10 @@ def resume(
     from fedsb.runs.run import resume as resume_run
 
     stay_offline_without_network()
-    changed = None
-    if config is not None:
-        changed = common.load(config, overrides)
-    elif overrides:
-        changed = load_config(read_manifest(folder)["config"], overrides)
+    changed = None if config is None else common.load(config, overrides)
     manifest = read_manifest(folder)
+    if config is None and overrides:
+        changed = load_config(manifest["config"], overrides)
     refuse_old_format(folder, manifest)
     model = load_config(manifest["config"]).config.model
     with common.all_ranks(model, folder) as open_federation:

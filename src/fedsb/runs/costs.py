@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fedsb.adapters.basis import EXACT_SIZE
+from fedsb.adapters.basis import EXACT_SIZE, sketch_width
 from fedsb.config.schema import Config
 from fedsb.methods.base import Method
 from fedsb.training.basis import outer_rank
@@ -184,10 +184,9 @@ def _basis_seconds(config: Config, method: Method, shapes: Shapes, machine: Mach
         return 0.0
     around = config.basis.kind == "core"
     kind = config.basis.outer if around else config.basis.kind
-    ranks = {shape: outer_rank(config.basis, shape, method.total_rank) for shape in shapes.values()}
     drawn, work = 0, 0
     for shape in shapes.values():
-        r = ranks[shape] if around else method.total_rank
+        r = outer_rank(config.basis, shape, method.total_rank) if around else method.total_rank
         drawn += r * sum(shape)
         work += _svd_operations(*shape, r, exact=kind == "weights" and min(shape) <= EXACT_SIZE)
     if kind == "random":
@@ -197,7 +196,7 @@ def _basis_seconds(config: Config, method: Method, shapes: Shapes, machine: Mach
 
 def _svd_operations(m: int, n: int, r: int, *, exact: bool) -> int:
     """Returns the operations of the leading r singular vectors of an m x n matrix, see `truncated_svd`."""
-    width = r + max(16, r // 2)
-    if exact or width * 4 >= min(m, n):
+    width = sketch_width(m, n, r)
+    if exact or width is None:
         return SVD * m * n * min(m, n)
     return 26 * m * n * width + 20 * (m + n) * width**2

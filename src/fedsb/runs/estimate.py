@@ -108,8 +108,8 @@ def estimate(loaded: ResolvedConfig, also: Sequence[Method] = (), gpu: float | N
         check_tokens(base.model, here.tokenizer, (ids(example, "input_ids") for example in rows))
     if missing := missing_package(config.model.quantize):
         unknown.append(missing)
-    if config.model.placement == "sharded":
-        unknown.append("the memory of one process: the estimate is for one device with the whole base, see docs/gpu.md")
+    if config.model.placement != "single":
+        unknown.append("the memory of one device: the estimate is for one with the whole base, see docs/gpu.md")
     weights = weight_bytes(base.model, config.model.quantize, base.head)
     linear = sum(math.prod(linear_shape(module)) for module in base.model.modules() if is_linear(module))
     targets = find_targets(base.model, config.model.target_modules, base.head)
@@ -143,6 +143,9 @@ def estimate(loaded: ResolvedConfig, also: Sequence[Method] = (), gpu: float | N
     traffic = method.traffic(adapted.shapes, head=head, clients=cohort)
     privacy, work = None, None
     choices = [*loaded.choices(), *base.choices, *positions, targets_choice(config, targets, without)]
+    if gpu is not None:
+        device = ResolvedSetting(key="model.device", value="cuda", reason=f"--gpu {gpu:g}")
+        choices = [device, *(choice for choice in choices if choice.key != device.key)]
     choices += end_choices(here.task)
     sites = [remote_client(name, 0) for name in names]
     local = local_training(config, clients=len(here.clients) if method.spec.pools_data else 1)
@@ -220,8 +223,8 @@ def _no_preflight(config: Config, here: Availability, weights: int, device: torc
     name = resolve_name(config.model.name)[0]
     if missing := missing_package(config.model.quantize):
         return missing
-    if config.model.placement == "sharded":
-        return "model.placement is 'sharded', and this command is one process"
+    if config.model.placement != "single":
+        return f"model.placement is {config.model.placement!r}, and this command uses one device"
     if here.tokenizer is None or not has_weights(name, config.model.revision):
         return f"the weights of {name} are not on this machine"
     if here.data is None and here.task.auto_class != "AutoModelForCausalLM":
@@ -236,7 +239,7 @@ def _on_gpu(loaded: ResolvedConfig, gigabytes: float) -> ResolvedConfig:
     model, why = loaded.config.model, f"--gpu {gigabytes:g}"
     dtype = "bfloat16" if model.dtype == "auto" else model.dtype
     config = loaded.config.model_copy(update={"model": model.model_copy(update={"dtype": dtype, "device": "auto"})})
-    origin = {**loaded.origin, "model.device": why} | ({"model.dtype": why} if model.dtype == "auto" else {})
+    origin = {**loaded.origin, "model.dtype": why} if model.dtype == "auto" else loaded.origin
     return replace(loaded, config=config, origin=origin)
 
 

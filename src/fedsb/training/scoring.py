@@ -125,10 +125,12 @@ def batches_by_length(
     weight, most = bound or (lambda _: 0, 0)
     batch, total = list[int](), 0
     for i in sorted(range(len(examples)), key=lambda i: len(ids(examples[i], "input_ids"))):
-        if batch and (len(batch) == batch_size or total + weight(examples[i]) > most):
+        own = weight(examples[i])
+        if batch and (len(batch) == batch_size or total + own > most):
             yield batch
             batch, total = [], 0
-        batch, total = [*batch, i], total + weight(examples[i])
+        batch.append(i)
+        total += own
     if batch:
         yield batch
 
