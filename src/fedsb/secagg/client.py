@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -10,115 +10,32 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from fedsb.secagg.fixed_point import Ring
 from fedsb.secagg.keys import (
-    ADVERT_BYTES,
-    SEALED_BYTES,
     Keys,
+    advert_bytes,
+    distinct,
     mask_private,
     pack_advert,
     pair_mask,
     public_key,
     read_advert,
     seal_key,
+    sealed_bytes,
     self_check,
     self_mask,
     sign_survivors,
     signed_survivors,
 )
-from fedsb.secagg.messages import MessageError, Phase, SumError, SumPlan, pack, read_list
+from fedsb.secagg.messages import KeyPlan, MessageError, Phase, Plan, SumError, SumPlan, pack, read_list
 from fedsb.secagg.primitives import SEED_BYTES, SIGNATURE_BYTES, fresh_seed, seal, split, unseal
 from fedsb.utils.errors import UserError
 
 
-class SumClient:
-    """One client in one round. Each method answers one message, once, and returns the bytes to send.
+class _Party:
+    """A client that answers messages in order, each once. A message that is refused (MessageError) changes nothing."""
 
-    A message that is refused (MessageError) changes nothing: the right one may still arrive. A method that is not due
-    raises SumError.
-    """
-
-    def __init__(self, plan: SumPlan, name: str, identity: Ed25519PrivateKey) -> None:
-        """Raises UserError if the name or the key is not in the plan's directory."""
-        if plan.sites.get(name) != identity.public_key().public_bytes_raw():
-            raise UserError(
-                f"{name!r} is not in the directory of sites with this key. The sites are: {', '.join(plan.names)}."
-            )
-        self.plan, self.name, self._identity = plan, name, identity
-        self._awaits: Phase | None = "advert"
-        self._key_seed, self._self_seed = fresh_seed(), fresh_seed()
-        self._seal_private = X25519PrivateKey.generate()
-        self._mask_private = mask_private(plan, name, self._key_seed)
-        self._keys = Keys(public_key(self._seal_private), public_key(self._mask_private))
-        self._roster = b""  # as received: seals and signatures are bound to it
-        self._peers: dict[str, Keys] = {}  # the other clients of U1
-        self._shares: dict[str, tuple[bytes, bytes]] = {}  # of each client of U2: shares of the seeds of s_v and b_v
-        self._survivors: tuple[str, ...] = ()
-
-    def advertise(self) -> bytes:
-        """Returns this client's signed public keys."""
-        self._require("advert")
-        self._awaits = "roster"
-        return pack(self.plan, "advert", self.name, pack_advert(self.plan, self.name, self._identity, self._keys))
-
-    def share_keys(self, roster: bytes) -> bytes:
-        """Returns shares of this client's seeds, sealed for each other client."""
-        adverts = self._members(roster, "roster", ADVERT_BYTES, self.plan.names)
-        keys = {name: read_advert(self.plan, name, advert) for name, advert in adverts.items()}
-        if keys.pop(self.name) != self._keys:
-            raise MessageError(f"{self.name}: the roster has different keys under this client's name")
-        every = [key for pair in (self._keys, *keys.values()) for key in pair]
-        if len(set(every)) < len(every):
-            raise MessageError(f"{self.name}: the roster has one key twice")
-        self._peers, self._roster, self._awaits = keys, roster, "inbox"
-        key_shares, self_shares = (
-            split(seed, self.plan.threshold, len(self.plan.names)) for seed in (self._key_seed, self._self_seed)
-        )
-        shares = dict(zip(self.plan.names, zip(key_shares, self_shares, strict=True), strict=True))
-        self._shares = {self.name: shares[self.name]}
-        sealed = [seal(self._seal_key(self.name, to), b"".join(shares[to]), roster) for to in keys]
-        return pack(self.plan, "sealed", self.name, self_check(self.plan, self._self_seed) + b"".join(sealed))
-
-    def masked(
-        self,
-        inbox: bytes,
-        vector: Ring,  # (size + 1,), from plan.grid.encode
-    ) -> bytes:
-        """Returns the masked vector. Raises ValueError for a vector of a different shape or type."""
-        found = self._members(inbox, "inbox", SEALED_BYTES, (self.name, *self._peers), without=self.name)
-        if vector.shape != (self.plan.size + 1,) or vector.dtype != np.uint32:
-            raise ValueError(f"{vector.dtype} of shape {vector.shape}; expected uint32 ({self.plan.size + 1},)")
-        del found[self.name]
-        opened = {name: self._open(name, sealed) for name, sealed in found.items()}
-        total = vector + self_mask(self.plan, self._self_seed)
-        for peer in opened:
-            total += pair_mask(self.plan, self._mask_private, self.name, peer, self._peers[peer].mask)
-        self._shares |= opened
-        self._awaits = "survivors"
-        return pack(self.plan, "masked", self.name, total.astype("<u4").tobytes())
-
-    def confirm(self, survivors: bytes) -> bytes:
-        """Returns this client's signature of the survivors."""
-        self._survivors = tuple(self._members(survivors, "survivors", 0, self._shares))
-        self._awaits = "confirmed"
-        signature = sign_survivors(self.plan, self.name, self._identity, self._survivors, self._roster)
-        return pack(self.plan, "confirm", self.name, signature)
-
-    @property
-    def survivors(self) -> tuple[str, ...]:
-        """U3, as this client received and signed it."""
-        return self._survivors
-
-    def unmask(self, confirmed: bytes) -> bytes:
-        """Returns one share of each client in U2, never both. U3, which t clients signed, determines which one."""
-        signatures = self._members(confirmed, "confirmed", SIGNATURE_BYTES, self._survivors)
-        for name, signature in signatures.items():
-            if not signed_survivors(self.plan, name, signature, self._survivors, self._roster):
-                raise MessageError(f"{self.name}: {name} did not sign the survivors that this client received")
-        shares = [
-            self_share if name in self._survivors else key_share
-            for name, (key_share, self_share) in sorted(self._shares.items())
-        ]
-        self._awaits, self._shares = None, {}
-        return pack(self.plan, "shares", self.name, b"".join(shares))
+    plan: Plan
+    name: str
+    _awaits: Phase | None
 
     def _require(self, phase: Phase) -> None:
         if self._awaits != phase:
@@ -140,13 +57,151 @@ class SumClient:
             raise MessageError(f"{self.name}: {phase!r} lists {len(found)} clients; the threshold is {limit}")
         return found
 
+
+class ClientKeys(_Party):
+    """One client's keys and seeds for the rounds of an agreement, and its shares of the others' seeds.
+
+    Each method answers one message, once, and returns the bytes to send. One that is not due raises SumError.
+    """
+
+    plan: KeyPlan
+
+    def __init__(self, plan: KeyPlan, name: str, identity: Ed25519PrivateKey) -> None:
+        """Raises UserError if the name or the key is not in the plan's directory."""
+        if plan.sites.get(name) != identity.public_key().public_bytes_raw():
+            raise UserError(
+                f"{name!r} is not in the directory of sites with this key. The sites are: {', '.join(plan.names)}."
+            )
+        self.plan, self.name, self.identity = plan, name, identity
+        self._awaits = "advert"
+        self._seeds = [(fresh_seed(), fresh_seed()) for _ in range(plan.rounds)]  # of s and of b, by round
+        self._seal_private = X25519PrivateKey.generate()
+        self._own = Keys(
+            public_key(self._seal_private),
+            tuple(public_key(mask_private(plan, name, seed)) for seed, _ in self._seeds),
+        )
+        self._peers: dict[str, Keys] = {}  # the other clients of U1
+        self._roster = b""  # as received: what is sealed is bound to it
+        self._shares: dict[str, bytes] = {}  # of each client of U2: of the seeds of s_v and b_v, round by round
+
+    def advertise(self) -> bytes:
+        """Returns this client's signed public keys."""
+        self._require("advert")
+        self._awaits = "roster"
+        return pack(self.plan, "advert", self.name, pack_advert(self.plan, self.name, self.identity, self._own))
+
+    def share_keys(self, roster: bytes) -> bytes:
+        """Returns shares of this client's seeds, sealed for each other client."""
+        adverts = self._members(roster, "roster", advert_bytes(self.plan), self.plan.names)
+        keys = {name: read_advert(self.plan, name, advert) for name, advert in adverts.items()}
+        if keys.pop(self.name) != self._own:
+            raise MessageError(f"{self.name}: the roster has different keys under this client's name")
+        if not distinct([self._own, *keys.values()]):
+            raise MessageError(f"{self.name}: the roster has one key twice")
+        self._peers, self._roster, self._awaits = keys, roster, "inbox"
+        n, shares = len(self.plan.names), dict.fromkeys(self.plan.names, b"")
+        for seed in (seed for pair in self._seeds for seed in pair):
+            for name, share in zip(self.plan.names, split(seed, self.plan.threshold, n), strict=True):
+                shares[name] += share
+        self._shares = {self.name: shares[self.name]}
+        sealed = [seal(self._seal_key(self.name, to), shares[to], roster) for to in keys]
+        return pack(self.plan, "sealed", self.name, b"".join(sealed))
+
+    def receive(self, inbox: bytes) -> bytes:
+        """Takes what the others sealed for this client. Returns an empty message: it holds their shares."""
+        found = self._members(inbox, "inbox", sealed_bytes(self.plan), (self.name, *self._peers), without=self.name)
+        del found[self.name]
+        self._shares |= {name: self._open(name, sealed) for name, sealed in found.items()}
+        self._awaits = None
+        return pack(self.plan, "held", self.name, b"")
+
+    # --- for one round, numbered from 0 in the agreement ---
+
+    @property
+    def members(self) -> frozenset[str]:
+        """U2, once the inbox has come: the clients whose seeds are shared."""
+        return frozenset(self._shares) if self._awaits is None else frozenset()
+
+    def mask_public(self, peer: str, place: int) -> bytes:
+        return self._peers[peer].masks[place]
+
+    def take(self, place: int) -> tuple[X25519PrivateKey, bytes, dict[str, tuple[bytes, bytes]]]:
+        """Returns this client's private s, its seed of b, and the shares of all of U2. Each round is given out once."""
+        key_seed, self_seed = self._seeds[place]
+        if not key_seed:
+            raise SumError(f"{self.name}: the keys of round {self.plan.round + place + 1} are used up.")
+        self._seeds[place] = b"", b""
+        at = 2 * SEED_BYTES * place
+        shares = {
+            name: (text[at : at + SEED_BYTES], text[at + SEED_BYTES : at + 2 * SEED_BYTES])
+            for name, text in self._shares.items()
+        }
+        return mask_private(self.plan, self.name, key_seed), self_seed, shares
+
     def _seal_key(self, sender: str, to: str) -> bytes:
         peer = to if sender == self.name else sender
         return seal_key(self.plan, self._seal_private, self._peers[peer].seal, sender, to)
 
-    def _open(self, sender: str, sealed: bytes) -> tuple[bytes, bytes]:
-        """Returns the shares of the two seeds of `sender`."""
+    def _open(self, sender: str, sealed: bytes) -> bytes:
+        """Returns the shares of the seeds of `sender`."""
         text = unseal(self._seal_key(sender, self.name), sealed, self._roster)
         if text is None:
             raise MessageError(f"{self.name}: the shares that {sender} sealed for this client cannot be decrypted")
-        return text[:SEED_BYTES], text[SEED_BYTES:]
+        return text
+
+
+class SumClient(_Party):
+    """One client in the sum of one round. Each method answers one message, once, and returns the bytes to send."""
+
+    plan: SumPlan
+
+    def __init__(self, plan: SumPlan, keys: ClientKeys) -> None:
+        """Raises SumError if a client of the sum has no keys in this agreement, or its keys are used up."""
+        self.plan, self.name, self._identity = plan, keys.name, keys.identity
+        if missing := [name for name in (self.name, *plan.names) if name not in keys.members or name not in plan.sites]:
+            raise SumError(f"{self.name}: the sum is with {', '.join(missing)}, which has no keys in this agreement")
+        self._awaits = "masked"
+        self._mask_private, self._self_seed, shares = keys.take(plan.place)
+        self._shares: Mapping[str, tuple[bytes, bytes]] = {name: shares[name] for name in plan.names}
+        self._publics = {peer: keys.mask_public(peer, plan.place) for peer in plan.names if peer != self.name}
+        self.survivors: tuple[str, ...] = ()  # U3, as this client received it
+
+    def masked(self, vector: Ring) -> bytes:  # (size + 1,), from plan.grid.encode
+        """Returns the masked vector. Raises ValueError for a vector of a different shape or type."""
+        self._require("masked")
+        if vector.shape != (self.plan.size + 1,) or vector.dtype != np.uint32:
+            raise ValueError(f"{vector.dtype} of shape {vector.shape}; expected uint32 ({self.plan.size + 1},)")
+        total = vector + self_mask(self.plan, self._self_seed)
+        for peer, public in self._publics.items():
+            total += pair_mask(self.plan, self._mask_private, self.name, peer, public)
+        self._awaits = "survivors"
+        body = self_check(self.plan, self._self_seed) + self.plan.grid.pack(total)
+        return pack(self.plan, "masked", self.name, body)
+
+    def confirm(self, survivors: bytes) -> bytes:
+        """Returns this client's signature of the survivors."""
+        self.survivors = tuple(self._members(survivors, "survivors", 0, self.plan.names))
+        self._awaits = "confirmed"
+        signature = sign_survivors(self.plan, self.name, self._identity, self.survivors)
+        return pack(self.plan, "confirm", self.name, signature)
+
+    def unmask(self, message: bytes) -> bytes:
+        """Returns one share of each client of the sum, never both; U3 determines which one.
+
+        `message` contains the signatures of t clients of U3, or U3 itself where the plan has no signatures.
+        """
+        if self.plan.signed:
+            signatures = self._members(message, "confirmed", SIGNATURE_BYTES, self.survivors)
+            for name, signature in signatures.items():
+                if not signed_survivors(self.plan, name, signature, self.survivors):
+                    raise MessageError(f"{self.name}: {name} did not sign the survivors that this client received")
+        else:
+            self.survivors = tuple(self._members(message, "survivors", 0, self.plan.names))
+        shares = [
+            self_share if name in self.survivors else key_share
+            for name, (key_share, self_share) in sorted(self._shares.items())
+        ]
+        self._awaits, self._shares = None, {}
+        return pack(self.plan, "shares", self.name, b"".join(shares))
+
+

@@ -1,17 +1,19 @@
-"""Fixed-point numbers in a ring of 32 bits, so that the sum of all clients is exact and cannot overflow.
+"""Whole numbers in a ring of up to 32 bits, so that the sum of all clients is exact and cannot overflow.
 
-    M   = floor((2^31 - 1) / n)        step = C / M
-    q_k = floor(p_k clip(x_k, -C, C) / step + u),   u ~ U[0, 1),   |q_k| <= M        sent as q_k mod 2^32
-    sum_k p_k clip(x_k)  ~=  step * (sum_k q_k mod 2^32, read as signed)             |sum_k q_k| <= n M < 2^31
+    M   = floor((2^(bits - 1) - 1) / n)        step = C / M
+    q_k = floor(p_k clip(x_k, -C, C) / step + u),   u ~ U[0, 1),   |q_k| <= M        sent as q_k mod 2^bits
+    sum_k p_k clip(x_k)  ~=  step * (sum_k q_k mod 2^bits, read as signed)           |sum_k q_k| <= n M < 2^(bits - 1)
 
 n is the number of clients that may take part, C the clip bound of each value, p_k in (0, 1] a client's weight: n_k / W
 with a public W, or 1 / n, or 1. Each client checks its own weight, and this is enough to prevent an overflow. The ring
-vector has one value more than x: C, weighted like the others. The server therefore learns sum_k p_k over the clients
+vector has one value more than x: M, weighted like the others. The server therefore learns sum_k p_k over the clients
 that stayed, and divides by it, without learning any n_k.
 
 Rounding is stochastic and therefore unbiased. For a sum over K clients, each value has an error below K step, with a
-standard deviation of at most sqrt(K) step / 2: with n = K = 8 and C = 1, 3.0e-8 and 5.3e-9, where float32 itself has an
-error of up to 3.0e-8 below 1. Limit: what a value exceeds C by is lost.
+standard deviation of at most sqrt(K) step / 2: with n = K = 8, C = 1 and 32 bits, 3.0e-8 and 5.3e-9, where float32
+itself has an error of up to 3.0e-8 below 1. Limit: what a value exceeds C by is lost.
+
+Values travel packed, `bits` bits each.
 """
 
 from __future__ import annotations
@@ -26,6 +28,9 @@ from fedsb.utils.errors import UserError
 Ring = NDArray[np.uint32]
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
+Whole = NDArray[np.int64]
+
+BITS = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,11 +39,13 @@ class FixedPoint:
 
     clients: int  # n: all that may take part, whether they stay or not
     clip: float  # C, in the unit of the values
+    bits: int = BITS  # of the ring
 
     def __post_init__(self) -> None:
-        if self.clients < 1 or self.largest < 1:
+        if not (2 <= self.bits <= BITS and self.clients >= 1 and self.largest >= 1):
             raise UserError(
-                f"A sum of {self.clients} clients is impossible. A 32-bit ring supports 1 to 2^31 - 1 clients."
+                f"A sum of {self.clients} clients is impossible in a ring of {self.bits} bits. It supports 1 to "
+                f"2^{min(self.bits, BITS) - 1} - 1 clients."
             )
         if not (np.isfinite(self.clip) and self.clip > 0 and self.step > 0):
             raise UserError(f"The clip bound {self.clip} is invalid. It must be positive and finite.")
@@ -46,7 +53,7 @@ class FixedPoint:
     @property
     def largest(self) -> int:
         """M: the largest integer that one client sends."""
-        return (2**31 - 1) // self.clients
+        return int((2 ** (self.bits - 1) - 1) // self.clients)
 
     @property
     def step(self) -> float:
@@ -65,7 +72,7 @@ class FixedPoint:
         values: NDArray[np.floating],  # (size,)
         weight: float,  # p_k
         draw: np.random.Generator,  # for rounding; it need not be secret
-        noise: NDArray[np.int64] | None = None,  # (size,), in steps, added after clipping
+        noise: Whole | None = None,  # (size,), in steps, added after clipping
     ) -> Ring:  # (size + 1,)
         """Returns the ring vector.
 
@@ -80,9 +87,42 @@ class FixedPoint:
         whole = np.clip(rounded, -self.largest, self.largest)
         if noise is not None:
             whole[:-1] += noise  # rarely exceeds M: a wrapped value is wrong, but no less private
-        return whole.astype(np.uint32)  # negative values wrap modulo 2^32
+        return self._in_ring(whole)
+
+    def encode_whole(self, values: Whole) -> Ring:  # (size,) in steps -> (size + 1,)
+        """Returns the ring vector of whole numbers, with weight 1. A sum outside the ring wraps."""
+        return self._in_ring(np.append(values, self.largest))
 
     def decode(self, total: Ring) -> tuple[Doubles, float]:
         """Returns (sum_k p_k x_k of shape (size,), sum_k p_k) from the ring's sum (size + 1,)."""
-        sums = total.view(np.int32) * np.float64(self.step)
-        return sums[:-1], float(sums[-1] / self.clip)
+        unused = BITS - self.bits  # shifted up and down again, the sign is that of the ring's highest bit
+        signed = (total << np.uint32(unused)).view(np.int32) >> np.int32(unused)
+        sums = signed * np.float64(self.step)
+        return sums[:-1], float(signed[-1] / self.largest)
+
+    # --- bytes ---
+
+    def packed_bytes(self, size: int) -> int:
+        """Returns the length of `pack` for `size` values."""
+        return -(-size * self.bits // 8)
+
+    def pack(self, numbers: Ring) -> bytes:  # (size,)
+        """Returns the lowest `bits` bits of each number, end to end."""
+        if self.bits == BITS:
+            return numbers.astype("<u4").tobytes()
+        bits = np.unpackbits(numbers.astype(">u4").view(np.uint8).reshape(-1, 4), axis=1)
+        return np.packbits(bits[:, BITS - self.bits :]).tobytes()
+
+    def unpack(self, data: bytes, size: int) -> Ring:
+        """Returns the numbers (size,) that `pack` wrote."""
+        if self.bits == BITS:
+            return np.frombuffer(data, "<u4").astype(np.uint32, copy=False)
+        bits = np.zeros((size, BITS), np.uint8)
+        bits[:, BITS - self.bits :] = np.unpackbits(np.frombuffer(data, np.uint8), count=size * self.bits).reshape(
+            size, self.bits
+        )
+        return np.packbits(bits, axis=1).view(">u4").ravel().astype(np.uint32)
+
+    def _in_ring(self, whole: Whole) -> Ring:
+        ring: Ring = (whole & (2**self.bits - 1)).astype(np.uint32)  # negative values wrap
+        return ring

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -11,7 +10,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from fedsb.secagg.fixed_point import Ring
-from fedsb.secagg.messages import MessageError, SumPlan, members_bits, pack
+from fedsb.secagg.messages import KeyPlan, MessageError, SumPlan, members_bits, pack
 from fedsb.secagg.primitives import (
     KEY_BYTES,
     NONCE_BYTES,
@@ -24,15 +23,22 @@ from fedsb.secagg.primitives import (
     signed_by,
 )
 
-ADVERT_BYTES = 2 * KEY_BYTES + SIGNATURE_BYTES
-SEALED_BYTES = NONCE_BYTES + 2 * SEED_BYTES + TAG_BYTES
-
 
 class Keys(NamedTuple):
-    """The public keys of a client: c seals shares for it, and s makes the masks of its pairs."""
+    """The public keys of a client: c seals shares for it, and s of each round makes the masks of its pairs."""
 
     seal: bytes
-    mask: bytes
+    masks: tuple[bytes, ...]
+
+
+def advert_bytes(plan: KeyPlan) -> int:
+    """Returns the length of a client's signed keys."""
+    return KEY_BYTES * (1 + plan.rounds) + SIGNATURE_BYTES
+
+
+def sealed_bytes(plan: KeyPlan) -> int:
+    """Returns the length of what one client seals for another: a share of two seeds for each round."""
+    return NONCE_BYTES + 2 * SEED_BYTES * plan.rounds + TAG_BYTES
 
 
 def public_key(private: X25519PrivateKey) -> bytes:
@@ -40,8 +46,8 @@ def public_key(private: X25519PrivateKey) -> bytes:
     return private.public_key().public_bytes_raw()
 
 
-def mask_private(plan: SumPlan, name: str, seed: bytes) -> X25519PrivateKey:
-    """Returns the private half of s, derived from the shared seed."""
+def mask_private(plan: KeyPlan, name: str, seed: bytes) -> X25519PrivateKey:
+    """Returns the private half of a round's s, derived from the shared seed."""
     return X25519PrivateKey.from_private_bytes(derive(seed, plan.digest, "mask key", name))
 
 
@@ -62,42 +68,43 @@ def self_check(plan: SumPlan, seed: bytes) -> bytes:
     return derive(seed, plan.digest, "self check")
 
 
-def seal_key(plan: SumPlan, own: X25519PrivateKey, public: bytes, sender: str, to: str) -> bytes:
+def seal_key(plan: KeyPlan, own: X25519PrivateKey, public: bytes, sender: str, to: str) -> bytes:
     """Returns the key of the text that `sender` seals for `to`; `own` is the c of one, `public` that of the other."""
     return derive(agree(own, public), plan.digest, "seal", sender, to)
 
 
-def pack_advert(plan: SumPlan, name: str, identity: Ed25519PrivateKey, keys: Keys) -> bytes:
-    """Returns the body: two keys and a signature of the keys, the plan and the name."""
-    return b"".join(keys) + identity.sign(pack(plan, "advert", name, b"".join(keys)))
+def pack_advert(plan: KeyPlan, name: str, identity: Ed25519PrivateKey, keys: Keys) -> bytes:
+    """Returns the body: the keys, and a signature of the keys, the plan and the name."""
+    body = keys.seal + b"".join(keys.masks)
+    return body + identity.sign(pack(plan, "advert", name, body))
 
 
-def read_advert(plan: SumPlan, name: str, advert: bytes) -> Keys:
-    """Returns the keys. Raises MessageError if this site did not sign them, or if they are of low order."""
-    both, signature = advert[: 2 * KEY_BYTES], advert[2 * KEY_BYTES :]
-    if not signed_by(plan.sites[name], signature, pack(plan, "advert", name, both)):
+def read_advert(plan: KeyPlan, name: str, advert: bytes) -> Keys:
+    """Returns the keys. Raises MessageError if this site did not sign them, or if one is of low order."""
+    body, signature = advert[:-SIGNATURE_BYTES], advert[-SIGNATURE_BYTES:]
+    if not signed_by(plan.sites[name], signature, pack(plan, "advert", name, body)):
         raise MessageError(f"the keys of {name} are not signed by that site")
-    keys = Keys(both[:KEY_BYTES], both[KEY_BYTES:])
-    for key in keys:
+    seal, *masks = (body[at : at + KEY_BYTES] for at in range(0, len(body), KEY_BYTES))
+    probe = X25519PrivateKey.generate()
+    for key in (seal, *masks):
         try:
-            agree(X25519PrivateKey.generate(), key)
+            agree(probe, key)
         except ValueError as error:
             raise MessageError(f"the keys of {name} hide nothing: one is of low order") from error
-    return keys
+    return Keys(seal, tuple(masks))
 
 
-def sign_survivors(
-    plan: SumPlan, name: str, identity: Ed25519PrivateKey, survivors: Iterable[str], roster: bytes
-) -> bytes:
-    """Returns a client's signature of the survivors of this attempt."""
-    return identity.sign(_attempt_bytes(plan, name, survivors, roster))
+def distinct(keys: Iterable[Keys]) -> bool:
+    """Returns whether no key occurs twice."""
+    every = [key for one in keys for key in (one.seal, *one.masks)]
+    return len(set(every)) == len(every)
 
 
-def signed_survivors(plan: SumPlan, name: str, signature: bytes, survivors: Iterable[str], roster: bytes) -> bool:
-    """Returns whether a client signed these survivors of this attempt."""
-    return signed_by(plan.sites[name], signature, _attempt_bytes(plan, name, survivors, roster))
+def sign_survivors(plan: SumPlan, name: str, identity: Ed25519PrivateKey, survivors: Iterable[str]) -> bytes:
+    """Returns a client's signature of the survivors; `plan` contains the hash of all keys."""
+    return identity.sign(pack(plan, "confirm", name, members_bits(plan, survivors)))
 
 
-def _attempt_bytes(plan: SumPlan, name: str, survivors: Iterable[str], roster: bytes) -> bytes:
-    """Returns the list with all fresh keys: a sum may be restarted, and a signature is valid for one attempt."""
-    return pack(plan, "confirm", name, members_bits(plan, survivors) + hashlib.sha256(roster).digest())
+def signed_survivors(plan: SumPlan, name: str, signature: bytes, survivors: Iterable[str]) -> bool:
+    """Returns whether a client signed these survivors."""
+    return signed_by(plan.sites[name], signature, pack(plan, "confirm", name, members_bits(plan, survivors)))

@@ -15,7 +15,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -23,12 +23,16 @@ from fedsb.secagg.fixed_point import FixedPoint
 from fedsb.secagg.primitives import KEY_BYTES
 from fedsb.utils.errors import RunError, UserError
 
-VERSION = 2
+VERSION = 3
 CLIENTS_LIMIT = 1000
+ROUNDS_LIMIT = 1000  # for which keys are agreed on at once
 SIZE_LIMIT = 1 << 30  # values; a keystream of ChaCha20 has 2^36
 TEXT_LIMIT = 200  # characters of a run's id or a client's name
 SERVER = ""  # the sender of the server's messages
-Phase = Literal["advert", "roster", "sealed", "inbox", "masked", "survivors", "confirm", "confirmed", "shares"]
+Phase = Literal[
+    *("advert", "roster", "sealed", "inbox", "held"),  # of keys
+    *("masked", "survivors", "confirm", "confirmed", "shares"),  # of a sum
+]
 
 
 class SumError(RunError):
@@ -41,20 +45,28 @@ class MessageError(SumError):
     """Raised for a message that is refused. It changed nothing: the right one may still arrive."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class SumPlan:
-    """The plan of one secure aggregation. Every party builds its own from what it trusts, above all `sites`.
+class Plan(Protocol):
+    """What the parties of an exchange have agreed on beforehand."""
 
-    Raises UserError for a plan that hides nothing or cannot be carried out.
-    """
+    @property
+    def run(self) -> str: ...
+    @property
+    def round(self) -> int: ...
+    @property
+    def threshold(self) -> int: ...
+    @property
+    def names(self) -> tuple[str, ...]: ...
+    @property
+    def digest(self) -> bytes: ...
+
+
+class _Sites:
+    """The clients of a plan. Raises UserError for a plan that hides nothing or cannot be carried out."""
 
     run: str
     round: int
-    sites: Mapping[str, bytes]  # name -> Ed25519 public key (32 bytes) of every client that may take part
-    threshold: int  # t: the sum is over at least this many clients
-    size: int  # values of a client's vector, without its weight
-    clip: float  # of each value, see fixed_point.py
-    context: str = ""  # a hash of everything else that all clients must have received identically
+    sites: Mapping[str, bytes]  # name -> Ed25519 public key (32 bytes)
+    threshold: int
 
     def __post_init__(self) -> None:
         n = len(self.sites)
@@ -63,13 +75,6 @@ class SumPlan:
                 f"Secure aggregation of {n} clients is impossible. It needs 2 to {CLIENTS_LIMIT}: a sum of one client "
                 "hides nothing."
             )
-        if not n < 2 * self.threshold <= 2 * n:
-            raise UserError(
-                f"The threshold of {self.threshold} for {n} clients is invalid. It must be above {n}/2, at most {n}. "
-                "Otherwise one half could be asked for a client's key and the other half for its own mask."
-            )
-        if not 1 <= self.size <= SIZE_LIMIT:
-            raise UserError(f"Secure aggregation of {self.size} values is impossible. It needs 1 to {SIZE_LIMIT}.")
         if not 0 <= self.round < 1 << 31:
             raise UserError(f"Secure aggregation in round {self.round} is impossible. The round must be 0 or more.")
         for text in (self.run, *self.sites):
@@ -79,12 +84,11 @@ class SumPlan:
                 )
         if any(len(key) != KEY_BYTES for key in self.sites.values()) or len(set(self.sites.values())) < n:
             raise UserError(f"The sites' keys must be different Ed25519 public keys of {KEY_BYTES} bytes each.")
-        FixedPoint(clients=n, clip=self.clip)
         object.__setattr__(self, "sites", dict(sorted(self.sites.items())))
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """All clients, sorted. A client's place here is the place of its shares."""
+        """All clients, sorted."""
         return tuple(self.sites)
 
     @cached_property
@@ -92,44 +96,108 @@ class SumPlan:
         """The place of each client in `names`."""
         return {name: place for place, name in enumerate(self.names)}
 
-    @cached_property
-    def grid(self) -> FixedPoint:
-        """The grid of the clients' values."""
-        return FixedPoint(clients=len(self.sites), clip=self.clip)
+    def _facts(self) -> list[Any]:
+        return [VERSION, self.run, self.round, [[n, key.hex()] for n, key in self.sites.items()], self.threshold]
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeyPlan(_Sites):
+    """The plan of one agreement of keys, for the sums of some rounds. A client's share is that of its place in `names`.
+
+    Raises UserError for a plan that hides nothing or cannot be carried out.
+    """
+
+    run: str
+    round: int  # the first
+    rounds: int  # for which keys are agreed on
+    sites: Mapping[str, bytes]  # of every client of the run
+    threshold: int  # t: this many shares give a seed
+    attempt: str  # of the server, different for each agreement
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.rounds <= ROUNDS_LIMIT or not 2 <= self.threshold <= len(self.sites):
+            raise UserError(
+                f"Keys for {self.rounds} rounds with a threshold of {self.threshold} are impossible. At most "
+                f"{ROUNDS_LIMIT} rounds, and a threshold from 2 to {len(self.sites)}."
+            )
 
     @cached_property
     def digest(self) -> bytes:
         """32 bytes that differ if two plans differ."""
-        sites = [[name, key.hex()] for name, key in self.sites.items()]
-        facts = [VERSION, self.run, self.round, sites, self.threshold, self.size, float(self.clip).hex(), self.context]
-        return hashlib.sha256(json.dumps(facts).encode()).digest()
+        return _hash([*self._facts(), self.rounds, self.attempt])
 
 
-def pack(plan: SumPlan, phase: Phase, sender: str, body: bytes) -> bytes:
+@dataclass(frozen=True, kw_only=True)
+class SumPlan(_Sites):
+    """The plan of one secure aggregation. Every party builds its own from what it trusts, above all `sites`.
+
+    Raises UserError for a plan that hides nothing or cannot be carried out.
+    """
+
+    run: str
+    round: int
+    sites: Mapping[str, bytes]  # of every client that may take part
+    threshold: int  # t: the sum is over at least this many clients
+    size: int  # values of a client's vector, without its weight
+    grid: FixedPoint
+    keys: KeyPlan
+    signed: bool = True  # whether clients sign the survivors before they help to unmask
+    context: str = ""  # a hash of everything else that all clients must have received identically
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        n = len(self.sites)
+        if not n < 2 * self.threshold <= 2 * n:
+            raise UserError(
+                f"The threshold of {self.threshold} for {n} clients is invalid. It must be above {n}/2, at most {n}. "
+                "Otherwise one half could be asked for a client's key and the other half for its own mask."
+            )
+        if not 1 <= self.size <= SIZE_LIMIT:
+            raise UserError(f"Secure aggregation of {self.size} values is impossible. It needs 1 to {SIZE_LIMIT}.")
+        if self.grid.clients != n:
+            raise UserError(f"The grid is for {self.grid.clients} clients. The plan has {n}.")
+        keys = self.keys
+        if keys.run != self.run or keys.threshold != self.threshold or not 0 <= self.place < keys.rounds:
+            raise UserError(f"The keys are not for round {self.round + 1} of this run with this threshold.")
+
+    @property
+    def place(self) -> int:
+        """The round's number, from 0, in the agreement of keys."""
+        return self.round - self.keys.round
+
+    @cached_property
+    def digest(self) -> bytes:
+        """32 bytes that differ if two plans differ."""
+        grid = [self.grid.clients, float(self.grid.clip).hex(), self.grid.bits]
+        return _hash([*self._facts(), self.size, grid, self.keys.digest.hex(), self.signed, self.context])
+
+
+def pack(plan: Plan, phase: Phase, sender: str, body: bytes) -> bytes:
     """Returns a message."""
     header = json.dumps(_header(plan, phase, sender), separators=(",", ":")).encode()
     return len(header).to_bytes(2, "little") + header + body
 
 
-def read(plan: SumPlan, data: bytes, phase: Phase, sender: str, size: int) -> bytes:
+def read(plan: Plan, data: bytes, phase: Phase, sender: str, size: int) -> bytes:
     """Returns the body of `size` bytes. Raises MessageError with what is wrong."""
     start = _body_start(plan, data, phase, sender)
     _check_length(data, phase, sender, start + size)
     return data[start:]
 
 
-def pack_list(plan: SumPlan, phase: Phase, sender: str, members: Iterable[str], items: Iterable[bytes] = ()) -> bytes:
+def pack_list(plan: Plan, phase: Phase, sender: str, members: Iterable[str], items: Iterable[bytes] = ()) -> bytes:
     """Returns a message that lists clients; `items` are in order of their names."""
     return pack(plan, phase, sender, members_bits(plan, members) + b"".join(items))
 
 
-def members_bits(plan: SumPlan, members: Iterable[str]) -> bytes:
+def members_bits(plan: Plan, members: Iterable[str]) -> bytes:
     """Returns one bit per client of the plan: whether it is a member."""
     listed = set(members)
     return np.packbits([name in listed for name in plan.names]).tobytes()
 
 
-def read_list(plan: SumPlan, data: bytes, phase: Phase, width: int, without: str = "") -> dict[str, bytes]:
+def read_list(plan: Plan, data: bytes, phase: Phase, width: int, without: str = "") -> dict[str, bytes]:
     """Reads a list from the server: the clients, sorted, with an item of `width` bytes each. `without` has no item."""
     start = _body_start(plan, data, phase, SERVER)
     items = start + -(-len(plan.names) // 8)
@@ -145,7 +213,7 @@ def read_list(plan: SumPlan, data: bytes, phase: Phase, width: int, without: str
     return {name: found.get(name, b"") for name in listed}
 
 
-def _header(plan: SumPlan, phase: Phase, sender: str) -> dict[str, Any]:
+def _header(plan: Plan, phase: Phase, sender: str) -> dict[str, Any]:
     return {
         "fedsb": "secure-sum",
         "version": VERSION,
@@ -157,7 +225,7 @@ def _header(plan: SumPlan, phase: Phase, sender: str) -> dict[str, Any]:
     }
 
 
-def _body_start(plan: SumPlan, data: bytes, phase: Phase, sender: str) -> int:
+def _body_start(plan: Plan, data: bytes, phase: Phase, sender: str) -> int:
     start = pack(plan, phase, sender, b"")
     if data.startswith(start):
         return len(start)
@@ -186,3 +254,7 @@ def _check_length(data: bytes, phase: Phase, sender: str, expected: int) -> None
 
 def _whose(phase: Phase, sender: str) -> str:
     return f"the message {phase!r} from {sender or 'the server'}"
+
+
+def _hash(facts: list[Any]) -> bytes:
+    return hashlib.sha256(json.dumps(facts).encode()).digest()

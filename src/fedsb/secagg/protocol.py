@@ -5,34 +5,42 @@
 
 Bonawitz, Ivanov, Kreuter, Marcedone, McMahan, Patel, Ramage, Segal, Seth, "Practical Secure Aggregation for
 Privacy-Preserving Machine Learning", ACM CCS 2017 (eprint 2017/281): the variant with signatures of their Figure 4. q_u
-is client u's vector in a 32-bit ring (fixed_point.py), M a keystream, k_uv the X25519 secret of a pair, b_u a secret of
-u alone. U1 to U4 are the clients that remain of n sites, and t is a threshold. Keys and secrets are fresh in every
-round. This implementation has not been audited independently.
+is client u's vector in a ring of at most 32 bits (fixed_point.py), M a keystream, k_uv the X25519 secret of a pair, b_u
+a secret of u alone. t is a threshold. This implementation has not been audited independently.
+
+Keys are agreed on for many rounds at once; each round has an s_u and a b_u of its own:
 
     client                                                            server
-    advertise    advert: two public keys c_u, s_u, signed       ->    U1 = the senders
+    advertise    advert: public keys c_u and all s_u, signed    ->    U1 = the senders
     share_keys                                      roster      <-    all keys of U1
                  sealed: for each v in U1, encrypted from u     ->    U2 = the senders
-                 to v, shares of the seeds of s_u and b_u
-    masked                                          inbox       <-    U2, and what its members sealed for this client
-                 masked: y_u                                    ->    U3 = the senders
+                 to v, shares of the seeds of all s_u and b_u
+    receive                                         inbox       <-    U2, and what its members sealed for this client
+                 held                                           ->
+
+Then each round, among the clients of U2 that take part in it:
+
+    masked       masked: y_u                                    ->    U3 = the senders
     confirm                                         survivors   <-    U3
                  confirm: a signature of U3                     ->    U4 = the senders
     unmask                                          confirmed   <-    the signatures of U4
                  shares: of b_v for v in U3,                    ->    t answers give the sum
-                 of the seed of s_v for v in U2 \\ U3
+                 of the seed of s_v for the others
+
+Without signatures (`SumPlan.signed`) `unmask` answers the list of survivors itself. A round is one exchange shorter,
+and a malicious server can tell clients different lists. threshold.py has the number of clients that are in a sum then.
 
 Clients may vanish before any message as long as t remain. What is shared is a 16-byte seed. The server derives the key
 again and compares it with what its owner sent, so that a false share ends the round instead of corrupting its sum.
 
-A client sends 4 (size + 1) + 224 + 60 (|U1| - 1) + 16 |U2| bytes, and five headers of about 200 bytes. For n sites the
-server generates at most n + n^2 / 4 masks.
+For n clients and E rounds of an agreement a client sends 32 E + 96 bytes of keys and 32 E + 28 sealed bytes for each
+other client, once; then, a round, bits / 8 (size + 1) + 32 bytes, 16 n of shares, and 64 of a signature; and headers of
+about 200 bytes. The server generates at most n + n^2 / 4 masks a round.
 
 Why t > n/2: anyone with both seeds of one client can read its vector. A client gives out one of the two, once, so
 obtaining both takes 2 t clients that answer. If c sites collude with a malicious server, the plan needs 2 t > n + c;
 the sum is then over at least t - c others. Why signatures: without those of the keys, a malicious server can put its
-own keys in place of the sites'; without those of U3, it can send each client a different list of survivors and isolate
-one.
+own keys in place of the sites'; without those of U3, it can send each client a different list of survivors.
 
 Limits
 - The directory of site keys must be true: anyone who distributes it can impersonate any site. If that is the server,
@@ -43,6 +51,7 @@ Limits
 - Nobody can inspect a single update. A client must check its own (finite, shapes, norm) and the server the sum. A
   malicious site can poison the sum or, by what it seals or answers, end the round without one.
 - Which clients took part in which phase is not secret.
+- A client keeps the seeds of an agreement in memory until its rounds are over.
 """
 
 from __future__ import annotations
@@ -52,12 +61,15 @@ from dataclasses import dataclass
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedsb.secagg.client import SumClient
+from fedsb.secagg.client import ClientKeys, SumClient
 from fedsb.secagg.fixed_point import Doubles, Ring
-from fedsb.secagg.messages import MessageError, Phase, SumError, SumPlan
-from fedsb.secagg.server import SumServer
+from fedsb.secagg.messages import KeyPlan, MessageError, Phase, SumError, SumPlan
+from fedsb.secagg.server import KeyServer, SumServer
 
-__all__ = ["MessageError", "Phase", "Simulated", "SumClient", "SumError", "SumPlan", "SumServer", "simulate"]
+__all__ = [
+    *("ClientKeys", "KeyPlan", "KeyServer", "MessageError", "Phase", "Simulated"),
+    *("SumClient", "SumError", "SumPlan", "SumServer", "simulate"),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,34 +79,48 @@ class Simulated:
     values: Doubles  # (size,): sum_k p_k clip(x_k)
     weight: float  # sum_k p_k
     clients: tuple[str, ...]  # U3
-    up_bytes: Mapping[str, int]  # that each client sent; down_bytes: that it received
+    up_bytes: Mapping[str, int]  # that each client sent, with its keys; down_bytes: that it received
     down_bytes: Mapping[str, int]
 
 
 def simulate(
     plan: SumPlan,
-    identities: Mapping[str, Ed25519PrivateKey],  # of all clients in the plan
+    identities: Mapping[str, Ed25519PrivateKey],  # of all clients in the plan of the keys
     vectors: Mapping[str, Ring],  # (size + 1,) from plan.grid.encode; a client without one drops out before it is due
     vanish: Mapping[str, Phase] | None = None,  # name -> the first message that a client does not send
 ) -> Simulated:
     """Runs all parties in one process, without a network. Raises SumError below the threshold."""
-    leaves: dict[str, Phase] = {name: "masked" for name in plan.names if name not in vectors}
-    leaves |= vanish or {}
-    server, clients = SumServer(plan), {name: SumClient(plan, name, identities[name]) for name in plan.names}
-    up, down = dict.fromkeys(plan.names, 0), dict.fromkeys(plan.names, 0)
-    steps: list[tuple[Phase, Callable[[], dict[str, bytes]], Callable[[SumClient, bytes], bytes]]] = [
-        ("advert", lambda: dict.fromkeys(plan.names, b""), lambda client, _: client.advertise()),
-        ("sealed", server.roster, SumClient.share_keys),
-        ("masked", server.inboxes, lambda client, inbox: client.masked(inbox, vectors[client.name])),
-        ("confirm", server.survivors_lists, SumClient.confirm),
-        ("shares", server.confirmations, SumClient.unmask),
-    ]
-    for phase, send, answer in steps:
-        for name, message in send().items():
+    leaves: dict[str, Phase] = {name: "masked" for name in plan.names if name not in vectors} | dict(vanish or {})
+    names, gone = plan.keys.names, set[str]()
+    up, down = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
+
+    def ask(
+        server: KeyServer | SumServer, phase: Phase, mail: Mapping[str, bytes], answer: Callable[[str, bytes], bytes]
+    ) -> None:
+        for name, message in mail.items():
             if leaves.get(name) == phase:
-                continue
-            reply = answer(clients[name], message)
-            server.receive(name, reply)
-            up[name], down[name] = up[name] + len(reply), down[name] + len(message)
+                gone.add(name)
+            if name not in gone:
+                reply = answer(name, message)
+                server.receive(name, reply)
+                up[name], down[name] = up[name] + len(reply), down[name] + len(message)
+
+    keys, own = KeyServer(plan.keys), {name: ClientKeys(plan.keys, name, identities[name]) for name in names}
+    ask(keys, "advert", dict.fromkeys(names, b""), lambda name, _: own[name].advertise())
+    ask(keys, "sealed", keys.roster(), lambda name, roster: own[name].share_keys(roster))
+    ask(keys, "held", keys.inboxes(), lambda name, inbox: own[name].receive(inbox))
+    keys.close()
+    server, clients = SumServer(plan, keys), dict[str, SumClient]()
+
+    def masked(name: str, _: bytes) -> bytes:
+        clients[name] = SumClient(plan, own[name])
+        return clients[name].masked(vectors[name])
+
+    ask(server, "masked", dict.fromkeys(plan.names, b""), masked)
+    mail = server.survivors_lists()
+    if plan.signed:
+        ask(server, "confirm", mail, lambda name, survivors: clients[name].confirm(survivors))
+        mail = server.confirmations()
+    ask(server, "shares", mail, lambda name, message: clients[name].unmask(message))
     values, weight = plan.grid.decode(server.total())
     return Simulated(values=values, weight=weight, clients=server.survivors, up_bytes=up, down_bytes=down)

@@ -6,153 +6,60 @@ import numpy as np
 
 from fedsb.secagg.fixed_point import Ring
 from fedsb.secagg.keys import (
-    ADVERT_BYTES,
-    SEALED_BYTES,
     Keys,
+    advert_bytes,
+    distinct,
     mask_private,
     pair_mask,
     public_key,
     read_advert,
+    sealed_bytes,
     self_check,
     self_mask,
     signed_survivors,
 )
-from fedsb.secagg.messages import SERVER, MessageError, Phase, SumError, SumPlan, pack_list, read
+from fedsb.secagg.messages import SERVER, KeyPlan, MessageError, Phase, Plan, SumError, SumPlan, pack_list, read
 from fedsb.secagg.primitives import KEY_BYTES, SEED_BYTES, SIGNATURE_BYTES, combine
 
 
-class SumServer:
-    """The server of one round: `receive` the clients' messages, then close the phase to get the next messages.
+class _Phases:
+    """Phases that collect one message from each client: `receive` them, then close the phase.
 
     Closing a phase raises SumError if fewer than t messages have arrived. The phase then stays open, so that the caller
     may continue to wait.
     """
 
-    def __init__(self, plan: SumPlan) -> None:
-        self.plan = plan
-        self._phase: Phase | None = "advert"
+    plan: Plan
+
+    def __init__(self, first: Phase) -> None:
+        self._phase: Phase | None = first
         self._got: dict[str, bytes] = {}  # bodies of this phase, by client
-        self._lists: list[tuple[str, ...]] = [plan.names]  # then U1, U2, ...; the last may send in this phase
-        self._roster = b""  # distinguishes this attempt from earlier ones
-        self._keys: dict[str, Keys] = {}
-        self._checks: dict[str, bytes] = {}
-        self._sum: Ring = np.zeros(plan.size + 1, np.uint32)
+        self._lists: list[tuple[str, ...]] = [self.plan.names]  # who may send in each phase so far
 
     @property
     def silent(self) -> tuple[str, ...]:
         """The clients whose message of this phase is missing."""
         return tuple(name for name in self._lists[-1] if name not in self._got)
 
-    @property
-    def survivors(self) -> tuple[str, ...]:
-        """U3, whose vectors are in the sum; empty before `survivors_lists`."""
-        return self._lists[3] if len(self._lists) > 3 else ()
-
     def receive(self, client: str, data: bytes) -> None:
         """Takes a message from `client`, as the transport authenticated it. Raises MessageError with what is wrong."""
         if self._phase is None:
             raise MessageError(f"a message from {client!r:.60}, but the sum is over")
         if client not in self._lists[-1]:
-            why = "has left this round" if client in self.plan.sites else "is not one of its clients"
+            why = "has left this round" if client in self.plan.names else "is not one of its clients"
             raise MessageError(f"a message from {client!r:.60}, which {why}")
-        body = read(self.plan, data, self._phase, client, self._size())
+        body = read(self.plan, data, self._phase, client, self._size(self._phase))
         if client in self._got:
             raise MessageError(f"a second message {self._phase!r} from {client}")
-        if self._phase == "advert":
-            self._keys[client] = self._new_keys(client, body)
-        elif self._phase == "masked":
-            self._sum += np.frombuffer(body, "<u4")
-            body = b""  # only the sum of the vectors is kept
-        elif self._phase == "confirm" and not signed_survivors(self.plan, client, body, self.survivors, self._roster):
-            raise MessageError(f"the message 'confirm' from {client} is not a valid signature of the survivors")
-        self._got[client] = body
+        self._got[client] = self._checked(self._phase, client, body)
 
-    def roster(self) -> dict[str, bytes]:
-        """Closes `advert` and returns all keys, by recipient."""
-        adverts = self._close("advert", "sealed")
-        self._roster = pack_list(self.plan, "roster", SERVER, adverts, adverts.values())
-        return dict.fromkeys(adverts, self._roster)
-
-    def inboxes(self) -> dict[str, bytes]:
-        """Closes `sealed` and returns what was sealed for each client."""
-        sealed = self._close("sealed", "masked")
-        self._checks = {name: body[:KEY_BYTES] for name, body in sealed.items()}
-        return {
-            to: pack_list(
-                self.plan,
-                "inbox",
-                SERVER,
-                sealed,
-                [self._item(sealed[name], name, to) for name in sealed if name != to],
-            )
-            for to in sealed
-        }
-
-    def survivors_lists(self) -> dict[str, bytes]:
-        """Closes `masked` and returns the survivors, by recipient."""
-        names = self._close("masked", "confirm")
-        return dict.fromkeys(names, pack_list(self.plan, "survivors", SERVER, names))
-
-    def confirmations(self) -> dict[str, bytes]:
-        """Closes `confirm` and returns the signatures, by recipient."""
-        signatures = self._close("confirm", "shares")
-        return dict.fromkeys(signatures, pack_list(self.plan, "confirmed", SERVER, signatures, signatures.values()))
-
-    def total(self) -> Ring:
-        """Returns the sum over `survivors` (size + 1,), for plan.grid.decode. Raises SumError if a share was false."""
-        answers = self._close("shares", None)
-        helpers = list(answers)[: self.plan.threshold]
-        for i, name in enumerate(self._lists[2]):
-            part = slice(SEED_BYTES * i, SEED_BYTES * (i + 1))
-            seed = combine({self.plan.places[helper]: answers[helper][part] for helper in helpers})
-            if not (self._subtract_own if name in self.survivors else self._subtract_pairs)(name, seed):
-                raise SumError(
-                    f"round {self.plan.round + 1}: the shares of {name}'s seed do not fit together. A false one is "
-                    f"from {name}, or from one of {', '.join(helpers)}. This round has no sum."
-                )
-        return self._sum
-
-    def _subtract_own(self, name: str, seed: bytes) -> bool:
-        """Subtracts the own mask of a client that stayed. Returns False without a change if the seed is wrong."""
-        if self_check(self.plan, seed) != self._checks[name]:
-            return False
-        self._sum -= self_mask(self.plan, seed)
-        return True
-
-    def _subtract_pairs(self, name: str, seed: bytes) -> bool:
-        """Removes the masks that a client that left shares with the survivors. Returns False if the seed is wrong."""
-        private = mask_private(self.plan, name, seed)
-        if public_key(private) != self._keys[name].mask:
-            return False
-        for peer in self.survivors:
-            self._sum += pair_mask(self.plan, private, name, peer, self._keys[peer].mask)
-        return True
-
-    def _new_keys(self, client: str, advert: bytes) -> Keys:
-        keys = read_advert(self.plan, client, advert)
-        known = [key for pair in (keys, *self._keys.values()) for key in pair]
-        if len(set(known)) < len(known):
-            raise MessageError(f"the message 'advert' from {client} has a key twice, or that of a different client")
-        return keys
-
-    def _size(self) -> int:
+    def _size(self, phase: Phase) -> int:
         """Returns the bytes of a body in this phase."""
-        match self._phase:
-            case "advert":
-                return ADVERT_BYTES
-            case "sealed":
-                return KEY_BYTES + SEALED_BYTES * (len(self._lists[1]) - 1)
-            case "masked":
-                return 4 * (self.plan.size + 1)
-            case "confirm":
-                return SIGNATURE_BYTES
-            case _:
-                return SEED_BYTES * len(self._lists[2])
+        raise NotImplementedError
 
-    def _item(self, body: bytes, sender: str, to: str) -> bytes:
-        """Returns what `sender` sealed for `to`: after the check, an item for each other client of U1."""
-        place = [name for name in self._lists[1] if name != sender].index(to)
-        return body[KEY_BYTES + SEALED_BYTES * place : KEY_BYTES + SEALED_BYTES * (place + 1)]
+    def _checked(self, phase: Phase, client: str, body: bytes) -> bytes:
+        """Returns what is kept of a body. Raises MessageError for a bad one."""
+        raise NotImplementedError
 
     def _close(self, phase: Phase, following: Phase | None) -> dict[str, bytes]:
         """Closes a phase and returns its bodies by name, sorted."""
@@ -167,3 +74,139 @@ class SumServer:
         got, self._got, self._phase = dict(sorted(self._got.items())), {}, following
         self._lists.append(tuple(got))
         return got
+
+
+class KeyServer(_Phases):
+    """The server of one agreement of keys."""
+
+    plan: KeyPlan
+
+    def __init__(self, plan: KeyPlan) -> None:
+        self.plan = plan
+        super().__init__("advert")
+        self.keys: dict[str, Keys] = {}
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """The clients that hold all others' shares, so that they can take part in sums; empty before `close`."""
+        return self._lists[3] if len(self._lists) > 3 else ()
+
+    def roster(self) -> dict[str, bytes]:
+        """Closes `advert` and returns all keys, by recipient."""
+        adverts = self._close("advert", "sealed")
+        return dict.fromkeys(adverts, pack_list(self.plan, "roster", SERVER, adverts, adverts.values()))
+
+    def inboxes(self) -> dict[str, bytes]:
+        """Closes `sealed` and returns what was sealed for each client."""
+        sealed = self._close("sealed", "held")
+        return {
+            to: pack_list(
+                self.plan,
+                "inbox",
+                SERVER,
+                sealed,
+                [self._item(sealed[name], name, to) for name in sealed if name != to],
+            )
+            for to in sealed
+        }
+
+    def close(self) -> None:
+        """Closes `held`."""
+        self._close("held", None)
+
+    def _size(self, phase: Phase) -> int:
+        if phase == "advert":
+            return advert_bytes(self.plan)
+        return sealed_bytes(self.plan) * (len(self._lists[1]) - 1) if phase == "sealed" else 0
+
+    def _checked(self, phase: Phase, client: str, body: bytes) -> bytes:
+        if phase == "advert":
+            keys = read_advert(self.plan, client, body)
+            if not distinct([keys, *self.keys.values()]):
+                raise MessageError(f"the message 'advert' from {client} has a key twice, or that of a different client")
+            self.keys[client] = keys
+        return body
+
+    def _item(self, body: bytes, sender: str, to: str) -> bytes:
+        """Returns what `sender` sealed for `to`: an item for each other client of U1."""
+        place, width = [name for name in self._lists[1] if name != sender].index(to), sealed_bytes(self.plan)
+        return body[width * place : width * (place + 1)]
+
+
+class SumServer(_Phases):
+    """The server of the sum of one round.
+
+    Args:
+        keys: the agreement of the plan, which is complete.
+    """
+
+    plan: SumPlan
+
+    def __init__(self, plan: SumPlan, keys: KeyServer) -> None:
+        self.plan, self._keys = plan, keys
+        super().__init__("masked")
+        self._checks: dict[str, bytes] = {}
+        self._sum: Ring = np.zeros(plan.size + 1, np.uint32)
+
+    @property
+    def survivors(self) -> tuple[str, ...]:
+        """U3, whose vectors are in the sum; empty before `survivors_lists`."""
+        return self._lists[1] if len(self._lists) > 1 else ()
+
+    def survivors_lists(self) -> dict[str, bytes]:
+        """Closes `masked` and returns the survivors, by recipient."""
+        names = self._close("masked", "confirm" if self.plan.signed else "shares")
+        return dict.fromkeys(names, pack_list(self.plan, "survivors", SERVER, names))
+
+    def confirmations(self) -> dict[str, bytes]:
+        """Closes `confirm` and returns the signatures, by recipient."""
+        signatures = self._close("confirm", "shares")
+        return dict.fromkeys(signatures, pack_list(self.plan, "confirmed", SERVER, signatures, signatures.values()))
+
+    def total(self) -> Ring:
+        """Returns the sum over `survivors` (size + 1,), for plan.grid.decode. Raises SumError if a share was false."""
+        answers = self._close("shares", None)
+        helpers, places = list(answers)[: self.plan.threshold], self.plan.keys.places
+        for i, name in enumerate(self.plan.names):
+            part = slice(SEED_BYTES * i, SEED_BYTES * (i + 1))
+            seed = combine({places[helper]: answers[helper][part] for helper in helpers})
+            if not (self._subtract_own if name in self.survivors else self._subtract_pairs)(name, seed):
+                raise SumError(
+                    f"round {self.plan.round + 1}: the shares of {name}'s seed do not fit together. A false one is "
+                    f"from {name}, or from one of {', '.join(helpers)}. This round has no sum."
+                )
+        return self._sum
+
+    def _size(self, phase: Phase) -> int:
+        match phase:
+            case "masked":
+                return KEY_BYTES + self.plan.grid.packed_bytes(self.plan.size + 1)
+            case "confirm":
+                return SIGNATURE_BYTES
+            case _:
+                return SEED_BYTES * len(self.plan.names)
+
+    def _checked(self, phase: Phase, client: str, body: bytes) -> bytes:
+        if phase == "masked":  # only the sum of the vectors is kept
+            self._checks[client] = body[:KEY_BYTES]
+            self._sum += self.plan.grid.unpack(body[KEY_BYTES:], self.plan.size + 1)
+            return b""
+        if phase == "confirm" and not signed_survivors(self.plan, client, body, self.survivors):
+            raise MessageError(f"the message 'confirm' from {client} is not a valid signature of the survivors")
+        return body
+
+    def _subtract_own(self, name: str, seed: bytes) -> bool:
+        """Subtracts the own mask of a client that stayed. Returns False without a change if the seed is wrong."""
+        if self_check(self.plan, seed) != self._checks[name]:
+            return False
+        self._sum -= self_mask(self.plan, seed)
+        return True
+
+    def _subtract_pairs(self, name: str, seed: bytes) -> bool:
+        """Removes the masks that a client that left shares with the survivors. Returns False if the seed is wrong."""
+        private, place = mask_private(self.plan.keys, name, seed), self.plan.place
+        if public_key(private) != self._keys.keys[name].masks[place]:
+            return False
+        for peer in self.survivors:
+            self._sum += pair_mask(self.plan, private, name, peer, self._keys.keys[peer].masks[place])
+        return True

@@ -1,0 +1,29 @@
+"""How many honest clients a sum contains at least, from the threshold and the number of colluding clients.
+
+n clients, threshold t, c of them in league with a server that follows no rules. H are the n - c honest ones.
+
+With signatures of the survivors (protocol.py) every honest client answers for the same list, of at least t clients. The
+sum therefore has at least t - c honest ones.
+
+Without them the server may tell each client a different list L(x), of at least t clients. A client answers once, so it
+gives a share of one of the two seeds of each client: of b_v if v is in L(x), else of s_v. Let the server learn the sum
+over the honest clients W. It then has b_w for every w in W, hence not s_w (both take 2 t > n + c shares). The mask of
+the pair (w, v) with an honest v outside W is therefore known from s_v alone, of which at least t - c honest clients
+gave a share. Each of the n - c honest clients gives at most n - t shares of such seeds, since its list has t clients:
+
+    (n - c - |W|) (t - c) <= (n - c) (n - t)       so       |W| >= (n - c) (2 t - n - c) / (t - c)
+
+which is n - c for t = n, and t for t = n - 1 and c = 0 (n > 2).
+"""
+
+from __future__ import annotations
+
+from math import ceil
+
+
+def honest_in_sum(clients: int, threshold: int, colluding: int, *, signed: bool) -> int:
+    """Returns the least number of honest clients in a sum that a malicious server can learn; 0 if it may be none."""
+    n, t, c = clients, threshold, colluding
+    if not (0 <= c < t <= n and 2 * t > n + c):
+        return 0
+    return t - c if signed else ceil((n - c) * (2 * t - n - c) / (t - c))
