@@ -77,6 +77,12 @@ class ClientRound:
         return self.method.init_client(self.view.shared, self.message, own, self.round)
 
     @cached_property
+    def trained(self) -> Tensors:
+        """The tensors that a client without a state of its own trains, before its training."""
+        own = self.start({})
+        return {key: own[key] for key in self.method.trainable(own, self.round)}
+
+    @cached_property
     def baseline(self) -> Tensors:
         """The tensors that a client would send without training."""
         return baseline_upload(self.method, self.view.shared, self.message, self.round)

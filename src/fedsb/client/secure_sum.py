@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedsb.client.round import ClientRound
-from fedsb.client.store import ClientStore, Pending
+from fedsb.client.store import ClientStore
+from fedsb.protocol.messages import SecAggPhase, SumRequest
 from fedsb.protocol.secure_sum import SecureSums, SumTerms
-from fedsb.secagg.client import SumClient
-from fedsb.secagg.fixed_point import Floats, Ring
-from fedsb.secagg.messages import SumError
+from fedsb.secagg.client import ClientKeys, SumClient
+from fedsb.secagg.fixed_point import Floats, Ring, Whole
+from fedsb.secagg.messages import SumError, SumPlan
 from fedsb.utils.errors import RefusalError
 
 
@@ -28,15 +29,17 @@ class Identity:
 
 @dataclass(frozen=True)
 class _Sum:
-    """A secure aggregation in progress, with this client's change at its start."""
+    """The sum of a round in progress, with the masked message that this client has sent."""
 
     client: SumClient
-    terms: SumTerms
-    change: Floats
+    plan: SumPlan
+    message: bytes
 
 
 class SecAggSession:
     """The secure aggregation of a run that has started.
+
+    Keys are in memory only. A client that was restarted takes part again after the next agreement.
 
     Args:
         refuse_peers: raises RefusalError for a cohort (name -> key) that this client does not accept.
@@ -50,6 +53,7 @@ class SecAggSession:
         refuse_peers: Callable[[Mapping[str, bytes]], None] = lambda cohort: None,
     ) -> None:
         self._sums, self._store, self._identity, self._refuse_peers = sums, store, identity, refuse_peers
+        self._keys: ClientKeys | None = None
         self._current: _Sum | None = None
 
     def keys(self, cohort: Sequence[str]) -> dict[str, bytes]:
@@ -65,48 +69,71 @@ class SecAggSession:
         self._refuse_peers({name: known[name] for name in cohort if name != self._identity.name})
         return {name: known[name] for name in cohort}
 
-    def enter(self, shared: ClientRound, change: Floats) -> str | None:
-        """Stores the change of a round for its sum. Returns the reason if it must not go in, else None."""
-        pending = Pending(shared.round, shared.shared_hash, shared.against, change)
-        self._store.save_pending(pending)
-        return self._terms(pending, [self._identity.name]).rejection_reason(change)
+    def require_keys(self, request: SumRequest) -> None:
+        """Raises RefusalError, before any row is read, if this client cannot take part in a sum."""
+        if self._keys is None or self._keys.plan.attempt != request.attempt:
+            raise RefusalError(
+                "This client has no keys for this sum, because it was restarted since they were agreed on. It takes "
+                "part again after the next agreement."
+            )
+        self.keys(request.cohort)
 
-    def answer(self, phase: str, cohort: Sequence[str], message: bytes) -> bytes:
-        """Returns this client's message of a phase; `cohort` are all in the sum. Raises SumError for one not due."""
+    def mask(self, shared: ClientRound, change: Floats | Whole, cohort: Sequence[str]) -> tuple[bytes, str | None]:
+        """Returns (the masked change of a round, None), or (b"", the reason why it must not go into the sum).
+
+        A change that was masked before for the same sum gets the same message.
+        """
+        assert self._keys is not None
+        terms = self._sums.terms(shared.round, shared.shared_hash, self.keys(cohort), self._keys.plan, shared.against)
+        if (reason := terms.rejection_reason(change)) is not None:
+            return b"", reason
+        plan = terms.plan(len(change))
+        if self._current is None or self._current.plan.digest != plan.digest:
+            vector = self._encoded(terms, plan, change)
+            client = SumClient(plan, self._keys)
+            self._current = _Sum(client, plan, client.masked(vector))
+        return self._current.message, None
+
+    def survivors(self, round: int) -> list[str] | None:
+        """Returns the clients in this round's sum, if this client has helped to unmask it, else None."""
+        return self._store.sum_survivors(round)
+
+    def answer(self, request: SecAggPhase) -> bytes:
+        """Returns this client's message of a phase. Raises SumError for one that is not due."""
+        phase, message = request.phase, request.payload
         if phase == "advert":
-            if (pending := self._store.pending()) is None:
-                raise SumError("This site has nothing to put into a sum: it has not trained.")
-            terms = self._terms(pending, cohort)
-            client = SumClient(terms.plan(len(pending.change)), self._identity.name, self._identity.key)
-            self._current = _Sum(client, terms, pending.change)
-            return client.advertise()
-        if self._current is None:
+            sites = self.keys(sorted(self._sums.rows))
+            plan = self._sums.key_plan(request.round, request.rounds, sites, request.attempt)
+            self._keys = ClientKeys(plan, self._identity.name, self._identity.key)
+            return self._keys.advertise()
+        if self._keys is None or self._keys.plan.attempt != request.attempt:
             raise SumError("This site takes part in no sum at the moment: it was restarted since.")
+        if phase == "sealed":
+            return self._keys.share_keys(message)
+        if phase == "held":
+            return self._keys.receive(message)
+        if self._current is None or self._current.plan.round != request.round:
+            raise SumError("This site has nothing in this sum: it has not trained for it, or was restarted since.")
         client = self._current.client
-        match phase:
-            case "sealed":
-                return client.share_keys(message)
-            case "masked":
-                return client.masked(message, self._encoded(self._current))
-            case "confirm":
-                return client.confirm(message)
-            case "shares":
-                shares = client.unmask(message)  # raises for one that is not due, or not of this sum
-                self._allow_one_sum(client.plan.round, client.survivors)
-                return shares
-        raise SumError(f"Secure aggregation has no phase {phase!r:.40}.")
+        if phase == "confirm":
+            return client.confirm(message)
+        shares = client.unmask(message)  # raises for one that is not due, or not of this sum
+        self._allow_one_sum(request.round, client.survivors)
+        return shares
 
     # --- private ---
 
-    def _terms(self, pending: Pending, cohort: Sequence[str]) -> SumTerms:
-        return self._sums.terms(pending.round, pending.shared, self.keys(cohort), pending.against)
+    def _encoded(self, terms: SumTerms, plan: SumPlan, change: Floats | Whole) -> Ring:
+        """Returns what goes into the sum.
 
-    def _encoded(self, current: _Sum) -> Ring:
-        """Returns what goes into the sum. Its noise is charged here, and drawn once: a repeated sum gets the same."""
-        terms, change, name = current.terms, current.change, self._identity.name
+        The noise of a client's change is charged here, and drawn once: a repeated sum gets the same. A step's share has
+        its noise already.
+        """
+        name = self._identity.name
         if terms.mechanism is None:
             return terms.encode(name, change)
-        key = hashlib.sha256(current.client.plan.digest + change.tobytes()).hexdigest()
+        facts = f"{terms.round} {terms.digest} {plan.threshold} {len(plan.names)}".encode()
+        key = hashlib.sha256(facts + change.tobytes()).hexdigest()
         if (known := self._store.encoded(key)) is None:
             if self._store.keeps_answers:  # else the server's ledger is this one, and charged by the server
                 terms.mechanism.charge(terms.round + 1)

@@ -14,7 +14,7 @@ handler (handler.py) applies the site's policy before each request and saves the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from fedsb.client.round import ClientRound
 from fedsb.client.secure_sum import SecAggSession
 from fedsb.client.shared_state import ClientSharedState
 from fedsb.client.store import ClientStore, StoredRound
+from fedsb.adapters.layout import Layout
 from fedsb.config.schema import Config
 from fedsb.data.clients import ClientData, prepare_client_data
 from fedsb.data.rows import Table
@@ -144,6 +145,7 @@ class LocalRound:
     client_state: Tensors  # before the round
     state_round: int  # the round after which client_state was stored
     score: bool  # whether to score the trained model on the held-out rows
+    cohort: Sequence[str] = ()  # of the secure sum
     done: StoredRound | None = None  # the stored answer, if this client has already answered this broadcast
 
 
@@ -195,6 +197,10 @@ class StartedClient(ClientSharedState):
         A round is done once. A repeated broadcast gets the stored answer. A different broadcast for the same round, or
         a round that the run does not have, raises RefusalError.
         """
+        if self.secagg is not None:
+            if request.sum is None:
+                raise RefusalError("server.secure_aggregation = true, but the request asks for a single update.")
+            self.secagg.require_keys(request.sum)
         payload = self.memo.get(("payload", request.payload), lambda: unpack(request.payload))
         if not 0 <= payload.round < self.config.rounds:
             raise RefusalError(f"Round {payload.round + 1} of a run of {self.config.rounds} rounds.")
@@ -214,26 +220,27 @@ class StartedClient(ClientSharedState):
             client_state=state,
             state_round=request.state_round,
             score=request.score,
+            cohort=request.sum.cohort if request.sum is not None else (),
             done=done,
         )
 
     def finish(self, begun: LocalRound, trained: ClientTraining) -> TrainReply:
         """Makes the update of a trained client, and stores what the client keeps."""
+        if trained.share is not None:
+            done, state = StoredRound(payload=b"", loss=trained.loss, change=trained.share.numpy()), {}
+        else:
+            done, state = self._update(begun, trained)
+        self.store.save_round(begun.client_round, state, done, begun.state_round)
+        return self._reply(begun, done)
+
+    def _update(self, begun: LocalRound, trained: ClientTraining) -> tuple[StoredRound, Tensors]:
+        """Returns (the update of a trained client, the client's own state)."""
         client_round = begun.client_round
         method, name = client_round.method, self.data.name
         sent, own = method.upload(begun.training.tensors, trained.tensors, client_round.round)
         sent = self.policy.clip_update(sent, client_round.baseline)
         vector = client_round.layout.flatten(sent).numpy()
-        payload = Payload(
-            kind="update",
-            run=self.run,
-            round=client_round.round,
-            client=name,
-            samples=self.data.rows,
-            basis=client_round.shared_hash,
-            layout=client_round.layout,
-            vector=vector,
-        )
+        payload = self._payload(client_round, client_round.layout, vector)
         compressor = build_compressor(self.config, self.method, self.run)
         data, feedback = compressor.update(method, payload, client_round.baseline_vector, begun.client_state)
         keeps = self.trainer.local.keep_optimizer
@@ -245,14 +252,25 @@ class StartedClient(ClientSharedState):
             change=None if self.secagg is None else vector - client_round.baseline_vector,
             score=self.trainer.evaluate(trained.tensors, self.data.held_out).value if scored else None,
         )
-        self.store.save_round(client_round, state, done, begun.state_round)
-        return self._reply(begun, done)
+        return done, state
+
+    def _payload(self, client_round: ClientRound, layout: Layout, vector: Any) -> Payload:
+        return Payload(
+            kind="update",
+            run=self.run,
+            round=client_round.round,
+            client=self.data.name,
+            samples=self.data.rows,
+            basis=client_round.shared_hash,
+            layout=layout,
+            vector=vector,
+        )
 
     def secagg_phase(self, request: SecAggPhase) -> SecAggReply:
         """Answers one phase of secure aggregation."""
         if self.secagg is None:
             raise RefusalError("server.secure_aggregation = false: this run has no secure aggregation.")
-        return SecAggReply(parts=(self.secagg.answer(request.phase, request.cohort, request.payload),))
+        return SecAggReply(parts=(self.secagg.answer(request),))
 
     def final_tensors(self, payload: Payload) -> Tensors:
         """Returns the final model's tensors from the last broadcast."""
@@ -271,10 +289,16 @@ class StartedClient(ClientSharedState):
         if self.secagg is None:
             return TrainReply(loss=loss, score=score, parts=(done.payload,))
         assert done.change is not None
-        self.check_upload(unpack(done.payload), len(done.payload))
-        # The change stays here, for the masked sum; `left` says why, if it does not go into it.
-        left = self.secagg.enter(begun.client_round, done.change)
-        return TrainReply(loss=loss, score=score, left=left)
+        client_round, before = begun.client_round, self.secagg.survivors(begun.client_round.round)
+        if self.policy.shared_noise:  # what is sent has no other form than the masked one
+            names = client_round.method.trainable(begun.training.tensors, client_round.round)
+            layout = Layout.of({key: begun.training.tensors[key] for key in names})
+            self.check_upload(self._payload(client_round, layout, done.change), 4 * layout.size)
+        else:
+            self.check_upload(unpack(done.payload), len(done.payload))
+        # The change stays here; `left` says why, if it does not go into the sum.
+        masked, left = self.secagg.mask(client_round, done.change, begun.cohort)
+        return TrainReply(loss=loss, score=score, left=left, survivors=before, parts=() if left else (masked,))
 
     def _receive(self, payload: Payload, request: Train) -> ClientRound | None:
         lossy = build_compressor(self.config, self.method, self.run).codec != "float32"

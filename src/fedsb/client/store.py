@@ -9,9 +9,8 @@ rounds/round-0003.safetensors       after the third round: its own state, what c
                                     broadcast, and the answer that it sent
 answered.json                       for each round, the hash of the broadcast that it trained on
 basis_gradient-0000.safetensors     what it sent for a `core` basis, before the first round
-pending.safetensors                 its change, for secure aggregation
-encoded.safetensors                 the same with its share of the noise, where clients are the unit of privacy
-sums/round-0003.json                the other clients in the secure aggregation of this round
+encoded.safetensors                 its change in the ring, with its share of the noise, where clients are the unit of privacy
+sums/round-0003.json                the clients in the secure aggregation of this round
 privacy/<name>.jsonl                its ledger
 """
 
@@ -30,7 +29,7 @@ from safetensors.torch import load, save
 
 from fedsb.client.round import ClientRound, ClientView
 from fedsb.protocol.tensors import storable, under, within
-from fedsb.secagg.fixed_point import Floats, Ring
+from fedsb.secagg.fixed_point import Floats, Ring, Whole
 from fedsb.utils.errors import RunError
 from fedsb.utils.files import write_atomic
 from fedsb.utils.tensors import Tensors
@@ -40,22 +39,12 @@ KEEP = 2  # rounds: the coordinator may fall back to the one before
 
 @dataclass(frozen=True, kw_only=True)
 class StoredRound:
-    """A client's upload of a round, or its input to secure aggregation."""
+    """A client's upload of a round, or its input to secure aggregation. `payload` is empty with shared noise."""
 
     payload: bytes
     loss: float
     score: float | None = None
-    change: Floats | None = None
-
-
-@dataclass(frozen=True)
-class Pending:
-    """A client's input to the secure aggregation of a round."""
-
-    round: int
-    shared: str
-    against: str  # hash of what the change is against
-    change: Floats
+    change: Floats | Whole | None = None  # Whole: a share of a step, with its noise
 
 
 class ClientStore:
@@ -71,7 +60,6 @@ class ClientStore:
         self.states: dict[int, Tensors] = {0: {}, **(states or {})}
         self._start_round, self._views = 0, dict[int, ClientView]()
         self._refresh: Tensors = {}
-        self._pending: Pending | None = None
         self._encoded: tuple[str, Ring] | None = None
 
     # --- the shared state ---
@@ -127,12 +115,6 @@ class ClientStore:
 
     # --- secure sums ---
 
-    def pending(self) -> Pending | None:
-        return self._pending
-
-    def save_pending(self, pending: Pending) -> None:
-        self._pending = pending
-
     def encoded(self, key: str) -> Ring | None:
         return self._encoded[1] if self._encoded is not None and self._encoded[0] == key else None
 
@@ -141,7 +123,7 @@ class ClientStore:
         self._encoded = key, vector
 
     def sum_survivors(self, round: int) -> list[str] | None:
-        """Returns the other clients in the secure aggregation of this round, or None if there was none."""
+        """Returns the clients in the secure aggregation of this round, or None if there was none."""
         return None
 
     def save_sum_survivors(self, round: int, survivors: Sequence[str]) -> None:
@@ -254,16 +236,6 @@ class DiskStore(ClientStore):
 
     # --- secure sums ---
 
-    def pending(self) -> Pending | None:
-        if (found := self._read("pending")) is None:
-            return None
-        tensors, facts = found
-        return Pending(int(facts["round"]), facts["shared"], facts["against"], tensors["change"].numpy())
-
-    def save_pending(self, pending: Pending) -> None:
-        facts = {"round": str(pending.round), "shared": pending.shared, "against": pending.against}
-        self._write("pending", {"change": torch.from_numpy(pending.change)}, facts)
-
     def encoded(self, key: str) -> Ring | None:
         found = self._read("encoded", "key", key)
         return None if found is None else found[0]["vector"].numpy().view(np.uint32)
@@ -320,7 +292,7 @@ class DiskStore(ClientStore):
 
 
 def _bytes(data: bytes) -> torch.Tensor:
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.zeros(0, dtype=torch.uint8)
 
 
 def _round_of(path: Path) -> int:

@@ -195,6 +195,17 @@ class ServerConfig(Section):
             )
         return self
 
+    def sum_threshold(self, clients: int, config: PrivacyConfig | None = None) -> tuple[int, int]:
+        """Returns (the clients asked to take part in secure aggregation, the number that must stay).
+
+        With shared noise (`config` is then given) the shares of those who may leave are added for nothing, so by
+        default at most a tenth may.
+        """
+        asked = min(self.clients_per_round or clients, clients)
+        if config is not None and 2 * self.min_clients <= asked + config.colluding_clients:
+            return asked, asked - asked // 10
+        return asked, max(self.min_clients, asked // 2 + 1)
+
     @property
     def optimizer_settings(self) -> dict[str, Any]:
         """Returns the arguments of `ServerOptimizer`."""
@@ -214,6 +225,10 @@ class PrivacyConfig(Section):
     """Delta of the guarantee. Default: 1e-5, or a tenth of 1 / rows."""
     clip_norm: Annotated[Rate, PRIVATE] = 1.0
     """Maximum L2 norm, over all trained tensors, of a row's gradient or of a client's update."""
+    noise: Annotated[Literal["auto", "local", "shared"], used_if("privacy.unit", "example")] = "auto"
+    """Whether each client adds all of the noise, or a share to a secure sum. Default: shared if a round is one step."""
+    colluding_clients: Annotated[Count, used_if("privacy.unit", "example")] = 0
+    """Number of clients in league with the server against which shared noise protects as stated."""
     basis_share: Annotated[
         Fraction | Auto,
         PRIVATE,

@@ -39,7 +39,7 @@ def _rows(folder: Path, site: SiteConfig, config: str | None) -> Iterator[str]:
         yield "not tried: the run's own needs; name its TOML with --config"
         return
     from fedsb.deployment.site_folder import open_handle
-    from fedsb.protocol.secure_sum import sum_threshold
+    from fedsb.privacy.shared import noise_kind
     from fedsb.runs.find import load
 
     settings = load(config, []).config
@@ -48,7 +48,8 @@ def _rows(folder: Path, site: SiteConfig, config: str | None) -> Iterator[str]:
     handler = open_handle(folder)
     if settings.server.secure_aggregation:
         directory = handler.identity.directory
-        _, threshold = sum_threshold(settings.server, len(directory))
+        shared = noise_kind(settings, settings.method)[0] == "shared"
+        _, threshold = settings.server.sum_threshold(len(directory), settings.privacy if shared else None)
         refuse_sum(site.allow, threshold)
         refuse_peers(site.allow, {name: key for name, key in directory.items() if name != handler.identity.name})
         yield f"secure aggregation: of {threshold} of {len(directory)} sites at least"

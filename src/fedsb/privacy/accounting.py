@@ -27,7 +27,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -58,6 +58,11 @@ class Release:
     q: float = 1.0  # Poisson sampling rate; 1: every row, the plain Gaussian mechanism
     count: int = 1
     what: str = "training"
+    own_sigma: float | None = None  # of the client's own share, where other clients add the rest of the noise
+
+    def alone(self) -> Release:
+        """Returns the release as those see it who know all of the noise but the client's own share."""
+        return self if self.own_sigma is None else replace(self, sigma=self.own_sigma, own_sigma=None)
 
     def __post_init__(self) -> None:
         if not 0 < self.q <= 1:

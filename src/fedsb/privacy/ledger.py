@@ -3,6 +3,8 @@
     {"ledger": 1, "run": ..., "client": ..., "unit": ..., "relation": ...}
     {"run": ..., "client": ..., "round": 3, "what": "training", "q": ..., "sigma": ..., "clip": ..., "count": ..., ...}
 
+With shared noise `sigma` is that of all clients' shares and `own_sigma` that of this client's alone.
+
 Epsilon is computed from this file alone. A line may stand for noise that was never drawn, if a crash came between;
 noise without a line is impossible. A round that is repeated after a crash is charged again. Nothing removes a line:
 neither a resume nor a rollback of the state.
@@ -45,10 +47,15 @@ class Entry:
     clip: float  # L2; gives the length of the noise and is not needed for epsilon
     count: int
     time: str  # UTC, ISO 8601
+    own_sigma: float | None = None  # of the client's own share, where other clients add the rest of the noise
+
+    def values(self) -> dict[str, Any]:
+        """Returns the fields of the line."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
 
     @property
     def release(self) -> Release:
-        return Release(q=self.q, sigma=self.sigma, count=self.count, what=self.what)
+        return Release(q=self.q, sigma=self.sigma, count=self.count, what=self.what, own_sigma=self.own_sigma)
 
 
 class Ledger:
@@ -119,10 +126,11 @@ class Ledger:
             clip=clip,
             count=release.count,
             time=datetime.now(UTC).isoformat(timespec="seconds"),
+            own_sigma=release.own_sigma,
         )
         try:
             with disk_errors(self.path.parent):
-                self._append(_line(asdict(entry)))
+                self._append(_line(entry.values()))
         except BaseException:
             self.close()  # what is on disk now is known only after reading it again
             raise
@@ -134,7 +142,7 @@ class Ledger:
         for entry in entries:
             if entry not in known:
                 with disk_errors(self.path.parent):
-                    self._append(_line(asdict(_entry(asdict(entry), (self.run, self.client)))))
+                    self._append(_line(_entry(entry.values(), (self.run, self.client)).values()))
                 self._entries.append(entry)
 
     def releases(self) -> tuple[Release, ...]:
@@ -172,10 +180,12 @@ def read_ledger(path: Path) -> tuple[Entry, ...]:
 
 def merged(entries: Iterable[Entry]) -> tuple[Release, ...]:
     """Returns the releases, merged by what, q and sigma, in order of first appearance."""
-    counts: Counter[tuple[str, float, float]] = Counter()
+    counts: Counter[tuple[str, float, float, float | None]] = Counter()
     for entry in entries:
-        counts[entry.what, entry.q, entry.sigma] += entry.count
-    return tuple(Release(what=what, q=q, sigma=sigma, count=n) for (what, q, sigma), n in counts.items())
+        counts[entry.what, entry.q, entry.sigma, entry.own_sigma] += entry.count
+    return tuple(
+        Release(what=what, q=q, sigma=sigma, own_sigma=own, count=n) for (what, q, sigma, own), n in counts.items()
+    )
 
 
 def _parse(content: bytes, path: Path) -> tuple[tuple[str, str], list[Entry], int]:

@@ -1,6 +1,7 @@
 """The mechanism between a client's rows and all that leaves the client: its plan, its ledger and its noise.
 
     mean = (sum of clipped gradients + N(0, (sigma C)^2)) / expected batch          a step of DP-SGD
+    share = sum of clipped gradients + a share of the noise, in whole numbers       the same with shared noise (grid.py)
 
 A round is charged to the ledger, on disk, before any of its rows or its noise is drawn. A mechanism refuses to draw
 what was not charged, and to release a sum that is longer than its rows and their clip allow.
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from fedsb.adapters.layout import Layout
 from fedsb.privacy.accounting import Release, epsilon
+from fedsb.privacy.discrete import discrete_gaussian
+from fedsb.privacy.grid import NoiseGrid
 from fedsb.privacy.ledger import Ledger
 from fedsb.privacy.noise import Noise
 from fedsb.privacy.plan import PrivacyPlan
@@ -77,7 +80,7 @@ class DPMechanism:
     def charge(self, round: int) -> None:
         """Charges all steps of a round before any of them. Raises PrivacyBudgetExceededError if they would exceed the
         budget."""
-        self._charge(Release(q=self.plan.q, sigma=self.plan.sigma, count=self.plan.steps), self.plan.clip, round)
+        self._charge(self.plan.training(self.plan.steps), self.plan.clip, round)
 
     def draw(self) -> list[int]:
         """Returns the rows sampled in this step, each independently with probability q; possibly none."""
@@ -111,6 +114,21 @@ class DPMechanism:
         noised = self.add_noise(total, self.plan.noise_std)  # drawn on the host while the device computes the total
         refuse_long(total, rows, self.plan.clip)
         return noised / self.plan.batch
+
+    def share(self, total: Tensor, rows: int, grid: NoiseGrid) -> Tensor:  # (P,) int64, in steps of the grid
+        """Returns the sum of one step over `rows` rounded rows with this client's share of the noise, on the CPU.
+
+        Raises as `basis_sum` does.
+        """
+        self._take("training")
+        noise = discrete_gaussian(self.noise, grid.sigma, total.numel()) if grid.sigma else 0
+        refuse_long(total, rows, grid.clip / grid.gamma)
+        return total.cpu() + torch.as_tensor(noise)
+
+    def generator(self, device: torch.device) -> torch.Generator:
+        """Returns a generator for the rounding of a step's rows."""
+        generator = torch.Generator(device)
+        return generator.manual_seed(int(self.noise.uniform(1)[0] * 2**53))
 
     def noised_update(self, update: Tensor) -> Tensor:
         """Returns one client's update (P,) with the noise of the sum of all clients' changes.
@@ -160,6 +178,8 @@ class DPMechanism:
 
 def refuse_long(total: Tensor, rows: int, clip: float) -> None:
     """Raises UnsafeReleaseError if the sum is longer than `rows` gradients of length `clip` can be together."""
+    if not total.is_floating_point():
+        total = total.cpu().double()
     length = float(torch.linalg.vector_norm(total.detach(), dtype=torch.float64))
     if not length <= rows * clip * (1 + SLACK):  # NaN is refused too
         raise UnsafeReleaseError(

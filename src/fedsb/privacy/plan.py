@@ -12,6 +12,12 @@ noise itself. A row is at one client only, so the federation's epsilon is that o
 at several clients is not covered. With `client` one plan covers all clients: they clip their updates, and the server
 adds the noise to the sum.
 
+With shared noise (`example`, secure aggregation) a step is a sum over all clients, which draw from all rows at one rate
+q = batch / rows of all clients. Each adds a share of the noise, N(0, (sigma C)^2 / h): any h of them add up to sigma.
+There are two statements. Against the server and the colluding clients that h allows for, who learn no sum with fewer
+than h shares of honest clients, the noise multiplier is sigma. Against everyone else together it is that of a client's
+own share, sigma / sqrt(h), at the same q.
+
 With `client` the noised sum is divided by the number of updates that arrived, which is public: dividing adds nothing
 to epsilon, and which updates arrive is not covered. If m of the n
 clients asked reply, the noise on the mean is n / m times as large.
@@ -51,6 +57,15 @@ class BasisNoise:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SharedNoise:
+    """The sum to which the clients of a run add shares of one noise."""
+
+    clients: int  # that are asked in a round
+    honest: int  # h: clients, at least, whose shares are in every sum that the server can learn
+    rows: int  # of all clients of the run together
+
+
+@dataclass(frozen=True, kw_only=True)
 class PrivacyPlan:
     """The releases of one client in a run or, with `client`, of the server. Raises ConfigError with all faults."""
 
@@ -63,6 +78,7 @@ class PrivacyPlan:
     rounds: int
     sigma: float = 0.0  # noise multiplier; 0: no noise, epsilon is inf
     basis: BasisNoise | None = None  # None: the basis reads no private rows
+    shared: SharedNoise | None = None  # None: all of the noise is added in one place
 
     relation: ClassVar[str] = RELATION
 
@@ -73,7 +89,17 @@ class PrivacyPlan:
     @property
     def q(self) -> float:
         """The sampling rate of a step; 1 for clients, whose sampling is public."""
-        return self.batch / self.rows if self.unit == "example" else 1.0
+        return self.batch / self.pool if self.unit == "example" else 1.0
+
+    @property
+    def pool(self) -> int:
+        """The rows that a step draws from: the client's own or, with shared noise, those of all clients."""
+        return self.shared.rows if self.shared else self.rows
+
+    @property
+    def own_sigma(self) -> float | None:
+        """The noise multiplier of the client's own share; None without shared noise."""
+        return self.sigma / math.sqrt(self.shared.honest) if self.shared else None
 
     @property
     def noise_std(self) -> float:
@@ -85,11 +111,19 @@ class PrivacyPlan:
         rounds = self.rounds if rounds is None else rounds
         basis = (self.basis.release(rounds),) if self.basis else ()
         steps = self.steps * rounds
-        return (*basis, Release(q=self.q, sigma=self.sigma, count=steps)) if steps else basis
+        return (*basis, self.training(steps)) if steps else basis
+
+    def training(self, steps: int) -> Release:
+        """Returns what `steps` steps of training release."""
+        return Release(q=self.q, sigma=self.sigma, count=steps, own_sigma=self.own_sigma)
 
     def epsilon(self, rounds: int | None = None, accountant: Accountant = "pld") -> float:
         """Returns epsilon after `rounds` rounds, by default all."""
         return epsilon(self.releases(rounds), self.delta, accountant)
+
+    def own_epsilon(self, rounds: int | None = None) -> float:
+        """Returns epsilon if everyone else colludes, so that only the client's own share of the noise counts."""
+        return epsilon([release.alone() for release in self.releases(rounds)], self.delta)
 
     def calibrate(self, target: float) -> PrivacyPlan:
         """Returns this plan with the smallest sigma that keeps all rounds within the target. The basis is unchanged."""
@@ -178,18 +212,23 @@ def _faults(plan: PrivacyPlan) -> Iterable[str]:
         yield f"clip = {plan.clip} is out of range. Set it to a value from {CLIPS[0]:g} to {CLIPS[1]:g}."
     if not 0 <= plan.sigma < math.inf:
         yield f"sigma = {plan.sigma} is invalid. A noise multiplier is finite and at least 0."
-    if plan.rows < 1 or not 1 <= plan.batch <= plan.rows:
-        yield f"an expected batch of {plan.batch} from {plan.rows} {who} is impossible. Set it from 1 to {plan.rows}."
+    if plan.rows < 1 or not 1 <= plan.batch <= plan.pool:
+        yield f"an expected batch of {plan.batch} from {plan.pool} {who} is impossible. Set it from 1 to {plan.pool}."
     if not 0 < plan.delta < 1:
         yield f"delta = {plan.delta} is invalid. It must be a probability in (0, 1)."
-    elif plan.delta * plan.rows >= 1:
+    elif plan.delta * plan.pool >= 1:
         yield (
-            f"delta = {plan.delta:g} is too large for {plan.rows} {who}: publishing one of them at random would count "
-            f"as private. Set it to at most a tenth of 1/{plan.rows}, {1 / (10 * plan.rows):.1g}."
+            f"delta = {plan.delta:g} is too large for {plan.pool} {who}: publishing one of them at random would count "
+            f"as private. Set it to at most a tenth of 1/{plan.pool}, {1 / (10 * plan.pool):.1g}."
         )
     if plan.steps < 0 or (client and plan.steps != 1):
         yield f"steps = {plan.steps} is invalid. " + (
             "With unit = 'client' a round has one noised sum: set it to 1." if client else "It is at least 0."
+        )
+    if plan.shared and (client or plan.steps != 1):
+        yield (
+            f"steps = {plan.steps} is invalid. With shared noise a round is one step: the bound of a row's influence "
+            "holds for one clipped sum, and not for a model that several steps have changed."
         )
     if plan.rounds < 0:
         yield f"rounds = {plan.rounds} is invalid. It is at least 0."

@@ -19,6 +19,7 @@ from fedsb.privacy.ledger import Ledger
 from fedsb.privacy.mechanism import Cap, DPMechanism, clip_change
 from fedsb.privacy.noise import Noise, SecretNoise
 from fedsb.privacy.plan import BasisNoise, PrivacyPlan, default_delta
+from fedsb.privacy.shared import noise_kind, shared_faults, shared_noise
 from fedsb.utils.errors import RunError, UserError
 from fedsb.utils.files import safe_name
 from fedsb.utils.tensors import Tensors
@@ -39,6 +40,11 @@ class PrivacyPolicy:
 
     def __bool__(self) -> bool:
         return self.unit != "none"
+
+    @property
+    def shared_noise(self) -> bool:
+        """True if each round is one step, for which the clients add up shares of one noise."""
+        return any(plan.shared is not None for plan in self.plans.values())
 
     def open_ledgers(self, folder: Path, run: str, *, new: bool, cap: Cap | None = None) -> None:
         """Opens the ledgers in a run directory. Nothing can be released before.
@@ -113,6 +119,8 @@ def refuse_what_would_leak(config: Config, method: Method) -> None:
 
 def _example_faults(config: Config, method: Method) -> Iterator[str]:
     privacy, core = config.privacy, method.adapter == "core"
+    if privacy.noise == "shared" and privacy.unit == "example":
+        yield from (f"privacy.noise = 'shared': {fault}." for fault in shared_faults(config, method))
     if config.basis.kind == "update-pooled" and core:
         yield (
             "basis.kind = 'update-pooled' reads private rows without noise. Set it to 'weights', 'random' or 'core'."
@@ -186,8 +194,10 @@ def build_privacy_policy(
     privacy = config.privacy
     if privacy.unit == "none":
         return PrivacyPolicy(unit="none")
+    kind, why_noise = noise_kind(config, method)
+    pooled = [sum(rows.values())] if kind == "shared" else rows.values()
     delta, reason = (
-        default_delta(privacy.unit, rows.values()) if privacy.delta == "auto" else (privacy.delta, "as configured")
+        default_delta(privacy.unit, pooled) if privacy.delta == "auto" else (privacy.delta, "as configured")
     )
     plans: dict[str, PrivacyPlan] = {}
     basis_reasons: dict[str, str] = {}
@@ -203,6 +213,21 @@ def build_privacy_policy(
             rounds=config.rounds,  # the server's ledger is charged for every round, whichever clients are drawn
         )
         plans[SERVER], _ = _with_noise(plan, config)
+    elif kind == "shared":
+        shared, why_noise = shared_noise(config, rows, why_noise)
+        longest = max(rounds.values())
+        for name, count in rows.items():
+            plan = PrivacyPlan(
+                unit="example",
+                clip=privacy.clip_norm,
+                delta=delta,
+                batch=batch * len(rows),  # what all clients together would draw from equal numbers of rows
+                rows=count,
+                steps=steps[name],
+                rounds=longest,  # one noise for all, so that of the client with the most rounds
+                shared=shared,
+            )
+            plans[name] = replace(_with_noise(plan, config)[0], rounds=rounds[name])
     else:
         for name, count in rows.items():
             plan = PrivacyPlan(
@@ -223,6 +248,7 @@ def build_privacy_policy(
         plans=plans,
         choices=(
             ResolvedSetting(key="privacy.delta", value=delta, reason=reason),
+            *([ResolvedSetting(key="privacy.noise", value=kind, reason=why_noise)] if privacy.unit == "example" else []),
             *(
                 ResolvedSetting(key=f"privacy.basis of {name}", value="noised", reason=why)
                 for name, why in basis_reasons.items()

@@ -12,7 +12,7 @@
                     be merged into the residual
     GetShared                                              -> a payload: B and A that the client derived from W0
     SetShared       a payload: all of the shared state     -> hash of the shared state
-    Train           a payload: the broadcast               -> a payload: the update; or Stale
+    Train           a payload: the broadcast               -> a payload: the update, or the masked one; or Stale
     SecAggPhase     one phase of secure aggregation        -> the client's message (secagg/protocol.py)
     Finish          a payload: the last broadcast          -> the client's own score; it writes its adapter
 
@@ -36,7 +36,7 @@ Count = Annotated[int, Field(ge=0, le=10**9)]
 Real = Annotated[float, Field(allow_inf_nan=False)]
 Labels = list[str | int | bool]
 Fingerprint = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
-SecAggPhaseName = Literal["advert", "sealed", "masked", "confirm", "shares"]
+SecAggPhaseName = Literal["advert", "sealed", "held", "confirm", "shares"]
 
 
 class Message(BaseModel):
@@ -142,6 +142,7 @@ class TrainReply(Reply):
     loss: Real | None = None
     score: Real | None = None  # of the trained model on the client's held-out rows
     left: str | None = None  # why the client's change does not go into the secure sum
+    survivors: list[str] | None = None  # the clients of this round's sum, if this one has helped to unmask it before
 
 
 class SecAggReply(Reply):
@@ -216,6 +217,14 @@ class SetShared(Request[SetSharedReply]):
     payloads = (1,)
 
 
+class SumRequest(BaseModel):
+    """The secure sum of a round."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    attempt: str  # of the agreement of keys
+    cohort: list[str]  # all clients that are asked to take part
+
+
 class Train(Request[TrainReply]):
     verb, reply = "train", TrainReply
     payloads = (1,)
@@ -223,14 +232,16 @@ class Train(Request[TrainReply]):
     state_round: Count  # the last round whose update of this client was used: its own state is that after it
     score: bool = False  # whether to score the trained model on the held-out rows
     versions: dict[str, str] = {}
+    sum: SumRequest | None = None  # with secure aggregation
 
 
 class SecAggPhase(Request[SecAggReply]):
     verb, reply = "secagg", SecAggReply
     payloads = (1,)
     phase: SecAggPhaseName
-    attempt: str
-    cohort: list[str]
+    attempt: str  # of the agreement of keys, different for each
+    round: Count  # the first for which keys are agreed on, or that of the sum
+    rounds: Count = 0  # for which keys are agreed on
 
 
 class Finish(Request[FinishReply]):

@@ -9,6 +9,9 @@ Where a client is the unit of privacy, the noise goes in with the changes, in sh
 add up to (sigma C')^2 when no more than the threshold of clients stay. C' = C + step sqrt(size): rounding to the grid
 makes a clipped change longer by at most that.
 
+With shared noise (a row is the unit) a client's input is its share of a step, in whole numbers: privacy/grid.py. The
+noise bounds what such a sum tells, so the survivors are not signed and a round is one exchange shorter.
+
 Limits: in one process that process knows all keys. Such a run shows that the sums are right and what they cost, but
 hides nothing from its user. A server that sees no single update cannot validate one: server.max_norm_ratio has no
 effect here. Clients that exchange their shares of the noise can subtract them from the sum.
@@ -28,20 +31,22 @@ from numpy.typing import NDArray
 from fedsb.adapters.layout import Layout
 from fedsb.config.resolved import ResolvedSetting
 from fedsb.config.schema import Config
-from fedsb.config.training import ServerConfig
 from fedsb.privacy.discrete import discrete_gaussian
+from fedsb.privacy.grid import NoiseGrid
 from fedsb.privacy.mechanism import DPMechanism
+from fedsb.privacy.plan import PrivacyPlan
 from fedsb.privacy.policy import PrivacyPolicy
 from fedsb.protocol.payload import Payload, pack
 from fedsb.protocol.tensors import norm_l2
-from fedsb.secagg.fixed_point import Doubles, Floats, Ring
-from fedsb.secagg.messages import SumPlan
+from fedsb.secagg.fixed_point import BITS, Doubles, FixedPoint, Floats, Ring, Whole
+from fedsb.secagg.messages import KeyPlan, SumPlan
 from fedsb.utils.errors import UserError
 from fedsb.utils.rng import keyed_generator
 
 SUM = "the sum"  # the client that a summed update names
 AGREED = {"rounds", "seed", "model", "task", "method", "basis", "train", "clients", "server", "privacy"}  # settings
 OWN = {"model": {"name", "device"}}  # of these: where a site has its model
+KEY_ROUNDS = 32  # for which clients agree on keys at once
 HEADROOM = 15.0  # of a value in the ring, in standard deviations of all clients' noise together
 
 
@@ -55,30 +60,38 @@ class SumTerms:
     digest: str  # hash of the settings, of all rows, and of what the changes are against
     seed: int  # of the rounding
     clients: Mapping[str, bytes]  # of the cohort: Ed25519 public keys
+    keys: KeyPlan
     rows: Mapping[str, int] | None  # n_k; None: all have the same weight
-    threshold: int
     limit: float  # of each value of a change
     mechanism: DPMechanism | None  # of the sum, where a client is the unit
+    step: PrivacyPlan | None  # where the sum is one step with shared noise
 
     def plan(self, size: int) -> SumPlan:
         """Returns the plan for changes of `size` values. Raises UserError for a sum that would hide nothing."""
-        limit = self.limit
+        n, limit, bits = len(self.clients), self.limit, BITS
         if self.mechanism is not None:
-            limit = self.mechanism.plan.clip * (1 + HEADROOM * self.mechanism.plan.sigma / len(self.clients))
+            limit = self.mechanism.plan.clip * (1 + HEADROOM * self.mechanism.plan.sigma / n)
+        if self.step is not None:
+            grid = NoiseGrid.of(self.step, size)
+            limit, bits = grid.gamma * ((2 ** (grid.bits - 1) - 1) // n), grid.bits
         return SumPlan(
             run=self.run,
             round=self.round,
             sites=self.clients,
-            threshold=self.threshold,
+            threshold=self.keys.threshold,
             size=size,
-            clip=limit,
+            grid=FixedPoint(clients=n, clip=limit, bits=bits),
+            keys=self.keys,
+            signed=self.step is None,
             context=self.digest,
         )
 
     # --- client ---
 
-    def rejection_reason(self, change: Floats) -> str | None:
+    def rejection_reason(self, change: Floats | Whole) -> str | None:
         """Returns the reason why a client must not contribute this change, else None. No other party can check it."""
+        if self.step is not None:  # whole numbers, checked by the mechanism
+            return None
         largest = float(np.abs(change).max(initial=0.0))
         if not math.isfinite(largest):
             return "its change contains values that are NaN or infinite"
@@ -86,8 +99,11 @@ class SumTerms:
             return f"a value of its change is {largest:.3g}, server.secagg_clip allows {self.limit:g}: raise it"
         return None
 
-    def encode(self, client: str, change: Floats) -> Ring:
+    def encode(self, client: str, change: Floats | Whole) -> Ring:
+        """Returns a client's change, or its share of a step, in the ring."""
         plan, weight = self.plan(len(change)), 1.0
+        if self.step is not None:
+            return plan.grid.encode_whole(change.astype(np.int64))
         exact = change.astype(np.float64)
         draw, noise = keyed_generator(self.seed, "secure sum", client, self.round), None
         if self.mechanism is not None:  # the clip of these very values
@@ -99,9 +115,8 @@ class SumTerms:
 
     # --- server ---
 
-    def summed(self, values: Doubles, weight: float, baseline: Floats, layout: Layout) -> bytes:
-        """Returns the payload of one update in place of all."""
-        mean = (values / weight).astype(np.float32)
+    def payload(self, vector: Floats, weight: float, layout: Layout) -> bytes:
+        """Returns the payload of one update in place of all; `weight` is the sum of the clients' weights."""
         payload = Payload(
             kind="update",
             run=self.run,
@@ -110,7 +125,7 @@ class SumTerms:
             samples=max(1, round(weight * self._largest)),
             basis=self.shared,
             layout=layout,
-            vector=baseline + mean,
+            vector=vector,
         )
         return pack(payload)
 
@@ -124,8 +139,10 @@ class SecureSums:
 
     def __init__(self, config: Config, policy: PrivacyPolicy, run: str, rows: Mapping[str, int]) -> None:
         self.server, self.seed, self.run, self.policy, self.rows = config.server, config.seed, run, policy, dict(rows)
+        self.rounds = config.rounds
         self.settings = config.model_dump(mode="json", include=AGREED, exclude=OWN)
-        self.clients, self.threshold = sum_threshold(config.server, len(rows))
+        privacy = config.privacy if policy.shared_noise else None
+        self.clients, self.threshold = config.server.sum_threshold(len(rows), privacy)
         if self.clients < 2:
             raise UserError(
                 "server.secure_aggregation with one client per round: its sum is its own update. Use more clients"
@@ -133,10 +150,27 @@ class SecureSums:
 
     @property
     def settings_shown(self) -> tuple[ResolvedSetting, ...]:
-        reason = f"more than half of {self.clients} clients, and at least server.min_clients; with fewer a round ends"
-        return (ResolvedSetting(key="server.threshold", value=self.threshold, reason=reason),)
+        if self.policy.shared_noise:
+            reason = "at most a tenth may leave" if self.threshold != self.server.min_clients else "server.min_clients"
+            reason += ": the shares of noise of those who may are added for nothing"
+        else:
+            reason = f"more than half of {self.clients} clients, and at least server.min_clients"
+        return (ResolvedSetting(key="server.threshold", value=self.threshold, reason=f"{reason}; with fewer it ends"),)
 
-    def terms(self, round: int, shared: str, clients: Mapping[str, bytes], against: str = "") -> SumTerms:
+    def key_plan(self, round: int, rounds: int, sites: Mapping[str, bytes], attempt: str) -> KeyPlan:
+        """Returns the plan of an agreement of keys for the rounds from `round`, counted from 0, on.
+
+        Raises UserError for one that this run does not make.
+        """
+        if not 0 < rounds <= min(KEY_ROUNDS, self.rounds - round):
+            raise UserError(f"Keys for {rounds} rounds from round {round + 1} on, in a run of {self.rounds} rounds.")
+        return KeyPlan(
+            run=self.run, round=round, rounds=rounds, sites=sites, threshold=self.threshold, attempt=attempt
+        )
+
+    def terms(
+        self, round: int, shared: str, clients: Mapping[str, bytes], keys: KeyPlan, against: str = ""
+    ) -> SumTerms:
         """Returns the terms of a round among `clients`, its cohort with their keys.
 
         `against` is a hash of the tensors from which changes are computed. Clients that received different settings or
@@ -144,6 +178,7 @@ class SecureSums:
         weight, gets no sum.
         """
         agreed = json.dumps([self.settings, self.rows, shared, against], sort_keys=True)
+        weighted = self.server.weighting == "samples" and not self.policy.shared_noise
         return SumTerms(
             run=self.run,
             round=round,
@@ -151,17 +186,12 @@ class SecureSums:
             digest=hashlib.sha256(agreed.encode()).hexdigest(),
             seed=self.seed,
             clients=clients,
-            rows={name: self.rows[name] for name in clients} if self.server.weighting == "samples" else None,
-            threshold=self.threshold,
+            keys=keys,
+            rows={name: self.rows[name] for name in clients} if weighted else None,
             limit=self.server.secagg_clip,
             mechanism=self.policy.sum_mechanism(),
+            step=next(iter(self.policy.plans.values())) if self.policy.shared_noise else None,
         )
-
-
-def sum_threshold(server: ServerConfig, clients: int) -> tuple[int, int]:
-    """Returns (the number of clients asked to take part in secure aggregation, the number that must stay)."""
-    asked = min(server.clients_per_round or clients, clients)
-    return asked, max(server.min_clients, asked // 2 + 1)
 
 
 def noise_share(plan: SumPlan, mechanism: DPMechanism) -> NDArray[np.int64]:  # (plan.size,), in steps of the grid

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from fedsb.adapters.layout import Layout
 from fedsb.client.round import ClientRound, ClientView
 from fedsb.methods.base import State
 from fedsb.protocol.channel import NoResponse
-from fedsb.protocol.messages import Stale, Train, TrainReply
+from fedsb.protocol.messages import Stale, SumRequest, Train, TrainReply
 from fedsb.protocol.payload import PayloadError, unpack
 from fedsb.protocol.traffic import TrafficRecord
 from fedsb.server.exchange import reason_of
@@ -18,6 +19,10 @@ from fedsb.server.validation import Dropped
 from fedsb.utils.environment import versions
 
 if TYPE_CHECKING:
+    from fedsb.protocol.secure_sum import SecureSums, SumTerms
+    from fedsb.secagg.messages import SumPlan
+    from fedsb.server.exchange import Exchange
+    from fedsb.server.secure_sum import SecAggServer, Summed
     from fedsb.server.server import Server
 
 
@@ -39,6 +44,7 @@ class ServerRound:
         self.shared_hash = server.shared_state.hash(view.shared)
         self._payloads: dict[tuple[bool, int | None], bytes] = {}
         self._requests: dict[tuple[bool, int | None, int], Train] = {}
+        self.sum: SumRequest | None = None
 
     def payload(self, *, whole: bool, rank: int | None) -> bytes:
         """Returns the broadcast to clients of this rank; those that receive the same share its bytes."""
@@ -79,28 +85,65 @@ class ServerRound:
                 assert reply.payload is not None
                 yield reply.client, reply.payload
 
-    def summed(
-        self, answers: Iterable[ClientAnswer], cohort: Sequence[str], replies: Replies, in_sum: list[str]
-    ) -> Iterator[tuple[str, bytes]]:
-        """Yields the sum of the cohort's updates, as one; `in_sum` are then the clients in it."""
-        from fedsb.protocol.secure_sum import SUM
-        from fedsb.server.secure_sum import add_up
+    def summed(self, cohort: Sequence[str], replies: Replies) -> tuple[SumTerms, Summed, ClientRound]:
+        """Asks the cohort to train, and returns the sum of what it would send, as the terms define it.
 
-        server = self.server
-        trained = [reply for answer in answers if (reply := self._checked(answer, replies)) is not None]
+        Raises SumError if too few clients stayed.
+        """
+        from fedsb.server.secure_sum import Masked
+
+        server, round = self.server, self.state.round
+        secagg = server.secagg
+        assert secagg is not None and server.secure_sums is not None
+        keys = secagg.keys(round)
+        without = [name for name in cohort if name not in keys.members]
+        replies.dropped += [Dropped(client=name, reason="it has agreed on no keys for this sum") for name in without]
+        cohort = [name for name in cohort if name in keys.members]
         message = unpack(self.payload(whole=False, rank=None)).tensors
         if server.compressor.codec != "float32":
             raise AssertionError("refused at the start: secure aggregation with a codec")
-        shared = ClientRound(server.method, ClientView(self.view.shared), message, self.state.round, self.shared_hash)
-        assert server.secure_sums is not None
-        keys = {name: server.opened.directory[name] for name in cohort}
-        terms = server.secure_sums.terms(self.state.round, self.shared_hash, keys, shared.against)
-        found = add_up(server.exchange, terms, shared, trained, server.counter)
+        shared = ClientRound(server.method, ClientView(self.view.shared), message, round, self.shared_hash)
+        directory = {name: server.opened.directory[name] for name in cohort}
+        terms = server.secure_sums.terms(round, self.shared_hash, directory, keys.plan, shared.against)
+        layout = Layout.of(shared.trained) if terms.step else shared.layout
+        if terms.mechanism is not None:
+            terms.mechanism.charge(round + 1)
+        self.sum = SumRequest(attempt=keys.plan.attempt, cohort=cohort)
+        trained, masked = list[ClientReply](), list[Masked]()
+        for answer in self.answers(cohort):
+            if (reply := self._checked(answer, replies)) is not None and reply.payload is not None:
+                assert isinstance(answer.reply, TrainReply)
+                trained.append(reply)
+                masked.append(Masked(client=reply.client, message=reply.payload, survivors=answer.reply.survivors))
+        found = secagg.add_up(terms, layout.size, masked)
+        if without:
+            secagg.renew()
         replies.dropped += found.dropped
-        for reply in found.survivors:
-            replies.add(reply)
-            in_sum.append(reply.client)
-        yield SUM, found.payload
+        for reply in trained:
+            if reply.client in found.survivors:
+                wire = [secagg.wire_bytes.get(reply.client, (0, 0)), found.wire_bytes[reply.client]]
+                replies.add(self._counted(reply, layout, terms.plan(layout.size), wire))
+        secagg.wire_bytes = {}
+        return terms, found, shared
+
+    def _counted(
+        self, reply: ClientReply, layout: Layout, plan: SumPlan, wire: Sequence[tuple[int, int]]
+    ) -> ClientReply:
+        """Returns the reply with the traffic of its sum; `wire` are bytes of messages, up and down."""
+        assert reply.payload is not None
+        up, down = (sum(each) for each in zip(*wire, strict=True))
+        masked = TrafficRecord(
+            round=self.state.round + 1,
+            client=reply.client,
+            direction="up",
+            kind="round",
+            values=layout.size,
+            head_values=self.server.counter.head_values(layout),
+            bytes=plan.grid.packed_bytes(layout.size),
+            wire_bytes=len(reply.payload) + up,
+        )
+        sent = [replace(record, wire_bytes=record.wire_bytes + down) for record in reply.traffic]
+        return replace(reply, payload=None, traffic=[*sent, masked])
 
     def _ask(self, clients: Sequence[str], *, whole: bool) -> Iterator[ClientAnswer]:
         server, round = self.server, self.state.round + 1
@@ -123,6 +166,7 @@ class ServerRound:
                 state_round=state_round,
                 score=self.score,
                 versions=versions(),
+                sum=self.sum,
                 parts=(self.payload(whole=whole, rank=rank),),
             )
         return self._requests[key]
@@ -135,13 +179,13 @@ class ServerRound:
                 raise PayloadError(reason_of(reply))
             if reply.left is not None:
                 raise PayloadError(f"left the sum by itself: {reply.left}")
-            if (server.secure_sums is None) != len(reply.parts):
+            if len(reply.parts) != 1:
                 raise PayloadError(f"sent {len(reply.parts)} updates")
             server.copy_ledger(answer.client, reply.entries)
-            up = [
-                server.counter.record(part, self.state.round + 1, answer.client, "up", wire_bytes=reply.wire_bytes)
-                for part in reply.parts
-            ]
+            up = []
+            if self.sum is None:
+                count, wire = server.counter.record, reply.wire_bytes
+                up = [count(reply.payload, self.state.round + 1, answer.client, "up", wire_bytes=wire)]
         except PayloadError as error:
             replies.dropped.append(Dropped(client=answer.client, reason=str(error)))
             if isinstance(reply, TrainReply):  # it received the broadcast
@@ -150,8 +194,19 @@ class ServerRound:
         travels = not server.method.spec.pools_data
         return ClientReply(
             client=answer.client,
-            payload=reply.parts[0] if reply.parts else None,
+            payload=reply.payload,
             loss=reply.loss,
             score=reply.score,
             traffic=[*answer.traffic, *up] if travels else [],
         )
+
+
+def open_secagg(
+    exchange: Exchange, sums: SecureSums | None, directory: Mapping[str, bytes]
+) -> SecAggServer | None:
+    """Returns the server of a run's secure aggregation; None if it is off."""
+    if sums is None:
+        return None
+    from fedsb.server.secure_sum import SecAggServer
+
+    return SecAggServer(exchange, sums, directory)

@@ -1,110 +1,136 @@
-"""The server's part of secure aggregation. Each phase of secagg/protocol.py is a request to the remaining clients."""
+"""The server's part of secure aggregation: agreements of keys, and the sum of a round (secagg/protocol.py)."""
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
-from fedsb.adapters.layout import Layout
-from fedsb.client.round import ClientRound
-from fedsb.protocol.channel import NoResponse
-from fedsb.protocol.messages import Reply, SecAggPhase, SecAggPhaseName, SecAggReply
-from fedsb.protocol.secure_sum import SumTerms
-from fedsb.protocol.traffic import TrafficCounter, TrafficRecord
-from fedsb.secagg.messages import MessageError, SumError
-from fedsb.secagg.server import SumServer
+from fedsb.protocol.messages import SecAggPhase, SecAggPhaseName, SecAggReply
+from fedsb.protocol.secure_sum import KEY_ROUNDS, SecureSums, SumTerms
+from fedsb.secagg.fixed_point import Doubles
+from fedsb.secagg.messages import MessageError, SumError, SumPlan
+from fedsb.secagg.server import KeyServer, SumServer
 from fedsb.server.exchange import Exchange, reason_of
-from fedsb.server.replies import ClientReply
 from fedsb.server.validation import Dropped
+
+
+@dataclass(frozen=True, kw_only=True)
+class Masked:
+    """A client's masked change, as it arrived."""
+
+    client: str
+    message: bytes
+    survivors: Sequence[str] | None  # of an earlier try of this sum, which this client has helped to unmask
 
 
 @dataclass(frozen=True, kw_only=True)
 class Summed:
     """The result of secure aggregation."""
 
-    payload: bytes  # one update in place of all
-    survivors: Sequence[ClientReply]  # the clients in it, with what their phases added to the traffic
+    values: Doubles  # (size,): the weighted sum of the changes
+    weight: float  # the sum of the weights
+    survivors: Sequence[str]  # the clients in it
     dropped: Sequence[Dropped]
+    wire_bytes: Mapping[str, tuple[int, int]]  # of the phases after the masked change, by client: up, down
 
 
-def add_up(
-    exchange: Exchange,
-    terms: SumTerms,
-    shared: ClientRound,  # the round as the server computes it for a client
-    replies: Sequence[ClientReply],  # of the clients that have trained
-    counter: TrafficCounter,
-) -> Summed:
-    """Runs the phases. Raises SumError if too few clients stayed."""
-    plan = terms.plan(shared.layout.size)
-    server, trained = SumServer(plan), {reply.client: b"" for reply in replies}
-    phases: tuple[tuple[SecAggPhaseName, Callable[[], Mapping[str, bytes]]], ...] = (
-        ("advert", lambda: trained),
-        ("sealed", server.roster),
-        ("masked", server.inboxes),
-        ("confirm", server.survivors_lists),
-        ("shares", server.confirmations),
-    )
-    attempt = secrets.token_hex(8)  # a sum begun again is another: a site must not send what it sent in the first
-    up, down, failed = dict.fromkeys(trained, 0), dict.fromkeys(trained, 0), dict[str, str]()
-    try:
-        for phase, messages in phases:
-            if phase == "masked" and terms.mechanism is not None:
-                terms.mechanism.charge(terms.round + 1)
-            for name, sent, reply in _ask(exchange, terms, phase, attempt, messages()):
-                down[name] += sent
-                try:
-                    if not isinstance(reply, SecAggReply):
-                        raise MessageError(reason_of(reply))
-                    server.receive(name, reply.payload)
-                    up[name] += len(reply.payload)
-                except MessageError as error:
-                    failed[name] = str(error)
-        values, weight = plan.grid.decode(server.total())
-    except SumError as error:
-        why = "".join(f"\n  {name}: {reason}" for name, reason in failed.items())
-        raise SumError(f"{error}{why}") from error
-    survivors = [
-        replace(
-            reply,
-            traffic=[
-                *(replace(record, wire_bytes=record.wire_bytes + down[reply.client]) for record in reply.traffic),
-                _masked(shared.layout, terms.round + 1, reply.client, counter, up[reply.client]),
-            ],
+class SecAggServer:
+    """The secure aggregation of a run at its server. Keys are agreed on for many rounds, and again after a loss.
+
+    Args:
+        directory: the public keys of all clients.
+    """
+
+    def __init__(self, exchange: Exchange, sums: SecureSums, directory: Mapping[str, bytes]) -> None:
+        self.exchange, self.sums, self.directory = exchange, sums, directory
+        self.wire_bytes: dict[str, tuple[int, int]] = {}  # of agreements, until they are read
+        self._keys: KeyServer | None = None
+
+    def keys(self, round: int) -> KeyServer:
+        """Returns the agreement for this round, which is a new one if there is none. Raises SumError below the
+        threshold."""
+        if self._keys is None or round >= self._keys.plan.round + self._keys.plan.rounds:
+            self._keys = self._agree(round)
+        return self._keys
+
+    def renew(self) -> None:
+        """Ends the agreement, because a client has no keys of it or was lost."""
+        self._keys = None
+
+    def add_up(self, terms: SumTerms, size: int, masked: Sequence[Masked]) -> Summed:
+        """Returns the sum of the masked changes. Raises SumError if too few clients stayed."""
+        plan, keys = terms.plan(size), self.keys(terms.round)
+        server, failed, wire = SumServer(plan, keys), dict[str, str](), dict[str, tuple[int, int]]()
+        before = next((each.survivors for each in masked if each.survivors is not None), None)
+        try:
+            for each in masked:
+                if before is not None and each.client not in before:
+                    failed[each.client] = "the others have unmasked this sum without it"
+                else:
+                    self._take(server, each.client, each.message, failed)
+            mail = server.survivors_lists()
+            if plan.signed:
+                self._ask(server, "confirm", mail, failed, wire)
+                mail = server.confirmations()
+            self._ask(server, "shares", mail, failed, wire)
+            values, weight = plan.grid.decode(server.total())
+        except SumError as error:
+            self.renew()
+            why = "".join(f"\n  {name}: {reason}" for name, reason in failed.items())
+            raise SumError(f"{error}{why}") from error
+        if len(server.survivors) < len(plan.names) or failed:
+            self.renew()
+        dropped = [Dropped(client=name, reason=why) for name, why in failed.items() if name not in server.survivors]
+        return Summed(values=values, weight=weight, survivors=server.survivors, dropped=dropped, wire_bytes=wire)
+
+    # --- private ---
+
+    def _agree(self, round: int) -> KeyServer:
+        rounds = min(KEY_ROUNDS, self.sums.rounds - round)
+        sites = {name: self.directory[name] for name in sorted(self.sums.rows)}
+        plan = self.sums.key_plan(round, rounds, sites, secrets.token_hex(8))
+        server, failed = KeyServer(plan), dict[str, str]()
+        phases: tuple[tuple[SecAggPhaseName, Callable[[], Mapping[str, bytes]]], ...] = (
+            ("advert", lambda: dict.fromkeys(sites, b"")),
+            ("sealed", server.roster),
+            ("held", server.inboxes),
         )
-        for reply in replies
-        if reply.client in server.survivors
-    ]
-    return Summed(
-        payload=terms.summed(values, weight, shared.baseline_vector, shared.layout),
-        survivors=survivors,
-        dropped=[Dropped(client=name, reason=why) for name, why in failed.items() if name not in server.survivors],
-    )
+        try:
+            for phase, mail in phases:
+                self._ask(server, phase, mail(), failed, self.wire_bytes)
+            server.close()
+        except SumError as error:
+            why = "".join(f"\n  {name}: {reason}" for name, reason in failed.items())
+            raise SumError(f"{error}{why}") from error
+        return server
 
-
-def _ask(
-    exchange: Exchange, terms: SumTerms, phase: SecAggPhaseName, attempt: str, messages: Mapping[str, bytes]
-) -> Iterator[tuple[str, int, Reply | NoResponse]]:
-    """Yields (client, the bytes sent to it, its reply)."""
-    requests = {
-        name: SecAggPhase(
-            run=exchange.run, phase=phase, attempt=attempt, cohort=sorted(terms.clients), parts=(message,)
+    def _ask(
+        self,
+        server: KeyServer | SumServer,
+        phase: SecAggPhaseName,
+        mail: Mapping[str, bytes],
+        failed: dict[str, str],
+        wire: dict[str, tuple[int, int]],
+    ) -> None:
+        """Asks for one phase. Adds to `failed` why a client's message cannot be used, and to `wire` its bytes."""
+        plan = server.plan
+        keys = plan.keys if isinstance(plan, SumPlan) else plan
+        request = SecAggPhase(
+            run=plan.run, phase=phase, attempt=keys.attempt, round=plan.round, rounds=keys.rounds, parts=(b"",)
         )
-        for name, message in messages.items()
-    }
-    for name, reply in exchange.each(requests, what=f"The secure aggregation of round {terms.round + 1}"):
-        yield name, requests[name].wire_bytes, reply
+        requests = {name: request.model_copy(update={"parts": (message,)}) for name, message in mail.items()}
+        for name, reply in self.exchange.each(requests, what=f"The secure aggregation of round {plan.round + 1}"):
+            up, down = wire.get(name, (0, 0))
+            wire[name] = up, down + requests[name].wire_bytes
+            if not isinstance(reply, SecAggReply):
+                failed[name] = reason_of(reply)
+                continue
+            self._take(server, name, reply.payload, failed)
+            wire[name] = up + len(reply.payload), wire[name][1]
 
-
-def _masked(layout: Layout, round: int, client: str, counter: TrafficCounter, wire_bytes: int) -> TrafficRecord:
-    """Returns the record of a masked update: 4 bytes per value."""
-    return TrafficRecord(
-        round=round,
-        client=client,
-        direction="up",
-        kind="round",
-        values=layout.size,
-        head_values=counter.head_values(layout),
-        bytes=4 * layout.size,
-        wire_bytes=wire_bytes,
-    )
+    def _take(self, server: KeyServer | SumServer, name: str, message: bytes, failed: dict[str, str]) -> None:
+        try:
+            server.receive(name, message)
+        except MessageError as error:
+            failed[name] = str(error)

@@ -7,6 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from fedsb.adapters.basis import Basis
 from fedsb.config.resolved import ResolvedSetting
 from fedsb.config.schema import Config
@@ -24,14 +28,16 @@ from fedsb.server.basis import BasisRound
 from fedsb.server.exchange import Exchange, reason_of
 from fedsb.server.opened import OpenedFederation
 from fedsb.server.replies import Replies
-from fedsb.server.round import ServerRound
+from fedsb.server.round import ServerRound, open_secagg
 from fedsb.server.shared_state import SharedStateSync
 from fedsb.server.spool import Spool
+from fedsb.server.step import FederatedStep
 from fedsb.server.validation import Dropped, update_rules, validate_updates
 from fedsb.training.basis import draw_samples
 from fedsb.training.gradients import captured_share
 from fedsb.training.resolved import gradient_budget, share_rows
 from fedsb.training.score import Score
+from fedsb.utils.tensors import Tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +81,7 @@ class Server:
         self.secure_sums = open_secure_sums(config, self.policy, run, self.rows)
         self.compressor = build_compressor(config, method, run)
         self.exchange = Exchange(self.channel, run, config.engine.deadline_s, note)
+        self.secagg = open_secagg(self.exchange, self.secure_sums, opened.directory)
         self.counter = TrafficCounter(self.trainer.head.keys())
         self.shared_state = SharedStateSync(self.exchange, self.counter)
         self.optimizer = ServerOptimizer(**config.server.optimizer_settings)
@@ -157,7 +164,7 @@ class Server:
             cohort = schedule.sample(list(self.rows), state.round, config)
             missed = frozenset(cohort) - frozenset(schedule.sample(list(self.rows), max(state.round - 1, 0), config))
         view = self.compressor.client_view(method, state)
-        replies, in_sum = Replies(), list[str]()
+        replies = Replies()
         round = ServerRound(self, state, view, missed=missed if state.round else frozenset(), score=score)
         rules = update_rules(
             method,
@@ -170,11 +177,16 @@ class Server:
             rows=self.rows,
             steps={name: self.local.steps_for(rows) for name, rows in self.rows.items()},
         )
-        answers = round.answers(cohort)
-        payloads = round.summed(answers, cohort, replies, in_sum) if self.secure_sums else round.each(answers, replies)
-        updates, dropped = validate_updates(payloads, rules, Spool(spool), replies.dropped)
+        if self.secagg is None:
+            updates, dropped = validate_updates(
+                round.each(round.answers(cohort), replies), rules, Spool(spool), replies.dropped
+            )
+            used, moments = [update.client for update in updates], dict[str, Tensor]()
+        else:
+            payload, used, moments = self._summed(round, cohort, replies)
+            updates, dropped = validate_updates([payload], rules, Spool(spool), replies.dropped)
         after = method.aggregate(view, self.policy.add_noise(updates, state.round), self.optimizer)
-        used = in_sum or [update.client for update in updates]
+        after = replace(after, server={**after.server, **moments})
         settled = self.compressor.settle(method, state, view, after)
         return RoundResult(
             state=replace(settled, accepted={**state.accepted, **dict.fromkeys(used, settled.round)}),
@@ -183,6 +195,23 @@ class Server:
             dropped=[*replies.dropped, *dropped],
             traffic=[*traffic, *replies.traffic],
         )
+
+    def _summed(
+        self, round: ServerRound, cohort: Sequence[str], replies: Replies
+    ) -> tuple[tuple[str, bytes], Sequence[str], Tensors]:
+        """Returns (the sum of a round as one update, the clients in it, the moments of a step with shared noise)."""
+        from fedsb.protocol.secure_sum import SUM
+
+        terms, found, shared = round.summed(cohort, replies)
+        moments: Tensors = {}
+        if terms.step is None:
+            vector = shared.baseline_vector + (found.values / found.weight).astype(np.float32)
+        else:
+            expected = terms.step.q * sum(self.rows[name] for name in found.survivors)
+            step = FederatedStep(self.local, self.trainer.adapted.head_keys)
+            sent, moments = step.take(shared, torch.from_numpy(found.values / expected), round.state.server)
+            vector = shared.layout.flatten(sent).numpy()
+        return (SUM, terms.payload(vector, found.weight, shared.layout)), found.survivors, moments
 
     def finish(self, state: State, card: Mapping[str, str]) -> dict[str, Score]:
         """Ends the run at every client: it receives the final model and scores it. Returns the clients' scores."""

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from fedsb.adapters.adapted import AdaptedModel
 from fedsb.adapters.layout import Layout
 from fedsb.data.tasks.base import Example, Task
+from fedsb.privacy.grid import NoiseGrid
 from fedsb.privacy.mechanism import DPMechanism
 from fedsb.training.buffers import ClientBuffers
 from fedsb.training.dropout import Dropout, Keys
@@ -44,6 +45,7 @@ class ClientTraining:
     tensors: Tensors
     moments: Tensors = field(default_factory=dict)  # "m.<key>", "v.<key>", and "steps" that they have seen
     losses: tuple[float, ...] = ()  # per step, the mean over the step's rows
+    share: Tensor | None = None  # (P,) of a step with shared noise, in whole numbers, in place of new tensors
 
     @property
     def loss(self) -> float:
@@ -111,6 +113,8 @@ class JointTrainer:
         if mechanisms is not None:
             for client in clients:
                 mechanisms[client.name].charge(how.round + 1)
+            if mechanisms[clients[0].name].plan.shared is not None:
+                return self._shares(clients, how, mechanisms)
         layout = Layout.of({key: clients[0].tensors[key] for key in how.trainable})
         buffers = self._buffers_for(layout, len(clients))
         buffers.read([c.tensors for c in running], [c.moments for c in running])
@@ -224,15 +228,51 @@ class JointTrainer:
         frozen: Tensors,
     ) -> Tensor:
         """Fills the noised means of one step of DP-SGD. Returns each client's mean loss, (K,); 0 without rows."""
-        K, layout = len(clients), buffers.layout
-        rows = [[c.examples[i] for i in own.draw()] for c, own in zip(clients, mechanisms, strict=True)]
-        together = self.local.batch_size * buffers.capacity
+        rows = _draw(clients, mechanisms)
+        sums, loss_K = self._row_gradients(buffers).clipped_sums(
+            buffers.values[: len(rows)], frozen, rows, mechanisms[0].plan.clip
+        )
+        for k, own in enumerate(mechanisms):
+            buffers.gradients[k].copy_(own.mean(sums[k], len(rows[k]), buffers.layout))
+        return loss_K
+
+    def _shares(
+        self, clients: Sequence[ClientTraining], how: RoundTraining, mechanisms: Mapping[str, DPMechanism]
+    ) -> list[ClientTraining]:
+        """Returns the clients with their share of one step, whose tensors the server will change.
+
+        A share is the sum of the clipped and rounded gradients of the rows that the client has drawn, with its part of
+        the noise.
+        """
+        layout = Layout.of({key: clients[0].tensors[key] for key in how.trainable})
+        buffers, own = self._buffers_for(layout, len(clients)), [mechanisms[client.name] for client in clients]
+        buffers.read([client.tensors for client in clients], [{} for _ in clients])
+        grid, rows = NoiseGrid.of(own[0].plan, layout.size), _draw(clients, own)
+        sums, loss_K = self._row_gradients(buffers).clipped_sums(
+            buffers.values[: len(rows)],
+            _stacked(self.adapted, clients, how.trainable),
+            rows,
+            own[0].plan.clip,
+            partial(grid.round_rows, generator=own[0].generator(self.adapted.device)),
+        )
+        losses = loss_K.tolist()
+        if how.watch:
+            _check_finite(clients, [[loss] for loss in losses], dict.fromkeys(mechanisms, 1), how.round)
+        return [
+            replace(client, share=mechanism.share(sums[k], len(rows[k]), grid), losses=(*client.losses, losses[k]))
+            for k, (client, mechanism) in enumerate(zip(clients, own, strict=True))
+        ]
+
+    def _row_gradients(self, buffers: ClientBuffers) -> RowGradients:
+        layout, together = buffers.layout, self.local.batch_size * buffers.capacity
         if layout not in self._rows or len(self._rows[layout].gradients) < together:
             self._rows[layout] = RowGradients.allocate(self.adapted, self.task, layout, together)
-        sums, loss_K = self._rows[layout].clipped_sums(buffers.values[:K], frozen, rows, mechanisms[0].plan.clip)
-        for k, own in enumerate(mechanisms):
-            buffers.gradients[k].copy_(own.mean(sums[k], len(rows[k]), layout))
-        return loss_K
+        return self._rows[layout]
+
+
+def _draw(clients: Sequence[ClientTraining], mechanisms: Sequence[DPMechanism]) -> list[list[Example]]:
+    """Returns the rows that each client's mechanism draws for one step."""
+    return [[c.examples[i] for i in own.draw()] for c, own in zip(clients, mechanisms, strict=True)]
 
 
 def join_tensors(adapted: AdaptedModel, clients: Sequence[Tensors]) -> Tensors:

@@ -19,7 +19,7 @@ trained values of one client.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +32,7 @@ from fedsb.models.load import matmul_precision
 from fedsb.training.scoring import forward
 from fedsb.utils.tensors import Tensors, to_device
 
+Rounding = Callable[[Tensor], Tensor]  # (b, P) clipped gradients -> whole numbers
 LONGEST = 1e19  # a gradient with a larger norm counts as 0; up to here, C over the norm is a normal float32
 
 
@@ -56,12 +57,15 @@ class RowGradients:
         frozen: Tensors,  # all other tensors: a core's A and B as they are, else (K, ...)
         rows: Sequence[Sequence[Example]],  # of each client; may be empty
         clip: float,
+        rounding: Rounding | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Returns ((K, P) the sums of clipped gradients, (K,) the mean losses). No noise is added here.
 
-        The sums do not depend on how the rows are cut into forwards. A client without rows gets zeros.
+        The sums do not depend on how the rows are cut into forwards. A client without rows gets zeros. With `rounding`
+        each clipped row is rounded to whole numbers, and the sums are int64.
         """
-        sums, losses = torch.zeros_like(values), torch.zeros(len(rows), device=values.device)
+        sums = torch.zeros_like(values, dtype=None if rounding is None else torch.int64)
+        losses = torch.zeros(len(rows), device=values.device)
         flat = [(k, example) for k, own in enumerate(rows) for example in own]
         flat.sort(key=lambda row: len(ids(row[1], "input_ids")))  # forwards pad to their longest row
         for start in range(0, len(flat), len(self.gradients)):
@@ -69,7 +73,7 @@ class RowGradients:
             owners = [k for k, _ in part]
             owner_b = to_device(torch.tensor(owners), values.device)
             loss_b = self._backward(values, frozen, owner_b, [row for _, row in part])
-            add_clipped(sums, self.gradients[: len(part)], owner_b, clip)
+            add_clipped(sums, self.gradients[: len(part)], owner_b, clip, rounding)
             losses.index_add_(
                 0, owner_b, loss_b / to_device(torch.tensor([len(rows[k]) for k in owners]), values.device)
             )
@@ -95,12 +99,18 @@ class RowGradients:
         return loss_b.detach().float()
 
 
-def add_clipped(sums: Tensor, gradients: Tensor, owner_b: Tensor, clip: float) -> None:
+def add_clipped(
+    sums: Tensor, gradients: Tensor, owner_b: Tensor, clip: float, rounding: Rounding | None = None
+) -> None:
     """Adds each row's gradient (b, P), clipped, to its client's sum (K, P), in place. May change `gradients`."""
     norm_b = norms(gradients)
     usable_b = norm_b <= LONGEST  # False for NaN
     gradients.masked_fill_(~usable_b.unsqueeze(1), 0.0)  # such a row counts as 0: NaN would show through any noise
     factor_b = torch.where(usable_b, (clip / norm_b).clamp(max=1.0), 0.0)  # a gradient of 0 stays 0
+    if rounding is not None:
+        rounded = rounding(gradients.mul_(factor_b.float().unsqueeze(1)))
+        sums.index_add_(0, owner_b, rounded.to(sums.dtype))
+        return
     weight_Kb = torch.zeros(len(sums), len(owner_b), device=owner_b.device)
     weight_Kb[owner_b, torch.arange(len(owner_b), device=owner_b.device)] = factor_b.float()
     with matmul_precision("highest"):
