@@ -331,11 +331,14 @@ class SiteHandler:
         if isinstance(request, SecAggPhase) or not reply.parts:
             self.outbox.note(what, data, run=run)
             return data
-        payload = unpack(reply.payload)
-        refuse_payload(self.settings.allow, payload, len(reply.payload))
         client = self.client
         example = isinstance(client, StartedClient) and client.policy.unit == "example"
         epsilon = epsilon_spent(client.policy) if example and isinstance(client, StartedClient) else None
+        if isinstance(request, Train) and request.sum is not None:  # masked; its content was checked before
+            self.outbox.note(f"{what}: masked", data, run=run, epsilon=epsilon)
+            return data
+        payload = unpack(reply.payload)
+        refuse_payload(self.settings.allow, payload, len(reply.payload))
         self.outbox.note(what, reply.payload, payload, run=run, epsilon=epsilon)
         return data
 

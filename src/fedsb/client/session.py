@@ -18,13 +18,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fedsb.adapters.layout import Layout
 from fedsb.client.checks import fitting, refuse_values
 from fedsb.client.memo import Memo
 from fedsb.client.round import ClientRound
 from fedsb.client.secure_sum import SecAggSession
 from fedsb.client.shared_state import ClientSharedState
 from fedsb.client.store import ClientStore, StoredRound
-from fedsb.adapters.layout import Layout
 from fedsb.config.schema import Config
 from fedsb.data.clients import ClientData, prepare_client_data
 from fedsb.data.rows import Table
@@ -227,7 +227,8 @@ class StartedClient(ClientSharedState):
     def finish(self, begun: LocalRound, trained: ClientTraining) -> TrainReply:
         """Makes the update of a trained client, and stores what the client keeps."""
         if trained.share is not None:
-            done, state = StoredRound(payload=b"", loss=trained.loss, change=trained.share.numpy()), {}
+            state: Tensors = {}
+            done = StoredRound(payload=b"", loss=trained.loss, change=trained.share.numpy())
         else:
             done, state = self._update(begun, trained)
         self.store.save_round(begun.client_round, state, done, begun.state_round)
@@ -236,7 +237,7 @@ class StartedClient(ClientSharedState):
     def _update(self, begun: LocalRound, trained: ClientTraining) -> tuple[StoredRound, Tensors]:
         """Returns (the update of a trained client, the client's own state)."""
         client_round = begun.client_round
-        method, name = client_round.method, self.data.name
+        method = client_round.method
         sent, own = method.upload(begun.training.tensors, trained.tensors, client_round.round)
         sent = self.policy.clip_update(sent, client_round.baseline)
         vector = client_round.layout.flatten(sent).numpy()

@@ -9,7 +9,7 @@ rounds/round-0003.safetensors       after the third round: its own state, what c
                                     broadcast, and the answer that it sent
 answered.json                       for each round, the hash of the broadcast that it trained on
 basis_gradient-0000.safetensors     what it sent for a `core` basis, before the first round
-encoded.safetensors                 its change in the ring, with its share of the noise, where clients are the unit of privacy
+encoded.safetensors                 its change in the ring with its share of the noise, where clients are the unit
 sums/round-0003.json                the clients in the secure aggregation of this round
 privacy/<name>.jsonl                its ledger
 """

@@ -7,7 +7,7 @@
 Rounding a row makes it longer, by chance. C' = (1 + 1 %) C bounds it without exception, because a row that is longer is
 rounded again; gamma is the coarsest grid on which that happens to at most one row in 3,000:
 
-    C'^2 >= C^2 + gamma^2 P / 4 + sqrt(2 ln(1 / beta)) gamma (C + gamma sqrt(P) / 2)      or      C' >= C + gamma sqrt(P)
+    C'^2 >= C^2 + gamma^2 P / 4 + sqrt(2 ln(1 / beta)) gamma (C + gamma sqrt(P) / 2)     or     C' >= C + gamma sqrt(P)
 
 (Kairouz, Liu, Steinke, "The Distributed Discrete Gaussian Mechanism for Federated Learning with Secure Aggregation",
 ICML 2021, arXiv 2102.06387, Theorem 1 and Proposition 26.) A row is rounded before the sum: two neighbouring sums then

@@ -196,9 +196,7 @@ def build_privacy_policy(
         return PrivacyPolicy(unit="none")
     kind, why_noise = noise_kind(config, method)
     pooled = [sum(rows.values())] if kind == "shared" else rows.values()
-    delta, reason = (
-        default_delta(privacy.unit, pooled) if privacy.delta == "auto" else (privacy.delta, "as configured")
-    )
+    delta, reason = default_delta(privacy.unit, pooled) if privacy.delta == "auto" else (privacy.delta, "as configured")
     plans: dict[str, PrivacyPlan] = {}
     basis_reasons: dict[str, str] = {}
     if privacy.unit == "client":
@@ -248,7 +246,11 @@ def build_privacy_policy(
         plans=plans,
         choices=(
             ResolvedSetting(key="privacy.delta", value=delta, reason=reason),
-            *([ResolvedSetting(key="privacy.noise", value=kind, reason=why_noise)] if privacy.unit == "example" else []),
+            *(
+                [ResolvedSetting(key="privacy.noise", value=kind, reason=why_noise)]
+                if privacy.unit == "example"
+                else []
+            ),
             *(
                 ResolvedSetting(key=f"privacy.basis of {name}", value="noised", reason=why)
                 for name, why in basis_reasons.items()

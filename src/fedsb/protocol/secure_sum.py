@@ -38,7 +38,7 @@ from fedsb.privacy.plan import PrivacyPlan
 from fedsb.privacy.policy import PrivacyPolicy
 from fedsb.protocol.payload import Payload, pack
 from fedsb.protocol.tensors import norm_l2
-from fedsb.secagg.fixed_point import BITS, Doubles, FixedPoint, Floats, Ring, Whole
+from fedsb.secagg.fixed_point import BITS, FixedPoint, Floats, Ring, Whole
 from fedsb.secagg.messages import KeyPlan, SumPlan
 from fedsb.utils.errors import UserError
 from fedsb.utils.rng import keyed_generator
@@ -164,9 +164,7 @@ class SecureSums:
         """
         if not 0 < rounds <= min(KEY_ROUNDS, self.rounds - round):
             raise UserError(f"Keys for {rounds} rounds from round {round + 1} on, in a run of {self.rounds} rounds.")
-        return KeyPlan(
-            run=self.run, round=round, rounds=rounds, sites=sites, threshold=self.threshold, attempt=attempt
-        )
+        return KeyPlan(run=self.run, round=round, rounds=rounds, sites=sites, threshold=self.threshold, attempt=attempt)
 
     def terms(
         self, round: int, shared: str, clients: Mapping[str, bytes], keys: KeyPlan, against: str = ""

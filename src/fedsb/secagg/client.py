@@ -203,5 +203,3 @@ class SumClient(_Party):
         ]
         self._awaits, self._shares = None, {}
         return pack(self.plan, "shares", self.name, b"".join(shares))
-
-

@@ -201,9 +201,7 @@ class ServerRound:
         )
 
 
-def open_secagg(
-    exchange: Exchange, sums: SecureSums | None, directory: Mapping[str, bytes]
-) -> SecAggServer | None:
+def open_secagg(exchange: Exchange, sums: SecureSums | None, directory: Mapping[str, bytes]) -> SecAggServer | None:
     """Returns the server of a run's secure aggregation; None if it is off."""
     if sums is None:
         return None

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from fedsb.adapters.basis import Basis
 from fedsb.config.resolved import ResolvedSetting
@@ -181,7 +180,8 @@ class Server:
             updates, dropped = validate_updates(
                 round.each(round.answers(cohort), replies), rules, Spool(spool), replies.dropped
             )
-            used, moments = [update.client for update in updates], dict[str, Tensor]()
+            used: Sequence[str] = [update.client for update in updates]
+            moments: Tensors = {}
         else:
             payload, used, moments = self._summed(round, cohort, replies)
             updates, dropped = validate_updates([payload], rules, Spool(spool), replies.dropped)
