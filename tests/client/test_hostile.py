@@ -32,6 +32,7 @@ from fedsb.protocol.messages import (
     SetShared,
     Stale,
     Start,
+    SumRequest,
     Train,
     TrainReply,
 )
@@ -48,6 +49,9 @@ def settings(tiny_config: dict[str, Any]) -> Settings:
     return partial(run_settings, tiny_config)
 
 
+SUM = SumRequest(attempt="1", cohort=["a", "b"])
+
+
 @pytest.mark.parametrize(
     ("kind", "fields"),
     [
@@ -58,6 +62,7 @@ def settings(tiny_config: dict[str, Any]) -> Settings:
         (SetShared, {}),
         (Refresh, {}),
         (Train, {"total_rank": None, "state_round": 0, "versions": versions()}),
+        (Train, {"total_rank": None, "state_round": 0, "versions": versions(), "sum": SUM}),
         (SecAggPhase, {"phase": "advert", "attempt": "1", "round": 0, "rounds": 1}),
         (Finish, {"card": {}}),
     ],

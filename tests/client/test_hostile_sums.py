@@ -15,7 +15,7 @@ from fedsb.privacy.mechanism import PrivacyBudgetExceededError
 from fedsb.protocol.messages import Start, SumRequest
 from fedsb.secagg.messages import MessageError, SumError
 from fedsb.utils.errors import RefusalError
-from support.hostile import CLIENT, SUMS, Hostile, Settings, moved, run_settings
+from support.hostile import CLIENT, SHARED, SUMS, Hostile, Settings, moved, run_settings
 
 
 @pytest.fixture
@@ -43,6 +43,50 @@ def test_a_single_update_does_not_leave(settings: Settings, tmp_path: Path) -> N
     world.agree()
     with pytest.raises(RefusalError, match="the request asks for a single update"):
         world.train(0, "a", sum=None)
+
+
+def test_an_update_that_is_not_masked_is_not_sent_as_if_it_was(settings: Settings, tmp_path: Path) -> None:
+    """The site's rules would not have been applied to it."""
+    world = Hostile(tmp_path, megabytes=0.0001)
+    world.open(settings())
+    with pytest.raises(RefusalError, match="secure_aggregation = false, but the request asks for a masked update"):
+        world.train(0, "a", sum=SumRequest(attempt="1", cohort=["a", "b"]))
+    with pytest.raises(RefusalError, match=r"allowed are 0.0001 MB"):
+        world.train(0, "a")
+
+
+@pytest.mark.parametrize("cohort", ["", "a", "bc", "abcd"])
+def test_a_sum_of_others_or_of_too_few_is_refused_before_a_row_is_drawn(
+    cohort: str, settings: Settings, tmp_path: Path
+) -> None:
+    world = Hostile(tmp_path, "abc")
+    world.open(settings(SHARED))
+    world.agree()
+    with pytest.raises(RefusalError, match=r"takes no part in a sum of|Secure aggregation with d: not in this site's"):
+        world.train(0, "a", sum=SumRequest(attempt="1", cohort=list(cohort)))
+    assert world.ledgers("a") == []
+
+
+def test_keys_are_not_used_for_rounds_that_they_are_not_for(settings: Settings, tmp_path: Path) -> None:
+    world = Hostile(tmp_path, "abc")
+    world.open(settings(SHARED, rounds=3))
+    world.agree(round=1)
+    for round in (0, 2):
+        with pytest.raises(RefusalError, match="are not for round"):
+            world.train(round, "a")
+        world.agree(round=1)
+    assert world.ledgers("a") == []
+
+
+def test_a_sum_for_other_clients_with_used_keys_charges_no_noise(settings: Settings, tmp_path: Path) -> None:
+    world = Hostile(tmp_path, "abc")
+    world.open(settings(SUMS, CLIENT))
+    world.agree()
+    world.train(0, "abc")
+    with pytest.raises(SumError, match="are used up"):
+        world.train(0, "a", sum=world.request("ab"))
+    assert world.ledgers("a") == [1]
+    assert len(world.unmask(world.masked(0, "abc")))
 
 
 def test_a_round_is_summed_for_one_broadcast(settings: Settings, tmp_path: Path) -> None:

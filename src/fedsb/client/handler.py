@@ -126,8 +126,7 @@ class SiteHandler:
             case Train():
                 refuse_versions(request.versions)  # a coordinator may have come back as another
                 request = request.model_copy(update={"score": request.score and self.settings.allow.tells})
-                return self._with_ledger(self._quiet(self._started(request).answer(request)))
-        return self._with_ledger(self._started(request).answer(request))
+        return self._with_ledger(self._quiet(self._started(request).answer(request)))
 
     def _describe(self, request: Describe) -> DescribeReply:
         refuse_versions(request.versions)  # first: another version may not even read the settings
@@ -231,7 +230,7 @@ class SiteHandler:
             cap = cap_of(self.settings.allow, policy.plans[name], self._released_before(prepared.run))
         sums, secagg = open_secure_sums(config, policy, prepared.run, rows), None
         if sums is not None:
-            refuse_sum(self.settings.allow, sums.threshold)
+            refuse_sum(self.settings.allow, sums.smallest)
             secagg = SecAggSession(sums, store, self.identity, partial(refuse_peers, self.settings.allow))
             if new:
                 secagg.keys(list(rows))  # before it has trained for a sum that it would leave
@@ -331,10 +330,9 @@ class SiteHandler:
         if isinstance(request, SecAggPhase) or not reply.parts:
             self.outbox.note(what, data, run=run)
             return data
-        client = self.client
-        example = isinstance(client, StartedClient) and client.policy.unit == "example"
-        epsilon = epsilon_spent(client.policy) if example and isinstance(client, StartedClient) else None
-        if isinstance(request, Train) and request.sum is not None:  # masked; its content was checked before
+        client = self.client if isinstance(self.client, StartedClient) else None
+        epsilon = epsilon_spent(client.policy) if client and client.policy.unit == "example" else None
+        if isinstance(request, Train) and client and client.secagg:  # masked; its content was checked before
             self.outbox.note(f"{what}: masked", data, run=run, epsilon=epsilon)
             return data
         payload = unpack(reply.payload)

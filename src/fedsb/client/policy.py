@@ -184,7 +184,7 @@ def refuse_sum(allow: AllowConfig, clients: int) -> None:
     if clients < allow.sum_clients:
         raise RefusalError(
             f"this site's rules (site.toml) refuse the sum: it is of {clients} clients at least, allowed are "
-            f"{allow.sum_clients} or more: the run's server.min_clients = {allow.sum_clients} makes it so"
+            f"{allow.sum_clients} or more: raise the run's server.min_clients"
         )
 
 

@@ -69,14 +69,21 @@ class SecAggSession:
         self._refuse_peers({name: known[name] for name in cohort if name != self._identity.name})
         return {name: known[name] for name in cohort}
 
-    def require_keys(self, request: SumRequest) -> None:
-        """Raises RefusalError, before any row is read, if this client cannot take part in a sum."""
+    def require_keys(self, request: SumRequest, round: int) -> None:
+        """Raises RefusalError, before any row is read, if this client cannot take part in the sum of a round."""
         if self._keys is None or self._keys.plan.attempt != request.attempt:
             raise RefusalError(
                 "This client has no keys for this sum, because it was restarted since they were agreed on. It takes "
                 "part again after the next agreement."
             )
-        self.keys(request.cohort)
+        plan, cohort = self._keys.plan, self.keys(request.cohort).keys()
+        if self._identity.name not in cohort or len(cohort) < plan.threshold or not cohort <= self._keys.members:
+            raise RefusalError(
+                f"This client takes no part in a sum of {', '.join(cohort) or 'no clients'}. It must be one of them. "
+                f"There must be at least {plan.threshold}, and all of them must have agreed on keys."
+            )
+        if not plan.round <= round < plan.round + plan.rounds:
+            raise RefusalError(f"The keys of this agreement are not for round {round + 1}.")
 
     def mask(self, shared: ClientRound, change: Floats | Whole, cohort: Sequence[str]) -> tuple[bytes, str | None]:
         """Returns (the masked change of a round, None), or (b"", the reason why it must not go into the sum).
@@ -89,9 +96,8 @@ class SecAggSession:
             return b"", reason
         plan = terms.plan(len(change))
         if self._current is None or self._current.plan.digest != plan.digest:
-            vector = self._encoded(terms, plan, change)
-            client = SumClient(plan, self._keys)
-            self._current = _Sum(client, plan, client.masked(vector))
+            client = SumClient(plan, self._keys)  # raises if its keys are used up, before any noise is charged
+            self._current = _Sum(client, plan, client.masked(self._encoded(terms, plan, change)))
         return self._current.message, None
 
     def survivors(self, round: int) -> list[str] | None:

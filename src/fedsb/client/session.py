@@ -197,13 +197,14 @@ class StartedClient(ClientSharedState):
         A round is done once. A repeated broadcast gets the stored answer. A different broadcast for the same round, or
         a round that the run does not have, raises RefusalError.
         """
-        if self.secagg is not None:
-            if request.sum is None:
-                raise RefusalError("server.secure_aggregation = true, but the request asks for a single update.")
-            self.secagg.require_keys(request.sum)
         payload = self.memo.get(("payload", request.payload), lambda: unpack(request.payload))
         if not 0 <= payload.round < self.config.rounds:
             raise RefusalError(f"Round {payload.round + 1} of a run of {self.config.rounds} rounds.")
+        if (self.secagg is None) != (request.sum is None):
+            on, asked = ("false", "masked") if self.secagg is None else ("true", "single")
+            raise RefusalError(f"server.secure_aggregation = {on}, but the request asks for a {asked} update.")
+        if self.secagg is not None and request.sum is not None:
+            self.secagg.require_keys(request.sum, payload.round)
         client_round = self._receive(payload, request)
         if client_round is None:
             return Stale(shared=self.start_view().hash)
@@ -226,18 +227,16 @@ class StartedClient(ClientSharedState):
 
     def finish(self, begun: LocalRound, trained: ClientTraining) -> TrainReply:
         """Makes the update of a trained client, and stores what the client keeps."""
-        if trained.share is not None:
-            state: Tensors = {}
-            done = StoredRound(payload=b"", loss=trained.loss, change=trained.share.numpy())
-        else:
+        if trained.share is None:
             done, state = self._update(begun, trained)
+        else:
+            done, state = StoredRound(payload=b"", loss=trained.loss, change=trained.share.numpy()), {}
         self.store.save_round(begun.client_round, state, done, begun.state_round)
         return self._reply(begun, done)
 
     def _update(self, begun: LocalRound, trained: ClientTraining) -> tuple[StoredRound, Tensors]:
         """Returns (the update of a trained client, the client's own state)."""
-        client_round = begun.client_round
-        method = client_round.method
+        client_round, method = begun.client_round, begun.client_round.method
         sent, own = method.upload(begun.training.tensors, trained.tensors, client_round.round)
         sent = self.policy.clip_update(sent, client_round.baseline)
         vector = client_round.layout.flatten(sent).numpy()

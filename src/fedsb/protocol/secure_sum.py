@@ -143,6 +143,8 @@ class SecureSums:
         self.settings = config.model_dump(mode="json", include=AGREED, exclude=OWN)
         privacy = config.privacy if policy.shared_noise else None
         self.clients, self.threshold = config.server.sum_threshold(len(rows), privacy)
+        shared = next((plan.shared for plan in policy.plans.values()), None)
+        self.smallest = shared.honest if shared else self.threshold  # clients in a sum that the server can learn
         if self.clients < 2:
             raise UserError(
                 "server.secure_aggregation with one client per round: its sum is its own update. Use more clients"

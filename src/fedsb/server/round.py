@@ -106,6 +106,7 @@ class ServerRound:
         directory = {name: server.opened.directory[name] for name in cohort}
         terms = server.secure_sums.terms(round, self.shared_hash, directory, keys.plan, shared.against)
         layout = Layout.of(shared.trained) if terms.step else shared.layout
+        plan = terms.plan(layout.size)  # raises for an impossible sum, before any client is charged for it
         if terms.mechanism is not None:
             terms.mechanism.charge(round + 1)
         self.sum = SumRequest(attempt=keys.plan.attempt, cohort=cohort)
@@ -122,7 +123,7 @@ class ServerRound:
         for reply in trained:
             if reply.client in found.survivors:
                 wire = [secagg.wire_bytes.get(reply.client, (0, 0)), found.wire_bytes[reply.client]]
-                replies.add(self._counted(reply, layout, terms.plan(layout.size), wire))
+                replies.add(self._counted(reply, layout, plan, wire))
         secagg.wire_bytes = {}
         return terms, found, shared
 
