@@ -21,7 +21,8 @@ from fedsb.privacy.noise import SeededNoise
 from fedsb.protocol.secure_sum import SUM, noise_share
 from fedsb.reporting.run_directory import read_manifest, read_rows
 from fedsb.runs.run import federate, resume
-from fedsb.secagg.messages import SumPlan
+from fedsb.secagg.fixed_point import FixedPoint
+from fedsb.secagg.messages import KeyPlan, SumPlan
 from fedsb.server.server import RoundResult, Server
 from fedsb.utils.errors import RunError, UserError
 from support.server import open_server, started
@@ -160,14 +161,21 @@ def of_clients(config: dict[str, Any], **privacy: Any) -> dict[str, Any]:
     return secure(set_all(config, privacy=chosen, server={"weighting": "uniform"}), weighting="uniform")
 
 
+def sum_plan(threshold: int, size: int, clip: float) -> SumPlan:
+    """Returns the plan of a sum of five clients."""
+    sites = {name: bytes([i]) * 32 for i, name in enumerate("abcde")}
+    keys = KeyPlan(run="r", round=0, rounds=1, sites=sites, threshold=threshold, attempt="1")
+    grid = FixedPoint(clients=5, clip=clip)
+    return SumPlan(run="r", round=0, sites=sites, threshold=threshold, size=size, grid=grid, keys=keys)
+
+
 def test_the_noise_of_the_sum_is_as_planned_when_only_the_threshold_stays(
     tiny_config: dict[str, Any], tmp_path: Path
 ) -> None:
     server, _ = started(of_clients(tiny_config), tmp_path)
     mechanism = server.policy.mechanisms[setup.SERVER]
     mechanism.charge(1)
-    sites = {name: bytes([i]) * 32 for i, name in enumerate("abcde")}
-    plan = SumPlan(run="r", round=0, sites=sites, threshold=3, size=60_000, clip=0.5)
+    plan = sum_plan(threshold=3, size=60_000, clip=0.5)
     shares = [noise_share(plan, mechanism) * plan.grid.step for _ in range(5)]
     planned = 1.5 * (0.5 + plan.grid.step * np.sqrt(60_000))
     assert np.std(sum(shares[:3])) == pytest.approx(planned, rel=0.02)  # the threshold
@@ -183,8 +191,7 @@ def test_a_share_is_sized_for_the_threshold_and_for_the_rounding(
     asked: list[float] = []
     monkeypatch.setattr(module, "discrete_gaussian", lambda noise, sigma, count: asked.append(sigma))
     server, _ = started(of_clients(tiny_config), tmp_path)
-    sites = {name: bytes([i]) * 32 for i, name in enumerate("abcde")}
-    plan = SumPlan(run="r", round=0, sites=sites, threshold=4, size=90_000, clip=2.0)
+    plan = sum_plan(threshold=4, size=90_000, clip=2.0)
     with pytest.raises(RunError, match="the ledger has no line for"):
         module.noise_share(plan, server.policy.mechanisms[setup.SERVER])
     server.policy.mechanisms[setup.SERVER].charge(1)
@@ -217,7 +224,6 @@ def test_a_clients_change_is_no_longer_than_the_clip_in_the_ring(
     tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     from fedsb.protocol import secure_sum as module
-    from fedsb.secagg.fixed_point import FixedPoint
 
     seen: list[np.ndarray] = []
     plain = FixedPoint.encode

@@ -213,14 +213,24 @@ def test_a_bad_reply_at_the_end_is_harmless(tiny_config: dict[str, Any], tmp_pat
     assert (folder / "adapter" / "adapter_config.json").exists()
 
 
-def test_a_phase_of_a_sum_without_a_message(tiny_config: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("phase", ["advert", "sealed", "held", "masked", "confirm", "shares"])
+def test_a_phase_of_a_sum_without_a_message(phase: str, tiny_config: dict[str, Any], tmp_path: Path) -> None:
+    """A site whose masked change has arrived is in the sum, whatever it sends after that."""
     sites = federation(tmp_path)
-    spoiled(sites, "site 0", "secagg", with_parts())
+    honest = sites.channel.handles["site 0"]
+
+    def silent(request: bytes) -> bytes:
+        asked, reply = read_request(request), honest(request)
+        spoils = asked.verb == "train" if phase == "masked" else getattr(asked, "phase", "") == phase
+        return replace(RawMessage.read(reply), parts=()).pack() if spoils else reply
+
+    sites.channel.handles["site 0"] = silent
     config = load_config(merged(remote_of(tiny_config, {}), {"server": {"secure_aggregation": True}}))
+    reason = "sent 0 updates" if phase == "masked" else "has no keys for this sum: .*A message 'secagg' with 0 payloads"
     for row in read_rows(federate(config, open_federation=sites.open_federation).folder / "rounds.jsonl"):
-        (dropped,) = row["dropped"]
-        assert dropped["client"] == "site 0"
-        assert "A message 'secagg' with 0 payloads" in dropped["reason"]
+        dropped = {drop["client"]: drop["reason"] for drop in row["dropped"]}
+        assert list(dropped) == ([] if phase in ("confirm", "shares") else ["site 0"])
+        assert all(re.match(reason, found) for found in dropped.values())
 
 
 def test_a_site_that_fails_while_it_catches_up_misses_the_round(tiny_config: dict[str, Any], tmp_path: Path) -> None:

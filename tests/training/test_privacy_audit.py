@@ -261,10 +261,10 @@ def head_outside_the_norm(monkeypatch: pytest.MonkeyPatch) -> None:
 def each_tensor_clipped_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = per_example.add_clipped
 
-    def alone(sums: torch.Tensor, gradients: torch.Tensor, owner_b: torch.Tensor, clip: float) -> None:
+    def alone(sums: torch.Tensor, gradients: torch.Tensor, owner_b: torch.Tensor, clip: float, *rounding: Any) -> None:
         sizes = [CORE] * ((gradients.shape[1] - sum(HEAD)) // CORE) + HEAD
         for own, g in zip(sums.split(sizes, 1), gradients.split(sizes, 1), strict=True):
-            whole(own, g, owner_b, clip)
+            whole(own, g, owner_b, clip, *rounding)
 
     monkeypatch.setattr(per_example, "add_clipped", alone)
     monkeypatch.setattr(module, "add_clipped", alone)

@@ -97,7 +97,10 @@ class ServerRound:
         assert secagg is not None and server.secure_sums is not None
         keys = secagg.keys(round)
         without = [name for name in cohort if name not in keys.members]
-        replies.dropped += [Dropped(client=name, reason="it has agreed on no keys for this sum") for name in without]
+        replies.dropped += [
+            Dropped(client=name, reason=f"has no keys for this sum: {secagg.absent.get(name, 'no reply')}")
+            for name in without
+        ]
         cohort = [name for name in cohort if name in keys.members]
         message = unpack(self.payload(whole=False, rank=None)).tensors
         if server.compressor.codec != "float32":

@@ -45,6 +45,7 @@ class SecAggServer:
     def __init__(self, exchange: Exchange, sums: SecureSums, directory: Mapping[str, bytes]) -> None:
         self.exchange, self.sums, self.directory = exchange, sums, directory
         self.wire_bytes: dict[str, tuple[int, int]] = {}  # of agreements, until they are read
+        self.absent: dict[str, str] = {}  # why clients have no keys of the newest agreement
         self._keys: KeyServer | None = None
 
     def keys(self, round: int) -> KeyServer:
@@ -91,6 +92,7 @@ class SecAggServer:
         sites = {name: self.directory[name] for name in sorted(self.sums.rows)}
         plan = self.sums.key_plan(round, rounds, sites, secrets.token_hex(8))
         server, failed = KeyServer(plan), dict[str, str]()
+        self.absent = failed
         phases: tuple[tuple[SecAggPhaseName, Callable[[], Mapping[str, bytes]]], ...] = (
             ("advert", lambda: dict.fromkeys(sites, b"")),
             ("sealed", server.roster),
