@@ -116,6 +116,17 @@ def test_a_client_with_a_bad_change_leaves_and_the_sum_is_of_the_others(
         assert torch.allclose(x, summed.state.tensors[key], atol=1e-6), key
 
 
+def test_clients_that_received_the_state_at_once_are_in_a_sum_with_those_that_knew_it(
+    tiny_config: dict[str, Any],
+) -> None:
+    """A client that was not in the last cohort receives both factors, the others one."""
+    clients, method = {"partition": "iid", "count": 4}, {"name": "rolora", "rank": 2}
+    config = set_all(tiny_config, clients=clients, method=method, rounds=4)
+    done = federate(load_config(secure(config, clients_per_round=3)))
+    rows = read_rows(done.folder / "rounds.jsonl")
+    assert len(rows) == 4 and all(row["dropped"] == [] for row in rows)
+
+
 def test_below_the_threshold_there_is_no_round(tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     spoil(monkeypatch, 2, np.nan)
     with pytest.raises(RunError, match="the threshold is 2"):

@@ -99,8 +99,9 @@ class ClientRound:
 
     @cached_property
     def against(self) -> str:
-        """The hash of the received tensors from which a change is computed."""
-        return basis_hash({key: self.message[key] for key in self.baseline if key in self.message})
+        """The hash of the received tensors from which a change is computed, in this round or before."""
+        received = {**self.view.shared, **self.message}
+        return basis_hash({key: received[key] for key in self.baseline if key in received})
 
     @cached_property
     def broadcast_hash(self) -> str:

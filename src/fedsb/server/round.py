@@ -90,6 +90,7 @@ class ServerRound:
 
         Raises SumError if too few clients stayed.
         """
+        from fedsb.secagg.messages import SumError
         from fedsb.server.secure_sum import Masked
 
         server, round = self.server, self.state.round
@@ -119,7 +120,11 @@ class ServerRound:
                 assert isinstance(answer.reply, TrainReply)
                 trained.append(reply)
                 masked.append(Masked(client=reply.client, message=reply.payload, survivors=answer.reply.survivors))
-        found = secagg.add_up(terms, layout.size, masked)
+        try:
+            found = secagg.add_up(terms, layout.size, masked)
+        except SumError as error:
+            why = "".join(f"\n  {drop.client}: {drop.reason}" for drop in replies.dropped)
+            raise SumError(f"{error}{why}") from error
         if without:
             secagg.renew()
         replies.dropped += found.dropped
