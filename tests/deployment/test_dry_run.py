@@ -121,7 +121,7 @@ def test_a_secure_sum_of_too_few_is_refused_before_the_run(
     settings = set_all(tiny_config, data={"test": str(tables[1])}, server={"secure_aggregation": True})
     join = site_of(tmp_path / "fed", 1, tables[0], "sum_clients = 2")
     said = cli(*join, "--config", write_toml(tmp_path / "my.toml", settings))
-    assert "it is of 1 clients at least" in said.err and "server.min_clients = 2 makes it so" in said.err
+    assert "it is of 1 clients at least" in said.err and "raise the run's server.min_clients" in said.err
 
 
 def test_rows_that_are_not_there_are_not_kept(

@@ -41,6 +41,7 @@ def _rows(folder: Path, site: SiteConfig, config: str | None) -> Iterator[str]:
     from fedsb.deployment.site_folder import open_handle
     from fedsb.privacy.shared import noise_kind
     from fedsb.runs.find import load
+    from fedsb.secagg.threshold import honest_in_sum
 
     settings = load(config, []).config
     refuse_run(site.allow, settings, settings.method)
@@ -49,8 +50,9 @@ def _rows(folder: Path, site: SiteConfig, config: str | None) -> Iterator[str]:
     if settings.server.secure_aggregation:
         directory = handler.identity.directory
         shared = noise_kind(settings, settings.method)[0] == "shared"
-        _, threshold = settings.server.sum_threshold(len(directory), settings.privacy if shared else None)
-        refuse_sum(site.allow, threshold)
+        asked, threshold = settings.server.sum_threshold(len(directory), settings.privacy if shared else None)
+        colluding = settings.privacy.colluding_clients
+        refuse_sum(site.allow, honest_in_sum(asked, threshold, colluding, signed=False) if shared else threshold)
         refuse_peers(site.allow, {name: key for name, key in directory.items() if name != handler.identity.name})
         yield f"secure aggregation: of {threshold} of {len(directory)} sites at least"
     described = handler.describe("dryrun", settings)
