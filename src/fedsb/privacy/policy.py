@@ -6,7 +6,7 @@ reason.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -15,6 +15,7 @@ from fedsb.adapters.layout import Layout
 from fedsb.config.resolved import ResolvedSetting
 from fedsb.config.schema import Config
 from fedsb.methods.base import Method, Update
+from fedsb.privacy.grid import NoiseGrid
 from fedsb.privacy.ledger import Ledger
 from fedsb.privacy.mechanism import Cap, DPMechanism, clip_change
 from fedsb.privacy.noise import Noise, SecretNoise
@@ -46,11 +47,19 @@ class PrivacyPolicy:
         """True if each round is one step, for which the clients add up shares of one noise."""
         return any(plan.shared is not None for plan in self.plans.values())
 
-    def open_ledgers(self, folder: Path, run: str, *, new: bool, cap: Cap | None = None) -> None:
+    @property
+    def up_bits(self) -> Callable[[int], int] | None:
+        """The bits of a value in a sum of so many values with shared noise; None without it."""
+        if not self.shared_noise:
+            return None
+        plan = next(iter(self.plans.values()))
+        return lambda size: NoiseGrid.of(plan, size).bits
+
+    def open_ledgers(self, folder: Path, run: str, *, new: bool, caps: Sequence[Cap] = ()) -> None:
         """Opens the ledgers in a run directory. Nothing can be released before.
 
-        A new run creates them. A resumed run continues them and never resets them. `cap` is the limit of the one client
-        that runs here.
+        A new run creates them. A resumed run continues them and never resets them. `caps` are the limits of the one
+        client that runs here.
         """
         for name, plan in self.plans.items():
             path = folder / "privacy" / f"{safe_name(name)}.jsonl"
@@ -59,7 +68,7 @@ class PrivacyPolicy:
                 ledger = Ledger.create(path, run=run, client=name, unit=plan.unit)
             else:
                 ledger = Ledger(path, run=run, client=name)
-            self.mechanisms[name] = DPMechanism(plan=plan, ledger=ledger, noise=noise_for(name), cap=cap)
+            self.mechanisms[name] = DPMechanism(plan=plan, ledger=ledger, noise=noise_for(name), caps=caps)
 
     def close(self) -> None:
         """Closes the ledgers and releases their locks."""
