@@ -192,6 +192,8 @@ class SumClient(_Party):
 
     def confirm(self, survivors: bytes) -> bytes:
         """Returns this client's signature of the survivors."""
+        if not self.plan.signed:
+            raise SumError(f"{self.name}: 'confirm' is not due, this sum is without signatures.")
         self.survivors = tuple(self._members(survivors, "survivors", 0, self.plan.names))
         self._awaits = "confirmed"
         signature = sign_survivors(self.plan, self.name, self._identity, self.survivors, self._roster_message)
