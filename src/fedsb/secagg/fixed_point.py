@@ -115,7 +115,7 @@ class FixedPoint:
         if self.bits == BITS:
             return numbers.astype("<u4").tobytes()
         bits = np.unpackbits(numbers.astype(">u4").view(np.uint8)).reshape(-1, BITS)
-        return np.packbits(bits[:, BITS - self.bits :]).tobytes()
+        return np.packbits(bits[:, BITS - self.bits :].ravel()).tobytes()  # a copy: much faster than a view
 
     def unpack(self, data: bytes, size: int) -> Ring:
         """Returns the numbers (size,) that `pack` wrote."""

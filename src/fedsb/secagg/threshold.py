@@ -16,8 +16,8 @@ clients:
 
 which is n - c for t = n, and t for t = n - 1 and c = 0 (n > 2). The bound is attained, after rounding up: with V honest
 clients outside W and m = n - t, each of V gives min(m, V - 1) shares and each of W min(m, V), in rotation, so that
-every s_v has min(m, V - 1) + floor(|W| min(m, V) / V) of them. tests/secagg/test_threshold.py compares the two for all
-n up to 40.
+every s_v has min(m, V - 1) + floor(|W| min(m, V) / V) of them. tests/secagg/test_threshold.py compares the two up to
+n = 24 and c = n / 3. If fewer than n clients have keys, the sum has at least as many.
 """
 
 from __future__ import annotations
