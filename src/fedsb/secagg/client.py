@@ -169,8 +169,8 @@ class SumClient(_Party):
         if self.name not in plan.names:
             raise SumError(f"{self.name}: the sum of round {plan.round + 1} is without this client")
         self._awaits = "masked"
-        mask_private, self_seed, shares = keys.take(plan.place)
-        self._secrets: tuple[X25519PrivateKey, bytes] | None = mask_private, self_seed  # until the vector is masked
+        private, self_seed, shares = keys.take(plan.place)
+        self._secrets: tuple[X25519PrivateKey, bytes] | None = private, self_seed  # until the vector is masked
         self._shares = {name: shares[name] for name in plan.names}
         self._roster_message = keys.roster_message
         self._publics = {peer: keys.mask_public(peer, plan.place) for peer in plan.names if peer != self.name}
@@ -182,10 +182,10 @@ class SumClient(_Party):
         if vector.shape != (self.plan.size + 1,) or vector.dtype != np.uint32:
             raise ValueError(f"{vector.dtype} of shape {vector.shape}; expected uint32 ({self.plan.size + 1},)")
         assert self._secrets is not None
-        mask_private, self_seed = self._secrets
+        private, self_seed = self._secrets
         total = vector + self_mask(self.plan, self_seed)
         for peer, public in self._publics.items():
-            total += pair_mask(self.plan, mask_private, self.name, peer, public)
+            total += pair_mask(self.plan, private, self.name, peer, public)
         self._awaits, self._secrets = "survivors", None
         body = self_check(self.plan, self_seed) + self.plan.grid.pack(total)
         return pack(self.plan, "masked", self.name, body)

@@ -59,7 +59,8 @@ Limits
   malicious site can poison the sum or, by what it seals or answers, end the round without one.
 - Which clients took part in which phase is not secret.
 - A client keeps the seeds and shares of an agreement in memory, and forgets those of a round when it uses them. Keys of
-  a round are used once: a sum that fails is repeated with a new agreement.
+  a round are used once: a sum that fails is repeated with a new agreement. Callers ensure that a client which answered
+  a list of survivors for a vector never answers a different list for the same vector.
 - Without signatures, a client that leaves between advert and held ends the agreement. The others begin one without it.
 """
 
