@@ -102,7 +102,7 @@ class SecAggSession:
         """Returns this client's message of a phase. Raises SumError for one that is not due."""
         phase, message = request.phase, request.payload
         if phase == "advert":
-            sites = self.keys(sorted(self._sums.rows))
+            sites = self.keys(request.cohort)
             plan = self._sums.key_plan(request.round, request.rounds, sites, request.attempt)
             self._keys = ClientKeys(plan, self._identity.name, self._identity.key)
             return self._keys.advertise()

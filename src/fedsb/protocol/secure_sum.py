@@ -82,7 +82,6 @@ class SumTerms:
             size=size,
             grid=FixedPoint(clients=n, clip=limit, bits=bits),
             keys=self.keys,
-            signed=self.step is None,
             context=self.digest,
         )
 
@@ -164,7 +163,17 @@ class SecureSums:
         """
         if not 0 < rounds <= min(KEY_ROUNDS, self.rounds - round):
             raise UserError(f"Keys for {rounds} rounds from round {round + 1} on, in a run of {self.rounds} rounds.")
-        return KeyPlan(run=self.run, round=round, rounds=rounds, sites=sites, threshold=self.threshold, attempt=attempt)
+        if len(sites) > self.clients:  # with more, fewer of those in a sum might be honest
+            raise UserError(f"Keys of {len(sites)} clients, in a run with {self.clients} clients per round.")
+        return KeyPlan(
+            run=self.run,
+            round=round,
+            rounds=rounds,
+            sites=sites,
+            threshold=self.threshold,
+            attempt=attempt,
+            signed=not self.policy.shared_noise,
+        )
 
     def terms(
         self, round: int, shared: str, clients: Mapping[str, bytes], keys: KeyPlan, against: str = ""

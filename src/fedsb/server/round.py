@@ -95,7 +95,7 @@ class ServerRound:
         server, round = self.server, self.state.round
         secagg = server.secagg
         assert secagg is not None and server.secure_sums is not None
-        keys = secagg.keys(round)
+        keys = secagg.keys(round, cohort)
         without = [name for name in cohort if name not in keys.members]
         replies.dropped += [Dropped(client=name, reason="it has agreed on no keys for this sum") for name in without]
         cohort = [name for name in cohort if name in keys.members]
