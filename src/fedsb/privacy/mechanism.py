@@ -120,7 +120,7 @@ class DPMechanism:
         refuse_long(total, rows, self.plan.clip)
         return noised / self.plan.batch
 
-    def share(self, total: Tensor, rows: int, grid: NoiseGrid) -> Tensor:  # (P,) int64, in steps of the grid
+    def share(self, total: Tensor, rows: int, layout: Layout, grid: NoiseGrid) -> Tensor:  # (P,) int64, in steps
         """Returns the sum of one step over `rows` rounded rows with this client's share of the noise, on the CPU.
 
         Raises as `basis_sum` does.

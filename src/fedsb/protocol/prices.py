@@ -106,9 +106,7 @@ def price(method: Method, run: PricedRun, basis: PricedBasis | None = None, *, t
     )
 
 
-def _message(
-    codec: Codec, values: int, head: int, bits: Callable[[int], int] | None = None
-) -> tuple[int, int]:
+def _message(codec: Codec, values: int, head: int, bits: Callable[[int], int] | None = None) -> tuple[int, int]:
     """Returns (the bytes of one message, the head's part of them)."""
     n = values + head
     size = payload_bytes(codec, n) if bits is None or not n else -(-n * bits(n) // 8)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fedsb.adapters.basis import Basis
 from fedsb.config.resolved import ResolvedSetting
@@ -23,6 +24,7 @@ from fedsb.protocol.messages import Finish, FinishReply, Start
 from fedsb.protocol.payload import Payload, PayloadError, pack
 from fedsb.protocol.requirements import client_ranks, open_secure_sums, privacy_policy_of
 from fedsb.protocol.traffic import TrafficCounter, TrafficRecord
+from fedsb.secagg.fixed_point import Doubles
 from fedsb.server.basis import BasisRound
 from fedsb.server.exchange import Exchange, reason_of
 from fedsb.server.opened import OpenedFederation
@@ -207,11 +209,18 @@ class Server:
         if terms.step is None:
             vector = shared.baseline_vector + (found.values / found.weight).astype(np.float32)
         else:
-            expected = terms.step.q * sum(self.rows[name] for name in found.survivors)
             step = FederatedStep(self.local, self.trainer.adapted.head_keys)
-            sent, moments = step.take(shared, torch.from_numpy(found.values / expected), round.state.server)
+            gradient = self.mean_gradient(terms.step.q, found.values, found.survivors)
+            sent, moments = step.take(shared, gradient, round.state.server)
             vector = shared.layout.flatten(sent).numpy()
         return (SUM, terms.payload(vector, found.weight, shared.layout)), found.survivors, moments
+
+    def mean_gradient(self, q: float, total: Doubles, clients: Sequence[str]) -> Tensor:  # (P,)
+        """Returns the noised sum of a step over the number of rows that these clients are expected to draw.
+
+        That number is public, unlike the number of rows that they have drawn.
+        """
+        return torch.from_numpy(total / (q * sum(self.rows[name] for name in clients)))
 
     def finish(self, state: State, card: Mapping[str, str]) -> dict[str, Score]:
         """Ends the run at every client: it receives the final model and scores it. Returns the clients' scores."""

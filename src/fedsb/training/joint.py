@@ -259,7 +259,9 @@ class JointTrainer:
         if how.watch:
             _check_finite(clients, [[loss] for loss in losses], dict.fromkeys(mechanisms, 1), how.round)
         return [
-            replace(client, share=mechanism.share(sums[k], len(rows[k]), grid), losses=(*client.losses, losses[k]))
+            replace(
+                client, share=mechanism.share(sums[k], len(rows[k]), layout, grid), losses=(*client.losses, losses[k])
+            )
             for k, (client, mechanism) in enumerate(zip(clients, own, strict=True))
         ]
 
