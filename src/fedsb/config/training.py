@@ -183,6 +183,8 @@ class ServerConfig(Section):
     """Decay of the second moment of the server's Adam."""
     tau: Annotated[Rate, used_if("server.optimizer", "adam"), AGGREGATES] = 1e-3
     """Value that is added to the root of the second moment of the server's Adam."""
+    average_last: Annotated[Share, AGGREGATES] = 0.0
+    """Fraction of the rounds, the last ones, whose models are averaged. The average is scored and exported."""
     load_base_model: Annotated[bool, used_if("engine.name", "flower")] = True
     """Whether the coordinator loads the base model's weights. Without them it scores nothing, see docs/deploy.md."""
 

@@ -37,6 +37,14 @@ def refuse_what_facts_forbid(config: Config, method: Method) -> None:
             f"basis.refresh: a new basis starts from the global model, and {facts.id} has none (its fact global_model "
             "is false); leave it out"
         )
+    averages = facts.supports_server_optimizer and facts.global_model
+    if config.server.average_last and (
+        not averages or facts.rotates_basis or facts.changes_base or config.basis.refresh
+    ):
+        faults.append(
+            f"server.average_last = {config.server.average_last}: the tensors of {facts.id} mean something else in every "
+            "round, or are not the global model, so their mean is no model; leave it out (and basis.refresh)"
+        )
     if config.server.secure_aggregation:
         faults += _no_secure_sum(config, method)
     if config.model.placement == "sharded":

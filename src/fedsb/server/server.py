@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -190,6 +191,7 @@ class Server:
         after = method.aggregate(view, self.policy.add_noise(updates, state.round), self.optimizer)
         after = replace(after, server={**after.server, **moments})
         settled = self.compressor.settle(method, state, view, after)
+        settled = replace(settled, average=self._averaged(state, settled))
         return RoundResult(
             state=replace(settled, accepted={**state.accepted, **dict.fromkeys(used, settled.round)}),
             cohort=cohort,
@@ -197,6 +199,21 @@ class Server:
             dropped=[*replies.dropped, *dropped],
             traffic=[*traffic, *replies.traffic],
         )
+
+    def _averaged(self, before: State, after: State) -> Tensors:
+        """Returns the mean of the trained tensors after the last rounds, those of server.average_last."""
+        rounds = self.config.rounds
+        first = rounds - math.floor(rounds * self.config.server.average_last)  # the last round before them
+        if after.round <= first:
+            return {}
+        count = after.round - first
+        return {key: before.average[key].lerp(x, 1 / count) if count > 1 else x for key, x in after.tensors.items()}
+
+    def result(self, state: State) -> State:
+        """Returns the state whose model is scored and exported: with the average in place of the last tensors."""
+        own = state.average
+        held = {key: x for key, x in own.items() if key in state.shared}  # a factor that clients hold
+        return replace(state, tensors={**state.tensors, **own}, shared={**state.shared, **held}) if own else state
 
     def _summed(
         self, round: ServerRound, cohort: Sequence[str], replies: Replies
