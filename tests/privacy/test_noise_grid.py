@@ -68,7 +68,7 @@ def test_bits_follow_from_rows_noise_and_clients() -> None:
 
 
 def test_sums_that_fit_into_no_ring_are_refused() -> None:
-    with pytest.raises(UserError, match="do not fit into 32 bits. Lower the rank or the batch"):
+    with pytest.raises(UserError, match=r"do not fit into 32 bits\. Lower the rank or the batch"):
         NoiseGrid.of(plan(batch=3000), 10**13)
     with pytest.raises(UserError, match=r"would be .* steps of the grid; it must be 10 or more"):
         NoiseGrid.of(plan(sigma=0.01), 4)

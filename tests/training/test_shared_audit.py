@@ -122,9 +122,7 @@ def test_broken_code_is_caught(config: dict[str, Any], monkeypatch: pytest.Monke
     assert found["broken"] and words in found["says"], found["says"]
 
 
-def test_a_step_without_a_line_in_the_ledger_is_caught(
-    config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_step_without_a_line_in_the_ledger_is_caught(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     charge = DPMechanism.charge
     monkeypatch.setattr(DPMechanism, "charge", lambda self, round: charge(self, round) if round != 2 else None)
     found = audit(load_config(config), client="site 0", canaries=64)
@@ -140,5 +138,3 @@ def test_noise_that_every_run_repeats_is_caught_without_shared_noise_too(
     monkeypatch.setattr(DPMechanism, "add_noise", seeded)
     found = audit(load_config(set_all(config, server={}, train={"local_steps": 1, "batch_size": 8})), canaries=64)
     assert found["broken"] and "a second source makes the same noise" in found["says"]
-
-

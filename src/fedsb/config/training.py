@@ -165,6 +165,14 @@ class ServerConfig(Section):
     """Whether the server learns only the sum of the clients' changes."""
     secagg_clip: Annotated[Rate, used_if("server.secure_aggregation", True)] = 4.0
     """Largest change of a single value in secure aggregation."""
+    secagg_bits: Annotated[
+        Annotated[int, Field(ge=12, le=32)],
+        used_if("server.secure_aggregation", True),
+        used_if("privacy.unit", "none", "example"),
+    ] = 32
+    """Bits of a value in secure aggregation. Noise that clients add to the sum determines them itself."""
+    secagg_fraction: Annotated[Annotated[float, Field(gt=0, le=1)], used_if("server.secure_aggregation", True)] = 1.0
+    """Fraction of the values that all clients send in a round. The others wait for the next rounds."""
     max_norm_ratio: Annotated[
         Annotated[float, Field(gt=1, allow_inf_nan=False)],
         TRAVELS,

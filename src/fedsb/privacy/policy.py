@@ -6,7 +6,7 @@ reason.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -15,7 +15,6 @@ from fedsb.adapters.layout import Layout
 from fedsb.config.resolved import ResolvedSetting
 from fedsb.config.schema import Config
 from fedsb.methods.base import Method, Update
-from fedsb.privacy.grid import NoiseGrid
 from fedsb.privacy.ledger import Ledger
 from fedsb.privacy.mechanism import Cap, DPMechanism, clip_change
 from fedsb.privacy.noise import Noise, SecretNoise
@@ -46,14 +45,6 @@ class PrivacyPolicy:
     def shared_noise(self) -> bool:
         """True if each round is one step, for which the clients add up shares of one noise."""
         return any(plan.shared is not None for plan in self.plans.values())
-
-    @property
-    def up_bits(self) -> Callable[[int], int] | None:
-        """The bits of a value in a sum of so many values with shared noise; None without it."""
-        if not self.shared_noise:
-            return None
-        plan = next(iter(self.plans.values()))
-        return lambda size: NoiseGrid.of(plan, size).bits
 
     def open_ledgers(self, folder: Path, run: str, *, new: bool, caps: Sequence[Cap] = ()) -> None:
         """Opens the ledgers in a run directory. Nothing can be released before.

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from fedsb.config.resolved import ResolvedSetting
 from fedsb.config.schema import Config
 from fedsb.methods.base import Method
 from fedsb.privacy.policy import PrivacyPolicy, build_privacy_policy
+from fedsb.privacy.shared import noise_kind
 from fedsb.protocol.schedule import participation
 from fedsb.training.local import BYTES_PER_TRAINED_VALUE, LocalTraining
 from fedsb.utils.errors import UserError, did_you_mean
@@ -42,8 +44,8 @@ def refuse_what_facts_forbid(config: Config, method: Method) -> None:
         not averages or facts.rotates_basis or facts.changes_base or config.basis.refresh
     ):
         faults.append(
-            f"server.average_last = {config.server.average_last}: the tensors of {facts.id} mean something else in every "
-            "round, or are not the global model, so their mean is no model; leave it out (and basis.refresh)"
+            f"server.average_last = {config.server.average_last}: the tensors of {facts.id} mean something else "
+            "in each round, or are not the global model, so their mean is no model; leave it out (and basis.refresh)"
         )
     if config.server.secure_aggregation:
         faults += _no_secure_sum(config, method)
@@ -142,6 +144,12 @@ def _no_secure_sum(config: Config, method: Method) -> list[str]:
         faults.append(
             "server.secure_aggregation has its own fixed-point format, 4 bytes per value: server.codec = 'float32'"
         )
+    privacy = config.privacy
+    if config.server.secagg_fraction < 1 and (privacy.unit == "client" or noise_kind(config, method)[0] == "shared"):
+        faults.append(
+            f"server.secagg_fraction = {config.server.secagg_fraction}: what a client does not send it adds to later "
+            "sums, which the clip does not bound then; set it to 1"
+        )
     if config.clients.total_ranks is not None or config.clients.memory_mib is not None:
         faults.append(
             "server.secure_aggregation adds up changes of one shape: leave out clients.total_ranks and "
@@ -199,6 +207,15 @@ def _by_client(
         if name not in clients:
             raise UserError(f"{key} names the client {name!r}; {did_you_mean(name, clients)}")
     return dict(given)
+
+
+def sum_bytes(config: Config, policy: PrivacyPolicy) -> Callable[[int], int] | None:
+    """Returns the bytes of a masked update of so many values; None without secure aggregation."""
+    if not config.server.secure_aggregation:
+        return None
+    from fedsb.protocol.secure_sum import masked_bytes
+
+    return partial(masked_bytes, config.server, next(iter(policy.plans.values()), None))
 
 
 def open_secure_sums(config: Config, policy: PrivacyPolicy, run: str, rows: Mapping[str, int]) -> SecureSums | None:

@@ -31,11 +31,13 @@ from numpy.typing import NDArray
 from fedsb.adapters.layout import Layout
 from fedsb.config.resolved import ResolvedSetting
 from fedsb.config.schema import Config
+from fedsb.config.training import ServerConfig
 from fedsb.privacy.discrete import discrete_gaussian
-from fedsb.privacy.grid import NoiseGrid
+from fedsb.privacy.grid import LONGER, NARROWEST, NoiseGrid
 from fedsb.privacy.mechanism import DPMechanism
 from fedsb.privacy.plan import PrivacyPlan
 from fedsb.privacy.policy import PrivacyPolicy
+from fedsb.protocol.compressor import part_size
 from fedsb.protocol.payload import Payload, pack
 from fedsb.protocol.tensors import norm_l2
 from fedsb.secagg.fixed_point import BITS, FixedPoint, Floats, Ring, Whole
@@ -63,14 +65,16 @@ class SumTerms:
     keys: KeyPlan
     rows: Mapping[str, int] | None  # n_k; None: all have the same weight
     limit: float  # of each value of a change
+    bits: int  # of the ring, where no noise determines it
     mechanism: DPMechanism | None  # of the sum, where a client is the unit
     step: PrivacyPlan | None  # where the sum is one step with shared noise
 
     def plan(self, size: int) -> SumPlan:
         """Returns the plan for changes of `size` values. Raises UserError for a sum that would hide nothing."""
-        n, limit, bits = len(self.clients), self.limit, BITS
+        n, limit, bits = len(self.clients), self.limit, self.bits
         if self.mechanism is not None:
             limit = self.mechanism.plan.clip * (1 + HEADROOM * self.mechanism.plan.sigma / n)
+            bits = change_bits(self.mechanism.plan, n, size)
         if self.step is not None:
             grid = NoiseGrid.of(self.step, size)
             limit, bits = grid.gamma * ((2 ** (grid.bits - 1) - 1) // n), grid.bits
@@ -196,9 +200,26 @@ class SecureSums:
             keys=keys,
             rows={name: self.rows[name] for name in clients} if weighted else None,
             limit=self.server.secagg_clip,
+            bits=self.server.secagg_bits,
             mechanism=self.policy.sum_mechanism(),
             step=next(iter(self.policy.plans.values())) if self.policy.shared_noise else None,
         )
+
+
+def change_bits(plan: PrivacyPlan, clients: int, size: int) -> int:
+    """Returns the bits in which rounding makes a client's clipped change longer by at most a hundredth."""
+    steps = (clients + HEADROOM * plan.sigma) * math.sqrt(size) / LONGER  # of the ring's half
+    return max(NARROWEST, min(BITS, 1 + math.ceil(math.log2(steps + 1))))
+
+
+def masked_bytes(server: ServerConfig, plan: PrivacyPlan | None, values: int) -> int:
+    """Returns the bytes of a masked update of a client that would send so many values; `plan` of a private run."""
+    n, bits = part_size(values, server.secagg_fraction), server.secagg_bits
+    if plan is not None and plan.unit == "client":
+        bits = change_bits(plan, plan.batch, n)
+    elif plan is not None and plan.shared is not None:
+        bits = NoiseGrid.of(plan, n).bits
+    return -(-n * bits // 8)
 
 
 def noise_share(plan: SumPlan, mechanism: DPMechanism) -> NDArray[np.int64]:  # (plan.size,), in steps of the grid

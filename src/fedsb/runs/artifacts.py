@@ -19,6 +19,7 @@ from fedsb.models.hub import quiet
 from fedsb.privacy.policy import PrivacyPolicy
 from fedsb.privacy.statement import epsilon_spent, own_epsilon_spent, privacy_statement, why_not_private
 from fedsb.protocol.prices import PricedBasis, PricedRun, price_list
+from fedsb.protocol.requirements import sum_bytes
 from fedsb.protocol.schedule import refreshes, whole_broadcasts
 from fedsb.reporting.report import summary, write_report
 from fedsb.reporting.run_directory import read_manifest, read_result, read_rows
@@ -99,7 +100,7 @@ def describe_start(
                     rounds=config.rounds,
                     codec=config.server.codec,
                     whole=whole_broadcasts([site.name for site in server.clients], config, method, server.ranks),
-                    up_bits=server.policy.up_bits,
+                    up_bytes=sum_bytes(config, server.policy),
                 ),
                 PricedBasis(
                     up=basis.up if basis else 0,

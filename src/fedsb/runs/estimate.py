@@ -43,6 +43,7 @@ from fedsb.protocol.requirements import (
     refuse_what_facts_forbid,
     refuse_what_needs_one_place,
     refuse_what_needs_weights,
+    sum_bytes,
 )
 from fedsb.protocol.schedule import refreshes, whole_broadcasts
 from fedsb.runs.availability import Availability, find_availability
@@ -127,7 +128,7 @@ def estimate(loaded: ResolvedConfig, also: Sequence[Method] = (), gpu: float | N
     ranks, rank_settings = _ranks(config, method, adapted.shapes, names, data)
     cohort = min(config.server.clients_per_round or len(names), len(names))
     traffic = method.traffic(adapted.shapes, head=head, clients=cohort)
-    privacy, work, up_bits = None, None, None
+    privacy, work, up_bytes = None, None, None
     choices = [*loaded.choices(), *base.choices, *positions, targets_choice(config, targets, without)]
     if gpu is not None:
         device = ResolvedSetting(key="model.device", value="cuda", reason=f"--gpu {gpu:g}")
@@ -143,7 +144,7 @@ def estimate(loaded: ResolvedConfig, also: Sequence[Method] = (), gpu: float | N
         row_counts = {site.name: site.rows for site in sites}
         policy = privacy_policy_of(config, method, row_counts, local)
         open_secure_sums(config, policy, "check", row_counts)  # refuses secure aggregation that would hide nothing
-        up_bits = policy.up_bits
+        up_bytes = sum_bytes(config, policy)
         privacy = privacy_statement(policy, config, trained_values(method, adapted.shapes, head))
         if privacy is not None:
             privacy["larger_batches"] = larger_batches(policy, config)
@@ -158,7 +159,7 @@ def estimate(loaded: ResolvedConfig, also: Sequence[Method] = (), gpu: float | N
             rounds=config.rounds,
             codec=config.server.codec,
             whole=whole_broadcasts(names, config, method, ranks),
-            up_bits=up_bits,
+            up_bytes=up_bytes,
         ),
         PricedBasis(**bill, clients=len(names), refreshes=len(refreshes(config, method))),
         also,

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from fedsb.adapters.layout import Layout
 from fedsb.client.round import ClientRound, ClientView
 from fedsb.methods.base import State
@@ -106,6 +108,7 @@ class ServerRound:
         directory = {name: server.opened.directory[name] for name in cohort}
         terms = server.secure_sums.terms(round, self.shared_hash, directory, keys.plan, shared.against)
         layout = Layout.of(shared.trained) if terms.step else shared.layout
+        part = np.arange(layout.size)[server.compressor.part(layout.size, round)]
         if terms.mechanism is not None:
             terms.mechanism.charge(round + 1)
         self.sum = SumRequest(attempt=keys.plan.attempt, cohort=cohort)
@@ -115,14 +118,17 @@ class ServerRound:
                 assert isinstance(answer.reply, TrainReply)
                 trained.append(reply)
                 masked.append(Masked(client=reply.client, message=reply.payload, survivors=answer.reply.survivors))
-        found = secagg.add_up(terms, layout.size, masked)
+        found = secagg.add_up(terms, len(part), masked)
+        values = np.zeros(layout.size)
+        values[part] = found.values
+        found = replace(found, values=values)
         if without:
             secagg.renew()
         replies.dropped += found.dropped
         for reply in trained:
             if reply.client in found.survivors:
                 wire = [secagg.wire_bytes.get(reply.client, (0, 0)), found.wire_bytes[reply.client]]
-                replies.add(self._counted(reply, layout, terms.plan(layout.size), wire))
+                replies.add(self._counted(reply, layout, terms.plan(len(part)), wire))
         secagg.wire_bytes = {}
         return terms, found, shared
 
@@ -137,9 +143,9 @@ class ServerRound:
             client=reply.client,
             direction="up",
             kind="round",
-            values=layout.size,
-            head_values=self.server.counter.head_values(layout),
-            bytes=plan.grid.packed_bytes(layout.size),
+            values=plan.size,
+            head_values=round(self.server.counter.head_values(layout) * plan.size / layout.size),
+            bytes=plan.grid.packed_bytes(plan.size),
             wire_bytes=len(reply.payload) + up,
         )
         sent = [replace(record, wire_bytes=record.wire_bytes + down) for record in reply.traffic]
