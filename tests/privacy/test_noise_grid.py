@@ -141,5 +141,5 @@ def test_a_plan_with_shared_noise_draws_from_all_rows_and_has_two_epsilons() -> 
 
 
 def test_a_plan_with_several_steps_of_shared_noise_is_refused() -> None:
-    with pytest.raises(ConfigError, match="With shared noise a round is one step: the bound of a row's influence"):
+    with pytest.raises(ConfigError, match="With shared noise a round is one step: the influence of a row"):
         plan(steps=2)

@@ -74,5 +74,5 @@ def test_clients_end_with_it(tiny_config: dict[str, Any], monkeypatch: pytest.Mo
     ],
 )
 def test_tensors_that_have_no_mean_are_refused(changes: dict[str, Any], tiny_config: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match="so their mean is no model"):
+    with pytest.raises(UserError, match="so their mean is not a model"):
         federate(load_config(set_all(tiny_config, **LAST, **changes)))

@@ -218,7 +218,6 @@ def test_the_server_gets_a_clipped_noised_sum_and_the_ledger_has_it(
 def test_a_clients_change_is_no_longer_than_the_clip_in_the_ring(
     tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from fedsb.protocol import secure_sum as module
     from fedsb.secagg.fixed_point import FixedPoint
 
     seen: list[np.ndarray] = []

@@ -204,7 +204,7 @@ def test_auto_shares_the_noise_where_it_can_and_says_why(tiny_config: dict[str, 
     ("changes", "match"),
     [
         ({"server": {"secure_aggregation": False}}, "Set server.secure_aggregation = true"),
-        ({"train": {"local_steps": 3}}, "a round must be one step. The bound of a row's influence holds for one"),
+        ({"train": {"local_steps": 3}}, "a round must be one step. The influence of a row is bounded in one"),
         ({"train": {"local_epochs": 1}}, "train.local_epochs = 1: a round must be one step"),
         ({"method": {"name": "fedsa-lora"}}, "does not train one set of tensors for all clients"),
         ({"server": {"secure_aggregation": True, "optimizer": "adam"}}, "Set server.optimizer = 'none'"),

@@ -40,7 +40,8 @@ class AllowConfig(Section):
     )
     rounds: Positive | None = Field(None, description="of one run")
     epsilon: Rate | None = Field(
-        None, description="of all runs together, for a row of this site, whoever colludes; others are refused"
+        None,
+        description="of all runs together, for a row of this site, against all others together; others are refused",
     )
     epsilon_shared: Rate | None = Field(
         None, description="the same, if no more sites collude with the coordinator than a run with shared noise states"

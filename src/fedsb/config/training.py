@@ -236,7 +236,7 @@ class PrivacyConfig(Section):
     clip_norm: Annotated[Rate, PRIVATE] = 1.0
     """Maximum L2 norm, over all trained tensors, of a row's gradient or of a client's update."""
     noise: Annotated[Literal["auto", "local", "shared"], used_if("privacy.unit", "example")] = "auto"
-    """Whether each client adds all of the noise, or a share to a secure sum. Default: shared if a round is one step."""
+    """Whether each client adds all of its noise, or a share in secure aggregation. Default: shared if possible."""
     colluding_clients: Annotated[Count, used_if("privacy.unit", "example")] = 0
     """Number of clients in league with the server against which shared noise protects as stated."""
     basis_share: Annotated[

@@ -14,8 +14,8 @@ ICML 2021, arXiv 2102.06387, Theorem 1 and Proposition 26.) A row is rounded bef
 differ by the row's q alone, whose length is at most C' / gamma. If the sum was rounded, they would differ by the
 rounding of every value too.
 
-The ring holds the largest sum that can be expected: every row drawn and all of one sign, and eight standard deviations
-of the noise. A value outside of it would wrap, and be wrong, but no less private.
+The ring contains the largest sum that can be expected: all drawn rows of one sign, and eight standard deviations of the
+noise. A value outside of it would wrap, and be wrong, but no less private.
 
 Shapes: P values of a client, b rows.
 """

@@ -135,7 +135,7 @@ class Compressor:
     def change(
         self, method: Method, payload: Payload, baseline: Vector, client_state: Tensors
     ) -> tuple[Vector, Tensors]:
-        """Returns (what goes into a secure sum, the error feedback that the client keeps), as `update` does."""
+        """Returns (what goes into secure aggregation, the error feedback that the client keeps), as `update` does."""
         if self.fraction == 1.0:
             return payload.vector - baseline, {}
         change, owed = self._with_owed(payload, baseline, client_state)

@@ -218,7 +218,7 @@ class SetShared(Request[SetSharedReply]):
 
 
 class SumRequest(BaseModel):
-    """The secure sum of a round."""
+    """The secure aggregation of a round."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
     attempt: str  # of the agreement of keys

@@ -45,7 +45,7 @@ class PricedRun:
         head: values of the task head.
         clients: in each round.
         whole: of each round's broadcasts, the number that the codec leaves in float32; empty: none.
-        up_bytes: of an update of so many values, in secure aggregation; None: as the codec has them.
+        up_bytes: of an update, by its number of values, in secure aggregation; None: as the codec has them.
     """
 
     shapes: Shapes

@@ -45,7 +45,7 @@ def refuse_what_facts_forbid(config: Config, method: Method) -> None:
     ):
         faults.append(
             f"server.average_last = {config.server.average_last}: the tensors of {facts.id} mean something else "
-            "in each round, or are not the global model, so their mean is no model; leave it out (and basis.refresh)"
+            "in each round, or are not the global model, so their mean is not a model; leave it out (and basis.refresh)"
         )
     if config.server.secure_aggregation:
         faults += _no_secure_sum(config, method)
@@ -210,7 +210,7 @@ def _by_client(
 
 
 def sum_bytes(config: Config, policy: PrivacyPolicy) -> Callable[[int], int] | None:
-    """Returns the bytes of a masked update of so many values; None without secure aggregation."""
+    """Returns the size in bytes of a masked update, by its number of values; None without secure aggregation."""
     if not config.server.secure_aggregation:
         return None
     from fedsb.protocol.secure_sum import masked_bytes

@@ -10,7 +10,7 @@ add up to (sigma C')^2 when no more than the threshold of clients stay. C' = C +
 makes a clipped change longer by at most that.
 
 With shared noise (a row is the unit) a client's input is its share of a step, in whole numbers: privacy/grid.py. The
-noise bounds what such a sum tells, so the survivors are not signed and a round is one exchange shorter.
+noise bounds what such a sum reveals, so the survivors are not signed and a round is one exchange shorter.
 
 Limits: in one process that process knows all keys. Such a run shows that the sums are right and what they cost, but
 hides nothing from its user. A server that sees no single update cannot validate one: server.max_norm_ratio has no
@@ -213,7 +213,7 @@ def change_bits(plan: PrivacyPlan, clients: int, size: int) -> int:
 
 
 def masked_bytes(server: ServerConfig, plan: PrivacyPlan | None, values: int) -> int:
-    """Returns the bytes of a masked update of a client that would send so many values; `plan` of a private run."""
+    """Returns the size in bytes of a masked update of `values` values; `plan` is that of a private run."""
     n, bits = part_size(values, server.secagg_fraction), server.secagg_bits
     if plan is not None and plan.unit == "client":
         bits = change_bits(plan, plan.batch, n)

@@ -196,7 +196,7 @@ class Canaries:
 
 
 class Share(NamedTuple):
-    """What a client adds to one step with shared noise, (P,) in steps of the grid."""
+    """A client's part of one step with shared noise, (P,) in steps of the grid."""
 
     share: Tensor  # int64
     noise: Tensor  # float64, the part of it that is noise
