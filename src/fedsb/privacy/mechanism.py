@@ -130,10 +130,9 @@ class DPMechanism:
         refuse_long(total, rows, grid.clip / grid.gamma)
         return total.cpu() + torch.as_tensor(noise)
 
-    def generator(self, device: torch.device) -> torch.Generator:
+    def generator(self) -> torch.Generator:
         """Returns a generator for the rounding of a step's rows."""
-        generator = torch.Generator(device)
-        return generator.manual_seed(int(self.noise.uniform(1)[0] * 2**53))
+        return torch.Generator().manual_seed(int(self.noise.uniform(1)[0] * 2**53))
 
     def noised_update(self, update: Tensor) -> Tensor:
         """Returns one client's update (P,) with the noise of the sum of all clients' changes.

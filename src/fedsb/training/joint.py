@@ -253,7 +253,7 @@ class JointTrainer:
             _stacked(self.adapted, clients, how.trainable),
             rows,
             own[0].plan.clip,
-            partial(grid.round_rows, generator=own[0].generator(self.adapted.device)),
+            partial(grid.round_rows, generator=own[0].generator()),
         )
         losses = loss_K.tolist()
         if how.watch:

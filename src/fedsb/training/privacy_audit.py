@@ -236,7 +236,7 @@ class AuditedMechanism(DPMechanism):
         return mean
 
     def share(self, total: Tensor, rows: int, layout: Layout, grid: NoiseGrid) -> Tensor:
-        total, rounding = total.cpu(), partial(grid.round_rows, generator=self.generator(torch.device("cpu")))
+        total, rounding = total.cpu(), partial(grid.round_rows, generator=self.generator())
         with_canaries = self.canaries.add(total, self.plan.clip, rounding)
         if (names := tuple(layout.slices)) not in self.checks.clipped:
             lengths = self.canaries.clipped_lengths(layout, self.plan.clip, rounding)
