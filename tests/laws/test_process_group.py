@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from safetensors.torch import load_file
 
 from conftest import adapter_bytes, set_all, write_toml
