@@ -91,12 +91,16 @@ def final(config: dict[str, Any], folder: Path) -> dict[str, torch.Tensor]:
     return {**dense, **{key: state.tensors[key] for key in server.trainer.head}}
 
 
-@pytest.mark.parametrize("name", SHARED)
+@pytest.mark.parametrize("name", [*SHARED, "a causal model"])
 def test_the_model_is_that_of_private_training_in_one_place(
-    name: str, tiny_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, tiny_config: dict[str, Any], tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the same draws and no noise, K clients that share it make the steps of one client with all rows."""
     train = {"optimizer": "sgd", "momentum": 0.5, "schedule": "linear", "weight_decay": 0.1, "lr": 1.0}
+    if name not in SHARED:
+        model = {"name": str(tiny_llama), "max_seq_length": 64}
+        task = {"kind": "instruction", "prompt": "text", "answer": "label"}
+        name, tiny_config = "fed-sb", set_all(tiny_config, model=model, task=task)
     method = {"name": name, "rank": 2}
     clients = {"partition": "iid", "count": 3, "holdout_fraction": 0.0}
     config = set_all(private(tiny_config, train=train), method=method, clients=clients)
