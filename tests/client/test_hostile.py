@@ -63,7 +63,7 @@ SUM = SumRequest(attempt="1", cohort=["a", "b"])
         (Refresh, {}),
         (Train, {"total_rank": None, "state_round": 0, "versions": versions()}),
         (Train, {"total_rank": None, "state_round": 0, "versions": versions(), "sum": SUM}),
-        (SecAggPhase, {"phase": "advert", "attempt": "1", "round": 0, "rounds": 1}),
+        (SecAggPhase, {"phase": "advert", "attempt": "1", "round": 0, "rounds": 1, "cohort": ["a", "b"]}),
         (Finish, {"card": {}}),
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else "",

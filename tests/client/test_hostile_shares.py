@@ -63,12 +63,16 @@ def test_a_repeated_broadcast_gets_the_stored_answer(restart: bool, world: Hosti
 
 
 def test_a_repeated_broadcast_for_other_clients_gets_nothing(world: Hostile) -> None:
-    (first,) = world.train(0, "a")
+    world.train(0, "a")
     for cohort in ("ab", "ac"):
-        with pytest.raises(SumError):
+        with pytest.raises(RefusalError, match="takes no part in a sum of a, "):
             world.train(0, "a", sum=world.request(cohort))
-    assert world.train(0, "a") == [first]
-    assert world.ledgers("a") == [1]
+        world.agree()
+    world.sum(0, "abc")
+    world.agree("ab")
+    with pytest.raises(SumError, match="is already in a sum, with other clients than a, b"):
+        world.unmask(world.masked(0, "ab"))
+    assert world.ledgers("a") == world.ledgers("b") == [1]
 
 
 def test_a_different_broadcast_for_the_same_round_is_refused(world: Hostile) -> None:

@@ -45,6 +45,11 @@ PRIVATE_RUNS: dict[str, dict[str, Any]] = {
         "basis": {"kind": "core", "samples": 20},
     },
     "example-fedit": {"privacy": PRIVATE, "method": {"name": "fedit", "rank": 2}},
+    "example-shared": {
+        "privacy": PRIVATE,
+        "server": {"secure_aggregation": True},
+        "train": {"local_steps": 1},
+    },
     "client": {
         "privacy": {"unit": "client", "noise_multiplier": 1.0, "delta": 1e-3, "clip_norm": 0.5},
         "server": {"weighting": "uniform"},

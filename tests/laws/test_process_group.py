@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from conftest import adapter_bytes, set_all, write_toml
 from fedsb.channels import launch
@@ -85,6 +86,30 @@ def test_a_private_run_is_charged_at_rank_0(tiny_config: dict[str, Any], tmp_pat
     for ledger in ledgers:
         assert [entry.round for entry in read_ledger(ledger)] == [1, 2]
     assert json.loads((folder / "manifest.json").read_text())["privacy"]
+
+
+def test_shares_of_one_noise_come_from_all_ranks(tiny_config: dict[str, Any], tmp_path: Path) -> None:
+    """Every row is drawn, and the noise is a hundredth of the clip: the model is that of one process, up to it."""
+    config = set_all(
+        tiny_config,
+        rounds=3,
+        clients={"partition": "iid", "count": 3},
+        train={"local_steps": 1, "batch_size": 30, "optimizer": "sgd", "lr": 1.0, "head_lr": 1.0},
+        server={"secure_aggregation": True},
+        privacy={"unit": "example", "noise_multiplier": 0.3, "delta": 1e-3, "clip_norm": 0.5},
+        engine={"clients_per_forward": 1},
+    )
+    alone = federate(load_config({**config, "name": "ranks-1"})).folder
+    torchrun(2, "run", write_toml(tmp_path / "run.toml", config), "--set", "name=ranks-2")
+    together = alone.parent / "ranks-2"
+    for ledger in sorted((together / "privacy").glob("*.jsonl")):
+        entries = read_ledger(ledger)
+        assert [entry.round for entry in entries] == [1, 2, 3] and entries[0].own_sigma is not None
+    heads = [load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (alone, together)]
+    noise = 3 * 0.3 * 0.5 / 90  # of the three steps' means
+    for key, x in heads[0].items():
+        if "classifier" in key:
+            assert float((x - heads[1][key]).abs().max()) < 7 * noise < float(x.abs().max()), key
 
 
 def test_a_loss_that_diverges_on_another_rank_ends_the_run(tiny_config: dict[str, Any], tmp_path: Path) -> None:

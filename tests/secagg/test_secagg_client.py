@@ -1,4 +1,4 @@
-"""A client refuses every bad message by name, and gives out one of a peer's two seeds, once."""
+"""A client refuses every bad message with its reason, and gives out one of a peer's two seeds, once."""
 
 from __future__ import annotations
 
@@ -7,20 +7,33 @@ import re
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
-from sums import ANSWERS, HEADERS, IDENTITIES, LOW_ORDER, SHAPES, WHOLE, Sum, body, flip, make_plan, spoil
+from sums import (
+    ANSWERS,
+    HEADERS,
+    IDENTITIES,
+    LISTS,
+    LOW_ORDER,
+    SHAPES,
+    WHOLE,
+    Sum,
+    body,
+    flip,
+    make_keys,
+    make_plan,
+    spoil,
+)
 
-from fedsb.secagg.client import SumClient
-from fedsb.secagg.keys import ADVERT_BYTES, SEALED_BYTES, Keys, pack_advert, public_key, sign_survivors
+from fedsb.secagg.keys import Keys, advert_bytes, pack_advert, public_key, sealed_bytes, sign_survivors
 from fedsb.secagg.messages import SERVER, MessageError, Phase, SumError, members_bits, pack, pack_list, read_list
 
-PHASES_TOLD: dict[Phase, Phase] = {"sealed": "roster", "masked": "inbox", "confirm": "survivors", "shares": "confirmed"}
+ANSWERS_TO_LISTS = tuple(LISTS)
 
 
 # --- bad messages ---
 
 
-@pytest.mark.parametrize("phase", ANSWERS[1:])
-def test_a_client_refuses_a_bad_message_and_the_round_goes_on(phase: Phase) -> None:
+@pytest.mark.parametrize("phase", ANSWERS_TO_LISTS)
+def test_a_client_refuses_a_bad_message_and_the_round_continues(phase: Phase) -> None:
     world = Sum().to(phase)
     good = world.mail["a"]
     for changes, match in HEADERS:
@@ -30,11 +43,13 @@ def test_a_client_refuses_a_bad_message_and_the_round_goes_on(phase: Phase) -> N
     for change, match in SHAPES:
         with pytest.raises(MessageError, match=match):
             world.answer("a", change(good))
-    with pytest.raises(MessageError, match="the round 8; expected 7"):  # a replay from another round
-        world.answer("a", Sum(make_plan(round=8)).to(phase).mail["a"])
+    with pytest.raises(MessageError, match="the round 8; expected 7"):  # a replay from a different round
+        world.answer("a", Sum(make_plan(make_keys(round=8))).to(phase).mail["a"])
+    with pytest.raises(MessageError, match="different sites, threshold"):  # a replay from a different agreement
+        world.answer("a", Sum(make_plan(make_keys(attempt="second"))).to(phase).mail["a"])
     with pytest.raises(MessageError, match=r"the phase '\w+'; expected"):  # reordered: a client's message, reflected
-        world.answer("a", world.sent[ANSWERS[ANSWERS.index(phase) - 1], "a"])
-    start = len(pack(world.plan, PHASES_TOLD[phase], SERVER, b""))
+        world.answer("a", pack(world.now, ANSWERS[ANSWERS.index(phase) - 1], "a", body(good)))
+    start = len(pack(world.now, LISTS[phase], SERVER, b""))
     with pytest.raises(MessageError, match="more clients than the plan's 4"):
         world.answer("a", flip(good, start))  # the last of 8 bits
     with pytest.raises(MessageError, match="torn"):
@@ -42,69 +57,89 @@ def test_a_client_refuses_a_bad_message_and_the_round_goes_on(phase: Phase) -> N
     assert world.finish().tolist() == WHOLE
 
 
-@pytest.mark.parametrize("phase", ANSWERS[1:])
+@pytest.mark.parametrize("phase", ANSWERS_TO_LISTS)
 @pytest.mark.parametrize(
     ("members", "match"),
     [("bcd", "lacks this client"), ("ab", "lists 2 clients; the threshold is 3"), ("", "lacks this client")],
 )
 def test_a_client_refuses_a_list_without_it_or_below_the_threshold(phase: Phase, members: str, match: str) -> None:
     world = Sum().to(phase)
-    told = PHASES_TOLD[phase]
-    width = {"roster": ADVERT_BYTES, "inbox": SEALED_BYTES, "survivors": 0, "confirmed": 64}[told]
-    items = read_list(world.plan, world.mail["a"], told, width, "a" if told == "inbox" else "")
-    lie = pack_list(world.plan, told, SERVER, members, [items[name] for name in members])
+    listed = LISTS[phase]
+    own = "a" if listed == "inbox" else ""
+    items = read_list(world.now, world.mail["a"], listed, world.width(listed), own)
+    lie = pack_list(world.now, listed, SERVER, members, [items[name] for name in members])
     with pytest.raises(MessageError, match=match):
         world.answer("a", lie)
     assert world.finish().tolist() == WHOLE
 
 
-@pytest.mark.parametrize(("phase", "gone"), [("masked", "advert"), ("confirm", "sealed"), ("shares", "masked")])
-def test_a_client_refuses_a_list_with_one_who_was_not_on_the_last(phase: Phase, gone: Phase) -> None:
+@pytest.mark.parametrize(("phase", "gone"), [("held", "advert"), ("shares", "masked")])
+def test_a_client_refuses_a_list_with_one_that_was_not_on_the_last(phase: Phase, gone: Phase) -> None:
     world = Sum().to(phase, {"d": gone})
-    told = PHASES_TOLD[phase]
-    width = {"inbox": SEALED_BYTES, "survivors": 0, "confirmed": 64}[told]
-    owners = 3 if told == "inbox" else 4
-    with pytest.raises(MessageError, match=f"'{told}' lists d, missing in the previous list"):
-        world.answer("a", pack_list(world.plan, told, SERVER, "abcd", [bytes(width)] * owners))
+    listed = LISTS[phase]
+    owners = 3 if listed == "inbox" else 4
+    with pytest.raises(MessageError, match=f"'{listed}' lists d, missing in the previous list"):
+        world.answer("a", pack_list(world.now, listed, SERVER, "abcd", [bytes(world.width(listed))] * owners))
+    assert world.finish().tolist() == [1 + 2 + 3] * 6
+
+
+def test_a_client_refuses_survivors_that_are_not_in_the_sum() -> None:
+    """A client without keys has no place in the lists of a sum."""
+    world = Sum().to("confirm", {"d": "sealed"})
+    assert world.plan.names == ("a", "b", "c")
+    start = len(pack(world.plan, "survivors", SERVER, b""))
+    with pytest.raises(MessageError, match="more clients than the plan's 3"):
+        world.answer("a", world.mail["a"][:start] + b"\xf0")
     assert world.finish().tolist() == [1 + 2 + 3] * 6
 
 
 def roster(world: Sum, **changes: bytes) -> bytes:
-    """The roster with other adverts for some."""
-    adverts = read_list(world.plan, world.mail["a"], "roster", ADVERT_BYTES) | changes
-    return pack_list(world.plan, "roster", SERVER, adverts, adverts.values())
+    """Returns the roster with different adverts for some clients."""
+    adverts = read_list(world.now, world.mail["a"], "roster", advert_bytes(world.plan.keys)) | changes
+    return pack_list(world.now, "roster", SERVER, adverts, adverts.values())
 
 
-def test_a_client_refuses_a_roster_with_keys_that_are_not_the_sites() -> None:
-    world = Sum().to("sealed")
-    plan, mine, theirs = world.plan, world.clients["a"]._keys, world.clients["b"]._keys
-    fresh = [public_key(X25519PrivateKey.generate()) for _ in range(2)]
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_a_client_refuses_a_roster_with_keys_that_are_not_the_sites(rounds: int) -> None:
+    world = Sum(make_plan(make_keys(rounds=rounds))).to("sealed")
+    plan, mine, theirs = world.plan.keys, world.public("a"), world.public("b")
+    new = [public_key(X25519PrivateKey.generate()) for _ in range(rounds + 1)]
+    fresh = Keys(new[0], tuple(new[1:]))
 
-    def advert(name: str, signer: str, *keys: bytes) -> bytes:
-        return pack_advert(plan, name, IDENTITIES[signer], Keys(*keys))
+    def advert(name: str, signer: str, keys: Keys) -> bytes:
+        return pack_advert(plan, name, IDENTITIES[signer], keys)
 
+    def last(keys: Keys, key: bytes) -> Keys:
+        return Keys(keys.seal, (*keys.masks[:-1], key))
+
+    others = make_keys(rounds=rounds, round=8), make_keys(rounds=rounds, attempt="second")
     for change, match in [
-        ({"b": advert("b", "c", *fresh)}, "keys of b are not signed"),  # the server's, in b's place
+        ({"b": advert("b", "c", fresh)}, "keys of b are not signed"),  # the server's, in b's place
         ({"b": body(world.sent["advert", "c"])}, "keys of b are not signed"),
-        ({"b": pack_advert(make_plan(round=8), "b", IDENTITIES["b"], Keys(*fresh))}, "keys of b are not signed"),
-        ({"a": advert("a", "a", *fresh)}, "different keys under this client's name"),  # of an earlier try of a's
-        ({"b": advert("b", "b", theirs.seal, mine.mask)}, "one key twice"),
-        ({"b": advert("b", "b", mine.seal, theirs.mask)}, "one key twice"),
-        ({"c": advert("c", "c", theirs.seal, fresh[0])}, "one key twice"),
-        ({"c": advert("c", "c", fresh[0], fresh[0])}, "one key twice"),
-        ({"b": advert("b", "b", LOW_ORDER, fresh[0])}, "low order"),
-        ({"b": advert("b", "b", fresh[0], LOW_ORDER)}, "low order"),
+        *(
+            ({"b": pack_advert(other, "b", IDENTITIES["b"], fresh)}, "keys of b are not signed")  # replays
+            for other in others
+        ),
+        ({"a": advert("a", "a", fresh)}, "different keys under this client's name"),  # of an earlier attempt of a's
+        ({"b": advert("b", "b", last(theirs, mine.masks[0]))}, "one key twice"),
+        ({"b": advert("b", "b", theirs._replace(seal=mine.seal))}, "one key twice"),
+        ({"c": advert("c", "c", fresh._replace(seal=theirs.seal))}, "one key twice"),
+        ({"c": advert("c", "c", last(fresh, fresh.seal))}, "one key twice"),
+        ({"b": advert("b", "b", fresh._replace(seal=LOW_ORDER))}, "low order"),
+        ({"b": advert("b", "b", last(fresh, LOW_ORDER))}, "low order"),
     ]:
         with pytest.raises(MessageError, match=match):
             world.answer("a", roster(world, **change))
     assert world.finish().tolist() == WHOLE
 
 
-def test_a_client_refuses_shares_that_were_not_sealed_for_it_by_their_sender_in_this_sum() -> None:
-    world = Sum().to("masked")
-    items = read_list(world.plan, world.mail["a"], "inbox", SEALED_BYTES, "a")
-    b_for_c = read_list(world.plan, world.mail["c"], "inbox", SEALED_BYTES, "c")["b"]
-    from_a = read_list(world.plan, world.mail["b"], "inbox", SEALED_BYTES, "b")["a"]
+def test_a_client_refuses_shares_that_were_not_sealed_for_it_by_their_sender_in_this_agreement() -> None:
+    world = Sum(make_plan(make_keys(rounds=2))).to("held")
+    width = sealed_bytes(world.plan.keys)
+    items = read_list(world.now, world.mail["a"], "inbox", width, "a")
+    b_for_c = read_list(world.now, world.mail["c"], "inbox", width, "c")["b"]
+    from_a = read_list(world.now, world.mail["b"], "inbox", width, "b")["a"]
+    again = Sum(world.plan).to("held")  # a different agreement with the same plan
     for changes, bad in [
         ({"b": flip(items["b"], 0)}, "b"),  # the nonce
         ({"c": flip(items["c"], 20)}, "c"),
@@ -112,30 +147,33 @@ def test_a_client_refuses_shares_that_were_not_sealed_for_it_by_their_sender_in_
         ({"b": items["c"], "c": items["b"]}, "[bc]"),
         ({"b": b_for_c}, "b"),
         ({"b": from_a}, "b"),  # what a sealed for b, reflected
+        ({"b": read_list(again.now, again.mail["a"], "inbox", width, "a")["b"]}, "b"),
     ]:
         lie = items | changes
         with pytest.raises(MessageError, match=f"the shares that {bad} sealed for this client cannot be decrypted"):
-            world.answer("a", pack_list(world.plan, "inbox", SERVER, lie, [lie[k] for k in "bcd"]))
+            world.answer("a", pack_list(world.now, "inbox", SERVER, lie, [lie[k] for k in "bcd"]))
+    assert not world.keys["a"].members
     assert world.finish().tolist() == WHOLE
 
 
 def test_shares_do_not_open_where_the_server_showed_two_rosters() -> None:
     world = Sum().to("sealed")
-    adverts = read_list(world.plan, world.mail["a"], "roster", ADVERT_BYTES)
-    short = pack_list(world.plan, "roster", SERVER, "abc", [adverts[k] for k in "abc"])
+    width = sealed_bytes(world.plan.keys)
+    adverts = read_list(world.now, world.mail["a"], "roster", advert_bytes(world.plan.keys))
+    short = pack_list(world.now, "roster", SERVER, "abc", [adverts[k] for k in "abc"])
     answers = {"a": world.answer("a"), "b": world.answer("b", short)}
-    for_a = body(answers["b"])[32 : 32 + SEALED_BYTES]  # a is the first of b's two peers
-    world.phase = "masked"
-    inbox = pack_list(world.plan, "inbox", SERVER, "abc", [for_a, bytes(SEALED_BYTES)])
+    for_a = body(answers["b"])[:width]  # a is the first of b's two peers
+    world.phase = "held"
+    inbox = pack_list(world.now, "inbox", SERVER, "abc", [for_a, bytes(width)])
     with pytest.raises(MessageError, match="the shares that b sealed for this client cannot be decrypted"):
         world.answer("a", inbox)
 
 
 @pytest.mark.parametrize("vector", [np.zeros(5, np.uint32), np.zeros(7, np.uint32), np.zeros(6, np.int64)])
-def test_a_client_refuses_a_vector_of_another_shape_or_type(vector: np.ndarray) -> None:
+def test_a_client_refuses_a_vector_of_a_different_shape_or_type(vector: np.ndarray) -> None:
     world = Sum().to("masked")
     with pytest.raises(ValueError, match=r"expected uint32 \(6,\)"):
-        world.clients["a"].masked(world.mail["a"], vector)
+        world.client("a").masked(vector)
     assert world.finish().tolist() == WHOLE
 
 
@@ -148,62 +186,59 @@ def test_a_client_answers_each_message_once_and_in_order() -> None:
     for phase in ANSWERS:
         world.to(phase)
         mails[phase] = world.mail["a"]
-        client = world.clients["a"]
         for due in ANSWERS:  # none but this one, before it
             if due != phase:
-                with pytest.raises(SumError, match=r"a: '\w+' is not due, this client waits for"):
-                    ask(client, due, mails.get(due, mails[phase]), world.vectors["a"])
+                with pytest.raises(SumError, match=r"a: '\w+' is not due, this client|has no keys in this agreement"):
+                    world.ask(due, "a", mails.get(due, mails[phase]))
     world.finish()
     for due in ANSWERS:
         with pytest.raises(SumError, match="is not due, this client is done"):
-            ask(client, due, mails[due], world.vectors["a"])
-
-
-def ask(client: SumClient, phase: Phase, mail: bytes, vector: np.ndarray) -> bytes:
-    calls = {"sealed": client.share_keys, "confirm": client.confirm, "shares": client.unmask}
-    if phase == "advert":
-        return client.advertise()
-    return client.masked(mail, vector) if phase == "masked" else calls[phase](mail)
+            world.ask(due, "a", mails[due])
 
 
 def test_a_client_cannot_be_asked_for_the_other_seed_of_a_peer() -> None:
     world = Sum().to("confirm")
-    client = world.clients["a"]
+    client, roster_sent = world.clients["a"], world.key_server.roster_message
     first = pack_list(world.plan, "survivors", SERVER, "abcd")
-    second = pack_list(world.plan, "survivors", SERVER, "abc")  # d, who stayed, is said to have left
+    second = pack_list(world.plan, "survivors", SERVER, "abc")  # d, which stayed, is said to have left
     client.confirm(first)
     with pytest.raises(SumError, match="'survivors' is not due"):
         client.confirm(second)
-    signatures = [sign_survivors(world.plan, k, IDENTITIES[k], "abcd", world.server._roster) for k in "abcd"]
+    signatures = [sign_survivors(world.plan, k, IDENTITIES[k], "abcd", roster_sent) for k in "abcd"]
     answer = client.unmask(pack_list(world.plan, "confirmed", SERVER, "abcd", signatures))
     assert len(body(answer)) == 16 * 4
-    others = [sign_survivors(world.plan, k, IDENTITIES[k], "abc", world.server._roster) for k in "abc"]
+    others = [sign_survivors(world.plan, k, IDENTITIES[k], "abc", roster_sent) for k in "abc"]
     with pytest.raises(SumError, match="done"):
         client.unmask(pack_list(world.plan, "confirmed", SERVER, "abc", others))
 
 
-def test_a_server_that_tells_two_tales_of_who_stayed_gets_no_shares() -> None:
+def test_a_server_with_two_lists_of_survivors_gets_no_shares() -> None:
     """n = 5, t = 3: answers to these would bring the server below a sum of three."""
-    world = Sum(make_plan(n=5, threshold=3)).to("confirm")
-    tales = {"a": "ace", "b": "bce", "c": "cde", "d": "ade", "e": "bde"}
+    world = Sum(make_plan(make_keys(n=5, threshold=3))).to("confirm")
+    lists = {"a": "ace", "b": "bce", "c": "cde", "d": "ade", "e": "bde"}
     signatures = {}
-    for name, tale in tales.items():
-        message = world.answer(name, pack_list(world.plan, "survivors", SERVER, tale))
+    for name, listed in lists.items():
+        message = world.answer(name, pack_list(world.plan, "survivors", SERVER, listed))
         signatures[name] = body(message)
     world.phase = "shares"
-    for name, tale in tales.items():
+    for name, listed in lists.items():
         with pytest.raises(MessageError, match="lists 1 clients; the threshold is 3"):
             world.answer(name, pack_list(world.plan, "confirmed", SERVER, name, [signatures[name]]))
         with pytest.raises(MessageError, match="did not sign the survivors"):
-            world.answer(name, pack_list(world.plan, "confirmed", SERVER, tale, [signatures[k] for k in tale]))
+            world.answer(name, pack_list(world.plan, "confirmed", SERVER, listed, [signatures[k] for k in listed]))
 
 
-def test_a_signature_of_one_attempt_is_none_of_another() -> None:
-    """Else a server collects those of many tales in sums that it gives up, and tells each client another at last."""
-    first, second = (Sum(make_plan(n=5, threshold=3)).to("confirm") for _ in range(2))
-    tale = pack_list(first.plan, "survivors", SERVER, "abc")
-    old = [body(first.answer(name, tale)) for name in "abc"]
-    new = [body(second.answer(name, tale)) for name in "abc"]
+@pytest.mark.parametrize("attempt", ["first", "second"])
+def test_a_signature_of_one_agreement_is_not_valid_in_another(attempt: str) -> None:
+    """Otherwise a server that repeats a plan collects signatures of many lists in sums that it gives up.
+
+    It could then show each client a different list in the last one.
+    """
+    first, second = (Sum(make_plan(make_keys(n=5, threshold=3, attempt=a))).to("confirm") for a in ("first", attempt))
+    listed = pack_list(first.plan, "survivors", SERVER, "abc")
+    old = [body(first.answer(name, listed)) for name in "abc"]
+    listed = pack_list(second.plan, "survivors", SERVER, "abc")
+    new = [body(second.answer(name, listed)) for name in "abc"]
     second.phase = "shares"
     with pytest.raises(MessageError, match="b did not sign the survivors"):
         second.answer("a", pack_list(second.plan, "confirmed", SERVER, "abc", [new[0], old[1], new[2]]))
@@ -213,12 +248,15 @@ def test_a_signature_of_one_attempt_is_none_of_another() -> None:
 def test_a_client_gives_no_shares_on_forged_signatures() -> None:
     world = Sum().to("shares", {"d": "masked"})
     good = read_list(world.plan, world.mail["a"], "confirmed", 64)
+    roster_sent = world.key_server.roster_message
     for bad in (
         bytes(64),
         good["c"],
-        sign_survivors(world.plan, "b", IDENTITIES["b"], "abcd", world.server._roster),
-        sign_survivors(world.plan, "b", IDENTITIES["c"], "abc", world.server._roster),
-        sign_survivors(make_plan(round=8), "b", IDENTITIES["b"], "abc", world.server._roster),
+        sign_survivors(world.plan, "b", IDENTITIES["b"], "abcd", roster_sent),
+        sign_survivors(world.plan, "b", IDENTITIES["c"], "abc", roster_sent),
+        sign_survivors(world.plan, "b", IDENTITIES["b"], "abc", flip(roster_sent, -1)),
+        sign_survivors(make_plan(make_keys(round=8)), "b", IDENTITIES["b"], "abc", roster_sent),
+        sign_survivors(make_plan(make_keys(attempt="second")), "b", IDENTITIES["b"], "abc", roster_sent),
     ):
         with pytest.raises(MessageError, match="b did not sign the survivors that this client received"):
             world.answer("a", pack_list(world.plan, "confirmed", SERVER, "abc", [good["a"], bad, good["c"]]))
@@ -226,9 +264,10 @@ def test_a_client_gives_no_shares_on_forged_signatures() -> None:
 
 
 def test_a_list_has_as_many_items_as_its_bits_say() -> None:
-    plan = make_plan()
-    message = pack(plan, "roster", SERVER, members_bits(plan, "abcd") + bytes(ADVERT_BYTES * 3))
+    plan = make_keys()
+    width = advert_bytes(plan)
+    message = pack(plan, "roster", SERVER, members_bits(plan, "abcd") + bytes(width * 3))
     with pytest.raises(MessageError, match="torn"):
-        read_list(plan, message, "roster", ADVERT_BYTES)
+        read_list(plan, message, "roster", width)
     with pytest.raises(MessageError, match="oversized"):
-        read_list(plan, message, "roster", ADVERT_BYTES - 33)
+        read_list(plan, message, "roster", width - 33)

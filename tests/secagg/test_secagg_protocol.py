@@ -1,60 +1,63 @@
-"""A secure sum is the plain sum within its bound, whoever vanishes; and what the server sees tells nothing else."""
+"""The sum is the plain sum within its bound with any clients that vanish, and the server sees nothing else."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import numpy as np
 import pytest
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
-from sums import ANSWERS, Sum, body, is_uniform, make_plan
+from sums import ANSWERS, IDENTITIES, OF_KEYS, Sum, body, is_uniform, make_keys, make_plan
 
-from fedsb.secagg.client import SumClient
 from fedsb.secagg.fixed_point import FixedPoint, Floats
-from fedsb.secagg.keys import mask_private, pair_mask, public_key, self_check, self_mask
-from fedsb.secagg.messages import Phase, SumError, SumPlan
-from fedsb.secagg.primitives import SEED_BYTES, combine, fresh_seed, mask
+from fedsb.secagg.keys import mask_private, public_key
+from fedsb.secagg.messages import Phase, SumError
+from fedsb.secagg.primitives import SEED_BYTES, combine
 from fedsb.secagg.protocol import Simulated, simulate
-from fedsb.utils.errors import RunError, UserError
+from fedsb.utils.errors import RunError
 from fedsb.utils.rng import keyed_generator
 
 LARGE = 50_000  # values where a test looks at the bytes' distribution
 
 
-def simulated(
-    vectors: Mapping[str, Floats],
-    weights: Mapping[str, float],
-    *,
-    threshold: int,
-    clip: float,
-    draws: Mapping[str, np.random.Generator],
-    vanish: Mapping[str, Phase] | None = None,
-) -> Simulated:
-    """A sum of plain vectors among sites with fresh keys."""
-    identities = {name: Ed25519PrivateKey.generate() for name in vectors}
-    sites = {name: key.public_key().public_bytes_raw() for name, key in identities.items()}
-    size = next(iter(vectors.values())).size if vectors else 0
-    plan = SumPlan(run="simulation", round=0, sites=sites, threshold=threshold, size=size, clip=clip)
-    ring = {name: plan.grid.encode(x, weights[name], draws[name]) for name, x in vectors.items()}
-    return simulate(plan, identities, ring, vanish)
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A simulated sum among the first n sites."""
+
+    n: int
+    threshold: int
+    size: int = 10
+    clip: float = 0.8
+    bits: int = 32
+    signed: bool = True
+
+    def run(
+        self, vectors: Mapping[str, Floats], weights: Mapping[str, float], vanish: Mapping[str, Phase]
+    ) -> Simulated:
+        keys = make_keys(self.n, self.threshold, signed=self.signed)
+        names = "".join(name for name in keys.names if vanish.get(name) not in OF_KEYS)
+        plan = make_plan(keys, size=self.size, names=names)
+        plan = replace(plan, grid=replace(plan.grid, clip=self.clip, bits=self.bits))
+        ring = {k: plan.grid.encode(vectors[k], weights[k], keyed_generator("round", k)) for k in plan.names}
+        return simulate(plan, IDENTITIES, ring, vanish)
 
 
-def summed(n: int, size: int, threshold: int, vanish: dict[str, Phase] | None = None) -> Simulated:
-    """Runs one, and compares it with the plain weighted sum over those that should be in it."""
-    names = "abcdefgh"[:n]
-    vectors = {k: keyed_generator("x", k).normal(0, 0.4, size).astype(np.float32) for k in names}
+def summed(case: Case, vanish: Mapping[str, Phase] | None = None) -> Simulated:
+    """Runs a sum, and compares it with the plain weighted sum over those that should be in it."""
+    vanish = vanish or {}
+    names = "abcdefgh"[: case.n]
+    vectors = {k: keyed_generator("x", k).normal(0, 0.4, case.size).astype(np.float32) for k in names}
     weights = {k: float(keyed_generator("p", k).uniform(0.01, 1)) for k in names}
-    draws = {k: keyed_generator("round", k) for k in names}
-    result = simulated(vectors, weights, threshold=threshold, clip=0.8, draws=draws, vanish=vanish)
-    stay = [k for k in names if (vanish or {}).get(k) not in ("advert", "sealed", "masked")]
+    result = case.run(vectors, weights, vanish)
+    stay = [k for k in names if vanish.get(k) not in (*OF_KEYS, "masked")]
     assert result.clients == tuple(stay)
-    plain = sum(weights[k] * np.clip(vectors[k].astype(np.float64), -0.8, 0.8) for k in stay)
-    bound = FixedPoint(clients=n, clip=0.8).bound(len(stay))
-    assert result.values.shape == (size,)
+    plain = sum(weights[k] * np.clip(vectors[k].astype(np.float64), -case.clip, case.clip) for k in stay)
+    asked = sum(vanish.get(k) not in OF_KEYS for k in names)
+    bound = FixedPoint(clients=asked, clip=case.clip, bits=case.bits).bound(len(stay))
+    assert result.values.shape == (case.size,)
     assert np.abs(result.values - plain).max() <= bound
-    assert abs(result.weight - sum(weights[k] for k in stay)) <= bound / 0.8
+    assert abs(result.weight - sum(weights[k] for k in stay)) <= bound / case.clip
     return result
 
 
@@ -64,85 +67,130 @@ def summed(n: int, size: int, threshold: int, vanish: dict[str, Phase] | None = 
 @pytest.mark.parametrize(
     ("n", "size"), [(2, 1), (2, 1000), (3, 17), (4, 1), (5, 64), (6, 4096), (7, 3), (8, 1), (8, 100_000)]
 )
-def test_the_sum_is_the_plain_sum_within_the_bound(n: int, size: int) -> None:
+@pytest.mark.parametrize("signed", [True, False])
+def test_the_sum_is_the_plain_sum_within_the_bound(n: int, size: int, signed: bool) -> None:
     for threshold in {n // 2 + 1, n}:
-        summed(n, size, threshold)
+        summed(Case(n=n, threshold=threshold, size=size, signed=signed))
 
 
-def test_the_ring_is_summed_exactly() -> None:
-    world = Sum(make_plan(n=5, threshold=3))
-    world.vectors["b"][:] = 2**32 - 1  # -1
-    assert world.finish().tolist() == [1 - 1 + 3 + 4 + 5] * 6
-    assert world.server.survivors == ("a", "b", "c", "d", "e")
+@pytest.mark.parametrize("bits", [12, 17, 24, 31])
+def test_the_sum_is_the_plain_sum_in_a_narrow_ring(bits: int) -> None:
+    summed(Case(n=5, threshold=3, size=1001, bits=bits))
+    summed(Case(n=5, threshold=3, size=1001, bits=bits), {"a": "masked", "d": "shares"})
 
 
-def test_all_clients_at_the_clip_bound_with_weight_one_do_not_overflow() -> None:
+@pytest.mark.parametrize("bits", [9, 32])
+def test_the_ring_is_summed_exactly(bits: int) -> None:
+    world = Sum(make_plan(make_keys(n=5, threshold=3), bits=bits))
+    world.vectors["b"][:] = 2**bits - 1  # -1
+    world.vectors["c"][0] = 2**bits - 5  # the sum is below 0
+    total = world.finish()
+    assert total.tolist() == [2**bits + 1 - 1 - 5 + 4 + 5 - 2**bits, *[1 - 1 + 3 + 4 + 5] * 5]
+    assert world.sums.survivors == ("a", "b", "c", "d", "e")
+
+
+@pytest.mark.parametrize("bits", [12, 32])
+def test_all_clients_at_the_clip_bound_with_weight_one_do_not_overflow(bits: int) -> None:
     vectors = {k: np.array([3, -3, 1e38, -1e38], np.float32) for k in "abcdefgh"}
-    ones, draws = dict.fromkeys(vectors, 1.0), {k: keyed_generator(k) for k in vectors}
-    result = simulated(vectors, ones, threshold=5, clip=3.0, draws=draws)
-    assert result.values == pytest.approx([24, -24, 24, -24], abs=FixedPoint(clients=8, clip=3.0).bound(8))
+    case = Case(n=8, threshold=5, size=4, clip=3.0, bits=bits)
+    result = case.run(vectors, dict.fromkeys(vectors, 1.0), {})
+    bound = FixedPoint(clients=8, clip=3.0, bits=bits).bound(8)
+    assert result.values == pytest.approx([24, -24, 24, -24], abs=bound)
 
 
-def test_a_sum_over_its_weight_is_the_mean_of_those_who_stayed() -> None:
-    sites = {k: np.array([i, i, -i], np.float32) for i, k in enumerate("abc")}
-    result = simulated(
-        sites,
-        {"a": 0.5, "b": 0.25, "c": 0.25},
-        threshold=2,
-        clip=4.0,
-        draws={k: keyed_generator(k) for k in sites},
-        vanish={"a": "masked"},
-    )
+def test_a_sum_over_its_weight_is_the_mean_of_those_that_stayed() -> None:
+    vectors = {k: np.array([i, i, -i], np.float32) for i, k in enumerate("abc")}
+    weights = {"a": 0.5, "b": 0.25, "c": 0.25}
+    result = Case(n=3, threshold=2, size=3, clip=4.0).run(vectors, weights, {"a": "masked"})
     np.testing.assert_allclose(result.values / result.weight, [1.5, 1.5, -1.5], atol=1e-7)
 
 
-def test_bytes_are_those_stated() -> None:
-    world = Sum(make_plan(n=5, threshold=3, size=1000))
-    world.finish({"e": "advert", "d": "masked"})  # |U1| = 4, |U2| = 4
-    sent = sum(len(body(world.sent[phase, "a"])) for phase in ANSWERS)
-    assert sent == 4 * 1001 + 224 + 60 * 3 + 16 * 4
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize(("rounds", "bits"), [(1, 32), (6, 13)])
+def test_bytes_are_those_stated(rounds: int, bits: int, signed: bool) -> None:
+    keys = make_keys(n=5, threshold=3, rounds=rounds, signed=signed)
+    world = Sum(make_plan(keys, size=1000, bits=bits))
+    world.finish({"e": "advert", "d": "masked"})  # |U1| = |U2| = 4
+    sent = {phase: len(body(world.sent[phase, "a"])) for phase in world.answers}
+    assert sent["advert"] == 32 * rounds + 96
+    assert sent["sealed"] == (32 * rounds + 28) * 3
+    assert sent["held"] == 0
+    assert sent["masked"] == -(-bits * 1001 // 8) + 32
+    assert sent["shares"] == 16 * 4
+    assert sent.get("confirm", 0) == (64 if signed else 0)
     headers = [len(message) - len(body(message)) for message in world.sent.values()]
     assert 150 < min(headers) <= max(headers) < 250
 
 
-# --- who vanishes ---
+def test_simulated_bytes_are_those_of_the_messages() -> None:
+    result = summed(Case(n=4, threshold=3, size=100), {"d": "masked"})
+    header = 2 + len('{"fedsb":"secure-sum","version":3,"run":"run","round":7,"phase":"","sender":"a","plan":""}') + 64
+    phases = sum(len(phase) for phase in ANSWERS)
+    assert result.up_bytes["a"] == 6 * header + phases + (32 + 96) + 60 * 3 + (404 + 32) + 64 + 16 * 4
+    assert result.up_bytes["d"] < result.up_bytes["a"] == result.up_bytes["b"]
+    assert result.down_bytes["d"] < result.down_bytes["a"]
+
+
+# --- clients that vanish ---
 
 
 @pytest.mark.parametrize("phase", ANSWERS)
 @pytest.mark.parametrize("n", [3, 4, 8])
 def test_one_may_vanish_before_any_message(phase: Phase, n: int) -> None:
     for name in ("a", "abcdefgh"[n - 1]):  # the first and the last: both signs of the pairwise masks
-        summed(n, 10, n // 2 + 1, {name: phase})
+        summed(Case(n=n, threshold=n // 2 + 1), {name: phase})
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize(
+    "vanish",
+    [
+        {"a": "masked", "h": "masked", "c": "masked"},  # down to exactly t = 5
+        {"a": "advert", "b": "advert", "c": "masked"},
+        {"f": "masked", "g": "masked", "h": "shares"},
+        {"f": "shares", "a": "shares", "h": "shares"},
+        {"f": "advert", "g": "advert", "h": "advert"},
+    ],
+)
+def test_several_may_vanish_down_to_the_threshold(vanish: dict[str, Phase], signed: bool) -> None:
+    summed(Case(n=8, threshold=5, size=100, signed=signed), vanish)
 
 
 @pytest.mark.parametrize(
     "vanish",
     [
-        {"a": "masked", "h": "masked", "c": "masked"},  # down to exactly t = 5
         {"a": "advert", "b": "sealed", "c": "masked"},
+        {"a": "advert", "b": "sealed", "c": "held"},
         {"b": "sealed", "d": "confirm", "g": "shares"},
         {"f": "masked", "g": "confirm", "h": "shares"},
-        {"f": "advert", "g": "advert", "h": "advert"},
     ],
 )
-def test_several_may_vanish_down_to_the_threshold(vanish: dict[str, Phase]) -> None:
-    summed(8, 100, 5, vanish)
+def test_several_may_vanish_in_the_phases_of_signed_sums(vanish: dict[str, Phase]) -> None:
+    summed(Case(n=8, threshold=5, size=100), vanish)
 
 
 @pytest.mark.parametrize("phase", ANSWERS)
 def test_below_the_threshold_the_round_fails_and_says_who_is_missing(phase: Phase) -> None:
+    world, gone = Sum(make_plan(make_keys(n=5, threshold=3))), dict.fromkeys("bde", phase)
     with pytest.raises(SumError, match=rf"2 of 5 clients sent '{phase}'; the threshold is 3.*Missing: b, d, e") as info:
-        summed(5, 10, 3, {"b": phase, "d": phase, "e": phase})
+        world.finish(gone)
     assert isinstance(info.value, RunError)
 
 
 def test_below_the_threshold_over_several_phases() -> None:
-    with pytest.raises(SumError, match="2 of 5 clients sent 'masked'"):
-        summed(5, 10, 3, {"b": "advert", "d": "sealed", "e": "masked"})
+    with pytest.raises(SumError, match="2 of 3 clients sent 'masked'"):
+        Sum(make_plan(make_keys(n=5, threshold=3))).finish({"b": "advert", "d": "sealed", "e": "masked"})
 
 
-def test_who_comes_late_but_before_the_phase_is_closed_is_in() -> None:
-    world = Sum(make_plan(n=3, threshold=2)).to("masked")
+@pytest.mark.parametrize("phase", OF_KEYS)
+def test_a_simulated_sum_with_a_client_without_keys_fails(phase: Phase) -> None:
+    plan = make_plan(make_keys(n=4, threshold=2 + 1))
+    with pytest.raises(SumError, match="the sum is with c, which has no keys"):
+        simulate(plan, IDENTITIES, {}, {"c": phase})
+
+
+def test_a_client_that_answers_late_but_before_the_phase_is_closed_is_in() -> None:
+    world = Sum(make_plan(make_keys(n=3, threshold=2))).to("masked")
     world.deliver(gone=["b", "c"])
     with pytest.raises(SumError, match="1 of 3"):
         world.close()
@@ -152,14 +200,15 @@ def test_who_comes_late_but_before_the_phase_is_closed_is_in() -> None:
     assert world.finish().tolist() == [1 + 3] * 6
 
 
-# --- what the server sees ---
+# --- the server's view ---
 
 
-def test_masked_vectors_look_random_and_differ_between_rounds() -> None:
+@pytest.mark.parametrize("bits", [32, 16])
+def test_masked_vectors_look_random_and_differ_between_agreements(bits: int) -> None:
     seen = []
     for _ in range(2):
-        world = Sum(make_plan(size=LARGE - 1)).to("confirm")
-        seen.append({k: np.frombuffer(body(world.sent["masked", k]), "<u4") for k in world.plan.names})
+        world = Sum(make_plan(size=LARGE - 1, bits=bits)).to("confirm")
+        seen.append({k: world.masked(k).astype(f"u{bits // 8}") for k in "abcd"})
     assert not is_uniform(world.vectors["a"])
     assert all(is_uniform(vector) for messages in seen for vector in messages.values())
     assert all(is_uniform(seen[0][k] - seen[1][k]) for k in seen[0])
@@ -168,145 +217,52 @@ def test_masked_vectors_look_random_and_differ_between_rounds() -> None:
 
 
 def test_a_vector_is_bare_only_without_its_own_mask_and_all_of_its_pairs() -> None:
-    """d vanishes after sharing, so the server learns all its pairwise masks, and then its vector comes after all."""
-    world = Sum(make_plan(n=4, threshold=3, size=LARGE - 1)).to("masked")
-    late = np.frombuffer(body(world.answer("d")), "<u4")
+    """d vanishes with its keys, so the server learns all its pairwise masks, and then its vector arrives after all."""
+    world = Sum(make_plan(size=LARGE - 1)).to("masked")
+    late = world.vector_of(world.answer("d"))
     world.finish({"d": "masked"})
-    own = {k: self_mask(world.plan, client._self_seed) for k, client in world.clients.items()}
+    own = {k: world.own_mask(k) for k in "abcd"}
     # of d the server knows every pair, and not its own mask
     assert is_uniform(late - world.pairs("d", "abc"))
     assert is_uniform(late - own["d"])
     assert np.array_equal(late - own["d"] - world.pairs("d", "abc"), world.vectors["d"])
     # of the others it knows their own mask and the pair with d
     for name in "abc":
-        masked = np.frombuffer(body(world.sent["masked", name]), "<u4")
+        masked = world.masked(name)
         assert is_uniform(masked - own[name] - world.pairs(name, "d"))
         assert is_uniform(masked - world.pairs(name, "abcd"))
         others = sorted(set("abc") - {name})
-        for known in others:  # even where one other tells it theirs
+        for known in others:  # even if one of the others colludes
             assert is_uniform(masked - own[name] - world.pairs(name, ["d", known]))
         assert np.array_equal(masked - own[name] - world.pairs(name, ["d", *others]), world.vectors[name])
 
 
-def test_the_answers_give_a_seed_of_16_bytes_each_and_never_both_of_one_client() -> None:
-    world = Sum(make_plan(n=4, threshold=3))
+@pytest.mark.parametrize("signed", [True, False])
+def test_the_answers_give_a_seed_of_16_bytes_each_and_never_both_of_one_client(signed: bool) -> None:
+    world = Sum(make_plan(make_keys(signed=signed)))
     world.finish({"d": "masked"})
-    answers = {name: body(world.sent["shares", name]) for name in "abc"}
+    answers, places = {name: body(world.sent["shares", name]) for name in "abc"}, world.plan.keys.places
     for i, name in enumerate("abcd"):
         shares = {k: answers[k][SEED_BYTES * i : SEED_BYTES * (i + 1)] for k in "abc"}
-        seed = combine({world.plan.places[k]: share for k, share in shares.items()})
-        client = world.clients[name]
-        assert len(seed) == len(client._self_seed) == len(client._key_seed) == 16
-        assert seed == (client._key_seed if name == "d" else client._self_seed)
-        few = combine({world.plan.places[k]: shares[k] for k in "ab"})  # t - 1
-        assert few not in (client._key_seed, client._self_seed)
-        assert (public_key(mask_private(world.plan, name, seed)) == client._keys.mask) is (name == "d")
-
-
-def test_keys_and_secrets_are_fresh_in_every_round() -> None:
-    plan = make_plan()
-    clients = [SumClient(plan, "a", Sum(plan).clients["a"]._identity) for _ in range(2)]
-    secrets = [{c._key_seed, c._self_seed, *c._keys} for c in clients]
-    assert len(secrets[0]) == len(secrets[1]) == 4
-    assert not secrets[0] & secrets[1]
-
-
-def test_seeds_are_random_throughout() -> None:
-    seeds = np.frombuffer(b"".join(fresh_seed() for _ in range(8192)), "<u4").reshape(-1, 4)
-    assert is_uniform(seeds.reshape(-1))
-    assert all(is_uniform(seeds[:, i] - seeds[:, j]) for i, j in combinations(range(4), 2))
-
-
-def test_one_seed_in_two_plans_makes_two_masks() -> None:
-    plans = [make_plan(size=LARGE - 1, round=round) for round in (1, 2)]
-    seed = bytes(16)
-    assert is_uniform(self_mask(plans[0], seed) - self_mask(plans[1], seed))
-    assert self_check(plans[0], seed) != self_check(plans[1], seed)
-    assert is_uniform(self_mask(plans[0], seed) - mask(self_check(plans[0], seed), LARGE))  # the server sees the check
-    assert public_key(mask_private(plans[0], "a", seed)) != public_key(mask_private(plans[1], "a", seed))
-
-
-def test_one_pair_of_keys_makes_other_masks_in_another_plan_and_for_another_pair() -> None:
-    """Else the masks of one round could be taken off another's vectors."""
-    own, other = X25519PrivateKey.generate(), X25519PrivateKey.generate()
-    plans = [make_plan(), make_plan(round=8), make_plan(run="other"), make_plan(n=5)]
-    masks = [pair_mask(plan, own, "a", "b", public_key(other)) for plan in plans]
-    masks.append(pair_mask(plans[0], own, "a", "c", public_key(other)))
-    assert len({mask.tobytes() for mask in masks}) == len(masks)
-    back = pair_mask(plans[0], other, "b", "a", public_key(own))
-    assert not (masks[0] + back).any()
+        seed = combine({places[k]: share for k, share in shares.items()})
+        seeds = world.seeds[name]
+        assert len(seed) == len(seeds.self) == len(seeds.key) == 16
+        assert seed == (seeds.key if name == "d" else seeds.self)
+        few = combine({places[k]: shares[k] for k in "ab"})  # t - 1
+        assert few not in seeds
+        own_key = public_key(mask_private(world.plan.keys, name, seed)) == world.public(name).masks[0]
+        assert own_key is (name == "d")
 
 
 def test_the_shares_travel_sealed() -> None:
-    world = Sum().to("masked")
-    seen = b"".join(world.sent.values()) + b"".join(world.mail.values())
-    for client in world.clients.values():
-        assert client._key_seed not in seen and client._self_seed not in seen
-        for share in client._shares[client.name]:
-            assert share not in seen
-    world.to("confirm")
-    for client in world.clients.values():
-        for pair in client._shares.values():
-            assert pair[0] not in seen and pair[1] not in seen
-
-
-def test_a_client_forgets_the_shares_it_was_given() -> None:
-    world = Sum()
-    world.finish()
-    assert all(not client._shares for client in world.clients.values())
-
-
-# --- plans ---
-
-
-@pytest.mark.parametrize(("n", "threshold"), [(2, 1), (2, 3), (3, 1), (4, 2), (8, 4), (8, 9), (5, 0), (5, -3)])
-def test_a_threshold_that_is_no_majority_is_refused(n: int, threshold: int) -> None:
-    with pytest.raises(UserError, match=f"threshold of {threshold} for {n} clients"):
-        make_plan(n, threshold)
-
-
-def test_plans_that_cannot_be_carried_out_are_refused() -> None:
-    good = make_plan(n=3, threshold=2)
-    one, key = dict(list(good.sites.items())[:1]), good.sites["a"]
-
-    def plan(**changes: object) -> SumPlan:
-        facts = {"run": "r", "round": 0, "sites": good.sites, "threshold": 2, "size": 3, "clip": 1.0, **changes}
-        return SumPlan(**facts)  # type: ignore[arg-type]
-
-    for changes, match in [
-        ({"sites": one, "threshold": 1}, "a sum of one client hides nothing"),
-        ({"size": 0}, "0 values"),
-        ({"size": 2**40}, "values"),
-        ({"round": -1}, "round -1"),
-        ({"run": ""}, "characters"),
-        ({"run": "x" * 201}, "characters"),
-        ({"clip": 0.0}, "clip bound"),
-        ({"sites": {**good.sites, "": bytes(32)}, "threshold": 3}, "characters"),
-        ({"sites": {**good.sites, "b": b"short"}}, "32 bytes"),
-        ({"sites": {**good.sites, "b": key}}, "must be different Ed25519"),
-    ]:
-        with pytest.raises(UserError, match=match):
-            plan(**changes)
-    digests = [
-        plan(**changes).digest
-        for changes in (
-            {},
-            {"run": "s"},
-            {"round": 1},
-            {"threshold": 3},
-            {"size": 4},
-            {"clip": 2.0},
-            {"sites": {**good.sites, "c": bytes(32)}},
-            {"sites": {**good.sites, "d": bytes(32)}, "threshold": 3},
-        )
-    ]
-    assert len(set(digests)) == 8
-    assert plan(sites=dict(reversed(good.sites.items()))).digest == digests[0]
-
-
-def test_a_client_needs_the_key_that_the_directory_has() -> None:
-    plan = make_plan()
-    with pytest.raises(UserError, match="directory"):
-        SumClient(plan, "a", Ed25519PrivateKey.generate())
-    with pytest.raises(UserError, match="directory"):
-        SumClient(plan, "z", Ed25519PrivateKey.generate())
+    world = Sum(make_plan(make_keys(rounds=2)))
+    seen = b""
+    while world.phase != "masked":
+        world.deliver()
+        seen += b"".join(world.sent.values())
+        world.close()
+        seen += b"".join(world.mail.values())
+    assert not any(seed in seen for rounds in world.all_seeds.values() for seeds in rounds for seed in seeds)
+    shares = [share for own in world.keys.values() for one in own._shares for pair in one.values() for share in pair]
+    assert len(shares) == len(set(shares)) == 4 * 2 * 4 * 2
+    assert not any(share in seen for share in shares)

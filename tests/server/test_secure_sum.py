@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from conftest import set_all
+from fedsb.adapters.layout import Layout
 from fedsb.config.load import load_config
 from fedsb.config.registry import method_types
 from fedsb.methods.base import Method, State
@@ -19,6 +20,7 @@ from fedsb.privacy import policy as setup
 from fedsb.privacy.ledger import read_ledger
 from fedsb.privacy.noise import SeededNoise
 from fedsb.protocol.secure_sum import SUM, noise_share
+from fedsb.protocol.tensors import within
 from fedsb.reporting.run_directory import read_manifest, read_rows
 from fedsb.runs.run import federate, resume
 from fedsb.secagg.fixed_point import FixedPoint
@@ -234,22 +236,22 @@ def test_the_server_gets_a_clipped_noised_sum_and_the_ledger_has_it(
 def test_a_clients_change_is_no_longer_than_the_clip_in_the_ring(
     tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from fedsb.protocol import secure_sum as module
-
     seen: list[np.ndarray] = []
+    steps: list[float] = []
     plain = FixedPoint.encode
 
     def encode(self: FixedPoint, values: Any, weight: float, draw: Any, noise: Any = None) -> Any:
         ring = plain(self, values, weight, draw)
-        seen.append(ring[:-1].view(np.int32) * self.step)
+        seen.append(self.decode(ring)[0])
+        steps.append(self.step)
         return ring
 
     monkeypatch.setattr(FixedPoint, "encode", encode)
     server, _, _ = round_of(of_clients(tiny_config), tmp_path)
     assert len(seen) == len(server.clients)
-    for change in seen:
-        step = 0.5 * (1 + module.HEADROOM * 1.5 / len(seen)) * len(seen) / 2**31
-        assert np.linalg.norm(change) == pytest.approx(0.5, rel=1e-3)
+    for change, step in zip(seen, steps, strict=True):
+        assert step * np.sqrt(change.size) <= 0.01 * 0.5  # what rounding may add to the clip
+        assert np.linalg.norm(change) == pytest.approx(0.5, rel=1e-2)
         assert np.linalg.norm(change) <= 0.5 + step * np.sqrt(change.size)
 
 
@@ -259,3 +261,63 @@ def test_a_private_run_with_noise_in_shares_stays_within_its_epsilon(tiny_config
     assert manifest["not_private"] is None
     assert rows[-1]["epsilon"] == pytest.approx(manifest["privacy"]["epsilon"], rel=1e-6)
     assert rows[-1]["epsilon"] <= 20.0
+
+
+# --- fewer bytes ---
+
+
+def test_all_clients_send_the_same_part_and_owe_the_rest(tiny_config: dict[str, Any]) -> None:
+    """What is not sent in one round is sent in a later one: over all parts the sum of the changes is whole."""
+    config = set_all(secure(tiny_config, secagg_fraction=0.25, weighting="uniform"), rounds=2)
+    server, state = started(config)
+    plain, _ = started(secure(tiny_config, weighting="uniform"))
+    first, whole = server.run_round(state), plain.run_round(state)
+    layout = Layout.of(state.tensors)
+    change, all_of_it = (layout.flatten(r.state.tensors) - layout.flatten(state.tensors) for r in (first, whole))
+    part = server.compressor.part(layout.size, 0)
+    assert len(part) == -(-layout.size // 4)
+    rest = np.setdiff1d(np.arange(layout.size), part)
+    assert torch.allclose(change[part], all_of_it[part], atol=1e-6)
+    assert not change[rest].any() and all_of_it[rest].any()
+    states = [client.store.client_state(1) for client in server.channel._started.values()]  # type: ignore[attr-defined]
+    owed = torch.stack([layout.flatten(within("codec", own)) for own in states]).mean(0)
+    assert torch.allclose(owed[rest], all_of_it[rest], atol=1e-6) and not owed[part].any()
+    assert {record.values for record in first.replies.traffic if record.direction == "up"} == {len(part)}
+    assert set(server.compressor.part(layout.size, 1)) != set(part)
+
+
+@pytest.mark.parametrize("bits", [12, 17, 32])
+def test_a_narrow_ring_is_within_its_bound(bits: int, tiny_config: dict[str, Any]) -> None:
+    settings = {"weighting": "uniform", "secagg_clip": 0.5}
+    _, _, plain = round_of(set_all(tiny_config, server={"weighting": "uniform"}))
+    server, _, summed = round_of(secure(tiny_config, **settings, secagg_bits=bits))
+    clients = len(server.clients)
+    bound = clients * 0.5 / ((2 ** (bits - 1) - 1) // clients) / clients
+    for key, x in plain.state.tensors.items():
+        assert torch.allclose(x, summed.state.tensors[key], rtol=0, atol=bound + 1e-6), key
+    up = [record for record in summed.replies.traffic if record.direction == "up"]
+    assert {record.bytes for record in up} == {-(-record.values * bits // 8) for record in up}
+
+
+@pytest.mark.parametrize("unit", ["client", "example"])
+def test_a_part_is_refused_where_a_clip_bounds_what_is_sent(unit: str, tiny_config: dict[str, Any]) -> None:
+    chosen = {"unit": unit, "noise_multiplier": 1.5, "delta": 1e-3, "clip_norm": 0.5}
+    config = set_all(secure(tiny_config, weighting="uniform", secagg_fraction=0.5), privacy=chosen)
+    with pytest.raises(UserError, match=r"server.secagg_fraction = 0.5: what a client does not send it adds to later"):
+        open_server(set_all(config, train={"local_steps": 1}))
+
+
+def test_the_price_of_a_masked_update_is_what_is_sent(tiny_config: dict[str, Any]) -> None:
+    for config in (
+        secure(tiny_config, secagg_fraction=0.3, secagg_bits=20),
+        of_clients(tiny_config),
+        set_all(
+            secure(tiny_config),
+            train={"local_steps": 1},
+            privacy={"unit": "example", "epsilon": 20.0, "delta": 1e-3, "clip_norm": 0.5},
+        ),
+    ):
+        done = federate(load_config(set_all(config, name=f"run-{id(config)}")))
+        manifest = read_manifest(done.folder)
+        (mine,) = [price for price in manifest["prices"] if price["this_run"]]
+        assert mine["up_bytes"] == sum(row["up_bytes"] for row in read_rows(done.folder / "rounds.jsonl"))

@@ -160,26 +160,29 @@ class Hostile:
     def agree(self, names: str = "", round: int = 0, rounds: int = 1) -> KeyServer:
         """A new agreement of keys among `names`, by default all."""
         self.attempts += 1
-        directory, attempt = self.federation.directory, str(self.attempts)
+        names, attempt = names or "".join(self.sites), str(self.attempts)
+        directory = {name: self.federation.directory[name] for name in names}
         plan = self.sums.key_plan(round, rounds, directory, attempt)
-        server, messages = KeyServer(plan), dict.fromkeys(names or self.sites, b"")
+        server, messages = KeyServer(plan), dict.fromkeys(names, b"")
+        fields = {"attempt": attempt, "round": round, "rounds": rounds, "cohort": sorted(names)}
         for phase, close in (("advert", server.roster), ("sealed", server.inboxes), ("held", dict)):
             for name, message in messages.items():
-                server.receive(name, self.phase(name, phase, message, attempt, round, rounds))
+                server.receive(name, self.ask(name, SecAggPhase, message, phase=phase, **fields).payload)
             messages = close()
         server.close()
         self.keys = server
         return server
 
-    def phase(self, name: str, phase: str, message: bytes, attempt: str, round: int, rounds: int = 0) -> bytes:
-        reply = self.ask(name, SecAggPhase, message, phase=phase, attempt=attempt, round=round, rounds=rounds)
-        return bytes(reply.payload)
+    def phase(self, name: str, phase: str, message: bytes, attempt: str, round: int) -> bytes:
+        """A site's answer to a phase of a sum, with the keys of this attempt."""
+        fields = {"attempt": attempt, "round": round, "rounds": 0, "cohort": sorted(self.sites)}
+        return bytes(self.ask(name, SecAggPhase, message, phase=phase, **fields).payload)
 
     def request(self, cohort: str = "") -> SumRequest | None:
-        """The sum of `cohort`, by default of all; None without an agreement."""
+        """The sum of `cohort`, by default of all with keys; None without an agreement."""
         if self.keys is None:
             return None
-        return SumRequest(attempt=self.keys.plan.attempt, cohort=sorted(cohort or self.sites))
+        return SumRequest(attempt=self.keys.plan.attempt, cohort=sorted(cohort or self.keys.members))
 
     def plan(self, round: int, cohort: str = "", change: Change = same) -> SumPlan:
         """The plan of a sum with the newest keys."""
@@ -187,7 +190,7 @@ class Hostile:
         method, state = self.trainer.method, self.state()
         message = change(method.broadcast(state))
         shared = ClientRound(method, ClientView(state.shared), message, round, basis_hash(state.shared))
-        directory = {name: self.federation.directory[name] for name in cohort or self.sites}
+        directory = {name: self.federation.directory[name] for name in cohort or self.keys.members}
         terms = self.sums.terms(round, shared.shared_hash, directory, self.keys.plan, shared.against)
         return terms.plan(Layout.of(shared.trained).size if terms.step else shared.layout.size)
 

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors.torch import load
+from torch import Tensor
 
 from fedsb.channels.in_process import Group, InProcessChannel, open_in_process
 from fedsb.channels.launch import (
@@ -77,7 +78,7 @@ class Parcel:
     teams: int
 
 
-Result = tuple[bytes, bytes, tuple[float, ...]]  # own tensors, moments and losses of a trained client
+Result = tuple[bytes, bytes, tuple[float, ...], Tensor | None]  # own tensors, moments, losses, share of a step
 
 
 @contextmanager
@@ -159,7 +160,7 @@ def _work(config: Config, opened: OpenedFederation, policy: PrivacyPolicy) -> No
                 common = shared[job.total_rank]
                 method = config.method if job.total_rank is None else config.method.at(job.total_rank)
                 trained = opened.trainer.train(_clients(job, common, examples), method, job.round, policy)
-                done.append([(_own(c.tensors, common), pack_tensors(c.moments), c.losses) for c in trained])
+                done.append([(_own(c.tensors, common), pack_tensors(c.moments), c.losses, c.share) for c in trained])
         except RunError as error:  # it ends the run, and rank 0 says so
             fault = error
         is_first = not parcel.teams or dist.get_rank() < parcel.teams
@@ -240,8 +241,14 @@ class ProcessGroupChannel(InProcessChannel):
 def _trained(group: Group, results: Sequence[Result]) -> list[ClientTraining]:
     """Returns the clients of a group as another rank has trained them."""
     return [
-        replace(client, tensors={**client.tensors, **load(own)}, moments=load(moments), losses=client.losses + losses)
-        for client, (own, moments, losses) in zip(group.clients, results, strict=True)
+        replace(
+            client,
+            tensors={**client.tensors, **load(own)},
+            moments=load(moments),
+            losses=client.losses + losses,
+            share=share,
+        )
+        for client, (own, moments, losses, share) in zip(group.clients, results, strict=True)
     ]
 
 

@@ -15,7 +15,7 @@ from fedsb.client.checks import refuse_base, refuse_versions
 from fedsb.client.outbox import Outbox
 from fedsb.client.policy import (
     SiteConfig,
-    cap_of,
+    caps_of,
     refuse_columns,
     refuse_labels,
     refuse_payload,
@@ -33,6 +33,7 @@ from fedsb.data.tables import load_client_table
 from fedsb.models.tokenizer import load_tokenizer, tokenizer_fingerprint
 from fedsb.privacy.accounting import Release
 from fedsb.privacy.ledger import read_ledger
+from fedsb.privacy.mechanism import Cap
 from fedsb.privacy.statement import epsilon_spent
 from fedsb.protocol.messages import (
     Describe,
@@ -222,12 +223,13 @@ class SiteHandler:
         """Puts the policy in force, with the ledger, for a run that starts or continues."""
         config, method, name = prepared.trainer.config, prepared.trainer.method, self.identity.name
         prepared.check_rows(rows)
-        store, cap = DiskStore(self._folder(prepared.run)), None
+        store = DiskStore(self._folder(prepared.run))
+        caps: tuple[Cap, ...] = ()
         new = store.view(store.start_round) is None
         policy = privacy_policy_of(config, method, rows, prepared.trainer.local)
         if policy.unit == "example" and name in policy.plans:
             policy.plans = {name: policy.plans[name]}
-            cap = cap_of(self.settings.allow, policy.plans[name], self._released_before(prepared.run))
+            caps = caps_of(self.settings.allow, policy.plans[name], self._released_before(prepared.run))
         sums, secagg = open_secure_sums(config, policy, prepared.run, rows), None
         if sums is not None:
             refuse_sum(self.settings.allow, sums.smallest)
@@ -235,7 +237,7 @@ class SiteHandler:
             if new:
                 secagg.keys(list(rows))  # before it has trained for a sum that it would leave
         client = prepared.start(rows, store, policy, secagg, partial(refuse_payload, self.settings.allow))
-        policy.open_ledgers(store.folder, prepared.run, new=new, cap=cap)
+        policy.open_ledgers(store.folder, prepared.run, new=new, caps=caps)
         return client
 
     def _started(self, request: Request[Any]) -> StartedClient:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Annotated, Literal
@@ -16,7 +17,7 @@ from fedsb.config.schema import Config
 from fedsb.config.section import Count, Positive, Rate, Section
 from fedsb.data.readers import FileFormat
 from fedsb.methods.base import Method
-from fedsb.privacy.accounting import Release, epsilon
+from fedsb.privacy.accounting import Release
 from fedsb.privacy.mechanism import Cap
 from fedsb.privacy.plan import PrivacyPlan, default_delta
 from fedsb.privacy.policy import refuse_what_would_leak
@@ -38,7 +39,13 @@ class AllowConfig(Section):
         None, description="classes that may leave; a run with other classes is refused"
     )
     rounds: Positive | None = Field(None, description="of one run")
-    epsilon: Rate | None = Field(None, description="of all runs together, for a row of this site; others are refused")
+    epsilon: Rate | None = Field(
+        None,
+        description="of all runs together, for a row of this site, against all others together; others are refused",
+    )
+    epsilon_shared: Rate | None = Field(
+        None, description="the same, if no more sites collude with the coordinator than a run with shared noise states"
+    )
     delta: Rate | None = Field(
         None, description="for that epsilon; default: 1e-5, or a tenth of one over the rows if less"
     )
@@ -57,7 +64,14 @@ class AllowConfig(Section):
     @property
     def tells(self) -> bool:
         """True if a loss or a score may leave."""
-        return (self.epsilon is None and not self.sum_clients) if self.losses is None else self.losses
+        bounded = self.epsilon is not None or self.epsilon_shared is not None or self.sum_clients
+        return not bounded if self.losses is None else self.losses
+
+    @property
+    def epsilons(self) -> dict[str, tuple[float, bool]]:
+        """The limits of epsilon that are set, each with whether only the site's own share of the noise counts."""
+        found = {"epsilon": (self.epsilon, True), "epsilon_shared": (self.epsilon_shared, False)}
+        return {key: (limit, alone) for key, (limit, alone) in found.items() if limit is not None}
 
 
 class SiteConfig(Section):
@@ -113,11 +127,9 @@ def refuse_run(allow: AllowConfig, config: Config, method: Method) -> None:
         faults.append(f"the base model {model!r}, allowed are {', '.join(allow.models) or 'none'}")
     if allow.rounds is not None and config.rounds > allow.rounds:
         faults.append(f"rounds = {config.rounds}, allowed are {allow.rounds}")
-    if allow.epsilon is not None and config.privacy.unit != "example":
-        faults.append(
-            f"privacy.unit = {config.privacy.unit!r}, allowed is 'example' with epsilon up to {allow.epsilon:g}, whose "
-            "noise this site adds itself"
-        )
+    if allow.epsilons and config.privacy.unit != "example":
+        limits = " and ".join(f"{key} up to {limit:g}" for key, (limit, _) in allow.epsilons.items())
+        faults.append(f"privacy.unit = {config.privacy.unit!r}, allowed is 'example' with {limits}")
     if allow.sum_clients and not config.server.secure_aggregation:
         faults.append(f"server.secure_aggregation = false, allowed are sums of {allow.sum_clients} clients or more")
     if config.privacy.release and not allow.tells:
@@ -162,22 +174,31 @@ def refuse_labels(allow: AllowConfig, labels: Sequence[str | int | bool], rows: 
         )
 
 
-def cap_of(allow: AllowConfig, plan: PrivacyPlan, before: Iterable[Release]) -> Cap | None:
-    """Returns the cap that this site's ledger enforces at each release, because a run can deviate from its plan.
+def caps_of(allow: AllowConfig, plan: PrivacyPlan, before: Iterable[Release]) -> tuple[Cap, ...]:
+    """Returns the caps that this site's ledger enforces at each release, because a run can deviate from its plan.
 
-    `before` was released in other runs. Raises RefusalError if the plan alone exceeds the cap.
+    `before` was released in other runs. Raises RefusalError if the plan alone exceeds a cap.
     """
-    if allow.epsilon is None:
-        return None
-    delta = allow.delta or default_delta("example", [plan.rows])[0]
-    cap = Cap(epsilon=allow.epsilon, delta=delta, before=tuple(before))
-    total = cap.total(plan.releases())
-    if total > allow.epsilon:
-        raise RefusalError(
-            f"this site's rules (site.toml) refuse the run: it spends epsilon {epsilon(plan.releases(), delta):.4g} at "
-            f"this site's delta of {delta:g}, {total:.4g} with all runs before it; allowed is {allow.epsilon:g}"
-        )
-    return cap
+    delta, before, caps = allow.delta or default_delta("example", [plan.rows])[0], tuple(before), []
+    for key, (limit, alone) in allow.epsilons.items():
+        cap = Cap(epsilon=limit, delta=delta, before=before, alone=alone)
+        total = cap.total(plan.releases())
+        if total > limit:
+            own = replace(cap, before=()).total(plan.releases())
+            how = advice = ""
+            if plan.shared is not None and alone:
+                how = "counts this site's own share of the noise, as if all other sites colluded, and so it "
+                shared = replace(cap, before=(), alone=False).total(plan.releases())
+                advice = (
+                    f". Against the coordinator alone the run spends {shared:.4g}: allow.epsilon_shared limits that, "
+                    f"and then allow.epsilon can be raised or left out"
+                )
+            raise RefusalError(
+                f"this site's rules (site.toml) refuse the run: allow.{key} {how}finds epsilon {own:.4g} at this "
+                f"site's delta of {delta:g}, {total:.4g} with all runs before it; allowed is {limit:g}{advice}"
+            )
+        caps.append(cap)
+    return tuple(caps)
 
 
 def refuse_sum(allow: AllowConfig, clients: int) -> None:

@@ -76,11 +76,12 @@ class SecAggSession:
                 "This client has no keys for this sum, because it was restarted since they were agreed on. It takes "
                 "part again after the next agreement."
             )
-        plan, cohort = self._keys.plan, self.keys(request.cohort).keys()
-        if self._identity.name not in cohort or len(cohort) < plan.threshold or not cohort <= self._keys.members:
+        plan, members, cohort = self._keys.plan, self._keys.members, self.keys(request.cohort).keys()
+        agreed = cohort <= members if plan.signed else cohort == members
+        if self._identity.name not in cohort or len(cohort) < plan.threshold or not agreed:
             raise RefusalError(
-                f"This client takes no part in a sum of {', '.join(cohort) or 'no clients'}. It must be one of them. "
-                f"There must be at least {plan.threshold}, and all of them must have agreed on keys."
+                f"This client takes no part in a sum of {', '.join(cohort) or 'no clients'}. It has agreed on keys for "
+                f"sums of at least {plan.threshold} of these clients: {', '.join(sorted(members)) or 'none'}."
             )
         if not plan.round <= round < plan.round + plan.rounds:
             raise RefusalError(f"The keys of this agreement are not for round {round + 1}.")
@@ -108,7 +109,7 @@ class SecAggSession:
         """Returns this client's message of a phase. Raises SumError for one that is not due."""
         phase, message = request.phase, request.payload
         if phase == "advert":
-            sites = self.keys(sorted(self._sums.rows))
+            sites = self.keys(request.cohort)
             plan = self._sums.key_plan(request.round, request.rounds, sites, request.attempt)
             self._keys = ClientKeys(plan, self._identity.name, self._identity.key)
             return self._keys.advertise()

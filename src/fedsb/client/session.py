@@ -53,7 +53,7 @@ from fedsb.protocol.messages import (
     Train,
     TrainReply,
 )
-from fedsb.protocol.payload import Payload, PayloadError, unpack
+from fedsb.protocol.payload import Payload, PayloadError, pack, unpack
 from fedsb.protocol.tensors import shape_mismatch, under, within
 from fedsb.training.joint import ClientTraining
 from fedsb.training.trainer import Trainer
@@ -242,14 +242,19 @@ class StartedClient(ClientSharedState):
         vector = client_round.layout.flatten(sent).numpy()
         payload = self._payload(client_round, client_round.layout, vector)
         compressor = build_compressor(self.config, self.method, self.run)
-        data, feedback = compressor.update(method, payload, client_round.baseline_vector, begun.client_state)
+        baseline, change = client_round.baseline_vector, None
+        if self.secagg is None:
+            data, feedback = compressor.update(method, payload, baseline, begun.client_state)
+        else:
+            data = pack(payload)  # what is checked before its change leaves
+            change, feedback = compressor.change(method, payload, baseline, begun.client_state)
         keeps = self.trainer.local.keep_optimizer
         state = under("method", own) | (under("optimizer", trained.moments) if keeps else {}) | feedback
         scored = begun.score and self.data.held_out and self.policy.may_release("scores")
         done = StoredRound(
             payload=data,
             loss=trained.loss,
-            change=None if self.secagg is None else vector - client_round.baseline_vector,
+            change=change,
             score=self.trainer.evaluate(trained.tensors, self.data.held_out).value if scored else None,
         )
         return done, state

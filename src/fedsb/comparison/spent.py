@@ -56,6 +56,8 @@ def epsilon_together(folder: Path, contenders: Sequence[Contender]) -> Json | No
     rows = list(_by_client(runs) if fixed else [[release for run in runs for release in _worst(run)]])
     delta = _delta(contenders)
     spent = max(epsilon(releases, delta) for releases in rows)
+    alone = max(epsilon([release.alone() for release in releases], delta) for releases in rows)
+    also = f" ({epsilon_text(alone)} by each client's own share of noise)" if alone > spent else ""
     units = sorted({contender.config.privacy.unit for contender in contenders if contender.config.privacy.on})
     return {
         "runs": len(runs),
@@ -63,8 +65,8 @@ def epsilon_together(folder: Path, contenders: Sequence[Contender]) -> Json | No
         "epsilon": spent,
         "delta": delta,
         "says": f"All {len(runs)} private runs together spent epsilon {epsilon_text(spent)} at delta "
-        f"{delta_text(delta)}, according to their ledgers in ledgers/. This bounds what several of them, or a choice "
-        f"among them, reveal about one {' or '.join(units)}.",
+        f"{delta_text(delta)}, according to their ledgers in ledgers/{also}. This bounds what several of them, or a "
+        f"choice among them, reveal about one {' or '.join(units)}.",
     }
 
 
@@ -99,6 +101,7 @@ def _worst(run: Run) -> Iterator[Release]:
             what=what,
             q=max(release.q for release in each),
             sigma=min(release.sigma for release in each),
+            own_sigma=min((release.alone().sigma for release in each), default=None),
             count=max(sum(release.count for release in releases) for releases in clients),
         )
 

@@ -165,6 +165,14 @@ class ServerConfig(Section):
     """Whether the server learns only the sum of the clients' changes."""
     secagg_clip: Annotated[Rate, used_if("server.secure_aggregation", True)] = 4.0
     """Largest change of a single value in secure aggregation."""
+    secagg_bits: Annotated[
+        Annotated[int, Field(ge=12, le=32)],
+        used_if("server.secure_aggregation", True),
+        used_if("privacy.unit", "none", "example"),
+    ] = 32
+    """Bits of a value in secure aggregation. Noise that clients add to the sum determines them itself."""
+    secagg_fraction: Annotated[Annotated[float, Field(gt=0, le=1)], used_if("server.secure_aggregation", True)] = 1.0
+    """Fraction of the values that all clients send in a round. The others wait for the next rounds."""
     max_norm_ratio: Annotated[
         Annotated[float, Field(gt=1, allow_inf_nan=False)],
         TRAVELS,
@@ -183,6 +191,8 @@ class ServerConfig(Section):
     """Decay of the second moment of the server's Adam."""
     tau: Annotated[Rate, used_if("server.optimizer", "adam"), AGGREGATES] = 1e-3
     """Value that is added to the root of the second moment of the server's Adam."""
+    average_last: Annotated[Share, AGGREGATES] = 0.0
+    """Fraction of the rounds, the last ones, whose models are averaged. The average is scored and exported."""
     load_base_model: Annotated[bool, used_if("engine.name", "flower")] = True
     """Whether the coordinator loads the base model's weights. Without them it scores nothing, see docs/deploy.md."""
 
@@ -226,7 +236,7 @@ class PrivacyConfig(Section):
     clip_norm: Annotated[Rate, PRIVATE] = 1.0
     """Maximum L2 norm, over all trained tensors, of a row's gradient or of a client's update."""
     noise: Annotated[Literal["auto", "local", "shared"], used_if("privacy.unit", "example")] = "auto"
-    """Whether each client adds all of the noise, or a share to a secure sum. Default: shared if a round is one step."""
+    """Whether each client adds all of its noise, or a share in secure aggregation. Default: shared if possible."""
     colluding_clients: Annotated[Count, used_if("privacy.unit", "example")] = 0
     """Number of clients in league with the server against which shared noise protects as stated."""
     basis_share: Annotated[

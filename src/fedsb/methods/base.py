@@ -118,6 +118,7 @@ class State:
     server: Tensors = field(default_factory=dict)  # the moments of the server optimizer
     total_ranks: Mapping[str, int] = field(default_factory=dict)  # client -> its total rank, if it changed in the run
     accepted: Mapping[str, int] = field(default_factory=dict)  # client -> the last round whose update was aggregated
+    average: Tensors = field(default_factory=dict)  # the mean of `tensors` after the last rounds, if it is exported
     metrics: Mapping[str, float] = field(default_factory=dict)  # metrics of the last aggregation
     client_view: Tensors = field(default_factory=dict)  # `tensors` as clients have them after a lossy codec
 

@@ -14,8 +14,8 @@ ICML 2021, arXiv 2102.06387, Theorem 1 and Proposition 26.) A row is rounded bef
 differ by the row's q alone, whose length is at most C' / gamma. If the sum was rounded, they would differ by the
 rounding of every value too.
 
-The ring holds the largest sum that can be expected: every row drawn and all of one sign, and eight standard deviations
-of the noise. A value outside of it would wrap, and be wrong, but no less private.
+The ring contains the largest sum that can be expected: all drawn rows of one sign, and eight standard deviations of the
+noise. A value outside of it would wrap, and be wrong, but no less private.
 
 Shapes: P values of a client, b rows.
 """
@@ -31,6 +31,7 @@ from torch import Tensor
 from fedsb.privacy.discrete import LEAST
 from fedsb.privacy.plan import PrivacyPlan
 from fedsb.utils.errors import UserError
+from fedsb.utils.tensors import to_device
 
 LONGER = 0.01  # a rounded row may be this much longer than the clip, and so much more noise is added
 AGAIN = 1 / 3000  # the largest probability (beta) that a row has to be rounded again
@@ -76,13 +77,13 @@ class NoiseGrid:
     def round_rows(self, gradients: Tensor, generator: torch.Generator) -> Tensor:  # (b, P)
         """Returns clipped gradients as whole numbers of steps, float32, none longer than C'.
 
-        `generator` need not be secret: the bound holds for every rounding.
+        `generator`, on the CPU, need not be secret: the bound is true for every rounding.
         """
         scaled = gradients / self.gamma
         found, todo = torch.empty_like(scaled), torch.ones(len(scaled), dtype=torch.bool, device=scaled.device)
         while todo.any():
             part = scaled[todo]
-            part = (part + torch.rand(part.shape, generator=generator, device=part.device)).floor_()
+            part = (part + to_device(torch.rand(part.shape, generator=generator), part.device)).floor_()
             found[todo] = part
             todo[todo.clone()] = torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) > self.clip / self.gamma
         return found

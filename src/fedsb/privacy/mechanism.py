@@ -9,7 +9,7 @@ what was not charged, and to release a sum that is longer than its rows and thei
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -45,15 +45,20 @@ class PrivacyBudgetExceededError(RunError):
 
 @dataclass(frozen=True, kw_only=True)
 class Cap:
-    """A client's own limit, whatever a plan says: epsilon at its own delta, including its other runs."""
+    """A client's own limit, whatever a plan says: epsilon at its own delta, including its other runs.
+
+    `alone`: only the client's own share of the noise counts, as if all others colluded.
+    """
 
     epsilon: float
     delta: float
     before: tuple[Release, ...]
+    alone: bool = True
 
     def total(self, releases: Iterable[Release]) -> float:
         """Returns epsilon of a run's releases together with those of all earlier runs."""
-        return epsilon([*self.before, *releases], self.delta)
+        every = [*self.before, *releases]
+        return epsilon([release.alone() for release in every] if self.alone else every, self.delta)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +68,7 @@ class DPMechanism:
     plan: PrivacyPlan
     ledger: Ledger
     noise: Noise
-    cap: Cap | None = None
+    caps: Sequence[Cap] = ()
     _charged: dict[What, int] = field(default_factory=dict, init=False, repr=False)  # charged and not yet made
 
     @property
@@ -115,7 +120,7 @@ class DPMechanism:
         refuse_long(total, rows, self.plan.clip)
         return noised / self.plan.batch
 
-    def share(self, total: Tensor, rows: int, grid: NoiseGrid) -> Tensor:  # (P,) int64, in steps of the grid
+    def share(self, total: Tensor, rows: int, layout: Layout, grid: NoiseGrid) -> Tensor:  # (P,) int64, in steps
         """Returns the sum of one step over `rows` rounded rows with this client's share of the noise, on the CPU.
 
         Raises as `basis_sum` does.
@@ -125,10 +130,9 @@ class DPMechanism:
         refuse_long(total, rows, grid.clip / grid.gamma)
         return total.cpu() + torch.as_tensor(noise)
 
-    def generator(self, device: torch.device) -> torch.Generator:
+    def generator(self) -> torch.Generator:
         """Returns a generator for the rounding of a step's rows."""
-        generator = torch.Generator(device)
-        return generator.manual_seed(int(self.noise.uniform(1)[0] * 2**53))
+        return torch.Generator().manual_seed(int(self.noise.uniform(1)[0] * 2**53))
 
     def noised_update(self, update: Tensor) -> Tensor:
         """Returns one client's update (P,) with the noise of the sum of all clients' changes.
@@ -161,7 +165,7 @@ class DPMechanism:
                 f"{self.ledger.client}: round {round} would raise epsilon to {after:.4g}, but the plan allows "
                 f"{planned:.4g} (delta {self.plan.delta:g}). Rounds repeated after a crash are charged again."
             )
-        if (cap := self.cap) is not None:
+        for cap in self.caps:
             total = cap.total([*self.ledger.releases(), release])
             if total > cap.epsilon * (1 + ROUNDING):
                 raise PrivacyBudgetExceededError(

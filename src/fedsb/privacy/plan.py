@@ -227,8 +227,8 @@ def _faults(plan: PrivacyPlan) -> Iterable[str]:
         )
     if plan.shared and (client or plan.steps != 1):
         yield (
-            f"steps = {plan.steps} is invalid. With shared noise a round is one step: the bound of a row's influence "
-            "holds for one clipped sum, and not for a model that several steps have changed."
+            f"steps = {plan.steps} is invalid. With shared noise a round is one step: the influence of a row "
+            "is bounded in one clipped sum, but not in a model that several steps have changed."
         )
     if plan.rounds < 0:
         yield f"rounds = {plan.rounds} is invalid. It is at least 0."

@@ -46,11 +46,11 @@ class PrivacyPolicy:
         """True if each round is one step, for which the clients add up shares of one noise."""
         return any(plan.shared is not None for plan in self.plans.values())
 
-    def open_ledgers(self, folder: Path, run: str, *, new: bool, cap: Cap | None = None) -> None:
+    def open_ledgers(self, folder: Path, run: str, *, new: bool, caps: Sequence[Cap] = ()) -> None:
         """Opens the ledgers in a run directory. Nothing can be released before.
 
-        A new run creates them. A resumed run continues them and never resets them. `cap` is the limit of the one client
-        that runs here.
+        A new run creates them. A resumed run continues them and never resets them. `caps` are the limits of the one
+        client that runs here.
         """
         for name, plan in self.plans.items():
             path = folder / "privacy" / f"{safe_name(name)}.jsonl"
@@ -59,7 +59,7 @@ class PrivacyPolicy:
                 ledger = Ledger.create(path, run=run, client=name, unit=plan.unit)
             else:
                 ledger = Ledger(path, run=run, client=name)
-            self.mechanisms[name] = DPMechanism(plan=plan, ledger=ledger, noise=noise_for(name), cap=cap)
+            self.mechanisms[name] = DPMechanism(plan=plan, ledger=ledger, noise=noise_for(name), caps=caps)
 
     def close(self) -> None:
         """Closes the ledgers and releases their locks."""

@@ -12,6 +12,8 @@ of 1 / FALSE_ALARM audits.
                   steps: noise that steps share
     draws         how many rows were drawn, and how many of them in two consecutive steps
     clip          the length of a long gradient after clipping: over all tensors, and in each tensor alone
+    again         the correlation with the noise that a second source makes for the same step: noise from a seed
+    divisor       of a step with shared noise: the released mean against the sum of the shares over the expected batch
 
 Limits: only what happens between the clipped gradients and their release is tested. Gradients that depend on other rows
 are not detected.
@@ -32,7 +34,7 @@ from fedsb.utils.tensors import Tensors
 
 FALSE_ALARM = 1e-6  # the probability that an audit of correct code fails any of these tests
 FEWEST = 20.0  # expected rows: with fewer, a count is not close to normal and is not tested
-KINDS = ("size", "mean", "shape", "tensors", "steps", "draws", "clip")
+KINDS = ("size", "mean", "shape", "tensors", "steps", "draws", "clip", "again", "divisor")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +43,7 @@ class Score:
 
     kind: str  # of KINDS
     what: str  # a tensor's name, or what was counted
-    score: float  # standard normal if the code follows the plan; for a clip its length in thousandths of a clip, or 0
+    score: float  # standard normal if the code follows the plan; 0 or, if it does not, large for a clip and a divisor
 
 
 @dataclass
@@ -67,6 +69,8 @@ class ReleaseChecks:
         self._steps, self._rows, self._drawn, self._again = 0, 0, 0, 0
         self._before: frozenset[int] = frozenset()
         self.clipped: dict[tuple[str, ...], dict[str, float]] = {}  # tensors of a step -> lengths after clipping
+        self._with_again, self._again_squares = 0.0, 0.0
+        self._divisor: float | None = None  # the largest relative error of a mean
 
     def record_noise(self, noise: Tensors, std: float) -> None:
         """Adds the noise of one release, float64 on the CPU, with its planned standard deviation."""
@@ -101,9 +105,27 @@ class ReleaseChecks:
         """Adds the lengths, in clips, of long gradients of these tensors after clipping, by where they were long."""
         self.clipped[layout] = dict(lengths)
 
+    def record_again(self, noise: Tensor, again: Tensor) -> None:
+        """Adds the noise of one release and that of a second source for the same release, (P,) each."""
+        scale = noise.double().square().mean().sqrt().clamp(min=1e-300)
+        self._with_again += float((noise.double() / scale) @ again.double())
+        self._again_squares += float(again.double().square().sum())
+
+    def record_mean(self, mean: Tensor, wanted: Tensor) -> None:
+        """Adds the mean that was released of a step, and what it should be by the plan."""
+        error = float((mean - wanted).norm() / wanted.norm().clamp(min=1e-300))
+        self._divisor = max(self._divisor or 0.0, error)
+
     def scores(self, slack: float) -> list[Score]:
         """Returns the results of all tests. A clipped gradient may exceed the clip by the relative `slack`."""
-        return [*self._sizes(), *self._all_noise(), *self._shared(), *self._draws(), *self._clips(slack)]
+        return [
+            *self._sizes(),
+            *self._all_noise(),
+            *self._shared(),
+            *self._draws(),
+            *self._clips(slack),
+            *self._others(),
+        ]
 
     def _sizes(self) -> Iterable[Score]:
         for key, noise in self._noise.items():
@@ -142,6 +164,14 @@ class ReleaseChecks:
     def _clips(self, slack: float) -> Iterable[Score]:
         for what, length in [pair for lengths in self.clipped.values() for pair in lengths.items()]:
             yield Score(kind="clip", what=what, score=0.0 if length <= 1 + slack else 1000 * length)
+
+    def _others(self) -> Iterable[Score]:
+        if self._again_squares:
+            yield Score(kind="again", what="all noise", score=self._with_again / math.sqrt(self._again_squares))
+        if self._divisor is not None:
+            yield Score(
+                kind="divisor", what="the worst step", score=0.0 if self._divisor < 1e-5 else 1e4 * self._divisor
+            )
 
 
 def limit(tests: int) -> float:

@@ -1,4 +1,4 @@
-"""Whether the clients of a run share one noise, and how many shares are certain to be in its sums."""
+"""Decides whether the clients of a run share one noise, and how many shares are certain to be in its sums."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ def shared_faults(config: Config, method: Method) -> Iterator[str]:
     """Yields why noise cannot be shared."""
     spec, train = method.spec, config.train
     if not config.server.secure_aggregation:
-        yield "clients add up their shares in a secure sum. Set server.secure_aggregation = true"
+        yield "clients add up their shares in secure aggregation. Set server.secure_aggregation = true"
     if train.local_steps != 1:
         steps = "local_steps" if train.local_epochs is None else "local_epochs"
         yield (
-            f"train.{steps} = {getattr(train, steps)}: a round must be one step. The bound of a row's influence holds "
-            "for one clipped sum, and not for a model that several steps have changed. Set train.local_steps = 1"
+            f"train.{steps} = {getattr(train, steps)}: a round must be one step. The influence of a row is bounded "
+            "in one clipped sum, but not in a model that several steps have changed. Set train.local_steps = 1"
         )
     if not spec.secagg_compatible or spec.client_state != "nothing" or not spec.global_model or spec.pools_data:
         yield f"{spec.id} does not train one set of tensors for all clients, to which one gradient could apply"

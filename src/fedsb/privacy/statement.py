@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict, replace
 from typing import Any
 
 from fedsb.config.schema import Config
+from fedsb.privacy.accounting import epsilon as accounted
 from fedsb.privacy.plan import PrivacyPlan, signal_to_noise
 from fedsb.privacy.policy import PrivacyPolicy
 from fedsb.utils.formatting import delta_text, epsilon_text
@@ -29,7 +31,12 @@ def privacy_statement(policy: PrivacyPolicy, config: Config, values: int) -> dic
         return None
     plans = policy.plans
     one = next(iter(plans.values()))
-    epsilon = max(plan.epsilon() for plan in plans.values())
+    epsilon, own = max(plan.epsilon() for plan in plans.values()), None
+    against = ""
+    if one.shared is not None:
+        own = max(plan.own_epsilon() for plan in plans.values())
+        against = f", against the server and {_colluding(config)}; epsilon is {epsilon_text(own)} if all other clients "
+        against += "collude with it"
     unit = "one row of one client" if one.unit == "example" else "all rows of one client"
     return {
         "unit": one.unit,
@@ -38,6 +45,8 @@ def privacy_statement(policy: PrivacyPolicy, config: Config, values: int) -> dic
         "clip": one.clip,
         "target": config.privacy.epsilon,
         "epsilon": epsilon,
+        "own_epsilon": own,
+        "noise": "local" if one.shared is None else asdict(one.shared),
         "accountant": "PLD (dp-accounting)",
         "epsilon_rdp": max(plan.epsilon(accountant="rdp") for plan in plans.values()),
         "epsilon_after": {round: _after(plans.values(), round) for round in _shown(config.rounds)},
@@ -46,16 +55,18 @@ def privacy_statement(policy: PrivacyPolicy, config: Config, values: int) -> dic
                 "rows": plan.rows,
                 "q": plan.q,
                 "sigma": plan.sigma,
+                "own_sigma": plan.own_sigma,
                 "steps": plan.steps,
                 "rounds": plan.rounds,
                 "epsilon": plan.epsilon(),
+                "own_epsilon": None if plan.shared is None else plan.own_epsilon(),
                 "signal_to_noise": signal_to_noise(plan, values),
                 "basis_sigma": plan.basis.sigma if plan.basis else None,
             }
             for name, plan in plans.items()
         },
         "says": f"({epsilon_text(epsilon)}, {delta_text(one.delta)})-differentially private for {unit} "
-        f"({one.relation}): the adapter and every message that contributed to it",
+        f"({one.relation}): the adapter and every message that contributed to it{against}",
         "not_covered": [*(RELEASED[what] for what in config.privacy.release), *_not_covered(config)],
     }
 
@@ -65,6 +76,27 @@ def epsilon_spent(policy: PrivacyPolicy) -> float:
     return max(mechanism.ledger.epsilon(mechanism.plan.delta) for mechanism in policy.mechanisms.values())
 
 
+def own_epsilon_spent(policy: PrivacyPolicy) -> float | None:
+    """Returns the worst client's epsilon so far if everyone else colludes; None without shared noise."""
+    if not policy.shared_noise:
+        return None
+    return max(
+        accounted([release.alone() for release in mechanism.ledger.releases()], mechanism.plan.delta)
+        for mechanism in policy.mechanisms.values()
+    )
+
+
+def larger_batches(policy: PrivacyPolicy, config: Config) -> dict[int, float]:
+    """Returns, for larger expected batches, the noise of a step's mean at the same epsilon over what it is now."""
+    target = config.privacy.epsilon
+    if policy.unit != "example" or target is None:
+        return {}
+    plan = replace(max(policy.plans.values(), key=lambda plan: plan.sigma), basis=None)
+    now = plan.calibrate(target).sigma / plan.batch
+    sizes = [plan.batch * factor for factor in (2, 4) if plan.batch * factor <= plan.pool]
+    return {batch: replace(plan, batch=batch).calibrate(target).sigma / batch / now for batch in sizes}
+
+
 def why_not_private(policy: PrivacyPolicy) -> str | None:
     """Returns why a run gives no privacy guarantee, or None if it gives one."""
     if not policy:
@@ -72,6 +104,11 @@ def why_not_private(policy: PrivacyPolicy) -> str | None:
     if not all(mechanism.noise.secret for mechanism in policy.mechanisms.values()):
         return "its noise came from a seed, for a test"
     return None
+
+
+def _colluding(config: Config) -> str:
+    count = config.privacy.colluding_clients
+    return f"at most {count} colluding client{'s' * (count != 1)}" if count else "no colluding client"
 
 
 def _not_covered(config: Config) -> Iterator[str]:

@@ -20,6 +20,9 @@ e_k is part of the client's state, as "codec/<tensor>":
 - a client that skips rounds, or a tensor that skips rounds (RoLoRA's factors), keeps it: what was lost is still owed;
 - a tensor whose shape changed starts again from 0;
 - where the basis rotates between rounds (the fact `rotates_basis`) nothing is kept, it would point elsewhere.
+In secure aggregation all clients may send the same part of the values, server.secagg_fraction, drawn by (seed, round).
+Then Q(x) is x in that part and 0 elsewhere, and what was not sent is owed in the same way.
+
 The server's s - h is kept where its aggregation is a plain mean in a fixed basis. Elsewhere a round continues from the
 clients' view.
 
@@ -29,11 +32,13 @@ state whose tensors change their shape between rounds cannot be sent as a change
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from fedsb.config.schema import Config
 from fedsb.config.training import Codec, ServerConfig
@@ -53,8 +58,17 @@ class Compressor:
     run: str
     codec: Codec
     seed: int
+    fraction: float = 1.0  # of the values that go into a secure sum
 
     # --- server and client ---
+
+    def part(self, size: int, round: int) -> NDArray[np.int64] | slice:
+        """Returns which of `size` values all clients send in this round: their sorted places, or a slice of all."""
+        if self.fraction == 1.0:
+            return slice(None)
+        draw = keyed_generator(self.seed, "part", round)
+        chosen: NDArray[np.int64] = np.sort(draw.choice(size, part_size(size, self.fraction), replace=False))
+        return chosen
 
     def basis(self, direction: Literal["up", "down"], client: str, round: int, tensors: Tensors, codec: Codec) -> bytes:
         """Returns the payload of what travels for a basis, once: no error feedback."""
@@ -110,11 +124,7 @@ class Compressor:
         """
         if self.codec == "float32":
             return pack(payload), {}
-        owed = within(FEEDBACK, client_state)
-        fits = {key: owed[key] for key, shape in payload.layout.shapes if key in owed and owed[key].shape == shape}
-        change = payload.vector - baseline
-        for key, x in fits.items():
-            change[payload.layout.slices[key]] += x.numpy().reshape(-1)
+        change, owed = self._with_owed(payload, baseline, client_state)
         coded = replace(payload, codec=self.codec, vector=change)
         data = pack(coded, self._draw(payload.client, payload.round, "up"))
         if method.spec.rotates_basis:
@@ -122,7 +132,30 @@ class Compressor:
         lost = payload.layout.views(torch.from_numpy(change - unpack(data).vector))
         return data, under(FEEDBACK, {**owed, **lost})
 
+    def change(
+        self, method: Method, payload: Payload, baseline: Vector, client_state: Tensors
+    ) -> tuple[Vector, Tensors]:
+        """Returns (what goes into secure aggregation, the error feedback that the client keeps), as `update` does."""
+        if self.fraction == 1.0:
+            return payload.vector - baseline, {}
+        change, owed = self._with_owed(payload, baseline, client_state)
+        part = self.part(len(change), payload.round)
+        sent = change[part]
+        if method.spec.rotates_basis:
+            return sent, {}
+        change[part] = 0.0
+        return sent, under(FEEDBACK, {**owed, **payload.layout.views(torch.from_numpy(change))})
+
     # --- private ---
+
+    def _with_owed(self, payload: Payload, baseline: Vector, client_state: Tensors) -> tuple[Vector, Tensors]:
+        """Returns (a client's change with what it still owes, all that it owes)."""
+        owed = within(FEEDBACK, client_state)
+        change = payload.vector - baseline
+        for key, shape in payload.layout.shapes:
+            if key in owed and owed[key].shape == shape:
+                change[payload.layout.slices[key]] += owed[key].numpy().reshape(-1)
+        return change, owed
 
     def _change(self, method: Method, state: State, basis: str) -> bytes:
         """Returns the payload of s - h, which a client that is up to date receives."""
@@ -140,7 +173,14 @@ def read_change(view: Tensors, payload: Payload) -> Tensors:
 
 
 def build_compressor(config: Config, method: Method, run: str) -> Compressor:
-    return Compressor(run=run, codec=codec_of(config.server, method), seed=config.seed)
+    server = config.server
+    fraction = server.secagg_fraction if server.secure_aggregation else 1.0
+    return Compressor(run=run, codec=codec_of(server, method), seed=config.seed, fraction=fraction)
+
+
+def part_size(size: int, fraction: float) -> int:
+    """Returns how many of `size` values a client sends."""
+    return max(1, math.ceil(fraction * size))
 
 
 def codec_of(server: ServerConfig, method: Method) -> Codec:

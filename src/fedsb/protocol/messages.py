@@ -218,7 +218,7 @@ class SetShared(Request[SetSharedReply]):
 
 
 class SumRequest(BaseModel):
-    """The secure sum of a round."""
+    """The secure aggregation of a round."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
     attempt: str  # of the agreement of keys
@@ -241,7 +241,8 @@ class SecAggPhase(Request[SecAggReply]):
     phase: SecAggPhaseName
     attempt: str  # of the agreement of keys, different for each
     round: Count  # the first for which keys are agreed on, or that of the sum
-    rounds: Count = 0  # for which keys are agreed on
+    rounds: Count  # for which keys are agreed on
+    cohort: list[str]  # all clients that are asked to agree on keys
 
 
 class Finish(Request[FinishReply]):

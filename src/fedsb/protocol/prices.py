@@ -5,7 +5,7 @@ All figures are for the whole federation and all rounds, in the run's codec, wit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -45,6 +45,7 @@ class PricedRun:
         head: values of the task head.
         clients: in each round.
         whole: of each round's broadcasts, the number that the codec leaves in float32; empty: none.
+        up_bytes: of an update, by its number of values, in secure aggregation; None: as the codec has them.
     """
 
     shapes: Shapes
@@ -53,6 +54,7 @@ class PricedRun:
     rounds: int
     codec: Codec = "float32"
     whole: Sequence[int] = ()
+    up_bytes: Callable[[int], int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +86,7 @@ def price(method: Method, run: PricedRun, basis: PricedBasis | None = None, *, t
     up, down, heads = 0, 0, basis.clients * basis.refreshes * payload_bytes("float32", each[0].head)
     for round, traffic in enumerate(each):
         plain = clients if method.spec.changes_base else run.whole[round] if run.whole else 0
-        up_bytes, up_head = _message(codec, traffic.up, traffic.head)
+        up_bytes, up_head = _message(codec, traffic.up, traffic.head, run.up_bytes)
         down_bytes, down_head = _message(codec, traffic.down, traffic.head)
         plain_bytes, plain_head = _message("float32", traffic.down, traffic.head)
         up += clients * up_bytes
@@ -104,10 +106,11 @@ def price(method: Method, run: PricedRun, basis: PricedBasis | None = None, *, t
     )
 
 
-def _message(codec: Codec, values: int, head: int) -> tuple[int, int]:
+def _message(codec: Codec, values: int, head: int, size_of: Callable[[int], int] | None = None) -> tuple[int, int]:
     """Returns (the bytes of one message, the head's part of them)."""
-    size = payload_bytes(codec, values + head)
-    return size, round(size * head / max(values + head, 1))
+    n = values + head
+    size = payload_bytes(codec, n) if size_of is None or not n else size_of(n)
+    return size, round(size * head / max(n, 1))
 
 
 def price_list(method: Method, run: PricedRun, basis: PricedBasis, also: Sequence[Method] = ()) -> list[Price]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from fedsb.config.resolved import ResolvedSetting
 from fedsb.config.schema import Config
 from fedsb.methods.base import Method
 from fedsb.privacy.policy import PrivacyPolicy, build_privacy_policy
+from fedsb.privacy.shared import noise_kind
 from fedsb.protocol.schedule import participation
 from fedsb.training.local import BYTES_PER_TRAINED_VALUE, LocalTraining
 from fedsb.utils.errors import UserError, did_you_mean
@@ -36,6 +38,14 @@ def refuse_what_facts_forbid(config: Config, method: Method) -> None:
         faults.append(
             f"basis.refresh: a new basis starts from the global model, and {facts.id} has none (its fact global_model "
             "is false); leave it out"
+        )
+    averages = facts.supports_server_optimizer and facts.global_model
+    if config.server.average_last and (
+        not averages or facts.rotates_basis or facts.changes_base or config.basis.refresh
+    ):
+        faults.append(
+            f"server.average_last = {config.server.average_last}: the tensors of {facts.id} mean something else "
+            "in each round, or are not the global model, so their mean is not a model; leave it out (and basis.refresh)"
         )
     if config.server.secure_aggregation:
         faults += _no_secure_sum(config, method)
@@ -134,6 +144,12 @@ def _no_secure_sum(config: Config, method: Method) -> list[str]:
         faults.append(
             "server.secure_aggregation has its own fixed-point format, 4 bytes per value: server.codec = 'float32'"
         )
+    privacy = config.privacy
+    if config.server.secagg_fraction < 1 and (privacy.unit == "client" or noise_kind(config, method)[0] == "shared"):
+        faults.append(
+            f"server.secagg_fraction = {config.server.secagg_fraction}: what a client does not send it adds to later "
+            "sums, which the clip does not bound then; set it to 1"
+        )
     if config.clients.total_ranks is not None or config.clients.memory_mib is not None:
         faults.append(
             "server.secure_aggregation adds up changes of one shape: leave out clients.total_ranks and "
@@ -191,6 +207,15 @@ def _by_client(
         if name not in clients:
             raise UserError(f"{key} names the client {name!r}; {did_you_mean(name, clients)}")
     return dict(given)
+
+
+def sum_bytes(config: Config, policy: PrivacyPolicy) -> Callable[[int], int] | None:
+    """Returns the size in bytes of a masked update, by its number of values; None without secure aggregation."""
+    if not config.server.secure_aggregation:
+        return None
+    from fedsb.protocol.secure_sum import masked_bytes
+
+    return partial(masked_bytes, config.server, next(iter(policy.plans.values()), None))
 
 
 def open_secure_sums(config: Config, policy: PrivacyPolicy, run: str, rows: Mapping[str, int]) -> SecureSums | None:

@@ -10,7 +10,7 @@ add up to (sigma C')^2 when no more than the threshold of clients stay. C' = C +
 makes a clipped change longer by at most that.
 
 With shared noise (a row is the unit) a client's input is its share of a step, in whole numbers: privacy/grid.py. The
-noise bounds what such a sum tells, so the survivors are not signed and a round is one exchange shorter.
+noise bounds what such a sum reveals, so the survivors are not signed and a round is one exchange shorter.
 
 Limits: in one process that process knows all keys. Such a run shows that the sums are right and what they cost, but
 hides nothing from its user. A server that sees no single update cannot validate one: server.max_norm_ratio has no
@@ -31,11 +31,13 @@ from numpy.typing import NDArray
 from fedsb.adapters.layout import Layout
 from fedsb.config.resolved import ResolvedSetting
 from fedsb.config.schema import Config
+from fedsb.config.training import ServerConfig
 from fedsb.privacy.discrete import discrete_gaussian
-from fedsb.privacy.grid import NoiseGrid
+from fedsb.privacy.grid import LONGER, NARROWEST, NoiseGrid
 from fedsb.privacy.mechanism import DPMechanism
 from fedsb.privacy.plan import PrivacyPlan
 from fedsb.privacy.policy import PrivacyPolicy
+from fedsb.protocol.compressor import part_size
 from fedsb.protocol.payload import Payload, pack
 from fedsb.protocol.tensors import norm_l2
 from fedsb.secagg.fixed_point import BITS, FixedPoint, Floats, Ring, Whole
@@ -63,14 +65,16 @@ class SumTerms:
     keys: KeyPlan
     rows: Mapping[str, int] | None  # n_k; None: all have the same weight
     limit: float  # of each value of a change
+    bits: int  # of the ring, where no noise determines it
     mechanism: DPMechanism | None  # of the sum, where a client is the unit
     step: PrivacyPlan | None  # where the sum is one step with shared noise
 
     def plan(self, size: int) -> SumPlan:
         """Returns the plan for changes of `size` values. Raises UserError for a sum that would hide nothing."""
-        n, limit, bits = len(self.clients), self.limit, BITS
+        n, limit, bits = len(self.clients), self.limit, self.bits
         if self.mechanism is not None:
             limit = self.mechanism.plan.clip * (1 + HEADROOM * self.mechanism.plan.sigma / n)
+            bits = change_bits(self.mechanism.plan, n, size)
         if self.step is not None:
             grid = NoiseGrid.of(self.step, size)
             limit, bits = grid.gamma * ((2 ** (grid.bits - 1) - 1) // n), grid.bits
@@ -82,7 +86,6 @@ class SumTerms:
             size=size,
             grid=FixedPoint(clients=n, clip=limit, bits=bits),
             keys=self.keys,
-            signed=self.step is None,
             context=self.digest,
         )
 
@@ -166,7 +169,17 @@ class SecureSums:
         """
         if not 0 < rounds <= min(KEY_ROUNDS, self.rounds - round):
             raise UserError(f"Keys for {rounds} rounds from round {round + 1} on, in a run of {self.rounds} rounds.")
-        return KeyPlan(run=self.run, round=round, rounds=rounds, sites=sites, threshold=self.threshold, attempt=attempt)
+        if len(sites) > self.clients:  # with more, fewer of those in a sum might be honest
+            raise UserError(f"Keys of {len(sites)} clients, in a run with {self.clients} clients per round.")
+        return KeyPlan(
+            run=self.run,
+            round=round,
+            rounds=rounds,
+            sites=sites,
+            threshold=self.threshold,
+            attempt=attempt,
+            signed=not self.policy.shared_noise,
+        )
 
     def terms(
         self, round: int, shared: str, clients: Mapping[str, bytes], keys: KeyPlan, against: str = ""
@@ -189,9 +202,26 @@ class SecureSums:
             keys=keys,
             rows={name: self.rows[name] for name in clients} if weighted else None,
             limit=self.server.secagg_clip,
+            bits=self.server.secagg_bits,
             mechanism=self.policy.sum_mechanism(),
             step=next(iter(self.policy.plans.values())) if self.policy.shared_noise else None,
         )
+
+
+def change_bits(plan: PrivacyPlan, clients: int, size: int) -> int:
+    """Returns the bits in which rounding makes a client's clipped change longer by at most a hundredth."""
+    steps = (clients + HEADROOM * plan.sigma) * math.sqrt(size) / LONGER  # of the ring's half
+    return max(NARROWEST, min(BITS, 1 + math.ceil(math.log2(steps + 1))))
+
+
+def masked_bytes(server: ServerConfig, plan: PrivacyPlan | None, values: int) -> int:
+    """Returns the size in bytes of a masked update of `values` values; `plan` is that of a private run."""
+    n, bits = part_size(values, server.secagg_fraction), server.secagg_bits
+    if plan is not None and plan.unit == "client":
+        bits = change_bits(plan, plan.batch, n)
+    elif plan is not None and plan.shared is not None:
+        bits = NoiseGrid.of(plan, n).bits
+    return -(-n * bits // 8)
 
 
 def noise_share(plan: SumPlan, mechanism: DPMechanism) -> NDArray[np.int64]:  # (plan.size,), in steps of the grid

@@ -103,7 +103,9 @@ def _privacy(run: RunFiles) -> str | None:
     if not privacy or spent is None:
         return None
     epsilon, delta = formatting.epsilon_text(spent), formatting.delta_text(privacy["delta"])
-    text = f"epsilon {epsilon} at delta {delta}, for {privacy['unit']}s, according to the ledgers"
+    own = number(run.rounds[-1].get("own_epsilon"))
+    also = "" if own is None else f" ({formatting.epsilon_text(own)} if all other clients collude)"
+    text = f"epsilon {epsilon}{also} at delta {delta}, for {privacy['unit']}s, according to the ledgers"
     return text if run.manifest.get("not_private") is None else f"none: {run.manifest['not_private']} ({text})"
 
 

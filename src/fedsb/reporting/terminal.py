@@ -290,12 +290,19 @@ def _print_privacy(console: Console, privacy: Mapping[str, Any]) -> None:
         f"{epsilon_text(epsilon)} after {round}" for round, epsilon in privacy["epsilon_after"].items()
     )
     console.print(f"  epsilon by round: {by_round}; by RDP, a looser bound, {epsilon_text(privacy['epsilon_rdp'])}")
-    table = Table("noise added by", "rows", "sampled", "noise multiplier", "sums", "epsilon", "signal / noise", **PLAIN)
+    own = [] if privacy["own_epsilon"] is None else ["own share", "alone"]
+    heads = ["noise added by", "rows", "sampled", "noise multiplier", "sums", "epsilon", "signal / noise", *own]
+    table = Table(*heads, **PLAIN)
     for name, plan in privacy["plans"].items():
         sums = plan["steps"] * plan["rounds"]
         cells = (f"{plan['q']:.2%}", f"{plan['sigma']:.4g}", str(sums), epsilon_text(plan["epsilon"]))
-        table.add_row(name, str(plan["rows"]), *cells, f"{plan['signal_to_noise']:.3g}")
+        alone = [f"{plan['own_sigma']:.4g}", epsilon_text(plan["own_epsilon"])] if own else []
+        table.add_row(name, str(plan["rows"]), *cells, f"{plan['signal_to_noise']:.3g}", *alone)
     console.print(table)
+    if own:
+        console.print("  alone: epsilon if all other clients collude, so that only the client's own share counts")
+    for batch, ratio in privacy.get("larger_batches", {}).items():
+        console.print(f"  with {batch} rows per step, the noise of a step's mean would be {ratio:.2f} times as large")
     console.print("  not covered: " + "; ".join(privacy["not_covered"]) + "\n")
 
 

@@ -17,8 +17,9 @@ from fedsb.config.resolved import ResolvedSetting
 from fedsb.methods.base import State
 from fedsb.models.hub import quiet
 from fedsb.privacy.policy import PrivacyPolicy
-from fedsb.privacy.statement import epsilon_spent, privacy_statement, why_not_private
+from fedsb.privacy.statement import epsilon_spent, own_epsilon_spent, privacy_statement, why_not_private
 from fedsb.protocol.prices import PricedBasis, PricedRun, price_list
+from fedsb.protocol.requirements import sum_bytes
 from fedsb.protocol.schedule import refreshes, whole_broadcasts
 from fedsb.reporting.report import summary, write_report
 from fedsb.reporting.run_directory import read_manifest, read_result, read_rows
@@ -99,6 +100,7 @@ def describe_start(
                     rounds=config.rounds,
                     codec=config.server.codec,
                     whole=whole_broadcasts([site.name for site in server.clients], config, method, server.ranks),
+                    up_bytes=sum_bytes(config, server.policy),
                 ),
                 PricedBasis(
                     up=basis.up if basis else 0,
@@ -155,6 +157,7 @@ def round_row(
         **state.metrics,
         **gap,
         **({"epsilon": epsilon_spent(policy)} if policy else {}),
+        **({"own_epsilon": own_epsilon_spent(policy)} if policy.shared_noise else {}),
         "seconds": round(seconds, 3),
     }
 
@@ -236,6 +239,7 @@ def finish(
             for site in server.data.clients
         ],
         "epsilon": epsilon_spent(server.policy) if server.policy else None,
+        "own_epsilon": own_epsilon_spent(server.policy),
         # Left out of a private run, because it depends on how many rows were drawn, and on how long they are.
         "peak_memory_bytes": None
         if server.policy

@@ -1,8 +1,8 @@
 """Audits a private configuration with its real data, model, plan and noise, in a run that is discarded.
 
 One client is trained with canaries among its rows (training/privacy_audit.py), and its releases are compared with
-its epsilon.
-The other clients are left out, because they do not affect the privacy of this one.
+its epsilon. The other clients are left out, because they do not affect the privacy of this one. With shared noise they
+all take part, and each one's share of the noise is tested.
 """
 
 from __future__ import annotations
@@ -10,20 +10,36 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from fedsb.channels.in_process import open_in_process
 from fedsb.config.load import ResolvedConfig
 from fedsb.config.schema import Config
+from fedsb.privacy import policy
+from fedsb.privacy.accounting import epsilon
+from fedsb.privacy.grid import NoiseGrid
 from fedsb.privacy.mechanism import ROUNDING, SLACK, UnsafeReleaseError
 from fedsb.privacy.plan import PrivacyPlan, worst_client
 from fedsb.privacy.release_checks import KINDS, Score, failed, limit
+from fedsb.secagg.fixed_point import Doubles
 from fedsb.server.server import Server
-from fedsb.training.privacy_audit import ERROR, SHARES, Canaries, audited, best_bound, ceiling
+from fedsb.training.privacy_audit import (
+    ERROR,
+    SHARES,
+    AuditedMechanism,
+    Canaries,
+    ObservedMechanism,
+    audited,
+    best_bound,
+    ceiling,
+)
 from fedsb.utils.environment import versions
 from fedsb.utils.errors import UserError, did_you_mean
 from fedsb.utils.files import write_atomic
@@ -50,7 +66,7 @@ def audit(
     started, run = time.monotonic(), uuid.uuid4().hex[:12]
     method = config.method
     opened = open_in_process(config, method, run)
-    server = Server(config, method, run, opened)
+    server = AuditedServer(config, method, run, opened)
     name, plan = _of(server.policy.plans, client)
     rounds = plan.rounds if rounds is None else rounds
     if not 1 <= rounds <= plan.rounds:
@@ -62,14 +78,17 @@ def audit(
         opened.local_clients.start(server.policy, server.secure_sums, {})
         mechanism = server.policy.mechanisms[name]
         planted = Canaries(canaries, mechanism.noise, config.seed)
-        server.policy.mechanisms[name] = watched = audited(mechanism, planted)
+        server.policy.mechanisms[name] = watched = audited(mechanism, planted, policy.noise_for(name))
+        if plan.shared is not None:
+            server.watch(watched)
         try:
-            _train(server, name, rounds, note)
+            _train(server, list(server.rows) if plan.shared is not None else [name], rounds, note)
         except UnsafeReleaseError as error:
             refused = error
 
     bound = best_bound(planted.scores(), planted.coins, plan.delta)
-    stated, booked = plan.epsilon(rounds), mechanism.ledger.epsilon(plan.delta)
+    alone = [release.alone() for release in mechanism.ledger.releases()]
+    stated, booked = plan.own_epsilon(rounds), epsilon(alone, plan.delta)  # without shared noise, plan.epsilon
     most = ceiling(canaries, plan.delta, plan.q, rounds * plan.steps)
     scores = watched.checks.scores(SLACK)
     broken, says = _verdict(bound.epsilon, stated, booked, most)
@@ -85,7 +104,7 @@ def audit(
         "rounds": rounds,
         "steps": rounds * plan.steps,
         "q": plan.q,
-        "sigma": plan.sigma,
+        "sigma": plan.sigma if plan.own_sigma is None else plan.own_sigma,
         "clip": plan.clip,
         "delta": plan.delta,
         "epsilon": stated,
@@ -122,6 +141,8 @@ def _failed_test(score: Score) -> str:
         "steps": "several steps have the same noise",
         "draws": "rows are not sampled as planned",
         "clip": "a clipped gradient has a norm above the clip norm",
+        "again": "a second source makes the same noise, so others can compute it",
+        "divisor": "the sum of a step was not divided by its expected batch",
     }[score.kind]
     size = f"{score.score / 1000:.4g} clips" if score.kind == "clip" else f"{score.score:.3g} standard deviations"
     return f"{fault} ({score.what}; {size})"
@@ -151,12 +172,36 @@ def _of(plans: Mapping[str, PrivacyPlan], client: str | None) -> tuple[str, Priv
     return client, plans[client]
 
 
-def _train(server: Server, client: str, rounds: int, note: Callable[[str], None]) -> None:
-    """Runs the rounds of a run in which this client is alone; what they train is not kept."""
+class AuditedServer(Server):
+    """A server that compares each step with shared noise with the shares that it consists of."""
+
+    audited: AuditedMechanism | None = None
+
+    def watch(self, audited: AuditedMechanism) -> None:
+        """Records the shares of all clients together with those of the audited one."""
+        self.audited = audited
+        for name, own in self.policy.mechanisms.items():
+            if own is not audited:
+                observed = ObservedMechanism(plan=own.plan, ledger=own.ledger, noise=own.noise, shares=audited.shares)
+                self.policy.mechanisms[name] = observed
+
+    def mean_gradient(self, q: float, total: Doubles, clients: Sequence[str]) -> Tensor:
+        gradient = super().mean_gradient(q, total, clients)
+        if (audited := self.audited) is not None:
+            shares, grid = audited.shares, NoiseGrid.of(audited.plan, len(gradient))
+            noise = {f"the share of {name}": share.noise for name, share in shares.items()}
+            audited.checks.record_noise(noise, grid.sigma)
+            whole = torch.stack([share.share for share in shares.values()]).sum(0)
+            audited.checks.record_mean(gradient, whole * grid.gamma / audited.plan.batch)
+        return gradient
+
+
+def _train(server: Server, cohort: Sequence[str], rounds: int, note: Callable[[str], None]) -> None:
+    """Runs the rounds of a run in which these clients take part; what they train is not kept."""
     state, _, _ = server.start()
     for round in range(rounds):
         started = time.monotonic()
-        state = server.run_round(state, cohort=[client]).state
+        state = server.run_round(state, cohort=cohort).state
         note(f"round {round + 1}/{rounds}  seconds {time.monotonic() - started:.1f}")
 
 

@@ -33,7 +33,7 @@ from fedsb.models.load import BaseModel, choose_device, choose_dtype, load_base
 from fedsb.models.names import resolve_name
 from fedsb.models.quantise import missing_package, weight_bytes
 from fedsb.privacy.policy import refuse_what_would_leak
-from fedsb.privacy.statement import privacy_statement
+from fedsb.privacy.statement import larger_batches, privacy_statement
 from fedsb.protocol.codec import payload_bytes
 from fedsb.protocol.prices import PricedBasis, PricedRun, price_list
 from fedsb.protocol.requirements import (
@@ -43,6 +43,7 @@ from fedsb.protocol.requirements import (
     refuse_what_facts_forbid,
     refuse_what_needs_one_place,
     refuse_what_needs_weights,
+    sum_bytes,
 )
 from fedsb.protocol.schedule import refreshes, whole_broadcasts
 from fedsb.runs.availability import Availability, find_availability
@@ -126,22 +127,8 @@ def estimate(loaded: ResolvedConfig, also: Sequence[Method] = (), gpu: float | N
     names = ["central"] if method.spec.pools_data else here.clients
     ranks, rank_settings = _ranks(config, method, adapted.shapes, names, data)
     cohort = min(config.server.clients_per_round or len(names), len(names))
-    bill = basis_values(config.basis, method, adapted.shapes)
-    prices = price_list(
-        method,
-        PricedRun(
-            shapes=adapted.shapes,
-            head=head,
-            clients=cohort,
-            rounds=config.rounds,
-            codec=config.server.codec,
-            whole=whole_broadcasts(names, config, method, ranks),
-        ),
-        PricedBasis(**bill, clients=len(names), refreshes=len(refreshes(config, method))),
-        also,
-    )
     traffic = method.traffic(adapted.shapes, head=head, clients=cohort)
-    privacy, work = None, None
+    privacy, work, up_bytes = None, None, None
     choices = [*loaded.choices(), *base.choices, *positions, targets_choice(config, targets, without)]
     if gpu is not None:
         device = ResolvedSetting(key="model.device", value="cuda", reason=f"--gpu {gpu:g}")
@@ -157,8 +144,26 @@ def estimate(loaded: ResolvedConfig, also: Sequence[Method] = (), gpu: float | N
         row_counts = {site.name: site.rows for site in sites}
         policy = privacy_policy_of(config, method, row_counts, local)
         open_secure_sums(config, policy, "check", row_counts)  # refuses secure aggregation that would hide nothing
+        up_bytes = sum_bytes(config, policy)
         privacy = privacy_statement(policy, config, trained_values(method, adapted.shapes, head))
+        if privacy is not None:
+            privacy["larger_batches"] = larger_batches(policy, config)
         choices += policy.choices
+    bill = basis_values(config.basis, method, adapted.shapes)
+    prices = price_list(
+        method,
+        PricedRun(
+            shapes=adapted.shapes,
+            head=head,
+            clients=cohort,
+            rounds=config.rounds,
+            codec=config.server.codec,
+            whole=whole_broadcasts(names, config, method, ranks),
+            up_bytes=up_bytes,
+        ),
+        PricedBasis(**bill, clients=len(names), refreshes=len(refreshes(config, method))),
+        also,
+    )
     warnings = batch_warnings(config, local, sites) if data is not None else []
     batch = config.train.batch_size
     if data is not None:  # a forward never has more rows than a client

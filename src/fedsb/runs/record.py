@@ -172,7 +172,7 @@ class Record:
 
     def checkpoint(self, state: State, keep: int) -> None:
         """Completes a round, after which the run can resume. Keeps the newest `keep` checkpoints."""
-        parts = {name: getattr(state, name) for name in ("tensors", "server", "shared_delta", "client_view")}
+        parts = {name: getattr(state, name) for name in ("tensors", "server", "shared_delta", "client_view", "average")}
         parts["shared"] = {key: x for key, x in state.shared.items() if not _same(x, self._shared.get(key))}
         content = save(storable({key: x for name, part in parts.items() for key, x in under(name, part).items()}))
         facts = {"run": self.run, "round": state.round, "sha256": hashlib.sha256(content).hexdigest()}
@@ -237,6 +237,7 @@ class Record:
                 shared={**start_shared, **within("shared", tensors)},
                 shared_delta=within("shared_delta", tensors),
                 client_view=within("client_view", tensors),
+                average=within("average", tensors),
                 total_ranks=ranks,
                 accepted=accepted,
             )

@@ -160,8 +160,9 @@ def _run(
                     result = server.run_round(state, score=due and config.eval.gap, spool=record.folder)
                 state = result.state
                 with phases.measure("scores"):
-                    score = score_global(server, state) if due else None
-                    clients = score_clients(server, state) if due and config.eval.gap else {}
+                    scored = server.result(state)
+                    score = score_global(server, scored) if due else None
+                    clients = score_clients(server, scored) if due and config.eval.gap else {}
                 row = round_row(result, score, clients, time.monotonic() - started, server.policy)
                 with interrupts.hold():
                     record.commit(
@@ -173,6 +174,7 @@ def _run(
                 raise _nothing_finished(spent) from spent
             display.note(f"The run ends after round {state.round}: {spent}.")
 
+        state = server.result(state)
         with phases.measure("scores"):
             scores = final_scores(server, state)
         with phases.measure("export"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -18,6 +18,7 @@ from fedsb.secagg.keys import (
     pair_mask,
     public_key,
     read_advert,
+    require_agreement,
     seal_key,
     sealed_bytes,
     self_check,
@@ -28,6 +29,8 @@ from fedsb.secagg.keys import (
 from fedsb.secagg.messages import KeyPlan, MessageError, Phase, Plan, SumError, SumPlan, pack, read_list
 from fedsb.secagg.primitives import SEED_BYTES, SIGNATURE_BYTES, fresh_seed, seal, split, unseal
 from fedsb.utils.errors import UserError
+
+Shares = dict[str, tuple[bytes, bytes]]  # of the seeds of s_v and b_v of each client v of U2, in one round
 
 
 class _Party:
@@ -74,15 +77,16 @@ class ClientKeys(_Party):
             )
         self.plan, self.name, self.identity = plan, name, identity
         self._awaits = "advert"
-        self._seeds = [(fresh_seed(), fresh_seed()) for _ in range(plan.rounds)]  # of s and of b, by round
-        self._seal_private = X25519PrivateKey.generate()
+        seeds = [(fresh_seed(), fresh_seed()) for _ in range(plan.rounds)]  # of s and of b
+        self._seeds: list[tuple[bytes, bytes] | None] = [*seeds]  # by round; None for a round that is used
+        self._seal_private: X25519PrivateKey | None = X25519PrivateKey.generate()  # until the inbox is open
         self._own = Keys(
-            public_key(self._seal_private),
-            tuple(public_key(mask_private(plan, name, seed)) for seed, _ in self._seeds),
+            public_key(self._seal_private), tuple(public_key(mask_private(plan, name, seed)) for seed, _ in seeds)
         )
         self._peers: dict[str, Keys] = {}  # the other clients of U1
-        self._roster = b""  # as received: what is sealed is bound to it
-        self._shares: dict[str, bytes] = {}  # of each client of U2: of the seeds of s_v and b_v, round by round
+        self.roster_message = b""  # as received: seals and signatures are bound to it
+        self._shares: list[Shares] = [{} for _ in seeds]  # by round
+        self.members: frozenset[str] = frozenset()  # U2, from the inbox: the clients whose seeds are shared
 
     def advertise(self) -> bytes:
         """Returns this client's signed public keys."""
@@ -98,53 +102,56 @@ class ClientKeys(_Party):
             raise MessageError(f"{self.name}: the roster has different keys under this client's name")
         if not distinct([self._own, *keys.values()]):
             raise MessageError(f"{self.name}: the roster has one key twice")
-        self._peers, self._roster, self._awaits = keys, roster, "inbox"
+        self._peers, self.roster_message, self._awaits = keys, roster, "inbox"
         n, shares = len(self.plan.names), dict.fromkeys(self.plan.names, b"")
-        for seed in (seed for pair in self._seeds for seed in pair):
+        for seed in (seed for pair in self._seeds if pair for seed in pair):
             for name, share in zip(self.plan.names, split(seed, self.plan.threshold, n), strict=True):
                 shares[name] += share
-        self._shares = {self.name: shares[self.name]}
+        self._keep(self.name, shares[self.name])
         sealed = [seal(self._seal_key(self.name, to), shares[to], roster) for to in keys]
         return pack(self.plan, "sealed", self.name, b"".join(sealed))
 
     def receive(self, inbox: bytes) -> bytes:
-        """Takes what the others sealed for this client. Returns an empty message: it holds their shares."""
+        """Takes what the others sealed for this client. Returns an empty message, as a receipt."""
         found = self._members(inbox, "inbox", sealed_bytes(self.plan), (self.name, *self._peers), without=self.name)
+        if not self.plan.signed and len(found) <= len(self._peers):
+            n = len(self._peers) + 1
+            raise MessageError(f"{self.name}: 'inbox' lists {len(found)} clients; without signatures it is all {n}")
+        members = frozenset(found)
         del found[self.name]
-        self._shares |= {name: self._open(name, sealed) for name, sealed in found.items()}
-        self._awaits = None
+        for name, text in {name: self._open(name, sealed) for name, sealed in found.items()}.items():
+            self._keep(name, text)
+        self.members, self._seal_private, self._awaits = members, None, None
         return pack(self.plan, "held", self.name, b"")
 
     # --- for one round, numbered from 0 in the agreement ---
 
-    @property
-    def members(self) -> frozenset[str]:
-        """U2, once the inbox has come: the clients whose seeds are shared."""
-        return frozenset(self._shares) if self._awaits is None else frozenset()
-
     def mask_public(self, peer: str, place: int) -> bytes:
+        """Returns the public half of a peer's s."""
         return self._peers[peer].masks[place]
 
-    def take(self, place: int) -> tuple[X25519PrivateKey, bytes, dict[str, tuple[bytes, bytes]]]:
-        """Returns this client's private s, its seed of b, and the shares of all of U2. Each round is given out once."""
-        key_seed, self_seed = self._seeds[place]
-        if not key_seed:
+    def take(self, place: int) -> tuple[X25519PrivateKey, bytes, Shares]:
+        """Returns this client's private s, its seed of b, and its shares. It gives them out once and forgets them."""
+        seeds = self._seeds[place]
+        if seeds is None:
             raise SumError(f"{self.name}: the keys of round {self.plan.round + place + 1} are used up.")
-        self._seeds[place] = b"", b""
-        at = 2 * SEED_BYTES * place
-        shares = {
-            name: (text[at : at + SEED_BYTES], text[at + SEED_BYTES : at + 2 * SEED_BYTES])
-            for name, text in self._shares.items()
-        }
-        return mask_private(self.plan, self.name, key_seed), self_seed, shares
+        shares, self._shares[place], self._seeds[place] = self._shares[place], {}, None
+        return mask_private(self.plan, self.name, seeds[0]), seeds[1], shares
+
+    def _keep(self, name: str, text: bytes) -> None:
+        """Stores the shares of a client's seeds, two for each round."""
+        for place, shares in enumerate(self._shares):
+            at = 2 * SEED_BYTES * place
+            shares[name] = text[at : at + SEED_BYTES], text[at + SEED_BYTES : at + 2 * SEED_BYTES]
 
     def _seal_key(self, sender: str, to: str) -> bytes:
         peer = to if sender == self.name else sender
+        assert self._seal_private is not None
         return seal_key(self.plan, self._seal_private, self._peers[peer].seal, sender, to)
 
     def _open(self, sender: str, sealed: bytes) -> bytes:
         """Returns the shares of the seeds of `sender`."""
-        text = unseal(self._seal_key(sender, self.name), sealed, self._roster)
+        text = unseal(self._seal_key(sender, self.name), sealed, self.roster_message)
         if text is None:
             raise MessageError(f"{self.name}: the shares that {sender} sealed for this client cannot be decrypted")
         return text
@@ -156,13 +163,16 @@ class SumClient(_Party):
     plan: SumPlan
 
     def __init__(self, plan: SumPlan, keys: ClientKeys) -> None:
-        """Raises SumError if a client of the sum has no keys in this agreement, or its keys are used up."""
+        """Raises SumError if the keys are not for this sum, or are used up."""
         self.plan, self.name, self._identity = plan, keys.name, keys.identity
-        if missing := [name for name in (self.name, *plan.names) if name not in keys.members or name not in plan.sites]:
-            raise SumError(f"{self.name}: the sum is with {', '.join(missing)}, which has no keys in this agreement")
+        require_agreement(plan, keys.plan, keys.members)
+        if self.name not in plan.names:
+            raise SumError(f"{self.name}: the sum of round {plan.round + 1} is without this client")
         self._awaits = "masked"
-        self._mask_private, self._self_seed, shares = keys.take(plan.place)
-        self._shares: Mapping[str, tuple[bytes, bytes]] = {name: shares[name] for name in plan.names}
+        private, self_seed, shares = keys.take(plan.place)
+        self._secrets: tuple[X25519PrivateKey, bytes] | None = private, self_seed  # until the vector is masked
+        self._shares = {name: shares[name] for name in plan.names}
+        self._roster_message = keys.roster_message
         self._publics = {peer: keys.mask_public(peer, plan.place) for peer in plan.names if peer != self.name}
         self.survivors: tuple[str, ...] = ()  # U3, as this client received it
 
@@ -171,18 +181,22 @@ class SumClient(_Party):
         self._require("masked")
         if vector.shape != (self.plan.size + 1,) or vector.dtype != np.uint32:
             raise ValueError(f"{vector.dtype} of shape {vector.shape}; expected uint32 ({self.plan.size + 1},)")
-        total = vector + self_mask(self.plan, self._self_seed)
+        assert self._secrets is not None
+        private, self_seed = self._secrets
+        total = vector + self_mask(self.plan, self_seed)
         for peer, public in self._publics.items():
-            total += pair_mask(self.plan, self._mask_private, self.name, peer, public)
-        self._awaits = "survivors"
-        body = self_check(self.plan, self._self_seed) + self.plan.grid.pack(total)
+            total += pair_mask(self.plan, private, self.name, peer, public)
+        self._awaits, self._secrets = "survivors", None
+        body = self_check(self.plan, self_seed) + self.plan.grid.pack(total)
         return pack(self.plan, "masked", self.name, body)
 
     def confirm(self, survivors: bytes) -> bytes:
         """Returns this client's signature of the survivors."""
+        if not self.plan.signed:
+            raise SumError(f"{self.name}: 'confirm' is not due, this sum is without signatures.")
         self.survivors = tuple(self._members(survivors, "survivors", 0, self.plan.names))
         self._awaits = "confirmed"
-        signature = sign_survivors(self.plan, self.name, self._identity, self.survivors)
+        signature = sign_survivors(self.plan, self.name, self._identity, self.survivors, self._roster_message)
         return pack(self.plan, "confirm", self.name, signature)
 
     def unmask(self, message: bytes) -> bytes:
@@ -193,7 +207,7 @@ class SumClient(_Party):
         if self.plan.signed:
             signatures = self._members(message, "confirmed", SIGNATURE_BYTES, self.survivors)
             for name, signature in signatures.items():
-                if not signed_survivors(self.plan, name, signature, self.survivors):
+                if not signed_survivors(self.plan, name, signature, self.survivors, self._roster_message):
                     raise MessageError(f"{self.name}: {name} did not sign the survivors that this client received")
         else:
             self.survivors = tuple(self._members(message, "survivors", 0, self.plan.names))

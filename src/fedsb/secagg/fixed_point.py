@@ -100,6 +100,10 @@ class FixedPoint:
         sums = signed * np.float64(self.step)
         return sums[:-1], float(signed[-1] / self.largest)
 
+    def reduce(self, numbers: Ring) -> Ring:
+        """Returns the numbers modulo 2^bits."""
+        return numbers & np.uint32(2**self.bits - 1)
+
     # --- bytes ---
 
     def packed_bytes(self, size: int) -> int:
@@ -110,8 +114,8 @@ class FixedPoint:
         """Returns the lowest `bits` bits of each number, end to end."""
         if self.bits == BITS:
             return numbers.astype("<u4").tobytes()
-        bits = np.unpackbits(numbers.astype(">u4").view(np.uint8).reshape(-1, 4), axis=1)
-        return np.packbits(bits[:, BITS - self.bits :]).tobytes()
+        bits = np.unpackbits(numbers.astype(">u4").view(np.uint8)).reshape(-1, BITS)
+        return np.packbits(bits[:, BITS - self.bits :].ravel()).tobytes()  # a copy: much faster than a view
 
     def unpack(self, data: bytes, size: int) -> Ring:
         """Returns the numbers (size,) that `pack` wrote."""
@@ -121,7 +125,7 @@ class FixedPoint:
         bits[:, BITS - self.bits :] = np.unpackbits(np.frombuffer(data, np.uint8), count=size * self.bits).reshape(
             size, self.bits
         )
-        return np.packbits(bits, axis=1).view(">u4").ravel().astype(np.uint32)
+        return np.packbits(bits).view(">u4").astype(np.uint32)
 
     def _in_ring(self, whole: Whole) -> Ring:
         ring: Ring = (whole & (2**self.bits - 1)).astype(np.uint32)  # negative values wrap

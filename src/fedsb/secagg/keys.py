@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import hashlib
+from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +11,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from fedsb.secagg.fixed_point import Ring
-from fedsb.secagg.messages import KeyPlan, MessageError, SumPlan, members_bits, pack
+from fedsb.secagg.messages import KeyPlan, MessageError, SumError, SumPlan, members_bits, pack
 from fedsb.secagg.primitives import (
     KEY_BYTES,
     NONCE_BYTES,
@@ -52,7 +53,7 @@ def mask_private(plan: KeyPlan, name: str, seed: bytes) -> X25519PrivateKey:
 
 
 def pair_mask(plan: SumPlan, own: X25519PrivateKey, name: str, peer: str, public: bytes) -> Ring:
-    """Returns what `name` adds for its pair with `peer`, (size + 1,). The peer adds its negative modulo 2^32."""
+    """Returns what `name` adds for its pair with `peer`, (size + 1,). The peer adds its negative modulo 2^bits."""
     key = derive(agree(own, public), plan.digest, "pair mask", *sorted((name, peer)))
     numbers = mask(key, plan.size + 1)
     return numbers if plan.places[name] < plan.places[peer] else np.negative(numbers)
@@ -100,11 +101,32 @@ def distinct(keys: Iterable[Keys]) -> bool:
     return len(set(every)) == len(every)
 
 
-def sign_survivors(plan: SumPlan, name: str, identity: Ed25519PrivateKey, survivors: Iterable[str]) -> bytes:
-    """Returns a client's signature of the survivors; `plan` contains the hash of all keys."""
-    return identity.sign(pack(plan, "confirm", name, members_bits(plan, survivors)))
+def require_agreement(plan: SumPlan, agreed: KeyPlan, members: Collection[str]) -> None:
+    """Raises SumError if keys of this agreement, with these members, cannot be used for a sum."""
+    sum_of = f"round {plan.round + 1}"
+    if agreed.digest != plan.keys.digest:
+        raise SumError(f"{sum_of}: the keys are from a different agreement than that of the sum's plan.")
+    if missing := [name for name in plan.names if name not in members]:
+        raise SumError(f"{sum_of}: the sum is with {', '.join(missing)}, which has no keys in this agreement.")
+    if not agreed.signed and (absent := sorted(set(members) - set(plan.names))):
+        raise SumError(
+            f"{sum_of}: the sum is without {', '.join(absent)}. Without signatures it is among all clients that agreed "
+            "on keys. Otherwise a malicious server could show clients different members of one sum."
+        )
 
 
-def signed_survivors(plan: SumPlan, name: str, signature: bytes, survivors: Iterable[str]) -> bool:
-    """Returns whether a client signed these survivors."""
-    return signed_by(plan.sites[name], signature, pack(plan, "confirm", name, members_bits(plan, survivors)))
+def sign_survivors(
+    plan: SumPlan, name: str, identity: Ed25519PrivateKey, survivors: Iterable[str], roster: bytes
+) -> bytes:
+    """Returns a client's signature of the survivors of a sum with the keys of `roster`."""
+    return identity.sign(_survivors_bytes(plan, name, survivors, roster))
+
+
+def signed_survivors(plan: SumPlan, name: str, signature: bytes, survivors: Iterable[str], roster: bytes) -> bool:
+    """Returns whether a client signed these survivors of a sum with the keys of `roster`."""
+    return signed_by(plan.sites[name], signature, _survivors_bytes(plan, name, survivors, roster))
+
+
+def _survivors_bytes(plan: SumPlan, name: str, survivors: Iterable[str], roster: bytes) -> bytes:
+    """Returns the list with all public keys. A server may repeat a plan of keys, but clients never repeat keys."""
+    return pack(plan, "confirm", name, members_bits(plan, survivors) + hashlib.sha256(roster).digest())

@@ -29,10 +29,9 @@ ROUNDS_LIMIT = 1000  # for which keys are agreed on at once
 SIZE_LIMIT = 1 << 30  # values; a keystream of ChaCha20 has 2^36
 TEXT_LIMIT = 200  # characters of a run's id or a client's name
 SERVER = ""  # the sender of the server's messages
-Phase = Literal[
-    *("advert", "roster", "sealed", "inbox", "held"),  # of keys
-    *("masked", "survivors", "confirm", "confirmed", "shares"),  # of a sum
-]
+KeyPhase = Literal["advert", "roster", "sealed", "inbox", "held"]
+SumPhase = Literal["masked", "survivors", "confirm", "confirmed", "shares"]
+Phase = Literal[KeyPhase, SumPhase]
 
 
 class SumError(RunError):
@@ -46,7 +45,7 @@ class MessageError(SumError):
 
 
 class Plan(Protocol):
-    """What the parties of an exchange have agreed on beforehand."""
+    """The facts that the parties of an exchange have agreed on beforehand."""
 
     @property
     def run(self) -> str: ...
@@ -104,28 +103,37 @@ class _Sites:
 class KeyPlan(_Sites):
     """The plan of one agreement of keys, for the sums of some rounds. A client's share is that of its place in `names`.
 
+    The threshold is above half of all clients that have shares, not only of those in one sum: a malicious server can
+    name different members of the same sum to different clients. `signed` is part of it because signatures protect a
+    sum only if every honest client requires them.
+
     Raises UserError for a plan that hides nothing or cannot be carried out.
     """
 
     run: str
     round: int  # the first
     rounds: int  # for which keys are agreed on
-    sites: Mapping[str, bytes]  # of every client of the run
+    sites: Mapping[str, bytes]  # of every client that may be in one of the sums
     threshold: int  # t: this many shares give a seed
     attempt: str  # of the server, different for each agreement
+    signed: bool = True  # whether clients sign the survivors of a sum before they help to unmask it
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 1 <= self.rounds <= ROUNDS_LIMIT or not 2 <= self.threshold <= len(self.sites):
+        n = len(self.sites)
+        if not 1 <= self.rounds <= ROUNDS_LIMIT:
+            raise UserError(f"Keys for {self.rounds} rounds are impossible. An agreement is for 1 to {ROUNDS_LIMIT}.")
+        if not n < 2 * self.threshold <= 2 * n:
             raise UserError(
-                f"Keys for {self.rounds} rounds with a threshold of {self.threshold} are impossible. At most "
-                f"{ROUNDS_LIMIT} rounds, and a threshold from 2 to {len(self.sites)}."
+                f"The threshold of {self.threshold} for {n} clients is invalid. It must be above {n}/2, at most {n}. "
+                "Otherwise one half could be asked for a client's key and the other half for its own mask. For sums of "
+                "few of many clients, agree on keys among the clients of each sum."
             )
 
     @cached_property
     def digest(self) -> bytes:
         """32 bytes that differ if two plans differ."""
-        return _hash([*self._facts(), self.rounds, self.attempt])
+        return _hash([*self._facts(), self.rounds, self.attempt, self.signed])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,22 +145,18 @@ class SumPlan(_Sites):
 
     run: str
     round: int
-    sites: Mapping[str, bytes]  # of every client that may take part
+    sites: Mapping[str, bytes]  # of every client that may take part, from `keys`
     threshold: int  # t: the sum is over at least this many clients
     size: int  # values of a client's vector, without its weight
     grid: FixedPoint
     keys: KeyPlan
-    signed: bool = True  # whether clients sign the survivors before they help to unmask
     context: str = ""  # a hash of everything else that all clients must have received identically
 
     def __post_init__(self) -> None:
         super().__post_init__()
         n = len(self.sites)
-        if not n < 2 * self.threshold <= 2 * n:
-            raise UserError(
-                f"The threshold of {self.threshold} for {n} clients is invalid. It must be above {n}/2, at most {n}. "
-                "Otherwise one half could be asked for a client's key and the other half for its own mask."
-            )
+        if self.threshold > n:
+            raise UserError(f"A sum of {n} clients with a threshold of {self.threshold} is impossible.")
         if not 1 <= self.size <= SIZE_LIMIT:
             raise UserError(f"Secure aggregation of {self.size} values is impossible. It needs 1 to {SIZE_LIMIT}.")
         if self.grid.clients != n:
@@ -160,6 +164,13 @@ class SumPlan(_Sites):
         keys = self.keys
         if keys.run != self.run or keys.threshold != self.threshold or not 0 <= self.place < keys.rounds:
             raise UserError(f"The keys are not for round {self.round + 1} of this run with this threshold.")
+        if strangers := [name for name, key in self.sites.items() if keys.sites.get(name) != key]:
+            raise UserError(f"The keys are not for {', '.join(strangers)}: not among the sites of the agreement.")
+
+    @property
+    def signed(self) -> bool:
+        """True if clients sign the survivors before they help to unmask."""
+        return self.keys.signed
 
     @property
     def place(self) -> int:
@@ -170,7 +181,7 @@ class SumPlan(_Sites):
     def digest(self) -> bytes:
         """32 bytes that differ if two plans differ."""
         grid = [self.grid.clients, float(self.grid.clip).hex(), self.grid.bits]
-        return _hash([*self._facts(), self.size, grid, self.keys.digest.hex(), self.signed, self.context])
+        return _hash([*self._facts(), self.size, grid, self.keys.digest.hex(), self.context])
 
 
 def pack(plan: Plan, phase: Phase, sender: str, body: bytes) -> bytes:

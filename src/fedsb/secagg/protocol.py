@@ -1,6 +1,6 @@
 """Secure aggregation: the server learns the sum of the clients' vectors, and of a single one only what the sum shows.
 
-    y_u = q_u + M(b_u) + sum_{v > u} M(k_uv) - sum_{v < u} M(k_uv)     mod 2^32,   v in U2
+    y_u = q_u + M(b_u) + sum_{v > u} M(k_uv) - sum_{v < u} M(k_uv)     mod 2^bits,   v in U2
     sum_{u in U3} q_u = sum_{u in U3} (y_u - M(b_u)) - the left-over masks k_uv of u in U3 with v in U2 \\ U3
 
 Bonawitz, Ivanov, Kreuter, Marcedone, McMahan, Patel, Ramage, Segal, Seth, "Practical Secure Aggregation for
@@ -27,20 +27,27 @@ Then each round, among the clients of U2 that take part in it:
                  shares: of b_v for v in U3,                    ->    t answers give the sum
                  of the seed of s_v for the others
 
-Without signatures (`SumPlan.signed`) `unmask` answers the list of survivors itself. A round is one exchange shorter,
-and a malicious server can tell clients different lists. threshold.py has the number of clients that are in a sum then.
+Without signatures (`KeyPlan.signed`) `unmask` answers the list of survivors itself. A round is one exchange shorter,
+and a malicious server can show each client a different list. threshold.py has the number of clients that are in a sum
+then. All of U1 must be in U2 and in every sum: a client cannot open what was sealed for a different U1, so that all
+agree on the members of a sum.
 
 Clients may vanish before any message as long as t remain. What is shared is a 16-byte seed. The server derives the key
 again and compares it with what its owner sent, so that a false share ends the round instead of corrupting its sum.
 
-For n clients and E rounds of an agreement a client sends 32 E + 96 bytes of keys and 32 E + 28 sealed bytes for each
-other client, once; then, a round, bits / 8 (size + 1) + 32 bytes, 16 n of shares, and 64 of a signature; and headers of
-about 200 bytes. The server generates at most n + n^2 / 4 masks a round.
+A client sends 32 E + 96 bytes of keys for the E rounds of an agreement and 32 E + 28 sealed bytes for each other client
+of U1; then, per round with n clients, ceil(bits (size + 1) / 8) + 32 bytes, 16 n of shares, and 64 of a signature. Each
+message has a header of about 200 bytes. The server generates at most n + n^2 / 4 masks per round.
 
-Why t > n/2: anyone with both seeds of one client can read its vector. A client gives out one of the two, once, so
-obtaining both takes 2 t clients that answer. If c sites collude with a malicious server, the plan needs 2 t > n + c;
-the sum is then over at least t - c others. Why signatures: without those of the keys, a malicious server can put its
-own keys in place of the sites'; without those of U3, it can send each client a different list of survivors.
+Why t > n/2, where n counts all clients of the agreement: anyone with both seeds of a client can read its vector of that
+round. A client gives out one of the two, once, so obtaining both takes 2 t clients that answer. All clients with shares
+count, because a malicious server can name a client as a member of two sums of one round, and as a survivor of only one.
+If c sites collude with the server, the plan needs 2 t > n + c; the sum is then over at least t - c others.
+
+Why signatures: without those of the keys, a malicious server can put its own keys in place of the sites'; without those
+of U3, it can send each client a different list of survivors. A signature of U3 contains a hash of the roster, in which
+the signer's own keys are fresh. Otherwise a server that repeats the plan of an agreement could use signatures of
+different lists from the sums of an earlier one.
 
 Limits
 - The directory of site keys must be true: anyone who distributes it can impersonate any site. If that is the server,
@@ -51,7 +58,10 @@ Limits
 - Nobody can inspect a single update. A client must check its own (finite, shapes, norm) and the server the sum. A
   malicious site can poison the sum or, by what it seals or answers, end the round without one.
 - Which clients took part in which phase is not secret.
-- A client keeps the seeds of an agreement in memory until its rounds are over.
+- A client keeps the seeds and shares of an agreement in memory, and forgets those of a round when it uses them. Keys of
+  a round are used once: a sum that fails is repeated with a new agreement. Callers ensure that a client which answered
+  a list of survivors for a vector never answers a different list for the same vector.
+- Without signatures, a client that leaves between advert and held ends the agreement. The others begin one without it.
 """
 
 from __future__ import annotations
@@ -67,8 +77,17 @@ from fedsb.secagg.messages import KeyPlan, MessageError, Phase, SumError, SumPla
 from fedsb.secagg.server import KeyServer, SumServer
 
 __all__ = [
-    *("ClientKeys", "KeyPlan", "KeyServer", "MessageError", "Phase", "Simulated"),
-    *("SumClient", "SumError", "SumPlan", "SumServer", "simulate"),
+    "ClientKeys",
+    "KeyPlan",
+    "KeyServer",
+    "MessageError",
+    "Phase",
+    "Simulated",
+    "SumClient",
+    "SumError",
+    "SumPlan",
+    "SumServer",
+    "simulate",
 ]
 
 
@@ -89,8 +108,11 @@ def simulate(
     vectors: Mapping[str, Ring],  # (size + 1,) from plan.grid.encode; a client without one drops out before it is due
     vanish: Mapping[str, Phase] | None = None,  # name -> the first message that a client does not send
 ) -> Simulated:
-    """Runs all parties in one process, without a network. Raises SumError below the threshold."""
-    leaves: dict[str, Phase] = {name: "masked" for name in plan.names if name not in vectors} | dict(vanish or {})
+    """Runs all parties in one process, without a network.
+
+    Raises SumError below the threshold, or if a client of the sum vanishes before it has its keys.
+    """
+    leaves = dict[str, Phase]({name: "masked" for name in plan.names if name not in vectors}) | dict(vanish or {})
     names, gone = plan.keys.names, set[str]()
     up, down = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
 

@@ -13,6 +13,7 @@ from fedsb.secagg.keys import (
     pair_mask,
     public_key,
     read_advert,
+    require_agreement,
     sealed_bytes,
     self_check,
     self_mask,
@@ -61,15 +62,21 @@ class _Phases:
         """Returns what is kept of a body. Raises MessageError for a bad one."""
         raise NotImplementedError
 
+    def _needed(self, phase: Phase) -> int:
+        """Returns the number of messages without which a phase cannot be closed."""
+        return self.plan.threshold
+
     def _close(self, phase: Phase, following: Phase | None) -> dict[str, bytes]:
         """Closes a phase and returns its bodies by name, sorted."""
         if self._phase != phase:
             now = f"it is in {self._phase!r}" if self._phase else "it is over"
             raise SumError(f"round {self.plan.round + 1}: the sum cannot close {phase!r}, {now}")
-        if len(self._got) < self.plan.threshold:
+        needed, t = self._needed(phase), self.plan.threshold
+        if len(self._got) < needed:
+            why = f"the threshold is {t}" if needed == t else f"without signatures all {needed} with keys must"
             raise SumError(
-                f"round {self.plan.round + 1}: {len(self._got)} of {len(self.plan.names)} clients sent {phase!r}; the "
-                f"threshold is {self.plan.threshold}. Missing: {', '.join(self.silent)}. There is no sum without them."
+                f"round {self.plan.round + 1}: {len(self._got)} of {len(self.plan.names)} clients sent {phase!r}; "
+                f"{why}. Missing: {', '.join(self.silent)}. There is no sum without them."
             )
         got, self._got, self._phase = dict(sorted(self._got.items())), {}, following
         self._lists.append(tuple(got))
@@ -77,7 +84,7 @@ class _Phases:
 
 
 class KeyServer(_Phases):
-    """The server of one agreement of keys."""
+    """The server of one agreement of keys. Without signatures all clients that send `advert` must send the rest."""
 
     plan: KeyPlan
 
@@ -85,16 +92,18 @@ class KeyServer(_Phases):
         self.plan = plan
         super().__init__("advert")
         self.keys: dict[str, Keys] = {}
+        self.roster_message = b""  # as sent: signatures are bound to it
 
     @property
     def members(self) -> tuple[str, ...]:
-        """The clients that hold all others' shares, so that they can take part in sums; empty before `close`."""
+        """The clients that have all others' shares, so that they can take part in sums; empty before `close`."""
         return self._lists[3] if len(self._lists) > 3 else ()
 
     def roster(self) -> dict[str, bytes]:
         """Closes `advert` and returns all keys, by recipient."""
         adverts = self._close("advert", "sealed")
-        return dict.fromkeys(adverts, pack_list(self.plan, "roster", SERVER, adverts, adverts.values()))
+        self.roster_message = pack_list(self.plan, "roster", SERVER, adverts, adverts.values())
+        return dict.fromkeys(adverts, self.roster_message)
 
     def inboxes(self) -> dict[str, bytes]:
         """Closes `sealed` and returns what was sealed for each client."""
@@ -113,6 +122,9 @@ class KeyServer(_Phases):
     def close(self) -> None:
         """Closes `held`."""
         self._close("held", None)
+
+    def _needed(self, phase: Phase) -> int:
+        return self.plan.threshold if self.plan.signed or phase == "advert" else len(self._lists[1])
 
     def _size(self, phase: Phase) -> int:
         if phase == "advert":
@@ -137,12 +149,13 @@ class SumServer(_Phases):
     """The server of the sum of one round.
 
     Args:
-        keys: the agreement of the plan, which is complete.
+        keys: the agreement of the plan, after `close`. SumError if it cannot be used for this sum.
     """
 
     plan: SumPlan
 
     def __init__(self, plan: SumPlan, keys: KeyServer) -> None:
+        require_agreement(plan, keys.plan, keys.members)
         self.plan, self._keys = plan, keys
         super().__init__("masked")
         self._checks: dict[str, bytes] = {}
@@ -175,7 +188,7 @@ class SumServer(_Phases):
                     f"round {self.plan.round + 1}: the shares of {name}'s seed do not fit together. A false one is "
                     f"from {name}, or from one of {', '.join(helpers)}. This round has no sum."
                 )
-        return self._sum
+        return self.plan.grid.reduce(self._sum)
 
     def _size(self, phase: Phase) -> int:
         match phase:
@@ -191,7 +204,9 @@ class SumServer(_Phases):
             self._checks[client] = body[:KEY_BYTES]
             self._sum += self.plan.grid.unpack(body[KEY_BYTES:], self.plan.size + 1)
             return b""
-        if phase == "confirm" and not signed_survivors(self.plan, client, body, self.survivors):
+        if phase == "confirm" and not signed_survivors(
+            self.plan, client, body, self.survivors, self._keys.roster_message
+        ):
             raise MessageError(f"the message 'confirm' from {client} is not a valid signature of the survivors")
         return body
 

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from fedsb.adapters.layout import Layout
 from fedsb.client.round import ClientRound, ClientView
 from fedsb.methods.base import State
@@ -96,7 +98,7 @@ class ServerRound:
         server, round = self.server, self.state.round
         secagg = server.secagg
         assert secagg is not None and server.secure_sums is not None
-        keys = secagg.keys(round)
+        keys = secagg.keys(round, cohort)
         without = [name for name in cohort if name not in keys.members]
         replies.dropped += [
             Dropped(client=name, reason=f"has no keys for this sum: {secagg.absent.get(name, 'no reply')}")
@@ -110,7 +112,8 @@ class ServerRound:
         directory = {name: server.opened.directory[name] for name in cohort}
         terms = server.secure_sums.terms(round, self.shared_hash, directory, keys.plan, shared.against)
         layout = Layout.of(shared.trained) if terms.step else shared.layout
-        plan = terms.plan(layout.size)  # raises for an impossible sum, before any client is charged for it
+        part = np.arange(layout.size)[server.compressor.part(layout.size, round)]
+        plan = terms.plan(len(part))  # raises for an impossible sum, before any client is charged for it
         if terms.mechanism is not None:
             terms.mechanism.charge(round + 1)
         self.sum = SumRequest(attempt=keys.plan.attempt, cohort=cohort)
@@ -121,10 +124,13 @@ class ServerRound:
                 trained.append(reply)
                 masked.append(Masked(client=reply.client, message=reply.payload, survivors=answer.reply.survivors))
         try:
-            found = secagg.add_up(terms, layout.size, masked)
+            found = secagg.add_up(terms, len(part), masked)
         except SumError as error:
             why = "".join(f"\n  {drop.client}: {drop.reason}" for drop in replies.dropped)
             raise SumError(f"{error}{why}") from error
+        values = np.zeros(layout.size)
+        values[part] = found.values
+        found = replace(found, values=values)
         if without:
             secagg.renew()
         replies.dropped += found.dropped
@@ -146,9 +152,9 @@ class ServerRound:
             client=reply.client,
             direction="up",
             kind="round",
-            values=layout.size,
-            head_values=self.server.counter.head_values(layout),
-            bytes=plan.grid.packed_bytes(layout.size),
+            values=plan.size,
+            head_values=round(self.server.counter.head_values(layout) * plan.size / layout.size),
+            bytes=plan.grid.packed_bytes(plan.size),
             wire_bytes=len(reply.payload) + up,
         )
         sent = [replace(record, wire_bytes=record.wire_bytes + down) for record in reply.traffic]

@@ -48,11 +48,15 @@ class SecAggServer:
         self.absent: dict[str, str] = {}  # why clients have no keys of the newest agreement
         self._keys: KeyServer | None = None
 
-    def keys(self, round: int) -> KeyServer:
-        """Returns the agreement for this round, which is a new one if there is none. Raises SumError below the
-        threshold."""
-        if self._keys is None or round >= self._keys.plan.round + self._keys.plan.rounds:
-            self._keys = self._agree(round)
+    def keys(self, round: int, cohort: Sequence[str]) -> KeyServer:
+        """Returns the agreement of this cohort for this round, which is a new one if there is none.
+
+        Raises SumError below the threshold.
+        """
+        plan = self._keys.plan if self._keys is not None else None
+        if plan is None or round >= plan.round + plan.rounds or set(cohort) != set(plan.names):
+            self._keys = self._agree(round, cohort)
+        assert self._keys is not None
         return self._keys
 
     def renew(self) -> None:
@@ -61,7 +65,8 @@ class SecAggServer:
 
     def add_up(self, terms: SumTerms, size: int, masked: Sequence[Masked]) -> Summed:
         """Returns the sum of the masked changes. Raises SumError if too few clients stayed."""
-        plan, keys = terms.plan(size), self.keys(terms.round)
+        assert self._keys is not None
+        plan, keys = terms.plan(size), self._keys
         server, failed, wire = SumServer(plan, keys), dict[str, str](), dict[str, tuple[int, int]]()
         before = next((each.survivors for each in masked if each.survivors is not None), None)
         try:
@@ -87,25 +92,34 @@ class SecAggServer:
 
     # --- private ---
 
-    def _agree(self, round: int) -> KeyServer:
-        rounds = min(KEY_ROUNDS, self.sums.rounds - round)
-        sites = {name: self.directory[name] for name in sorted(self.sums.rows)}
-        plan = self.sums.key_plan(round, rounds, sites, secrets.token_hex(8))
-        server, failed = KeyServer(plan), dict[str, str]()
-        self.absent = failed
+    def _agree(self, round: int, cohort: Sequence[str]) -> KeyServer:
+        """Returns an agreement. Without signatures one that a client leaves is begun again, without this client."""
+        self.absent = {}
+        rounds = min(KEY_ROUNDS, self.sums.rounds - round) if len(cohort) == len(self.sums.rows) else 1
+        while True:
+            sites = {name: self.directory[name] for name in sorted(set(cohort) - set(self.absent))}
+            plan = self.sums.key_plan(round, rounds, sites, secrets.token_hex(8))
+            server, before = KeyServer(plan), len(self.absent)
+            try:
+                self._exchange_keys(server)
+            except SumError as error:
+                stayed = len(cohort) - len(self.absent)
+                if not plan.signed and len(self.absent) > before and stayed >= plan.threshold:
+                    continue
+                why = "".join(f"\n  {name}: {reason}" for name, reason in self.absent.items())
+                raise SumError(f"{error}{why}") from error
+            return server
+
+    def _exchange_keys(self, server: KeyServer) -> None:
+        """Runs the phases of an agreement. Adds to `absent` who left, and why."""
         phases: tuple[tuple[SecAggPhaseName, Callable[[], Mapping[str, bytes]]], ...] = (
-            ("advert", lambda: dict.fromkeys(sites, b"")),
+            ("advert", lambda: dict.fromkeys(server.plan.names, b"")),
             ("sealed", server.roster),
             ("held", server.inboxes),
         )
-        try:
-            for phase, mail in phases:
-                self._ask(server, phase, mail(), failed, self.wire_bytes)
-            server.close()
-        except SumError as error:
-            why = "".join(f"\n  {name}: {reason}" for name, reason in failed.items())
-            raise SumError(f"{error}{why}") from error
-        return server
+        for phase, mail in phases:
+            self._ask(server, phase, mail(), self.absent, self.wire_bytes)
+        server.close()
 
     def _ask(
         self,
@@ -119,7 +133,13 @@ class SecAggServer:
         plan = server.plan
         keys = plan.keys if isinstance(plan, SumPlan) else plan
         request = SecAggPhase(
-            run=plan.run, phase=phase, attempt=keys.attempt, round=plan.round, rounds=keys.rounds, parts=(b"",)
+            run=plan.run,
+            phase=phase,
+            attempt=keys.attempt,
+            round=plan.round,
+            rounds=keys.rounds,
+            cohort=list(keys.names),
+            parts=(b"",),
         )
         requests = {name: request.model_copy(update={"parts": (message,)}) for name, message in mail.items()}
         for name, reply in self.exchange.each(requests, what=f"The secure aggregation of round {plan.round + 1}"):

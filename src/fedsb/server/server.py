@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fedsb.adapters.basis import Basis
 from fedsb.config.resolved import ResolvedSetting
@@ -23,6 +25,7 @@ from fedsb.protocol.messages import Finish, FinishReply, Start
 from fedsb.protocol.payload import Payload, PayloadError, pack
 from fedsb.protocol.requirements import client_ranks, open_secure_sums, privacy_policy_of
 from fedsb.protocol.traffic import TrafficCounter, TrafficRecord
+from fedsb.secagg.fixed_point import Doubles
 from fedsb.server.basis import BasisRound
 from fedsb.server.exchange import Exchange, reason_of
 from fedsb.server.opened import OpenedFederation
@@ -188,6 +191,7 @@ class Server:
         after = method.aggregate(view, self.policy.add_noise(updates, state.round), self.optimizer)
         after = replace(after, server={**after.server, **moments})
         settled = self.compressor.settle(method, state, view, after)
+        settled = replace(settled, average=self._averaged(state, settled))
         return RoundResult(
             state=replace(settled, accepted={**state.accepted, **dict.fromkeys(used, settled.round)}),
             cohort=cohort,
@@ -195,6 +199,21 @@ class Server:
             dropped=[*replies.dropped, *dropped],
             traffic=[*traffic, *replies.traffic],
         )
+
+    def _averaged(self, before: State, after: State) -> Tensors:
+        """Returns the mean of the trained tensors after the last rounds, those of server.average_last."""
+        rounds = self.config.rounds
+        first = rounds - math.floor(rounds * self.config.server.average_last)  # the last round before them
+        if after.round <= first:
+            return {}
+        count = after.round - first
+        return {key: before.average[key].lerp(x, 1 / count) if count > 1 else x for key, x in after.tensors.items()}
+
+    def result(self, state: State) -> State:
+        """Returns the state whose model is scored and exported: with the average in place of the last tensors."""
+        own = state.average
+        held = {key: x for key, x in own.items() if key in state.shared}  # a factor that clients hold
+        return replace(state, tensors={**state.tensors, **own}, shared={**state.shared, **held}) if own else state
 
     def _summed(
         self, round: ServerRound, cohort: Sequence[str], replies: Replies
@@ -207,11 +226,18 @@ class Server:
         if terms.step is None:
             vector = shared.baseline_vector + (found.values / found.weight).astype(np.float32)
         else:
-            expected = terms.step.q * sum(self.rows[name] for name in found.survivors)
             step = FederatedStep(self.local, self.trainer.adapted.head_keys)
-            sent, moments = step.take(shared, torch.from_numpy(found.values / expected), round.state.server)
+            gradient = self.mean_gradient(terms.step.q, found.values, found.survivors)
+            sent, moments = step.take(shared, gradient, round.state.server)
             vector = shared.layout.flatten(sent).numpy()
         return (SUM, terms.payload(vector, found.weight, shared.layout)), found.survivors, moments
+
+    def mean_gradient(self, q: float, total: Doubles, clients: Sequence[str]) -> Tensor:  # (P,)
+        """Returns the noised sum of a step over the number of rows that these clients are expected to draw.
+
+        That number is public, unlike the number of rows that they have drawn.
+        """
+        return torch.from_numpy(total / (q * sum(self.rows[name] for name in clients)))
 
     def finish(self, state: State, card: Mapping[str, str]) -> dict[str, Score]:
         """Ends the run at every client: it receives the final model and scores it. Returns the clients' scores."""

@@ -253,13 +253,15 @@ class JointTrainer:
             _stacked(self.adapted, clients, how.trainable),
             rows,
             own[0].plan.clip,
-            partial(grid.round_rows, generator=own[0].generator(self.adapted.device)),
+            partial(grid.round_rows, generator=own[0].generator()),
         )
         losses = loss_K.tolist()
         if how.watch:
             _check_finite(clients, [[loss] for loss in losses], dict.fromkeys(mechanisms, 1), how.round)
         return [
-            replace(client, share=mechanism.share(sums[k], len(rows[k]), grid), losses=(*client.losses, losses[k]))
+            replace(
+                client, share=mechanism.share(sums[k], len(rows[k]), layout, grid), losses=(*client.losses, losses[k])
+            )
             for k, (client, mechanism) in enumerate(zip(clients, own, strict=True))
         ]
 

@@ -25,6 +25,10 @@ chunk.
 The noise itself, the sampling and the clipping are tested too (privacy/release_checks.py). Those tests detect much
 smaller faults.
 
+With shared noise all clients take part in the audit. The bound of the audited client's own share, whose noise alone
+hides it from all others together, is compared with that epsilon; the noise of the whole sum and its divisor are tested
+too. Every source of noise is compared with a second one of the same client: equal noise could be drawn again by others.
+
 Limits: a lower bound far below the stated epsilon proves nothing. At a delta of 1e-5 no bound is above 6.4, whatever m,
 and a canary that no step samples cannot be distinguished from one that is out (`ceiling`). Canaries take no part in a
 noised basis. How a step uses the sampled rows, and how a row's gradient is computed, happens before the canaries and is
@@ -36,7 +40,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -46,16 +51,18 @@ from scipy.stats import binom
 from torch import Tensor
 
 from fedsb.adapters.layout import Layout
+from fedsb.privacy.grid import NoiseGrid
 from fedsb.privacy.mechanism import DPMechanism
 from fedsb.privacy.noise import Noise
 from fedsb.privacy.release_checks import ReleaseChecks
-from fedsb.training.per_example import add_clipped
+from fedsb.training.per_example import Rounding, add_clipped
 from fedsb.utils.rng import Key, keyed_generator
 
 ERROR = 0.05  # the probability that a bound is above the true epsilon
 SHARES = (2, 8, 32)  # "in" is guessed for the highest m/2, m/8 or m/32 scores; "out" for as many of the lowest, or none
 LENGTH = 10.0  # of a canary, in clips
 CHUNK = 1 << 22  # values of the directions that are generated at once
+MANY = 10**9  # rows: a bound of a sum's length that always holds
 HIGHEST = 40.0  # no bound is above it: added to 1, e^-40 is 0 in float64
 
 
@@ -145,24 +152,25 @@ class Canaries:
         """True for each canary that is in, (m,)."""
         return np.isin(np.arange(self.count), self.inside)
 
-    def add(self, total: Tensor, clip: float) -> Tensor:
+    def add(self, total: Tensor, clip: float, rounding: Rounding | None = None) -> Tensor:
         """Returns a client's sum (P,) with the clipped gradients of the canaries that this step has drawn."""
         with_K = total.clone().unsqueeze(0)
         for _, u_bP in self._directions([self.inside[i] for i in self.drawn], len(total)):
             g_bP = (LENGTH * clip * u_bP).to(total.device)
-            add_clipped(with_K, g_bP, torch.zeros(len(g_bP), dtype=torch.long, device=g_bP.device), clip)
+            owner_b = torch.zeros(len(g_bP), dtype=torch.long, device=g_bP.device)
+            add_clipped(with_K, g_bP, owner_b, clip, rounding)
         return with_K[0]
 
-    def clipped_lengths(self, layout: Layout, clip: float) -> dict[str, float]:
-        """Returns the lengths, in clips, of long gradients after clipping: of one over all tensors, and of one in each
-        tensor alone."""
+    def clipped_lengths(self, layout: Layout, clip: float, rounding: Rounding | None = None) -> dict[str, float]:
+        """Returns the lengths after clipping of long gradients, in clips or, rounded, in steps of the grid: of one over
+        all tensors, and of one in each tensor alone."""
         found: dict[str, float] = {}
         for only in (None, *layout.slices):
             g = torch.ones(layout.size) if only is None else layout.mask(frozenset({only}))
             g = (g * (LENGTH * clip / math.sqrt(float(g.sum())))).unsqueeze(0)
-            sums = torch.zeros_like(g)
-            add_clipped(sums, g, torch.zeros(1, dtype=torch.long), clip)
-            found[only or "all tensors together"] = float(sums.double().norm()) / clip
+            sums = torch.zeros_like(g, dtype=None if rounding is None else torch.int64)
+            add_clipped(sums, g, torch.zeros(1, dtype=torch.long), clip, rounding)
+            found[only or "all tensors together"] = float(sums.double().norm()) / (clip if rounding is None else 1.0)
         return found
 
     def record(self, released: Tensor, layout: Layout) -> None:
@@ -187,12 +195,21 @@ class Canaries:
             yield part, u_bd / torch.linalg.vector_norm(u_bd, dim=1, keepdim=True)
 
 
+class Share(NamedTuple):
+    """A client's part of one step with shared noise, (P,) in steps of the grid."""
+
+    share: Tensor  # int64
+    noise: Tensor  # float64, the part of it that is noise
+
+
 @dataclass(frozen=True, kw_only=True)
 class AuditedMechanism(DPMechanism):
     """A client's mechanism with canaries among the rows: sampled and clipped like rows, and covered by its noise."""
 
     canaries: Canaries
     checks: ReleaseChecks
+    again: Noise  # a second source of this client's noise
+    shares: dict[str, Share]  # by client, of this step
 
     @property
     def rows(self) -> int:
@@ -212,8 +229,34 @@ class AuditedMechanism(DPMechanism):
         mean = super().mean(with_canaries, rows + len(self.canaries.drawn), layout)
         released = mean.cpu().double() * self.plan.batch
         self.canaries.record(released - total.cpu(), layout)
-        self.checks.record_noise(layout.views(released - with_canaries.cpu()), self.plan.noise_std)
+        noise = released - with_canaries.cpu()
+        self.checks.record_noise(layout.views(noise), self.plan.noise_std)
+        repeated = DPMechanism.mean(self._again(), with_canaries, MANY, layout).cpu().double() * self.plan.batch
+        self.checks.record_again(noise, repeated - with_canaries.cpu())
         return mean
+
+    def share(self, total: Tensor, rows: int, layout: Layout, grid: NoiseGrid) -> Tensor:
+        total, rounding = total.cpu(), partial(grid.round_rows, generator=self.generator())
+        with_canaries = self.canaries.add(total, self.plan.clip, rounding)
+        if (names := tuple(layout.slices)) not in self.checks.clipped:
+            lengths = self.canaries.clipped_lengths(layout, self.plan.clip, rounding)
+            steps = grid.clip / grid.gamma
+            self.checks.record_clipped(names, {key: length / steps for key, length in lengths.items()})
+        share = super().share(with_canaries, rows + len(self.canaries.drawn), layout, grid)
+        self.canaries.record((share - total).double() * grid.gamma, layout)
+        noise = (share - with_canaries).double()
+        self.shares[self.ledger.client] = Share(share, noise)
+        self.checks.record_noise(layout.views(noise), grid.sigma)
+        self.checks.record_again(
+            noise, DPMechanism.share(self._again(), with_canaries, MANY, layout, grid) - with_canaries
+        )
+        return share
+
+    def _again(self) -> DPMechanism:
+        """Returns this mechanism with another source of noise, and charged for one step."""
+        found = DPMechanism(plan=self.plan, ledger=self.ledger, noise=self.again)
+        found._charged["training"] = 1
+        return found
 
     def basis_sum(self, total: Tensor, rows: int, layout: Layout) -> Tensor:
         noised, basis = super().basis_sum(total, rows, layout), self.plan.basis
@@ -223,11 +266,30 @@ class AuditedMechanism(DPMechanism):
         return noised
 
 
-def audited(mechanism: DPMechanism, canaries: Canaries) -> AuditedMechanism:
-    """Returns the mechanism with canaries."""
-    checks = ReleaseChecks(mechanism.plan.q)
+@dataclass(frozen=True, kw_only=True)
+class ObservedMechanism(DPMechanism):
+    """The mechanism of another client in an audit of shared noise."""
+
+    shares: dict[str, Share]
+
+    def share(self, total: Tensor, rows: int, layout: Layout, grid: NoiseGrid) -> Tensor:
+        share = super().share(total, rows, layout, grid)
+        self.shares[self.ledger.client] = Share(share, (share - total.cpu()).double())
+        return share
+
+
+def audited(
+    mechanism: DPMechanism, canaries: Canaries, again: Noise, shares: dict[str, Share] | None = None
+) -> AuditedMechanism:
+    """Returns the mechanism with canaries; `again` is a second source of its noise, `shares` receives its shares."""
     return AuditedMechanism(
-        plan=mechanism.plan, ledger=mechanism.ledger, noise=mechanism.noise, canaries=canaries, checks=checks
+        plan=mechanism.plan,
+        ledger=mechanism.ledger,
+        noise=mechanism.noise,
+        canaries=canaries,
+        checks=ReleaseChecks(mechanism.plan.q),
+        again=again,
+        shares={} if shares is None else shares,
     )
 
 

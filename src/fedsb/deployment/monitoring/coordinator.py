@@ -115,6 +115,7 @@ def _progress(folder: Path, files: RunFiles) -> Json:
         "last_round_at": modified(folder / "rounds.jsonl"),
         "deadline_seconds": manifest["config"]["engine"]["deadline_s"],
         "epsilon": number(last.get("epsilon")),
+        "own_epsilon": number(last.get("own_epsilon")),
         "epsilon_planned": number(privacy.get("epsilon")),
         "delta": number(privacy.get("delta")),
         "not_private": manifest.get("not_private"),

@@ -86,16 +86,22 @@ def seconds_left(certificate: str, now: float) -> float:
     return x509.load_pem_x509_certificate(certificate.encode()).not_valid_after_utc.timestamp() - now
 
 
-def epsilon_spent(ledgers: Iterable[Path], delta: float | None) -> tuple[float | None, str | None]:
+def epsilon_spent(
+    ledgers: Iterable[Path], delta: float | None, *, alone: bool = False
+) -> tuple[float | None, str | None]:
     """Returns the epsilon of these ledgers together, and the reason if it cannot be computed.
 
-    Both are None without a ledger and without a delta.
+    Both are None without a ledger and without a delta. `alone`: by the site's own share of the noise; None if it has
+    always added all of it.
     """
     existing = [path for path in ledgers if path.exists()]
     if delta is None or not existing:
         return None, None
     try:
-        return epsilon(merged(entry for path in existing for entry in read_ledger(path)), delta), None
+        releases = merged(entry for path in existing for entry in read_ledger(path))
+        if alone and all(release.own_sigma is None for release in releases):
+            return None, None
+        return epsilon([release.alone() for release in releases] if alone else releases, delta), None
     except (UserError, RunError) as error:
         return None, str(error)
 

@@ -89,6 +89,8 @@ def _of_run(state: Json) -> Iterator[tuple[str, str]]:
 def _epsilon(run: Json) -> Iterator[tuple[str, str]]:
     if run.get("epsilon") is not None:
         yield "epsilon spent", f"{epsilon_text(run['epsilon'])} {epsilon_note(run)}"
+    if run.get("own_epsilon") is not None:
+        yield "epsilon, own share", f"{epsilon_text(run['own_epsilon'])} if all other clients collude"
 
 
 def _of_site(state: Json) -> Iterator[tuple[str, str]]:
@@ -108,7 +110,9 @@ def _of_site(state: Json) -> Iterator[tuple[str, str]]:
             f"{last['what']}{of}, {bytes_text(last['bytes'])}, {last['time'].replace('T', ' ')[:19]} UTC",
         )
     if all_runs is not None:
-        text = f"{epsilon_text(all_runs['epsilon'])} at delta {delta_text(all_runs['delta'])}"
+        own = all_runs["own_epsilon"]
+        also = "" if own is None else f" ({epsilon_text(own)} by own shares of noise)"
+        text = f"{epsilon_text(all_runs['epsilon'])}{also} at delta {delta_text(all_runs['delta'])}"
         yield "epsilon spent, all runs", text
     rules = [f"{key} = {value}" for key, value in state["rules"].items() if key != "data"]
     yield "data", str(state["rules"].get("data") or "?")

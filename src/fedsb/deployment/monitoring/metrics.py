@@ -68,6 +68,7 @@ def _of_site(state: Json) -> Iterator[Fact]:
     kinds = [{"name": what, **kind} for what, kind in state["outbox"]["kinds"].items()]
     yield "fedsb_coordinator_up", "1 if the coordinator was reached.", (state["reached"] or {}).get("yes")
     yield "fedsb_epsilon", "Epsilon spent in this run, by the site's ledger.", [(site, run.get("epsilon"))]
+    yield "fedsb_own_epsilon", "Epsilon in this run if all other clients collude.", [(site, run.get("own_epsilon"))]
     yield "fedsb_epsilon_all_runs", "Epsilon spent by all runs on this site's data.", [(site, together.get("epsilon"))]
     yield "fedsb_outbox_messages_total", "Messages that this site sent.", _each("what", kinds, "messages")
     yield "fedsb_outbox_bytes_total", "Bytes that this site sent, before transport.", _each("what", kinds, "bytes")

@@ -88,6 +88,7 @@ def _run(path: Path, site: str) -> Json:
         "rounds_planned": config.get("rounds"),
         "finished": (folder / "adapter" / "adapter_config.json").exists(),
         "epsilon": used,
+        "own_epsilon": epsilon_spent([_ledger(folder, site)], delta, alone=True)[0],
         "epsilon_fault": fault,
         "delta": delta,
     }
@@ -104,7 +105,8 @@ def _all_runs(folder: Path, site: str, runs: Sequence[Json]) -> Json | None:
         return None
     delta = max(run["delta"] for run in private)
     ledgers = [_ledger(folder / "runs" / run["id"], site) for run in private]
-    return {"epsilon": epsilon_spent(ledgers, delta)[0], "delta": delta}
+    own = epsilon_spent(ledgers, delta, alone=True)[0]
+    return {"epsilon": epsilon_spent(ledgers, delta)[0], "own_epsilon": own, "delta": delta}
 
 
 def _outbox(sent: Sequence[Json]) -> Json:
