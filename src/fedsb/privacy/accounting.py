@@ -91,6 +91,16 @@ def epsilon(releases: Iterable[Release], delta: float, accountant: Accountant = 
     return _pld(spent, delta) if accountant == "pld" else _rdp(spent, delta)
 
 
+def covered(spent: Iterable[Release], planned: Iterable[Release]) -> bool:
+    """Returns whether `planned` contains each release of `spent`, with the same q and sigma, at least as often.
+
+    If so, epsilon of `spent` is at most that of `planned`, at every delta, because leaving out releases is
+    post-processing. It need not be computed.
+    """
+    most = {(q, sigma): count for q, sigma, count in _merged(planned)}
+    return all(count <= most.get((q, sigma), 0) for q, sigma, count in _merged(spent))
+
+
 def check_delta(delta: float) -> None:
     """Raises UserError unless delta is a probability between 0 and 1."""
     if not 0 < delta < 1:
