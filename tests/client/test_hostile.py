@@ -14,6 +14,7 @@ import torch
 from conftest import labelled_rows, set_all, write_rows
 from fedsb.adapters.basis import basis_hash
 from fedsb.client import policy
+from fedsb.client.checks import refuse_basis
 from fedsb.client.round import ClientView
 from fedsb.client.session import DescribedClient
 from fedsb.client.store import DiskStore
@@ -637,6 +638,24 @@ def test_a_basis_of_another_scale_is_refused(
         world.ask("a", SetShared, pack(changed))
     whole = pack(Payload.of(shared, kind="broadcast", run=RUN, round=0))
     assert world.ask("a", SetShared, whole).shared == basis_hash(shared)
+
+
+@pytest.mark.parametrize("scale", [2e-22, 1e5, float("nan")])
+def test_a_core_basis_has_no_scale(scale: float, settings: Settings, tmp_path: Path) -> None:
+    """The coordinator chooses directions within the outer basis, and the site orthonormalises them."""
+    world = Hostile(tmp_path)
+    world.open(settings(EXAMPLE, {"basis": {"kind": "core", "samples": 6, "share_samples": 0}}))
+    inner = {}
+    for key, S in unpack(world.ask("a", BasisGradient, round=0).payload).tensors.items():
+        inner |= {key[:-1] + "P": scale * torch.eye(len(S))[:, :4], key[:-1] + "Q": scale * torch.eye(len(S))[:4]}
+    payload = pack(Payload.of(inner, kind="basis-down", run=RUN, round=0))
+    if scale == scale:
+        world.ask("a", SetBasis, payload, round=0)
+        client = world.client("a")
+        refuse_basis(client.start_view().shared, client.trainer.shapes)
+    else:
+        with pytest.raises(RefusalError, match="NaN, infinite or above"):
+            world.ask("a", SetBasis, payload, round=0)
 
 
 def test_a_basis_is_sent_only_to_a_coordinator_without_the_base_model(settings: Settings, tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ def test_a_sum_longer_than_its_rows_allow_is_not_released(tmp_path: Path) -> Non
     mechanism = guarded(tmp_path, basis=BasisNoise(clip=0.5, sigma=1.0))
     mechanism.charge(1)
     mechanism.mean(torch.full((4,), 0.5), 2, LAYOUT)  # exactly 2 x 0.5
-    for total, rows in (torch.full((4,), 0.51), 2), (torch.tensor([1e-20, 0, 0, 0]), 0):
+    for total, rows in (torch.full((4,), 0.51), 2), (torch.tensor([1e-24, 0, 0, 0]), 0):
         with pytest.raises(
             UnsafeReleaseError, match=f"the sum of {rows} clipped gradients is longer than {rows} x 0.5"
         ):
