@@ -381,6 +381,22 @@ def test_a_round_is_done_once_and_for_one_broadcast(
     assert world.ledgers("a") == ([1, 2] if changes else [])
 
 
+@pytest.mark.parametrize("changes", [{}, EXAMPLE], ids=["plain", "private"])
+def test_a_round_is_not_done_again_when_its_answer_is_not_stored_any_more(
+    changes: dict[str, Any], settings: Settings, tmp_path: Path
+) -> None:
+    """In place of the last round, a coordinator could have a second update of the first one, with other noise."""
+    world = Hostile(tmp_path)
+    world.open(settings(changes, {"rounds": 4}))
+    broadcasts = [world.broadcast(round) for round in range(3)]
+    answers = [world.train(round, "a", broadcast) for round, broadcast in enumerate(broadcasts)]
+    with pytest.raises(RefusalError, match="Round 1 was done here, and its answer is not stored any more"):
+        world.train(0, "a", broadcasts[0])
+    for round in (1, 2):  # a coordinator may fall back to the round before
+        assert world.train(round, "a", broadcasts[round])[0].parts == answers[round][0].parts
+    assert world.ledgers("a") == ([1, 2, 3] if changes else [])
+
+
 def test_a_round_is_summed_for_one_broadcast(settings: Settings, tmp_path: Path) -> None:
     """The coordinator could else choose the difference of two sums of one round."""
     world = Hostile(tmp_path, "abc")
