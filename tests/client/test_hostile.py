@@ -381,6 +381,28 @@ def test_a_round_is_done_once_and_for_one_broadcast(
     assert world.ledgers("a") == ([1, 2] if changes else [])
 
 
+def test_a_round_that_was_interrupted_is_done_again(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For the same broadcast, and without a second charge if the first one did not reach the disk."""
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    world = Hostile(tmp_path)
+    world.open(settings(EXAMPLE))
+    broadcast = world.broadcast(0)
+    other = world.broadcast(0, lambda message: {key: x + 0.01 for key, x in message.items()})
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train", killed)
+        with pytest.raises(KeyboardInterrupt):
+            world.train(0, "a", broadcast)
+    world.restart("a")
+    with pytest.raises(RefusalError, match="was done here for another broadcast"):
+        world.train(0, "a", other)
+    assert isinstance(world.train(0, "a", broadcast)[0], TrainReply) and world.ledgers("a") == [1]
+
+
 @pytest.mark.parametrize("changes", [{}, EXAMPLE], ids=["plain", "private"])
 def test_a_round_is_not_done_again_when_its_answer_is_not_stored_any_more(
     changes: dict[str, Any], settings: Settings, tmp_path: Path
