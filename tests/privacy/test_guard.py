@@ -136,6 +136,20 @@ def test_what_is_not_charged_is_neither_drawn_nor_released(tmp_path: Path) -> No
         mechanism.basis_sum(zeros, 0, LAYOUT)
 
 
+def test_a_charge_that_did_not_reach_the_disk_allows_no_draw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise RunError("the disk is full")
+
+    mechanism = guarded(tmp_path, basis=BasisNoise(clip=0.5, sigma=1.0))
+    monkeypatch.setattr(Ledger, "charge", full)
+    for charge in (mechanism.charge, mechanism.charge_basis):
+        with pytest.raises(RunError, match="the disk is full"):
+            charge(1)
+    for draw in (mechanism.draw, lambda: mechanism.basis_sum(torch.zeros(4), 0, LAYOUT)):
+        with pytest.raises(UnsafeReleaseError, match="the ledger has no line for"):
+            draw()
+
+
 # --- the budget ---
 
 
@@ -250,4 +264,10 @@ def test_noise_has_the_bits_of_float32(tmp_path: Path) -> None:
     low = noise.numpy().view(np.uint32) & 0xFFF  # the last 12 of 24 bits: all values alike
     counts = np.bincount(low, minlength=4096)
     assert counts.min() > 0 and counts.max() < 80  # 24 each
-    assert len(read_ledger(tmp_path / "a.jsonl")) == 0
+
+
+def test_noise_is_added_in_float64(tmp_path: Path) -> None:
+    """A float32 sum of float32 noise would be rounded twice."""
+    total = torch.linspace(-1, 1, 100_000)
+    exact = total.double() + 0.7 * torch.from_numpy(SeededNoise(0, "a").normal(100_000))
+    assert torch.equal(guarded(tmp_path).add_noise(total, 0.7), exact.float())
