@@ -13,7 +13,7 @@ from sums import ANSWERS, Sum, body, is_uniform, make_plan
 
 from fedsb.secagg.client import SumClient
 from fedsb.secagg.fixed_point import FixedPoint, Floats
-from fedsb.secagg.keys import mask_private, pair_mask, public_key, self_check, self_mask
+from fedsb.secagg.keys import mask_private, pair_mask, public_key, seal_key, self_check, self_mask
 from fedsb.secagg.messages import Phase, SumError, SumPlan
 from fedsb.secagg.primitives import SEED_BYTES, combine, fresh_seed, mask
 from fedsb.secagg.protocol import Simulated, simulate
@@ -235,6 +235,15 @@ def test_one_pair_of_keys_makes_other_masks_in_another_plan_and_for_another_pair
     assert len({mask.tobytes() for mask in masks}) == len(masks)
     back = pair_mask(plans[0], other, "b", "a", public_key(own))
     assert not (masks[0] + back).any()
+
+
+def test_one_pair_of_keys_seals_with_other_keys_in_another_plan_and_for_another_pair() -> None:
+    own, other = X25519PrivateKey.generate(), X25519PrivateKey.generate()
+    plans = [make_plan(), make_plan(round=8), make_plan(run="other"), make_plan(n=5)]
+    keys = [seal_key(plan, own, public_key(other), "a", "b") for plan in plans]
+    keys += [seal_key(plans[0], own, public_key(other), *pair) for pair in (("b", "a"), ("a", "c"), ("c", "b"))]
+    assert len(set(keys)) == len(keys)
+    assert seal_key(plans[0], other, public_key(own), "a", "b") == keys[0]
 
 
 def test_the_shares_travel_sealed() -> None:
