@@ -247,6 +247,21 @@ def test_a_kill_before_the_first_checkpoint_leaves_the_ledgers(
         assert path.read_bytes().startswith(content)
 
 
+def test_a_kill_in_the_only_round_is_explained(tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its noise is spent, and there is no finished round whose adapter could be exported."""
+
+    def killed(self: Record, *_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Record, "commit", killed)
+        with pytest.raises(KeyboardInterrupt):
+            federate(load_config(private(set_all(tiny_config, rounds=1))))
+    for _ in range(2):
+        with pytest.raises(PrivacyBudgetExceededError, match=r"before its first round was finished.*--set name=other"):
+            resume(Path(tiny_config["out"]) / "tiny")
+
+
 # --- what is not told ---
 
 
