@@ -14,6 +14,7 @@ import torch
 from conftest import labelled_rows, set_all, write_rows
 from fedsb.adapters.basis import basis_hash
 from fedsb.client import policy
+from fedsb.client.checks import refuse_basis
 from fedsb.client.round import ClientView
 from fedsb.client.session import DescribedClient
 from fedsb.client.store import DiskStore
@@ -380,6 +381,44 @@ def test_a_round_is_done_once_and_for_one_broadcast(
     assert world.ledgers("a") == ([1, 2] if changes else [])
 
 
+def test_a_round_that_was_interrupted_is_done_again(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For the same broadcast, and without a second charge if the first one did not reach the disk."""
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    world = Hostile(tmp_path)
+    world.open(settings(EXAMPLE))
+    broadcast = world.broadcast(0)
+    other = world.broadcast(0, lambda message: {key: x + 0.01 for key, x in message.items()})
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train", killed)
+        with pytest.raises(KeyboardInterrupt):
+            world.train(0, "a", broadcast)
+    world.restart("a")
+    with pytest.raises(RefusalError, match="was done here for another broadcast"):
+        world.train(0, "a", other)
+    assert isinstance(world.train(0, "a", broadcast)[0], TrainReply) and world.ledgers("a") == [1]
+
+
+@pytest.mark.parametrize("changes", [{}, EXAMPLE], ids=["plain", "private"])
+def test_a_round_is_not_done_again_when_its_answer_is_not_stored_any_more(
+    changes: dict[str, Any], settings: Settings, tmp_path: Path
+) -> None:
+    """In place of the last round, a coordinator could have a second update of the first one, with other noise."""
+    world = Hostile(tmp_path)
+    world.open(settings(changes, {"rounds": 4}))
+    broadcasts = [world.broadcast(round) for round in range(3)]
+    answers = [world.train(round, "a", broadcast) for round, broadcast in enumerate(broadcasts)]
+    with pytest.raises(RefusalError, match="Round 1 was done here, and its answer is not stored any more"):
+        world.train(0, "a", broadcasts[0])
+    for round in (1, 2):  # a coordinator may fall back to the round before
+        assert world.train(round, "a", broadcasts[round])[0].parts == answers[round][0].parts
+    assert world.ledgers("a") == ([1, 2, 3] if changes else [])
+
+
 def test_a_round_is_summed_for_one_broadcast(settings: Settings, tmp_path: Path) -> None:
     """The coordinator could else choose the difference of two sums of one round."""
     world = Hostile(tmp_path, "abc")
@@ -639,6 +678,24 @@ def test_a_basis_of_another_scale_is_refused(
     assert world.ask("a", SetShared, whole).shared == basis_hash(shared)
 
 
+@pytest.mark.parametrize("scale", [2e-22, 1e5, float("nan")])
+def test_a_core_basis_has_no_scale(scale: float, settings: Settings, tmp_path: Path) -> None:
+    """The coordinator chooses directions within the outer basis, and the site orthonormalises them."""
+    world = Hostile(tmp_path)
+    world.open(settings(EXAMPLE, {"basis": {"kind": "core", "samples": 6, "share_samples": 0}}))
+    inner = {}
+    for key, S in unpack(world.ask("a", BasisGradient, round=0).payload).tensors.items():
+        inner |= {key[:-1] + "P": scale * torch.eye(len(S))[:, :4], key[:-1] + "Q": scale * torch.eye(len(S))[:4]}
+    payload = pack(Payload.of(inner, kind="basis-down", run=RUN, round=0))
+    if scale == scale:
+        world.ask("a", SetBasis, payload, round=0)
+        client = world.client("a")
+        refuse_basis(client.start_view().shared, client.trainer.shapes)
+    else:
+        with pytest.raises(RefusalError, match="NaN, infinite or above"):
+            world.ask("a", SetBasis, payload, round=0)
+
+
 def test_a_basis_is_sent_only_to_a_coordinator_without_the_base_model(settings: Settings, tmp_path: Path) -> None:
     world = Hostile(tmp_path)
     world.open(settings(EXAMPLE))
@@ -663,6 +720,8 @@ def test_a_sites_fingerprint_confirms_no_guess_and_shows_the_site_a_change(setti
     plain = load_table(str(tmp_path / "a" / "rows.jsonl")).fingerprint
     assert len({plain, *told.values()}) == 3  # the sites have the same rows
     assert world.describe("a", settings()).fingerprint == told["a"]
+    elsewhere = Describe(run="other", config=settings(), versions=versions())
+    assert read_reply(world.sites["a"](elsewhere.pack()), elsewhere).fingerprint != told["a"]
     world.open(settings())
     broadcast = world.broadcast(0)
     write_rows(tmp_path / "a" / "rows.jsonl", [{**rows[0], "text": "green1 green2"}, *rows[1:]])
