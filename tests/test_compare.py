@@ -729,6 +729,8 @@ def test_the_runs_of_a_private_comparison_add_up(tiny_config: dict[str, Any], tm
     assert "at most epsilon 6 together" in notes[ahead] and not any("seed 0:" in note for note in notes[:ahead])
     kept = [path for path in (tmp_path / "out" / "ledgers").rglob("*") if path.is_file()]
     assert len(kept) == 9 and {path.suffix for path in kept} == {".jsonl"}
+    keys = json.loads((tmp_path / "out" / "cells.json").read_text())["cells"]  # hashes of the private rows
+    assert keys and not any(key in str(path) for key in keys for path in kept)
     wanted = max(
         epsilon([e.release for path in kept if path.name == f"site {k}.jsonl" for e in read_ledger(path)], 1e-3)
         for k in range(3)

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from conftest import set_all
 from fedsb.adapters.basis import basis_hash
-from fedsb.client import policy
 from fedsb.client.round import ClientView
 from fedsb.client.store import DiskStore
 from fedsb.privacy.ledger import read_ledger
@@ -36,7 +33,7 @@ from fedsb.protocol.messages import (
     Train,
     TrainReply,
 )
-from fedsb.protocol.payload import Payload, pack, unpack
+from fedsb.protocol.payload import pack, unpack
 from fedsb.training.trainer import Trainer
 from fedsb.utils.environment import versions
 from fedsb.utils.errors import RefusalError
@@ -175,53 +172,6 @@ def test_a_run_keeps_what_it_began_with(settings: Settings, tmp_path: Path) -> N
         world.describe("a", settings(EXAMPLE, rounds=2))
 
 
-def test_a_basis_requested_again_and_again_is_the_same_and_charged_once(settings: Settings, tmp_path: Path) -> None:
-    """The mean of many noised sums of the same rows would have little noise left."""
-    world = Hostile(tmp_path)
-    world.open(settings(EXAMPLE, {"basis": {"kind": "core", "samples": 6, "share_samples": 0}}))
-    first = world.ask("a", BasisGradient, round=0)
-    world.restart("a")
-    for _ in range(3):
-        assert world.ask("a", BasisGradient, round=0) == first
-    assert world.ledgers("a") == [0]
-
-
-@pytest.mark.parametrize("changes", [{}, EXAMPLE], ids=["plain", "private"])
-def test_a_basis_gradient_is_made_once_for_each_basis_of_the_run(
-    changes: dict[str, Any], settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A coordinator could else have gradients of the same rows for many weights of its choice."""
-    monkeypatch.setattr(policy, "refuse_what_needs_one_place", lambda *_: None)  # which refuses basis.refresh
-    world = Hostile(tmp_path)
-    basis = {"kind": "core", "samples": 6, "refresh": 2, "share_samples": 0}
-    world.open(settings(changes, {"basis": basis, "rounds": 3}))
-    first = world.ask("a", BasisGradient, round=0)
-    trainer, inner = world.client("a").trainer, {}
-    for key, S in unpack(first.payload).tensors.items():
-        inner |= {key[:-1] + "P": torch.eye(len(S))[:, :4], key[:-1] + "Q": torch.eye(len(S))[:4]}
-    payload = pack(Payload.of(inner, kind="basis-down", run=RUN, round=0))
-    for round in (1, 3, 10**9):
-        with pytest.raises(RefusalError, match="No new basis is made before round"):
-            world.ask("a", BasisGradient, round=round)
-        with pytest.raises(RefusalError, match="No new basis is made before round"):
-            world.ask("a", SetBasis, payload, round=round)
-    with pytest.raises(RefusalError, match="The broadcast does not belong to this run"):
-        world.ask("a", SetBasis, first.payload, round=0)
-    world.ask("a", SetBasis, payload, round=0)
-    tensors = {f"{layer}.R": torch.ones(1, 4, 4) for layer in trainer.shapes} | trainer.head
-    refreshes = [
-        pack(Payload.of({key: x * scale for key, x in tensors.items()}, kind="broadcast", run=RUN, round=2))
-        for scale in (0.1, 0.2)
-    ]
-    world.ask("a", Refresh, refreshes[0])
-    second = world.ask("a", BasisGradient, round=2)
-    assert second != first
-    world.ask("a", Refresh, refreshes[1])
-    assert world.ask("a", BasisGradient, round=2) == second
-    assert world.ask("a", BasisGradient, round=0).parts == first.parts
-    assert world.ledgers("a") == ([0, 3] if changes else [])
-
-
 @pytest.mark.parametrize("changes", [{}, EXAMPLE], ids=["plain", "private"])
 def test_a_broadcast_for_another_shared_state_trains_nothing(
     changes: dict[str, Any], settings: Settings, tmp_path: Path
@@ -257,6 +207,44 @@ def test_a_round_is_done_once_and_for_one_broadcast(
     assert world.ledgers("a") == ([1, 2] if changes else [])
 
 
+def test_a_round_that_was_interrupted_is_done_again(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For the same broadcast, and without a second charge if the first one did not reach the disk."""
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    world = Hostile(tmp_path)
+    world.open(settings(EXAMPLE))
+    broadcast = world.broadcast(0)
+    other = world.broadcast(0, lambda message: {key: x + 0.01 for key, x in message.items()})
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train", killed)
+        with pytest.raises(KeyboardInterrupt):
+            world.train(0, "a", broadcast)
+    world.restart("a")
+    with pytest.raises(RefusalError, match="was done here for another broadcast"):
+        world.train(0, "a", other)
+    assert isinstance(world.train(0, "a", broadcast)[0], TrainReply) and world.ledgers("a") == [1]
+
+
+@pytest.mark.parametrize("changes", [{}, EXAMPLE], ids=["plain", "private"])
+def test_a_round_is_not_done_again_when_its_answer_is_not_stored_any_more(
+    changes: dict[str, Any], settings: Settings, tmp_path: Path
+) -> None:
+    """In place of the last round, a coordinator could have a second update of the first one, with other noise."""
+    world = Hostile(tmp_path)
+    world.open(settings(changes, {"rounds": 4}))
+    broadcasts = [world.broadcast(round) for round in range(3)]
+    answers = [world.train(round, "a", broadcast) for round, broadcast in enumerate(broadcasts)]
+    with pytest.raises(RefusalError, match="Round 1 was done here, and its answer is not stored any more"):
+        world.train(0, "a", broadcasts[0])
+    for round in (1, 2):  # a coordinator may fall back to the round before
+        assert world.train(round, "a", broadcasts[round])[0].parts == answers[round][0].parts
+    assert world.ledgers("a") == ([1, 2, 3] if changes else [])
+
+
 @pytest.mark.parametrize("round", [1, 7, -1])
 def test_there_are_no_more_rounds_than_the_run_has(round: int, settings: Settings, tmp_path: Path) -> None:
     world = Hostile(tmp_path)
@@ -275,33 +263,3 @@ def test_a_broadcast_out_of_range_is_refused_before_a_row_is_drawn(
     with pytest.raises(RefusalError, match=r"NaN, infinite or above 1e\+06"):
         world.train(0, "a", world.broadcast(0, lambda message: {key: x + bad for key, x in message.items()}))
     assert world.ledgers("a") == []
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda x: x * 2e-22, "is not orthonormal"),
-        (lambda x: x * 3, "is not orthonormal"),
-        (lambda x: x[:, 1:], "do not fit layer"),
-        (lambda x: x * np.nan, "NaN, infinite or above"),
-    ],
-)
-def test_a_basis_of_another_scale_is_refused(
-    change: Callable[[Any], Any], words: str, settings: Settings, tmp_path: Path
-) -> None:
-    """It would scale every row's gradient, down to where a clip in float32 does nothing."""
-    world = Hostile(tmp_path)
-    world.open(settings(EXAMPLE))
-    shared = world.state().shared
-    changed = Payload.of({key: change(x) for key, x in shared.items()}, kind="broadcast", run=RUN, round=0)
-    with pytest.raises(RefusalError, match=words):
-        world.ask("a", SetShared, pack(changed))
-    whole = pack(Payload.of(shared, kind="broadcast", run=RUN, round=0))
-    assert world.ask("a", SetShared, whole).shared == basis_hash(shared)
-
-
-def test_a_basis_is_sent_only_to_a_coordinator_without_the_base_model(settings: Settings, tmp_path: Path) -> None:
-    world = Hostile(tmp_path)
-    world.open(settings(EXAMPLE))
-    with pytest.raises(RefusalError, match="derives the basis itself"):
-        world.ask("a", GetShared)

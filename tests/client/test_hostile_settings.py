@@ -10,10 +10,8 @@ import pytest
 
 from conftest import labelled_rows, write_rows
 from fedsb.data.sources import load_table
-from fedsb.protocol.messages import (
-    BasisGradient,
-    Start,
-)
+from fedsb.protocol.messages import BasisGradient, Describe, Start, read_reply
+from fedsb.utils.environment import versions
 from fedsb.utils.errors import RefusalError, UserError
 from support.hostile import CLASSES, CLIENT, EXAMPLE, SUMS, Hostile, Settings, run_settings
 
@@ -164,6 +162,8 @@ def test_a_sites_fingerprint_confirms_no_guess_and_shows_the_site_a_change(setti
     plain = load_table(str(tmp_path / "a" / "rows.jsonl")).fingerprint
     assert len({plain, *told.values()}) == 3  # the sites have the same rows
     assert world.describe("a", settings()).fingerprint == told["a"]
+    elsewhere = Describe(run="other", config=settings(), versions=versions())
+    assert read_reply(world.sites["a"](elsewhere.pack()), elsewhere).fingerprint != told["a"]
     world.open(settings())
     broadcast = world.broadcast(0)
     write_rows(tmp_path / "a" / "rows.jsonl", [{**rows[0], "text": "green1 green2"}, *rows[1:]])

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from fedsb.privacy import accounting
-from fedsb.privacy.accounting import TOLERANCE, Release, calibrate, epsilon
+from fedsb.privacy.accounting import TOLERANCE, Release, calibrate, covered, epsilon
 from fedsb.utils.errors import UserError
 
 DELTA = 1e-5
@@ -131,6 +131,28 @@ def test_only_q_sigma_and_total_count_matter() -> None:
     parts = [Release(sigma=0.9, q=64 / 5000, count=700, what="a"), Release(sigma=0.9, q=64 / 5000, count=82, what="b")]
     assert epsilon(parts, DELTA) == whole
     assert epsilon(iter(parts), DELTA) == whole
+
+
+@pytest.mark.parametrize(
+    ("spent", "is_covered"),
+    [
+        ([], True),
+        (steps(0.9, 0.1, 5), True),
+        ([*steps(0.9, 0.1, 2), *steps(0.9, 0.1, 3)], True),
+        ([*steps(0.9, 0.1, 5), Release(sigma=4.0, what="training")], True),  # names do not matter
+        (steps(0.9, 0.1, 6), False),
+        ([*steps(0.9, 0.1, 3), *steps(0.9, 0.1, 3)], False),
+        ([Release(sigma=4.0, count=2)], False),
+        (steps(0.9, 0.1000001, 1), False),
+        (steps(0.8999999, 0.1, 1), False),
+        (steps(9.0, 0.01, 1), False),  # costs less than any of the plan, but is not in it
+    ],
+)
+def test_releases_that_a_plan_covers(spent: list[Release], is_covered: bool) -> None:
+    planned = [Release(sigma=4.0, what="basis"), *steps(0.9, 0.1, 5)]
+    assert covered(iter(spent), iter(planned)) is is_covered
+    assert not is_covered or epsilon(spent, DELTA) <= epsilon(planned, DELTA)
+    assert covered(spent, []) is (not spent)
 
 
 def test_it_grows_with_what_is_released_and_falls_with_noise_and_delta() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,14 @@ import torch
 from conftest import set_all
 from fedsb.adapters.layout import Layout
 from fedsb.config.load import load_config
+from fedsb.privacy import accounting
+from fedsb.privacy.accounting import Release, epsilon
 from fedsb.privacy.ledger import Ledger, read_ledger
-from fedsb.privacy.mechanism import DPMechanism, UnsafeReleaseError
+from fedsb.privacy.mechanism import ROUNDING, Cap, DPMechanism, PrivacyBudgetExceededError, UnsafeReleaseError
 from fedsb.privacy.noise import SeededNoise
 from fedsb.privacy.plan import BasisNoise, PrivacyPlan
 from fedsb.runs.run import federate
+from fedsb.server.server import Server
 from fedsb.training import per_example
 from fedsb.training.per_example import add_clipped, norms
 from fedsb.utils.errors import RunError
@@ -32,10 +36,10 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
-def guarded(folder: Path, **changes: Any) -> DPMechanism:
+def guarded(folder: Path, caps: tuple[Cap, ...] = (), **changes: Any) -> DPMechanism:
     settings = {"clip": 0.5, "delta": 1e-5, "batch": 8, "rows": 32, "steps": 3, "rounds": 2, "sigma": 1.0, **changes}
     ledger = Ledger.create(folder / "a.jsonl", run="x", client="a", unit="example")
-    return DPMechanism(plan=PrivacyPlan(unit="example", **settings), ledger=ledger, noise=SeededNoise(0, "a"))
+    return DPMechanism(plan=PrivacyPlan(unit="example", **settings), ledger=ledger, noise=SeededNoise(0, "a"), caps=caps)
 
 
 # --- the clip ---
@@ -84,7 +88,7 @@ def test_a_sum_longer_than_its_rows_allow_is_not_released(tmp_path: Path) -> Non
     mechanism = guarded(tmp_path, basis=BasisNoise(clip=0.5, sigma=1.0))
     mechanism.charge(1)
     mechanism.mean(torch.full((4,), 0.5), 2, LAYOUT)  # exactly 2 x 0.5
-    for total, rows in (torch.full((4,), 0.51), 2), (torch.tensor([1e-20, 0, 0, 0]), 0):
+    for total, rows in (torch.full((4,), 0.51), 2), (torch.tensor([1e-24, 0, 0, 0]), 0):
         with pytest.raises(
             UnsafeReleaseError, match=f"the sum of {rows} clipped gradients is longer than {rows} x 0.5"
         ):
@@ -132,6 +136,122 @@ def test_what_is_not_charged_is_neither_drawn_nor_released(tmp_path: Path) -> No
         mechanism.basis_sum(zeros, 0, LAYOUT)
 
 
+def test_a_charge_that_did_not_reach_the_disk_allows_no_draw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise RunError("the disk is full")
+
+    mechanism = guarded(tmp_path, basis=BasisNoise(clip=0.5, sigma=1.0))
+    monkeypatch.setattr(Ledger, "charge", full)
+    for charge in (mechanism.charge, mechanism.charge_basis):
+        with pytest.raises(RunError, match="the disk is full"):
+            charge(1)
+    for draw in (mechanism.draw, lambda: mechanism.basis_sum(torch.zeros(4), 0, LAYOUT)):
+        with pytest.raises(UnsafeReleaseError, match="the ledger has no line for"):
+            draw()
+
+
+# --- the budget ---
+
+
+@pytest.fixture
+def compositions(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """One entry per composition of releases from now on."""
+    made: list[object] = []
+    composed = accounting._composed
+    monkeypatch.setattr(accounting, "_composed", lambda *args: made.append(args) or composed(*args))
+    accounting._pld.cache_clear()
+    return made
+
+
+def test_a_charge_that_the_plan_covers_composes_nothing(tmp_path: Path, compositions: list[object]) -> None:
+    """Five clients with different plans, and a new basis before round 3."""
+    for rows in (32, 40, 48, 56, 64):
+        (folder := tmp_path / str(rows)).mkdir()
+        mechanism = guarded(folder, rows=rows, rounds=4, basis=BasisNoise(clip=0.5, sigma=9.0, every=2))
+        mechanism.charge_basis(0)
+        for round in (1, 2, 3, 4):
+            if round == 3:
+                mechanism.charge_basis(round)
+            mechanism.charge(round)
+    assert compositions == []
+    with pytest.raises(PrivacyBudgetExceededError, match="round 4 would raise epsilon"):
+        mechanism.charge(4)
+    assert compositions
+
+
+def test_a_cap_composes_the_plan_once(tmp_path: Path, compositions: list[object]) -> None:
+    mechanism = guarded(tmp_path, rounds=4, caps=(Cap(epsilon=50.0, delta=1e-6, before=(Release(sigma=2.0),)),))
+    mechanism.charge(1)
+    once = len(compositions)
+    accounting._pld.cache_clear()
+    for round in (2, 3, 4):
+        mechanism.charge(round)
+    assert 0 < len(compositions) == once
+
+
+def test_the_rounds_of_a_private_run_compose_nothing(
+    tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, compositions: list[object]
+) -> None:
+    counts: list[int] = []
+    run_round = Server.run_round
+
+    def counted(self: Server, *args: Any, **kwargs: Any) -> Any:
+        before = len(compositions)
+        result = run_round(self, *args, **kwargs)
+        counts.append(len(compositions) - before)
+        return result
+
+    monkeypatch.setattr(Server, "run_round", counted)
+    federate(load_config(set_all(tiny_config, privacy={"unit": "example", "noise_multiplier": 1.0, "delta": 1e-3})))
+    assert counts == [0, 0, 0] and compositions
+
+
+def may_charge(mechanism: DPMechanism, release: Release) -> bool:
+    """The rule of a charge, with a composition each time."""
+    after, plan, cap = [*mechanism.ledger.releases(), release], mechanism.plan, next(iter(mechanism.caps), None)
+    if epsilon(after, plan.delta) > plan.epsilon() * (1 + ROUNDING):
+        return False
+    return cap is None or cap.total(after) <= cap.epsilon * (1 + ROUNDING)
+
+
+EARLIER = (Release(sigma=1.5, q=0.25, count=20),)
+RARE = Release(sigma=0.05, q=2e-6)  # costs nothing at the plan's delta, and much at a smaller one
+
+
+@pytest.mark.parametrize("basis", [None, BasisNoise(clip=0.5, sigma=4.0), BasisNoise(clip=0.5, sigma=1.0, every=2)])
+@pytest.mark.parametrize(
+    ("share", "before"), [(None, ()), (1.01, ()), (1.01, EARLIER), (0.9, ()), (0.9, EARLIER)], ids=str
+)
+@pytest.mark.parametrize("other", [None, RARE, Release(sigma=0.9, q=0.25, count=2)], ids=str)
+def test_a_charge_is_refused_as_if_each_composed_all_releases(
+    tmp_path: Path, basis: BasisNoise | None, share: float | None, before: tuple[Release, ...], other: Release | None
+) -> None:
+    """With a repeated basis, repeated rounds until the end, a line that is not in the plan, and a cap that is `share`
+    of what all runs together would spend."""
+    mechanism = guarded(tmp_path, rounds=3, basis=basis)
+    if share is not None:
+        total = epsilon([*before, *mechanism.plan.releases()], 1e-7)
+        mechanism = replace(mechanism, caps=(Cap(epsilon=share * total, delta=1e-7, before=before),))
+    plan, ledger = mechanism.plan, mechanism.ledger
+    training = Release(q=plan.q, sigma=plan.sigma, count=plan.steps)
+    charges = [(training, mechanism.charge)] * 5
+    if basis is not None:
+        made = Release(q=basis.q, sigma=basis.sigma, what="basis")
+        charges = [(made, mechanism.charge_basis), *charges[:2], (made, mechanism.charge_basis), *charges[2:]]
+    if other is not None:
+        ledger.charge(other, round=0, clip=0.5)
+    allowed = []
+    for number, (release, charge) in enumerate(charges):
+        allowed.append(may_charge(mechanism, release))
+        if allowed[-1]:
+            charge(number)
+        else:
+            with pytest.raises(PrivacyBudgetExceededError, match="would raise epsilon"):
+                charge(number)
+    assert not all(allowed)
+    assert len(read_ledger(ledger.path)) == sum(allowed) + (other is not None)
+
+
 # --- the noise ---
 
 
@@ -144,4 +264,10 @@ def test_noise_has_the_bits_of_float32(tmp_path: Path) -> None:
     low = noise.numpy().view(np.uint32) & 0xFFF  # the last 12 of 24 bits: all values alike
     counts = np.bincount(low, minlength=4096)
     assert counts.min() > 0 and counts.max() < 80  # 24 each
-    assert len(read_ledger(tmp_path / "a.jsonl")) == 0
+
+
+def test_noise_is_added_in_float64(tmp_path: Path) -> None:
+    """A float32 sum of float32 noise would be rounded twice."""
+    total = torch.linspace(-1, 1, 100_000)
+    exact = total.double() + 0.7 * torch.from_numpy(SeededNoise(0, "a").normal(100_000))
+    assert torch.equal(guarded(tmp_path).add_noise(total, 0.7), exact.float())

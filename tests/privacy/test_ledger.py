@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -267,6 +268,19 @@ def test_alike_releases_become_one(tmp_path: Path) -> None:
             Release(sigma=0.861, q=0.0128, count=92),
             Release(sigma=0.9, q=0.0128),
         )
+
+
+def test_a_copy_has_every_line_once(tmp_path: Path) -> None:
+    """Also of equal lines: a round that was charged twice in one second."""
+    entry = read_ledger(after(tmp_path, 1))
+    with Ledger.create(tmp_path / "copy.jsonl", unit="example", **WHOSE) as copy:
+        for own in (entry[:1], entry, entry, [*entry, entry[-1]], [*entry, entry[-1]]):
+            copy.copy(own)
+            assert read_ledger(copy.path) == tuple(own)
+        assert copy.releases() == merged(own)
+        with pytest.raises(ValueError, match="it belongs to 'site-b'"):
+            copy.copy([replace(entry[0], client="site-b")])
+    assert read_ledger(copy.path) == tuple(own)
 
 
 def test_names_with_anything_in_them(tmp_path: Path) -> None:

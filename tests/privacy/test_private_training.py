@@ -507,7 +507,7 @@ def test_a_clients_own_cap_is_for_its_own_delta_and_all_runs(tmp_path: Path) -> 
     most = epsilon([other, *plan.releases(2)], 1e-5)
     cap = Cap(epsilon=most, delta=1e-5, before=(other,))
     ledger = Ledger.create(tmp_path / "a.jsonl", run="x", client="a", unit="example")
-    mechanism = DPMechanism(plan=plan, ledger=ledger, noise=SeededNoise(0, "a"), cap=cap)
+    mechanism = DPMechanism(plan=plan, ledger=ledger, noise=SeededNoise(0, "a"), caps=(cap,))
     mechanism.charge(1)
     mechanism.charge(2)
     with pytest.raises(PrivacyBudgetExceededError, match=r"at a delta of 1e-05. This site allows"):

@@ -129,26 +129,40 @@ def test_each_step_is_of_the_rows_drawn_for_it(
         assert torch.allclose(x, tensors[key], atol=1e-5), key
 
 
+@pytest.mark.parametrize("long", [0, 2, 3])
 def test_a_basis_is_made_of_the_rows_drawn_for_it(
-    tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, long: int
 ) -> None:
+    """Each is clipped over all layers together; `long` of the three are longer than the clip."""
+
     class Some(Quiet):
         def poisson_sample(self, rows: int, q: float) -> list[int]:
             return [5, rows - 2, rows - 1]
 
     with_noise(monkeypatch, lambda client: Some(0, client))
-    server = open_server(set_all(private(tiny_config, clip_norm=1e6), basis=CORE))
-    server.policy.open_ledgers(tmp_path, "test", new=True)
+    config = set_all(private(tiny_config), basis=CORE)
+    server = open_server(set_all(config, privacy={}))
     site, basis = server.clients[0], server.config.basis
     outer = outer_basis(basis, server.trainer.adapted, server.method.total_rank, 0, 0)
     common = (server.trainer.adapted, server.trainer.task)
-    found, _ = core_sums(
+    drawn = [site.train[i] for i in (5, site.rows - 2, site.rows - 1)]
+    each = [core_gradients(*common, server.trainer.head, outer, [row], 4) for row in drawn]
+    lengths = [
+        server.trainer.adapted.scale * float(torch.cat([S.flatten() for S in S_of.values()]).norm()) for S_of in each
+    ]
+    clip = [2 * max(lengths), *sorted(lengths, reverse=True)][long] * 0.99
+    expected = {
+        key: sum(S[key] * min(1.0, clip / length) for S, length in zip(each, lengths, strict=True)) for key in each[0]
+    }
+
+    server = open_server(set_all(config, privacy={**config["privacy"], "clip_norm": clip}))
+    server.policy.open_ledgers(tmp_path, "test", new=True)
+    found, rows = core_sums(
         server.config, *common, site, server.trainer.head, outer, draw=server.policy.mechanisms[site.name], round=0
     )
-    drawn = [site.train[i] for i in (5, site.rows - 2, site.rows - 1)]
-    wanted = core_gradients(*common, server.trainer.head, outer, drawn, 4)
-    for key, S in wanted.items():
+    for key, S in expected.items():
         assert torch.allclose(found[key], S, atol=1e-5 * float(S.abs().max())), key
+    assert rows == pytest.approx(30 / sum(client.rows for client in server.clients) * site.rows)  # those expected
 
 
 # --- the noise ---
@@ -245,6 +259,21 @@ def test_a_kill_before_the_first_checkpoint_leaves_the_ledgers(
             resume(folder)
     for path, content in before.items():
         assert path.read_bytes().startswith(content)
+
+
+def test_a_kill_in_the_only_round_is_explained(tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its noise is spent, and there is no finished round whose adapter could be exported."""
+
+    def killed(self: Record, *_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Record, "commit", killed)
+        with pytest.raises(KeyboardInterrupt):
+            federate(load_config(private(set_all(tiny_config, rounds=1))))
+    for _ in range(2):
+        with pytest.raises(PrivacyBudgetExceededError, match=r"before its first round was finished.*--set name=other"):
+            resume(Path(tiny_config["out"]) / "tiny")
 
 
 # --- what is not told ---
@@ -352,7 +381,8 @@ def test_what_a_private_run_says_of_its_epsilon(tiny_config: dict[str, Any], cli
     uncovered = "; ".join(says["not_covered"])
     assert "other runs on the same rows: their epsilons add up" in uncovered
     assert "the number of rows of each class" in uncovered and "which clients' updates arrive" not in uncovered
-    assert result["peak_memory_bytes"] is None and manifest["basis"]["peak_memory_bytes"] is None
+    told = json.dumps([manifest, result, read_rows(done.folder / "rounds.jsonl")])
+    assert set(re.findall(r'"peak_memory_bytes": ([^,}]+)', told)) == {"null"}
     printed = cli("report", done.folder).out
     (stated,) = re.findall(r"epsilon ([0-9.]+) at delta", printed)
     assert float(stated) >= result["epsilon"] * (1 - 1e-6)

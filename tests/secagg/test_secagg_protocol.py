@@ -8,10 +8,11 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from sums import ANSWERS, IDENTITIES, OF_KEYS, Sum, body, is_uniform, make_keys, make_plan
 
 from fedsb.secagg.fixed_point import FixedPoint, Floats
-from fedsb.secagg.keys import mask_private, public_key
+from fedsb.secagg.keys import mask_private, public_key, seal_key
 from fedsb.secagg.messages import Phase, SumError
 from fedsb.secagg.primitives import SEED_BYTES, combine
 from fedsb.secagg.protocol import Simulated, simulate
@@ -252,6 +253,15 @@ def test_the_answers_give_a_seed_of_16_bytes_each_and_never_both_of_one_client(s
         assert few not in seeds
         own_key = public_key(mask_private(world.plan.keys, name, seed)) == world.public(name).masks[0]
         assert own_key is (name == "d")
+
+
+def test_one_pair_of_keys_seals_with_other_keys_in_another_plan_and_for_another_pair() -> None:
+    own, other = X25519PrivateKey.generate(), X25519PrivateKey.generate()
+    plans = [make_keys(), make_keys(round=8), make_keys(run="other"), make_keys(n=5)]
+    keys = [seal_key(plan, own, public_key(other), "a", "b") for plan in plans]
+    keys += [seal_key(plans[0], own, public_key(other), *pair) for pair in (("b", "a"), ("a", "c"), ("c", "b"))]
+    assert len(set(keys)) == len(keys)
+    assert seal_key(plans[0], other, public_key(own), "a", "b") == keys[0]
 
 
 def test_the_shares_travel_sealed() -> None:

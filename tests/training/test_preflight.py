@@ -60,7 +60,14 @@ def found(config: dict[str, Any]) -> Preflight:
 
 
 @pytest.mark.parametrize(
-    ("model_type", "kind"), [("deberta", "classification"), ("opt", "text"), ("qwen2_moe", "text")]
+    ("model_type", "kind"),
+    [
+        ("deberta", "classification"),
+        ("xlnet", "classification"),
+        ("longformer", "classification"),
+        ("opt", "text"),
+        ("qwen2_moe", "text"),
+    ],
 )
 def test_rows_that_cannot_be_routed_are_protected_one_by_one(
     tiny_config: dict[str, Any], made: Make, model_type: str, kind: str
@@ -132,34 +139,63 @@ def test_a_rotary_embedding_that_depends_on_the_batch(
     assert found(set_all(config, model={**config["model"], "max_seq_length": 8})).mixing is None
 
 
-def test_a_layer_that_looks_at_the_whole_batch_is_found(tiny_config: dict[str, Any]) -> None:
-    server = open_server(tiny_config)
-    assert server.trainer.preflight.alone is None
-    server.trainer.adapted.unwrap()
-    model: Any = server.trainer.base.model
-    model.bert.embeddings = wrapped(model.bert.embeddings)
-    adapted = AdaptedModel(
-        model,
-        kind="core",
-        targets=find_targets(model, "blocks", server.trainer.base.head),
-        head=server.trainer.base.head,
-    )
-    assert "with a longer row" in str(
-        preflight(adapted, server.trainer.task, server.trainer.head, private_rows=False, batch=4).mixing
-    )
+@pytest.mark.parametrize("window", [2, 3, 16])
+def test_a_layer_whose_first_axis_is_that_of_tokens_cannot_be_routed(
+    tiny_config: dict[str, Any], made: Make, window: int
+) -> None:
+    """Whatever the width: with as many tokens as rows, tokens would be taken for rows."""
+    model = {"name": str(made("xlnet")), "max_seq_length": window}
+    assert "receives" in str(found(set_all(tiny_config, model=model)).unroutable)
 
 
-def wrapped(embeddings: nn.Module) -> nn.Module:
-    class Wrapped(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embeddings = embeddings
+class Embeddings(nn.Module):
+    """A model's embeddings, which depend on other rows in one way. `seen` are the widths of all forwards so far."""
 
-        def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-            x: torch.Tensor = self.embeddings(*args, **kwargs)
-            return x - 0.5 * x.mean(dim=(0, 1), keepdim=True)
+    def __init__(self, embeddings: nn.Module, fault: Callable[[torch.Tensor, list[int]], torch.Tensor]) -> None:
+        super().__init__()
+        self.embeddings, self.fault, self.seen = embeddings, fault, [0]
 
-    return Wrapped()
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        x: torch.Tensor = self.embeddings(*args, **kwargs)
+        found = self.fault(x, self.seen)
+        self.seen.append(x.shape[1])
+        return found
+
+
+def minus_mean(x: torch.Tensor) -> torch.Tensor:
+    return x - 0.5 * x.mean(dim=(0, 1), keepdim=True)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fault", "words"),
+    [
+        ("bert", lambda x, seen: minus_mean(x), "in a batch with a longer row"),
+        ("bert", lambda x, seen: minus_mean(x) if x.shape[1] == 32 else x, "in a batch with a longer row"),
+        ("deberta", lambda x, seen: x.flip(-1) if max(seen) > 8 else x, "after a longer row was read"),
+        ("deberta", lambda x, seen: x.flip(-1) if seen[-1] > 8 else x, "after a longer row was read"),
+        ("deberta", lambda x, seen: x.flip(-1) if seen[-1] == 32 else x, "after a longer row was read"),
+    ],
+    ids=[
+        "the batch",
+        "a batch with a row that fills the window",
+        "the longest row so far",
+        "the row before",
+        "a row before that fills the window",
+    ],
+)
+def test_a_layer_that_depends_on_other_rows_is_found(
+    tiny_config: dict[str, Any], made: Make, model_type: str, fault: Any, words: str
+) -> None:
+    """In one forward, or between forwards in a model that reads rows one by one."""
+    server = open_server(set_all(tiny_config, model={"name": str(made(model_type)), "max_seq_length": 32}))
+    trainer = server.trainer
+    assert trainer.preflight.mixing is None
+    trainer.adapted.unwrap()
+    model: Any = trainer.base.model
+    model.base_model.embeddings = Embeddings(model.base_model.embeddings, fault)
+    targets = find_targets(model, "blocks", trainer.base.head)
+    adapted = AdaptedModel(model, kind="core", targets=targets, head=trainer.base.head)
+    assert words in str(preflight(adapted, trainer.task, trainer.head, private_rows=False, batch=4).mixing)
 
 
 @pytest.mark.parametrize("model_type", ["bert", "roberta", "distilbert", "modernbert", "t5", "bart", "gpt2", "llama"])

@@ -189,6 +189,7 @@ def test_whole_code_passes(config: dict[str, Any]) -> None:
     assert not found["broken"]
     assert found["epsilon_audited"] < found["epsilon"] == found["epsilon_ledger"] <= 1.0
     assert (found["steps"], found["canaries"]) == (9, 1000)
+    assert found["epsilon_most"] == ceiling(1000, found["delta"], found["q"], 9) < ceiling(1000, found["delta"])
     tests = found["tests"]
     assert tests.pop("divisor")["tests"] == 0  # of shared noise
     assert set(tests) == {"size", "mean", "shape", "tensors", "steps", "draws", "clip", "again"}
@@ -388,6 +389,47 @@ def test_the_tests_of_a_release_hardly_ever_accuse_whole_code() -> None:
         assert {score.kind for score in scores} == {"size", "mean", "shape", "tensors", "steps", "draws"}
         worst = max(worst, *(abs(score.score) for score in scores))
     assert worst < limit(len(scores)) < 6
+
+
+def shifted(z: torch.Tensor) -> list[torch.Tensor]:
+    return list(z + 0.1)
+
+
+def repeated_every_other_step(z: torch.Tensor) -> list[torch.Tensor]:
+    return [z[0], z[1], z[0], z[1]]
+
+
+def repeated_once(z: torch.Tensor) -> list[torch.Tensor]:
+    """The sum of the steps has the planned size, because the third step takes a part of the repetition back."""
+    return [z[0], z[0], -0.5 * z[0] + 0.75**0.5 * z[1]]
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind", "what"),
+    [
+        (shifted, "mean", "all noise"),
+        (repeated_every_other_step, "steps", "a, summed"),
+        (repeated_once, "steps", "a, one after another"),
+    ],
+)
+def test_what_only_one_test_of_a_release_finds(
+    fault: Callable[[torch.Tensor], list[torch.Tensor]], kind: str, what: str
+) -> None:
+    z = torch.from_numpy(np.random.default_rng(0).standard_normal((4, 5000)))
+    checks = ReleaseChecks(0.05)
+    for step in fault(z):
+        checks.record_noise({"a": step}, 1.0)
+    scores = checks.scores(1e-3)
+    found = [score for score in scores if abs(score.score) > limit(len(scores))]
+    assert [(score.kind, score.what) for score in found] == [(kind, what)]
+    assert failed(scores) == found
+
+
+@pytest.mark.parametrize(("drawn", "is_fault"), [(10, True), (40, False), (90, True)])
+def test_the_rows_of_one_step_are_counted(drawn: int, is_fault: bool) -> None:
+    checks = ReleaseChecks(0.1)
+    checks.record_draw(range(drawn), 400)
+    assert [score.what for score in failed(checks.scores(1e-3))] == ["rows drawn"] * is_fault
 
 
 def test_canaries_that_no_step_draws_show_nothing() -> None:

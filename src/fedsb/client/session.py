@@ -341,7 +341,13 @@ class StartedClient(ClientSharedState):
                 f"Round {round + 1} was done here for another broadcast, and a site does each round once. If the "
                 "coordinator lost its newest checkpoint, start a new run."
             )
-        return self.store.stored_round(round + 1)
+        done = self.store.stored_round(round + 1)
+        if done is None and self.store.answered(round + 1) is not None:
+            raise RefusalError(
+                f"Round {round + 1} was done here, and its answer is not stored any more. A site does each round once. "
+                "If the coordinator lost its newest checkpoints, start a new run."
+            )
+        return done
 
     def _check_tensors(self, tensors: Tensors) -> None:
         """Raises PayloadError for tensors with other names or shapes than those of this run."""

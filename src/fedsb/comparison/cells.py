@@ -35,7 +35,7 @@ from fedsb.models.load import choose_device
 from fedsb.reporting.report import summary
 from fedsb.reporting.run_directory import read_manifest, read_result, read_rows
 from fedsb.utils.errors import ConfigError, RunError, UserError
-from fedsb.utils.files import disk_errors, lock, write_atomic
+from fedsb.utils.files import disk_errors, lock, safe_name, write_atomic
 
 PATHS = ("data.train", "data.test", "basis.data", "model.name")  # settings that may name a file or a folder
 DIVERGED = re.compile(r"became (nan|-?inf)\b|NaN or infinite")  # in the error of a client or the server
@@ -124,7 +124,7 @@ def _draft(cell: Cell, ledgers: Path) -> Iterator[Path]:
         with TemporaryDirectory(prefix="fedsb-cell-") as draft:
             yield Path(draft)
         return
-    folder = ledgers / f"{cell.key}-{uuid.uuid4().hex[:6]}"
+    folder = ledgers / f"{safe_name(cell.name)}-{uuid.uuid4().hex[:6]}"  # not its key, a hash of the private rows
     with disk_errors(ledgers):
         folder.mkdir(parents=True)
     try:

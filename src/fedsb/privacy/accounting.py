@@ -96,6 +96,23 @@ def epsilon(releases: Iterable[Release], delta: float, accountant: Accountant = 
     return _pld(spent, delta) if accountant == "pld" else _rdp(spent, delta)
 
 
+def covered(spent: Sequence[Release], planned: Sequence[Release]) -> bool:
+    """Returns whether `planned` contains each release of `spent`, with the same q and noise, at least as often.
+
+    If so, epsilon of `spent` is at most that of `planned`, at every delta, because leaving out releases is
+    post-processing. It need not be computed. The same is true of the clients' own shares of the noise.
+    """
+    for one, other in ((spent, planned), (_alone(spent), _alone(planned))):
+        most = {(q, sigma): count for q, sigma, count in _merged(other)}
+        if any(count > most.get((q, sigma), 0) for q, sigma, count in _merged(one)):
+            return False
+    return True
+
+
+def _alone(releases: Sequence[Release]) -> list[Release]:
+    return [release.alone() for release in releases]
+
+
 def check_delta(delta: float) -> None:
     """Raises UserError unless delta is a probability between 0 and 1."""
     if not 0 < delta < 1:

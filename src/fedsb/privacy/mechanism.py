@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fedsb.adapters.layout import Layout
-from fedsb.privacy.accounting import Release, epsilon
+from fedsb.privacy.accounting import Release, covered, epsilon
 from fedsb.privacy.discrete import discrete_gaussian
 from fedsb.privacy.grid import NoiseGrid
 from fedsb.privacy.ledger import Ledger
@@ -158,22 +159,32 @@ class DPMechanism:
         return (total.detach().double() + to_device(noise, total.device)).float()
 
     def _charge(self, release: Release, clip: float, round: int) -> None:
-        planned = self.plan.epsilon()
-        after = epsilon([*self.ledger.releases(), release], self.plan.delta)
-        if after > planned * (1 + ROUNDING):
+        self._refuse_overspending([*self.ledger.releases(), release], round)
+        self.ledger.charge(release, round=round, clip=clip)
+        self._charged["basis" if release.what == "basis" else "training"] = release.count
+
+    def _refuse_overspending(self, after: Sequence[Release], round: int) -> None:
+        """Raises PrivacyBudgetExceededError if the ledger would be `after` a charge, and exceed the plan or a cap.
+
+        Releases are composed only if the plan does not cover them, as after a repeated round.
+        """
+        planned = covered(after, self.plan.releases())
+        if not planned and (spent := epsilon(after, self.plan.delta)) > (most := self.plan.epsilon()) * (1 + ROUNDING):
             raise PrivacyBudgetExceededError(
-                f"{self.ledger.client}: round {round} would raise epsilon to {after:.4g}, but the plan allows "
-                f"{planned:.4g} (delta {self.plan.delta:g}). Rounds repeated after a crash are charged again."
+                f"{self.ledger.client}: round {round} would raise epsilon to {spent:.4g}, but the plan allows "
+                f"{most:.4g} (delta {self.plan.delta:g}). Rounds repeated after a crash are charged again."
             )
-        for cap in self.caps:
-            total = cap.total([*self.ledger.releases(), release])
-            if total > cap.epsilon * (1 + ROUNDING):
+        for cap in self.caps if not (planned and self._plan_is_below_caps) else ():
+            if (total := cap.total(after)) > cap.epsilon * (1 + ROUNDING):
                 raise PrivacyBudgetExceededError(
                     f"{self.ledger.client}: round {round} would raise epsilon of all runs together to {total:.4g} at a "
                     f"delta of {cap.delta:g}. This site allows {cap.epsilon:g}."
                 )
-        self.ledger.charge(release, round=round, clip=clip)
-        self._charged["basis" if release.what == "basis" else "training"] = release.count
+
+    @cached_property
+    def _plan_is_below_caps(self) -> bool:
+        """Returns whether the caps allow the whole plan after all earlier runs. The releases are composed once."""
+        return all(cap.total(self.plan.releases()) <= cap.epsilon for cap in self.caps)
 
     def _take(self, what: What) -> None:
         self.require_charged(what)

@@ -90,13 +90,14 @@ def preflight(adapted: AdaptedModel, task: Task, head: Tensors, *, private_rows:
     short, long, other = _rows(task)
     tensors = _made_up(adapted, head)
     with _explained(adapted, task):
+        alone = _gradient(adapted, task, tensors, [short])  # before the model reads a longer row
         untouched = _try_training(adapted, task, tensors, [short, long] if batch > 1 else [long])
         if isinstance(task, CausalTask):
             _try_causality(adapted, task, tensors, short, other)
         unroutable = _routing_fault(adapted, task, tensors, [short, other, short])
         adapted.routing.one_by_one = unroutable is not None
-        others = [long, other] if batch > 1 else [other]
-        mixing = _mixing(adapted, task, tensors, short, others, together=unroutable is None)
+        rows = [short, other, long] if batch > 1 else [short, other]
+        mixing = _mixing(adapted, task, tensors, rows, alone, together=unroutable is None)
     if mixing and private_rows:
         raise UserError(
             f"privacy.unit = 'example' cannot be kept with this model: {mixing}. So one row enters the gradients of "
@@ -270,17 +271,18 @@ def _routing_fault(adapted: AdaptedModel, task: Task, tensors: Tensors, rows: Se
 
 
 def _mixing(
-    adapted: AdaptedModel, task: Task, tensors: Tensors, row: Example, others: Sequence[Example], *, together: bool
+    adapted: AdaptedModel, task: Task, tensors: Tensors, rows: Sequence[Example], alone: Tensor, *, together: bool
 ) -> str | None:
-    """Returns why the row's gradient depends on what else the model reads; None where it does not.
+    """Returns why the first row's gradient depends on what else the model reads; None where it does not.
 
-    With `together` the others are in the same forward, else in one before it.
+    `alone` is its gradient before the model has read a longer row. The longest row is last. With `together` the others
+    are in the same forward, else in one before it.
     """
+    row, *others = rows
     if any(type(module).__name__ == "Linear8bitLt" for module in adapted.model.modules()):
         return "its 8-bit layers (LLM.int8()) look for outliers in the whole batch"
     if known := batch_dependent_positions(adapted.model, task.max_tokens):
         return known
-    alone = _gradient(adapted, task, tensors, [row])
     for other in others:
         if together:
             beside = _gradient(adapted, task, tensors, [row, other])
