@@ -26,6 +26,7 @@ from fedsb.runs.run import federate, resume
 from fedsb.secagg.fixed_point import FixedPoint
 from fedsb.secagg.messages import KeyPlan, SumPlan
 from fedsb.server.server import RoundResult, Server
+from fedsb.training.trainer import Trainer
 from fedsb.utils.errors import RunError, UserError
 from support.server import open_server, started
 
@@ -321,3 +322,25 @@ def test_the_price_of_a_masked_update_is_what_is_sent(tiny_config: dict[str, Any
         manifest = read_manifest(done.folder)
         (mine,) = [price for price in manifest["prices"] if price["this_run"]]
         assert mine["up_bytes"] == sum(row["up_bytes"] for row in read_rows(done.folder / "rounds.jsonl"))
+
+
+def test_a_run_that_was_interrupted_while_it_trained_has_charged_nothing_for_the_round(
+    tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the budget would not suffice for the last round."""
+    train, rounds = Trainer.train, list[int]()
+
+    def interrupted(self: Trainer, clients: Any, method: Any, round: int, *rest: Any) -> Any:
+        rounds.append(round)
+        if rounds.count(1) == 1 and round == 1:
+            raise KeyboardInterrupt
+        return train(self, clients, method, round, *rest)
+
+    monkeypatch.setattr(Trainer, "train", interrupted)
+    config = of_clients(tiny_config)
+    with pytest.raises(KeyboardInterrupt):
+        federate(load_config(config))
+    folder = resume(Path(config["out"]) / config["name"]).folder
+    assert [row["round"] for row in read_rows(folder / "rounds.jsonl")] == [1, 2, 3]
+    (path,) = (folder / "privacy").glob("*.jsonl")
+    assert [entry.round for entry in read_ledger(path)] == [1, 2, 3]

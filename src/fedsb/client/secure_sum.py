@@ -142,8 +142,7 @@ class SecAggSession:
         facts = f"{terms.round} {terms.digest} {plan.threshold} {len(plan.names)}".encode()
         key = hashlib.sha256(facts + change.tobytes()).hexdigest()
         if (known := self._store.encoded(key)) is None:
-            if self._store.keeps_answers:  # else the server's ledger is this one, and charged by the server
-                terms.mechanism.charge(terms.round + 1)
+            self._sums.charge(terms)
             known = terms.encode(name, change)
             self._store.save_encoded(key, known)
         return known

@@ -147,6 +147,7 @@ class SecureSums:
         privacy = config.privacy if policy.shared_noise else None
         self.clients, self.threshold = config.server.sum_threshold(len(rows), privacy)
         shared = next((plan.shared for plan in policy.plans.values()), None)
+        self._charged: tuple[str, int] | None = None  # the agreement and the round that were charged last
         self.smallest = shared.honest if shared else self.threshold  # clients in a sum that the server can learn
         if self.clients < 2:
             raise UserError(
@@ -161,6 +162,13 @@ class SecureSums:
         else:
             reason = f"more than half of {self.clients} clients, and at least server.min_clients"
         return (ResolvedSetting(key="server.threshold", value=self.threshold, reason=f"{reason}; with fewer it ends"),)
+
+    def charge(self, terms: SumTerms) -> None:
+        """Charges the noise of a sum of changes, once: in one process all clients and the server have one ledger."""
+        key = terms.keys.attempt, terms.round
+        if terms.mechanism is not None and key != self._charged:
+            terms.mechanism.charge(terms.round + 1)
+            self._charged = key
 
     def key_plan(self, round: int, rounds: int, sites: Mapping[str, bytes], attempt: str) -> KeyPlan:
         """Returns the plan of an agreement of keys for the rounds from `round`, counted from 0, on.

@@ -114,8 +114,6 @@ class ServerRound:
         layout = Layout.of(shared.trained) if terms.step else shared.layout
         part = np.arange(layout.size)[server.compressor.part(layout.size, round)]
         plan = terms.plan(len(part))  # raises for an impossible sum, before any client is charged for it
-        if terms.mechanism is not None:
-            terms.mechanism.charge(round + 1)
         self.sum = SumRequest(attempt=keys.plan.attempt, cohort=cohort)
         trained, masked = list[ClientReply](), list[Masked]()
         for answer in self.answers(cohort):
@@ -123,6 +121,7 @@ class ServerRound:
                 assert isinstance(answer.reply, TrainReply)
                 trained.append(reply)
                 masked.append(Masked(client=reply.client, message=reply.payload, survivors=answer.reply.survivors))
+        server.secure_sums.charge(terms)
         try:
             found = secagg.add_up(terms, len(part), masked)
         except SumError as error:
