@@ -62,7 +62,7 @@ def test_a_site_refuses_what_it_does_not_allow(
 
 
 def test_a_site_refuses_an_epsilon_above_its_own(tiny_config: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"finds epsilon .*; allowed is 3"):
+    with pytest.raises(RunError, match=r"it spends epsilon .*; allowed is 3"):
         run(tiny_config, allowing(tmp_path, epsilon=3.0, delta=1e-3), **PRIVATE)
 
 

@@ -39,7 +39,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def guarded(folder: Path, caps: tuple[Cap, ...] = (), **changes: Any) -> DPMechanism:
     settings = {"clip": 0.5, "delta": 1e-5, "batch": 8, "rows": 32, "steps": 3, "rounds": 2, "sigma": 1.0, **changes}
     ledger = Ledger.create(folder / "a.jsonl", run="x", client="a", unit="example")
-    return DPMechanism(plan=PrivacyPlan(unit="example", **settings), ledger=ledger, noise=SeededNoise(0, "a"), caps=caps)
+    plan = PrivacyPlan(unit="example", **settings)
+    return DPMechanism(plan=plan, ledger=ledger, noise=SeededNoise(0, "a"), caps=caps)
 
 
 # --- the clip ---

@@ -33,7 +33,6 @@ from fedsb.data.tables import load_client_table
 from fedsb.models.tokenizer import load_tokenizer, tokenizer_fingerprint
 from fedsb.privacy.accounting import Release
 from fedsb.privacy.ledger import read_ledger
-from fedsb.privacy.mechanism import Cap
 from fedsb.privacy.statement import epsilon_spent
 from fedsb.protocol.messages import (
     Describe,
@@ -224,12 +223,11 @@ class SiteHandler:
         config, method, name = prepared.trainer.config, prepared.trainer.method, self.identity.name
         prepared.check_rows(rows)
         store = DiskStore(self._folder(prepared.run))
-        caps: tuple[Cap, ...] = ()
         new = store.view(store.start_round) is None
         policy = privacy_policy_of(config, method, rows, prepared.trainer.local)
-        if policy.unit == "example" and name in policy.plans:
-            policy.plans = {name: policy.plans[name]}
-            caps = caps_of(self.settings.allow, policy.plans[name], self._released_before(prepared.run))
+        plan = policy.plans.get(name) if policy.unit == "example" else None
+        policy.plans = policy.plans if plan is None else {name: plan}
+        caps = () if plan is None else caps_of(self.settings.allow, plan, self._released_before(prepared.run))
         sums, secagg = open_secure_sums(config, policy, prepared.run, rows), None
         if sums is not None:
             refuse_sum(self.settings.allow, sums.smallest)

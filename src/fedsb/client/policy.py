@@ -187,15 +187,15 @@ def caps_of(allow: AllowConfig, plan: PrivacyPlan, before: Iterable[Release]) ->
             own = replace(cap, before=()).total(plan.releases())
             how = advice = ""
             if plan.shared is not None and alone:
-                how = "counts this site's own share of the noise, as if all other sites colluded, and so it "
+                how = ", which counts this site's own share of the noise alone,"
                 shared = replace(cap, before=(), alone=False).total(plan.releases())
                 advice = (
                     f". Against the coordinator alone the run spends {shared:.4g}: allow.epsilon_shared limits that, "
                     f"and then allow.epsilon can be raised or left out"
                 )
             raise RefusalError(
-                f"this site's rules (site.toml) refuse the run: allow.{key} {how}finds epsilon {own:.4g} at this "
-                f"site's delta of {delta:g}, {total:.4g} with all runs before it; allowed is {limit:g}{advice}"
+                f"this site's rules (site.toml) refuse the run: by allow.{key}{how} it spends epsilon {own:.4g} at "
+                f"this site's delta of {delta:g}, {total:.4g} with all runs before it; allowed is {limit:g}{advice}"
             )
         caps.append(cap)
     return tuple(caps)

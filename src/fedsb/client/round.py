@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 from fedsb.adapters.basis import basis_hash
 from fedsb.adapters.layout import Layout
 from fedsb.adapters.residual import is_delta, is_residual
+from fedsb.data.clients import ClientData
 from fedsb.methods.base import Method
 from fedsb.protocol.compressor import baseline_upload, read_change
 from fedsb.protocol.payload import Payload, Vector
@@ -96,6 +98,19 @@ class ClientRound:
     def baseline_vector(self) -> Vector:
         vector: Vector = self.layout.flatten(self.baseline).numpy()
         return vector
+
+    def payload(self, run: str, client: ClientData, layout: Layout, vector: Any) -> Payload:
+        """Returns what a client sends, as an update in float32."""
+        return Payload(
+            kind="update",
+            run=run,
+            round=self.round,
+            client=client.name,
+            samples=client.rows,
+            basis=self.shared_hash,
+            layout=layout,
+            vector=vector,
+        )
 
     @cached_property
     def against(self) -> str:

@@ -240,7 +240,7 @@ class StartedClient(ClientSharedState):
         sent, own = method.upload(begun.training.tensors, trained.tensors, client_round.round)
         sent = self.policy.clip_update(sent, client_round.baseline)
         vector = client_round.layout.flatten(sent).numpy()
-        payload = self._payload(client_round, client_round.layout, vector)
+        payload = client_round.payload(self.run, self.data, client_round.layout, vector)
         compressor = build_compressor(self.config, self.method, self.run)
         baseline, change = client_round.baseline_vector, None
         if self.secagg is None:
@@ -258,18 +258,6 @@ class StartedClient(ClientSharedState):
             score=self.trainer.evaluate(trained.tensors, self.data.held_out).value if scored else None,
         )
         return done, state
-
-    def _payload(self, client_round: ClientRound, layout: Layout, vector: Any) -> Payload:
-        return Payload(
-            kind="update",
-            run=self.run,
-            round=client_round.round,
-            client=self.data.name,
-            samples=self.data.rows,
-            basis=client_round.shared_hash,
-            layout=layout,
-            vector=vector,
-        )
 
     def secagg_phase(self, request: SecAggPhase) -> SecAggReply:
         """Answers one phase of secure aggregation."""
@@ -296,9 +284,8 @@ class StartedClient(ClientSharedState):
         assert done.change is not None
         client_round, before = begun.client_round, self.secagg.survivors(begun.client_round.round)
         if self.policy.shared_noise:  # what is sent has no other form than the masked one
-            names = client_round.method.trainable(begun.training.tensors, client_round.round)
-            layout = Layout.of({key: begun.training.tensors[key] for key in names})
-            self.check_upload(self._payload(client_round, layout, done.change), 4 * layout.size)
+            layout = Layout.of(client_round.trained)
+            self.check_upload(client_round.payload(self.run, self.data, layout, done.change), 4 * layout.size)
         else:
             self.check_upload(unpack(done.payload), len(done.payload))
         # The change stays here; `left` says why, if it does not go into the sum.
