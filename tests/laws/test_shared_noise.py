@@ -125,7 +125,13 @@ KILLS = {  # (step, moment): the rounds that site 1 is charged for, and those th
 }
 
 
-@pytest.mark.parametrize(("step", "moment"), KILLS)
+OFTEN = ("train", "shares")  # the kills in every test run; those of an agreement in `make test-long`
+
+
+@pytest.mark.parametrize(
+    ("step", "moment"),
+    [pytest.param(*kill, marks=[] if kill[0][0] in OFTEN else pytest.mark.long) for kill in KILLS],
+)
 def test_a_run_goes_on_without_a_killed_site_and_the_site_returns(
     step: tuple[str, int], moment: str, tiny_config: dict[str, Any], tmp_path: Path, whole: Any
 ) -> None:
@@ -227,7 +233,16 @@ def test_a_repeated_round_is_charged_once_more_only_if_its_answer_was_not_stored
 PHASES = ("advert", "sealed", "held", "train", "shares", "train", "shares")  # of the first two rounds
 
 
-@pytest.mark.parametrize("answers", [1, 3, 5, 6, 8, 9, 10, 12, 14, 15, 17, 18, 20, 21])
+SOME = (8, 10, 12, 14)  # in every test run; the others in `make test-long`
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        pytest.param(n, marks=[] if n in SOME else pytest.mark.long)
+        for n in (1, 3, 5, 6, 8, 9, 10, 12, 14, 15, 17, 18, 20, 21)
+    ],
+)
 def test_a_coordinator_that_was_killed_goes_on(
     answers: int, tiny_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Any
 ) -> None:
