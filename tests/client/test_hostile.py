@@ -13,7 +13,7 @@ import torch
 
 from conftest import labelled_rows, set_all, write_rows
 from fedsb.adapters.basis import basis_hash
-from fedsb.client import handler, policy
+from fedsb.client import policy
 from fedsb.client.checks import refuse_basis
 from fedsb.client.round import ClientView
 from fedsb.client.session import DescribedClient
@@ -22,8 +22,9 @@ from fedsb.config.load import load_config
 from fedsb.data.sources import load_table
 from fedsb.methods.base import State
 from fedsb.models.tokenizer import tokenizer_fingerprint
+from fedsb.privacy.accounting import Release
 from fedsb.privacy.ledger import read_ledger
-from fedsb.privacy.mechanism import Cap, DPMechanism, PrivacyBudgetExceededError
+from fedsb.privacy.mechanism import DPMechanism, PrivacyBudgetExceededError
 from fedsb.protocol.messages import (
     BasisGradient,
     CompareShared,
@@ -547,16 +548,15 @@ def test_epsilon_is_for_the_sites_own_delta(settings: Settings, tmp_path: Path) 
         world.ask("a", Start, rows=world.rows())
 
 
-def test_the_cap_is_enforced_at_each_charge(
-    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_cap_is_enforced_at_each_charge(settings: Settings, tmp_path: Path) -> None:
     """And not only at the start, for the plan: a run can deviate from it."""
-    monkeypatch.setattr(handler, "cap_of", lambda *_: Cap(epsilon=0.01, delta=1e-5, before=()))
-    world = Hostile(tmp_path, epsilon=3.0)
-    world.open(settings(EXAMPLE))
-    with pytest.raises(PrivacyBudgetExceededError, match=r"at a delta of 1e-05. This site allows 0.01"):
+    world = Hostile(tmp_path, epsilon=6.0, delta=1e-7)
+    world.open(settings(EXAMPLE, {"rounds": 2}))
+    rare = Release(sigma=0.05, q=2e-6)  # costs nothing at the plan's delta, and much at the site's own
+    world.client("a").policy.mechanisms["a"].ledger.charge(rare, round=0, clip=1.0)
+    with pytest.raises(PrivacyBudgetExceededError, match=r"at a delta of 1e-07. This site allows 6"):
         world.train(0, "a")
-    assert world.ledgers("a") == []
+    assert world.ledgers("a") == [0]
 
 
 def test_a_restarted_site_counts_its_own_run_once(settings: Settings, tmp_path: Path) -> None:
