@@ -391,6 +391,23 @@ def test_what_a_private_run_says_of_its_epsilon(tiny_config: dict[str, Any], cli
     assert read_result(plain.folder)["peak_memory_bytes"] > 0  # type: ignore[index]
 
 
+def test_an_unfinished_run_states_an_upper_bound(tiny_config: dict[str, Any], cli: Callable[..., Said]) -> None:
+    """After round 3 it is that of round 5: the rounds between those of the statement are not composed."""
+
+    class StopAfterThree(StopAfterOne):
+        def round(self, row: Any, rounds: int) -> None:
+            if row["round"] == 3:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        federate(load_config(private(set_all(tiny_config, rounds=7))), StopAfterThree())
+    folder = Path(tiny_config["out"]) / "tiny"
+    after = read_manifest(folder)["privacy"]["epsilon_after"]
+    assert f"epsilon at most {epsilon_text(after['5'])} at delta" in cli("report", folder).out
+    result = read_result(resume(folder).folder)
+    assert result is not None and f"epsilon {epsilon_text(result['epsilon'])} at delta" in cli("report", folder).out
+
+
 # --- clients as the unit ---
 
 

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from fedsb.config.schema import Config
+from fedsb.privacy.accounting import covered
+from fedsb.privacy.mechanism import DPMechanism
 from fedsb.privacy.plan import PrivacyPlan, signal_to_noise
 from fedsb.privacy.policy import PrivacyPolicy
 from fedsb.utils.formatting import delta_text, epsilon_text
@@ -65,6 +67,14 @@ def epsilon_spent(policy: PrivacyPolicy) -> float:
     return max(mechanism.ledger.epsilon(mechanism.plan.delta) for mechanism in policy.mechanisms.values())
 
 
+def epsilon_at_most(policy: PrivacyPolicy) -> float:
+    """Returns an upper bound of the worst client's epsilon so far, without a composition of its own.
+
+    It is exact after the rounds that the statement shows, and between two of them that of the later one.
+    """
+    return max(_at_most(mechanism) for mechanism in policy.mechanisms.values())
+
+
 def why_not_private(policy: PrivacyPolicy) -> str | None:
     """Returns why a run gives no privacy guarantee, or None if it gives one."""
     if not policy:
@@ -85,6 +95,14 @@ def _not_covered(config: Config) -> Iterator[str]:
 def _after(plans: Iterable[PrivacyPlan], rounds: int) -> float:
     """Returns an upper bound of epsilon after `rounds` rounds, as if every client took part in the first ones."""
     return max(plan.epsilon(min(rounds, plan.rounds)) for plan in set(plans))
+
+
+def _at_most(mechanism: DPMechanism) -> float:
+    plan, spent = mechanism.plan, mechanism.ledger.releases()
+    for rounds in (0, *_shown(plan.rounds)):
+        if covered(spent, plan.releases(rounds)):
+            return plan.epsilon(rounds)
+    return mechanism.ledger.epsilon(plan.delta)  # more than the plan, as after a repeated round
 
 
 def _shown(rounds: int) -> list[int]:

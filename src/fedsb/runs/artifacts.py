@@ -17,7 +17,7 @@ from fedsb.config.resolved import ResolvedSetting
 from fedsb.methods.base import State
 from fedsb.models.hub import quiet
 from fedsb.privacy.policy import PrivacyPolicy
-from fedsb.privacy.statement import epsilon_spent, privacy_statement, why_not_private
+from fedsb.privacy.statement import epsilon_at_most, epsilon_spent, privacy_statement, why_not_private
 from fedsb.protocol.prices import PricedBasis, PricedRun, price_list
 from fedsb.protocol.schedule import refreshes, whole_broadcasts
 from fedsb.reporting.report import summary, write_report
@@ -154,7 +154,7 @@ def round_row(
         "down_bytes": sum(sent.bytes for sent in replies.traffic if sent.direction == "down"),
         **state.metrics,
         **gap,
-        **({"epsilon": epsilon_spent(policy)} if policy else {}),
+        **({"epsilon": epsilon_at_most(policy)} if policy else {}),
         "seconds": round(seconds, 3),
     }
 

@@ -114,7 +114,7 @@ def _progress(folder: Path, files: RunFiles) -> Json:
         "left_seconds": median(seconds) * (planned - len(rounds)) if seconds else None,
         "last_round_at": modified(folder / "rounds.jsonl"),
         "deadline_seconds": manifest["config"]["engine"]["deadline_s"],
-        "epsilon": number(last.get("epsilon")),
+        "epsilon": files.epsilon,
         "epsilon_planned": number(privacy.get("epsilon")),
         "delta": number(privacy.get("delta")),
         "not_private": manifest.get("not_private"),
