@@ -251,7 +251,9 @@ def test_a_kill_before_the_first_checkpoint_leaves_the_ledgers(
     if share == "auto":
         result = read_result(resume(folder).folder)
         assert result is not None and result["epsilon"] <= 8.0
-        assert 0 < len(read_rows(folder / "rounds.jsonl")) < 3
+        rows = read_rows(folder / "rounds.jsonl")
+        assert 0 < len(rows) < 3
+        assert rows[-1]["epsilon"] == result["epsilon"] < read_manifest(folder)["privacy"]["epsilon"] * 0.999
     else:
         with pytest.raises(
             PrivacyBudgetExceededError, match=r"before its first round was finished.*--set name=other.*add up"
