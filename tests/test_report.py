@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fedsb.reporting import charts
-from fedsb.reporting.report import summary, write_report
+from fedsb.reporting.report import RunFiles, summary, write_report
 from fedsb.utils import formatting
 from fedsb.utils.errors import UserError
 
@@ -300,3 +300,21 @@ def test_ticks_are_round_and_inside() -> None:
         (50.0, "2"),
         (100.0, "3"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "result", "epsilon"),
+    [
+        ([], None, None),
+        ([{"round": 1}], None, None),
+        ([{"round": 1, "epsilon": 1.0}, {"round": 2, "epsilon": 2.0}], None, 2.0),
+        ([{"round": 1, "epsilon": 2.0}], {"epsilon": 1.5}, 1.5),
+        ([{"round": 1, "epsilon": 2.0}], {}, 2.0),  # of a version without it
+        ([{"round": 1}], {"epsilon": None}, None),
+    ],
+)
+def test_the_epsilon_of_a_finished_run_is_that_of_its_result(
+    rows: list[dict[str, Any]], result: dict[str, Any] | None, epsilon: float | None
+) -> None:
+    """A row may state an upper bound."""
+    assert RunFiles(manifest={}, rounds=rows, traffic=[], result=result, unreadable=0).epsilon == epsilon

@@ -10,6 +10,8 @@ import pytest
 
 from conftest import labelled_rows, write_rows
 from fedsb.data.sources import load_table
+from fedsb.privacy.accounting import Release
+from fedsb.privacy.mechanism import PrivacyBudgetExceededError
 from fedsb.protocol.messages import BasisGradient, Describe, Start, read_reply
 from fedsb.utils.environment import versions
 from fedsb.utils.errors import RefusalError, UserError
@@ -120,6 +122,27 @@ def test_epsilon_is_for_the_sites_own_delta(settings: Settings, tmp_path: Path) 
     world.open(settings(lax), start=False)
     with pytest.raises(RefusalError, match="at this site's delta of 1e-05"):
         world.ask("a", Start, rows=world.rows())
+
+
+def test_the_cap_is_enforced_at_each_charge(settings: Settings, tmp_path: Path) -> None:
+    """And not only at the start, for the plan: a run can deviate from it."""
+    world = Hostile(tmp_path, epsilon=6.0, delta=1e-7)
+    world.open(settings(EXAMPLE, {"rounds": 2}))
+    rare = Release(sigma=0.05, q=2e-6)  # costs nothing at the plan's delta, and much at the site's own
+    world.client("a").policy.mechanisms["a"].ledger.charge(rare, round=0, clip=1.0)
+    with pytest.raises(PrivacyBudgetExceededError, match=r"at a delta of 1e-07. This site allows 6"):
+        world.train(0, "a")
+    assert world.ledgers("a") == [0]
+
+
+def test_a_restarted_site_counts_its_own_run_once(settings: Settings, tmp_path: Path) -> None:
+    world = Hostile(tmp_path, epsilon=3.0)
+    world.open(settings(EXAMPLE, {"rounds": 2}))
+    broadcasts = [world.broadcast(0), world.broadcast(1)]
+    for broadcast in broadcasts:
+        world.train(0, "a", broadcast)
+        world.restart("a")
+    assert world.ledgers("a") == [1, 2]
 
 
 @pytest.mark.parametrize("allow", [{"epsilon": 5.0}, {"losses": False}])

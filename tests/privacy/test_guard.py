@@ -17,12 +17,12 @@ from fedsb.adapters.layout import Layout
 from fedsb.config.load import load_config
 from fedsb.privacy import accounting
 from fedsb.privacy.accounting import Release, epsilon
-from fedsb.privacy.ledger import Ledger, read_ledger
+from fedsb.privacy.ledger import Ledger, merged, read_ledger
 from fedsb.privacy.mechanism import ROUNDING, Cap, DPMechanism, PrivacyBudgetExceededError, UnsafeReleaseError
 from fedsb.privacy.noise import SeededNoise
 from fedsb.privacy.plan import BasisNoise, PrivacyPlan
-from fedsb.runs.run import federate
-from fedsb.server.server import Server
+from fedsb.reporting.run_directory import read_result, read_rows
+from fedsb.runs.run import Silent, federate
 from fedsb.training import per_example
 from fedsb.training.per_example import add_clipped, norms
 from fedsb.utils.errors import RunError
@@ -190,21 +190,28 @@ def test_a_cap_composes_the_plan_once(tmp_path: Path, compositions: list[object]
     assert 0 < len(compositions) == once
 
 
-def test_the_rounds_of_a_private_run_compose_nothing(
-    tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, compositions: list[object]
-) -> None:
-    counts: list[int] = []
-    run_round = Server.run_round
+class Counting(Silent):
+    """Counts after each round the compositions so far."""
 
-    def counted(self: Server, *args: Any, **kwargs: Any) -> Any:
-        before = len(compositions)
-        result = run_round(self, *args, **kwargs)
-        counts.append(len(compositions) - before)
-        return result
+    def __init__(self, compositions: list[object]) -> None:
+        self.compositions, self.counts = compositions, list[int]()
 
-    monkeypatch.setattr(Server, "run_round", counted)
-    federate(load_config(set_all(tiny_config, privacy={"unit": "example", "noise_multiplier": 1.0, "delta": 1e-3})))
-    assert counts == [0, 0, 0] and compositions
+    def round(self, row: Any, rounds: int) -> None:
+        self.counts.append(len(self.compositions))
+
+
+def test_the_rounds_of_a_private_run_compose_nothing(tiny_config: dict[str, Any], compositions: list[object]) -> None:
+    """Their rows state epsilon: exactly where the statement does, in between that of the next such round."""
+    privacy = {"unit": "example", "noise_multiplier": 1.0, "delta": 1e-3, "clip_norm": 0.5}
+    display = Counting(compositions)
+    done = federate(load_config(set_all(tiny_config, privacy=privacy, rounds=7)), display)
+    assert set(display.counts) == {len(compositions)}
+    ledgers = [read_ledger(path) for path in (done.folder / "privacy").glob("*.jsonl")]
+    exact = [max(epsilon(merged(entries[:round]), 1e-3) for entries in ledgers) for round in (1, 2, 5, 7)]
+    stated = [row["epsilon"] for row in read_rows(done.folder / "rounds.jsonl")]
+    assert stated == [exact[i] for i in (0, 1, 2, 2, 2, 3, 3)]
+    result = read_result(done.folder)
+    assert result is not None and result["epsilon"] == exact[-1]
 
 
 def may_charge(mechanism: DPMechanism, release: Release) -> bool:

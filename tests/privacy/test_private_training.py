@@ -528,6 +528,10 @@ def test_a_clients_own_cap_is_for_its_own_delta_and_all_runs(tmp_path: Path) -> 
         ({"method": {"name": "hetlora", "rank": 2}}, "hetlora adds a local regulariser"),
         ({"train": {"local_steps": 1, "batch_size": 64}}, "an expected batch of 64 from"),
         ({"data_tune": 0.2}, "data.validation_fraction scores private rows"),
+        (
+            {"basis": {"kind": "core", "samples": 30, "refresh": 2}, "server": {"clients_per_round": 2}},
+            "needs every client in every round",
+        ),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -546,6 +550,7 @@ def test_what_would_make_epsilon_untrue_is_refused(tiny_config: dict[str, Any], 
         ({"server": {"weighting": "samples"}}, "needs server.weighting = 'uniform'"),
         ({"server": {"weighting": "uniform", "codec": "int8"}}, "server.codec = 'float32'"),
         ({"basis": {"kind": "core"}}, "Its noise is planned only for privacy.unit = 'example'"),
+        ({"train": {"persist_optimizer_state": True}}, "carries private state between rounds"),
     ],
     ids=lambda value: str(value)[:40],
 )

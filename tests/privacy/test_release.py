@@ -251,7 +251,9 @@ def test_a_kill_before_the_first_checkpoint_leaves_the_ledgers(
     if share == "auto":
         result = read_result(resume(folder).folder)
         assert result is not None and result["epsilon"] <= 8.0
-        assert 0 < len(read_rows(folder / "rounds.jsonl")) < 3
+        rows = read_rows(folder / "rounds.jsonl")
+        assert 0 < len(rows) < 3
+        assert rows[-1]["epsilon"] == result["epsilon"] < read_manifest(folder)["privacy"]["epsilon"] * 0.999
     else:
         with pytest.raises(
             PrivacyBudgetExceededError, match=r"before its first round was finished.*--set name=other.*add up"
@@ -286,7 +288,8 @@ def test_scores_on_held_out_private_rows_are_not_told(tiny_config: dict[str, Any
     manifest, result = read_manifest(done.folder), read_result(done.folder)
     rows = read_rows(done.folder / "rounds.jsonl")
     assert result is not None and sum(client["held_out_rows"] for client in manifest["clients"]) > 3
-    assert [row["score"] for row in rows] == [None] * 3 and manifest["before"]["score"] is None
+    assert [row["score"] for row in rows] == [None] * 3
+    assert manifest["before"] == {"score": None, "majority": None, "majority_of_test": None}
     assert result["score"] is None and all(client["score"] is None for client in result["clients"])
     told = json.dumps([manifest, result, rows])
     assert "global_score" not in told
@@ -388,6 +391,23 @@ def test_what_a_private_run_says_of_its_epsilon(tiny_config: dict[str, Any], cli
     assert float(stated) >= result["epsilon"] * (1 - 1e-6)
     plain = federate(load_config(set_all(tiny_config, name="plain", rounds=1)))
     assert read_result(plain.folder)["peak_memory_bytes"] > 0  # type: ignore[index]
+
+
+def test_an_unfinished_run_states_an_upper_bound(tiny_config: dict[str, Any], cli: Callable[..., Said]) -> None:
+    """After round 3 it is that of round 5: the rounds between those of the statement are not composed."""
+
+    class StopAfterThree(StopAfterOne):
+        def round(self, row: Any, rounds: int) -> None:
+            if row["round"] == 3:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        federate(load_config(private(set_all(tiny_config, rounds=7))), StopAfterThree())
+    folder = Path(tiny_config["out"]) / "tiny"
+    after = read_manifest(folder)["privacy"]["epsilon_after"]
+    assert f"epsilon at most {epsilon_text(after['5'])} at delta" in cli("report", folder).out
+    result = read_result(resume(folder).folder)
+    assert result is not None and f"epsilon {epsilon_text(result['epsilon'])} at delta" in cli("report", folder).out
 
 
 # --- clients as the unit ---

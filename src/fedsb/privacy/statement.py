@@ -7,7 +7,9 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from fedsb.config.schema import Config
-from fedsb.privacy.accounting import epsilon as accounted
+from fedsb.privacy.accounting import covered
+from fedsb.privacy.accounting import epsilon as composed
+from fedsb.privacy.mechanism import DPMechanism
 from fedsb.privacy.plan import PrivacyPlan, signal_to_noise
 from fedsb.privacy.policy import PrivacyPolicy
 from fedsb.utils.formatting import delta_text, epsilon_text
@@ -50,6 +52,9 @@ def privacy_statement(policy: PrivacyPolicy, config: Config, values: int) -> dic
         "accountant": "PLD (dp-accounting)",
         "epsilon_rdp": max(plan.epsilon(accountant="rdp") for plan in plans.values()),
         "epsilon_after": {round: _after(plans.values(), round) for round in _shown(config.rounds)},
+        "own_epsilon_after": None
+        if one.shared is None
+        else {round: _after(plans.values(), round, alone=True) for round in _shown(config.rounds)},
         "plans": {
             name: {
                 "rows": plan.rows,
@@ -71,19 +76,12 @@ def privacy_statement(policy: PrivacyPolicy, config: Config, values: int) -> dic
     }
 
 
-def epsilon_spent(policy: PrivacyPolicy) -> float:
-    """Returns the worst client's epsilon so far, from the ledgers alone."""
-    return max(mechanism.ledger.epsilon(mechanism.plan.delta) for mechanism in policy.mechanisms.values())
+def epsilon_spent(policy: PrivacyPolicy, *, alone: bool = False) -> float:
+    """Returns the worst client's epsilon so far, from the ledgers alone.
 
-
-def own_epsilon_spent(policy: PrivacyPolicy) -> float | None:
-    """Returns the worst client's epsilon so far if everyone else colludes; None without shared noise."""
-    if not policy.shared_noise:
-        return None
-    return max(
-        accounted([release.alone() for release in mechanism.ledger.releases()], mechanism.plan.delta)
-        for mechanism in policy.mechanisms.values()
-    )
+    `alone`: if all others collude, so that only a client's own share of the noise counts.
+    """
+    return max(_spent(mechanism, alone) for mechanism in policy.mechanisms.values())
 
 
 def larger_batches(policy: PrivacyPolicy, config: Config) -> dict[int, float]:
@@ -95,6 +93,15 @@ def larger_batches(policy: PrivacyPolicy, config: Config) -> dict[int, float]:
     now = plan.calibrate(target).sigma / plan.batch
     sizes = [plan.batch * factor for factor in (2, 4) if plan.batch * factor <= plan.pool]
     return {batch: replace(plan, batch=batch).calibrate(target).sigma / batch / now for batch in sizes}
+
+
+def epsilon_at_most(policy: PrivacyPolicy, *, alone: bool = False) -> float:
+    """Returns an upper bound of the worst client's epsilon so far, without a composition of its own.
+
+    It is exact after the rounds that the statement shows, and between two of them that of the later one. `alone` is as
+    in `epsilon_spent`.
+    """
+    return max(_at_most(mechanism, alone) for mechanism in policy.mechanisms.values())
 
 
 def why_not_private(policy: PrivacyPolicy) -> str | None:
@@ -119,9 +126,26 @@ def _not_covered(config: Config) -> Iterator[str]:
         yield ARRIVALS
 
 
-def _after(plans: Iterable[PrivacyPlan], rounds: int) -> float:
+def _after(plans: Iterable[PrivacyPlan], rounds: int, *, alone: bool = False) -> float:
     """Returns an upper bound of epsilon after `rounds` rounds, as if every client took part in the first ones."""
-    return max(plan.epsilon(min(rounds, plan.rounds)) for plan in set(plans))
+    return max(_planned(plan, min(rounds, plan.rounds), alone) for plan in set(plans))
+
+
+def _planned(plan: PrivacyPlan, rounds: int, alone: bool) -> float:
+    return plan.own_epsilon(rounds) if alone else plan.epsilon(rounds)
+
+
+def _spent(mechanism: DPMechanism, alone: bool) -> float:
+    releases = mechanism.ledger.releases()
+    return composed([release.alone() for release in releases] if alone else releases, mechanism.plan.delta)
+
+
+def _at_most(mechanism: DPMechanism, alone: bool) -> float:
+    plan, spent = mechanism.plan, mechanism.ledger.releases()
+    for rounds in (0, *_shown(plan.rounds)):
+        if covered(spent, plan.releases(rounds)):
+            return _planned(plan, rounds, alone)
+    return _spent(mechanism, alone)  # more than the plan, as after a repeated round
 
 
 def _shown(rounds: int) -> list[int]:

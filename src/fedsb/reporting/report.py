@@ -65,6 +65,20 @@ class RunFiles:
         scored = [(number(row.get("score")), row["round"]) for row in self.rounds]
         return next((pair for pair in reversed(scored) if pair[0] is not None), (None, 0))
 
+    @property
+    def epsilon(self) -> float | None:
+        """Returns the epsilon that was spent; of an unfinished run, an upper bound."""
+        return self._spent("epsilon")
+
+    @property
+    def own_epsilon(self) -> float | None:
+        """Returns the same by a client's own share of a shared noise."""
+        return self._spent("own_epsilon")
+
+    def _spent(self, key: str) -> float | None:
+        last = self.rounds[-1] if self.rounds else {}
+        return number((self.result or {}).get(key, last.get(key)))
+
 
 def summary(run_dir: Path) -> Json:
     """Returns the summary of a run as JSON. Unknown values are None.
@@ -91,7 +105,7 @@ def _summary(run: RunFiles) -> Json:
         "majority_of_test": number(before.get("majority_of_test")),
         "warnings": run_warnings(run.manifest, run.rounds) if run.rounds else [],
         "bytes": byte_totals(run.traffic),
-        "epsilon": number(run.rounds[-1].get("epsilon")) if run.rounds else None,
+        "epsilon": run.epsilon,
         "privacy": _privacy(run),
         "data_warnings": (run.manifest.get("data_card") or {}).get("warnings") or [],
     }
@@ -99,13 +113,13 @@ def _summary(run: RunFiles) -> Json:
 
 def _privacy(run: RunFiles) -> str | None:
     """Returns the epsilon that was spent, as text; None for a run without privacy."""
-    privacy, spent = run.manifest.get("privacy"), run.rounds[-1].get("epsilon") if run.rounds else None
-    if not privacy or spent is None:
+    privacy = run.manifest.get("privacy")
+    if not privacy or run.epsilon is None:
         return None
-    epsilon, delta = formatting.epsilon_text(spent), formatting.delta_text(privacy["delta"])
-    own = number(run.rounds[-1].get("own_epsilon"))
+    epsilon, delta = formatting.epsilon_text(run.epsilon), formatting.delta_text(privacy["delta"])
+    own, bound = run.own_epsilon, "" if run.result is not None else "at most "
     also = "" if own is None else f" ({formatting.epsilon_text(own)} if all other clients collude)"
-    text = f"epsilon {epsilon}{also} at delta {delta}, for {privacy['unit']}s, according to the ledgers"
+    text = f"epsilon {bound}{epsilon}{also} at delta {delta}, for {privacy['unit']}s, according to the ledgers"
     return text if run.manifest.get("not_private") is None else f"none: {run.manifest['not_private']} ({text})"
 
 

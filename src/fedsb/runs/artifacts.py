@@ -17,7 +17,7 @@ from fedsb.config.resolved import ResolvedSetting
 from fedsb.methods.base import State
 from fedsb.models.hub import quiet
 from fedsb.privacy.policy import PrivacyPolicy
-from fedsb.privacy.statement import epsilon_spent, own_epsilon_spent, privacy_statement, why_not_private
+from fedsb.privacy.statement import epsilon_at_most, epsilon_spent, privacy_statement, why_not_private
 from fedsb.protocol.prices import PricedBasis, PricedRun, price_list
 from fedsb.protocol.requirements import sum_bytes
 from fedsb.protocol.schedule import refreshes, whole_broadcasts
@@ -156,8 +156,8 @@ def round_row(
         "down_bytes": sum(sent.bytes for sent in replies.traffic if sent.direction == "down"),
         **state.metrics,
         **gap,
-        **({"epsilon": epsilon_spent(policy)} if policy else {}),
-        **({"own_epsilon": own_epsilon_spent(policy)} if policy.shared_noise else {}),
+        **({"epsilon": epsilon_at_most(policy)} if policy else {}),
+        **({"own_epsilon": epsilon_at_most(policy, alone=True)} if policy.shared_noise else {}),
         "seconds": round(seconds, 3),
     }
 
@@ -239,7 +239,7 @@ def finish(
             for site in server.data.clients
         ],
         "epsilon": epsilon_spent(server.policy) if server.policy else None,
-        "own_epsilon": own_epsilon_spent(server.policy),
+        "own_epsilon": epsilon_spent(server.policy, alone=True) if server.policy.shared_noise else None,
         # Left out of a private run, because it depends on how many rows were drawn, and on how long they are.
         "peak_memory_bytes": None
         if server.policy
