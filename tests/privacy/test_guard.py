@@ -17,10 +17,11 @@ from fedsb.adapters.layout import Layout
 from fedsb.config.load import load_config
 from fedsb.privacy import accounting
 from fedsb.privacy.accounting import Release, epsilon
+from fedsb.privacy.grid import NoiseGrid
 from fedsb.privacy.ledger import Ledger, merged, read_ledger
 from fedsb.privacy.mechanism import ROUNDING, Cap, DPMechanism, PrivacyBudgetExceededError, UnsafeReleaseError
 from fedsb.privacy.noise import SeededNoise
-from fedsb.privacy.plan import BasisNoise, PrivacyPlan
+from fedsb.privacy.plan import BasisNoise, PrivacyPlan, SharedNoise
 from fedsb.reporting.run_directory import read_result, read_rows
 from fedsb.runs.run import Silent, federate
 from fedsb.training import per_example
@@ -97,6 +98,18 @@ def test_a_sum_longer_than_its_rows_allow_is_not_released(tmp_path: Path) -> Non
     mechanism.charge_basis(0)
     with pytest.raises(UnsafeReleaseError, match="Nothing was released"):
         mechanism.basis_sum(torch.full((4,), math.nan), 2, LAYOUT)
+
+
+def test_a_share_of_a_sum_longer_than_its_rows_allow_is_not_released(tmp_path: Path) -> None:
+    mechanism = guarded(tmp_path, steps=1, rounds=4, shared=SharedNoise(clients=4, honest=2, rows=128))
+    grid = NoiseGrid.of(mechanism.plan, 4)
+    most = int(grid.clip / grid.gamma)  # steps of the grid
+    mechanism.charge(1)
+    mechanism.share(torch.tensor([2 * most, 0, 0, 0]), 2, LAYOUT, grid)
+    for total, rows in ([2 * most + most // 10, 0, 0, 0], 2), ([0, 1, 0, 0], 0):
+        mechanism.charge(2)
+        with pytest.raises(UnsafeReleaseError, match=f"the sum of {rows} clipped gradients is longer than {rows} x"):
+            mechanism.share(torch.tensor(total), rows, LAYOUT, grid)
 
 
 def test_a_private_run_whose_clip_does_nothing_ends(
