@@ -33,7 +33,6 @@ from fedsb.privacy.plan import PrivacyPlan, SharedNoise
 from fedsb.protocol.secure_sum import KEY_ROUNDS
 from fedsb.reporting.run_directory import read_rows
 from fedsb.runs.run import federate
-from fedsb.secagg.fixed_point import FixedPoint
 from fedsb.secagg.protocol import KeyPlan, SumPlan, simulate
 from fedsb.utils.environment import describe_machine, git_hash
 
@@ -99,7 +98,7 @@ def crypto(sites: int) -> Json:
         shared=SharedNoise(clients=sites, honest=threshold, rows=9999),
     )
     grid, seconds = NoiseGrid.of(plan, VALUES), dict[int, float]()
-    ring = FixedPoint(clients=sites, clip=grid.gamma * ((2 ** (grid.bits - 1) - 1) // sites), bits=grid.bits)
+    ring = grid.ring(sites)
     draw = np.random.default_rng(0)
     vectors = {name: ring.encode_whole(draw.integers(-1000, 1000, VALUES)) for name in names}
     for rounds in (1, KEY_ROUNDS):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +37,7 @@ from fedsb.training.trainer import Trainer
 from fedsb.utils.environment import versions
 from fedsb.utils.errors import RefusalError
 from fedsb.utils.tensors import Tensors
-from support.hostile import EXAMPLE, RUN, Hostile, Settings, run_settings
-
-
-@pytest.fixture
-def settings(tiny_config: dict[str, Any]) -> Settings:
-    return partial(run_settings, tiny_config)
-
+from support.hostile import EXAMPLE, RUN, Hostile, Settings
 
 SUM = SumRequest(attempt="1", cohort=["a", "b"])
 

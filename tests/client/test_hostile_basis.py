@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,7 @@ from fedsb.protocol.messages import (
 )
 from fedsb.protocol.payload import Payload, pack, unpack
 from fedsb.utils.errors import RefusalError
-from support.hostile import EXAMPLE, RUN, Hostile, Settings, run_settings
-
-
-@pytest.fixture
-def settings(tiny_config: dict[str, Any]) -> Settings:
-    return partial(run_settings, tiny_config)
+from support.hostile import EXAMPLE, RUN, Hostile, Settings
 
 
 def test_a_basis_requested_again_and_again_is_the_same_and_charged_once(settings: Settings, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,7 @@ from fedsb.privacy.mechanism import PrivacyBudgetExceededError
 from fedsb.protocol.messages import BasisGradient, Describe, Start, read_reply
 from fedsb.utils.environment import versions
 from fedsb.utils.errors import RefusalError, UserError
-from support.hostile import CLASSES, CLIENT, EXAMPLE, SUMS, Hostile, Settings, run_settings
-
-
-@pytest.fixture
-def settings(tiny_config: dict[str, Any]) -> Settings:
-    return partial(run_settings, tiny_config)
+from support.hostile import CLASSES, CLIENT, EXAMPLE, SUMS, Hostile, Settings
 
 
 def test_a_column_of_the_coordinators_choice_stays_where_rules_say_so(settings: Settings, tmp_path: Path) -> None:

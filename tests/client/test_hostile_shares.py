@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,9 @@ from fedsb.protocol.messages import Start
 from fedsb.reporting.run_directory import read_rows
 from fedsb.secagg.messages import MessageError, SumError, pack_list
 from fedsb.utils.errors import RefusalError
-from support.hostile import SHARED, Hostile, Settings, moved, run_settings
+from support.hostile import SHARED, Hostile, Settings, moved
 
 FORCED = {**SHARED["privacy"], "noise": "shared"}
-
-
-@pytest.fixture
-def settings(tiny_config: dict[str, Any]) -> Settings:
-    return partial(run_settings, tiny_config)
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,7 @@ from fedsb.privacy.mechanism import PrivacyBudgetExceededError
 from fedsb.protocol.messages import Start, SumRequest
 from fedsb.secagg.messages import MessageError, SumError
 from fedsb.utils.errors import RefusalError
-from support.hostile import CLIENT, SHARED, SUMS, Hostile, Settings, moved, run_settings
-
-
-@pytest.fixture
-def settings(tiny_config: dict[str, Any]) -> Settings:
-    return partial(run_settings, tiny_config)
+from support.hostile import CLIENT, SHARED, SUMS, Hostile, Settings, moved
 
 
 def test_a_sum_with_strangers_fails_before_it_starts(settings: Settings, tmp_path: Path) -> None:

@@ -155,6 +155,12 @@ def test_releases_that_a_plan_covers(spent: list[Release], is_covered: bool) -> 
     assert covered(spent, []) is (not spent)
 
 
+def test_a_plan_covers_a_share_of_the_noise_as_large_as_its_own() -> None:
+    planned = [Release(sigma=2.0, own_sigma=1.2, count=3)]
+    for own_sigma, count, is_covered in ((1.2, 3, True), (1.2, 4, False), (1.0, 1, False), (None, 1, False)):
+        assert covered([Release(sigma=2.0, own_sigma=own_sigma, count=count)], planned) is is_covered
+
+
 def test_it_grows_with_what_is_released_and_falls_with_noise_and_delta() -> None:
     base = {"sigma": 0.8, "q": 0.02, "count": 200}
     for key, values in {

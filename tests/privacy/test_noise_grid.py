@@ -10,7 +10,7 @@ import pytest
 import torch
 from scipy.stats import norm
 
-from fedsb.privacy.accounting import epsilon
+from fedsb.privacy.accounting import Release, epsilon
 from fedsb.privacy.discrete import discrete_gaussian
 from fedsb.privacy.grid import AGAIN, EXACT, NARROWEST, NoiseGrid
 from fedsb.privacy.noise import SeededNoise
@@ -134,9 +134,9 @@ def test_a_plan_with_shared_noise_draws_from_all_rows_and_has_two_epsilons() -> 
     assert shared.sigma == local.calibrate(3.0).sigma  # as all rows in one place
     assert shared.own_sigma == shared.sigma / math.sqrt(3)
     assert shared.epsilon() <= 3.0 < shared.own_epsilon()
-    own = [release.alone() for release in shared.releases()]
-    assert shared.own_epsilon() == epsilon(own, 1e-5)
-    assert own[0].sigma == shared.own_sigma and own[0].q == shared.q
+    (release,) = shared.releases()
+    assert release.sigma_alone == shared.own_sigma and release.q == shared.q
+    assert shared.own_epsilon() == epsilon([Release(q=shared.q, sigma=shared.own_sigma, count=40)], 1e-5)
     assert plan(honest=1).own_epsilon() == plan(honest=1).epsilon()
 
 

@@ -56,7 +56,7 @@ def epsilon_together(folder: Path, contenders: Sequence[Contender]) -> Json | No
     rows = list(_by_client(runs) if fixed else [[release for run in runs for release in _worst(run)]])
     delta = _delta(contenders)
     spent = max(epsilon(releases, delta) for releases in rows)
-    alone = max(epsilon([release.alone() for release in releases], delta) for releases in rows)
+    alone = max(epsilon(releases, delta, alone=True) for releases in rows)
     also = f" ({epsilon_text(alone)} by each client's own share of noise)" if alone > spent else ""
     units = sorted({contender.config.privacy.unit for contender in contenders if contender.config.privacy.on})
     return {
@@ -101,7 +101,7 @@ def _worst(run: Run) -> Iterator[Release]:
             what=what,
             q=max(release.q for release in each),
             sigma=min(release.sigma for release in each),
-            own_sigma=min((release.alone().sigma for release in each), default=None),
+            own_sigma=min(release.sigma_alone for release in each),
             count=max(sum(release.count for release in releases) for releases in clients),
         )
 

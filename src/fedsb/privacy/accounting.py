@@ -27,7 +27,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -60,9 +60,10 @@ class Release:
     what: str = "training"
     own_sigma: float | None = None  # of the client's own share, where other clients add the rest of the noise
 
-    def alone(self) -> Release:
-        """Returns the release as those see it who know all of the noise but the client's own share."""
-        return self if self.own_sigma is None else replace(self, sigma=self.own_sigma, own_sigma=None)
+    @property
+    def sigma_alone(self) -> float:
+        """The noise multiplier for those who know all of the noise but the client's own share."""
+        return self.sigma if self.own_sigma is None else self.own_sigma
 
     def __post_init__(self) -> None:
         if not 0 < self.q <= 1:
@@ -75,8 +76,10 @@ class Release:
             raise UserError(f"{self.count} releases are not a valid count. Leave out what was not released.")
 
 
-def epsilon(releases: Iterable[Release], delta: float, accountant: Accountant = "pld") -> float:
+def epsilon(releases: Iterable[Release], delta: float, accountant: Accountant = "pld", *, alone: bool = False) -> float:
     """Returns epsilon of all releases together, zeroing out one row: 0 if there are none, inf without noise.
+
+    `alone`: if all others collude, so that only a client's own share of a shared noise counts.
 
     With "pld" this is an upper bound, at most about 0.002 (or 0.02 %, if more) above the true value: the interval of
     privacy losses is halved until that changes epsilon by less. A thousand releases take 0.1 s on one core, ten
@@ -86,7 +89,7 @@ def epsilon(releases: Iterable[Release], delta: float, accountant: Accountant = 
     dp-accounting is not installed.
     """
     check_delta(delta)
-    spent = _merged(releases)
+    spent = _merged(releases, alone=alone)
     if accountant not in ("pld", "rdp"):
         raise UserError(f"There is no accountant {accountant!r}; {did_you_mean(accountant, ('pld', 'rdp'))}")
     if not spent:
@@ -102,15 +105,11 @@ def covered(spent: Sequence[Release], planned: Sequence[Release]) -> bool:
     If so, epsilon of `spent` is at most that of `planned`, at every delta, because leaving out releases is
     post-processing. It need not be computed. The same is true of the clients' own shares of the noise.
     """
-    for one, other in ((spent, planned), (_alone(spent), _alone(planned))):
-        most = {(q, sigma): count for q, sigma, count in _merged(other)}
-        if any(count > most.get((q, sigma), 0) for q, sigma, count in _merged(one)):
+    for alone in (False, True):
+        most = {(q, sigma): count for q, sigma, count in _merged(planned, alone=alone)}
+        if any(count > most.get((q, sigma), 0) for q, sigma, count in _merged(spent, alone=alone)):
             return False
     return True
-
-
-def _alone(releases: Sequence[Release]) -> list[Release]:
-    return [release.alone() for release in releases]
 
 
 def check_delta(delta: float) -> None:
@@ -183,11 +182,11 @@ def _smallest(target: float, spent: Callable[[float], float]) -> float:
     return math.exp(found)
 
 
-def _merged(releases: Iterable[Release]) -> Spent:
+def _merged(releases: Iterable[Release], *, alone: bool = False) -> Spent:
     """Returns (q, sigma, count) of each kind of release. Order and names do not matter to epsilon."""
     counts: Counter[tuple[float, float]] = Counter()
     for release in releases:
-        counts[float(release.q), float(release.sigma)] += release.count
+        counts[float(release.q), float(release.sigma_alone if alone else release.sigma)] += release.count
     return tuple((q, sigma, count) for (q, sigma), count in sorted(counts.items()))
 
 

@@ -10,7 +10,7 @@ rounded again; gamma is the coarsest grid on which that happens to at most one r
     C'^2 >= C^2 + gamma^2 P / 4 + sqrt(2 ln(1 / beta)) gamma (C + gamma sqrt(P) / 2)     or     C' >= C + gamma sqrt(P)
 
 (Kairouz, Liu, Steinke, "The Distributed Discrete Gaussian Mechanism for Federated Learning with Secure Aggregation",
-ICML 2021, arXiv 2102.06387, Theorem 1 and Proposition 26.) A row is rounded before the sum: two neighbouring sums then
+ICML 2021, arXiv 2102.06387.) A row is rounded before the sum: two neighbouring sums then
 differ by the row's q alone, whose length is at most C' / gamma. If the sum was rounded, they would differ by the
 rounding of every value too.
 
@@ -30,6 +30,7 @@ from torch import Tensor
 
 from fedsb.privacy.discrete import LEAST
 from fedsb.privacy.plan import PrivacyPlan
+from fedsb.secagg.fixed_point import FixedPoint
 from fedsb.utils.errors import UserError
 from fedsb.utils.tensors import to_device
 
@@ -73,6 +74,10 @@ class NoiseGrid:
                 "noise (a smaller privacy.epsilon), or set privacy.noise = 'local'."
             )
         return cls(gamma=gamma, clip=clip, sigma=sigma, bits=bits)
+
+    def ring(self, clients: int) -> FixedPoint:
+        """Returns the ring in which this number of clients add up their shares."""
+        return FixedPoint(clients=clients, clip=self.gamma * ((2 ** (self.bits - 1) - 1) // clients), bits=self.bits)
 
     def round_rows(self, gradients: Tensor, generator: torch.Generator) -> Tensor:  # (b, P)
         """Returns clipped gradients as whole numbers of steps, float32, none longer than C'.

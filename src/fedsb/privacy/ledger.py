@@ -151,9 +151,9 @@ class Ledger:
         """Returns all recorded releases, with identical ones merged."""
         return merged(self._entries)
 
-    def epsilon(self, delta: float, accountant: Accountant = "pld") -> float:
-        """Returns epsilon of all recorded releases at delta."""
-        return epsilon(self.releases(), delta, accountant)
+    def epsilon(self, delta: float, accountant: Accountant = "pld", *, alone: bool = False) -> float:
+        """Returns epsilon of all recorded releases at delta; `alone` is as in accounting.py."""
+        return epsilon(self.releases(), delta, accountant, alone=alone)
 
     def _end_at(self, whole: int, content: bytes) -> None:
         """Removes an incomplete last line, or adds the newline that a complete one lacks."""

@@ -58,8 +58,7 @@ class Cap:
 
     def total(self, releases: Iterable[Release]) -> float:
         """Returns epsilon of a run's releases together with those of all earlier runs."""
-        every = [*self.before, *releases]
-        return epsilon([release.alone() for release in every] if self.alone else every, self.delta)
+        return epsilon([*self.before, *releases], self.delta, alone=self.alone)
 
 
 @dataclass(frozen=True, kw_only=True)

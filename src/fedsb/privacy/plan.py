@@ -123,7 +123,7 @@ class PrivacyPlan:
 
     def own_epsilon(self, rounds: int | None = None) -> float:
         """Returns epsilon if everyone else colludes, so that only the client's own share of the noise counts."""
-        return epsilon([release.alone() for release in self.releases(rounds)], self.delta)
+        return epsilon(self.releases(rounds), self.delta, alone=True)
 
     def calibrate(self, target: float) -> PrivacyPlan:
         """Returns this plan with the smallest sigma that keeps all rounds within the target. The basis is unchanged."""

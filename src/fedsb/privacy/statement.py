@@ -8,7 +8,6 @@ from typing import Any
 
 from fedsb.config.schema import Config
 from fedsb.privacy.accounting import covered
-from fedsb.privacy.accounting import epsilon as composed
 from fedsb.privacy.mechanism import DPMechanism
 from fedsb.privacy.plan import PrivacyPlan, signal_to_noise
 from fedsb.privacy.policy import PrivacyPolicy
@@ -81,7 +80,7 @@ def epsilon_spent(policy: PrivacyPolicy, *, alone: bool = False) -> float:
 
     `alone`: if all others collude, so that only a client's own share of the noise counts.
     """
-    return max(_spent(mechanism, alone) for mechanism in policy.mechanisms.values())
+    return max(own.ledger.epsilon(own.plan.delta, alone=alone) for own in policy.mechanisms.values())
 
 
 def larger_batches(policy: PrivacyPolicy, config: Config) -> dict[int, float]:
@@ -135,17 +134,12 @@ def _planned(plan: PrivacyPlan, rounds: int, alone: bool) -> float:
     return plan.own_epsilon(rounds) if alone else plan.epsilon(rounds)
 
 
-def _spent(mechanism: DPMechanism, alone: bool) -> float:
-    releases = mechanism.ledger.releases()
-    return composed([release.alone() for release in releases] if alone else releases, mechanism.plan.delta)
-
-
 def _at_most(mechanism: DPMechanism, alone: bool) -> float:
     plan, spent = mechanism.plan, mechanism.ledger.releases()
     for rounds in (0, *_shown(plan.rounds)):
         if covered(spent, plan.releases(rounds)):
             return _planned(plan, rounds, alone)
-    return _spent(mechanism, alone)  # more than the plan, as after a repeated round
+    return mechanism.ledger.epsilon(plan.delta, alone=alone)  # more than the plan, as after a repeated round
 
 
 def _shown(rounds: int) -> list[int]:

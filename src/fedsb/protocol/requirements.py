@@ -142,7 +142,7 @@ def _no_secure_sum(config: Config, method: Method) -> list[str]:
         )
     if config.server.codec != "float32":
         faults.append(
-            "server.secure_aggregation has its own fixed-point format, 4 bytes per value: server.codec = 'float32'"
+            "server.secure_aggregation has its own fixed-point format (server.secagg_bits): server.codec = 'float32'"
         )
     privacy = config.privacy
     if config.server.secagg_fraction < 1 and (privacy.unit == "client" or noise_kind(config, method)[0] == "shared"):

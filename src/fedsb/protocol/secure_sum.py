@@ -71,20 +71,15 @@ class SumTerms:
 
     def plan(self, size: int) -> SumPlan:
         """Returns the plan for changes of `size` values. Raises UserError for a sum that would hide nothing."""
-        n, limit, bits = len(self.clients), self.limit, self.bits
-        if self.mechanism is not None:
-            limit = self.mechanism.plan.clip * (1 + HEADROOM * self.mechanism.plan.sigma / n)
-            bits = change_bits(self.mechanism.plan, n, size)
-        if self.step is not None:
-            grid = NoiseGrid.of(self.step, size)
-            limit, bits = grid.gamma * ((2 ** (grid.bits - 1) - 1) // n), grid.bits
+        noised = self.step if self.mechanism is None else self.mechanism.plan
         return SumPlan(
             run=self.run,
             round=self.round,
             sites=self.clients,
             threshold=self.keys.threshold,
             size=size,
-            grid=FixedPoint(clients=n, clip=limit, bits=bits),
+            grid=ring_of(noised, len(self.clients), size)
+            or FixedPoint(clients=len(self.clients), clip=self.limit, bits=self.bits),
             keys=self.keys,
             context=self.digest,
         )
@@ -216,20 +211,26 @@ class SecureSums:
         )
 
 
-def change_bits(plan: PrivacyPlan, clients: int, size: int) -> int:
-    """Returns the bits in which rounding makes a client's clipped change longer by at most a hundredth."""
-    steps = (clients + HEADROOM * plan.sigma) * math.sqrt(size) / LONGER  # of the ring's half
-    return max(NARROWEST, min(BITS, 1 + math.ceil(math.log2(steps + 1))))
+def ring_of(plan: PrivacyPlan | None, clients: int, size: int) -> FixedPoint | None:
+    """Returns the ring that the noise of a sum determines; None for a sum without noise.
+
+    In that of clipped changes, rounding makes a change longer by at most a hundredth.
+    """
+    if plan is None:
+        return None
+    if plan.shared is not None:
+        return NoiseGrid.of(plan, size).ring(clients)
+    reach = clients + HEADROOM * plan.sigma  # of the sum, in clips
+    bits = max(NARROWEST, min(BITS, 1 + math.ceil(math.log2(reach * math.sqrt(size) / LONGER + 1))))
+    return FixedPoint(clients=clients, clip=plan.clip * reach / clients, bits=bits)
 
 
 def masked_bytes(server: ServerConfig, plan: PrivacyPlan | None, values: int) -> int:
     """Returns the size in bytes of a masked update of `values` values; `plan` is that of a private run."""
-    n, bits = part_size(values, server.secagg_fraction), server.secagg_bits
-    if plan is not None and plan.unit == "client":
-        bits = change_bits(plan, plan.batch, n)
-    elif plan is not None and plan.shared is not None:
-        bits = NoiseGrid.of(plan, n).bits
-    return -(-n * bits // 8)
+    n, ring = part_size(values, server.secagg_fraction), None
+    if plan is not None and (plan.unit == "client" or plan.shared is not None):
+        ring = ring_of(plan, plan.shared.clients if plan.shared else plan.batch, n)
+    return (ring or FixedPoint(clients=1, clip=1.0, bits=server.secagg_bits)).packed_bytes(n)
 
 
 def noise_share(plan: SumPlan, mechanism: DPMechanism) -> NDArray[np.int64]:  # (plan.size,), in steps of the grid

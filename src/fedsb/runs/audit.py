@@ -23,7 +23,6 @@ from fedsb.channels.in_process import open_in_process
 from fedsb.config.load import ResolvedConfig
 from fedsb.config.schema import Config
 from fedsb.privacy import policy
-from fedsb.privacy.accounting import epsilon
 from fedsb.privacy.grid import NoiseGrid
 from fedsb.privacy.mechanism import ROUNDING, SLACK, UnsafeReleaseError
 from fedsb.privacy.plan import PrivacyPlan, worst_client
@@ -87,8 +86,8 @@ def audit(
             refused = error
 
     bound = best_bound(planted.scores(), planted.coins, plan.delta)
-    alone = [release.alone() for release in mechanism.ledger.releases()]
-    stated, booked = plan.own_epsilon(rounds), epsilon(alone, plan.delta)  # without shared noise, plan.epsilon
+    stated = plan.own_epsilon(rounds)  # without shared noise, plan.epsilon
+    booked = mechanism.ledger.epsilon(plan.delta, alone=True)
     most = ceiling(canaries, plan.delta, plan.q, rounds * plan.steps)
     scores = watched.checks.scores(SLACK)
     broken, says = _verdict(bound.epsilon, stated, booked, most)

@@ -101,7 +101,7 @@ def epsilon_spent(
         releases = merged(entry for path in existing for entry in read_ledger(path))
         if alone and all(release.own_sigma is None for release in releases):
             return None, None
-        return epsilon([release.alone() for release in releases] if alone else releases, delta), None
+        return epsilon(releases, delta, alone=alone), None
     except (UserError, RunError) as error:
         return None, str(error)
 
