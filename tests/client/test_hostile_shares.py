@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,32 @@ def world(settings: Settings, tmp_path: Path) -> Hostile:
 def lists(world: Hostile, names: str) -> bytes:
     """The server's list of survivors in the first round's sum."""
     return pack_list(world.plan(0), "survivors", "", list(names))
+
+
+@pytest.mark.parametrize(
+    ("allow", "said"),
+    [
+        ({"epsilon_shared": 20.0}, None),
+        ({"epsilon": 1000.0}, None),
+        ({"epsilon": 1000.0, "epsilon_shared": 20.0}, None),
+        ({"epsilon": 20.0}, "by allow.epsilon, which counts this site's own share of the noise alone, it spends"),
+        ({"epsilon": 20.0, "epsilon_shared": 1000.0}, "allow.epsilon_shared limits that"),
+        ({"epsilon": 1000.0, "epsilon_shared": 5.0}, "by allow.epsilon_shared it spends epsilon"),
+    ],
+)
+def test_a_sites_two_limits_of_epsilon(
+    allow: dict[str, Any], said: str | None, settings: Settings, tmp_path: Path
+) -> None:
+    """The run states an epsilon of at most 20 against the server; a share of the noise alone gives more."""
+    privacy = {"unit": "example", "epsilon": 20.0, "clip_norm": 1.0, "delta": 1e-3}
+    world = Hostile(tmp_path, "abc", delta=1e-3, **allow)
+    world.open(settings(SHARED, {"privacy": privacy}, rounds=2), start=False)
+    if said is None:
+        assert world.ask("a", Start, rows=world.rows())
+    else:
+        with pytest.raises(RefusalError, match=re.escape(said)):
+            world.ask("a", Start, rows=world.rows())
+        assert world.ledgers("a") == []
 
 
 def test_a_request_without_a_sum_draws_no_row(world: Hostile) -> None:

@@ -155,6 +155,22 @@ def test_the_sum_has_the_noise_of_all_shares(tiny_config: dict[str, Any], tmp_pa
     assert float(change.std()) == pytest.approx(noise, rel=5 / np.sqrt(2 * len(change)) + 0.02)
 
 
+def test_the_divisor_is_what_the_clients_in_the_sum_are_expected_to_draw(tiny_config: dict[str, Any]) -> None:
+    server = open_server(private(tiny_config))
+    first, second, _ = server.rows
+    found = server.mean_gradient(0.1, np.array([2.0, -1.0]), [first, second])
+    wanted = np.array([2.0, -1.0]) / (0.1 * (server.rows[first] + server.rows[second]))
+    assert found.tolist() == pytest.approx(wanted.tolist(), rel=1e-12)
+
+
+def test_clients_that_are_drawn_share_the_noise_of_the_one_with_the_most_rounds(tiny_config: dict[str, Any]) -> None:
+    config = {**private(tiny_config, clients_per_round=2), "rounds": 7}
+    plans = open_server(config).policy.plans.values()
+    assert len({plan.rounds for plan in plans}) > 1
+    assert len({plan.sigma for plan in plans}) == 1
+    assert max(plan.epsilon() for plan in plans) == pytest.approx(20.0, rel=1e-3)
+
+
 def test_ledgers_have_both_multipliers_and_one_line_a_step(tiny_config: dict[str, Any]) -> None:
     done = federate(load_config(private(tiny_config)))
     ledgers = {path.stem: read_ledger(path) for path in (done.folder / "privacy").glob("*.jsonl")}
