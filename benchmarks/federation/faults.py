@@ -1,6 +1,6 @@
 """Causes every fault on a real federation, and records what was logged, how long it took and what was lost.
 
-    make faults        (half an hour on two cores, ten minutes of it a pause; --only unbroken kills answers private)
+    make faults        (half an hour on two cores, ten minutes of it a pause; --only unbroken kills ... for parts)
 
 A coordinator and three sites are separate processes with TLS between them. The model is tiny: a round takes a second.
 Writes faults.json and faults.md to the folder of this file.
@@ -121,27 +121,56 @@ def private(folder: Path) -> dict[str, Any]:
     rig = tiny_rig(
         folder / "private", rounds=8, privacy=privacy, clients={"holdout_fraction": 0.0}, basis={"kind": "core"}
     )
-    struck = {2: ("site-b", "worker"), 3: ("site-b", "node"), 4: (CO, "server"), 5: (CO, "superlink")}
-    struck |= {6: ("site-b", "supervisor"), 7: (CO, "supervisor")}
+    struck = [(2, "round", "site-b", "worker"), (3, "round", "site-b", "node"), (4, "round", CO, "server")]
+    struck += [(5, "round", CO, "superlink"), (6, "round", "site-b", "supervisor"), (7, "round", CO, "supervisor")]
     rows, before = [], dict[str, int]()
     with running(rig):
         rig.when("site-b", "start")
         rig.send(signal.SIGKILL, "site-b", "worker")  # the ledger is made, and no basis is told yet
         rig.when(CO, "checkpoint", 0, "end")
         rows.append({"killed": "site-b's worker", "in": "the opening", **ledgers(rig, before)})
-        for number, (party, process) in struck.items():
-            rig.when("site-b", "round", number)
-            time.sleep(0.1)
-            rig.send(signal.SIGKILL, party, process)
-            if process == "supervisor":
-                rig.processes[party].wait()
-                rig.start(party)
-            rig.when(CO, "checkpoint", number, "end")
-            rows.append({"killed": f"{party}'s {process}", "in": f"round {number}", **ledgers(rig, before)})
-        wait_for_end(rig)
-        rows.append({"killed": "", "in": "at the end", **ledgers(rig, before)})
+        rows += charged_kills(rig, struck, before)
     spent = [row["epsilon"] for row in read_rows(rig.run / "rounds.jsonl")]
     return {"rows": rows, "epsilon": spent, "dropped": dropped(rig)}
+
+
+def shared(folder: Path) -> dict[str, Any]:
+    """Kills in a run with shared noise, in every exchange of secure aggregation."""
+    rig = tiny_rig(
+        folder / "shared",
+        rounds=15,
+        train={"local_steps": 1},
+        privacy={"unit": "example", "noise_multiplier": 2.0, "clip_norm": 1.0, "delta": 1e-3},
+        clients={"holdout_fraction": 0.0},
+        server={"secure_aggregation": True},
+    )
+    parties = [("site-b", name) for name in ("worker", "node", "supervisor")]
+    parties += [(CO, name) for name in ("server", "superlink", "supervisor")]
+    struck = [(1, "advert", "site-b", "worker"), (1, "sealed", CO, "server"), (1, "held", "site-c", "supervisor")]
+    struck += [(2 + i, "round", *each) for i, each in enumerate(parties)]
+    struck += [(8 + i, "shares", *each) for i, each in enumerate(parties)]
+    with running(rig):
+        rows = charged_kills(rig, struck, {})
+    spent = [row["epsilon"] for row in read_rows(rig.run / "rounds.jsonl")]
+    return {"rows": rows, "epsilon": spent, "dropped": dropped(rig)}
+
+
+def charged_kills(rig: Rig, struck: list[tuple[int, str, str, str]], before: dict[str, int]) -> list[dict[str, Any]]:
+    """Kills (round, phase, party, process) one after another, and compares the ledgers after each of these rounds."""
+    rows, last = [], max(number for number, *_ in struck)
+    for i, (number, phase, party, process) in enumerate(struck):
+        rig.when("site-b", phase, number)
+        time.sleep(0.1 if phase == "round" else 0.01)
+        rig.send(signal.SIGKILL, party, process)
+        at = time.monotonic()
+        if process == "supervisor":
+            rig.processes[party].wait()
+            rig.start(party)
+        if number == last or struck[i + 1][0] > number:
+            rig.when(CO, "checkpoint", number, "end", after=at if phase != "round" else 0.0)
+        rows.append({"killed": f"{party}'s {process}", "in": f"round {number}, {phase}", **ledgers(rig, before)})
+    wait_for_end(rig)
+    return [*rows, {"killed": "", "in": "at the end", **ledgers(rig, before)}]
 
 
 # --- what came of it ---
@@ -201,7 +230,7 @@ def _meant(rows: list[dict[str, Any]], number: int, site: str) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", default=["unbroken", "kills", "answers", "private"])
+    parser.add_argument("--only", nargs="*", default=["unbroken", "kills", "answers", "private", "shared"])
     parser.add_argument("--out", type=Path, help="keep everything here; default: a folder of the system's")
     asked = parser.parse_args()
     folder = asked.out or Path(tempfile.mkdtemp(prefix="fedsb-faults-"))
@@ -213,7 +242,7 @@ def main() -> None:
     for name in asked.only:
         print(f"{name} ...", flush=True)
         begun = time.monotonic()
-        run = {"unbroken": unbroken, "private": private}.get(name)
+        run = {"unbroken": unbroken, "private": private, "shared": shared}.get(name)
         found[name] = run(folder) if run else {"kills": kills, "answers": answers}[name](folder, mount)
         found[name]["minutes"] = round((time.monotonic() - begun) / 60, 1)
         path.write_text(json.dumps(found, indent=1).replace(f"{folder}/", "") + "\n")

@@ -22,7 +22,7 @@ import numpy as np
 
 from fedsb.adapters.layout import Layout
 from fedsb.protocol.channel import Handle, Transport
-from fedsb.protocol.messages import DescribeReply, Reply, Train, read_reply, read_request
+from fedsb.protocol.messages import DescribeReply, Reply, SecAggPhase, Train, read_reply, read_request
 from fedsb.protocol.payload import Payload, pack, unpack
 from fedsb.utils.errors import RunError, UserError
 
@@ -46,8 +46,10 @@ def announcer(folder: Path) -> Callable[..., None]:
 
 
 def verb_and_round(request: bytes) -> tuple[str, int]:
-    """Returns what a request asks; "round" with its number for one that asks to train."""
+    """Returns what a request asks; "round", or a phase of secure aggregation, with the number of the round."""
     asked = read_request(request)
+    if isinstance(asked, SecAggPhase):
+        return asked.phase, asked.round + 1
     return ("round", unpack(asked.payload).round + 1) if isinstance(asked, Train) else (asked.verb, 0)
 
 

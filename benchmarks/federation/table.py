@@ -19,7 +19,9 @@ def write_table(found: Mapping[str, Any], path: Path) -> None:
     if "answers" in found:
         lines += _answers(found["answers"])
     if "private" in found:
-        lines += _private(found["private"])
+        lines += _private("A private run (privacy.unit = 'example'), killed again and again", found["private"])
+    if "shared" in found:
+        lines += _private("Shared noise, killed in every exchange of secure aggregation", found["shared"])
     lines += [f"Full disk: {found['full disk']}.", ""]
     path.write_text("\n".join(lines))
 
@@ -66,15 +68,18 @@ def _answers(answers: Mapping[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
-def _private(private: Mapping[str, Any]) -> list[str]:
+def _private(title: str, private: Mapping[str, Any]) -> list[str]:
     good = all(row["equal"] and row["never_shorter"] for row in private["rows"])
     lines = [
-        "## A private run (privacy.unit = 'example'), killed again and again",
+        f"## {title}",
         "",
         "After each kill every site's ledger was compared with the coordinator's copy and with itself before: "
         + ("always equal, never shorter." if good else "NOT ALWAYS EQUAL."),
         f"Epsilon by round: {', '.join(f'{e:.2f}' for e in private['epsilon'])}.",
-        "A round that a site had to do again is charged again.",
+        "A round that a site had to do again is charged again. "
+        f"{len(private['epsilon'])} rounds, and entries at the end: "
+        + ", ".join(map(str, private["rows"][-1]["entries"].values()))
+        + ".",
         *(f"Round {n}, {site}: {why}" for n, row in private["dropped"].items() for site, why in row.items()),
         "",
         "| killed | in | entries of each ledger | equal | never shorter |",

@@ -11,7 +11,7 @@ import pytest
 
 from fedsb.client.store import DiskStore
 from fedsb.privacy.mechanism import PrivacyBudgetExceededError
-from fedsb.protocol.messages import Start, SumRequest
+from fedsb.protocol.messages import NoKeys, SecAggPhase, Start, SumRequest
 from fedsb.secagg.messages import MessageError, SumError
 from fedsb.utils.errors import RefusalError
 from support.hostile import CLIENT, SHARED, SUMS, Hostile, Settings, moved
@@ -32,8 +32,7 @@ def test_a_single_update_does_not_leave(settings: Settings, tmp_path: Path) -> N
     world.open(settings(SUMS))
     with pytest.raises(RefusalError, match="the request asks for a single update"):
         world.train(0, "a")
-    with pytest.raises(RefusalError, match="This client has no keys for this sum"):
-        world.train(0, "a", sum=SumRequest(attempt="1", cohort=["a", "b", "c"]))
+    assert world.train(0, "a", sum=SumRequest(attempt="1", cohort=["a", "b", "c"])) == [NoKeys()]
     world.agree()
     with pytest.raises(RefusalError, match="the request asks for a single update"):
         world.train(0, "a", sum=None)
@@ -191,7 +190,9 @@ def test_shares_that_are_not_due_leave_the_sum_as_it_is(settings: Settings, tmp_
             with pytest.raises(SumError):
                 world.phase(name, "shares", b"", str(world.attempts), 0)
 
-    ask_for_shares()  # before the agreement
+    fields = {"attempt": "0", "round": 0, "rounds": 0, "cohort": ["a", "b", "c"]}
+    for phase in ("sealed", "held", "confirm", "shares"):  # before the agreement
+        assert world.ask("a", SecAggPhase, b"", phase=phase, **fields) == NoKeys()
     world.agree()
     ask_for_shares()  # before the masked change
     first = world.sum(0, "abc", ask_for_shares)

@@ -16,11 +16,12 @@ from conftest import adapter_bytes
 from fedsb.client.store import DiskStore
 from fedsb.config.load import load_config
 from fedsb.privacy.ledger import Ledger, read_ledger
+from fedsb.protocol.messages import NoKeys, read_request
 from fedsb.reporting.run_directory import read_rows
 from fedsb.runs.run import federate, resume
 from fedsb.utils.errors import RunError, UserError
 from laws.test_channels import both, cut_off, federation, merged, remote_of
-from support.kills import Killed, Mortal, cut_after, offline, seed_noise
+from support.kills import Killed, Mortal, cut_after, offline, seed_noise, step_of
 from support.sites import Federation
 
 ROUNDS = 3
@@ -226,6 +227,47 @@ def test_a_repeated_round_is_charged_once_more_only_if_its_answer_was_not_stored
             resume(folder, open_federation=sites.taken_up(folder))
         assert [row["round"] for row in read_rows(folder / "rounds.jsonl")] == [1, 2]
     assert charged(sites) == DONE | {"site 1": lines}
+
+
+@pytest.mark.parametrize("step", [("advert", 1), ("sealed", 1), ("held", 1), ("train", 2), ("shares", 2)])
+def test_a_round_is_repeated_with_new_keys_if_a_site_that_is_needed_was_restarted(
+    step: tuple[str, int], tiny_config: dict[str, Any], tmp_path: Path, whole: Any
+) -> None:
+    """Keys are in memory only. What the site has trained is stored, so nothing is charged again."""
+    sites = federation(tmp_path)
+    Mortal(sites, "site 1", step, "idle")
+    folder = run(tiny_config, sites, **ALL)
+    assert adapter_bytes(folder) == whole(**ALL)
+    assert charged(sites) == DONE
+    assert dropped(folder) == [[], [], []]
+    assert [row["cohort"] for row in read_rows(folder / "rounds.jsonl")] == [list(SITES)] * 3
+
+
+def test_the_noise_of_a_client_is_charged_once_if_its_round_is_repeated(
+    tiny_config: dict[str, Any], tmp_path: Path
+) -> None:
+    sites = federation(tmp_path)
+    Mortal(sites, "site 1", ("train", 2), "idle")
+    folder = run(tiny_config, sites, **merged(ALL, {"privacy": {"unit": "client"}, "server": {"weighting": "uniform"}}))
+    assert charged(sites) == DONE
+    (ledger,) = (folder / "privacy").glob("*.jsonl")
+    assert [entry.round for entry in read_ledger(ledger)] == [1, 2, 3]
+
+
+def test_a_site_that_never_has_keys_ends_the_run(tiny_config: dict[str, Any], tmp_path: Path) -> None:
+    sites, asked = federation(tmp_path), list[int]()
+    honest = sites.channel.handles["site 1"]
+
+    def forgetful(data: bytes) -> bytes:
+        step = step_of(read_request(data))
+        asked.extend([step[1]] if step[0] == "train" else [])
+        return NoKeys().pack() if step == ("train", 2) else honest(data)
+
+    sites.channel.handles["site 1"] = forgetful
+    with pytest.raises(RunError, match=r"2 of 3 clients sent 'masked'(.|\n)*site 1: it was restarted since the keys"):
+        run(tiny_config, sites, **ALL)
+    assert asked == [1, 2, 2, 2]
+    assert charged(sites) == {"site 0": [1, 2], "site 1": [1], "site 2": [1, 2]}
 
 
 # --- the coordinator is killed ---

@@ -22,6 +22,7 @@ from fedsb.privacy.noise import SeededNoise
 from fedsb.protocol.secure_sum import SUM, noise_share
 from fedsb.protocol.tensors import within
 from fedsb.reporting.run_directory import read_manifest, read_rows
+from fedsb.runs.estimate import estimate
 from fedsb.runs.run import federate, resume
 from fedsb.secagg.fixed_point import FixedPoint
 from fedsb.secagg.messages import KeyPlan, SumPlan
@@ -321,7 +322,10 @@ def test_the_price_of_a_masked_update_is_what_is_sent(tiny_config: dict[str, Any
         done = federate(load_config(set_all(config, name=f"run-{id(config)}")))
         manifest = read_manifest(done.folder)
         (mine,) = [price for price in manifest["prices"] if price["this_run"]]
-        assert mine["up_bytes"] == sum(row["up_bytes"] for row in read_rows(done.folder / "rounds.jsonl"))
+        rounds = read_rows(done.folder / "rounds.jsonl")
+        assert mine["up_bytes"] == sum(row["up_bytes"] for row in rounds)
+        each = estimate(load_config(config))["bytes_per_client_round"]["up"]
+        assert each * len(rounds[0]["cohort"]) == rounds[0]["up_bytes"]
 
 
 def test_a_run_that_was_interrupted_while_it_trained_has_charged_nothing_for_the_round(

@@ -69,13 +69,13 @@ class SecAggSession:
         self._refuse_peers({name: known[name] for name in cohort if name != self._identity.name})
         return {name: known[name] for name in cohort}
 
-    def require_keys(self, request: SumRequest, round: int) -> None:
-        """Raises RefusalError, before any row is read, if this client cannot take part in the sum of a round."""
-        if self._keys is None or self._keys.plan.attempt != request.attempt:
-            raise RefusalError(
-                "This client has no keys for this sum, because it was restarted since they were agreed on. It takes "
-                "part again after the next agreement."
-            )
+    def has_keys(self, attempt: str) -> bool:
+        """Returns whether this client has the keys of this agreement. It lost them if it was restarted since."""
+        return self._keys is not None and self._keys.plan.attempt == attempt
+
+    def check_sum(self, request: SumRequest, round: int) -> None:
+        """Raises RefusalError, before any row is read, for a sum that is not of the agreement."""
+        assert self._keys is not None
         plan, members, cohort = self._keys.plan, self._keys.members, self.keys(request.cohort).keys()
         agreed = cohort <= members if plan.signed else cohort == members
         if self._identity.name not in cohort or len(cohort) < plan.threshold or not agreed:
@@ -105,16 +105,16 @@ class SecAggSession:
         """Returns the clients in this round's sum, if this client has helped to unmask it, else None."""
         return self._store.sum_survivors(round)
 
-    def answer(self, request: SecAggPhase) -> bytes:
-        """Returns this client's message of a phase. Raises SumError for one that is not due."""
+    def answer(self, request: SecAggPhase) -> bytes | None:
+        """Returns this client's message of a phase; None without keys. Raises SumError for one that is not due."""
         phase, message = request.phase, request.payload
         if phase == "advert":
             sites = self.keys(request.cohort)
             plan = self._sums.key_plan(request.round, request.rounds, sites, request.attempt)
             self._keys = ClientKeys(plan, self._identity.name, self._identity.key)
             return self._keys.advertise()
-        if self._keys is None or self._keys.plan.attempt != request.attempt:
-            raise SumError("This site takes part in no sum at the moment: it was restarted since.")
+        if self._keys is None or not self.has_keys(request.attempt):
+            return None
         if phase == "sealed":
             return self._keys.share_keys(message)
         if phase == "held":

@@ -39,6 +39,7 @@ from fedsb.protocol.messages import (
     CompareSharedReply,
     GetShared,
     GetSharedReply,
+    NoKeys,
     Refresh,
     RefreshReply,
     Reply,
@@ -179,20 +180,19 @@ class StartedClient(ClientSharedState):
 
     # --- a round ---
 
-    def train(self, request: Train) -> TrainReply | Stale:
+    def train(self, request: Train) -> TrainReply | Stale | NoKeys:
         """Trains for one round."""
         begun = self.begin(request)
-        if isinstance(begun, Stale):
+        if not isinstance(begun, LocalRound):
             return begun
         if begun.done is not None:
             return self._reply(begun, begun.done)
-        (trained,) = self.trainer.train(
-            [begun.training], begun.client_round.method, begun.client_round.round, self.policy
-        )
+        method, round = begun.client_round.method, begun.client_round.round
+        (trained,) = self.trainer.train([begun.training], method, round, self.policy)
         return self.finish(begun, trained)
 
-    def begin(self, request: Train) -> LocalRound | Stale:
-        """Returns the client's round; Stale if this client lacks the state to which the broadcast adds.
+    def begin(self, request: Train) -> LocalRound | Stale | NoKeys:
+        """Returns the client's round, or what this client lacks: the state to which the broadcast adds, or keys.
 
         A round is done once. A repeated broadcast gets the stored answer. A different broadcast for the same round, or
         a round that the run does not have, raises RefusalError.
@@ -204,7 +204,9 @@ class StartedClient(ClientSharedState):
             on, asked = ("false", "masked") if self.secagg is None else ("true", "single")
             raise RefusalError(f"server.secure_aggregation = {on}, but the request asks for a {asked} update.")
         if self.secagg is not None and request.sum is not None:
-            self.secagg.require_keys(request.sum, payload.round)
+            if not self.secagg.has_keys(request.sum.attempt):
+                return NoKeys()
+            self.secagg.check_sum(request.sum, payload.round)
         client_round = self._receive(payload, request)
         if client_round is None:
             return Stale(shared=self.start_view().hash)
@@ -259,11 +261,12 @@ class StartedClient(ClientSharedState):
         )
         return done, state
 
-    def secagg_phase(self, request: SecAggPhase) -> SecAggReply:
+    def secagg_phase(self, request: SecAggPhase) -> SecAggReply | NoKeys:
         """Answers one phase of secure aggregation."""
         if self.secagg is None:
             raise RefusalError("server.secure_aggregation = false: this run has no secure aggregation.")
-        return SecAggReply(parts=(self.secagg.answer(request),))
+        message = self.secagg.answer(request)
+        return NoKeys() if message is None else SecAggReply(parts=(message,))
 
     def final_tensors(self, payload: Payload) -> Tensors:
         """Returns the final model's tensors from the last broadcast."""
@@ -294,8 +297,7 @@ class StartedClient(ClientSharedState):
 
     def _receive(self, payload: Payload, request: Train) -> ClientRound | None:
         lossy = build_compressor(self.config, self.method, self.run).codec != "float32"
-        view = self.store.view(payload.round)
-        if view is None:
+        if (view := self.store.view(payload.round)) is None:
             view = self.start_view()
             if view.needs_whole(payload):
                 return None

@@ -80,6 +80,12 @@ class Stale(Reply):
     shared: str
 
 
+class NoKeys(Reply):
+    """The reply of a client that was restarted since the keys of a secure aggregation were agreed on."""
+
+    verb = "no_keys"
+
+
 class DescribeReply(Reply):
     verb = "describe"
     rows: Rows | None  # None in a private run, where it would show how many rows were left out
@@ -164,6 +170,7 @@ class Request(Message, Generic[R]):
     """A server's request."""
 
     reply: ClassVar[type[Reply]]
+    also: ClassVar[tuple[type[Reply], ...]] = ()  # other replies, of a client that lacks something
     run: str
 
 
@@ -227,6 +234,7 @@ class SumRequest(BaseModel):
 
 class Train(Request[TrainReply]):
     verb, reply = "train", TrainReply
+    also = Stale, NoKeys
     payloads = (1,)
     total_rank: int | None  # of this client; None: the method's
     state_round: Count  # the last round whose update of this client was used: its own state is that after it
@@ -237,6 +245,7 @@ class Train(Request[TrainReply]):
 
 class SecAggPhase(Request[SecAggReply]):
     verb, reply = "secagg", SecAggReply
+    also = (NoKeys,)
     payloads = (1,)
     phase: SecAggPhaseName
     attempt: str  # of the agreement of keys, different for each
@@ -268,13 +277,13 @@ def read_request(data: bytes) -> Request[Any]:
     return _checked(REQUESTS[verb], fields, parts)
 
 
-def read_reply(data: bytes, request: Request[R]) -> R | Stale:
+def read_reply(data: bytes, request: Request[R]) -> R | Stale | NoKeys:
     """Raises PayloadError for anything but a reply to this request."""
     verb, fields, parts = _split(data)
-    expected: type[Any] = Stale if isinstance(request, Train) and verb == Stale.verb else request.reply
-    if verb != expected.verb:
+    kinds: dict[str, type[Any]] = {kind.verb: kind for kind in (request.reply, *request.also)}
+    if verb not in kinds:
         raise PayloadError(f"Its reply to {request.verb!r} has the verb {verb!r:.40}.")
-    found: R | Stale = _checked(expected, fields, parts)
+    found: R | Stale | NoKeys = _checked(kinds[verb], fields, parts)
     return found
 
 

@@ -189,8 +189,8 @@ def estimate(loaded: ResolvedConfig, also: Sequence[Method] = (), gpu: float | N
             "one_off": sum(bill.values()),
         },
         "bytes_per_client_round": {
-            way: payload_bytes(config.server.codec, values + head)
-            for way, values in (("up", traffic.up), ("down", traffic.down))
+            "up": up_bytes(traffic.up + head) if up_bytes else payload_bytes(config.server.codec, traffic.up + head),
+            "down": payload_bytes(config.server.codec, traffic.down + head),
         },
         "prices": [price.as_dict() for price in prices],
         "compared": [f"{method.spec.id} (rank {method.rank})" for method in also],

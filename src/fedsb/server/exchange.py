@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from fedsb.protocol.channel import OFFLINE, Channel, NoResponse
-from fedsb.protocol.messages import Reply, Request, Stale
+from fedsb.protocol.messages import NoKeys, Reply, Request, Stale
 from fedsb.utils.errors import RunError
 
 PATIENT_S = 3600.0  # at least: a model is loaded, an adapter written
@@ -30,7 +30,7 @@ class Exchange:
 
     def each(
         self, requests: Mapping[str, Request[R]], *, patient: bool = False, what: str | None = None
-    ) -> Iterator[tuple[str, R | Stale | NoResponse]]:
+    ) -> Iterator[tuple[str, R | Stale | NoKeys | NoResponse]]:
         """Yields replies as they arrive.
 
         The deadline is that of a round. A patient server, which needs every client, waits longer. `what` names the
@@ -51,7 +51,7 @@ class Exchange:
         Raises RunError with the reason of each that has none.
         """
         names, end = self.channel.clients if among is None else among, time.monotonic() + PATIENT_S
-        found: dict[str, R | Stale | NoResponse] = {}
+        found: dict[str, R | Stale | NoKeys | NoResponse] = {}
         waiting = list(names)
         while waiting and time.monotonic() < end:
             found |= self.each(dict.fromkeys(waiting, request), patient=True)
@@ -95,4 +95,6 @@ def reason_of(reply: Reply | NoResponse | None) -> str:
     """Returns the reason why a reply cannot be used."""
     if isinstance(reply, NoResponse):
         return reply.reason
+    if isinstance(reply, NoKeys):
+        return "it was restarted since the keys were agreed on"
     return "no reply" if reply is None else "it still lacks the shared state of the others"

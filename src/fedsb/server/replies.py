@@ -29,6 +29,12 @@ class Replies:
     traffic: list[TrafficRecord] = field(default_factory=list)
     dropped: list[Dropped] = field(default_factory=list)  # who left the sum, or did not reply
 
+    def extend(self, other: Replies) -> None:
+        self.losses |= other.losses
+        self.scores |= other.scores
+        self.traffic += other.traffic
+        self.dropped += other.dropped
+
     def add(self, reply: ClientReply) -> None:
         if reply.loss is not None:
             self.losses[reply.client] = reply.loss

@@ -12,7 +12,7 @@ from fedsb.adapters.layout import Layout
 from fedsb.client.round import ClientRound, ClientView
 from fedsb.methods.base import State
 from fedsb.protocol.channel import NoResponse
-from fedsb.protocol.messages import Stale, SumRequest, Train, TrainReply
+from fedsb.protocol.messages import NoKeys, Stale, SumRequest, Train, TrainReply
 from fedsb.protocol.payload import PayloadError, unpack
 from fedsb.protocol.traffic import TrafficRecord
 from fedsb.server.exchange import reason_of
@@ -28,12 +28,15 @@ if TYPE_CHECKING:
     from fedsb.server.server import Server
 
 
+SUM_TRIES = 3  # of a round whose clients are restarted in it
+
+
 @dataclass(frozen=True)
 class ClientAnswer:
     """A client's answer in a round, and the traffic to the client."""
 
     client: str
-    reply: TrainReply | Stale | NoResponse
+    reply: TrainReply | Stale | NoKeys | NoResponse
     traffic: Sequence[TrafficRecord]
 
 
@@ -45,8 +48,9 @@ class ServerRound:
         self.ranks = {**server.ranks, **state.total_ranks}
         self.shared_hash = server.shared_state.hash(view.shared)
         self._payloads: dict[tuple[bool, int | None], bytes] = {}
-        self._requests: dict[tuple[bool, int | None, int], Train] = {}
+        self._requests: dict[tuple[bool, int | None, int, str | None], Train] = {}
         self.sum: SumRequest | None = None
+        self._charged: int | None = None  # the number of clients in the sum whose noise was charged
 
     def payload(self, *, whole: bool, rank: int | None) -> bytes:
         """Returns the broadcast to clients of this rank; those that receive the same share its bytes."""
@@ -90,14 +94,36 @@ class ServerRound:
     def summed(self, cohort: Sequence[str], replies: Replies) -> tuple[SumTerms, Summed, ClientRound]:
         """Asks the cohort to train, and returns the sum of what it would send, as the terms define it.
 
-        Raises SumError if too few clients stayed.
+        A sum that fails because a client was restarted is repeated with new keys: every client masks the change that it
+        has made. Raises SumError if too few clients stayed.
         """
+        from fedsb.secagg.messages import SumError
+
+        secagg = self.server.secagg
+        assert secagg is not None
+        for left in reversed(range(SUM_TRIES)):
+            tried = Replies()
+            secagg.restarted.clear()
+            try:
+                found = self._summed(secagg, cohort, tried)
+            except SumError:
+                if not left or not secagg.restarted:
+                    raise
+                names = " and ".join(sorted(secagg.restarted))
+                self.server.note(f"Round {self.state.round + 1} gets new keys: {names} was restarted")
+            else:
+                replies.extend(tried)
+                return found
+        raise AssertionError("unreachable")
+
+    def _summed(
+        self, secagg: SecAggServer, cohort: Sequence[str], replies: Replies
+    ) -> tuple[SumTerms, Summed, ClientRound]:
         from fedsb.secagg.messages import SumError
         from fedsb.server.secure_sum import Masked
 
         server, round = self.server, self.state.round
-        secagg = server.secagg
-        assert secagg is not None and server.secure_sums is not None
+        assert server.secure_sums is not None
         keys = secagg.keys(round, cohort)
         without = [name for name in cohort if name not in keys.members]
         replies.dropped += [
@@ -117,11 +143,15 @@ class ServerRound:
         self.sum = SumRequest(attempt=keys.plan.attempt, cohort=cohort)
         trained, masked = list[ClientReply](), list[Masked]()
         for answer in self.answers(cohort):
+            if isinstance(answer.reply, NoKeys):
+                secagg.restarted.add(answer.client)
             if (reply := self._checked(answer, replies)) is not None and reply.payload is not None:
                 assert isinstance(answer.reply, TrainReply)
                 trained.append(reply)
                 masked.append(Masked(client=reply.client, message=reply.payload, survivors=answer.reply.survivors))
-        server.secure_sums.charge(terms)
+        if len(cohort) != self._charged:  # else a repeated sum, to which the clients add the same noise
+            server.secure_sums.charge(terms)
+            self._charged = len(cohort)
         try:
             found = secagg.add_up(terms, len(part), masked)
         except SumError as error:
@@ -172,7 +202,7 @@ class ServerRound:
     def _request(self, name: str, *, whole: bool) -> Train:
         """Returns the request to a client; clients to whom the same is said share one object, packed once."""
         rank, state_round = self.ranks.get(name), self.state.accepted.get(name, 0)
-        key = whole, rank, state_round
+        key = whole, rank, state_round, self.sum.attempt if self.sum else None
         if key not in self._requests:
             self._requests[key] = Train(
                 run=self.server.run,

@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from fedsb.protocol.messages import SecAggPhase, SecAggPhaseName, SecAggReply
+from fedsb.protocol.messages import NoKeys, SecAggPhase, SecAggPhaseName, SecAggReply
 from fedsb.protocol.secure_sum import KEY_ROUNDS, SecureSums, SumTerms
 from fedsb.secagg.fixed_point import Doubles
 from fedsb.secagg.messages import MessageError, SumError, SumPlan
@@ -46,6 +46,7 @@ class SecAggServer:
         self.exchange, self.sums, self.directory = exchange, sums, directory
         self.wire_bytes: dict[str, tuple[int, int]] = {}  # of agreements, until they are read
         self.absent: dict[str, str] = {}  # why clients have no keys of the newest agreement
+        self.restarted: set[str] = set()  # clients that lost keys, until they are read
         self._keys: KeyServer | None = None
 
     def keys(self, round: int, cohort: Sequence[str]) -> KeyServer:
@@ -145,6 +146,8 @@ class SecAggServer:
         for name, reply in self.exchange.each(requests, what=f"The secure aggregation of round {plan.round + 1}"):
             up, down = wire.get(name, (0, 0))
             wire[name] = up, down + requests[name].wire_bytes
+            if isinstance(reply, NoKeys):
+                self.restarted.add(name)
             if not isinstance(reply, SecAggReply):
                 failed[name] = reason_of(reply)
                 continue
