@@ -231,7 +231,10 @@ def _start(
         before = score_global(server, state)
     described = describe_start(server, basis, state, settings, before)
     record.save_manifest(described | {"data": tables})
-    display.note(bytes_line(described["prices"]) + "\n")
+    display.note(bytes_line(described["prices"]))
+    if private := described["privacy"]:
+        display.note(f"privacy  {private['says']}")
+    display.note("")
     record.start(state, traffic)
     return state
 
