@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from conftest import adapter_bytes
 from fedsb.client.store import DiskStore
 from fedsb.config.load import load_config
 from fedsb.privacy.ledger import Ledger, read_ledger
-from fedsb.protocol.messages import NoKeys, read_request
+from fedsb.protocol.messages import NoKeys, TrainReply, read_reply, read_request
 from fedsb.reporting.run_directory import read_rows
 from fedsb.runs.run import federate, resume
 from fedsb.utils.errors import RunError, UserError
@@ -252,6 +253,28 @@ def test_the_noise_of_a_client_is_charged_once_if_its_round_is_repeated(
     assert charged(sites) == DONE
     (ledger,) = (folder / "privacy").glob("*.jsonl")
     assert [entry.round for entry in read_ledger(ledger)] == [1, 2, 3]
+
+
+def test_a_reply_has_the_entries_of_the_ledger_that_the_coordinator_lacks(
+    tiny_config: dict[str, Any], tmp_path: Path
+) -> None:
+    sites, sent = federation(tmp_path), dict[str, list[int]]()
+    Mortal(sites, "site 1", ("train", 2), "after")  # this reply does not arrive
+
+    def counted(name: str, handle: Any, data: bytes) -> bytes:
+        answer = bytes(handle(data))
+        reply = read_reply(answer, read_request(data))
+        if isinstance(reply, TrainReply):
+            sent.setdefault(name, []).append(len(reply.entries))
+        return answer
+
+    for name, handle in sites.channel.handles.items():
+        sites.channel.handles[name] = partial(counted, name, handle)
+    folder = run(tiny_config, sites)
+    assert sent == {"site 0": [1, 1, 1], "site 1": [1, 2], "site 2": [1, 1, 1]}
+    for name in SITES:
+        (own,) = (sites.folder / name).glob("runs/*/privacy/*.jsonl")
+        assert read_ledger(folder / "privacy" / own.name) == read_ledger(own)
 
 
 def test_a_site_that_never_has_keys_ends_the_run(tiny_config: dict[str, Any], tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fedsb.cli.common import Set, load
+from fedsb.cli.common import Set, load, print_result
 from fedsb.cli.status import status
 from fedsb.utils.errors import RunError
 
@@ -127,7 +127,7 @@ def serve(
         if where.exists():
             typer.echo(f"Completed rounds are in {where}. Repeat the same command to resume.", err=True)
         raise
-    typer.echo(f"The run is complete. Everything is in {where}.")
+    print_result(where, as_json=False)
 
 
 app.command()(status)

@@ -126,7 +126,7 @@ class SiteHandler:
             case Train():
                 refuse_versions(request.versions)  # a coordinator may have come back as another
                 request = request.model_copy(update={"score": request.score and self.settings.allow.tells})
-        return self._with_ledger(self._quiet(self._started(request).answer(request)))
+        return self._with_ledger(request, self._quiet(self._started(request).answer(request)))
 
     def _describe(self, request: Describe) -> DescribeReply:
         refuse_versions(request.versions)  # first: another version may not even read the settings
@@ -181,7 +181,7 @@ class SiteHandler:
         score = client.trainer.evaluate(tensors, held_out).value if held_out and tells else None
         probes = client.data.train[:4] if tells else []
         write_adapters(client.trainer, {folder / "adapter": tensors}, request.card, probes)
-        reply = self._with_ledger(FinishReply(score=finite(score), held_out=len(held_out)))
+        reply = self._with_ledger(request, FinishReply(score=finite(score), held_out=len(held_out)))
         assert isinstance(reply, FinishReply)
         self.close()
         self.print_line(f"{request.run[:12]}  the final adapter is in {folder / 'adapter'}")
@@ -313,15 +313,14 @@ class SiteHandler:
             changes |= {"loss": None, "score": None}
         return reply.model_copy(update=changes)
 
-    def _with_ledger(self, reply: Reply) -> Reply:
-        """Returns the reply with the entries of this site's ledger."""
-        client = self.client
-        if "entries" not in type(reply).model_fields or not isinstance(client, StartedClient):
-            return reply
-        if client.policy.unit != "example":
+    def _with_ledger(self, request: Request[Any], reply: Reply) -> Reply:
+        """Returns the reply with the entries of this site's ledger that the coordinator lacks."""
+        client, charged = self.client, "entries" in type(reply).model_fields
+        if not charged or not isinstance(client, StartedClient) or client.policy.unit != "example":
             return reply
         path = self._folder(client.run) / "privacy" / f"{safe_name(self.identity.name)}.jsonl"
-        return reply.model_copy(update={"entries": [vars(entry) for entry in read_ledger(path)]})
+        known = request.known_entries if isinstance(request, Train) else 0
+        return reply.model_copy(update={"entries": [vars(entry) for entry in read_ledger(path)[known:]]})
 
     def _send(self, request: Request[Any], reply: Reply) -> bytes:
         """Returns the bytes that leave this site, after checking its policy and writing them to the outbox."""

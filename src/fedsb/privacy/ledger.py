@@ -136,12 +136,19 @@ class Ledger:
             raise
         self._entries.append(entry)
 
-    def copy(self, entries: Iterable[Entry]) -> None:
-        """Adds the entries of the client's own ledger that this copy, kept on another machine, lacks."""
-        known = Counter(self._entries)  # a release that was charged twice in one second has two equal entries
+    def __len__(self) -> int:
+        """Returns the number of entries."""
+        return len(self._entries)
+
+    def copy(self, entries: Iterable[Entry], known: int = 0) -> None:
+        """Adds the entries of the client's own ledger that this copy, kept on another machine, lacks.
+
+        `entries` are those after the first `known` ones.
+        """
+        here = Counter(self._entries[known:])  # a release that was charged twice in one second has two equal entries
         for entry in entries:
-            if known[entry]:
-                known[entry] -= 1
+            if here[entry]:
+                here[entry] -= 1
                 continue
             with disk_errors(self.path.parent):
                 self._append(_line(_entry(entry.values(), (self.run, self.client)).values()))

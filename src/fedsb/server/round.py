@@ -48,7 +48,8 @@ class ServerRound:
         self.ranks = {**server.ranks, **state.total_ranks}
         self.shared_hash = server.shared_state.hash(view.shared)
         self._payloads: dict[tuple[bool, int | None], bytes] = {}
-        self._requests: dict[tuple[bool, int | None, int, str | None], Train] = {}
+        self._requests: dict[tuple[object, ...], Train] = {}
+        self._known: dict[str, int] = {}  # entries of each client's ledger that were known before it was asked
         self.sum: SumRequest | None = None
         self._charged: int | None = None  # the number of clients in the sum whose noise was charged
 
@@ -202,7 +203,8 @@ class ServerRound:
     def _request(self, name: str, *, whole: bool) -> Train:
         """Returns the request to a client; clients to whom the same is said share one object, packed once."""
         rank, state_round = self.ranks.get(name), self.state.accepted.get(name, 0)
-        key = whole, rank, state_round, self.sum.attempt if self.sum else None
+        self._known[name] = self.server.known_entries(name)
+        key = whole, rank, state_round, self._known[name], self.sum.attempt if self.sum else None
         if key not in self._requests:
             self._requests[key] = Train(
                 run=self.server.run,
@@ -210,6 +212,7 @@ class ServerRound:
                 state_round=state_round,
                 score=self.score,
                 versions=versions(),
+                known_entries=self._known[name],
                 sum=self.sum,
                 parts=(self.payload(whole=whole, rank=rank),),
             )
@@ -225,7 +228,7 @@ class ServerRound:
                 raise PayloadError(f"left the sum by itself: {reply.left}")
             if len(reply.parts) != 1:
                 raise PayloadError(f"sent {len(reply.parts)} updates")
-            server.copy_ledger(answer.client, reply.entries)
+            server.copy_ledger(answer.client, reply.entries, self._known[answer.client])
             up = []
             if self.sum is None:
                 count, wire = server.counter.record, reply.wire_bytes

@@ -265,14 +265,18 @@ class Server:
         """Some examples to compare an exported adapter on."""
         return (self.data.test or self.clients[0].train)[:4]
 
-    def copy_ledger(self, name: str, entries: Sequence[Mapping[str, Any]]) -> None:
-        """Copies the entries of a client's own ledger, so that epsilon is known here too.
+    def known_entries(self, name: str) -> int:
+        """Returns the number of entries of a client's own ledger that are known here."""
+        return len(self.policy.mechanisms[name].ledger) if self.policy.unit == "example" else 0
+
+    def copy_ledger(self, name: str, entries: Sequence[Mapping[str, Any]], known: int = 0) -> None:
+        """Copies the entries of a client's own ledger after the `known` first ones, so that epsilon is known here too.
 
         Raises PayloadError for entries that are not those of this client.
         """
         if self.policy.unit == "example" and entries:
             try:
-                self.policy.mechanisms[name].ledger.copy(Entry(**entry) for entry in entries)
+                self.policy.mechanisms[name].ledger.copy((Entry(**entry) for entry in entries), known)
             except (TypeError, ValueError) as error:
                 raise PayloadError(f"the entries of its ledger are not valid: {error}") from error
 
