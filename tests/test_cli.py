@@ -55,7 +55,9 @@ def test_a_setting_without_effect_is_named_with_where_it_was_set(toml: Path, cli
     assert "Warning: server.tau = 0.1 (--set server.tau) has no effect: server.optimizer is none." in said.out
 
 
-def test_a_private_run_states_its_epsilon_before_the_first_round_and_the_bytes_of_others_at_the_end(toml: Path, cli: Callable[..., Said]) -> None:
+def test_a_private_run_states_its_epsilon_first_and_the_bytes_of_other_methods_last(
+    toml: Path, cli: Callable[..., Said]
+) -> None:
     said = cli("run", toml, "--set", "privacy.unit=example", "--set", "privacy.epsilon=8")
     lines = said.out.splitlines()
     start = next(number for number, line in enumerate(lines) if line.startswith("bytes    "))

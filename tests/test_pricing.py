@@ -528,6 +528,10 @@ def test_privacy_without_rows(tiny_config: dict[str, Any]) -> None:
     rows = estimate(load_config(served(tiny_config, privacy={"unit": "example", "epsilon": 3.0})))
     assert rows["privacy"] is None
     assert any("calibrated to privacy.epsilon = 3 once all sites have sent" in line for line in rows["unknown"])
+    assert not any("bits of a value" in line for line in rows["unknown"])
+    shared = {"privacy": {"unit": "example", "epsilon": 3.0}, "train": {"local_steps": 1}}
+    masked = estimate(load_config(served(tiny_config, **shared, server={"secure_aggregation": True})))
+    assert any("bits of a value in a masked update: 12 to 24" in line for line in masked["unknown"])
     fixed = estimate(load_config(served(tiny_config, privacy={"unit": "example", "noise_multiplier": 1.0})))
     assert any(line.startswith("epsilon: it depends on privacy.noise_multiplier") for line in fixed["unknown"])
     whole = served(tiny_config, privacy={"unit": "client", "epsilon": 3.0}, server={"weighting": "uniform"})

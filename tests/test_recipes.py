@@ -28,6 +28,15 @@ PUBLISHED = {
     "glue-roberta-base",
     "code-llama-2-7b",
 }
+INSTITUTES = (820, 814, 798, 792, 778, 555, 380, 308, 203)
+ROWS: dict[str, list[dict[str, Any]]] = {  # as many as the tables of these recipes have
+    "medquad-private": [
+        {"client": f"institute {i}", "query": "what", "positive": "this"}
+        for i, count in enumerate(INSTITUTES)
+        for _ in range(count)
+    ],
+    "snli-private": [{"premise": "it is", "hypothesis": "it was", "label": i % 3} for i in range(9999)],
+}
 
 
 def load(name: str, *overrides: str) -> ResolvedConfig:
@@ -120,8 +129,11 @@ def test_the_values_in_an_opening_are_what_check_says(name: str, label: str, dir
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_bytes_in_an_opening_are_what_check_prices(name: str) -> None:
-    """Of tables that are not here, the number of classes or clients is given; Shakespeare's model is a folder."""
+def test_the_bytes_in_an_opening_are_what_check_prices(name: str, tmp_path: Path) -> None:
+    """Of tables that are not here, the number of classes or clients is given; Shakespeare's model is a folder.
+
+    Shared noise sends as many bits as the number of rows requires, so there are rows of that number.
+    """
     stories = Path(__file__).resolve().parents[2] / "shared" / "models" / "stories260K"
     if name == "shakespeare" and not stories.is_dir():
         pytest.skip("stories260K is not beside the repository, in ../shared/models")
@@ -131,7 +143,11 @@ def test_the_bytes_in_an_opening_are_what_check_prices(name: str) -> None:
         "shakespeare": f"model.name={stories}",
         "medquad-smollm2": "clients.count=9",
     }
-    found = estimate(load(name, *([told[name]] if name in told else [])))
+    overrides = [told[name]] if name in told else []
+    if name in ROWS:
+        table = write_rows(tmp_path / "rows.jsonl", ROWS[name])
+        overrides += [f"data.train={table}", f"data.test={table}"]
+    found = estimate(load(name, *overrides))
     (price,) = [price for price in found["prices"] if price["this_run"]]
     parts = (bytes_text(price[f"{part}_bytes"]).replace("\xa0", " ") for part in ("one_off", "up", "down", "total"))
     line = "# Bytes of all clients, all rounds: once {}, up {}, down {}, in all {}.".format(*parts)

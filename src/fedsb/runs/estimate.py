@@ -87,8 +87,7 @@ def estimate(loaded: ResolvedConfig, also: Sequence[Method] = (), gpu: float | N
     else:
         machine, loaded = Machine.gpu(gpu), _on_gpu(loaded, gpu)
         dtype = getattr(torch, loaded.config.model.dtype)
-    config = loaded.config
-    method = config.method
+    config, method = loaded.config, loaded.config.method
     refuse_what_facts_forbid(config, method)
     refuse_what_would_leak(config, method)
     if config.engine.name == "flower":
@@ -149,6 +148,8 @@ def estimate(loaded: ResolvedConfig, also: Sequence[Method] = (), gpu: float | N
         if privacy is not None:
             privacy["larger_batches"] = larger_batches(policy, config)
         choices += policy.choices
+    elif config.server.secure_aggregation:
+        unknown.append("the bits of a value in a masked update: 12 to 24, by the number of rows; 32 are assumed")
     bill = basis_values(config.basis, method, adapted.shapes)
     prices = price_list(
         method,
@@ -318,8 +319,7 @@ def _work(config: Config, method: Method, local: LocalTraining, data: Data, coho
     padded = min(1.5 * sum(pool) / len(pool), max(pool))  # batches are as wide as their longest row
     evaluations = 1 + math.ceil(config.rounds / config.eval.every)
     written = sum(question_of(row).new_tokens for row in data.test if "question" in row)
-    core = method.adapter == "core"
-    reads = core and config.basis.kind in FROM_GRADIENTS
+    reads = (core := method.adapter == "core") and config.basis.kind in FROM_GRADIENTS
     shares = core and config.engine.name == "in_process" and not config.privacy.on
     return Work(
         trained=config.rounds * cohort * rows * padded,

@@ -111,7 +111,7 @@ class ServerRound:
                 if not left or not secagg.restarted:
                     raise
                 names = " and ".join(sorted(secagg.restarted))
-                self.server.note(f"Round {self.state.round + 1} gets new keys: {names} was restarted")
+                self.server.note(f"Round {self.state.round + 1} gets new keys, after a restart of {names}")
             else:
                 replies.extend(tried)
                 return found
