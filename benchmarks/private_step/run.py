@@ -47,7 +47,7 @@ class Rows:
     def __init__(self, causal: bool) -> None:
         self.causal = causal
 
-    def collate(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    def collate(self, rows: list[dict[str, Any]], multiple_of: int = 1) -> dict[str, Tensor]:
         x = torch.tensor([row["input_ids"] for row in rows])
         labels = x.clone() if self.causal else torch.tensor([row["label"] for row in rows])
         return {"input_ids": x, "attention_mask": torch.ones_like(x), "labels": labels}
