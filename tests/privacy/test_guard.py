@@ -25,8 +25,9 @@ from fedsb.privacy.plan import BasisNoise, PrivacyPlan, SharedNoise
 from fedsb.reporting.run_directory import read_result, read_rows
 from fedsb.runs.run import Silent, federate
 from fedsb.training import per_example
-from fedsb.training.per_example import add_clipped, norms
+from fedsb.training.per_example import add_clipped
 from fedsb.utils.errors import RunError
+from fedsb.utils.tensors import row_norms
 
 LAYOUT = Layout((("a", (4,)),))
 
@@ -63,7 +64,7 @@ def test_no_row_enters_a_sum_longer_than_the_clip(scale: float, clip: float) -> 
 
 def test_the_norm_of_ten_million_values_is_exact() -> None:
     """A float32 sum of squares is too small by a tenth of a percent, and the clipped row too long by as much."""
-    found = norms(torch.full((1, 10_000_000), 1e-3))
+    found = row_norms(torch.full((1, 10_000_000), 1e-3))
     assert float(found) == pytest.approx(1e-3 * math.sqrt(10_000_000), rel=1e-6)
 
 
@@ -115,7 +116,7 @@ def test_a_share_of_a_sum_longer_than_its_rows_allow_is_not_released(tmp_path: P
 def test_a_private_run_whose_clip_does_nothing_ends(
     tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(per_example, "norms", lambda gradients: torch.zeros(len(gradients)))
+    monkeypatch.setattr(per_example, "row_norms", lambda gradients: torch.zeros(len(gradients)))
     privacy = {"unit": "example", "epsilon": 8.0, "delta": 1e-3, "clip_norm": 1e-3}
     with pytest.raises(UnsafeReleaseError, match="its noise would not cover it"):
         federate(load_config(set_all(tiny_config, privacy=privacy)))

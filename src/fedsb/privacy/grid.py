@@ -32,7 +32,7 @@ from fedsb.privacy.discrete import LEAST
 from fedsb.privacy.plan import PrivacyPlan
 from fedsb.secagg.fixed_point import FixedPoint
 from fedsb.utils.errors import UserError
-from fedsb.utils.tensors import to_device
+from fedsb.utils.tensors import row_norms, to_device
 
 LONGER = 0.01  # a rounded row may be this much longer than the clip, and so much more noise is added
 AGAIN = 1 / 3000  # the largest probability (beta) that a row has to be rounded again
@@ -90,5 +90,5 @@ class NoiseGrid:
             part = scaled[todo]
             part = (part + to_device(torch.rand(part.shape, generator=generator), part.device)).floor_()
             found[todo] = part
-            todo[todo.clone()] = torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) > self.clip / self.gamma
+            todo[todo.clone()] = row_norms(part) > self.clip / self.gamma
         return found

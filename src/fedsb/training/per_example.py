@@ -30,7 +30,7 @@ from fedsb.adapters.layout import Layout
 from fedsb.data.tasks.base import Example, Task, ids
 from fedsb.models.load import matmul_precision
 from fedsb.training.scoring import forward
-from fedsb.utils.tensors import Tensors, to_device
+from fedsb.utils.tensors import Tensors, row_norms, to_device
 
 Rounding = Callable[[Tensor], Tensor]  # (b, P) clipped gradients -> whole numbers
 LONGEST = 1e19  # a gradient with a larger norm counts as 0; up to here, C over the norm is a normal float32
@@ -103,7 +103,7 @@ def add_clipped(
     sums: Tensor, gradients: Tensor, owner_b: Tensor, clip: float, rounding: Rounding | None = None
 ) -> None:
     """Adds each row's gradient (b, P), clipped, to its client's sum (K, P), in place. May change `gradients`."""
-    norm_b = norms(gradients)
+    norm_b = row_norms(gradients)
     usable_b = norm_b <= LONGEST  # False for NaN
     gradients.masked_fill_(~usable_b.unsqueeze(1), 0.0)  # such a row counts as 0: NaN would show through any noise
     factor_b = torch.where(usable_b, (clip / norm_b).clamp(max=1.0), 0.0)  # a gradient of 0 stays 0
@@ -115,9 +115,3 @@ def add_clipped(
     weight_Kb[owner_b, torch.arange(len(owner_b), device=owner_b.device)] = factor_b.float()
     with matmul_precision("highest"):
         sums += weight_Kb @ gradients
-
-
-def norms(gradients: Tensor) -> Tensor:
-    """Returns the L2 norm of each row's gradient (b, P): (b,), float64."""
-    found: Tensor = torch.linalg.vector_norm(gradients, dim=1, dtype=torch.float64)
-    return found
