@@ -59,7 +59,10 @@ def torchrun(ranks: int, *arguments: object, fails: bool = False) -> str:
     return said
 
 
-@pytest.mark.parametrize("name", METHODS)
+SOME = ("fed-sb", "one-client", "secure")  # in every test run; the others in `make test-long`
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in SOME else pytest.mark.long) for n in METHODS])
 def test_any_number_of_processes_makes_the_same_adapter(name: str, tiny_config: dict[str, Any], tmp_path: Path) -> None:
     config = merged(set_all(tiny_config, rounds=2, engine={"clients_per_forward": 1}), METHODS[name])
     toml = write_toml(tmp_path / "run.toml", config)

@@ -58,7 +58,10 @@ def outcome(folder: Path) -> tuple[list[Any], dict[str, torch.Tensor], dict[str,
     return scored, load_file(folder / "adapter" / "adapter_model.safetensors"), settings
 
 
-@pytest.mark.parametrize("name", RUNS)
+SOME = ("weights", "fedit")  # in every test run; the others in `make test-long`
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in SOME else pytest.mark.long) for n in RUNS])
 def test_a_sharded_model_trains_the_same_adapter(
     name: str, tiny_config: dict[str, Any], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:

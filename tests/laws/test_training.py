@@ -157,10 +157,10 @@ CLASSES = {"kind": "classification"}
     "method",
     [
         {"name": "fed-sb", "rank": 3, "blocks": 2},
-        {"name": "ravan", "rank": 3, "blocks": 2},
-        {"name": "fedit", "rank": 2, "alpha": 6},
+        pytest.param({"name": "ravan", "rank": 3, "blocks": 2}, marks=pytest.mark.long),
+        pytest.param({"name": "fedit", "rank": 2, "alpha": 6}, marks=pytest.mark.long),
         {"name": "fedex-lora", "rank": 2, "alpha": 6},
-        {"name": "flora", "rank": 1, "alpha": 3},
+        pytest.param({"name": "flora", "rank": 1, "alpha": 3}, marks=pytest.mark.long),
     ],
     ids=lambda method: method["name"],
 )
