@@ -121,9 +121,7 @@ def long_settings(
     return config, federate(load_config(config)).folder
 
 
-@pytest.mark.parametrize(
-    "sent", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.long), signal.SIGTERM]
-)
+@pytest.mark.parametrize("sent", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.long), signal.SIGTERM])
 def test_a_signal_in_the_middle_of_a_round(
     long_settings: tuple[dict[str, Any], Path], tmp_path: Path, cli: Callable[..., Said], sent: signal.Signals
 ) -> None:
