@@ -532,6 +532,14 @@ def test_privacy_without_rows(tiny_config: dict[str, Any]) -> None:
     shared = {"privacy": {"unit": "example", "epsilon": 3.0}, "train": {"local_steps": 1}}
     masked = estimate(load_config(served(tiny_config, **shared, server={"secure_aggregation": True})))
     assert any("bits of a value in a masked update: 12 to 24" in line for line in masked["unknown"])
+    own = {
+        "privacy": {**shared["privacy"], "noise": "local"},
+        "server": {"secure_aggregation": True, "secagg_bits": 16},
+    }
+    local = estimate(load_config(served(tiny_config, **own)))
+    assert not any("bits of a value" in line for line in local["unknown"])
+    bytes_each, values = local["bytes_per_client_round"], local["values_per_client_round"]
+    assert bytes_each["up"] == 2 * (values["up"] + values["head"]) < bytes_each["down"]
     fixed = estimate(load_config(served(tiny_config, privacy={"unit": "example", "noise_multiplier": 1.0})))
     assert any(line.startswith("epsilon: it depends on privacy.noise_multiplier") for line in fixed["unknown"])
     whole = served(tiny_config, privacy={"unit": "client", "epsilon": 3.0}, server={"weighting": "uniform"})

@@ -6,13 +6,16 @@ import fcntl
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from conftest import Said
+from conftest import Said, set_all, write_toml
 from fedsb.cli.renamed import new_arguments
+from fedsb.config.load import load_config
 from fedsb.deployment.federation import create_federation
 from fedsb.deployment.registry import read_federation
+from fedsb.runs.run import federate
 
 
 @pytest.fixture
@@ -148,6 +151,18 @@ def test_a_serve_that_is_refused_because_another_one_runs_writes_nothing(
     assert said.code == 1 and "fed is in use by a different fedsb process" in said.err
     assert "to resume" not in said.err
     assert not (folder / "runs").exists()
+
+
+def test_a_serve_ends_with_the_summary_of_its_run(
+    cli: Callable[..., Said], folder: Path, tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    privacy = {"unit": "example", "epsilon": 8.0, "delta": 1e-3, "clip_norm": 0.5}
+    config = set_all(tiny_config, out=str(folder / "runs"), privacy=privacy)
+    toml = write_toml(Path("my.toml"), config)
+    monkeypatch.setattr("fedsb.deployment.run.serve", lambda *_, **__: federate(load_config(toml)))
+    said = cli("federation", "serve", folder, toml)
+    assert said.code == 0 and "tiny: finished" in said.out
+    assert "privacy         epsilon 8 at delta 0.001" in said.out and "fed/runs/tiny/adapter" in said.out
 
 
 def test_serve_names_renamed_settings(cli: Callable[..., Said], folder: Path) -> None:

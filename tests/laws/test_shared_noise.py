@@ -277,6 +277,33 @@ def test_a_reply_has_the_entries_of_the_ledger_that_the_coordinator_lacks(
         assert read_ledger(folder / "privacy" / own.name) == read_ledger(own)
 
 
+def test_a_site_whose_ledger_is_an_older_copy_does_not_shorten_that_of_the_coordinator(
+    tiny_config: dict[str, Any], tmp_path: Path
+) -> None:
+    sites = federation(tmp_path)
+
+    class Restored(Mortal):
+        def restart(self) -> None:
+            super().restart()
+            (ledger,) = (self.sites.folder / self.name).glob("runs/*/privacy/*.jsonl")
+            ledger.write_text("".join(ledger.read_text().splitlines(keepends=True)[:-1]))
+
+    Restored(sites, "site 1", ("shares", 2), "after")
+    sent, mortal = list[list[int]](), sites.channel.handles["site 1"]
+
+    def watched(data: bytes) -> bytes:
+        answer = mortal(data)
+        if isinstance(reply := read_reply(answer, read_request(data)), TrainReply):
+            sent.append([entry["round"] for entry in reply.entries])
+        return answer
+
+    sites.channel.handles["site 1"] = watched
+    folder = run(tiny_config, sites)
+    assert charged(sites) == DONE | {"site 1": [1, 3]}
+    assert sent == [[1], [2], [3]]
+    assert [entry.round for entry in read_ledger(folder / "privacy" / "site 1.jsonl")] == [1, 2, 3]
+
+
 def test_a_site_that_never_has_keys_ends_the_run(tiny_config: dict[str, Any], tmp_path: Path) -> None:
     sites, asked = federation(tmp_path), list[int]()
     honest = sites.channel.handles["site 1"]

@@ -185,6 +185,18 @@ def test_ledgers_have_both_multipliers_and_one_line_a_step(tiny_config: dict[str
     assert rows[-1]["own_epsilon"] == pytest.approx(manifest["privacy"]["own_epsilon"], rel=1e-6)
 
 
+def test_a_client_is_asked_for_the_entries_that_the_server_may_lack(
+    tiny_config: dict[str, Any], tmp_path: Path
+) -> None:
+    server, state = started(private(tiny_config), tmp_path)
+    name = server.clients[0].name
+    assert server.entries_since(name, 1) == 1
+    after = server.run_round(state).state
+    assert server.entries_since(name, after.round + 1) == 2
+    assert server.entries_since(name, after.round) == 1  # a repeated round may have been charged again
+    assert server.entries_since(name, after.round + 3) == 2  # it may have trained in a round that its reply missed
+
+
 def test_masked_values_travel_in_as_many_bits_as_they_need(tiny_config: dict[str, Any]) -> None:
     done = federate(load_config(private(tiny_config)))
     traffic = [json.loads(line) for line in (done.folder / "traffic.jsonl").read_text().splitlines()]

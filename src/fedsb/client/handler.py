@@ -319,8 +319,9 @@ class SiteHandler:
         if not charged or not isinstance(client, StartedClient) or client.policy.unit != "example":
             return reply
         path = self._folder(client.run) / "privacy" / f"{safe_name(self.identity.name)}.jsonl"
-        known = request.known_entries if isinstance(request, Train) else 0
-        return reply.model_copy(update={"entries": [vars(entry) for entry in read_ledger(path)[known:]]})
+        since = request.entries_since if isinstance(request, Train) else 0
+        entries = [vars(entry) for entry in read_ledger(path) if entry.round >= since]
+        return reply.model_copy(update={"entries": entries})
 
     def _send(self, request: Request[Any], reply: Reply) -> bytes:
         """Returns the bytes that leave this site, after checking its policy and writing them to the outbox."""

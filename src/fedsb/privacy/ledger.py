@@ -136,16 +136,18 @@ class Ledger:
             raise
         self._entries.append(entry)
 
-    def __len__(self) -> int:
-        """Returns the number of entries."""
-        return len(self._entries)
+    @property
+    def last_round(self) -> int:
+        """The last round with an entry; 0 if there is none."""
+        return max((entry.round for entry in self._entries), default=0)
 
-    def copy(self, entries: Iterable[Entry], known: int = 0) -> None:
+    def copy(self, entries: Iterable[Entry], since: int = 0) -> None:
         """Adds the entries of the client's own ledger that this copy, kept on another machine, lacks.
 
-        `entries` are those after the first `known` ones.
+        `entries` are those of round `since` and later ones.
         """
-        here = Counter(self._entries[known:])  # a release that was charged twice in one second has two equal entries
+        # a release that was charged twice in one second has two equal entries
+        here = Counter(entry for entry in self._entries if entry.round >= since)
         for entry in entries:
             if here[entry]:
                 here[entry] -= 1

@@ -240,7 +240,7 @@ class Train(Request[TrainReply]):
     state_round: Count  # the last round whose update of this client was used: its own state is that after it
     score: bool = False  # whether to score the trained model on the held-out rows
     versions: dict[str, str] = {}
-    known_entries: Count = 0  # of this client's ledger; the reply has those after them
+    entries_since: Count = 0  # the reply has the entries of the client's ledger of this round, from 1 on, and later
     sum: SumRequest | None = None  # with secure aggregation
 
 

@@ -209,13 +209,17 @@ def _by_client(
     return dict(given)
 
 
-def sum_bytes(config: Config, policy: PrivacyPolicy) -> Callable[[int], int] | None:
-    """Returns the size in bytes of a masked update, by its number of values; None without secure aggregation."""
+def sum_bytes(config: Config, policy: PrivacyPolicy | None = None) -> Callable[[int], int] | None:
+    """Returns the size in bytes of a masked update, by its number of values; None without secure aggregation.
+
+    Without a policy it is that of a sum without noise.
+    """
     if not config.server.secure_aggregation:
         return None
     from fedsb.protocol.secure_sum import masked_bytes
 
-    return partial(masked_bytes, config.server, next(iter(policy.plans.values()), None))
+    plan = next(iter(policy.plans.values()), None) if policy is not None else None
+    return partial(masked_bytes, config.server, plan)
 
 
 def open_secure_sums(config: Config, policy: PrivacyPolicy, run: str, rows: Mapping[str, int]) -> SecureSums | None:

@@ -12,6 +12,7 @@ from fedsb.data.tables import load_test
 from fedsb.data.tasks.base import Task
 from fedsb.models.names import resolve_name
 from fedsb.models.tokenizer import load_tokenizer
+from fedsb.privacy.shared import noise_kind
 from fedsb.utils.errors import NotAvailableError
 
 UNKNOWN_CLASSES = 2  # of the estimated head, if the number of classes is unknown
@@ -58,6 +59,9 @@ def find_availability(config: Config) -> Availability:
         return Availability(
             task=data.task, tokenizer=tokenizer, data=data, clients=names, classes=classes, unknown=tuple(unknown)
         )
+    if noise_kind(config, config.method)[0] == "shared":
+        assumed = f"{config.server.secagg_bits} are assumed"
+        unknown.append(f"the bits of a value in a masked update: 12 to 24, by the number of rows; {assumed}")
     task, clients = build_task(config, tokenizer), config.clients
     count = clients.count - clients.holdout_clients
     if served or clients.partition == "column":

@@ -127,7 +127,8 @@ def estimate(loaded: ResolvedConfig, also: Sequence[Method] = (), gpu: float | N
     ranks, rank_settings = _ranks(config, method, adapted.shapes, names, data)
     cohort = min(config.server.clients_per_round or len(names), len(names))
     traffic = method.traffic(adapted.shapes, head=head, clients=cohort)
-    privacy, work, up_bytes = None, None, None
+    privacy, work = None, None
+    up_bytes = sum_bytes(config)
     choices = [*loaded.choices(), *base.choices, *positions, targets_choice(config, targets, without)]
     if gpu is not None:
         device = ResolvedSetting(key="model.device", value="cuda", reason=f"--gpu {gpu:g}")
@@ -148,8 +149,6 @@ def estimate(loaded: ResolvedConfig, also: Sequence[Method] = (), gpu: float | N
         if privacy is not None:
             privacy["larger_batches"] = larger_batches(policy, config)
         choices += policy.choices
-    elif config.server.secure_aggregation:
-        unknown.append("the bits of a value in a masked update: 12 to 24, by the number of rows; 32 are assumed")
     bill = basis_values(config.basis, method, adapted.shapes)
     prices = price_list(
         method,
@@ -319,7 +318,8 @@ def _work(config: Config, method: Method, local: LocalTraining, data: Data, coho
     padded = min(1.5 * sum(pool) / len(pool), max(pool))  # batches are as wide as their longest row
     evaluations = 1 + math.ceil(config.rounds / config.eval.every)
     written = sum(question_of(row).new_tokens for row in data.test if "question" in row)
-    reads = (core := method.adapter == "core") and config.basis.kind in FROM_GRADIENTS
+    core = method.adapter == "core"
+    reads = core and config.basis.kind in FROM_GRADIENTS
     shares = core and config.engine.name == "in_process" and not config.privacy.on
     return Work(
         trained=config.rounds * cohort * rows * padded,

@@ -49,7 +49,6 @@ class ServerRound:
         self.shared_hash = server.shared_state.hash(view.shared)
         self._payloads: dict[tuple[bool, int | None], bytes] = {}
         self._requests: dict[tuple[object, ...], Train] = {}
-        self._known: dict[str, int] = {}  # entries of each client's ledger that were known before it was asked
         self.sum: SumRequest | None = None
         self._charged: int | None = None  # the number of clients in the sum whose noise was charged
 
@@ -102,20 +101,20 @@ class ServerRound:
 
         secagg = self.server.secagg
         assert secagg is not None
-        for left in reversed(range(SUM_TRIES)):
+        for _ in range(SUM_TRIES - 1):
             tried = Replies()
             secagg.restarted.clear()
             try:
                 found = self._summed(secagg, cohort, tried)
             except SumError:
-                if not left or not secagg.restarted:
+                if not secagg.restarted:
                     raise
                 names = " and ".join(sorted(secagg.restarted))
                 self.server.note(f"Round {self.state.round + 1} gets new keys, after a restart of {names}")
             else:
                 replies.extend(tried)
                 return found
-        raise AssertionError("unreachable")
+        return self._summed(secagg, cohort, replies)
 
     def _summed(
         self, secagg: SecAggServer, cohort: Sequence[str], replies: Replies
@@ -203,8 +202,8 @@ class ServerRound:
     def _request(self, name: str, *, whole: bool) -> Train:
         """Returns the request to a client; clients to whom the same is said share one object, packed once."""
         rank, state_round = self.ranks.get(name), self.state.accepted.get(name, 0)
-        self._known[name] = self.server.known_entries(name)
-        key = whole, rank, state_round, self._known[name], self.sum.attempt if self.sum else None
+        since = self.server.entries_since(name, self.state.round + 1)
+        key = whole, rank, state_round, since, self.sum.attempt if self.sum else None
         if key not in self._requests:
             self._requests[key] = Train(
                 run=self.server.run,
@@ -212,7 +211,7 @@ class ServerRound:
                 state_round=state_round,
                 score=self.score,
                 versions=versions(),
-                known_entries=self._known[name],
+                entries_since=since,
                 sum=self.sum,
                 parts=(self.payload(whole=whole, rank=rank),),
             )
@@ -228,7 +227,8 @@ class ServerRound:
                 raise PayloadError(f"left the sum by itself: {reply.left}")
             if len(reply.parts) != 1:
                 raise PayloadError(f"sent {len(reply.parts)} updates")
-            server.copy_ledger(answer.client, reply.entries, self._known[answer.client])
+            since = server.entries_since(answer.client, self.state.round + 1)  # as when it was asked
+            server.copy_ledger(answer.client, reply.entries, since)
             up = []
             if self.sum is None:
                 count, wire = server.counter.record, reply.wire_bytes

@@ -265,18 +265,25 @@ class Server:
         """Some examples to compare an exported adapter on."""
         return (self.data.test or self.clients[0].train)[:4]
 
-    def known_entries(self, name: str) -> int:
-        """Returns the number of entries of a client's own ledger that are known here."""
-        return len(self.policy.mechanisms[name].ledger) if self.policy.unit == "example" else 0
+    def entries_since(self, name: str, round: int) -> int:
+        """Returns the round from which on entries of a client's own ledger may be unknown here, in this round.
 
-    def copy_ledger(self, name: str, entries: Sequence[Mapping[str, Any]], known: int = 0) -> None:
-        """Copies the entries of a client's own ledger after the `known` first ones, so that epsilon is known here too.
+        It is not later than the round, which may be a repeated one, charged again.
+        """
+        if self.policy.unit != "example":
+            return 0
+        return min(self.policy.mechanisms[name].ledger.last_round + 1, round)
+
+    def copy_ledger(self, name: str, entries: Sequence[Mapping[str, Any]], since: int = 0) -> None:
+        """Copies the entries of a client's own ledger, so that epsilon is known here too.
+
+        `entries` are those of round `since` and later ones.
 
         Raises PayloadError for entries that are not those of this client.
         """
         if self.policy.unit == "example" and entries:
             try:
-                self.policy.mechanisms[name].ledger.copy((Entry(**entry) for entry in entries), known)
+                self.policy.mechanisms[name].ledger.copy((Entry(**entry) for entry in entries), since)
             except (TypeError, ValueError) as error:
                 raise PayloadError(f"the entries of its ledger are not valid: {error}") from error
 
