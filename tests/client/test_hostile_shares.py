@@ -83,6 +83,22 @@ def test_a_repeated_broadcast_gets_the_stored_answer(restart: bool, world: Hosti
         assert world.ledgers(name) == [1]
 
 
+@pytest.mark.parametrize("scaled", [False, True])
+def test_second_moments_that_do_not_fit_draw_no_row(scaled: bool, settings: Settings, tmp_path: Path) -> None:
+    world = Hostile(tmp_path, "abc")
+    world.open(settings(SHARED, {"privacy": {**SHARED["privacy"], "scale_then_privatize": scaled}}, rounds=2))
+    size = sum(x.numel() for x in world.state().tensors.values())
+    wrong = [(), (bytes(size - 1),), (b"",)] if scaled else [(bytes(size),)]
+    for moments in wrong:
+        world.agree()  # a site forgets its keys when it has refused a request
+        with pytest.raises(RefusalError, match=f"bytes of second moments. Expected: {size * scaled}."):
+            world.train(0, "a", moments=moments)
+    assert world.ledgers("a") == []
+    world.agree()
+    world.train(0, "a", moments=(bytes(size),) * scaled)
+    assert world.ledgers("a") == [1]
+
+
 def test_a_repeated_broadcast_for_other_clients_gets_nothing(world: Hostile) -> None:
     world.train(0, "a")
     for cohort in ("ab", "ac"):

@@ -81,9 +81,15 @@ def whole(tiny_config: dict[str, Any], tmp_path: Path) -> Callable[..., dict[str
 # --- the model ---
 
 
-@pytest.mark.parametrize("method", ["fed-sb", "ravan", "rolora", "fedsvd"])
-def test_sites_elsewhere_make_the_same_adapter(method: str, tiny_config: dict[str, Any], tmp_path: Path) -> None:
-    here, remote, sites = both(tiny_config, SHARED | {"method": {"name": method, "rank": 2}}, tmp_path)
+@pytest.mark.parametrize(
+    ("method", "scaled"), [("fed-sb", False), ("fed-sb", True), ("ravan", False), ("rolora", True), ("fedsvd", False)]
+)
+def test_sites_elsewhere_make_the_same_adapter(
+    method: str, scaled: bool, tiny_config: dict[str, Any], tmp_path: Path
+) -> None:
+    privacy = {**SHARED["privacy"], "scale_then_privatize": scaled}
+    changes = {"method": {"name": method, "rank": 2}, "privacy": privacy}
+    here, remote, sites = both(tiny_config, SHARED | changes, tmp_path)
     assert adapter_bytes(remote) == adapter_bytes(here)
     assert charged(sites) == DONE
     for name in SITES:

@@ -23,7 +23,9 @@ from fedsb.privacy.grid import NoiseGrid
 from fedsb.privacy.ledger import read_ledger
 from fedsb.privacy.mechanism import DPMechanism
 from fedsb.privacy.noise import SeededNoise
+from fedsb.privacy.scaling import gradient_scales, unpack_moments
 from fedsb.reporting.run_directory import read_manifest, read_rows
+from fedsb.runs.estimate import estimate
 from fedsb.runs.run import federate
 from fedsb.server.server import Server
 from fedsb.server.step import FederatedStep
@@ -39,13 +41,15 @@ SHARED = [
 ROUNDS = 4
 
 
-def private(config: dict[str, Any], *, train: Mapping[str, Any] = {}, **server: Any) -> dict[str, Any]:
+def private(
+    config: dict[str, Any], *, train: Mapping[str, Any] = {}, privacy: Mapping[str, Any] = {}, **server: Any
+) -> dict[str, Any]:
     return set_all(
         config,
         rounds=ROUNDS,
         train={"local_steps": 1, "batch_size": 4, "lr": 0.05, "head_lr": 0.02, **train},
         server={"secure_aggregation": True, **server},
-        privacy={"unit": "example", "epsilon": 20.0, "delta": 1e-3, "clip_norm": 0.5},
+        privacy={"unit": "example", "epsilon": 20.0, "delta": 1e-3, "clip_norm": 0.5, **privacy},
         eval={"every": ROUNDS},
     )
 
@@ -91,22 +95,31 @@ def final(config: dict[str, Any], folder: Path) -> dict[str, torch.Tensor]:
     return {**dense, **{key: state.tensors[key] for key in server.trainer.head}}
 
 
-@pytest.mark.parametrize("name", [*SHARED, "a causal model"])
+SCALED = "a core with scaled gradients"
+
+
+@pytest.mark.parametrize("name", [*SHARED, "a causal model", SCALED])
 def test_the_model_is_that_of_private_training_in_one_place(
     name: str, tiny_config: dict[str, Any], tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the same draws and no noise, K clients that share it make the steps of one client with all rows."""
     train = {"optimizer": "sgd", "momentum": 0.5, "schedule": "linear", "weight_decay": 0.1, "lr": 1.0}
+    privacy, near = {}, 1e-4
+    if name == SCALED:
+        near = 0.02  # Adam magnifies differences; if one of the two did not scale, they would be 0.04 to 0.4
+        name, privacy = "fed-sb", {"scale_then_privatize": True, "clip_norm": 0.05}
+        train = {"schedule": "linear", "weight_decay": 0.1, "lr": 0.05}
     if name not in SHARED:
         model = {"name": str(tiny_llama), "max_seq_length": 64}
         task = {"kind": "instruction", "prompt": "text", "answer": "label"}
         name, tiny_config = "fed-sb", set_all(tiny_config, model=model, task=task)
     method = {"name": name, "rank": 2}
     clients = {"partition": "iid", "count": 3, "holdout_fraction": 0.0}
-    config = set_all(private(tiny_config, train=train), method=method, clients=clients)
+    config = set_all(private(tiny_config, train=train, privacy=privacy), method=method, clients=clients)
     keeps = not method_types()[name].spec.rotates_basis
     together = {**train, "batch_size": 12, "persist_optimizer_state": keeps}
-    central = set_all(private(tiny_config, train=together), method=method, server={}, clients={**clients, "count": 1})
+    central = private(tiny_config, train=together, privacy=privacy)
+    central = set_all(central, method=method, server={}, clients={**clients, "count": 1})
     steps = same_draws(monkeypatch)
     without_noise(monkeypatch)
     alone = final(central, tmp_path / "central")
@@ -115,7 +128,7 @@ def test_the_model_is_that_of_private_training_in_one_place(
     shared = final(config, tmp_path / "shared")
     assert steps == drawn and sum(drawn) > 12  # both have drawn the same rows
     for key, x in alone.items():
-        assert torch.allclose(x, shared[key], atol=1e-4 * float(x.abs().max()) + 1e-7), key
+        assert torch.allclose(x, shared[key], atol=near * float(x.abs().max()) + 1e-7), key
 
 
 def test_the_servers_adamw_is_that_of_torch(tiny_config: dict[str, Any], tmp_path: Path) -> None:
@@ -209,6 +222,43 @@ def test_masked_values_travel_in_as_many_bits_as_they_need(tiny_config: dict[str
     assert later < first  # keys are agreed on once
 
 
+def test_second_moments_are_counted_with_the_broadcast(tiny_config: dict[str, Any]) -> None:
+    """One byte per trained value, which `check` states beforehand."""
+    folders = [
+        federate(load_config({**private(tiny_config, privacy={"scale_then_privatize": scaled}), "name": name})).folder
+        for name, scaled in (("plain", False), ("scaled", True))
+    ]
+    plain, scaled = (list(read_rows(folder / "traffic.jsonl")) for folder in folders)
+    for before, after in zip(plain, scaled, strict=True):
+        more = before["values"] if before["direction"] == "down" else 0
+        assert after["bytes"] - before["bytes"] == more <= after["wire_bytes"] - before["wire_bytes"] + 10
+    priced = estimate(load_config(private(tiny_config, privacy={"scale_then_privatize": True})))
+    down = [row["bytes"] for row in scaled if row["direction"] == "down"]
+    assert set(down) == {priced["bytes_per_client_round"]["down"]} and priced["prices"][0]["down_bytes"] == sum(down)
+
+
+def test_scaled_gradients_get_as_much_noise(tiny_config: dict[str, Any], tmp_path: Path, seeded: None) -> None:
+    """The noise of a value, after its division by s, is 1 / s times that of a plain step; and epsilon is the same."""
+    servers = [
+        started(private(tiny_config, privacy={"scale_then_privatize": scaled}), tmp_path / str(scaled))
+        for scaled in (False, True)
+    ]
+    (plain, _), (server, state) = servers
+    for name, plan in plain.policy.plans.items():
+        assert server.policy.plans[name].releases() == plan.releases()
+    for _ in range(2):
+        state = server.run_round(state).state
+    trained = ClientRound(server.method, ClientView(state.shared), state.tensors, 2, "")
+    sent = server.optimizer_step.second_moments(trained, state.server)
+    assert len(set(sent)) > 10
+    scales = gradient_scales(unpack_moments(sent))
+    assert float(scales.max()) > 1.5 * float(scales.min())
+    gradient = torch.ones_like(scales)
+    _, moments = server.optimizer_step.take(trained, gradient, {}, sent)
+    flat = Layout.of(trained.trained).flatten({key: moments[f"m.{key}"] for key in trained.trained})
+    assert torch.allclose(flat, 0.1 / scales)
+
+
 def test_a_run_is_repeated_with_the_same_draws(tiny_config: dict[str, Any], tmp_path: Path, seeded: None) -> None:
     config = private(tiny_config)
     first, second = (final(config, tmp_path / name) for name in "ab")
@@ -250,6 +300,25 @@ def test_settings_that_forbid_shared_noise_are_refused(
     privacy = {"noise": "shared", "colluding_clients": changes.pop("colluding_clients", 0)}
     config = set_all(private(tiny_config), **changes)
     config = set_all(config, privacy={**config["privacy"], **privacy})
+    with pytest.raises(UserError, match=match):
+        open_server(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"train": {"optimizer": "sgd"}}, "Set it to 'adamw'"),
+        ({"server": {}}, "a client has none in a round of one step. Raise train.local_steps"),
+        ({"method": {"name": "fedsvd"}}, "the coordinates of fedsvd are others in each round"),
+    ],
+)
+def test_gradients_that_nothing_could_scale_are_refused(
+    changes: dict[str, Any], match: str, tiny_config: dict[str, Any]
+) -> None:
+    config = private(tiny_config)
+    merged = {key: {**config.get(key, {}), **value} if value else {} for key, value in changes.items()}
+    config = set_all(config, **{"privacy": config["privacy"], **merged})
+    config["privacy"]["scale_then_privatize"] = True
     with pytest.raises(UserError, match=match):
         open_server(config)
 

@@ -149,11 +149,18 @@ class Hostile:
         payload = Payload.of(message, kind="broadcast", run=RUN, round=round)
         return pack(replace(payload, basis=basis_hash(state.shared)))
 
-    def train(self, round: int, names: str, broadcast: bytes | None = None, **fields: Any) -> list[TrainReply]:
+    def train(
+        self,
+        round: int,
+        names: str,
+        broadcast: bytes | None = None,
+        moments: tuple[bytes, ...] = (),
+        **fields: Any,
+    ) -> list[TrainReply]:
         """The replies of `names`; with secure aggregation for a sum of all, unless `sum` is given."""
         broadcast = broadcast or self.broadcast(round)
         every = {"total_rank": None, "state_round": 0, "versions": versions(), "sum": self.request(), **fields}
-        return [self.ask(name, Train, broadcast, **every) for name in names]
+        return [self.ask(name, Train, broadcast, *moments, **every) for name in names]
 
     # --- secure sums ---
 

@@ -207,7 +207,7 @@ def no_noise(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def no_clipping(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(per_example, "norms", lambda gradients: torch.zeros(len(gradients)))
+    monkeypatch.setattr(per_example, "row_norms", lambda gradients: torch.zeros(len(gradients)))
 
 
 def thin_noise(share: float) -> Callable[[pytest.MonkeyPatch], None]:
@@ -255,8 +255,8 @@ def head_without_noise(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def head_outside_the_norm(monkeypatch: pytest.MonkeyPatch) -> None:
-    norms = per_example.norms
-    monkeypatch.setattr(per_example, "norms", lambda gradients: norms(gradients[:, : -sum(HEAD)]))
+    norms = per_example.row_norms
+    monkeypatch.setattr(per_example, "row_norms", lambda gradients: norms(gradients[:, : -sum(HEAD)]))
     monkeypatch.setattr("fedsb.privacy.mechanism.refuse_long", lambda *_: None)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from fedsb.client.memo import Memo
 from fedsb.client.round import ClientView
-from fedsb.client.session import LocalRound, PreparedClient, StartedClient, finite
+from fedsb.client.session import LocalRound, PreparedClient, StartedClient
 from fedsb.client.store import ClientStore
 from fedsb.config.resolved import ResolvedSetting
 from fedsb.config.schema import Config
@@ -24,7 +24,7 @@ from fedsb.models.placement import Placement, device_bytes
 from fedsb.models.tokenizer import load_tokenizer
 from fedsb.privacy.policy import PrivacyPolicy, refuse_what_would_leak
 from fedsb.protocol.channel import ChannelSpec, NoResponse
-from fedsb.protocol.messages import Finish, FinishReply, Reply, Request, Start, StartReply, Train
+from fedsb.protocol.messages import Finish, FinishReply, Reply, Request, Start, StartReply, Train, finite
 from fedsb.protocol.payload import unpack
 from fedsb.protocol.requirements import refuse_what_facts_forbid
 from fedsb.protocol.tensors import within

@@ -24,7 +24,7 @@ from fedsb.client.policy import (
     refuse_sum,
 )
 from fedsb.client.secure_sum import Identity, SecAggSession
-from fedsb.client.session import DescribedClient, PreparedClient, StartedClient, finite
+from fedsb.client.session import DescribedClient, PreparedClient, StartedClient
 from fedsb.client.store import DiskStore
 from fedsb.config.load import load_config
 from fedsb.config.schema import Config
@@ -48,6 +48,7 @@ from fedsb.protocol.messages import (
     StartReply,
     Train,
     TrainReply,
+    finite,
     read_request,
 )
 from fedsb.protocol.payload import PayloadError, unpack
@@ -179,8 +180,7 @@ class SiteHandler:
         tells = self.settings.allow.tells and client.policy.may_release("scores")
         tensors = client.final_tensors(unpack(request.payload))
         score = client.trainer.evaluate(tensors, held_out).value if held_out and tells else None
-        probes = client.data.train[:4] if tells else []
-        write_adapters(client.trainer, {folder / "adapter": tensors}, request.card, probes)
+        write_adapters(client.trainer, {folder / "adapter": tensors}, request.card, client.data.train[: 4 * tells])
         reply = self._with_ledger(request, FinishReply(score=finite(score), held_out=len(held_out)))
         assert isinstance(reply, FinishReply)
         self.close()

@@ -11,9 +11,11 @@ from fedsb.adapters.layout import Layout
 from fedsb.adapters.residual import is_delta, is_residual
 from fedsb.data.clients import ClientData
 from fedsb.methods.base import Method
+from fedsb.privacy.scaling import unpack_moments
 from fedsb.protocol.compressor import baseline_upload, read_change
 from fedsb.protocol.payload import Payload, Vector
 from fedsb.protocol.tensors import within
+from fedsb.utils.errors import RefusalError
 from fedsb.utils.tensors import Tensors, same_tensors
 
 
@@ -83,6 +85,18 @@ class ClientRound:
         """The tensors that a client without a state of its own trains, before its training."""
         own = self.start({})
         return {key: own[key] for key in self.method.trainable(own, self.round)}
+
+    def second_moments(self, data: bytes | None, *, expected: bool) -> Tensors:
+        """Returns the server's second moments of the trained tensors, as a client's own; {} without them.
+
+        Raises RefusalError unless there is a byte for each trained value, or none if none are `expected`.
+        """
+        if data is None and not expected:
+            return {}
+        layout, data = Layout.of(self.trained), data or b""
+        if len(data) != (wanted := layout.size if expected else 0):
+            raise RefusalError(f"A broadcast with {len(data)} bytes of second moments. Expected: {wanted}.")
+        return {f"v.{key}": x for key, x in layout.views(unpack_moments(data)).items()}
 
     @cached_property
     def baseline(self) -> Tensors:

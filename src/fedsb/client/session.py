@@ -13,7 +13,6 @@ handler (handler.py) applies the site's policy before each request and saves the
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +31,7 @@ from fedsb.data.tasks.base import Task
 from fedsb.data.tasks.tokens import Tokenizer
 from fedsb.methods.base import Method
 from fedsb.privacy.policy import PrivacyPolicy
+from fedsb.privacy.shared import sends_moments
 from fedsb.protocol.compressor import build_compressor
 from fedsb.protocol.messages import (
     BasisGradient,
@@ -53,6 +53,7 @@ from fedsb.protocol.messages import (
     Stale,
     Train,
     TrainReply,
+    finite,
 )
 from fedsb.protocol.payload import Payload, PayloadError, pack, unpack
 from fedsb.protocol.tensors import shape_mismatch, under, within
@@ -213,9 +214,9 @@ class StartedClient(ClientSharedState):
         state = self.store.client_state(request.state_round)
         with fitting():
             tensors = client_round.start(state)
-        training = ClientTraining(
-            name=self.data.name, examples=self.data.train, tensors=tensors, moments=within("optimizer", state)
-        )
+            scaled = sends_moments(self.config, self.method)
+            moments = client_round.second_moments(request.second_moments, expected=scaled) or within("optimizer", state)
+        training = ClientTraining(name=self.data.name, examples=self.data.train, tensors=tensors, moments=moments)
         done = self._answered(client_round, request.total_rank)
         return LocalRound(
             client_round=client_round,
@@ -343,8 +344,3 @@ class StartedClient(ClientSharedState):
         found = {key: tuple(x.shape) for key, x in tensors.items()}
         if reason := shape_mismatch(found, self.trainer.adapted.sizes(tensors)):
             raise PayloadError(reason)
-
-
-def finite(value: float | None) -> float | None:
-    """Returns a loss or a score as a reply states it: None where it is NaN or infinite."""
-    return value if value is not None and math.isfinite(value) else None

@@ -237,6 +237,8 @@ class PrivacyConfig(Section):
     """Maximum L2 norm, over all trained tensors, of a row's gradient or of a client's update."""
     noise: Annotated[Literal["auto", "local", "shared"], used_if("privacy.unit", "example")] = "auto"
     """Whether each client adds all of its noise, or a share in secure aggregation. Default: shared if possible."""
+    scale_then_privatize: Annotated[bool, used_if("privacy.unit", "example")] = False
+    """Whether gradients are clipped, and get noise, in coordinates that Adam's second moments have scaled."""
     colluding_clients: Annotated[Count, used_if("privacy.unit", "example")] = 0
     """Number of clients in league with the server against which shared noise protects as stated."""
     basis_share: Annotated[

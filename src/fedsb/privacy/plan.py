@@ -79,6 +79,7 @@ class PrivacyPlan:
     sigma: float = 0.0  # noise multiplier; 0: no noise, epsilon is inf
     basis: BasisNoise | None = None  # None: the basis reads no private rows
     shared: SharedNoise | None = None  # None: all of the noise is added in one place
+    scaled: bool = False  # scale-then-privatize (scaling.py), which changes no epsilon
 
     relation: ClassVar[str] = RELATION
 

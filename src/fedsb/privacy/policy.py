@@ -121,6 +121,8 @@ def _example_faults(config: Config, method: Method) -> Iterator[str]:
     privacy, core = config.privacy, method.adapter == "core"
     if privacy.noise == "shared" and privacy.unit == "example":
         yield from (f"privacy.noise = 'shared': {fault}." for fault in shared_faults(config, method))
+    if privacy.scale_then_privatize and privacy.unit == "example":
+        yield from _scaling_faults(config, method)
     if config.basis.kind == "update-pooled" and core:
         yield (
             "basis.kind = 'update-pooled' reads private rows without noise. Set it to 'weights', 'random' or 'core'."
@@ -146,6 +148,25 @@ def _example_faults(config: Config, method: Method) -> Iterator[str]:
                 f"{key} scores private rows, which epsilon does not cover. Leave it out, or accept this with "
                 "privacy.release = ['scores']."
             )
+
+
+def _scaling_faults(config: Config, method: Method) -> Iterator[str]:
+    shared, train = noise_kind(config, method)[0] == "shared", config.train
+    if train.optimizer != "adamw":
+        yield (
+            f"privacy.scale_then_privatize needs Adam's second moments, but train.optimizer = {train.optimizer!r}. Set "
+            "it to 'adamw', or leave out privacy.scale_then_privatize."
+        )
+    if shared and method.spec.rotates_basis:
+        yield (
+            f"privacy.scale_then_privatize needs the second moments of earlier rounds, but the coordinates of "
+            f"{method.spec.id} are others in each round. Leave it out."
+        )
+    if not shared and train.local_steps == 1 and not train.persist_optimizer_state:
+        yield (
+            "privacy.scale_then_privatize needs second moments, and a client has none in a round of one step. Raise "
+            "train.local_steps, or set train.persist_optimizer_state = true."
+        )
 
 
 def _client_faults(config: Config, method: Method) -> Iterator[str]:
@@ -224,6 +245,7 @@ def build_privacy_policy(
                 steps=steps[name],
                 rounds=longest,  # one noise for all, so that of the client with the most rounds
                 shared=shared,
+                scaled=privacy.scale_then_privatize,
             )
             plans[name] = replace(_with_noise(plan, config)[0], rounds=rounds[name])
     else:
@@ -237,6 +259,7 @@ def build_privacy_policy(
                 steps=steps[name],
                 rounds=rounds[name],
                 basis=_basis_noise(config, method, sum(rows.values())),
+                scaled=privacy.scale_then_privatize,
             )
             plans[name], basis_reasons[name] = _with_noise(plan, config)
     sigmas = ", ".join(f"{name}: {plan.sigma:.4g}" for name, plan in plans.items())

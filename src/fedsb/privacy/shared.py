@@ -25,6 +25,11 @@ def noise_kind(config: Config, method: Method) -> tuple[Literal["local", "shared
     return "shared", "auto: server.secure_aggregation is on, and a round is one step"
 
 
+def sends_moments(config: Config, method: Method) -> bool:
+    """Returns whether each broadcast has the server's second moments, by which clients scale their gradients."""
+    return config.privacy.scale_then_privatize and noise_kind(config, method)[0] == "shared"
+
+
 def shared_noise(config: Config, rows: Mapping[str, int], reason: str) -> tuple[SharedNoise, str]:
     """Returns (the sum of a run with shared noise, the reason with the number of shares).
 

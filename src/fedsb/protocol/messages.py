@@ -12,7 +12,8 @@
                     be merged into the residual
     GetShared                                              -> a payload: B and A that the client derived from W0
     SetShared       a payload: all of the shared state     -> hash of the shared state
-    Train           a payload: the broadcast               -> a payload: the update, or the masked one; or Stale
+    Train           a payload: the broadcast; and with     -> a payload: the update, or the masked one; or Stale,
+                    scaled gradients the second moments       or NoKeys
     SecAggPhase     one phase of secure aggregation        -> the client's message (secagg/protocol.py)
     Finish          a payload: the last broadcast          -> the client's own score; it writes its adapter
 
@@ -22,6 +23,7 @@ A reply is checked against its type before anything reads it.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
@@ -163,6 +165,11 @@ class FinishReply(Reply):
     entries: list[dict[str, Any]] = []
 
 
+def finite(value: float | None) -> float | None:
+    """Returns a loss or a score as a reply states it: None where it is NaN or infinite."""
+    return value if value is not None and math.isfinite(value) else None
+
+
 R = TypeVar("R", bound=Reply)
 
 
@@ -235,13 +242,23 @@ class SumRequest(BaseModel):
 class Train(Request[TrainReply]):
     verb, reply = "train", TrainReply
     also = Stale, NoKeys
-    payloads = (1,)
+    payloads = (1, 2)
     total_rank: int | None  # of this client; None: the method's
     state_round: Count  # the last round whose update of this client was used: its own state is that after it
     score: bool = False  # whether to score the trained model on the held-out rows
     versions: dict[str, str] = {}
     entries_since: Count = 0  # the reply has the entries of the client's ledger of this round, from 1 on, and later
     sum: SumRequest | None = None  # with secure aggregation
+
+    @property
+    def payload(self) -> bytes:
+        """The broadcast."""
+        return self.parts[0]
+
+    @property
+    def second_moments(self) -> bytes | None:
+        """Those of the server's optimiser, in one byte each (privacy/scaling.py); None if nothing is scaled by them."""
+        return self.parts[1] if len(self.parts) > 1 else None
 
 
 class SecAggPhase(Request[SecAggReply]):

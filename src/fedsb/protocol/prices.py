@@ -11,7 +11,7 @@ from typing import Any
 
 from fedsb.config.registry import method_types
 from fedsb.config.training import Codec
-from fedsb.methods.base import Method
+from fedsb.methods.base import Method, Traffic
 from fedsb.protocol.codec import payload_bytes
 from fedsb.utils.tensors import Shapes
 
@@ -46,6 +46,7 @@ class PricedRun:
         clients: in each round.
         whole: of each round's broadcasts, the number that the codec leaves in float32; empty: none.
         up_bytes: of an update, by its number of values, in secure aggregation; None: as the codec has them.
+        sends_moments: whether a byte per trained value comes with each broadcast, with scale-then-privatize.
     """
 
     shapes: Shapes
@@ -55,6 +56,7 @@ class PricedRun:
     codec: Codec = "float32"
     whole: Sequence[int] = ()
     up_bytes: Callable[[int], int] | None = None
+    sends_moments: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +93,9 @@ def price(method: Method, run: PricedRun, basis: PricedBasis | None = None, *, t
         plain_bytes, plain_head = _message("float32", traffic.down, traffic.head)
         up += clients * up_bytes
         down += (clients - plain) * down_bytes + plain * plain_bytes
+        if run.sends_moments:
+            down += clients * (traffic.up + traffic.head)
+            heads += clients * traffic.head
         heads += clients * up_head + (clients - plain) * down_head + plain * plain_head
     return Price(
         label=f"{method.spec.id} (rank {method.rank})",
@@ -104,6 +109,14 @@ def price(method: Method, run: PricedRun, basis: PricedBasis | None = None, *, t
         down_values=typical.down,
         head_values=typical.head,
     )
+
+
+def round_bytes(traffic: Traffic, run: PricedRun) -> dict[str, int]:
+    """Returns the bytes of one client, "up" and "down", in a round that follows another."""
+    moments = traffic.up + traffic.head if run.sends_moments else 0
+    up, _ = _message(run.codec, traffic.up, traffic.head, run.up_bytes)
+    down, _ = _message(run.codec, traffic.down, traffic.head)
+    return {"up": up, "down": down + moments}
 
 
 def _message(codec: Codec, values: int, head: int, size_of: Callable[[int], int] | None = None) -> tuple[int, int]:

@@ -33,9 +33,9 @@ from fedsb.models.load import BaseModel, choose_device, choose_dtype, load_base
 from fedsb.models.names import resolve_name
 from fedsb.models.quantise import missing_package, weight_bytes
 from fedsb.privacy.policy import refuse_what_would_leak
+from fedsb.privacy.shared import sends_moments
 from fedsb.privacy.statement import larger_batches, privacy_statement
-from fedsb.protocol.codec import payload_bytes
-from fedsb.protocol.prices import PricedBasis, PricedRun, price_list
+from fedsb.protocol.prices import PricedBasis, PricedRun, price_list, round_bytes
 from fedsb.protocol.requirements import (
     client_ranks,
     open_secure_sums,
@@ -150,20 +150,18 @@ def estimate(loaded: ResolvedConfig, also: Sequence[Method] = (), gpu: float | N
             privacy["larger_batches"] = larger_batches(policy, config)
         choices += policy.choices
     bill = basis_values(config.basis, method, adapted.shapes)
-    prices = price_list(
-        method,
-        PricedRun(
-            shapes=adapted.shapes,
-            head=head,
-            clients=cohort,
-            rounds=config.rounds,
-            codec=config.server.codec,
-            whole=whole_broadcasts(names, config, method, ranks),
-            up_bytes=up_bytes,
-        ),
-        PricedBasis(**bill, clients=len(names), refreshes=len(refreshes(config, method))),
-        also,
+    run = PricedRun(
+        shapes=adapted.shapes,
+        head=head,
+        clients=cohort,
+        rounds=config.rounds,
+        codec=config.server.codec,
+        whole=whole_broadcasts(names, config, method, ranks),
+        up_bytes=up_bytes,
+        sends_moments=sends_moments(config, method),
     )
+    basis = PricedBasis(**bill, clients=len(names), refreshes=len(refreshes(config, method)))
+    prices = price_list(method, run, basis, also)
     warnings = batch_warnings(config, local, sites) if data is not None else []
     batch = config.train.batch_size
     if data is not None:  # a forward never has more rows than a client
@@ -188,10 +186,7 @@ def estimate(loaded: ResolvedConfig, also: Sequence[Method] = (), gpu: float | N
             "head": traffic.head,
             "one_off": sum(bill.values()),
         },
-        "bytes_per_client_round": {
-            "up": up_bytes(traffic.up + head) if up_bytes else payload_bytes(config.server.codec, traffic.up + head),
-            "down": payload_bytes(config.server.codec, traffic.down + head),
-        },
+        "bytes_per_client_round": round_bytes(traffic, run),
         "prices": [price.as_dict() for price in prices],
         "compared": [f"{method.spec.id} (rank {method.rank})" for method in also],
         "privacy": privacy,

@@ -11,6 +11,7 @@ import numpy as np
 from fedsb.adapters.layout import Layout
 from fedsb.client.round import ClientRound, ClientView
 from fedsb.methods.base import State
+from fedsb.privacy.shared import sends_moments
 from fedsb.protocol.channel import NoResponse
 from fedsb.protocol.messages import NoKeys, Stale, SumRequest, Train, TrainReply
 from fedsb.protocol.payload import PayloadError, unpack
@@ -50,6 +51,7 @@ class ServerRound:
         self._payloads: dict[tuple[bool, int | None], bytes] = {}
         self._requests: dict[tuple[object, ...], Train] = {}
         self.sum: SumRequest | None = None
+        self.second_moments: bytes | None = None  # with scale-then-privatize and shared noise
         self._charged: int | None = None  # the number of clients in the sum whose noise was charged
 
     def payload(self, *, whole: bool, rank: int | None) -> bytes:
@@ -138,6 +140,8 @@ class ServerRound:
         directory = {name: server.opened.directory[name] for name in cohort}
         terms = server.secure_sums.terms(round, self.shared_hash, directory, keys.plan, shared.against)
         layout = Layout.of(shared.trained) if terms.step else shared.layout
+        if sends_moments(server.config, server.method):
+            self.second_moments = server.optimizer_step.second_moments(shared, self.state.server)
         part = np.arange(layout.size)[server.compressor.part(layout.size, round)]
         plan = terms.plan(len(part))  # raises for an impossible sum, before any client is charged for it
         self.sum = SumRequest(attempt=keys.plan.attempt, cohort=cohort)
@@ -192,8 +196,9 @@ class ServerRound:
     def _ask(self, clients: Sequence[str], *, whole: bool) -> Iterator[ClientAnswer]:
         server, round = self.server, self.state.round + 1
         requests = {name: self._request(name, whole=whole or name in self.missed) for name in clients}
+        count, more = server.counter.record, len(self.second_moments or b"")
         traffic = {
-            name: server.counter.record(request.payload, round, name, "down", wire_bytes=request.wire_bytes)
+            name: count(request.payload, round, name, "down", more=more, wire_bytes=request.wire_bytes)
             for name, request in requests.items()
         }
         for name, reply in server.exchange.each(requests, what=f"Round {round}"):
@@ -213,7 +218,7 @@ class ServerRound:
                 versions=versions(),
                 entries_since=since,
                 sum=self.sum,
-                parts=(self.payload(whole=whole, rank=rank),),
+                parts=(self.payload(whole=whole, rank=rank), *filter(None, [self.second_moments])),
             )
         return self._requests[key]
 

@@ -86,6 +86,7 @@ class Server:
         self.secagg = open_secagg(self.exchange, self.secure_sums, opened.directory)
         self.counter = TrafficCounter(self.trainer.head.keys())
         self.shared_state = SharedStateSync(self.exchange, self.counter)
+        self.optimizer_step = FederatedStep(self.local, self.trainer.adapted.head_keys)
         self.optimizer = ServerOptimizer(**config.server.optimizer_settings)
         self.share_rows, reason = share_rows(config, self.trainer.shapes)
         self.settings: tuple[ResolvedSetting, ...] = (
@@ -226,9 +227,8 @@ class Server:
         if terms.step is None:
             vector = shared.baseline_vector + (found.values / found.weight).astype(np.float32)
         else:
-            step = FederatedStep(self.local, self.trainer.adapted.head_keys)
             gradient = self.mean_gradient(terms.step.q, found.values, found.survivors)
-            sent, moments = step.take(shared, gradient, round.state.server)
+            sent, moments = self.optimizer_step.take(shared, gradient, round.state.server, round.second_moments)
             vector = shared.layout.flatten(sent).numpy()
         return (SUM, terms.payload(vector, found.weight, shared.layout)), found.survivors, moments
 

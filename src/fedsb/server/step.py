@@ -1,10 +1,11 @@
 """One optimiser step of the whole federation, at the server: the clients' gradients add up to that of one client.
 
-    g = sum_k S_k / (q sum_k n_k)           over the clients in the sum; S_k as in privacy/grid.py, noise included
+    g = sum_k S_k / (s q sum_k n_k)         over the clients in the sum; S_k as in privacy/grid.py, noise included
     x <- x - lr optimizer(g)                train.optimizer, with moments that live as long as the run
 
-The divisor is the expected number of drawn rows, which is public. The step and its moments use only what was released,
-so they cost no epsilon.
+q sum_k n_k is the expected number of drawn rows, which is public. With scale-then-privatize s has a factor for each
+value (privacy/scaling.py), which the clients compute from the same second moments; else it is 1. The step and its
+moments use only what was released, so they cost no epsilon.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from fedsb.adapters.layout import Layout
 from fedsb.client.round import ClientRound
+from fedsb.privacy.scaling import gradient_scales, pack_moments, unpack_moments
 from fedsb.training.buffers import ClientBuffers
 from fedsb.training.local import LocalTraining
 from fedsb.training.optimizer import StepSizes, step_rows
@@ -29,16 +31,26 @@ class FederatedStep:
     local: LocalTraining
     heads: frozenset[str]
 
-    def take(self, shared: ClientRound, gradient: Tensor, moments: Tensors) -> tuple[Tensors, Tensors]:
+    def second_moments(self, shared: ClientRound, moments: Tensors) -> bytes:
+        """Returns the second moments of the trained tensors, as clients receive them."""
+        zeros = {key: torch.zeros_like(x) for key, x in shared.trained.items()}
+        return pack_moments(Layout.of(zeros).flatten({key: moments.get(f"v.{key}", x) for key, x in zeros.items()}))
+
+    def take(
+        self, shared: ClientRound, gradient: Tensor, moments: Tensors, sent_moments: bytes | None = None
+    ) -> tuple[Tensors, Tensors]:
         """Returns (what a client would send after this step, the new moments).
 
         Args:
             gradient: (P,) the noised mean, in the order of the trained tensors' layout.
             moments: "m.<key>", "v.<key>" and "steps", as an earlier step has returned them; {} before the first.
+            sent_moments: the second moments by which the clients have scaled their gradients; None: they have not.
         """
         layout, done = Layout.of(shared.trained), int(moments.get("steps", torch.zeros(())))
         buffers = ClientBuffers(layout, 1, torch.device("cpu"))
         buffers.read([shared.trained], [moments])
+        if sent_moments is not None:
+            gradient = gradient / gradient_scales(unpack_moments(sent_moments))
         buffers.gradients[0].copy_(gradient)
         factor = self.local.lr_factor(shared.round, 0, 1)
         step_rows(self.local, buffers, 1, StepSizes.of(self.local, buffers, self.heads, [[factor]], [done]), 0)

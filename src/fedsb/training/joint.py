@@ -23,6 +23,7 @@ from fedsb.adapters.layout import Layout
 from fedsb.data.tasks.base import Example, Task
 from fedsb.privacy.grid import NoiseGrid
 from fedsb.privacy.mechanism import DPMechanism
+from fedsb.privacy.scaling import gradient_scales
 from fedsb.training.buffers import ClientBuffers
 from fedsb.training.dropout import Dropout, Keys
 from fedsb.training.local import LocalTraining, draw_batches
@@ -228,12 +229,14 @@ class JointTrainer:
         frozen: Tensors,
     ) -> Tensor:
         """Fills the noised means of one step of DP-SGD. Returns each client's mean loss, (K,); 0 without rows."""
-        rows = _draw(clients, mechanisms)
+        rows, scales = _draw(clients, mechanisms), _scales(buffers, mechanisms)
         sums, loss_K = self._row_gradients(buffers).clipped_sums(
-            buffers.values[: len(rows)], frozen, rows, mechanisms[0].plan.clip
+            buffers.values[: len(rows)], frozen, rows, mechanisms[0].plan.clip, scales=scales
         )
         for k, own in enumerate(mechanisms):
             buffers.gradients[k].copy_(own.mean(sums[k], len(rows[k]), buffers.layout))
+        if scales is not None:
+            buffers.gradients[: len(rows)].div_(scales)
         return loss_K
 
     def _shares(
@@ -246,7 +249,7 @@ class JointTrainer:
         """
         layout = Layout.of({key: clients[0].tensors[key] for key in how.trainable})
         buffers, own = self._buffers_for(layout, len(clients)), [mechanisms[client.name] for client in clients]
-        buffers.read([client.tensors for client in clients], [{} for _ in clients])
+        buffers.read([client.tensors for client in clients], [client.moments for client in clients])
         grid, rows = NoiseGrid.of(own[0].plan, layout.size), _draw(clients, own)
         sums, loss_K = self._row_gradients(buffers).clipped_sums(
             buffers.values[: len(rows)],
@@ -254,6 +257,7 @@ class JointTrainer:
             rows,
             own[0].plan.clip,
             partial(grid.round_rows, generator=own[0].generator()),
+            _scales(buffers, own),
         )
         losses = loss_K.tolist()
         if how.watch:
@@ -275,6 +279,11 @@ class JointTrainer:
 def _draw(clients: Sequence[ClientTraining], mechanisms: Sequence[DPMechanism]) -> list[list[Example]]:
     """Returns the rows that each client's mechanism draws for one step."""
     return [[c.examples[i] for i in own.draw()] for c, own in zip(clients, mechanisms, strict=True)]
+
+
+def _scales(buffers: ClientBuffers, mechanisms: Sequence[DPMechanism]) -> Tensor | None:  # (K, P)
+    """Returns the factors of the gradients' values before they are clipped; None without scale-then-privatize."""
+    return gradient_scales(buffers.v[: len(mechanisms)]) if mechanisms[0].plan.scaled else None
 
 
 def join_tensors(adapted: AdaptedModel, clients: Sequence[Tensors]) -> Tensors:

@@ -58,6 +58,7 @@ class RowGradients:
         rows: Sequence[Sequence[Example]],  # of each client; may be empty
         clip: float,
         rounding: Rounding | None = None,
+        scales: Tensor | None = None,  # (K, P) by which gradients are multiplied before they are clipped
     ) -> tuple[Tensor, Tensor]:
         """Returns ((K, P) the sums of clipped gradients, (K,) the mean losses). No noise is added here.
 
@@ -73,7 +74,10 @@ class RowGradients:
             owners = [k for k, _ in part]
             owner_b = to_device(torch.tensor(owners), values.device)
             loss_b = self._backward(values, frozen, owner_b, [row for _, row in part])
-            add_clipped(sums, self.gradients[: len(part)], owner_b, clip, rounding)
+            gradients = self.gradients[: len(part)]
+            if scales is not None:
+                gradients.mul_(scales if len(scales) == 1 else scales[owner_b])
+            add_clipped(sums, gradients, owner_b, clip, rounding)
             losses.index_add_(
                 0, owner_b, loss_b / to_device(torch.tensor([len(rows[k]) for k in owners]), values.device)
             )
