@@ -38,7 +38,9 @@ def config(tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_pat
     )
 
 
-def test_whole_code_passes(config: dict[str, Any]) -> None:
+@pytest.mark.parametrize("scaled", [False, True])
+def test_whole_code_passes(scaled: bool, config: dict[str, Any]) -> None:
+    config["privacy"]["scale_then_privatize"] = scaled
     found = audit(load_config(config))
     assert not found["broken"], found["says"]
     assert found["epsilon_audited"] < found["epsilon"] == found["epsilon_ledger"]

@@ -12,7 +12,7 @@ from fedsb.config.section import Auto, Count, Positive, Rate, Section, Share, Us
 if TYPE_CHECKING:
     from fedsb.config.schema import Config
 
-Codec = Literal["float32", "bfloat16", "int8", "int4"]
+Codec = Literal["float32", "bfloat16", "int8", "int4", "int3", "int2"]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 FROM_GRADIENTS = ("update", "update-pooled", "core")  # kinds of basis that look at rows
 
@@ -160,7 +160,7 @@ class ServerConfig(Section):
     weighting: Annotated[Literal["samples", "uniform"], TRAVELS, AGGREGATES] = "samples"
     """Weights of the updates: by number of rows, or all equal."""
     codec: Annotated[Codec, TRAVELS, UsedIf(_sends_values, "{0.method.spec.id} sends nothing")] = "float32"
-    """Encoding of the values that are sent: 4, 2, 1 or half a byte per value."""
+    """Encoding of the values that are sent: 32, 16, 8, 4, 3 or 2 bits per value."""
     secure_aggregation: bool = False
     """Whether the server learns only the sum of the clients' changes."""
     secagg_clip: Annotated[Rate, used_if("server.secure_aggregation", True)] = 4.0

@@ -1,4 +1,4 @@
-"""Codecs of values: float32, bfloat16, or int8 and int4 with one scale per block.
+"""Codecs of values: float32, bfloat16, int8 and int4 with one scale per block, or int3 and int2 (rotated.py).
 
     int8, int4:   scale_j = max |x| over block j / q_max, rounded up to bfloat16       q_max = 127, 7
                   code_i  = floor(x_i / scale_j + u_i),  u_i ~ U[0, 1)                 E[scale_j code_i] = x_i
@@ -21,6 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsb.config.training import Codec as Codec
+from fedsb.protocol.bfloat16 import from_bfloat16, to_bfloat16
+from fedsb.protocol.rotated import BITS, decode_rotated, encode_rotated, rotated_bytes
 
 CODECS: tuple[str, ...] = get_args(Codec)
 BLOCK = 64  # values that share a scale; see docs/decisions.md
@@ -37,6 +39,8 @@ def payload_bytes(codec: Codec, values: int, exact: int = 0) -> int:
         return 4 * (values + exact)
     if codec == "bfloat16":
         return 2 * values + 4 * exact
+    if codec in BITS:
+        return rotated_bytes(codec, values) + 4 * exact
     codes = values if codec == "int8" else -(-values // 2)
     return codes + SCALE_BYTES * -(-values // BLOCK) + 4 * exact
 
@@ -44,19 +48,21 @@ def payload_bytes(codec: Codec, values: int, exact: int = 0) -> int:
 def encode(
     x: Floats,  # (n,)
     codec: Codec,
-    draw: np.random.Generator | None = None,  # int8 and int4 round by it
+    draw: np.random.Generator | None = None,  # int8 and int4 round by it, int3 and int2 rotate
 ) -> Bytes:  # (payload_bytes(codec, n),): the codes, then the scales
-    """Encodes the values. Raises ValueError if int8 or int4 is given no draw."""
+    """Encodes the values. Raises ValueError if a codec of integers is given no draw."""
     if codec == "float32":
         return _bytes(x.astype("<f4"))
     if codec == "bfloat16":
-        return _bytes(_to_bfloat16(x))
+        return _bytes(to_bfloat16(x))
     if draw is None:
-        raise ValueError(f"{codec} rounds by chance: give a generator, such as keyed_generator(seed, 'codec', ...)")
+        raise ValueError(f"{codec} draws: give a generator, such as keyed_generator(seed, 'codec', ...)")
+    if codec in BITS:
+        return encode_rotated(x, codec, draw)
     blocks = np.pad(x, (0, -len(x) % BLOCK)).reshape(-1, BLOCK).astype(np.float64)
     with np.errstate(invalid="ignore", over="ignore"):
         scales = _scales(np.abs(blocks).max(axis=1, initial=0.0) / Q_MAX[codec])
-        steps = _from_bfloat16(scales).astype(np.float64)
+        steps = from_bfloat16(scales).astype(np.float64)
         steps = np.where(steps > 0, steps, 1.0)[:, None]  # a NaN's block: any codes, its scale says NaN
         rounded = np.floor(np.where(np.isfinite(blocks), blocks, 0.0) / steps + draw.random(blocks.shape))
     codes = np.clip(rounded, -Q_MAX[codec], Q_MAX[codec]).astype(np.int8).reshape(-1)[: len(x)]
@@ -70,10 +76,12 @@ def decode(data: Bytes, codec: Codec, count: int) -> Floats:  # (count,)
     if codec == "float32":
         return data.view("<f4").astype(np.float32)
     if codec == "bfloat16":
-        return _from_bfloat16(data.view("<u2"))
+        return from_bfloat16(data.view("<u2"))
+    if codec in BITS:
+        return decode_rotated(data, codec, count)
     cut = len(data) - SCALE_BYTES * -(-count // BLOCK)
     codes = data[:cut].view(np.int8) if codec == "int8" else _unpack_nibbles(data[:cut], count)
-    scales = _from_bfloat16(data[cut:].copy().view("<u2"))
+    scales = from_bfloat16(data[cut:].copy().view("<u2"))
     steps = np.where(np.isfinite(scales), scales, np.float32(np.nan)).astype(np.float64)
     limit = float(np.finfo(np.float32).max)  # scales are rounded up: the largest of all values must not overflow
     x: Floats = np.clip(codes * np.repeat(steps, BLOCK)[:count], -limit, limit).astype(np.float32)
@@ -81,18 +89,6 @@ def decode(data: Bytes, codec: Codec, count: int) -> Floats:  # (count,)
 
 
 # --- bits ---
-
-
-def _to_bfloat16(x: Floats) -> NDArray[np.uint16]:
-    """Rounds to nearest, ties to even: adds half of the last place, less one where that place is even."""
-    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
-    rounded = (bits + (np.uint32(0x7FFF) + ((bits >> 16) & 1))) >> 16
-    return np.where(np.isnan(x), (bits >> 16) | 0x40, rounded).astype("<u2")  # a NaN's carry would make it a number
-
-
-def _from_bfloat16(bits: NDArray[np.uint16]) -> Floats:
-    floats: Floats = (bits.astype(np.uint32) << 16).view(np.float32)
-    return floats
 
 
 def _scales(x: NDArray[np.float64]) -> NDArray[np.uint16]:
