@@ -1,5 +1,4 @@
-"""Codecs: numbers by hand, errors within their bounds, no bias of int8 and int4, the stated bytes, and nothing that
-crashes."""
+"""Codecs: numbers by hand, errors within their bounds, no bias, the stated bytes, and nothing that crashes."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ import scipy.linalg
 
 from fedsb.config.training import Codec
 from fedsb.protocol.codec import BLOCK, CODECS, Q_MAX, decode, encode, payload_bytes
-from fedsb.protocol.rotated import LEVELS
+from fedsb.protocol.rotated import CHUNK, LEVELS
 from fedsb.utils.rng import keyed_generator
 
 ROUNDED: tuple[Codec, ...] = ("int8", "int4")
@@ -125,6 +124,15 @@ def test_the_error_stays_below_a_step(codec: Codec, seed: int) -> None:
     assert np.all(np.abs(got.astype(np.float64) - x) <= steps(x, codec) * (1 + 1e-6))
     assert np.all(got[x == 0] == 0)
     assert np.all((np.sign(got) == np.sign(x)) | (got == 0))
+
+
+@pytest.mark.parametrize("codec", ROTATED)
+def test_no_bias_over_the_signs(codec: Codec) -> None:
+    """The mean of 400 codings is 1 / 400 of the squared error away, and no shorter."""
+    x = keyed_generator(0, "values").standard_normal(512).astype(np.float32)
+    mean = np.mean([through(x, codec, key) for key in range(400)], axis=0, dtype=np.float64)
+    assert np.square(mean - x).sum() < 2 / 400 * 0.1331 * np.square(x).sum()
+    assert (mean @ x) / (x @ x) == pytest.approx(1.0, abs=0.003)
 
 
 @pytest.mark.parametrize("codec", ROUNDED)
@@ -240,11 +248,11 @@ def shapes_of_values(n: int) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("n", [1000, 1023, 1024, 4227])
 @pytest.mark.parametrize("kind", ["normal", "spike", "heavy", "sparse", "tensors"])
-@pytest.mark.parametrize(("codec", "error"), [("int2", 0.1175), ("int3", 0.03454)])
+@pytest.mark.parametrize(("codec", "error"), [("int2", 0.1331), ("int3", 0.03578)])
 def test_the_error_is_at_most_that_of_a_normal_distribution_whatever_the_values(
     codec: Codec, error: float, kind: str, n: int
 ) -> None:
-    """The least squared error of 4 and 8 levels, known from Max (1960). A few large values may do better."""
+    """e / (1 - e), with e the least error of 4 and 8 levels (Max, 1960). A few large values may do better."""
     x = shapes_of_values(n)[kind].astype(np.float32)
     errors = [float(np.square(through(x, codec, key) - x).sum() / np.square(x).sum()) for key in range(20)]
     assert np.mean(errors) < 1.06 * error
@@ -265,7 +273,7 @@ def test_levels_are_the_best_ones(codec: Codec) -> None:
 @pytest.mark.parametrize("codec", ROTATED)
 @pytest.mark.parametrize("n", [1, 2, 3, 64, 100, 256, 257, 700])
 def test_a_message_by_hand(codec: Codec, n: int) -> None:
-    """Rotations as matrices, from their definition; each block's scale is the one with the least error."""
+    """Rotations as matrices, from their definition."""
     x = keyed_generator(n).standard_normal(n).astype(np.float32)
     data = encode(x, codec, keyed_generator(n, "key"))
     sizes = [256] * (n // 256) + ([2 ** math.ceil(math.log2(n % 256))] if n % 256 else [])
@@ -276,8 +284,20 @@ def test_a_message_by_hand(codec: Codec, n: int) -> None:
         rotation = scipy.linalg.hadamard(size) / math.sqrt(size) * signs[here]
         y = rotation @ padded[here]
         nearest = LEVELS[codec][np.abs(LEVELS[codec][:, None] - y / np.sqrt(np.mean(y * y))).argmin(axis=0)]
-        want.append(rotation.T @ nearest * (y @ nearest) / (nearest @ nearest))
+        want.append(rotation.T @ nearest * (y @ y) / (y @ nearest))
     assert np.allclose(decode(data, codec, n), np.concatenate(want)[:n], rtol=0.01, atol=1e-3)
+
+
+@pytest.mark.parametrize("codec", ROTATED)
+def test_a_long_message_is_coded_in_parts(codec: Codec) -> None:
+    """As its blocks would be, one by one."""
+    n = 256 * CHUNK + 300
+    x = keyed_generator(0).standard_normal(n).astype(np.float32)
+    x[256 * CHUNK + 270] = np.inf
+    got = through(x, codec)
+    assert np.isnan(got[-44:]).all() and np.isfinite(got[:-44]).all()
+    for part in (slice(256 * (CHUNK - 1), 256 * CHUNK), slice(256 * CHUNK, 256 * CHUNK + 256)):
+        assert np.square(got[part] - x[part]).sum() < 0.2 * np.square(x[part]).sum()
 
 
 @pytest.mark.parametrize("codec", ROTATED)

@@ -76,7 +76,7 @@ class ClientSharedState:
             round=round,
         )
         compressor = build_compressor(config, self.method, self.run)
-        payload = compressor.basis("up", self.data.name, round, own, compressor.codec)
+        payload = compressor.basis("up", self.data.name, round, own)
         self.store.save_basis_gradient(round, payload, rows)
         return BasisGradientReply(rows=rows, parts=(payload,))
 

@@ -45,6 +45,11 @@ def payload_bytes(codec: Codec, values: int, exact: int = 0) -> int:
     return codes + SCALE_BYTES * -(-values // BLOCK) + 4 * exact
 
 
+def basis_codec(codec: Codec) -> Codec:
+    """Returns the codec of a basis, which is sent once and without error feedback: int4 in place of int3 and int2."""
+    return "int4" if codec in BITS else codec
+
+
 def encode(
     x: Floats,  # (n,)
     codec: Codec,

@@ -9,7 +9,7 @@ for itself), and e_k the client's error feedback. All clients start from h, none
 in Karimireddy et al. (ICML 2019, arXiv 1901.09847), in both directions as in DoubleSqueeze (Tang et al., ICML 2019,
 arXiv 1905.05957). In float32 nothing is lost: tensors travel as they are, h = s, and no one keeps anything.
 
-A basis travels in the codec too, without error feedback: its receiver makes it orthonormal again.
+A basis travels in the codec too, in at least 4 bits, without error feedback: its receiver makes it orthonormal again.
 
 A broadcast carries the tensors themselves, in float32, in the first round; to a client that missed the last round (its
 h is older); to a client whose rank is not the method's (its corner of h has other blocks); and for every method that
@@ -43,6 +43,7 @@ from numpy.typing import NDArray
 from fedsb.config.schema import Config
 from fedsb.config.training import Codec, ServerConfig
 from fedsb.methods.base import Method, State
+from fedsb.protocol.codec import basis_codec
 from fedsb.protocol.payload import Payload, Vector, pack, unpack
 from fedsb.protocol.tensors import under, within
 from fedsb.utils.rng import keyed_generator
@@ -70,8 +71,9 @@ class Compressor:
         chosen: NDArray[np.int64] = np.sort(draw.choice(size, part_size(size, self.fraction), replace=False))
         return chosen
 
-    def basis(self, direction: Literal["up", "down"], client: str, round: int, tensors: Tensors, codec: Codec) -> bytes:
+    def basis(self, direction: Literal["up", "down"], client: str, round: int, tensors: Tensors) -> bytes:
         """Returns the payload of what travels for a basis, once: no error feedback."""
+        codec = basis_codec(self.codec)
         kind: Literal["basis-up", "basis-down"] = "basis-up" if direction == "up" else "basis-down"
         payload = Payload.of(tensors, kind=kind, run=self.run, round=round, codec=codec)
         draw = self._draw(client if direction == "up" else "", round, kind)

@@ -12,7 +12,7 @@ from typing import Any
 from fedsb.config.registry import method_types
 from fedsb.config.training import Codec
 from fedsb.methods.base import Method, Traffic
-from fedsb.protocol.codec import payload_bytes
+from fedsb.protocol.codec import basis_codec, payload_bytes
 from fedsb.utils.tensors import Shapes
 
 LORA_RANKS, CORE_RANKS = (4, 1), (32, 8)  # that other methods are priced at
@@ -80,7 +80,7 @@ def price(method: Method, run: PricedRun, basis: PricedBasis | None = None, *, t
     basis, clients, codec = basis or PricedBasis(), run.clients, run.codec
     typical = method.traffic(run.shapes, head=run.head, clients=clients)
     each = [method.traffic(run.shapes, head=run.head, clients=clients, round=round) for round in range(run.rounds)]
-    bill = payload_bytes(codec, basis.up) + payload_bytes(codec, basis.down)
+    bill = payload_bytes(basis_codec(codec), basis.up) + payload_bytes(basis_codec(codec), basis.down)
     adapter_bytes = payload_bytes("float32", each[0].down + each[0].head)
     one_off = basis.clients * (
         payload_bytes("float32", each[0].one_off) + bill + basis.refreshes * (bill + adapter_bytes)

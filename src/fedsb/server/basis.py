@@ -98,7 +98,7 @@ class BasisRound:
 
     def _broadcast(self, tensors: Tensors) -> Tensors:
         server = self.server
-        payload = server.compressor.basis("down", "", self.round, tensors, server.compressor.codec)
+        payload = server.compressor.basis("down", "", self.round, tensors)
         request = SetBasis(run=server.run, round=self.round, parts=(payload,))
         for name, reply in server.exchange.all(request).items():
             server.shared_state.by_client[name] = reply.shared
