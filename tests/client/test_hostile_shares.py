@@ -13,6 +13,7 @@ from fedsb.privacy.mechanism import PrivacyBudgetExceededError
 from fedsb.protocol.messages import Start
 from fedsb.reporting.run_directory import read_rows
 from fedsb.secagg.messages import MessageError, SumError, pack_list
+from fedsb.secagg.server import SumServer
 from fedsb.utils.errors import RefusalError
 from support.hostile import SHARED, Hostile, Settings, moved
 
@@ -81,6 +82,25 @@ def test_a_repeated_broadcast_gets_the_stored_answer(restart: bool, world: Hosti
     assert np.array_equal(again, values)
     for name in world.sites:
         assert world.ledgers(name) == [1]
+
+
+def test_sites_with_different_second_moments_have_no_sum(settings: Settings, tmp_path: Path) -> None:
+    """Else a coordinator could suppress chosen values at all sites but one, whose gradients it would then have."""
+    world = Hostile(tmp_path, "abc")
+    world.open(settings(SHARED, {"privacy": {**SHARED["privacy"], "scale_then_privatize": True}}, rounds=2))
+    world.agree()
+    size = sum(x.numel() for x in world.state().tensors.values())
+    all_alike, others = bytes([100] * size), bytes([100] * (size - 1) + [180])
+    assert world.keys is not None
+    server = SumServer(world.plan(0, moments=all_alike), world.keys)
+    for name in "bc":
+        (reply,) = world.train(0, name, moments=(all_alike,))
+        server.receive(name, reply.payload)
+    (reply,) = world.train(0, "a", moments=(others,))
+    with pytest.raises(MessageError, match="belongs to a plan with different sites, threshold, size, clip"):
+        server.receive("a", reply.payload)
+    with pytest.raises(RefusalError, match="Round 1 was done here for another broadcast"):
+        world.train(0, "a", moments=(all_alike,))
 
 
 @pytest.mark.parametrize("scaled", [False, True])

@@ -102,13 +102,20 @@ def layout_of(tensors: Tensors, trainable: frozenset[str]) -> Layout:
 
 
 def sums_of(
-    server: Server, tensors: Tensors, trainable: frozenset[str], rows: list[Any], clip: float, micro: int
+    server: Server,
+    tensors: Tensors,
+    trainable: frozenset[str],
+    rows: list[Any],
+    clip: float,
+    micro: int,
+    scales: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """((K, P) the clipped sums, (K,) the mean losses) of clients with these tensors, in forwards of `micro` rows."""
     adapted, layout = server.trainer.adapted, layout_of(tensors, trainable)
     frozen = join_tensors(adapted, [{key: x for key, x in tensors.items() if key not in trainable}] * len(rows))
     values = layout.flatten(tensors).repeat(len(rows), 1)
-    return RowGradients.allocate(adapted, server.trainer.task, layout, micro).clipped_sums(values, frozen, rows, clip)
+    gradients = RowGradients.allocate(adapted, server.trainer.task, layout, micro)
+    return gradients.clipped_sums(values, frozen, rows, clip, scales=scales)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -142,6 +149,27 @@ def test_clipped_sums_are_those_of_single_backwards(
                 expected += one * min(1.0, clip / float(one.norm()))
             assert torch.allclose(sums[k], expected, atol=1e-5 * max(1.0, clip)), (k, micro)
             assert float(losses[k]) == pytest.approx(sum(own_losses) / max(len(own), 1), rel=1e-5)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_rows_are_clipped_in_scaled_coordinates(own: bool, tiny_config: dict[str, Any]) -> None:
+    """With each client's own factors, or with the same ones for all; factors over ten powers of ten."""
+    server, state = started(tiny_config)
+    tensors, trainable = moved(server, state)
+    rows = [server.clients[0].train[:4], server.clients[1].train[:3]]
+    each = [one_by_one(server, tensors, trainable, of_client)[0] for of_client in rows]
+    draw = torch.Generator().manual_seed(0)
+    scales = 10 ** (10 * torch.rand((2 if own else 1, each[0][0].numel()), generator=draw) - 5)
+    used = scales.expand(2, -1)
+    lengths = sorted(float((one * used[k]).norm()) for k, ones in enumerate(each) for one in ones)
+    clip = lengths[3] * 0.999
+    for micro in (1, 64):
+        sums, _ = sums_of(server, tensors, trainable, rows, clip, micro, scales)
+        for k, ones in enumerate(each):
+            clipped = [x * min(1.0, clip / float(x.norm())) for x in (one * used[k] for one in ones)]
+            assert torch.allclose(sums[k], torch.stack(clipped).sum(0), rtol=1e-4, atol=1e-4 * clip)
+        alone, _ = sums_of(server, tensors, trainable, [rows[0][:1], []], clip / 1e3, micro, scales)
+        assert float(alone[0].norm()) == pytest.approx(clip / 1e3, rel=1e-5)  # the longest that a row can make it
 
 
 def test_one_row_moves_the_sum_by_at_most_the_clip(tiny_config: dict[str, Any]) -> None:

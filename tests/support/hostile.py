@@ -191,12 +191,12 @@ class Hostile:
             return None
         return SumRequest(attempt=self.keys.plan.attempt, cohort=sorted(cohort or self.keys.members))
 
-    def plan(self, round: int, cohort: str = "", change: Change = same) -> SumPlan:
+    def plan(self, round: int, cohort: str = "", change: Change = same, moments: bytes | None = None) -> SumPlan:
         """The plan of a sum with the newest keys."""
         assert self.keys is not None
         method, state = self.trainer.method, self.state()
         message = change(method.broadcast(state))
-        shared = ClientRound(method, ClientView(state.shared), message, round, basis_hash(state.shared))
+        shared = ClientRound(method, ClientView(state.shared), message, round, basis_hash(state.shared), moments)
         directory = {name: self.federation.directory[name] for name in cohort or self.keys.members}
         terms = self.sums.terms(round, shared.shared_hash, directory, self.keys.plan, shared.against)
         return terms.plan(Layout.of(shared.trained).size if terms.step else shared.layout.size)

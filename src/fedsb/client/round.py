@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from hashlib import sha256
 from typing import Any
 
 from fedsb.adapters.basis import basis_hash
@@ -74,6 +75,7 @@ class ClientRound:
     message: Tensors
     round: int
     shared_hash: str
+    second_moments: bytes | None = None  # of the server's optimiser, see privacy/scaling.py
 
     def start(self, client_state: Tensors) -> Tensors:
         """Returns a client's tensors before its training."""
@@ -86,17 +88,20 @@ class ClientRound:
         own = self.start({})
         return {key: own[key] for key in self.method.trainable(own, self.round)}
 
-    def second_moments(self, data: bytes | None, *, expected: bool) -> Tensors:
-        """Returns the server's second moments of the trained tensors, as a client's own; {} without them.
+    def check_moments(self, *, expected: bool) -> None:
+        """Raises RefusalError unless there is a byte for each trained value, or none if none are `expected`."""
+        found, size = self.second_moments, Layout.of(self.trained).size
+        if (found is None) == expected or (found is not None and len(found) != size):
+            sent = "no" if found is None else len(found)
+            raise RefusalError(f"A broadcast with {sent} bytes of second moments. Expected: {size * expected}.")
 
-        Raises RefusalError unless there is a byte for each trained value, or none if none are `expected`.
-        """
-        if data is None and not expected:
+    @property
+    def moments(self) -> Tensors:
+        """The server's second moments of the trained tensors, as a client's own; {} without them."""
+        if self.second_moments is None:
             return {}
-        layout, data = Layout.of(self.trained), data or b""
-        if len(data) != (wanted := layout.size if expected else 0):
-            raise RefusalError(f"A broadcast with {len(data)} bytes of second moments. Expected: {wanted}.")
-        return {f"v.{key}": x for key, x in layout.views(unpack_moments(data)).items()}
+        views = Layout.of(self.trained).views(unpack_moments(self.second_moments))
+        return {f"v.{key}": x for key, x in views.items()}
 
     @cached_property
     def baseline(self) -> Tensors:
@@ -130,9 +135,12 @@ class ClientRound:
     def against(self) -> str:
         """The hash of the received tensors from which a change is computed, in this round or before."""
         received = {**self.view.shared, **self.message}
-        return basis_hash({key: received[key] for key in self.baseline if key in received})
+        return self._with_moments(basis_hash({key: received[key] for key in self.baseline if key in received}))
 
     @cached_property
     def broadcast_hash(self) -> str:
-        """The hash of all tensors that a client without a state of its own starts from."""
-        return basis_hash(self.start({}))
+        """The hash of all that a client without a state of its own starts from."""
+        return self._with_moments(basis_hash(self.start({})))
+
+    def _with_moments(self, tensors: str) -> str:
+        return tensors if self.second_moments is None else f"{tensors} {sha256(self.second_moments).hexdigest()}"

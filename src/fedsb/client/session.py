@@ -14,7 +14,7 @@ handler (handler.py) applies the site's policy before each request and saves the
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fedsb.adapters.layout import Layout
@@ -214,8 +214,7 @@ class StartedClient(ClientSharedState):
         state = self.store.client_state(request.state_round)
         with fitting():
             tensors = client_round.start(state)
-            scaled = sends_moments(self.config, self.method)
-            moments = client_round.second_moments(request.second_moments, expected=scaled) or within("optimizer", state)
+        moments = client_round.moments or within("optimizer", state)
         training = ClientTraining(name=self.data.name, examples=self.data.train, tensors=tensors, moments=moments)
         done = self._answered(client_round, request.total_rank)
         return LocalRound(
@@ -309,10 +308,12 @@ class StartedClient(ClientSharedState):
                 tensors = found.start({})
                 self._check_tensors(tensors)
                 refuse_values(tensors)
+                found = replace(found, second_moments=request.second_moments)
+                found.check_moments(expected=sends_moments(self.config, self.method))
             return found
 
         with fitting():
-            return self.memo.get(("round", view, request.payload, request.total_rank), receive)
+            return self.memo.get(("round", view, *request.parts, request.total_rank), receive)
 
     def _answered(self, client_round: ClientRound, total_rank: int | None) -> StoredRound | None:
         """Returns the stored answer to this broadcast. None: there is none yet; an interrupted round is trained again.

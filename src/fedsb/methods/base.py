@@ -101,6 +101,12 @@ class Traffic:
     up: int  # in every round
     down: int  # in every round
     head: int = 0  # values of the task head, in each direction, in every round
+    trained: int | None = None  # values that a client trains, if they are not those that it sends up
+
+    @property
+    def step(self) -> int:
+        """The values of a client's gradient, with the head's: what is summed where a round is one step."""
+        return (self.up if self.trained is None else self.trained) + self.head
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,15 +15,16 @@ Limits: as in Fed-SB, the update stays in the span of the bases.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar, Self
 
 import torch
 
 from fedsb.config.section import Positive
-from fedsb.methods.base import Method, MethodSpec, State
+from fedsb.methods.base import Method, MethodSpec, State, Traffic
 from fedsb.methods.fed_sb import FedSB
 from fedsb.utils.errors import UserError
-from fedsb.utils.tensors import Tensors
+from fedsb.utils.tensors import Shapes, Tensors
 
 
 class Ravan(FedSB):
@@ -51,6 +52,10 @@ class Ravan(FedSB):
                 f"Choose a multiple of {self.rank} up to {self.total_rank}."
             )
         return self.model_copy(update={"blocks": total_rank // self.rank})
+
+    def traffic(self, shapes: Shapes, *, head: int, clients: int, round: int = 1) -> Traffic:
+        core = super().traffic(shapes, head=head, clients=clients, round=round)
+        return replace(core, trained=core.up + self.scalars * self.blocks * len(shapes))
 
     def broadcast(self, state: State, *, missed_last_round: bool = False, total_rank: int | None = None) -> Tensors:
         """Returns the broadcast. A client of a lower rank receives the first blocks."""

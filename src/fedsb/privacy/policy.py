@@ -160,12 +160,7 @@ def _scaling_faults(config: Config, method: Method) -> Iterator[str]:
     if shared and method.spec.rotates_basis:
         yield (
             f"privacy.scale_then_privatize needs the second moments of earlier rounds, but the coordinates of "
-            f"{method.spec.id} are others in each round. Leave it out."
-        )
-    if not shared and train.local_steps == 1 and not train.persist_optimizer_state:
-        yield (
-            "privacy.scale_then_privatize needs second moments, and a client has none in a round of one step. Raise "
-            "train.local_steps, or set train.persist_optimizer_state = true."
+            f"{method.spec.id} are others in each round. Leave it out, or set privacy.noise = 'local'."
         )
 
 
@@ -216,6 +211,13 @@ def build_privacy_policy(
     if privacy.unit == "none":
         return PrivacyPolicy(unit="none")
     kind, why_noise = noise_kind(config, method)
+    if privacy.scale_then_privatize and privacy.unit == "example":
+        lasting = kind == "shared" or config.train.persist_optimizer_state
+        if max(steps.values()) * (config.rounds if lasting else 1) < 2:
+            raise UserError(
+                "privacy.scale_then_privatize needs second moments of earlier steps, and a client has none in its only "
+                "step. Raise train.local_steps or rounds, or set train.persist_optimizer_state = true."
+            )
     pooled = [sum(rows.values())] if kind == "shared" else rows.values()
     delta, reason = default_delta(privacy.unit, pooled) if privacy.delta == "auto" else (privacy.delta, "as configured")
     plans: dict[str, PrivacyPlan] = {}

@@ -1,6 +1,6 @@
 """Scale-then-privatize: rows are clipped, and get noise, in coordinates in which Adam's steps have similar sizes.
 
-    r = sqrt(v) / mean sqrt(v)                      per value, rounded to 2^(k/8), k an integer in -128..127
+    r = sqrt(v) / mean sqrt(v)                      per value, rounded to 2^(k/8), k an integer in -128..127; 1 if v = 0
     s = c / (r + 1)                                 c such that sum(s^2 r^2) = sum(r^2)
     g = (sum_i clip_C(s g_i) + noise) / s           then divided by the batch
 
@@ -9,7 +9,8 @@ clipped length, and more noise, as its steps are divided by sqrt(v) anyway. A cl
 row in any coordinates, and s is made of what was released, so epsilon stays the same. c keeps the length of a gradient,
 and with it the meaning of `privacy.clip_norm`.
 
-With local noise v is the client's own. With shared noise it is the server's, which sends k in one byte per value.
+With local noise v is the client's own. With shared noise it is the server's, which sends k in one byte per value; it
+and the clients compute s from these bytes. A value with v = 0 has not been trained yet.
 
 (Ganesh, McMahan, Thakurta, "On Design Principles for Private Adaptive Optimizers", 2025, arXiv 2507.01129.) Shapes: P
 trained values of a client.
@@ -37,14 +38,15 @@ def pack_moments(v: Tensor) -> bytes:  # (P,)
 
 
 def unpack_moments(data: bytes) -> Tensor:  # (P,) float32
-    """Returns r^2, second moments with the same s as those that were packed. Every byte stands for a positive one."""
+    """Returns r^2, second moments up to a factor. Every byte stands for a positive one."""
     return _squares(torch.frombuffer(bytearray(data), dtype=torch.uint8))
 
 
 def _codes(v: Tensor) -> Tensor:
-    root = v.sqrt()
-    mean = root.mean(-1, keepdim=True)
-    ratio = torch.where(mean > 0, root / mean, 1.0)
+    root = (v if v.device.type == "mps" else v.double()).sqrt()  # mps has no float64
+    known = root > 0
+    mean = root.sum(-1, keepdim=True) / known.sum(-1, keepdim=True)
+    ratio = torch.where(known, root / mean, 1.0)
     return (ratio.log2() * EIGHTHS).round().add(MIDDLE).clamp(0, 255).to(torch.uint8)
 
 

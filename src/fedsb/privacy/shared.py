@@ -16,8 +16,10 @@ from fedsb.utils.errors import UserError
 def noise_kind(config: Config, method: Method) -> tuple[Literal["local", "shared"], str]:
     """Returns (who adds the noise of `unit = "example"`, the reason). Other faults are refused elsewhere."""
     asked = config.privacy.noise
-    if config.privacy.unit != "example" or asked != "auto":
-        return "shared" if asked == "shared" else "local", "as configured"
+    if config.privacy.unit != "example":
+        return "local", "rows are not protected one by one"
+    if asked != "auto":
+        return asked, "as configured"
     if not config.server.secure_aggregation:
         return "local", "auto: without server.secure_aggregation each client adds all of its noise"
     for fault in shared_faults(config, method):

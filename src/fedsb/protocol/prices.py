@@ -46,6 +46,7 @@ class PricedRun:
         clients: in each round.
         whole: of each round's broadcasts, the number that the codec leaves in float32; empty: none.
         up_bytes: of an update, by its number of values, in secure aggregation; None: as the codec has them.
+        is_step: whether a round is one step with shared noise: what is summed are gradients of what is trained.
         sends_moments: whether a byte per trained value comes with each broadcast, with scale-then-privatize.
     """
 
@@ -56,6 +57,7 @@ class PricedRun:
     codec: Codec = "float32"
     whole: Sequence[int] = ()
     up_bytes: Callable[[int], int] | None = None
+    is_step: bool = False
     sends_moments: bool = False
 
 
@@ -88,13 +90,13 @@ def price(method: Method, run: PricedRun, basis: PricedBasis | None = None, *, t
     up, down, heads = 0, 0, basis.clients * basis.refreshes * payload_bytes("float32", each[0].head)
     for round, traffic in enumerate(each):
         plain = clients if method.spec.changes_base else run.whole[round] if run.whole else 0
-        up_bytes, up_head = _message(codec, traffic.up, traffic.head, run.up_bytes)
+        up_bytes, up_head = _message(codec, _summed(traffic, run), traffic.head, run.up_bytes)
         down_bytes, down_head = _message(codec, traffic.down, traffic.head)
         plain_bytes, plain_head = _message("float32", traffic.down, traffic.head)
         up += clients * up_bytes
         down += (clients - plain) * down_bytes + plain * plain_bytes
         if run.sends_moments:
-            down += clients * (traffic.up + traffic.head)
+            down += clients * traffic.step
             heads += clients * traffic.head
         heads += clients * up_head + (clients - plain) * down_head + plain * plain_head
     return Price(
@@ -113,10 +115,15 @@ def price(method: Method, run: PricedRun, basis: PricedBasis | None = None, *, t
 
 def round_bytes(traffic: Traffic, run: PricedRun) -> dict[str, int]:
     """Returns the bytes of one client, "up" and "down", in a round that follows another."""
-    moments = traffic.up + traffic.head if run.sends_moments else 0
-    up, _ = _message(run.codec, traffic.up, traffic.head, run.up_bytes)
+    moments = traffic.step if run.sends_moments else 0
+    up, _ = _message(run.codec, _summed(traffic, run), traffic.head, run.up_bytes)
     down, _ = _message(run.codec, traffic.down, traffic.head)
     return {"up": up, "down": down + moments}
+
+
+def _summed(traffic: Traffic, run: PricedRun) -> int:
+    """Returns the values of what a client sends, without the head's."""
+    return traffic.step - traffic.head if run.is_step else traffic.up
 
 
 def _message(codec: Codec, values: int, head: int, size_of: Callable[[int], int] | None = None) -> tuple[int, int]:

@@ -132,7 +132,7 @@ def _signs(key: bytes, count: int) -> Bytes:
 def _plus_minus(signs: Bytes, here: slice) -> Doubles:
     """Returns 1.0 and -1.0 for the values `here`, whose first is a multiple of 8."""
     bits = np.unpackbits(signs[here.start // 8 : -(-here.stop // 8)], count=here.stop - here.start)
-    return 1.0 - 2.0 * bits
+    return np.asarray(1 - 2 * bits.astype(np.int8), np.float64)
 
 
 def _pack(codes: Bytes, bits: int) -> Bytes:

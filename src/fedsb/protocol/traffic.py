@@ -34,17 +34,8 @@ class TrafficCounter:
     head: Collection[str]
 
     def record(
-        self,
-        payload: bytes,
-        round: int,
-        client: str,
-        direction: Direction,
-        *,
-        kind: Kind = "round",
-        more: int = 0,
-        wire_bytes: int,
+        self, payload: bytes, round: int, client: str, direction: Direction, *, kind: Kind = "round", wire_bytes: int
     ) -> TrafficRecord:
-        """Returns the record of a payload, and of `more` bytes about its values that are sent with it."""
         layout, size = measure(payload)
         return TrafficRecord(
             round=round,
@@ -53,7 +44,7 @@ class TrafficCounter:
             kind=kind,
             values=layout.size,
             head_values=self.head_values(layout),
-            bytes=size + more,
+            bytes=size,
             wire_bytes=wire_bytes,
         )
 

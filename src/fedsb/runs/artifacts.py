@@ -17,7 +17,7 @@ from fedsb.config.resolved import ResolvedSetting
 from fedsb.methods.base import State
 from fedsb.models.hub import quiet
 from fedsb.privacy.policy import PrivacyPolicy
-from fedsb.privacy.shared import sends_moments
+from fedsb.privacy.shared import noise_kind, sends_moments
 from fedsb.privacy.statement import epsilon_at_most, epsilon_spent, privacy_statement, why_not_private
 from fedsb.protocol.prices import PricedBasis, PricedRun, price_list
 from fedsb.protocol.requirements import sum_bytes
@@ -102,6 +102,7 @@ def describe_start(
                     codec=config.server.codec,
                     whole=whole_broadcasts([site.name for site in server.clients], config, method, server.ranks),
                     up_bytes=sum_bytes(config, server.policy),
+                    is_step=noise_kind(config, method)[0] == "shared",
                     sends_moments=sends_moments(config, method),
                 ),
                 PricedBasis(

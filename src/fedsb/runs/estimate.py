@@ -33,7 +33,7 @@ from fedsb.models.load import BaseModel, choose_device, choose_dtype, load_base
 from fedsb.models.names import resolve_name
 from fedsb.models.quantise import missing_package, weight_bytes
 from fedsb.privacy.policy import refuse_what_would_leak
-from fedsb.privacy.shared import sends_moments
+from fedsb.privacy.shared import noise_kind, sends_moments
 from fedsb.privacy.statement import larger_batches, privacy_statement
 from fedsb.protocol.prices import PricedBasis, PricedRun, price_list, round_bytes
 from fedsb.protocol.requirements import (
@@ -158,6 +158,7 @@ def estimate(loaded: ResolvedConfig, also: Sequence[Method] = (), gpu: float | N
         codec=config.server.codec,
         whole=whole_broadcasts(names, config, method, ranks),
         up_bytes=up_bytes,
+        is_step=noise_kind(config, method)[0] == "shared",
         sends_moments=sends_moments(config, method),
     )
     basis = PricedBasis(**bill, clients=len(names), refreshes=len(refreshes(config, method)))

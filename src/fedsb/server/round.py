@@ -52,6 +52,7 @@ class ServerRound:
         self._requests: dict[tuple[object, ...], Train] = {}
         self.sum: SumRequest | None = None
         self.second_moments: bytes | None = None  # with scale-then-privatize and shared noise
+        self.trained: Layout | None = None  # with shared noise
         self._charged: int | None = None  # the number of clients in the sum whose noise was charged
 
     def payload(self, *, whole: bool, rank: int | None) -> bytes:
@@ -137,11 +138,13 @@ class ServerRound:
         if server.compressor.codec != "float32":
             raise AssertionError("refused at the start: secure aggregation with a codec")
         shared = ClientRound(server.method, ClientView(self.view.shared), message, round, self.shared_hash)
-        directory = {name: server.opened.directory[name] for name in cohort}
-        terms = server.secure_sums.terms(round, self.shared_hash, directory, keys.plan, shared.against)
-        layout = Layout.of(shared.trained) if terms.step else shared.layout
         if sends_moments(server.config, server.method):
             self.second_moments = server.optimizer_step.second_moments(shared, self.state.server)
+            shared = replace(shared, second_moments=self.second_moments)
+        directory = {name: server.opened.directory[name] for name in cohort}
+        terms = server.secure_sums.terms(round, self.shared_hash, directory, keys.plan, shared.against)
+        self.trained = Layout.of(shared.trained) if terms.step else None
+        layout = self.trained or shared.layout
         part = np.arange(layout.size)[server.compressor.part(layout.size, round)]
         plan = terms.plan(len(part))  # raises for an impossible sum, before any client is charged for it
         self.sum = SumRequest(attempt=keys.plan.attempt, cohort=cohort)
@@ -190,19 +193,29 @@ class ServerRound:
             bytes=plan.grid.packed_bytes(plan.size),
             wire_bytes=len(reply.payload) + up,
         )
-        sent = [replace(record, wire_bytes=record.wire_bytes + down) for record in reply.traffic]
-        return replace(reply, payload=None, traffic=[*sent, masked])
+        *others, last = reply.traffic
+        last = replace(last, wire_bytes=last.wire_bytes + down)
+        return replace(reply, payload=None, traffic=[*others, last, masked])
 
     def _ask(self, clients: Sequence[str], *, whole: bool) -> Iterator[ClientAnswer]:
         server, round = self.server, self.state.round + 1
         requests = {name: self._request(name, whole=whole or name in self.missed) for name in clients}
-        count, more = server.counter.record, len(self.second_moments or b"")
-        traffic = {
-            name: count(request.payload, round, name, "down", more=more, wire_bytes=request.wire_bytes)
-            for name, request in requests.items()
-        }
+        traffic = {name: self._records(name, request) for name, request in requests.items()}
         for name, reply in server.exchange.each(requests, what=f"Round {round}"):
-            yield ClientAnswer(name, reply, [traffic[name]])
+            yield ClientAnswer(name, reply, traffic[name])
+
+    def _records(self, name: str, request: Train) -> list[TrafficRecord]:
+        """Returns the traffic of a request: the broadcast, and second moments."""
+        counter, round, moments = self.server.counter, self.state.round + 1, request.second_moments or b""
+        wire = request.wire_bytes - len(moments)
+        records = [counter.record(request.payload, round, name, "down", wire_bytes=wire)]
+        if moments:
+            assert self.trained is not None
+            head = counter.head_values(self.trained)
+            records.append(
+                replace(records[0], values=len(moments), head_values=head, bytes=len(moments), wire_bytes=len(moments))
+            )
+        return records
 
     def _request(self, name: str, *, whole: bool) -> Train:
         """Returns the request to a client; clients to whom the same is said share one object, packed once."""

@@ -228,7 +228,7 @@ class Server:
             vector = shared.baseline_vector + (found.values / found.weight).astype(np.float32)
         else:
             gradient = self.mean_gradient(terms.step.q, found.values, found.survivors)
-            sent, moments = self.optimizer_step.take(shared, gradient, round.state.server, round.second_moments)
+            sent, moments = self.optimizer_step.take(shared, gradient, round.state.server)
             vector = shared.layout.flatten(sent).numpy()
         return (SUM, terms.payload(vector, found.weight, shared.layout)), found.survivors, moments
 

@@ -36,21 +36,18 @@ class FederatedStep:
         zeros = {key: torch.zeros_like(x) for key, x in shared.trained.items()}
         return pack_moments(Layout.of(zeros).flatten({key: moments.get(f"v.{key}", x) for key, x in zeros.items()}))
 
-    def take(
-        self, shared: ClientRound, gradient: Tensor, moments: Tensors, sent_moments: bytes | None = None
-    ) -> tuple[Tensors, Tensors]:
+    def take(self, shared: ClientRound, gradient: Tensor, moments: Tensors) -> tuple[Tensors, Tensors]:
         """Returns (what a client would send after this step, the new moments).
 
         Args:
             gradient: (P,) the noised mean, in the order of the trained tensors' layout.
             moments: "m.<key>", "v.<key>" and "steps", as an earlier step has returned them; {} before the first.
-            sent_moments: the second moments by which the clients have scaled their gradients; None: they have not.
         """
         layout, done = Layout.of(shared.trained), int(moments.get("steps", torch.zeros(())))
         buffers = ClientBuffers(layout, 1, torch.device("cpu"))
         buffers.read([shared.trained], [moments])
-        if sent_moments is not None:
-            gradient = gradient / gradient_scales(unpack_moments(sent_moments))
+        if shared.second_moments is not None:  # by which the clients have scaled their gradients
+            gradient = gradient / gradient_scales(unpack_moments(shared.second_moments))
         buffers.gradients[0].copy_(gradient)
         factor = self.local.lr_factor(shared.round, 0, 1)
         step_rows(self.local, buffers, 1, StepSizes.of(self.local, buffers, self.heads, [[factor]], [done]), 0)

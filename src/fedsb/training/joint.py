@@ -281,9 +281,13 @@ def _draw(clients: Sequence[ClientTraining], mechanisms: Sequence[DPMechanism]) 
     return [[c.examples[i] for i in own.draw()] for c, own in zip(clients, mechanisms, strict=True)]
 
 
-def _scales(buffers: ClientBuffers, mechanisms: Sequence[DPMechanism]) -> Tensor | None:  # (K, P)
+def _scales(buffers: ClientBuffers, mechanisms: Sequence[DPMechanism]) -> Tensor | None:  # (K, P) or (1, P)
     """Returns the factors of the gradients' values before they are clipped; None without scale-then-privatize."""
-    return gradient_scales(buffers.v[: len(mechanisms)]) if mechanisms[0].plan.scaled else None
+    plan = mechanisms[0].plan
+    if not plan.scaled:
+        return None
+    moments = buffers.v[: 1 if plan.shared else len(mechanisms)]  # with shared noise all clients have the server's
+    return torch.stack([gradient_scales(v) for v in moments])
 
 
 def join_tensors(adapted: AdaptedModel, clients: Sequence[Tensors]) -> Tensors:

@@ -52,7 +52,7 @@ def trained_values(method: Method, shapes: Shapes, head: int) -> int:
     """Returns the number of values that a client trains: the uploaded ones and those in its client state."""
     traffic = method.traffic(shapes, head=head, clients=1)
     if traffic.up and method.spec.client_state == "nothing":
-        return traffic.up + head
+        return traffic.step
     if method.adapter == "core":
         return len(shapes) * method.total_rank * method.rank + head
     return sum(method.rank * (m + n) for m, n in shapes.values()) + head

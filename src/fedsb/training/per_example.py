@@ -58,7 +58,7 @@ class RowGradients:
         rows: Sequence[Sequence[Example]],  # of each client; may be empty
         clip: float,
         rounding: Rounding | None = None,
-        scales: Tensor | None = None,  # (K, P) by which gradients are multiplied before they are clipped
+        scales: Tensor | None = None,  # (K, P), or (1, P) for all: gradients are multiplied before the clip
     ) -> tuple[Tensor, Tensor]:
         """Returns ((K, P) the sums of clipped gradients, (K,) the mean losses). No noise is added here.
 
@@ -75,8 +75,11 @@ class RowGradients:
             owner_b = to_device(torch.tensor(owners), values.device)
             loss_b = self._backward(values, frozen, owner_b, [row for _, row in part])
             gradients = self.gradients[: len(part)]
-            if scales is not None:
-                gradients.mul_(scales if len(scales) == 1 else scales[owner_b])
+            if scales is not None and len(scales) == 1:
+                gradients.mul_(scales)
+            elif scales is not None:
+                for gradient, k in zip(gradients, owners, strict=True):
+                    gradient.mul_(scales[k])
             add_clipped(sums, gradients, owner_b, clip, rounding)
             losses.index_add_(
                 0, owner_b, loss_b / to_device(torch.tensor([len(rows[k]) for k in owners]), values.device)
