@@ -276,7 +276,7 @@ def test_what_else_takes_memory() -> None:
     ("name", "options", "values"),
     [
         ("fed-sb", {}, 2 * 2 * 2),
-        ("ravan", {"blocks": 3}, 2 * 3 * 2 * 2),
+        ("ravan", {"blocks": 3}, 2 * 3 * 2 * 2 + 2 * 3),  # a scalar per core too
         ("local", {}, 2 * 2 * 2),  # nothing goes up
         ("fedit", {}, 2 * (20 + 10) + 2 * (30 + 10)),
         ("ffa-lora", {}, 2 * 20 + 2 * 30),  # B alone

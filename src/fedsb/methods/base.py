@@ -36,7 +36,7 @@ A complete method, with one round of two clients. The fields are the options tha
 ...         return frozenset(key for key in tensors if not key.endswith(".A"))
 >>> method = Toy(rank=1)
 >>> method.traffic({"layer": (3, 4)}, head=0, clients=2)
-Traffic(one_off=0, up=3, down=3, head=0)
+Traffic(one_off=0, up=3, down=3, head=0, trained=None)
 >>> state = method.start({"layer": (3, 4)}, basis=None, head={}, seed=0)
 >>> updates = []
 >>> for client, rows, change in (("a", 1, 1.0), ("b", 3, 2.0)):
