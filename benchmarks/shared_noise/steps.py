@@ -116,6 +116,7 @@ def over_tls(train: Sequence[Json], test: str, folder: Path) -> Json:
     config = settings("each site's own", test, 3, name="run", engine={"name": "flower"}, out=str(folder))
     del config["clients"]
     rows = {f"site-{i}": [train[j] for j in range(i, len(train), 3)] for i in range(3)}
+    folder.mkdir()
     rig = Rig(folder, write_toml(folder / "run.toml", config), rows)
     with running(rig):
         rig.until(lambda: rig.processes[CO].poll(), "the end of the run", 1800.0)
@@ -163,8 +164,8 @@ def main() -> None:
         found = {
             "commit": git_hash(),
             "machine": describe_machine(),
-            "in_process": [{"sites": n, **in_process(given.train, given.test, n, folder), **crypto(n)} for n in SITES],
             "over_tls": over_tls(rows, given.test, folder / "federation"),
+            "in_process": [{"sites": n, **in_process(given.train, given.test, n, folder), **crypto(n)} for n in SITES],
         }
     (HERE / "steps.json").write_text(json.dumps(found, indent=1) + "\n")
     (HERE / "steps.md").write_text(table(found))
