@@ -176,12 +176,12 @@ class SiteHandler:
         If no score may leave, no row is read, because a failed request could leak information about one.
         """
         client = self._started(request)
-        held_out, folder = client.data.held_out, self._folder(request.run)
+        data, folder = client.data, self._folder(request.run)
         tells = self.settings.allow.tells and client.policy.may_release("scores")
         tensors = client.final_tensors(unpack(request.payload))
-        score = client.trainer.evaluate(tensors, held_out).value if held_out and tells else None
-        write_adapters(client.trainer, {folder / "adapter": tensors}, request.card, client.data.train[: 4 * tells])
-        reply = self._with_ledger(request, FinishReply(score=finite(score), held_out=len(held_out)))
+        score = client.trainer.evaluate(tensors, data.held_out).value if data.held_out and tells else None
+        write_adapters(client.trainer, {folder / "adapter": tensors}, request.card, data.train[:4] if tells else [])
+        reply = self._with_ledger(request, FinishReply(score=finite(score), held_out=len(data.held_out)))
         assert isinstance(reply, FinishReply)
         self.close()
         self.print_line(f"{request.run[:12]}  the final adapter is in {folder / 'adapter'}")

@@ -95,7 +95,7 @@ class ClientRound:
             sent = "no" if found is None else len(found)
             raise RefusalError(f"A broadcast with {sent} bytes of second moments. Expected: {size * expected}.")
 
-    @property
+    @cached_property
     def moments(self) -> Tensors:
         """The server's second moments of the trained tensors, as a client's own; {} without them."""
         if self.second_moments is None:

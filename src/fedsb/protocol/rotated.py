@@ -16,7 +16,7 @@ rotations before rounding: Suresh, Yu, Kumar, McMahan (ICML 2017, arXiv 1611.004
 
 The last block is padded with zeros to a power of two, so the number of bytes depends on n alone. The rotation consists
 of sums of two numbers, so every machine decodes the same values. A block with a NaN or an infinity decodes to NaN.
-Shapes: n values of a message, padded to p in blocks of m.
+Shapes: n values of a message, in blocks of m.
 """
 
 from __future__ import annotations

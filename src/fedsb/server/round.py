@@ -51,8 +51,7 @@ class ServerRound:
         self._payloads: dict[tuple[bool, int | None], bytes] = {}
         self._requests: dict[tuple[object, ...], Train] = {}
         self.sum: SumRequest | None = None
-        self.second_moments: bytes | None = None  # with scale-then-privatize and shared noise
-        self.trained: Layout | None = None  # with shared noise
+        self.shared: ClientRound | None = None  # what all clients of a secure sum start from
         self._charged: int | None = None  # the number of clients in the sum whose noise was charged
 
     def payload(self, *, whole: bool, rank: int | None) -> bytes:
@@ -139,12 +138,12 @@ class ServerRound:
             raise AssertionError("refused at the start: secure aggregation with a codec")
         shared = ClientRound(server.method, ClientView(self.view.shared), message, round, self.shared_hash)
         if sends_moments(server.config, server.method):
-            self.second_moments = server.optimizer_step.second_moments(shared, self.state.server)
-            shared = replace(shared, second_moments=self.second_moments)
+            moments = server.optimizer_step.second_moments(shared, self.state.server)
+            shared = replace(shared, second_moments=moments)
+        self.shared = shared
         directory = {name: server.opened.directory[name] for name in cohort}
         terms = server.secure_sums.terms(round, self.shared_hash, directory, keys.plan, shared.against)
-        self.trained = Layout.of(shared.trained) if terms.step else None
-        layout = self.trained or shared.layout
+        layout = Layout.of(shared.trained) if terms.step else shared.layout
         part = np.arange(layout.size)[server.compressor.part(layout.size, round)]
         plan = terms.plan(len(part))  # raises for an impossible sum, before any client is charged for it
         self.sum = SumRequest(attempt=keys.plan.attempt, cohort=cohort)
@@ -206,21 +205,19 @@ class ServerRound:
 
     def _records(self, name: str, request: Train) -> list[TrafficRecord]:
         """Returns the traffic of a request: the broadcast, and second moments."""
-        counter, round, moments = self.server.counter, self.state.round + 1, request.second_moments or b""
-        wire = request.wire_bytes - len(moments)
-        records = [counter.record(request.payload, round, name, "down", wire_bytes=wire)]
-        if moments:
-            assert self.trained is not None
-            head = counter.head_values(self.trained)
-            records.append(
-                replace(records[0], values=len(moments), head_values=head, bytes=len(moments), wire_bytes=len(moments))
-            )
-        return records
+        counter, size = self.server.counter, len(request.second_moments or b"")
+        wire = request.wire_bytes - size
+        broadcast = counter.record(request.payload, self.state.round + 1, name, "down", wire_bytes=wire)
+        if self.shared is None or not size:
+            return [broadcast]
+        head = counter.head_values(Layout.of(self.shared.trained))
+        return [broadcast, replace(broadcast, values=size, head_values=head, bytes=size, wire_bytes=size)]
 
     def _request(self, name: str, *, whole: bool) -> Train:
         """Returns the request to a client; clients to whom the same is said share one object, packed once."""
         rank, state_round = self.ranks.get(name), self.state.accepted.get(name, 0)
         since = self.server.entries_since(name, self.state.round + 1)
+        moments = self.shared.second_moments if self.shared else None
         key = whole, rank, state_round, since, self.sum.attempt if self.sum else None
         if key not in self._requests:
             self._requests[key] = Train(
@@ -231,7 +228,7 @@ class ServerRound:
                 versions=versions(),
                 entries_since=since,
                 sum=self.sum,
-                parts=(self.payload(whole=whole, rank=rank), *filter(None, [self.second_moments])),
+                parts=(self.payload(whole=whole, rank=rank), *([moments] if moments is not None else [])),
             )
         return self._requests[key]
 
