@@ -32,6 +32,7 @@ HEADER: dict[str, Any] = {
     "samples": 3,
     "basis": "",
     "codec": "float32",
+    "part": None,
 }
 
 

@@ -21,7 +21,7 @@ from fedsb.privacy.shared import noise_kind, sends_moments
 from fedsb.privacy.statement import epsilon_at_most, epsilon_spent, privacy_statement, why_not_private
 from fedsb.protocol.prices import PricedBasis, PricedRun, price_list
 from fedsb.protocol.requirements import sum_bytes
-from fedsb.protocol.schedule import refreshes, whole_broadcasts
+from fedsb.protocol.schedule import broadcasts, refreshes
 from fedsb.reporting.report import summary, write_report
 from fedsb.reporting.run_directory import read_manifest, read_result, read_rows
 from fedsb.reporting.warnings import counted_rounds, run_warnings
@@ -100,7 +100,8 @@ def describe_start(
                     clients=min(config.server.clients_per_round or len(server.clients), len(server.clients)),
                     rounds=config.rounds,
                     codec=config.server.codec,
-                    whole=whole_broadcasts([site.name for site in server.clients], config, method, server.ranks),
+                    fraction=config.server.fraction,
+                    broadcasts=broadcasts([site.name for site in server.clients], config, method, server.ranks),
                     up_bytes=sum_bytes(config, server.policy),
                     is_step=noise_kind(config, method)[0] == "shared",
                     sends_moments=sends_moments(config, method),

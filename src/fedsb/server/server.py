@@ -179,6 +179,7 @@ class Server:
             judge_norms=config.privacy.unit != "client",
             rows=self.rows,
             steps={name: self.local.steps_for(rows) for name, rows in self.rows.items()},
+            part=self.compressor.part(state.round) if self.secagg is None else None,
         )
         if self.secagg is None:
             updates, dropped = validate_updates(
