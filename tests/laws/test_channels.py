@@ -35,6 +35,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "rolora": {"method": {"name": "rolora", "rank": 2}},
     "partial": {"method": {"name": "flora", "rank": 2}, "server": {"clients_per_round": 2}, "rounds": 4},
     "int4": {"method": {"name": "fed-sb", "rank": 4}, "server": {"codec": "int4", "clients_per_round": 2}},
+    "part": {"method": {"name": "fed-sb", "rank": 4}, "server": {"codec": "int4", "fraction": 0.3}, "rounds": 4},
     "rolora int8": {"method": {"name": "rolora", "rank": 2}, "server": {"codec": "int8"}},
     "moments": {"method": {"name": "fed-sb", "rank": 4}, "train": {"local_steps": 2, "persist_optimizer_state": True}},
     "ranks": {"method": {"name": "fed-sb", "rank": 4}, "clients": {"total_ranks": {"site 1": 2}}},

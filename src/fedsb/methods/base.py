@@ -95,14 +95,14 @@ class MethodSpec:
 
     @property
     def keeps_coordinates(self) -> bool:
-        """Whether the server takes a mean of values that mean the same in every round.
+        """Returns whether the server takes a mean of values that mean the same in every round.
 
         Only then what is not sent in one round can be added in a later one.
         """
         return self.supports_server_optimizer and not self.rotates_basis and not self.changes_base
 
     def starts_afresh(self, *, sampled: bool) -> bool:
-        """Whether a lossy broadcast has the tensors, not a change, because clients keep none between rounds.
+        """Returns whether a lossy broadcast has the tensors, not a change, because clients keep none between rounds.
 
         `sampled`: whether only some of the clients take part in a round, so that most of them missed the last one.
         """

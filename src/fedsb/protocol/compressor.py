@@ -1,13 +1,14 @@
 """Compression with error feedback: a lossy codec sends changes, and the next message corrects its error.
 
-    down   h <- Q(s) in the first round, then c = Q(s - h),  h <- h + c       s: the server's tensors; h: the clients' view
+    down   c = Q(s - h),  h <- h + c                        s: the server's tensors; h: the clients' view of them
     up     c_k = Q(x_k - b_k + e_k),  e_k <- x_k - b_k + e_k - c_k       the server takes b_k + c_k for client k's x_k
     next   s <- aggregate(h, all b_k + c_k) + (s - h)
 
-Q is the codec, x_k what client k would send, b_k the baseline (the same without training, which the server can compute
-for itself), and e_k the client's error feedback. All clients start from h, none from s. Error feedback for updates as
-in Karimireddy et al. (ICML 2019, arXiv 1901.09847), in both directions as in DoubleSqueeze (Tang et al., ICML 2019,
-arXiv 1905.05957). In float32 nothing is lost: tensors travel as they are, h = s, and no one keeps anything.
+Q is the codec, h is 0 before the first round, x_k what client k would send, b_k the baseline (the same without
+training, which the server can compute for itself), and e_k the client's error feedback. All clients start from h, none
+from s. Error feedback for updates as in Karimireddy et al. (ICML 2019, arXiv 1901.09847), in both directions as in
+DoubleSqueeze (Tang et al., ICML 2019, arXiv 1905.05957). In float32 nothing is lost: tensors travel as they are, h = s,
+and no one keeps anything.
 
 A basis travels in the codec too, in at least 4 bits, without error feedback: its receiver makes it orthonormal again.
 
@@ -70,7 +71,7 @@ class Compressor:
 
     @property
     def is_lossy(self) -> bool:
-        """Whether a message loses something, so that changes are sent, with error feedback."""
+        """Returns whether a message loses something, so that changes are sent, with error feedback."""
         return self.codec != "float32" or self.fraction < 1
 
     def part(self, round: int) -> Part | None:
@@ -88,7 +89,7 @@ class Compressor:
     # --- server ---
 
     def keeps_view(self, method: Method) -> bool:
-        """Whether clients keep h, because changes of it are sent to them."""
+        """Returns whether clients keep h, because changes of it are sent to them."""
         spec = method.spec
         return self.is_lossy and not spec.changes_base and not spec.starts_afresh(sampled=self.sampled)
 

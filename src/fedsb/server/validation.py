@@ -63,7 +63,7 @@ class UpdateRules:
 
     @property
     def change(self) -> bool:
-        """Whether a change is sent, and not the tensors themselves."""
+        """Returns whether a change is sent, and not the tensors themselves."""
         return self.codec != "float32" or self.part is not None
 
     def of(self, client: str) -> UpdateSpec:
