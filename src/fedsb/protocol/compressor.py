@@ -12,11 +12,12 @@ and no one keeps anything.
 
 A basis travels in the codec too, in at least 4 bits, without error feedback: its receiver makes it orthonormal again.
 
-A broadcast carries h itself, in float32, to a client that missed the last round (its h is older), and to a client whose
-rank is not the method's (its corner of h has other blocks). Where a sample of the clients takes part in each round
-(server.clients_per_round), most of them missed the last one. Then all receive Q(s), in at least 4 bits, and keep no h,
-if the method takes a mean of values that mean the same in every round. A method that changes the base broadcasts in
-float32: what is added there is never sent again, so no later message would correct an error.
+A broadcast carries h itself, in float32, to a client that missed the last round (its h is older), to a client whose
+rank is not the method's (its corner of h has other blocks), and to all clients after a new basis. Where a sample of the
+clients takes part in each round (server.clients_per_round), most of them missed the last one. Then all receive Q(s), in
+at least 4 bits, and keep no h, if the method takes a mean of values that mean the same in every round. A method that
+changes the base broadcasts in float32: what is added there is never sent again, so no later message would correct an
+error.
 
 e_k is part of the client's state, as "codec/<tensor>":
 - an update that the server drops leaves e_k as it was before that round;
@@ -95,7 +96,7 @@ class Compressor:
 
     def client_view(self, method: Method, state: State) -> State:
         """Returns the state of this round as the clients have it: h, and what h changes in their shared state."""
-        if not self.is_lossy or method.spec.changes_base:
+        if self._in_float32(method, state):
             return state
         payload = unpack(self._coded(method, state, basis=""))
         now = read_change(state.client_view, payload) if payload.change else payload.tensors
@@ -113,9 +114,8 @@ class Compressor:
         total_rank: int | None,
     ) -> bytes:
         """Returns the payload that a client receives in this round."""
-        own_rank = total_rank not in (None, method.total_rank)
-        in_float32 = not self.is_lossy or method.spec.changes_base or (missed_last_round and state.client_view)
-        if not in_float32 and not own_rank:
+        lacks_view = total_rank not in (None, method.total_rank) or (missed_last_round and self.keeps_view(method))
+        if not lacks_view and not self._in_float32(method, state):
             return self._coded(method, state, shared_hash)
         tensors = method.broadcast(view, missed_last_round=missed_last_round, total_rank=total_rank)
         payload = Payload.of(tensors, kind="broadcast", run=self.run, round=state.round)
@@ -160,6 +160,11 @@ class Compressor:
         return sent, under(FEEDBACK, {**owed, **payload.layout.views(torch.from_numpy(change))})
 
     # --- private ---
+
+    def _in_float32(self, method: Method, state: State) -> bool:
+        """Returns whether all broadcasts of a round have all values in float32, as after a new basis."""
+        new = state.round > 0 and not state.client_view and self.keeps_view(method)
+        return new or not self.is_lossy or method.spec.changes_base
 
     def _with_owed(self, payload: Payload, baseline: Vector, client_state: Tensors) -> tuple[Vector, Tensors]:
         """Returns (a client's change with what it still owes, all that it owes)."""

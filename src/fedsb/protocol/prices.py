@@ -74,7 +74,7 @@ class PricedRun:
         """Returns the bytes of a broadcast that is not in float32, by its number of values."""
         if method.spec.starts_afresh(sampled=self.broadcasts.sampled):
             return partial(payload_bytes, basis_codec(self.codec))
-        return partial(payload_bytes, self.codec) if round in self.broadcasts.starts else self.size_of(method)
+        return partial(payload_bytes, self.codec) if round == 0 else self.size_of(method)
 
 
 @dataclass(frozen=True, kw_only=True)

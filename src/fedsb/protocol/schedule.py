@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 from fedsb.config.schema import Config
 from fedsb.methods.base import Method
@@ -40,13 +39,11 @@ class Broadcasts:
 
     Args:
         sampled: whether some of the clients take part in a round.
-        starts: the rounds before which all clients have new tensors: the first one, and those with a new basis.
         other_rank: in each round, the clients whose rank differs from the method's.
-        late: in each round, those clients and the ones that missed the round before.
+        late: in each round but the first, those clients and the ones that missed the round before, or its basis.
     """
 
     sampled: bool = False
-    starts: Collection[int] = (0,)
     other_rank: Sequence[int] = ()
     late: Sequence[int] = ()
 
@@ -54,7 +51,7 @@ class Broadcasts:
         """Returns how many of a round's broadcasts have all values in float32, with a lossy codec or a part."""
         if method.spec.changes_base:
             return clients
-        if round in self.starts or method.spec.starts_afresh(sampled=self.sampled):
+        if round == 0 or method.spec.starts_afresh(sampled=self.sampled):
             return self.other_rank[round] if self.other_rank else 0
         return self.late[round] if self.late else 0
 
@@ -62,9 +59,11 @@ class Broadcasts:
 def broadcasts(names: Sequence[str], config: Config, method: Method, other_rank: Collection[str]) -> Broadcasts:
     """Returns the broadcasts of a run; `other_rank` are the clients whose rank differs from the method's."""
     cohorts, odd = [set(sample(names, round, config)) for round in range(config.rounds)], set(other_rank)
+    up_to_date = [set[str](), *(cohort - odd for cohort in cohorts)]
+    for round in refreshes(config, method):
+        up_to_date[round] = set()
     return Broadcasts(
         sampled=config.server.clients_per_round is not None,
-        starts=(0, *refreshes(config, method)),
         other_rank=[len(cohort & odd) for cohort in cohorts],
-        late=[len(now - (before - odd)) for before, now in pairwise([set[str](), *cohorts])],
+        late=[len(cohort - before) for cohort, before in zip(cohorts, up_to_date, strict=False)],
     )
