@@ -268,12 +268,13 @@ class StartedClient(ClientSharedState):
         message = self.secagg.answer(request)
         return NoKeys() if message is None else SecAggReply(parts=(message,))
 
-    def final_tensors(self, payload: Payload) -> Tensors:
-        """Returns the final model's tensors from the last broadcast."""
+    def final_tensors(self, payload: Payload, state_round: int) -> Tensors:
+        """Returns the tensors of this client's final model, from the last broadcast and its state after a round."""
         message = payload.tensors
         shared = self.method.update_shared(self.start_view().shared, message)
+        own = within("method", self.store.client_state(state_round)) if self.method.spec.own_models else {}
         with fitting():
-            tensors = self.method.init_client(shared, message, {}, payload.round)
+            tensors = self.method.init_client(shared, message, own, payload.round)
             self._check_tensors(tensors)
         return tensors
 

@@ -89,7 +89,8 @@ class MethodSpec:
     dp_noise: Literal["linear", "quadratic"]
     supports_server_optimizer: bool = True  # the server takes a mean, along which a server optimizer can step
     rotates_basis: bool = False  # the adapter's coordinates rotate between rounds, so moments cannot be kept
-    global_model: bool = True  # False: every client ends with its own model
+    global_model: bool = True  # False: there is none to score or export
+    own_models: bool = False  # every client ends with a model of its own
     alternates: bool = False  # what is trained and sent alternates, so a client that missed a round needs more of it
     pools_data: bool = False  # True: all data are in one place; a control, for simulation only
 
@@ -280,5 +281,7 @@ class Method(Section):
             R = tensors[f"{layer}.R"]
             if (s := tensors.get(f"{layer}.s")) is not None:
                 R = R * s[:, None, None]
+            if (P := tensors.get(f"{layer}.P")) is not None:
+                R = R + P
             B = core_left(B, R)
         return Factors(A=A, B=B, scale=self.scale)

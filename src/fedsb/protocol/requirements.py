@@ -34,10 +34,10 @@ def refuse_what_facts_forbid(config: Config, method: Method) -> None:
             f"train.persist_optimizer_state: the coordinates of {facts.id} turn between rounds (its fact "
             "rotates_basis is true), old moments would point elsewhere; set it to false"
         )
-    if config.basis.refresh and method.adapter == "core" and not facts.global_model:
+    if config.basis.refresh and method.adapter == "core" and facts.own_models:
         faults.append(
-            f"basis.refresh: a new basis starts from the global model, and {facts.id} has none (its fact global_model "
-            "is false); leave it out"
+            f"basis.refresh: a new basis starts from the global model, but the clients of {facts.id} keep models of "
+            "their own (its fact own_models is true). Leave it out."
         )
     if config.server.fraction < 1:
         faults += _no_parts(config, method)

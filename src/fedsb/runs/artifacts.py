@@ -33,6 +33,7 @@ from fedsb.utils.environment import git_hash, versions
 from fedsb.utils.errors import DiskError, RunError, UserError
 from fedsb.utils.files import safe_name, write_atomic
 from fedsb.utils.phases import Phases
+from fedsb.utils.tensors import Tensors
 
 
 def describe_start(
@@ -169,19 +170,20 @@ def round_row(
 def export(server: Server, state: State, record: Record) -> tuple[Path, UserError | RunError | None]:
     """Writes the adapter as plain LoRA below the run directory, loads it again with PEFT, and compares.
 
-    A method without a global model writes one adapter for each client. Files are written one by one, each whole or
-    not at all, the config last: a folder with an adapter_config.json is complete.
+    Clients with models of their own have one adapter each: in adapter/NAME, or in clients/NAME if there is a global
+    one too. Files are written one by one, each whole or not at all, the config last: a folder with an
+    adapter_config.json is complete.
 
     Returns the folder, and the fault of an adapter that PEFT does not load as it was trained. The run still completes,
     and its trained tensors are on disk.
     """
     folder, method = record.folder / "adapter", server.method
-    own = server.opened.local_clients.client_model
-    models = (
-        {folder: method.model(state)}
-        if method.spec.global_model
-        else {folder / safe_name(c.name): own(method, state, c.name) for c in server.clients}
-    )
+    own, models = server.opened.local_clients.client_model, dict[Path, Tensors]()
+    if method.spec.global_model:
+        models[folder] = method.model(state)
+    if method.spec.own_models and server.channel.spec.holds_rows:
+        where = record.folder / "clients" if method.spec.global_model else folder
+        models |= {where / safe_name(c.name): own(method, state, c.name) for c in server.clients}
     why = why_unchecked(server)
     facts = card_facts(record.folder) | ({} if why is None else {"Check": f"not checked: {why}"})
     try:

@@ -246,7 +246,7 @@ class Server:
         payload = pack(Payload.of(tensors, kind="broadcast", run=self.run, round=state.round))
         request = Finish(run=self.run, card=dict(card), parts=(payload,))
         scores: dict[str, Score] = {}
-        last = dict.fromkeys(self.rows, request)
+        last = {name: request.model_copy(update={"state_round": state.accepted.get(name, 0)}) for name in self.rows}
         for name, reply in self.exchange.each(last, patient=True, what="The end of the run"):
             try:
                 if not isinstance(reply, FinishReply):
