@@ -27,6 +27,13 @@ PUBLISHED = {
     "snli-private-bert",
     "glue-roberta-base",
     "code-llama-2-7b",
+    "flowertune-nlp",
+    "flowertune-finance",
+    "flowertune-medical",
+    "flowertune-code",
+    "fedllm-aya",
+    "fedllm-wildchat",
+    "dolly-by-category",
 }
 INSTITUTES = (820, 814, 798, 792, 778, 555, 380, 308, 203)
 ROWS: dict[str, list[dict[str, Any]]] = {  # as many as the tables of these recipes have
@@ -91,6 +98,13 @@ def test_every_command_in_an_opening_is_one_that_loads(name: str) -> None:
         ("snli-private-bert", 3),
         ("glue-roberta-base", 4),
         ("code-llama-2-7b", 28),
+        ("flowertune-nlp", 11),
+        ("flowertune-finance", 11),
+        ("flowertune-medical", 11),
+        ("flowertune-code", 11),
+        ("fedllm-aya", 11),
+        ("fedllm-wildchat", 7),
+        ("dolly-by-category", 5),
     ],
 )
 def test_the_memory_in_an_opening_is_what_check_says(name: str, gigabytes: int) -> None:
@@ -142,6 +156,8 @@ def test_the_bytes_in_an_opening_are_what_check_prices(name: str, tmp_path: Path
         "snli": "data.classes=3",
         "shakespeare": f"model.name={stories}",
         "medquad-smollm2": "clients.count=9",
+        "fedllm-aya": "clients.count=38",
+        "fedllm-wildchat": "clients.count=100",
     }
     overrides = [told[name]] if name in told else []
     if name in ROWS:
@@ -152,6 +168,38 @@ def test_the_bytes_in_an_opening_are_what_check_prices(name: str, tmp_path: Path
     parts = (bytes_text(price[f"{part}_bytes"]).replace("\xa0", " ") for part in ("one_off", "up", "down", "total"))
     line = "# Bytes of all clients, all rounds: once {}, up {}, down {}, in all {}.".format(*parts)
     assert line in recipe_path(name).read_text().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("name", "lora", "gibibytes"),
+    [
+        ("flowertune-nlp", "43.6 GB", 40.6),  # 40.7 GB on the leaderboard
+        ("flowertune-medical", "43.6 GB", 40.6),
+        ("flowertune-code", "43.6 GB", 40.6),
+        ("flowertune-finance", "109 GB", 101.6),
+        ("fedllm-aya", "53.7 GB", 50.0),
+        ("fedllm-wildchat", "12.6 GB", 11.7),
+        ("dolly-by-category", "4.03 GB", 3.75),
+    ],
+)
+def test_the_lora_in_an_opening_costs_what_check_prices(name: str, lora: str, gibibytes: float) -> None:
+    """LoRA on q and v in float32, with the settings that the opening tells to append."""
+    settings = re.search(r"LoRA instead: append(.*?)(?=Bytes of all clients)", opening(name))
+    assert settings is not None
+    overrides = [text.strip().strip("'") for text in settings[1].split("--set ")[1:]]
+    clients = {"fedllm-aya": 38, "fedllm-wildchat": 100}.get(name)
+    overrides += [f"clients.count={clients}"] if clients else []
+    (price,) = [price for price in estimate(load(name, *overrides))["prices"] if price["this_run"]]
+    assert bytes_text(price["total_bytes"]).replace("\xa0", " ") == lora and lora in opening(name)
+    assert price["total_bytes"] / 2**30 == pytest.approx(gibibytes, abs=0.05)
+
+
+def test_a_core_in_int4_sends_97_megabytes_in_a_flowertune_challenge() -> None:
+    """By hand: 7 x 32 layers of 32 x 32 are 229,376 values. In int4, with a scale of 2 bytes per 64 values, they are
+    121,856 bytes; 2 of 20 clients, 200 rounds, both directions."""
+    assert (229_376 // 2 + 2 * 229_376 // 64) * 2 * 200 * 2 == 97_484_800
+    (price,) = [price for price in estimate(load("flowertune-nlp"))["prices"] if price["this_run"]]
+    assert price["total_bytes"] == 97_484_800
 
 
 def test_medquads_table_has_the_columns_of_its_recipe_and_no_topic_twice(tmp_path: Path) -> None:

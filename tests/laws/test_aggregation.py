@@ -15,6 +15,7 @@ from fedsb.methods.averaging import ServerOptimizer
 from fedsb.methods.base import Method, State, Update
 from fedsb.methods.central import Central
 from fedsb.methods.fed_sb import FedSB
+from fedsb.methods.fed_sb_personal import FedSBPersonal
 from fedsb.methods.fedex_lora import FedExLoRA
 from fedsb.methods.fedit import FedIT
 from fedsb.methods.fedrot_lora import FedRotLoRA
@@ -56,6 +57,7 @@ OWN = [
     pytest.param(Local(rank=2, blocks=3, scalars=True), id="local, scalars"),
     pytest.param(Local(rank=4, adapter="factors", alpha=12), id="local, factors with alpha"),
     pytest.param(FedSALoRA(rank=4, alpha=12), id="fedsa-lora"),
+    pytest.param(FedSBPersonal(rank=4, personal=0.25), id="fed-sb-personal"),
 ]
 ALL = [*GLOBAL, *OWN]
 PLAIN = ServerOptimizer()
@@ -219,7 +221,7 @@ def test_law_10_a_site_that_skipped_rounds_catches_up(method: Method, late: tupl
         state = round_of(method, state, [10 * round] if method.spec.pools_data else [10 * round, 10 * round + 1])
     message = method.broadcast(state, missed_last_round=last != state.round - 1)
     own = method.init_client(method.update_shared(held, message), message, kept, state.round)
-    if method.spec.global_model:
+    if not method.spec.own_models:
         assert worst(deltas(method, own), deltas(method, method.model(state))) == 0
     else:
         assert worst({k: own[k] for k in kept}, kept) == 0
@@ -228,6 +230,7 @@ def test_law_10_a_site_that_skipped_rounds_catches_up(method: Method, late: tupl
 MIXED = [
     pytest.param(FedSB(rank=4), (4, 2, 3), id="fed-sb"),
     pytest.param(FedSB(rank=3, blocks=2), (6, 2, 4), id="fed-sb, two blocks"),
+    pytest.param(FedSBPersonal(rank=4), (4, 2, 3), id="fed-sb-personal"),
     pytest.param(Ravan(rank=2, blocks=3), (6, 2, 4), id="ravan"),
     pytest.param(FLoRA(rank=3, alpha=6), (3, 1, 2), id="flora"),
     pytest.param(FlexLoRA(rank=4, alpha=12), (4, 1, 2), id="flexlora"),

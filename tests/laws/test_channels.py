@@ -22,6 +22,7 @@ from support.sites import Calls, Federation
 
 METHODS: dict[str, dict[str, Any]] = {
     "fed-sb": {"method": {"name": "fed-sb", "rank": 4}},
+    "personal": {"method": {"name": "fed-sb-personal", "rank": 4}, "rounds": 4, "server": {"clients_per_round": 2}},
     "weights": {"method": {"name": "fed-sb", "rank": 4}, "basis": {"kind": "weights"}},
     "core": {"method": {"name": "fed-sb", "rank": 4}, "basis": {"kind": "core", "samples": 20}},
     "ravan": {"method": {"name": "ravan", "rank": 2, "blocks": 2}},
@@ -35,6 +36,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "rolora": {"method": {"name": "rolora", "rank": 2}},
     "partial": {"method": {"name": "flora", "rank": 2}, "server": {"clients_per_round": 2}, "rounds": 4},
     "int4": {"method": {"name": "fed-sb", "rank": 4}, "server": {"codec": "int4", "clients_per_round": 2}},
+    "part": {"method": {"name": "fed-sb", "rank": 4}, "server": {"codec": "int4", "fraction": 0.3}, "rounds": 4},
     "rolora int8": {"method": {"name": "rolora", "rank": 2}, "server": {"codec": "int8"}},
     "moments": {"method": {"name": "fed-sb", "rank": 4}, "train": {"local_steps": 2, "persist_optimizer_state": True}},
     "ranks": {"method": {"name": "fed-sb", "rank": 4}, "clients": {"total_ranks": {"site 1": 2}}},
@@ -94,6 +96,18 @@ def test_every_site_keeps_the_adapter(tiny_config: dict[str, Any], tmp_path: Pat
     for name in sites.rows:
         (own,) = (sites.folder / name).glob("runs/*/adapter/adapter_model.safetensors")
         assert own.read_bytes() == weights
+
+
+def test_every_site_keeps_its_own_adapter_where_clients_have_their_own(
+    tiny_config: dict[str, Any], tmp_path: Path
+) -> None:
+    """The shared core with its own one; the coordinator has the shared one alone."""
+    here, remote, sites = both(tiny_config, METHODS["personal"], tmp_path)
+    (shared,) = adapter_bytes(remote).values()
+    for name in sites.rows:
+        (own,) = (sites.folder / name).glob("runs/*/adapter/adapter_model.safetensors")
+        assert own.read_bytes() == (here / "clients" / name / "adapter_model.safetensors").read_bytes() != shared
+    assert not (remote / "clients").exists()
 
 
 def cut_off(monkeypatch: pytest.MonkeyPatch, after: int) -> None:

@@ -20,6 +20,7 @@ from fedsb.methods.base import State, Update
 from fedsb.methods.fed_sb import FedSB
 from fedsb.protocol import schedule
 from fedsb.protocol.codec import CODECS, Q_MAX
+from fedsb.protocol.compressor import build_compressor
 from fedsb.protocol.messages import TrainReply
 from fedsb.protocol.payload import unpack
 from fedsb.protocol.rotated import BITS
@@ -42,32 +43,36 @@ def sent_bytes(folder: Path) -> dict[str, int]:
 
 
 @pytest.mark.parametrize(
-    ("method", "clients_per_round"),
+    ("method", "server"),
     [
-        pytest.param({"name": "fed-sb", "rank": 4}, 2, id="fed-sb"),
-        pytest.param({"name": "fed-sb", "rank": 3, "blocks": 2}, 3, id="fed-sb, everyone"),
-        pytest.param({"name": "ravan", "rank": 2, "blocks": 3}, 2, id="ravan"),
-        pytest.param({"name": "fedit", "rank": 2}, 2, id="fedit"),
-        pytest.param({"name": "fedsvd", "rank": 2}, 2, id="fedsvd"),
-        pytest.param({"name": "rolora", "rank": 2}, 3, id="rolora"),  # who is late gets both factors
-        pytest.param({"name": "flora", "rank": 2}, 3, id="flora"),  # and here all of the carried adapter
-        pytest.param({"name": "local", "rank": 2}, 2, id="local"),
-        pytest.param({"name": "central", "rank": 2}, 3, id="central"),
+        pytest.param({"name": "fed-sb", "rank": 4}, {"clients_per_round": 2}, id="fed-sb"),
+        pytest.param({"name": "fed-sb", "rank": 3, "blocks": 2}, {}, id="fed-sb, everyone"),
+        pytest.param({"name": "fed-sb", "rank": 4}, {"fraction": 0.3}, id="fed-sb, a part"),
+        pytest.param({"name": "fed-sb", "rank": 4}, {"fraction": 0.3, "clients_per_round": 2}, id="both"),
+        pytest.param({"name": "ravan", "rank": 2, "blocks": 3}, {"clients_per_round": 2}, id="ravan"),
+        pytest.param({"name": "fedit", "rank": 2}, {"clients_per_round": 2}, id="fedit"),
+        pytest.param({"name": "fedit", "rank": 2}, {"fraction": 0.25}, id="fedit, a part"),
+        pytest.param({"name": "fedsvd", "rank": 2}, {"clients_per_round": 2}, id="fedsvd"),
+        pytest.param({"name": "rolora", "rank": 2}, {}, id="rolora"),  # who is late gets both factors
+        pytest.param({"name": "rolora", "rank": 2}, {"fraction": 0.5}, id="rolora, a part"),
+        pytest.param({"name": "flora", "rank": 2}, {}, id="flora"),  # and here all of the carried adapter
+        pytest.param({"name": "local", "rank": 2}, {"clients_per_round": 2}, id="local"),
+        pytest.param({"name": "central", "rank": 2}, {}, id="central"),
     ],
 )
 @pytest.mark.parametrize("codec", CODECS)
 def test_law_4_bytes_of_every_codec(
-    tiny_config: dict[str, Any], tmp_path: Path, codec: str, method: dict[str, Any], clients_per_round: int
+    tiny_config: dict[str, Any], tmp_path: Path, codec: str, method: dict[str, Any], server: dict[str, Any]
 ) -> None:
     """Bytes measured on all envelopes of a run equal the price in its manifest, and that of `fedsb check`."""
-    server = {"codec": codec, "clients_per_round": clients_per_round}
+    server = {"codec": codec, **server}
     config = set_all(tiny_config, method=method, server=server, rounds=4, train={"local_steps": 1})
     folder = run(config, tmp_path)
     (mine, *_), (checked, *_) = read_manifest(folder)["prices"], estimate(load_config(config))["prices"]
     assert checked == mine
     assert sent_bytes(folder) == {"up": mine["up_bytes"], "down": mine["down_bytes"]}
     if codec != "float32" and mine["total_bytes"]:
-        plain = run(config, tmp_path / "plain", server={"clients_per_round": clients_per_round})
+        plain = run(set_all(config, server={"codec": "float32"}), tmp_path / "plain")
         share = sent_bytes(folder)["up"] / sent_bytes(plain)["up"]
         assert share < {"bfloat16": 0.51, "int8": 0.27, "int4": 0.15, "int3": 0.13, "int2": 0.09}[codec]
 
@@ -90,26 +95,39 @@ class StopAfterOne:
         raise KeyboardInterrupt
 
 
+SAMPLED = {"codec": "int4", "clients_per_round": 2}
+
+
 @pytest.mark.parametrize(
-    ("method", "codec"),
+    ("method", "server"),
     [
         *(
-            pytest.param({"name": name, "rank": 2}, "int4", id=f"{name}, int4")
+            pytest.param({"name": name, "rank": 2}, SAMPLED, id=name)
             for name in ("fed-sb", "fedit", "rolora", "fedsa-lora", "fedsvd", "flora", "fedex-lora")
         ),
-        pytest.param({"name": "hetlora", "rank": 4, "gamma": 0.5, "penalty_weight": 0.1}, "int4", id="hetlora, int4"),
-        pytest.param({"name": "fed-sb", "rank": 4}, "int8", id="fed-sb, int8"),
-        pytest.param({"name": "fed-sb", "rank": 4}, "bfloat16", id="fed-sb, bfloat16"),
+        pytest.param({"name": "hetlora", "rank": 4, "gamma": 0.5, "penalty_weight": 0.1}, SAMPLED, id="hetlora"),
+        *(
+            pytest.param({"name": name, "rank": 2}, {"codec": codec, "fraction": fraction}, id=f"{name}, {codec}")
+            for name, codec, fraction in (
+                ("fed-sb", "int8", 1.0),
+                ("fed-sb", "bfloat16", 0.3),
+                ("fed-sb", "float32", 0.25),
+                ("fed-sb", "int2", 0.5),
+                ("rolora", "int4", 0.5),
+                ("fedit", "int3", 0.4),
+            )
+        ),
+        pytest.param({"name": "fed-sb", "rank": 4}, {**SAMPLED, "fraction": 0.3}, id="fed-sb, a part"),
     ],
 )
 def test_law_5_resume_is_bit_exact(
-    tiny_config: dict[str, Any], tmp_path: Path, method: dict[str, Any], codec: str
+    tiny_config: dict[str, Any], tmp_path: Path, method: dict[str, Any], server: dict[str, Any]
 ) -> None:
-    """With what sites hold in the checkpoint and what they are owed beside their optimisers; 2 of 3 clients a round."""
+    """With what sites hold in the checkpoint and what they are owed beside their optimisers."""
     facts = method_type(method["name"]).spec
     train = {**tiny_config["train"], "persist_optimizer_state": not (facts.rotates_basis or facts.mixed_ranks)}
     config = set_all(tiny_config, method=method, train=train, rounds=4)
-    config |= {"server": {"clients_per_round": 2, "codec": codec}}
+    config |= {"server": server}
     whole = run(config, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         federate(load_config(set_all(config, out=str(tmp_path / "broken"))), StopAfterOne())
@@ -126,7 +144,8 @@ def test_law_5_resume_is_bit_exact(
     for part in ("tensors", "client_view", "shared"):
         one, other = getattr(states[0], part), getattr(states[1], part)
         assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
-    assert bool(states[0].client_view) != facts.changes_base
+    resolved = load_config(config).config
+    assert bool(states[0].client_view) == build_compressor(resolved, resolved.method, "run").keeps_view(resolved.method)
     record = Record.open(whole)
     kept = record.client_states(record.latest())
     owed = {key for own in kept.values() for state in own.values() for key in state if key.startswith("codec/")}

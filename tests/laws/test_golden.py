@@ -47,7 +47,7 @@ def trace_of(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> dict[st
 
     def heard(self: InProcessChannel, requests: Any, timeout_s: float | None = None) -> Iterator[Any]:
         for name, reply in exchange(self, requests, timeout_s):
-            sizes = [sum(measure(part)[1] for part in message.parts) for message in (requests[name], reply)]
+            sizes = [sum(measure(part)[2] for part in message.parts) for message in (requests[name], reply)]
             messages.append(f"{name}: {requests[name].verb} {sizes[0]} -> {reply.verb} {sizes[1]}")
             yield name, reply
 

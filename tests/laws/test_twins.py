@@ -19,9 +19,11 @@ from laws import CONTROLS, twins
 from support.server import started
 
 TOLERANCE = 2e-4
+OWN = ("local", "fedsa-lora", "fed-sb-personal")  # whose clients end with models of their own
 METHODS = [
     pytest.param({"name": "fed-sb", "rank": 4}, id="fed-sb"),
     pytest.param({"name": "fed-sb", "rank": 3, "blocks": 2}, id="fed-sb, two blocks"),
+    pytest.param({"name": "fed-sb-personal", "rank": 3, "personal": 0.25}, id="fed-sb-personal"),
     pytest.param({"name": "ravan", "rank": 3, "blocks": 2}, id="ravan"),
     pytest.param({"name": "ravan", "rank": 3, "blocks": 2, "scalars": False}, id="ravan, scalars fixed"),
     pytest.param({"name": "fedit", "rank": 2, "alpha": 6}, id="fedit"),
@@ -95,6 +97,8 @@ def twin_of(asked: dict[str, Any], server: Server, state: State, lab: twins.Lab)
             moving = "H scalars head" if asked.get("scalars", True) else "H head"
             return alone_or_together(name, lab, lambda lab: twins.ravan(lab, A, B, zeros, head, moving))
         R = {layer: torch.block_diag(*x) for layer, x in zeros.items()}
+        if name == "fed-sb-personal":
+            return twins.fed_sb_personal(lab, A, B, R, head, asked["personal"])
         mask = torch.block_diag(*[torch.ones(r, r)] * h)
         return alone_or_together(name, lab, lambda lab: twins.fed_sb(lab, A, B, R, mask, head))
     B = {layer: torch.zeros(len(W0), r).double() for layer, W0 in lab.W0.items()}
@@ -149,7 +153,7 @@ def test_law_9_the_naive_twin(tiny_config: dict[str, Any], method: dict[str, Any
         assert wanted.gap > 1e-2
 
 
-@pytest.mark.parametrize("method", [p for p in METHODS if p.values[0]["name"] not in ("local", "fedsa-lora")])
+@pytest.mark.parametrize("method", [p for p in METHODS if p.values[0]["name"] not in OWN])
 def test_law_2_exact_methods_reach_the_ideal_update(tiny_config: dict[str, Any], method: dict[str, Any]) -> None:
     """The dense global update is sum p_k dW_k in every round of an exact method's twin, and of no other's."""
     server, state = open_lab(set_all(tiny_config, method=method))

@@ -119,6 +119,26 @@ def fed_sb(lab: Lab, A: Tensors, B: Tensors, R: Tensors, mask: Tensor, head: Ten
         yield ended(lab, change, state, clients)
 
 
+def fed_sb_personal(lab: Lab, A: Tensors, B: Tensors, R: Tensors, head: Tensors, a: float) -> Iterator[Round]:
+    """Fed-SB with a personal core: R <- R + (1 - a) sum p_k u_k,  P_k <- P_k + a u_k,  u_k the change of R + P_k."""
+
+    def change(own: Parts, layer: str) -> Tensor:
+        return B[layer] @ (own["R"][layer] + own["P"][layer]) @ A[layer]
+
+    state = {"R": R, "head": head}
+    P = {k: {layer: torch.zeros_like(x) for layer, x in R.items()} for k in lab.p}
+    for t in lab.rounds:
+        clients = {k: train(lab, k, t, {**state, "P": P[k]}, change, "R head") for k in lab.p}
+        u = {k: {layer: own["R"][layer] - state["R"][layer] for layer in R} for k, own in clients.items()}
+        P = {k: {layer: P[k][layer] + a * u[k][layer] for layer in R} for k in lab.p}
+        shared = {layer: state["R"][layer] + (1 - a) * sum(lab.p[k] * u[k][layer] for k in lab.p) for layer in R}
+        state = {"R": shared, "head": mean(lab.p, clients, "head")}
+        yield Round(
+            models={k: (dense(change, lab, {**state, "P": P[k]}), state["head"]) for k in lab.p},
+            trained={k: dense(change, lab, own) for k, own in clients.items()},
+        )
+
+
 def ravan(
     lab: Lab, A: Tensors, B: Tensors, H: Tensors, head: Tensors, moving: str = "H scalars head"
 ) -> Iterator[Round]:

@@ -27,6 +27,7 @@ SHAPES = {"up": (20, 10), "down": (10, 20)}
 # adapter, exact, secagg_compatible, changes_base, mixed_ranks, dp_noise, global_model, as the specification has them
 SPEC = {
     "fed-sb": ("core", True, True, False, True, "linear", True),
+    "fed-sb-personal": ("core", False, True, False, True, "linear", True),
     "ravan": ("core", True, True, False, True, "linear", True),
     "fedit": ("factors", False, True, False, False, "quadratic", True),
     "ffa-lora": ("factors", True, True, False, False, "linear", True),
@@ -65,6 +66,7 @@ def test_specs_are_complete(name: str) -> None:
         "changes_base",
         "mixed_ranks",
         "global_model",
+        "own_models",
         "pools_data",
         "rotates_basis",
         "supports_server_optimizer",
@@ -80,9 +82,10 @@ def test_the_properties_of_a_spec_agree(name: str) -> None:
     spec = OURS[name].spec
     if spec.changes_base:
         assert not spec.secagg_compatible
-    if not spec.global_model:
+    if spec.own_models:
         assert spec.client_state != "nothing"
         assert not spec.exact
+    assert spec.global_model or spec.own_models
     if spec.adapter == "core":
         assert spec.dp_noise == "linear"
     up = OURS[name]().traffic(SHAPES, head=3, clients=1)

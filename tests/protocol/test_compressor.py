@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from fedsb.adapters.basis import basis_hash, make_basis, random_pair
+from fedsb.adapters.layout import Layout
 from fedsb.config.registry import build_method
 from fedsb.config.training import Codec, ServerConfig
 from fedsb.methods.averaging import ServerOptimizer
 from fedsb.methods.base import Method, State
 from fedsb.protocol.compressor import Compressor, baseline_upload, read_change
+from fedsb.protocol.part import Part
 from fedsb.protocol.payload import Payload, pack, unpack
 from fedsb.protocol.rotated import BITS
 from fedsb.protocol.tensors import under, within
@@ -44,8 +46,8 @@ METHODS = [
 ]
 
 
-def compressor_of(codec: Codec, seed: int = 0) -> Compressor:
-    return Compressor(run="run", codec=codec, seed=seed)
+def compressor_of(codec: Codec, seed: int = 0, fraction: float = 1.0, sampled: bool = False) -> Compressor:
+    return Compressor(run="run", codec=codec, seed=seed, fraction=fraction, sampled=sampled)
 
 
 def start(name: str, rank: int = 4) -> tuple[Method, State]:
@@ -56,8 +58,8 @@ def start(name: str, rank: int = 4) -> tuple[Method, State]:
     return method, method.start(SHAPES, basis, head, 0)
 
 
-def rules_of(method: Method, state: State, codec: Codec) -> UpdateRules:
-    return update_rules(method, state, ServerConfig(codec=codec), "run", basis_hash(state.shared))
+def rules_of(method: Method, state: State, codec: Codec, part: Part | None = None) -> UpdateRules:
+    return update_rules(method, state, ServerConfig(codec=codec), "run", basis_hash(state.shared), part=part)
 
 
 def received(
@@ -66,7 +68,7 @@ def received(
     """The payload that a client receives, and the tensors that it decodes; it received the last round's broadcast."""
     shared_hash = basis_hash(view.shared)
     payload = unpack(compressor.broadcast(method, state, view, shared_hash, missed_last_round=late, total_rank=rank))
-    message = payload.tensors if payload.codec == "float32" else read_change(state.client_view, payload)
+    message = read_change(state.client_view, payload) if payload.change else payload.tensors
     return payload, message
 
 
@@ -104,7 +106,8 @@ def one_round(
         data, lost = sent(compressor, method, payload, baseline, kept.get(client, {}))
         kept[client] = {**under("method", keep), **lost}
         replies.append((client, data))
-    updates, dropped = validate_updates(replies, rules_of(method, view, compressor.codec))
+    rules = rules_of(method, view, compressor.codec, compressor.part(state.round))
+    updates, dropped = validate_updates(replies, rules)
     assert not dropped
     return compressor.settle(method, state, view, method.aggregate(view, updates, ServerOptimizer()))
 
@@ -116,11 +119,20 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 # --- what clients hold ---
 
 
-@pytest.mark.parametrize("codec", LOSSY)
-@pytest.mark.parametrize("name", METHODS)
-def test_a_client_that_receives_every_broadcast_holds_the_servers_view_of_it(name: str, codec: Codec) -> None:
+EVERYTHING = [(name, codec, 1.0) for name in METHODS for codec in LOSSY]
+PARTS = [
+    (name, codec, fraction)
+    for name in ("fed-sb", "ravan", "fedit", "ffa-lora", "rolora", "fedsa-lora")
+    for codec, fraction in (("float32", 0.3), ("int4", 0.5), ("int2", 0.25))
+]
+
+
+@pytest.mark.parametrize(("name", "codec", "fraction"), EVERYTHING + PARTS)
+def test_a_client_that_receives_every_broadcast_holds_the_servers_view_of_it(
+    name: str, codec: Codec, fraction: float
+) -> None:
     """Bit for bit, from the payloads alone: h in its tensors, and the shared state."""
-    compressor, (method, state) = compressor_of(codec), start(name)
+    compressor, (method, state) = compressor_of(codec, fraction=fraction), start(name)
     kept: dict[str, Any] = {}
     held: dict[str, Tensor] = {}
     shared = state.shared
@@ -128,13 +140,13 @@ def test_a_client_that_receives_every_broadcast_holds_the_servers_view_of_it(nam
         view = compressor.client_view(method, state)
         payload, _ = received(compressor, method, state, view)
         before = {**shared, **held}  # RoLoRA's factors are in the shared state before they are sent
-        message = payload.tensors if payload.codec == "float32" else read_change(before, payload)
+        message = read_change(before, payload) if payload.change else payload.tensors
         held |= message
         shared = method.update_shared(shared, message)
         assert same(shared, view.shared) and payload.basis == basis_hash(shared)
         assert all(torch.equal(held[key], view.tensors[key]) for key in held if key in view.tensors)
         late, whole = received(compressor, method, state, view, late=True)
-        assert late.codec == "float32"
+        assert late.codec == "float32" and not late.change
         mine = method.init_client(shared, message, {}, state.round)
         theirs = method.init_client(method.update_shared(view.shared, whole), whole, {}, state.round)
         assert same(mine, theirs)  # a client that missed the last round starts from the same tensors
@@ -314,7 +326,7 @@ def test_a_change_that_is_not_finite_is_dropped(bad: float) -> None:
     method, state = start("fed-sb")
     tensors = {key: torch.zeros_like(x) for key, x in state.tensors.items()}
     tensors["layer.R"][0, 1, 2] = bad
-    payload = replace(update(tensors), codec="int8", basis=basis_hash(state.shared))
+    payload = replace(update(tensors), codec="int8", change=True, basis=basis_hash(state.shared))
     with pytest.raises(RunError, match="values that are NaN or infinite"):
         validate_updates([("a", pack(payload, keyed_generator(0)))], rules_of(method, state, "int8"))
 
@@ -328,14 +340,14 @@ def test_a_change_of_the_wrong_shape_or_name_is_dropped() -> None:
         ({**good, "other": torch.zeros(4)}, "unknown 'other'"),
         ({}, "missing"),
     ):
-        payload = replace(update(tensors), codec="int8", basis=basis_hash(state.shared))
+        payload = replace(update(tensors), codec="int8", change=True, basis=basis_hash(state.shared))
         with pytest.raises(RunError, match=said):
             validate_updates([("a", pack(payload, keyed_generator(0)))], rules)
 
 
 def test_a_torn_or_flipped_change_never_crashes_the_server() -> None:
     method, state = start("fed-sb")
-    payload = replace(update(state.tensors), codec="int4", basis=basis_hash(state.shared))
+    payload = replace(update(state.tensors), codec="int4", change=True, basis=basis_hash(state.shared))
     data = pack(payload, keyed_generator(0))
     rules = rules_of(method, state, "int4")
     draw = keyed_generator(0, "flips")
@@ -352,8 +364,67 @@ def test_a_torn_or_flipped_change_never_crashes_the_server() -> None:
 
 def good_update(method: Method, state: State) -> bytes:
     tensors = {key: torch.full_like(x, 0.1) for key, x in state.tensors.items()}
-    payload = replace(update(tensors, client="b"), codec="int4", basis=basis_hash(state.shared))
+    payload = replace(update(tensors, client="b"), codec="int4", change=True, basis=basis_hash(state.shared))
     return pack(payload, keyed_generator(0))
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"change": False}, r"its change is False, this round's is True"),
+        ({"part": Part(seed=0, round=1, fraction=0.5)}, r"its part of the values is Part\(seed=0, round=1.*\)"),
+        ({"part": None}, r"its part of the values is None, this round's is Part\(seed=0, round=0, fraction=0.5\)"),
+    ],
+)
+def test_another_part_than_that_of_the_round_is_dropped(fields: dict[str, Any], said: str) -> None:
+    method, state = start("fed-sb")
+    part = Part(seed=0, round=0, fraction=0.5)
+    rules = rules_of(method, state, "int8", part)
+    facts = {"codec": "int8", "change": True, "basis": basis_hash(state.shared), **fields}
+    chosen = facts.pop("part", part)
+    payload = replace(update(state.tensors), **facts)
+    with pytest.raises(RunError, match=said):
+        validate_updates([("a", pack(payload.only(chosen), keyed_generator(0)))], rules)
+
+
+def test_a_part_of_a_wrong_layout_is_dropped_before_it_takes_memory() -> None:
+    method, state = start("fed-sb")
+    part = Part(seed=0, round=0, fraction=1e-9)
+    layout = Layout((("layer.R", (1 << 15, 1 << 15)),))
+    vector = np.zeros(part.size(layout.size), np.float32)
+    payload = replace(update({}), layout=layout, part=part, change=True, vector=vector, basis=basis_hash(state.shared))
+    with pytest.raises(RunError, match=r"wrong keys: missing 'head.weight'"):
+        validate_updates([("a", pack(payload))], rules_of(method, state, "float32", part))
+
+
+# --- a sample of the clients ---
+
+
+def test_clients_of_a_sample_receive_the_tensors_and_keep_none() -> None:
+    """All start from Q(s), each time with an error of its own, and the server's tensors lose nothing."""
+    compressor, (method, state) = compressor_of("int2", sampled=True), start("fed-sb")
+    kept: dict[str, Any] = {}
+    for round in range(3):
+        view = compressor.client_view(method, state)
+        payload, message = received(compressor, method, state, view, late=round > 0)
+        assert (payload.codec, payload.change) == ("int4", False)
+        gap = max(float((x - message[key]).abs().max()) for key, x in state.tensors.items())
+        assert 0 < gap < 0.6  # a step of a block whose largest value is 4
+        before = state
+        state = one_round(compressor, method, state, kept, cohort=CLIENTS[round:])
+        assert state.client_view == {}
+        moved = max(float((x - state.tensors[key]).abs().max()) for key, x in before.tensors.items())
+        assert moved < 0.45  # the mean of what clients changed by 0.1, in int2, and not the error of the broadcast
+
+
+@pytest.mark.parametrize("name", ["rolora", "flexlora", "hetlora"])
+def test_other_methods_send_changes_to_a_sample_too(name: str) -> None:
+    compressor, (method, state) = compressor_of("int4", sampled=True), start(name)
+    state = one_round(compressor, method, state, {})
+    view = compressor.client_view(method, state)
+    assert state.client_view
+    assert received(compressor, method, state, view)[0].change
+    assert received(compressor, method, state, view, late=True)[0].codec == "float32"
 
 
 # --- the effect of error feedback ---

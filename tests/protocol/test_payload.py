@@ -18,9 +18,11 @@ import pytest
 import torch
 from safetensors.numpy import save
 
+from fedsb.adapters.layout import Layout
 from fedsb.config.training import Codec
 from fedsb.protocol.codec import CODECS, payload_bytes
-from fedsb.protocol.payload import LAYOUT_LIMIT, VERSION, Payload, PayloadError, pack, unpack
+from fedsb.protocol.part import Part
+from fedsb.protocol.payload import LAYOUT_LIMIT, VERSION, Payload, PayloadError, measure, pack, unpack
 from fedsb.utils.rng import keyed_generator
 
 HEADER: dict[str, Any] = {
@@ -32,6 +34,8 @@ HEADER: dict[str, Any] = {
     "samples": 3,
     "basis": "",
     "codec": "float32",
+    "change": False,
+    "part": None,
 }
 
 
@@ -68,6 +72,57 @@ def test_round_trip() -> None:
     for name, x in tensors.items():
         assert back.tensors[name].shape == x.shape
         assert back.tensors[name].numpy().tobytes() == x.numpy().tobytes()
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_part_of_the_values_comes_back_at_its_places(codec: Codec) -> None:
+    """And a tensor of one value unchanged, whatever the codec; all others are zero."""
+    draw = keyed_generator(0)
+    tensors = {name: torch.from_numpy(draw.standard_normal((9, 31)).astype(np.float32)) for name in ("a", "c")}
+    payload = message({**tensors, "b": torch.tensor([3.0])}, codec, change=True)
+    part = Part(seed=4, round=2, fraction=0.25)
+    sent = payload.only(part)
+    data = pack(sent, keyed_generator(1))
+    back = unpack(data)
+    assert back.part == part and back.change and back.layout == payload.layout
+    assert back.values == len(back.vector) == 1 + math.ceil(2 * 9 * 31 / 4)
+    assert back.values_bytes == payload_bytes(codec, back.values - 1, 1)
+    assert measure(data) == (payload.layout, back.values, back.values_bytes)
+    places, whole = part.places(payload.layout), back.whole(payload.layout)
+    assert whole.part is None and whole.tensors["b"].item() == 3
+    assert not np.delete(whole.vector, places).any()
+    error = np.linalg.norm(whole.vector[places] - payload.vector[places]) / np.linalg.norm(payload.vector[places])
+    assert error < {"float32": 1e-9, "bfloat16": 0.01, "int8": 0.02, "int4": 0.2, "int3": 0.25, "int2": 0.5}[codec]
+
+
+def test_a_part_is_made_whole_in_the_expected_layout_only() -> None:
+    """A message of 300 bytes can claim a layout that does not fit into memory."""
+    part = {"seed": 0, "round": 0, "fraction": 1e-12}
+    forged = unpack(forge([["a", [1 << 20, 1 << 20]]], tensors={"values": np.zeros(2, np.float32)}, part=part))
+    expected = Layout((("a", (2, 2)),))
+    with pytest.raises(PayloadError, match=r"A part of 1099511627776 values with a layout that is not this round's\."):
+        forged.whole(expected)
+    with pytest.raises(PayloadError, match=r"A part of the values, where all are expected\."):
+        _ = forged.tensors
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {},
+        [],
+        "x",
+        {"seed": "0", "round": 0, "fraction": 0.5},
+        {"seed": 0, "round": 0.5, "fraction": 0.5},
+        {"seed": 0, "round": 0, "fraction": 1},
+        {"seed": 0, "round": 0, "fraction": 0.0},
+        {"seed": 0, "round": 0, "fraction": 1.5},
+        {"seed": 0, "round": 0, "fraction": math.nan},
+    ],
+)
+def test_a_part_that_cannot_exist_is_refused(part: Any) -> None:
+    with pytest.raises(PayloadError):
+        unpack(forge([["a", [6]]], part=part))
 
 
 def test_tensors_are_a_copy_of_the_message() -> None:

@@ -270,13 +270,15 @@ def test_a_private_run_with_noise_in_shares_stays_within_its_epsilon(tiny_config
 
 def test_all_clients_send_the_same_part_and_owe_the_rest(tiny_config: dict[str, Any]) -> None:
     """What is not sent in one round is sent in a later one: over all parts the sum of the changes is whole."""
-    config = set_all(secure(tiny_config, secagg_fraction=0.25, weighting="uniform"), rounds=2)
+    config = set_all(secure(tiny_config, fraction=0.25, weighting="uniform"), rounds=2)
     server, state = started(config)
     plain, _ = started(secure(tiny_config, weighting="uniform"))
     first, whole = server.run_round(state), plain.run_round(state)
     layout = Layout.of(state.tensors)
     change, all_of_it = (layout.flatten(r.state.tensors) - layout.flatten(state.tensors) for r in (first, whole))
-    part = server.compressor.part(layout.size, 0)
+    chosen = server.compressor.part(0)
+    assert chosen is not None
+    part = chosen.places(layout).copy()
     assert len(part) == -(-layout.size // 4)
     rest = np.setdiff1d(np.arange(layout.size), part)
     assert torch.allclose(change[part], all_of_it[part], atol=1e-6)
@@ -285,7 +287,9 @@ def test_all_clients_send_the_same_part_and_owe_the_rest(tiny_config: dict[str, 
     owed = torch.stack([layout.flatten(within("codec", own)) for own in states]).mean(0)
     assert torch.allclose(owed[rest], all_of_it[rest], atol=1e-6) and not owed[part].any()
     assert {record.values for record in first.replies.traffic if record.direction == "up"} == {len(part)}
-    assert set(server.compressor.part(layout.size, 1)) != set(part)
+    second = server.run_round(first.state)
+    assert {record.values for record in second.replies.traffic} == {len(part)}  # down too, in the second round
+    assert {record.bytes for record in second.replies.traffic} == {4 * len(part)}
 
 
 @pytest.mark.parametrize("bits", [12, 17, 32])
@@ -304,14 +308,14 @@ def test_a_narrow_ring_is_within_its_bound(bits: int, tiny_config: dict[str, Any
 @pytest.mark.parametrize("unit", ["client", "example"])
 def test_a_part_is_refused_where_a_clip_bounds_what_is_sent(unit: str, tiny_config: dict[str, Any]) -> None:
     chosen = {"unit": unit, "noise_multiplier": 1.5, "delta": 1e-3, "clip_norm": 0.5}
-    config = set_all(secure(tiny_config, weighting="uniform", secagg_fraction=0.5), privacy=chosen)
-    with pytest.raises(UserError, match=r"server.secagg_fraction = 0.5: what a client does not send it adds to later"):
+    config = set_all(secure(tiny_config, weighting="uniform", fraction=0.5), privacy=chosen)
+    with pytest.raises(UserError, match=r"server.fraction = 0.5: what a client does not send it adds to later"):
         open_server(set_all(config, train={"local_steps": 1}))
 
 
 def test_the_price_of_a_masked_update_is_what_is_sent(tiny_config: dict[str, Any]) -> None:
     for config in (
-        secure(tiny_config, secagg_fraction=0.3, secagg_bits=20),
+        secure(tiny_config, fraction=0.3, secagg_bits=20),
         of_clients(tiny_config),
         set_all(
             secure(tiny_config),

@@ -59,7 +59,7 @@ class CoreLinear(AdaptedLinear):
     """A frozen linear layer with a core adapter: y = x W0' + s * sum_i x A_i' R_i' B_i'."""
 
     names = ("A", "B", "R")
-    optional = (*AdaptedLinear.optional, "s")  # RAVAN's scalars (K, h), trained together with R
+    optional = (*AdaptedLinear.optional, "s", "P")  # RAVAN's trained scalars (K, h); a client's own frozen core, as R
     shared = (*AdaptedLinear.shared, "A", "B")
 
     def __init__(self, base: nn.Module, *, scale: float, routing: Routing, key: str) -> None:
@@ -68,14 +68,17 @@ class CoreLinear(AdaptedLinear):
         self.B: Tensor | None = None
         self.R: nn.Parameter | None = None
         self.s: nn.Parameter | None = None
+        self.P: nn.Parameter | None = None
 
     @staticmethod
     def sizes(own: Mapping[str, Tensor], m: int, n: int) -> dict[str, tuple[int, ...]]:
         h = length(own, "R")
         r = max(1, length(own, "A") // h)
-        return AdaptedLinear.sizes(own, m, n) | {"A": (h * r, n), "B": (m, h * r), "R": (h, r, r), "s": (h,)}
+        sizes = {"A": (h * r, n), "B": (m, h * r), "R": (h, r, r), "s": (h,), "P": (h, r, r)}
+        return AdaptedLinear.sizes(own, m, n) | sizes
 
     def adapter(self, x: Tensor) -> Tensor:
         assert self.A is not None and self.B is not None and self.R is not None
-        R = (self.R if self.s is None else self.R * self.s[..., None, None]).to(x.device)
+        R = self.R if self.s is None else self.R * self.s[..., None, None]
+        R = (R if self.P is None else R + self.P).to(x.device)
         return core_forward(x, self.A.to(x.dtype), self.B.to(x.dtype), R, self.scale)

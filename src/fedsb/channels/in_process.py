@@ -101,8 +101,8 @@ class InProcessChannel:
         return found
 
     def client_model(self, method: Method, state: State, client: str) -> Tensors:
-        """Returns a client's model: the global one, or its own if the method has no global model."""
-        if method.spec.global_model or client not in self._started:
+        """Returns a client's model: the global one, or its own if the method's clients have their own."""
+        if not method.spec.own_models or client not in self._started:
             return method.model(state)
         own = self._started[client].store.client_state(state.accepted.get(client, 0))
         return method.init_client(state.shared, method.broadcast(state), within("method", own), state.round)
@@ -163,7 +163,8 @@ class InProcessChannel:
         client = self._started[name]
         held_out, score = client.data.held_out, None
         if held_out and client.policy.may_release("scores"):
-            score = self._trainer.evaluate(client.final_tensors(unpack(request.payload)), held_out).value
+            tensors = client.final_tensors(unpack(request.payload), request.state_round)
+            score = self._trainer.evaluate(tensors, held_out).value
         return FinishReply(score=finite(score), held_out=len(held_out))
 
 

@@ -178,7 +178,7 @@ class SiteHandler:
         client = self._started(request)
         data, folder = client.data, self._folder(request.run)
         tells = self.settings.allow.tells and client.policy.may_release("scores")
-        tensors = client.final_tensors(unpack(request.payload))
+        tensors = client.final_tensors(unpack(request.payload), request.state_round)
         score = client.trainer.evaluate(tensors, data.held_out).value if data.held_out and tells else None
         write_adapters(client.trainer, {folder / "adapter": tensors}, request.card, data.train[:4] if tells else [])
         reply = self._with_ledger(request, FinishReply(score=finite(score), held_out=len(data.held_out)))

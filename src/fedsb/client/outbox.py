@@ -21,7 +21,7 @@ class Outbox:
         line: dict[str, Any] = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "what": what, **facts}
         line |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         if payload is not None:
-            shapes = {name: list(array.shape) for name, array in payload.tensors.items()}
+            shapes = {name: list(shape) for name, shape in payload.layout.shapes}
             line |= {"round": payload.round + 1, "values": payload.values, "codec": payload.codec, "tensors": shapes}
         with disk_errors(self.path.parent), self.path.open("a+b") as file:
             end = file.seek(0, os.SEEK_END)

@@ -236,7 +236,8 @@ def refuse_payload(allow: AllowConfig, payload: Payload, size: int) -> None:
             f"this site's rules (site.toml) refuse to send {size / 1e6:.3g} MB, allowed are {allow.megabytes:g} MB"
         )
     if allow.tensors is not None:
-        other = [name for name in payload.tensors if not any(fnmatch(name, pattern) for pattern in allow.tensors)]
+        names = [name for name, _ in payload.layout.shapes]
+        other = [name for name in names if not any(fnmatch(name, pattern) for pattern in allow.tensors)]
         if other:
             raise RefusalError(
                 f"this site's rules (site.toml) refuse to send {', '.join(other[:3])}"

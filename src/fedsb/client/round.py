@@ -40,12 +40,14 @@ class ClientView:
         """The hash of the shared state, computed where it has changed."""
         return self.known_hash or basis_hash(self.shared)
 
-    def receive(self, method: Method, payload: Payload, total_rank: int | None, *, lossy: bool) -> ClientRound | None:
+    def receive(self, method: Method, payload: Payload, total_rank: int | None, *, keeps: bool) -> ClientRound | None:
         """Returns the round that a broadcast starts; None if this view lacks the state to which the broadcast adds.
+
+        With `keeps` its view keeps the tensors, because the next broadcast changes them.
 
         A view that has the changes of all rounds so far, because the run was resumed here, does not add them again.
         """
-        message = payload.tensors if payload.codec == "float32" else read_change(self.tensors, payload)
+        message = read_change(self.tensors, payload) if payload.change else payload.tensors
         new = message
         if self.rounds == payload.round:
             new = {key: x for key, x in message.items() if not is_delta(key)}
@@ -53,7 +55,7 @@ class ClientView:
         if now.hash != payload.basis:
             return None
         own = method if total_rank is None else method.at(total_rank)
-        view = ClientView(now.shared, {**self.tensors, **message} if lossy else {}, payload.round, now.hash)
+        view = ClientView(now.shared, {**self.tensors, **message} if keeps else {}, payload.round, now.hash)
         return ClientRound(own, view, message, payload.round, payload.basis)
 
     def updated(self, shared: Tensors) -> ClientView:
@@ -63,7 +65,7 @@ class ClientView:
 
     def needs_whole(self, payload: Payload) -> bool:
         """Returns whether the payload adds to an earlier broadcast."""
-        return payload.codec != "float32" or any(is_delta(key) for key, _ in payload.layout.shapes)
+        return payload.change or any(is_delta(key) for key, _ in payload.layout.shapes)
 
 
 @dataclass(frozen=True, eq=False)

@@ -249,7 +249,7 @@ class StartedClient(ClientSharedState):
             data, feedback = compressor.update(method, payload, baseline, begun.client_state)
         else:
             data = pack(payload)  # what is checked before its change leaves
-            change, feedback = compressor.change(method, payload, baseline, begun.client_state)
+            change, feedback = compressor.change(payload, baseline, begun.client_state)
         keeps = self.trainer.local.keep_optimizer
         state = under("method", own) | (under("optimizer", trained.moments) if keeps else {}) | feedback
         scored = begun.score and self.data.held_out and self.policy.may_release("scores")
@@ -268,12 +268,13 @@ class StartedClient(ClientSharedState):
         message = self.secagg.answer(request)
         return NoKeys() if message is None else SecAggReply(parts=(message,))
 
-    def final_tensors(self, payload: Payload) -> Tensors:
-        """Returns the final model's tensors from the last broadcast."""
+    def final_tensors(self, payload: Payload, state_round: int) -> Tensors:
+        """Returns the tensors of this client's final model, from the last broadcast and its state after a round."""
         message = payload.tensors
         shared = self.method.update_shared(self.start_view().shared, message)
+        own = within("method", self.store.client_state(state_round)) if self.method.spec.own_models else {}
         with fitting():
-            tensors = self.method.init_client(shared, message, {}, payload.round)
+            tensors = self.method.init_client(shared, message, own, payload.round)
             self._check_tensors(tensors)
         return tensors
 
@@ -296,14 +297,14 @@ class StartedClient(ClientSharedState):
         return TrainReply(loss=loss, score=score, left=left, survivors=before, parts=() if left else (masked,))
 
     def _receive(self, payload: Payload, request: Train) -> ClientRound | None:
-        lossy = build_compressor(self.config, self.method, self.run).codec != "float32"
+        keeps_view = build_compressor(self.config, self.method, self.run).keeps_view(self.method)
         if (view := self.store.view(payload.round)) is None:
             view = self.start_view()
             if view.needs_whole(payload):
                 return None
 
         def receive() -> ClientRound | None:
-            found = view.receive(self.method, payload, request.total_rank, lossy=lossy)
+            found = view.receive(self.method, payload, request.total_rank, keeps=keeps_view)
             if found is not None:  # checked once, before a row is drawn for it
                 tensors = found.start({})
                 self._check_tensors(tensors)

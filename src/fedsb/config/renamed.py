@@ -25,6 +25,7 @@ RENAMED = {
     "train.keep_optimizer": "train.persist_optimizer_state",
     "server.secure_sum": "server.secure_aggregation",
     "server.sum_limit": "server.secagg_clip",
+    "server.secagg_fraction": "server.fraction",
     "server.norm_factor": "server.max_norm_ratio",
     "privacy.clip": "privacy.clip_norm",
     "engine.cohort_size": "engine.clients_per_forward",

@@ -161,6 +161,8 @@ class ServerConfig(Section):
     """Weights of the updates: by number of rows, or all equal."""
     codec: Annotated[Codec, TRAVELS, UsedIf(_sends_values, "{0.method.spec.id} sends nothing")] = "float32"
     """Encoding of the values that are sent: 32, 16, 8, 4, 3 or 2 bits per value."""
+    fraction: Annotated[Annotated[float, Field(gt=0, le=1)], TRAVELS, AGGREGATES] = 1.0
+    """Fraction of the values that is sent in a round, the same for all clients. The others wait for the next rounds."""
     secure_aggregation: bool = False
     """Whether the server learns only the sum of the clients' changes."""
     secagg_clip: Annotated[Rate, used_if("server.secure_aggregation", True)] = 4.0
@@ -171,8 +173,6 @@ class ServerConfig(Section):
         used_if("privacy.unit", "none", "example"),
     ] = 32
     """Bits of a value in secure aggregation. Noise that clients add to the sum determines them itself."""
-    secagg_fraction: Annotated[Annotated[float, Field(gt=0, le=1)], used_if("server.secure_aggregation", True)] = 1.0
-    """Fraction of the values that all clients send in a round. The others wait for the next rounds."""
     max_norm_ratio: Annotated[
         Annotated[float, Field(gt=1, allow_inf_nan=False)],
         TRAVELS,

@@ -89,8 +89,25 @@ class MethodSpec:
     dp_noise: Literal["linear", "quadratic"]
     supports_server_optimizer: bool = True  # the server takes a mean, along which a server optimizer can step
     rotates_basis: bool = False  # the adapter's coordinates rotate between rounds, so moments cannot be kept
-    global_model: bool = True  # False: every client ends with its own model
+    global_model: bool = True  # False: there is none to score or export
+    own_models: bool = False  # every client ends with a model of its own
+    alternates: bool = False  # what is trained and sent alternates, so a client that missed a round needs more of it
     pools_data: bool = False  # True: all data are in one place; a control, for simulation only
+
+    @property
+    def keeps_coordinates(self) -> bool:
+        """Returns whether the server takes a mean of values that mean the same in every round.
+
+        Only then what is not sent in one round can be added in a later one.
+        """
+        return self.supports_server_optimizer and not self.rotates_basis and not self.changes_base
+
+    def starts_afresh(self, *, sampled: bool) -> bool:
+        """Returns whether a lossy broadcast has the tensors, not a change, because clients keep none between rounds.
+
+        `sampled`: whether only some of the clients take part in a round, so that most of them missed the last one.
+        """
+        return sampled and self.keeps_coordinates and not self.alternates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,5 +281,7 @@ class Method(Section):
             R = tensors[f"{layer}.R"]
             if (s := tensors.get(f"{layer}.s")) is not None:
                 R = R * s[:, None, None]
+            if (P := tensors.get(f"{layer}.P")) is not None:
+                R = R + P
             B = core_left(B, R)
         return Factors(A=A, B=B, scale=self.scale)

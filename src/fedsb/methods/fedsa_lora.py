@@ -31,6 +31,7 @@ class FedSALoRA(FedIT):
         client_state="its B and its head",
         dp_noise="linear",
         global_model=False,
+        own_models=True,
     )
 
     def traffic(self, shapes: Shapes, *, head: int, clients: int, round: int = 1) -> Traffic:

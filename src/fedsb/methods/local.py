@@ -33,6 +33,7 @@ class Local(Control):
         aggregates=False,
         dp_noise="linear",
         global_model=False,
+        own_models=True,
     )
 
     def start(self, shapes: Shapes, basis: Basis | None, head: Tensors, seed: int) -> State:

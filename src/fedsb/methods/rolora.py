@@ -34,6 +34,7 @@ class RoLoRA(FedIT):
         exact=True,
         secagg_compatible=True,
         dp_noise="linear",
+        alternates=True,
     )
 
     def traffic(self, shapes: Shapes, *, head: int, clients: int, round: int = 1) -> Traffic:

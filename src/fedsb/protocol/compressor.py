@@ -4,24 +4,30 @@
     up     c_k = Q(x_k - b_k + e_k),  e_k <- x_k - b_k + e_k - c_k       the server takes b_k + c_k for client k's x_k
     next   s <- aggregate(h, all b_k + c_k) + (s - h)
 
-Q is the codec, x_k what client k would send, b_k the baseline (the same without training, which the server can compute
-for itself), and e_k the client's error feedback. All clients start from h, none from s. Error feedback for updates as
-in Karimireddy et al. (ICML 2019, arXiv 1901.09847), in both directions as in DoubleSqueeze (Tang et al., ICML 2019,
-arXiv 1905.05957). In float32 nothing is lost: tensors travel as they are, h = s, and no one keeps anything.
+Q is the codec, h is 0 before the first round, x_k what client k would send, b_k the baseline (the same without
+training, which the server can compute for itself), and e_k the client's error feedback. All clients start from h, none
+from s. Error feedback for updates as in Karimireddy et al. (ICML 2019, arXiv 1901.09847), in both directions as in
+DoubleSqueeze (Tang et al., ICML 2019, arXiv 1905.05957). In float32 nothing is lost: tensors travel as they are, h = s,
+and no one keeps anything.
 
 A basis travels in the codec too, in at least 4 bits, without error feedback: its receiver makes it orthonormal again.
 
-A broadcast carries the tensors themselves, in float32, in the first round; to a client that missed the last round (its
-h is older); to a client whose rank is not the method's (its corner of h has other blocks); and for every method that
-changes the base (what is added there is never sent again, so no later message would correct an error).
+A broadcast carries h itself, in float32, to a client that missed the last round (its h is older), to a client whose
+rank is not the method's (its corner of h has other blocks), and to all clients after a new basis. Where a sample of the
+clients takes part in each round (server.clients_per_round), most of them missed the last one. Then all receive Q(s), in
+at least 4 bits, and keep no h, if the method takes a mean of values that mean the same in every round. A method that
+changes the base broadcasts in float32: what is added there is never sent again, so no later message would correct an
+error.
 
 e_k is part of the client's state, as "codec/<tensor>":
 - an update that the server drops leaves e_k as it was before that round;
 - a client that skips rounds, or a tensor that skips rounds (RoLoRA's factors), keeps it: what was lost is still owed;
 - a tensor whose shape changed starts again from 0;
 - where the basis rotates between rounds (the fact `rotates_basis`) nothing is kept, it would point elsewhere.
-In secure aggregation all clients may send the same part of the values, server.secagg_fraction, drawn by (seed, round).
-Then Q(x) is x in that part and 0 elsewhere, and what was not sent is owed in the same way.
+With server.fraction below 1, Q also sets to 0 all values but those of the round's part (part.py), which is the same for
+all clients. What is not sent is owed, as what the codec loses. A broadcast has the part of the round before it, because
+only those values have changed.
+
 
 The server's s - h is kept where its aggregation is a plain mean in a fixed basis. Elsewhere a round continues from the
 clients' view.
@@ -32,19 +38,19 @@ state whose tensors change their shape between rounds cannot be sent as a change
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
+from fedsb.adapters.layout import Layout
 from fedsb.config.schema import Config
 from fedsb.config.training import Codec, ServerConfig
 from fedsb.methods.base import Method, State
 from fedsb.protocol.codec import basis_codec
-from fedsb.protocol.payload import Payload, Vector, pack, unpack
+from fedsb.protocol.part import Part
+from fedsb.protocol.payload import Payload, PayloadError, Vector, pack, unpack
 from fedsb.protocol.tensors import under, within
 from fedsb.utils.rng import keyed_generator
 from fedsb.utils.tensors import Tensors
@@ -59,17 +65,19 @@ class Compressor:
     run: str
     codec: Codec
     seed: int
-    fraction: float = 1.0  # of the values that go into a secure sum
+    fraction: float = 1.0  # of the values that are sent in a round
+    sampled: bool = False  # whether only some of the clients take part in a round
 
     # --- server and client ---
 
-    def part(self, size: int, round: int) -> NDArray[np.int64] | slice:
-        """Returns which of `size` values all clients send in this round: their sorted places, or a slice of all."""
-        if self.fraction == 1.0:
-            return slice(None)
-        draw = keyed_generator(self.seed, "part", round)
-        chosen: NDArray[np.int64] = np.sort(draw.choice(size, part_size(size, self.fraction), replace=False))
-        return chosen
+    @property
+    def is_lossy(self) -> bool:
+        """Returns whether a message loses something, so that changes are sent, with error feedback."""
+        return self.codec != "float32" or self.fraction < 1
+
+    def part(self, round: int) -> Part | None:
+        """Returns the part of the values that is sent up in this round; None: all."""
+        return Part(seed=self.seed, round=round, fraction=self.fraction) if self.fraction < 1 else None
 
     def basis(self, direction: Literal["up", "down"], client: str, round: int, tensors: Tensors) -> bytes:
         """Returns the payload of what travels for a basis, once: no error feedback."""
@@ -81,13 +89,19 @@ class Compressor:
 
     # --- server ---
 
+    def keeps_view(self, method: Method) -> bool:
+        """Returns whether clients keep h, because changes of it are sent to them."""
+        spec = method.spec
+        return self.is_lossy and not spec.changes_base and not spec.starts_afresh(sampled=self.sampled)
+
     def client_view(self, method: Method, state: State) -> State:
         """Returns the state of this round as the clients have it: h, and what h changes in their shared state."""
-        if not state.client_view:
+        if self._in_float32(method, state):
             return state
-        now = read_change(state.client_view, unpack(self._change(method, state, basis="")))
+        payload = unpack(self._coded(method, state, basis=""))
+        now = read_change(state.client_view, payload) if payload.change else payload.tensors
         shared = method.update_shared(state.shared, now)
-        return replace(state, tensors={**state.client_view, **now}, shared=shared)
+        return replace(state, tensors={**(state.client_view or state.tensors), **now}, shared=shared)
 
     def broadcast(
         self,
@@ -100,20 +114,21 @@ class Compressor:
         total_rank: int | None,
     ) -> bytes:
         """Returns the payload that a client receives in this round."""
-        if not whole(method, state, missed_last_round=missed_last_round, total_rank=total_rank):
-            return self._change(method, state, shared_hash)
+        lacks_view = total_rank not in (None, method.total_rank) or (missed_last_round and self.keeps_view(method))
+        if not lacks_view and not self._in_float32(method, state):
+            return self._coded(method, state, shared_hash)
         tensors = method.broadcast(view, missed_last_round=missed_last_round, total_rank=total_rank)
         payload = Payload.of(tensors, kind="broadcast", run=self.run, round=state.round)
         return pack(replace(payload, basis=shared_hash))
 
     def settle(self, method: Method, state: State, view: State, after: State) -> State:
         """Returns the state after a round from `state`, which was trained from `view` and aggregated to `after`."""
-        if self.codec == "float32" or method.spec.changes_base:
+        if not self.is_lossy or method.spec.changes_base:
             return after
         tensors = after.tensors
-        if method.spec.supports_server_optimizer and not method.spec.rotates_basis:
+        if method.spec.keeps_coordinates:
             tensors = {key: x + (state.tensors[key] - view.tensors[key]) for key, x in tensors.items()}
-        return replace(after, tensors=tensors, client_view=view.tensors)
+        return replace(after, tensors=tensors, client_view=view.tensors if self.keeps_view(method) else {})
 
     # --- client ---
 
@@ -124,31 +139,32 @@ class Compressor:
 
         `baseline` is b_k in the payload's layout.
         """
-        if self.codec == "float32":
+        if not self.is_lossy:
             return pack(payload), {}
         change, owed = self._with_owed(payload, baseline, client_state)
-        coded = replace(payload, codec=self.codec, vector=change)
+        coded = replace(payload, codec=self.codec, change=True, vector=change).only(self.part(payload.round))
         data = pack(coded, self._draw(payload.client, payload.round, "up"))
         if method.spec.rotates_basis:
             return data, {}
-        lost = payload.layout.views(torch.from_numpy(change - unpack(data).vector))
+        lost = payload.layout.views(torch.from_numpy(change - unpack(data).whole(payload.layout).vector))
         return data, under(FEEDBACK, {**owed, **lost})
 
-    def change(
-        self, method: Method, payload: Payload, baseline: Vector, client_state: Tensors
-    ) -> tuple[Vector, Tensors]:
+    def change(self, payload: Payload, baseline: Vector, client_state: Tensors) -> tuple[Vector, Tensors]:
         """Returns (what goes into secure aggregation, the error feedback that the client keeps), as `update` does."""
-        if self.fraction == 1.0:
+        if (part := self.part(payload.round)) is None:
             return payload.vector - baseline, {}
         change, owed = self._with_owed(payload, baseline, client_state)
-        part = self.part(len(change), payload.round)
-        sent = change[part]
-        if method.spec.rotates_basis:
-            return sent, {}
-        change[part] = 0.0
+        places = part.places(payload.layout)
+        sent = change[places]
+        change[places] = 0.0
         return sent, under(FEEDBACK, {**owed, **payload.layout.views(torch.from_numpy(change))})
 
     # --- private ---
+
+    def _in_float32(self, method: Method, state: State) -> bool:
+        """Returns whether all broadcasts of a round have all values in float32, as after a new basis."""
+        new = state.round > 0 and not state.client_view and self.keeps_view(method)
+        return new or not self.is_lossy or method.spec.changes_base
 
     def _with_owed(self, payload: Payload, baseline: Vector, client_state: Tensors) -> tuple[Vector, Tensors]:
         """Returns (a client's change with what it still owes, all that it owes)."""
@@ -159,30 +175,34 @@ class Compressor:
                 change[payload.layout.slices[key]] += owed[key].numpy().reshape(-1)
         return change, owed
 
-    def _change(self, method: Method, state: State, basis: str) -> bytes:
-        """Returns the payload of s - h, which a client that is up to date receives."""
-        tensors = {key: x - state.client_view[key] for key, x in method.broadcast(state).items()}
-        payload = Payload.of(tensors, kind="broadcast", run=self.run, round=state.round, codec=self.codec)
-        return pack(replace(payload, basis=basis), self._draw("", state.round, "down"))
+    def _coded(self, method: Method, state: State, basis: str) -> bytes:
+        """Returns the payload of s - h, which clients that are up to date receive, or of s, if they have no h."""
+        tensors, codec, part = method.broadcast(state), self.codec, None
+        if state.client_view:
+            tensors, part = {key: x - state.client_view[key] for key, x in tensors.items()}, self.part(state.round - 1)
+        elif not self.keeps_view(method):
+            codec = basis_codec(codec)
+        payload = Payload.of(tensors, kind="broadcast", run=self.run, round=state.round, codec=codec)
+        payload = replace(payload, basis=basis, change=bool(state.client_view)).only(part)
+        return pack(payload, self._draw("", state.round, "down"))
 
     def _draw(self, client: str, round: int, direction: str) -> np.random.Generator:
         return keyed_generator(self.seed, "codec", client, round, direction)
 
 
 def read_change(view: Tensors, payload: Payload) -> Tensors:
-    """Returns h + c of the tensors in the payload."""
-    return {key: view[key] + c for key, c in payload.tensors.items()}
+    """Returns h + c of the tensors in the payload. Raises PayloadError for tensors that h does not have."""
+    unknown = [key for key, _ in payload.layout.shapes if key not in view]
+    if unknown:
+        raise PayloadError(f"A change of {unknown[0]!r:.80}, which was not sent before.")
+    expected = Layout.of({key: view[key] for key, _ in payload.layout.shapes})
+    return {key: view[key] + c for key, c in payload.whole(expected).tensors.items()}
 
 
 def build_compressor(config: Config, method: Method, run: str) -> Compressor:
-    server = config.server
-    fraction = server.secagg_fraction if server.secure_aggregation else 1.0
-    return Compressor(run=run, codec=codec_of(server, method), seed=config.seed, fraction=fraction)
-
-
-def part_size(size: int, fraction: float) -> int:
-    """Returns how many of `size` values a client sends."""
-    return max(1, math.ceil(fraction * size))
+    codec, fraction = codec_of(config.server, method), fraction_of(config.server, method)
+    sampled = config.server.clients_per_round is not None
+    return Compressor(run=run, codec=codec, seed=config.seed, fraction=fraction, sampled=sampled)
 
 
 def codec_of(server: ServerConfig, method: Method) -> Codec:
@@ -190,9 +210,9 @@ def codec_of(server: ServerConfig, method: Method) -> Codec:
     return "float32" if method.spec.pools_data else server.codec
 
 
-def whole(method: Method, state: State, *, missed_last_round: bool, total_rank: int | None) -> bool:
-    """Returns whether a broadcast carries the tensors themselves, in float32, and not a change."""
-    return missed_last_round or not state.client_view or total_rank not in (None, method.total_rank)
+def fraction_of(server: ServerConfig, method: Method) -> float:
+    """Returns the fraction of the values that is sent; 1 where all data are in one place, because nothing travels."""
+    return 1.0 if method.spec.pools_data else server.fraction
 
 
 def baseline_upload(method: Method, shared: Tensors, message: Tensors, round: int) -> Tensors:

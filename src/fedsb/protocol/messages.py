@@ -276,6 +276,7 @@ class Finish(Request[FinishReply]):
     verb, reply = "finish", FinishReply
     payloads = (1,)
     card: dict[str, str]
+    state_round: Count = 0  # the last round whose update of this client was aggregated
 
 
 REQUESTS: dict[str, type[Request[Any]]] = {

@@ -5,7 +5,8 @@ of each tensor, compressed, because names would need more bytes than a small cor
 and checks every length before it uses it.
 
 With a codec other than float32 (codec.py) the single tensor is bytes: first the tensors of one value, in float32, then
-all others concatenated and encoded.
+all others concatenated and encoded. If only a part of the values is sent (part.py), they are in the same order, and the
+layout is that of all values.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import base64
 import json
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal, Self
 
@@ -26,8 +27,9 @@ from safetensors.numpy import load, save
 from fedsb.adapters.layout import Layout
 from fedsb.config.training import Codec
 from fedsb.protocol.codec import CODECS, Bytes, decode, encode, payload_bytes
+from fedsb.protocol.part import Part
 
-VERSION = 3
+VERSION = 4
 LAYOUT_LIMIT = 1 << 24  # bytes of a layout when unpacked: a million tensors; more is an attack
 AXES_LIMIT = 8
 Kind = Literal["broadcast", "update", "basis-up", "basis-down"]
@@ -49,8 +51,10 @@ class Payload:
     samples: int = 0  # n_k, the rows that an update was trained on
     basis: str = ""  # hash of the shared state, see adapters/basis.py
     codec: Codec = "float32"
+    change: bool = False  # whether the values are to be added to what the receiver has, see compressor.py
     layout: Layout
-    vector: Vector  # (P,): as given, or as the codec decodes it
+    part: Part | None = None
+    vector: Vector  # (P,): as given, or as the codec decodes it; (its size,): the values at `part.places(layout)`
 
     @classmethod
     def of(
@@ -63,18 +67,40 @@ class Payload:
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The tensors by name: views of one copy of the vector, so that the message's bytes are not changed."""
+        """The tensors by name: views of one copy of the vector, so that the message's bytes are not changed.
+
+        Raises PayloadError if only a part of the values was sent.
+        """
+        if self.part is not None:
+            raise PayloadError("A part of the values, where all are expected.")
         return self.layout.views(torch.from_numpy(self.vector.copy()))
 
     @property
     def values(self) -> int:
-        return self.layout.size
+        """The number of values that are sent."""
+        return len(self.vector)
 
     @property
     def values_bytes(self) -> int:
         """The bytes that the values take on the wire: with the codec's scales, without the header."""
-        exact = self.layout.sizes.count(1)
-        return payload_bytes(self.codec, self.layout.size - exact, exact)
+        return payload_bytes(self.codec, *_counts(self.layout, self.part))
+
+    def only(self, part: Part | None) -> Payload:
+        """Returns the payload of one part of its values; all of them for None."""
+        return self if part is None else replace(self, part=part, vector=self.vector[part.places(self.layout)])
+
+    def whole(self, expected: Layout) -> Payload:
+        """Returns the payload of all values, with zeros for those that were not sent.
+
+        Raises PayloadError for another layout, which could claim more values than fit into memory.
+        """
+        if self.part is None:
+            return self
+        if self.layout != expected:
+            raise PayloadError(f"A part of {self.layout.size} values with a layout that is not this round's.")
+        vector = np.zeros(self.layout.size, np.float32)
+        vector[self.part.places(self.layout)] = self.vector
+        return replace(self, part=None, vector=vector)
 
 
 def pack(payload: Payload, draw: np.random.Generator | None = None) -> bytes:
@@ -95,6 +121,8 @@ def pack(payload: Payload, draw: np.random.Generator | None = None) -> bytes:
         "samples": payload.samples,
         "basis": payload.basis,
         "codec": payload.codec,
+        "change": payload.change,
+        "part": asdict(payload.part) if payload.part else None,
         "layout": base64.b64encode(zlib.compress(layout.encode(), 9)).decode(),
     }
     return save({"values": values}, metadata={"fedsb": json.dumps(header, separators=(",", ":"))})
@@ -123,11 +151,11 @@ def _unpack(data: bytes) -> Payload:
     dtype = np.float32 if codec == "float32" else np.uint8
     if values.dtype != dtype or values.ndim != 1:
         raise PayloadError(f"The values are {values.dtype} with {values.ndim} axes. {codec} is flat {dtype.__name__}.")
-    layout = _layout(header["layout"])
-    exact = layout.sizes.count(1)
-    if (expected := payload_bytes(codec, layout.size - exact, exact)) != values.nbytes:
+    layout, part = _layout(header["layout"]), _part(header["part"])
+    coded, exact = _counts(layout, part)
+    if (expected := payload_bytes(codec, coded, exact)) != values.nbytes:
         raise PayloadError(
-            f"The layout has {layout.size} values, {expected} bytes in {codec}, but the payload has {values.nbytes}."
+            f"The layout has {coded + exact} values, {expected} bytes in {codec}, but the payload has {values.nbytes}."
         )
     return Payload(
         kind=header["kind"],
@@ -137,44 +165,69 @@ def _unpack(data: bytes) -> Payload:
         samples=int(header["samples"]),
         basis=str(header["basis"]),
         codec=codec,
+        change=bool(header["change"]),
         layout=layout,
-        vector=values if codec == "float32" else _decoded(values, layout, codec),
+        part=part,
+        vector=values if codec == "float32" else _decoded(values, layout, part, codec),
     )
 
 
-def measure(data: bytes) -> tuple[Layout, int]:
-    """Returns (the layout, the bytes of the values), from the header. Raises PayloadError for other bytes."""
+def measure(data: bytes) -> tuple[Layout, int, int]:
+    """Returns (the layout, the values that are sent, their bytes), from the header.
+
+    Raises PayloadError for other bytes.
+    """
     try:
         header = _header(data)
         layout = _layout(header["layout"])
-        exact = layout.sizes.count(1)
-        return layout, payload_bytes(header["codec"], layout.size - exact, exact)
+        coded, exact = _counts(layout, _part(header["part"]))
+        return layout, coded + exact, payload_bytes(header["codec"], coded, exact)
     except PayloadError:
         raise
     except Exception as error:
         raise PayloadError(f"Not a payload of fedsb ({len(data)} bytes): {type(error).__name__}: {error}") from error
 
 
+def _counts(layout: Layout, part: Part | None) -> tuple[int, int]:
+    """Returns (values that are encoded, tensors of one value, which stay float32), of those that are sent."""
+    exact = layout.sizes.count(1)
+    coded = layout.size - exact
+    return part.size(coded) if part else coded, exact
+
+
 @lru_cache(maxsize=16)
-def _exact(layout: Layout) -> NDArray[np.bool_]:
-    """Returns (P,), true for the tensors of one value, which stay float32: they may be whole numbers (a rank)."""
+def _exact(layout: Layout, part: Part | None) -> NDArray[np.bool_]:
+    """Returns (values,), true for the tensors of one value: they may be whole numbers (a rank)."""
+    if part is not None:
+        coded, exact = _counts(layout, part)
+        return np.arange(coded + exact) < exact
     sizes = np.array(layout.sizes, dtype=np.int64)
     return np.repeat(sizes == 1, sizes)
 
 
 def _encoded(payload: Payload, draw: np.random.Generator | None) -> Bytes:
-    exact = _exact(payload.layout)
+    exact = _exact(payload.layout, payload.part)
     coded = encode(payload.vector[~exact], payload.codec, draw)
     return np.concatenate([encode(payload.vector[exact], "float32"), coded])
 
 
-def _decoded(values: Bytes, layout: Layout, codec: Codec) -> Vector:
+def _decoded(values: Bytes, layout: Layout, part: Part | None, codec: Codec) -> Vector:
     """Returns the decoded values. The caller has checked the lengths."""
-    exact, vector = _exact(layout), np.empty(layout.size, np.float32)
-    count = int(exact.sum())
+    exact = _exact(layout, part)
+    vector, count = np.empty(len(exact), np.float32), int(exact.sum())
     vector[exact] = decode(values[: 4 * count], "float32", count)
-    vector[~exact] = decode(values[4 * count :], codec, layout.size - count)
+    vector[~exact] = decode(values[4 * count :], codec, len(exact) - count)
     return vector
+
+
+def _part(facts: Any) -> Part | None:
+    """Returns the part that the header names. Raises PayloadError for one that cannot exist."""
+    if facts is None:
+        return None
+    seed, round, fraction = facts["seed"], facts["round"], facts["fraction"]
+    if type(seed) is not int or type(round) is not int or type(fraction) is not float or not 0 < fraction <= 1:
+        raise PayloadError(f"The part {facts!r:.80} is not valid.")
+    return Part(seed=seed, round=round, fraction=fraction)
 
 
 def _header(data: bytes) -> dict[str, Any]:

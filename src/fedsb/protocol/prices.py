@@ -6,13 +6,16 @@ All figures are for the whole federation and all rounds, in the run's codec, wit
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 from fedsb.config.registry import method_types
 from fedsb.config.training import Codec
 from fedsb.methods.base import Method, Traffic
 from fedsb.protocol.codec import basis_codec, payload_bytes
+from fedsb.protocol.part import part_size
+from fedsb.protocol.schedule import Broadcasts
 from fedsb.utils.tensors import Shapes
 
 LORA_RANKS, CORE_RANKS = (4, 1), (32, 8)  # that other methods are priced at
@@ -44,7 +47,8 @@ class PricedRun:
     Args:
         head: values of the task head.
         clients: in each round.
-        whole: of each round's broadcasts, the number that the codec leaves in float32; empty: none.
+        fraction: of the values, that is sent in a round.
+        broadcasts: those that are not in the codec.
         up_bytes: of an update, by its number of values, in secure aggregation; None: as the codec has them.
         is_step: whether a round is one step with shared noise: what is summed are gradients of what is trained.
         sends_moments: whether a byte per trained value comes with each broadcast, with scale-then-privatize.
@@ -55,10 +59,22 @@ class PricedRun:
     clients: int
     rounds: int
     codec: Codec = "float32"
-    whole: Sequence[int] = ()
+    fraction: float = 1.0
+    broadcasts: Broadcasts = field(default_factory=Broadcasts)
     up_bytes: Callable[[int], int] | None = None
     is_step: bool = False
     sends_moments: bool = False
+
+    def size_of(self, method: Method) -> Callable[[int], int]:
+        """Returns the bytes of an update, by its number of values, of which a part is sent."""
+        fraction = self.fraction if method.spec.keeps_coordinates else 1.0
+        return lambda values: payload_bytes(self.codec, part_size(values, fraction))
+
+    def broadcast_size_of(self, method: Method, round: int) -> Callable[[int], int]:
+        """Returns the bytes of a broadcast that is not in float32, by its number of values."""
+        if method.spec.starts_afresh(sampled=self.broadcasts.sampled):
+            return partial(payload_bytes, basis_codec(self.codec))
+        return partial(payload_bytes, self.codec) if round == 0 else self.size_of(method)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,10 +105,10 @@ def price(method: Method, run: PricedRun, basis: PricedBasis | None = None, *, t
     )
     up, down, heads = 0, 0, basis.clients * basis.refreshes * payload_bytes("float32", each[0].head)
     for round, traffic in enumerate(each):
-        plain = clients if method.spec.changes_base else run.whole[round] if run.whole else 0
-        up_bytes, up_head = _message(codec, _summed(traffic, run), traffic.head, run.up_bytes)
-        down_bytes, down_head = _message(codec, traffic.down, traffic.head)
-        plain_bytes, plain_head = _message("float32", traffic.down, traffic.head)
+        plain = run.broadcasts.in_float32(method, round, clients)
+        up_bytes, up_head = _message(run.up_bytes or run.size_of(method), _summed(traffic, run), traffic.head)
+        down_bytes, down_head = _message(run.broadcast_size_of(method, round), traffic.down, traffic.head)
+        plain_bytes, plain_head = _message(partial(payload_bytes, "float32"), traffic.down, traffic.head)
         up += clients * up_bytes
         down += (clients - plain) * down_bytes + plain * plain_bytes
         if run.sends_moments:
@@ -113,11 +129,11 @@ def price(method: Method, run: PricedRun, basis: PricedBasis | None = None, *, t
     )
 
 
-def round_bytes(traffic: Traffic, run: PricedRun) -> dict[str, int]:
+def round_bytes(method: Method, traffic: Traffic, run: PricedRun) -> dict[str, int]:
     """Returns the bytes of one client, "up" and "down", in a round that follows another."""
     moments = traffic.step if run.sends_moments else 0
-    up, _ = _message(run.codec, _summed(traffic, run), traffic.head, run.up_bytes)
-    down, _ = _message(run.codec, traffic.down, traffic.head)
+    up, _ = _message(run.up_bytes or run.size_of(method), _summed(traffic, run), traffic.head)
+    down, _ = _message(run.broadcast_size_of(method, 1), traffic.down, traffic.head)
     return {"up": up, "down": down + moments}
 
 
@@ -126,10 +142,10 @@ def _summed(traffic: Traffic, run: PricedRun) -> int:
     return traffic.step - traffic.head if run.is_step else traffic.up
 
 
-def _message(codec: Codec, values: int, head: int, size_of: Callable[[int], int] | None = None) -> tuple[int, int]:
+def _message(size_of: Callable[[int], int], values: int, head: int) -> tuple[int, int]:
     """Returns (the bytes of one message, the head's part of them)."""
     n = values + head
-    size = payload_bytes(codec, n) if size_of is None or not n else size_of(n)
+    size = size_of(n) if n else 0
     return size, round(size * head / max(n, 1))
 
 

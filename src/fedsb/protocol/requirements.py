@@ -34,15 +34,15 @@ def refuse_what_facts_forbid(config: Config, method: Method) -> None:
             f"train.persist_optimizer_state: the coordinates of {facts.id} turn between rounds (its fact "
             "rotates_basis is true), old moments would point elsewhere; set it to false"
         )
-    if config.basis.refresh and method.adapter == "core" and not facts.global_model:
+    if config.basis.refresh and method.adapter == "core" and facts.own_models:
         faults.append(
-            f"basis.refresh: a new basis starts from the global model, and {facts.id} has none (its fact global_model "
-            "is false); leave it out"
+            f"basis.refresh: a new basis starts from the global model, but the clients of {facts.id} keep models of "
+            "their own (its fact own_models is true). Leave it out."
         )
-    averages = facts.supports_server_optimizer and facts.global_model
-    if config.server.average_last and (
-        not averages or facts.rotates_basis or facts.changes_base or config.basis.refresh
-    ):
+    if config.server.fraction < 1:
+        faults += _no_parts(config, method)
+    averages = facts.keeps_coordinates and facts.global_model
+    if config.server.average_last and (not averages or config.basis.refresh):
         faults.append(
             f"server.average_last = {config.server.average_last}: the tensors of {facts.id} mean something else "
             "in each round, or are not the global model, so their mean is not a model; leave it out (and basis.refresh)"
@@ -125,6 +125,23 @@ def _not_sharded(config: Config) -> list[str]:
     return faults
 
 
+def _no_parts(config: Config, method: Method) -> list[str]:
+    facts, said, faults = method.spec, f"server.fraction = {config.server.fraction}", []
+    if not facts.keeps_coordinates:
+        faults.append(
+            f"{said}: what is not sent in a round is added to later ones, but the values of {facts.id} mean something "
+            "else in each round, or are not averaged. Set it to 1."
+        )
+    if config.basis.refresh and method.adapter == "core":
+        faults.append(f"{said}: what is not sent yet would be lost with a new basis (basis.refresh). Set it to 1.")
+    if config.privacy.unit == "client" or noise_kind(config, method)[0] == "shared":
+        faults.append(
+            f"{said}: what a client does not send it adds to later messages, which the clip does not bound then. Set "
+            "it to 1."
+        )
+    return faults
+
+
 def _no_secure_sum(config: Config, method: Method) -> list[str]:
     facts, faults = method.spec, []
     if not facts.secagg_compatible:
@@ -143,12 +160,6 @@ def _no_secure_sum(config: Config, method: Method) -> list[str]:
     if config.server.codec != "float32":
         faults.append(
             "server.secure_aggregation has its own fixed-point format (server.secagg_bits): server.codec = 'float32'"
-        )
-    privacy = config.privacy
-    if config.server.secagg_fraction < 1 and (privacy.unit == "client" or noise_kind(config, method)[0] == "shared"):
-        faults.append(
-            f"server.secagg_fraction = {config.server.secagg_fraction}: what a client does not send it adds to later "
-            "sums, which the clip does not bound then; set it to 1"
         )
     if config.clients.total_ranks is not None or config.clients.memory_mib is not None:
         faults.append(

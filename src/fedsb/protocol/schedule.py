@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
 
 from fedsb.config.schema import Config
 from fedsb.methods.base import Method
@@ -32,14 +33,37 @@ def refreshes(config: Config, method: Method) -> list[int]:
     return list(range(every, config.rounds, every)) if every else []
 
 
-def whole_broadcasts(names: Sequence[str], config: Config, method: Method, odd: Collection[str]) -> list[int]:
-    """Returns how many broadcasts of each round a lossy codec leaves whole (protocol/compressor.py).
+@dataclass(frozen=True, kw_only=True)
+class Broadcasts:
+    """The broadcasts of a run that a lossy codec may leave in float32 (compressor.py).
 
-    These are all but the broadcasts to clients that were in the previous round with the same basis. `odd` contains the
-    clients whose rank differs from the method's.
+    Args:
+        sampled: whether some of the clients take part in a round.
+        other_rank: in each round, the clients whose rank differs from the method's.
+        late: in each round but the first, those clients and the ones that missed the round before, or its basis.
     """
-    cohorts = [set(sample(names, round, config)) for round in range(config.rounds)]
-    up_to_date = [set[str](), *(cohort - set(odd) for cohort in cohorts)]
+
+    sampled: bool = False
+    other_rank: Sequence[int] = ()
+    late: Sequence[int] = ()
+
+    def in_float32(self, method: Method, round: int, clients: int) -> int:
+        """Returns how many of a round's broadcasts have all values in float32, with a lossy codec or a part."""
+        if method.spec.changes_base:
+            return clients
+        if round == 0 or method.spec.starts_afresh(sampled=self.sampled):
+            return self.other_rank[round] if self.other_rank else 0
+        return self.late[round] if self.late else 0
+
+
+def broadcasts(names: Sequence[str], config: Config, method: Method, other_rank: Collection[str]) -> Broadcasts:
+    """Returns the broadcasts of a run; `other_rank` are the clients whose rank differs from the method's."""
+    cohorts, odd = [set(sample(names, round, config)) for round in range(config.rounds)], set(other_rank)
+    up_to_date = [set[str](), *(cohort - odd for cohort in cohorts)]
     for round in refreshes(config, method):
         up_to_date[round] = set()
-    return [len(cohort - before) for cohort, before in zip(cohorts, up_to_date, strict=False)]
+    return Broadcasts(
+        sampled=config.server.clients_per_round is not None,
+        other_rank=[len(cohort & odd) for cohort in cohorts],
+        late=[len(cohort - before) for cohort, before in zip(cohorts, up_to_date, strict=False)],
+    )

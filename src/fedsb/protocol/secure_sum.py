@@ -37,7 +37,7 @@ from fedsb.privacy.grid import LONGER, NARROWEST, NoiseGrid
 from fedsb.privacy.mechanism import DPMechanism
 from fedsb.privacy.plan import PrivacyPlan
 from fedsb.privacy.policy import PrivacyPolicy
-from fedsb.protocol.compressor import part_size
+from fedsb.protocol.part import part_size
 from fedsb.protocol.payload import Payload, pack
 from fedsb.protocol.tensors import norm_l2
 from fedsb.secagg.fixed_point import BITS, FixedPoint, Floats, Ring, Whole
@@ -227,7 +227,7 @@ def ring_of(plan: PrivacyPlan | None, clients: int, size: int) -> FixedPoint | N
 
 def masked_bytes(server: ServerConfig, plan: PrivacyPlan | None, values: int) -> int:
     """Returns the size in bytes of a masked update of `values` values; `plan` is that of a private run."""
-    n, ring = part_size(values, server.secagg_fraction), None
+    n, ring = part_size(values, server.fraction), None
     if plan is not None and (plan.unit == "client" or plan.shared is not None):
         ring = ring_of(plan, plan.shared.clients if plan.shared else plan.batch, n)
     return (ring or FixedPoint(clients=1, clip=1.0, bits=server.secagg_bits)).packed_bytes(n)

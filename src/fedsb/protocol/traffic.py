@@ -36,18 +36,19 @@ class TrafficCounter:
     def record(
         self, payload: bytes, round: int, client: str, direction: Direction, *, kind: Kind = "round", wire_bytes: int
     ) -> TrafficRecord:
-        layout, size = measure(payload)
+        layout, values, size = measure(payload)
         return TrafficRecord(
             round=round,
             client=client,
             direction=direction,
             kind=kind,
-            values=layout.size,
-            head_values=self.head_values(layout),
+            values=values,
+            head_values=self.head_values(layout, values),
             bytes=size,
             wire_bytes=wire_bytes,
         )
 
-    def head_values(self, layout: Layout) -> int:
-        """Returns how many of the values belong to the task head."""
-        return sum(size for (key, _), size in zip(layout.shapes, layout.sizes, strict=True) if key in self.head)
+    def head_values(self, layout: Layout, values: int | None = None) -> int:
+        """Returns how many of the values belong to the task head; of `values` that are sent, in proportion."""
+        head = sum(size for (key, _), size in zip(layout.shapes, layout.sizes, strict=True) if key in self.head)
+        return head if values is None else round(head * values / max(layout.size, 1))

@@ -199,6 +199,8 @@ def print_summary(folder: Path, found: Mapping[str, Any]) -> None:
         console.print(f"  adapter         {result['adapter']}")
     if result and (why := result.get("adapter_unchecked")):
         console.print(f"{'':<18}not checked: {why}", style="yellow")
+    if (folder / "clients").is_dir():
+        console.print(f"{'':<18}and each client's own one: {folder / 'clients'}")
     for text in found["data_warnings"]:
         console.print(f"  warning         {text}", style="yellow")
     if (folder / "report.html").exists():

@@ -21,7 +21,7 @@ from fedsb.privacy.shared import noise_kind, sends_moments
 from fedsb.privacy.statement import epsilon_at_most, epsilon_spent, privacy_statement, why_not_private
 from fedsb.protocol.prices import PricedBasis, PricedRun, price_list
 from fedsb.protocol.requirements import sum_bytes
-from fedsb.protocol.schedule import refreshes, whole_broadcasts
+from fedsb.protocol.schedule import broadcasts, refreshes
 from fedsb.reporting.report import summary, write_report
 from fedsb.reporting.run_directory import read_manifest, read_result, read_rows
 from fedsb.reporting.warnings import counted_rounds, run_warnings
@@ -33,6 +33,7 @@ from fedsb.utils.environment import git_hash, versions
 from fedsb.utils.errors import DiskError, RunError, UserError
 from fedsb.utils.files import safe_name, write_atomic
 from fedsb.utils.phases import Phases
+from fedsb.utils.tensors import Tensors
 
 
 def describe_start(
@@ -100,7 +101,8 @@ def describe_start(
                     clients=min(config.server.clients_per_round or len(server.clients), len(server.clients)),
                     rounds=config.rounds,
                     codec=config.server.codec,
-                    whole=whole_broadcasts([site.name for site in server.clients], config, method, server.ranks),
+                    fraction=config.server.fraction,
+                    broadcasts=broadcasts([site.name for site in server.clients], config, method, server.ranks),
                     up_bytes=sum_bytes(config, server.policy),
                     is_step=noise_kind(config, method)[0] == "shared",
                     sends_moments=sends_moments(config, method),
@@ -168,19 +170,20 @@ def round_row(
 def export(server: Server, state: State, record: Record) -> tuple[Path, UserError | RunError | None]:
     """Writes the adapter as plain LoRA below the run directory, loads it again with PEFT, and compares.
 
-    A method without a global model writes one adapter for each client. Files are written one by one, each whole or
-    not at all, the config last: a folder with an adapter_config.json is complete.
+    Clients with models of their own have one adapter each: in adapter/NAME, or in clients/NAME if there is a global
+    one too. Files are written one by one, each whole or not at all, the config last: a folder with an
+    adapter_config.json is complete.
 
     Returns the folder, and the fault of an adapter that PEFT does not load as it was trained. The run still completes,
     and its trained tensors are on disk.
     """
     folder, method = record.folder / "adapter", server.method
-    own = server.opened.local_clients.client_model
-    models = (
-        {folder: method.model(state)}
-        if method.spec.global_model
-        else {folder / safe_name(c.name): own(method, state, c.name) for c in server.clients}
-    )
+    own, models = server.opened.local_clients.client_model, dict[Path, Tensors]()
+    if method.spec.global_model:
+        models[folder] = method.model(state)
+    if method.spec.own_models and server.channel.spec.holds_rows:
+        where = record.folder / "clients" if method.spec.global_model else folder
+        models |= {where / safe_name(c.name): own(method, state, c.name) for c in server.clients}
     why = why_unchecked(server)
     facts = card_facts(record.folder) | ({} if why is None else {"Check": f"not checked: {why}"})
     try:

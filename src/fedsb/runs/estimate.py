@@ -45,7 +45,7 @@ from fedsb.protocol.requirements import (
     refuse_what_needs_weights,
     sum_bytes,
 )
-from fedsb.protocol.schedule import refreshes, whole_broadcasts
+from fedsb.protocol.schedule import broadcasts, refreshes
 from fedsb.runs.availability import Availability, find_availability
 from fedsb.runs.costs import Cost, Machine, Work, phase_costs
 from fedsb.training.basis import basis_values
@@ -156,7 +156,8 @@ def estimate(loaded: ResolvedConfig, also: Sequence[Method] = (), gpu: float | N
         clients=cohort,
         rounds=config.rounds,
         codec=config.server.codec,
-        whole=whole_broadcasts(names, config, method, ranks),
+        fraction=config.server.fraction,
+        broadcasts=broadcasts(names, config, method, ranks),
         up_bytes=up_bytes,
         is_step=noise_kind(config, method)[0] == "shared",
         sends_moments=sends_moments(config, method),
@@ -187,7 +188,7 @@ def estimate(loaded: ResolvedConfig, also: Sequence[Method] = (), gpu: float | N
             "head": traffic.head,
             "one_off": sum(bill.values()),
         },
-        "bytes_per_client_round": round_bytes(traffic, run),
+        "bytes_per_client_round": round_bytes(method, traffic, run),
         "prices": [price.as_dict() for price in prices],
         "compared": [f"{method.spec.id} (rank {method.rank})" for method in also],
         "privacy": privacy,

@@ -14,7 +14,7 @@ from fedsb.methods.base import State
 from fedsb.privacy.shared import sends_moments
 from fedsb.protocol.channel import NoResponse
 from fedsb.protocol.messages import NoKeys, Stale, SumRequest, Train, TrainReply
-from fedsb.protocol.payload import PayloadError, unpack
+from fedsb.protocol.payload import PayloadError
 from fedsb.protocol.traffic import TrafficRecord
 from fedsb.server.exchange import reason_of
 from fedsb.server.replies import ClientReply, Replies
@@ -133,7 +133,7 @@ class ServerRound:
             for name in without
         ]
         cohort = [name for name in cohort if name in keys.members]
-        message = unpack(self.payload(whole=False, rank=None)).tensors
+        message = server.method.broadcast(self.view)
         if server.compressor.codec != "float32":
             raise AssertionError("refused at the start: secure aggregation with a codec")
         shared = ClientRound(server.method, ClientView(self.view.shared), message, round, self.shared_hash)
@@ -144,8 +144,9 @@ class ServerRound:
         directory = {name: server.opened.directory[name] for name in cohort}
         terms = server.secure_sums.terms(round, self.shared_hash, directory, keys.plan, shared.against)
         layout = Layout.of(shared.trained) if terms.step else shared.layout
-        part = np.arange(layout.size)[server.compressor.part(layout.size, round)]
-        plan = terms.plan(len(part))  # raises for an impossible sum, before any client is charged for it
+        part = server.compressor.part(round)
+        places = np.arange(layout.size) if part is None else part.places(layout)
+        plan = terms.plan(len(places))  # raises for an impossible sum, before any client is charged for it
         self.sum = SumRequest(attempt=keys.plan.attempt, cohort=cohort)
         trained, masked = list[ClientReply](), list[Masked]()
         for answer in self.answers(cohort):
@@ -159,12 +160,12 @@ class ServerRound:
             server.secure_sums.charge(terms)
             self._charged = len(cohort)
         try:
-            found = secagg.add_up(terms, len(part), masked)
+            found = secagg.add_up(terms, len(places), masked)
         except SumError as error:
             why = "".join(f"\n  {drop.client}: {drop.reason}" for drop in replies.dropped)
             raise SumError(f"{error}{why}") from error
         values = np.zeros(layout.size)
-        values[part] = found.values
+        values[places] = found.values
         found = replace(found, values=values)
         if without:
             secagg.renew()
@@ -188,7 +189,7 @@ class ServerRound:
             direction="up",
             kind="round",
             values=plan.size,
-            head_values=round(self.server.counter.head_values(layout) * plan.size / layout.size),
+            head_values=self.server.counter.head_values(layout, plan.size),
             bytes=plan.grid.packed_bytes(plan.size),
             wire_bytes=len(reply.payload) + up,
         )

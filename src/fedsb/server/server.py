@@ -179,6 +179,7 @@ class Server:
             judge_norms=config.privacy.unit != "client",
             rows=self.rows,
             steps={name: self.local.steps_for(rows) for name, rows in self.rows.items()},
+            part=self.compressor.part(state.round) if self.secagg is None else None,
         )
         if self.secagg is None:
             updates, dropped = validate_updates(
@@ -245,7 +246,7 @@ class Server:
         payload = pack(Payload.of(tensors, kind="broadcast", run=self.run, round=state.round))
         request = Finish(run=self.run, card=dict(card), parts=(payload,))
         scores: dict[str, Score] = {}
-        last = dict.fromkeys(self.rows, request)
+        last = {name: request.model_copy(update={"state_round": state.accepted.get(name, 0)}) for name in self.rows}
         for name, reply in self.exchange.each(last, patient=True, what="The end of the run"):
             try:
                 if not isinstance(reply, FinishReply):

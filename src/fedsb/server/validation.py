@@ -18,6 +18,7 @@ from fedsb.adapters.layout import Layout
 from fedsb.config.training import Codec, ServerConfig
 from fedsb.methods.base import Method, State, Update
 from fedsb.protocol.compressor import baseline_upload, codec_of
+from fedsb.protocol.part import Part
 from fedsb.protocol.payload import Payload, PayloadError, Vector, unpack
 from fedsb.protocol.tensors import norm_l2, rejection_of
 from fedsb.server.spool import Spool
@@ -53,11 +54,17 @@ class UpdateRules:
     expected: UpdateSpec
     at_rank: Mapping[str, UpdateSpec] = field(default_factory=dict)  # of clients whose rank is not the method's
     codec: Codec = "float32"
+    part: Part | None = None
     weighting: Literal["samples", "uniform"] = "samples"
     max_norm_ratio: float = 30.0  # an update whose change per step is this many times the median is dropped
     rows: Mapping[str, int] = field(default_factory=dict)  # of each client, where they are known: what it may claim
     steps: Mapping[str, int] = field(default_factory=dict)  # of each client's local training; 1 where not given
     min_clients: int = 1
+
+    @property
+    def change(self) -> bool:
+        """Returns whether a change is sent, and not the tensors themselves."""
+        return self.codec != "float32" or self.part is not None
 
     def of(self, client: str) -> UpdateSpec:
         return self.at_rank.get(client, self.expected)
@@ -82,6 +89,7 @@ def update_rules(
     judge_norms: bool = True,
     rows: Mapping[str, int] | None = None,  # of each client
     steps: Mapping[str, int] | None = None,  # optimiser steps that each client takes in a round
+    part: Part | None = None,  # of the values, that is sent in this round
 ) -> UpdateRules:
     """Returns the rules of the round that starts at `state`.
 
@@ -96,6 +104,7 @@ def update_rules(
         expected=UpdateSpec.of(method, state, None),
         at_rank={client: by_rank[rank] for client, rank in ranks.items()},
         codec=codec_of(server, method),
+        part=part,
         weighting=server.weighting,
         max_norm_ratio=server.max_norm_ratio if judge_norms else math.inf,
         min_clients=1 if method.spec.pools_data else server.min_clients,
@@ -121,7 +130,7 @@ def validate_updates(
     dropped: list[Dropped] = []
     for client, data in payloads:
         try:
-            payload = _decoded(unpack(data), rules.of(client))
+            payload = _decoded(unpack(data), rules.part, rules.of(client))
         except PayloadError as error:
             dropped.append(Dropped(client=client, reason=str(error)))
             continue
@@ -148,12 +157,18 @@ def validate_updates(
     return [Update(client=name, weight=weights[name], tensors=read[name]) for name in in_order], dropped
 
 
-def _decoded(payload: Payload, spec: UpdateSpec) -> Payload:
-    """Returns the payload with the tensors themselves: with a lossy codec a change travels."""
-    if payload.codec == "float32" or payload.layout != spec.layout:  # another layout is left to `rejection_reason`
+def _decoded(payload: Payload, part: Part | None, spec: UpdateSpec) -> Payload:
+    """Returns the payload with the tensors themselves, also where a change was sent.
+
+    Raises PayloadError for a wrong part.
+    """
+    if payload.part != part:
+        raise PayloadError(f"its part of the values is {payload.part}, this round's is {part}")
+    if not payload.change or payload.layout != spec.layout:  # another layout is left to `rejection_reason`
         return payload
+    change = payload.whole(spec.layout)
     with np.errstate(over="ignore", invalid="ignore"):  # a stranger's numbers, which `rejection_reason` checks
-        return replace(payload, vector=payload.vector + spec.reference)
+        return replace(change, vector=change.vector + spec.reference)
 
 
 def rejection_reason(client: str, payload: Payload, rules: UpdateRules) -> str | None:
@@ -165,6 +180,7 @@ def rejection_reason(client: str, payload: Payload, rules: UpdateRules) -> str |
         ("round", payload.round + 1, rules.round + 1),  # as users count
         ("basis", payload.basis, rules.basis),
         ("codec", payload.codec, rules.codec),
+        ("change", payload.change, rules.change),
     )
     for what, value, expected in claims:
         if value != expected:
