@@ -36,6 +36,7 @@ SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 # Parameters as the models' own pages print them; encoders without a head.
 PARAMETERS = {
     MISTRAL: 7_241_732_096,
+    "mistralai/Mistral-7B-v0.3": 7_248_023_552,
     GEMMA: 9_241_705_984,
     LLAMA: 3_212_749_824,
     "meta-llama/Llama-3.2-1B": 1_235_814_400,

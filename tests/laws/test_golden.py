@@ -26,6 +26,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "fed-sb-core-basis": {"method": {"name": "fed-sb", "rank": 4}, "basis": {"kind": "core", "samples": 20}},
     "fed-sb-refreshed": {"method": {"name": "fed-sb", "rank": 4}, "basis": {"kind": "random", "refresh": 2}},
     "fed-sb-int4": {"method": {"name": "fed-sb", "rank": 4}, "server": {"codec": "int4"}},
+    "fed-sb-int2-part": {"method": {"name": "fed-sb", "rank": 4}, "server": {"codec": "int2", "fraction": 0.5}},
+    "fed-sb-personal": {"method": {"name": "fed-sb-personal", "rank": 4}},
     "ravan": {"method": {"name": "ravan", "rank": 2, "blocks": 3}},
     "hetlora": {"method": {"name": "hetlora", "rank": 4, "gamma": 0.5}, "clients": {"total_ranks": {"site 1": 2}}},
     "local": {"method": {"name": "local", "rank": 3}},

@@ -129,7 +129,7 @@ def test_the_control_of_a_method_has_its_adapter(control: str, name: str) -> Non
     for each in (method, built):
         state = each.start(SHAPES, basis, {}, 0)
         own = each.init_client(state.shared, each.broadcast(state), {}, 0)
-        trained.append({key: tuple(own[key].shape) for key in own})
+        trained.append({key: tuple(own[key].shape) for key in own if not key.endswith(".P")})  # a client's own core
     assert trained[0] == trained[1]
 
 
