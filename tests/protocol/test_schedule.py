@@ -45,15 +45,16 @@ def in_float32(config: Config, method: Method, other_rank: Sequence[str] = ()) -
 def test_where_all_take_part_only_clients_of_another_rank_receive_float32() -> None:
     assert in_float32(config(None), FedSB(rank=2)) == [0] * 6
     assert in_float32(config(None), FedSB(rank=2), ["b", "d"]) == [2] * 6
+    assert in_float32(config(None), FedIT(rank=2)) == [5, 0, 0, 0, 0, 0]  # its factors start at random
     assert in_float32(config(None), FLoRA(rank=2)) == [5] * 6
 
 
 @pytest.mark.parametrize("method", [RoLoRA(rank=2), FlexLoRA(rank=2)])
 def test_a_client_that_missed_a_round_receives_float32(method: Method) -> None:
     cohorts = [set(sample(NAMES, round, config(3))) for round in range(6)]
-    wanted = [0] + [len(now - before) for before, now in pairwise(cohorts)]
+    wanted = [3] + [len(now - before) for before, now in pairwise(cohorts)]
     assert in_float32(config(3), method) == wanted
-    assert 0 < sum(wanted) < 15
+    assert 0 < sum(wanted[1:]) < 15
 
 
 def test_a_sample_of_clients_receives_the_tensors_in_the_codec() -> None:

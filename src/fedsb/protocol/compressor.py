@@ -4,7 +4,7 @@
     up     c_k = Q(x_k - b_k + e_k),  e_k <- x_k - b_k + e_k - c_k       the server takes b_k + c_k for client k's x_k
     next   s <- aggregate(h, all b_k + c_k) + (s - h)
 
-Q is the codec, h is 0 before the first round, x_k what client k would send, b_k the baseline (the same without
+Q is the codec, h is 0 before the first round of a core, x_k what client k would send, b_k the baseline (the same without
 training, which the server can compute for itself), and e_k the client's error feedback. All clients start from h, none
 from s. Error feedback for updates as in Karimireddy et al. (ICML 2019, arXiv 1901.09847), in both directions as in
 DoubleSqueeze (Tang et al., ICML 2019, arXiv 1905.05957). In float32 nothing is lost: tensors travel as they are, h = s,
@@ -13,11 +13,11 @@ and no one keeps anything.
 A basis travels in the codec too, in at least 4 bits, without error feedback: its receiver makes it orthonormal again.
 
 A broadcast carries h itself, in float32, to a client that missed the last round (its h is older), to a client whose
-rank is not the method's (its corner of h has other blocks), and to all clients after a new basis. Where a sample of the
-clients takes part in each round (server.clients_per_round), most of them missed the last one. Then all receive Q(s), in
-at least 4 bits, and keep no h, if the method takes a mean of values that mean the same in every round. A method that
-changes the base broadcasts in float32: what is added there is never sent again, so no later message would correct an
-error.
+rank is not the method's (its corner of h has other blocks), and to all clients after a new basis, and in the first
+round of LoRA's factors, which start at random. Where a sample of the clients takes part in each round
+(server.clients_per_round), most of them missed the last one. Then all receive Q(s), in at least 4 bits, and keep no h,
+if the method takes a mean of values that mean the same in every round. A method that changes the base broadcasts in
+float32: what is added there is never sent again, so no later message would correct an error.
 
 e_k is part of the client's state, as "codec/<tensor>":
 - an update that the server drops leaves e_k as it was before that round;
@@ -162,8 +162,12 @@ class Compressor:
     # --- private ---
 
     def _in_float32(self, method: Method, state: State) -> bool:
-        """Returns whether all broadcasts of a round have all values in float32, as after a new basis."""
-        new = state.round > 0 and not state.client_view and self.keeps_view(method)
+        """Returns whether all broadcasts of a round have all values in float32.
+
+        A core starts at 0, but factors start at random, and errors in them would be errors of the adapter.
+        """
+        first_core = state.round == 0 and method.adapter == "core"
+        new = not state.client_view and self.keeps_view(method) and not first_core
         return new or not self.is_lossy or method.spec.changes_base
 
     def _with_owed(self, payload: Payload, baseline: Vector, client_state: Tensors) -> tuple[Vector, Tensors]:

@@ -51,8 +51,10 @@ class Broadcasts:
         """Returns how many of a round's broadcasts have all values in float32, with a lossy codec or a part."""
         if method.spec.changes_base:
             return clients
-        if round == 0 or method.spec.starts_afresh(sampled=self.sampled):
+        if (round == 0 and method.adapter == "core") or method.spec.starts_afresh(sampled=self.sampled):
             return self.other_rank[round] if self.other_rank else 0
+        if round == 0:
+            return clients
         return self.late[round] if self.late else 0
 
 
