@@ -4,11 +4,11 @@
     up     c_k = Q(x_k - b_k + e_k),  e_k <- x_k - b_k + e_k - c_k       the server takes b_k + c_k for client k's x_k
     next   s <- aggregate(h, all b_k + c_k) + (s - h)
 
-Q is the codec, x_k what client k would send, b_k the baseline (the same without training, which the server can compute
-for itself), and e_k the client's error feedback. h is 0 before the first round of a core. All clients start from h, none
-from s. Error feedback for updates as in Karimireddy et al. (ICML 2019, arXiv 1901.09847), in both directions as in
-DoubleSqueeze (Tang et al., ICML 2019, arXiv 1905.05957). In float32 nothing is lost: tensors travel as they are, h = s,
-and no one keeps anything.
+Q is the codec, x_k what client k would send, b_k the baseline (the same without training, which the server can
+compute for itself), and e_k the client's error feedback. h is 0 before the first round of a core. All clients start
+from h, none from s. Error feedback for updates as in Karimireddy et al. (ICML 2019, arXiv 1901.09847), in both
+directions as in DoubleSqueeze (Tang et al., ICML 2019, arXiv 1905.05957). In float32 nothing is lost: tensors travel
+as they are, h = s, and no one keeps anything.
 
 A basis travels in the codec too, in at least 4 bits, without error feedback: its receiver makes it orthonormal again.
 
