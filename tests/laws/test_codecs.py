@@ -42,27 +42,35 @@ def sent_bytes(folder: Path) -> dict[str, int]:
     return {way: sum(row["bytes"] for row in rows if row["direction"] == way) for way in ("up", "down")}
 
 
+EVERY_CODEC = [
+    pytest.param({"name": "fed-sb", "rank": 4}, {"clients_per_round": 2}, id="fed-sb"),
+    pytest.param({"name": "fed-sb", "rank": 3, "blocks": 2}, {}, id="fed-sb, everyone"),
+    pytest.param({"name": "ravan", "rank": 2, "blocks": 3}, {"clients_per_round": 2}, id="ravan"),
+    pytest.param({"name": "fedit", "rank": 2}, {"clients_per_round": 2}, id="fedit"),
+    pytest.param({"name": "fedsvd", "rank": 2}, {"clients_per_round": 2}, id="fedsvd"),
+    pytest.param({"name": "rolora", "rank": 2}, {}, id="rolora"),  # who is late gets both factors
+    pytest.param({"name": "flora", "rank": 2}, {}, id="flora"),  # and here all of the carried adapter
+    pytest.param({"name": "local", "rank": 2}, {"clients_per_round": 2}, id="local"),
+    pytest.param({"name": "central", "rank": 2}, {}, id="central"),
+]
+PARTS = [
+    pytest.param({"name": "fed-sb", "rank": 4}, {"fraction": 0.3}, id="fed-sb, a part"),
+    pytest.param({"name": "fed-sb", "rank": 4}, {"fraction": 0.3, "clients_per_round": 2}, id="both"),
+    pytest.param({"name": "fedit", "rank": 2}, {"fraction": 0.25}, id="fedit, a part"),
+    pytest.param({"name": "rolora", "rank": 2}, {"fraction": 0.5}, id="rolora, a part"),
+]
+
+
+def with_codecs(cases: Sequence[Any], codecs: Sequence[str]) -> list[Any]:
+    return [pytest.param(*case.values, codec, id=f"{case.id}, {codec}") for case in cases for codec in codecs]
+
+
 @pytest.mark.parametrize(
-    ("method", "server"),
-    [
-        pytest.param({"name": "fed-sb", "rank": 4}, {"clients_per_round": 2}, id="fed-sb"),
-        pytest.param({"name": "fed-sb", "rank": 3, "blocks": 2}, {}, id="fed-sb, everyone"),
-        pytest.param({"name": "fed-sb", "rank": 4}, {"fraction": 0.3}, id="fed-sb, a part"),
-        pytest.param({"name": "fed-sb", "rank": 4}, {"fraction": 0.3, "clients_per_round": 2}, id="both"),
-        pytest.param({"name": "ravan", "rank": 2, "blocks": 3}, {"clients_per_round": 2}, id="ravan"),
-        pytest.param({"name": "fedit", "rank": 2}, {"clients_per_round": 2}, id="fedit"),
-        pytest.param({"name": "fedit", "rank": 2}, {"fraction": 0.25}, id="fedit, a part"),
-        pytest.param({"name": "fedsvd", "rank": 2}, {"clients_per_round": 2}, id="fedsvd"),
-        pytest.param({"name": "rolora", "rank": 2}, {}, id="rolora"),  # who is late gets both factors
-        pytest.param({"name": "rolora", "rank": 2}, {"fraction": 0.5}, id="rolora, a part"),
-        pytest.param({"name": "flora", "rank": 2}, {}, id="flora"),  # and here all of the carried adapter
-        pytest.param({"name": "local", "rank": 2}, {"clients_per_round": 2}, id="local"),
-        pytest.param({"name": "central", "rank": 2}, {}, id="central"),
-    ],
+    ("method", "server", "codec"),
+    [*with_codecs(EVERY_CODEC, CODECS), *with_codecs(PARTS, ("float32", "int4", "int2"))],
 )
-@pytest.mark.parametrize("codec", CODECS)
 def test_law_4_bytes_of_every_codec(
-    tiny_config: dict[str, Any], tmp_path: Path, codec: str, method: dict[str, Any], server: dict[str, Any]
+    tiny_config: dict[str, Any], tmp_path: Path, method: dict[str, Any], server: dict[str, Any], codec: str
 ) -> None:
     """Bytes measured on all envelopes of a run equal the price in its manifest, and that of `fedsb check`."""
     server = {"codec": codec, **server}

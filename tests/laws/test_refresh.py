@@ -126,5 +126,5 @@ def test_what_cannot_be_refreshed_is_refused(tiny_config: dict[str, Any]) -> Non
     with pytest.raises(UserError, match=r"refresh has no effect with kind = 'weights'"):
         load_config(set_all(tiny_config, basis={"kind": "weights", "refresh": 2}))
     config = set_all(tiny_config, method={"name": "local", "rank": 2}, basis={"kind": "random", "refresh": 2})
-    with pytest.raises(UserError, match=r"its fact global_model is false"):
+    with pytest.raises(UserError, match=r"its fact own_models is true"):
         federate(load_config(config))
