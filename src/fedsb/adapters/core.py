@@ -55,6 +55,12 @@ def core_left(B: Tensor, R_hrr: Tensor) -> Tensor:
     return torch.einsum("mhr,hrq->mhq", B.reshape(-1, h, r), R_hrr).reshape(-1, h * r)
 
 
+def whole_core(R: Tensor, s: Tensor | None, P: Tensor | None) -> Tensor:
+    """Returns s R + P (..., h, r, r), with RAVAN's scalars s (..., h) and a client's own core P, if there are any."""
+    R = R if s is None else R * s[..., None, None]
+    return R if P is None else R + P
+
+
 class CoreLinear(AdaptedLinear):
     """A frozen linear layer with a core adapter: y = x W0' + s * sum_i x A_i' R_i' B_i'."""
 
@@ -79,6 +85,5 @@ class CoreLinear(AdaptedLinear):
 
     def adapter(self, x: Tensor) -> Tensor:
         assert self.A is not None and self.B is not None and self.R is not None
-        R = self.R if self.s is None else self.R * self.s[..., None, None]
-        R = (R if self.P is None else R + self.P).to(x.device)
+        R = whole_core(self.R, self.s, self.P).to(x.device)
         return core_forward(x, self.A.to(x.dtype), self.B.to(x.dtype), R, self.scale)

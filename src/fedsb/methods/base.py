@@ -62,7 +62,7 @@ from pydantic import ConfigDict, SerializerFunctionWrapHandler, model_serializer
 from torch import Tensor
 
 from fedsb.adapters.basis import Basis
-from fedsb.adapters.core import core_left
+from fedsb.adapters.core import core_left, whole_core
 from fedsb.adapters.factors import Factors
 from fedsb.adapters.residual import apply_delta, delta_of, is_delta, residual_factors, residual_of
 from fedsb.config.section import Positive, Section
@@ -278,10 +278,6 @@ class Method(Section):
     def _factors(self, tensors: Tensors, layer: str) -> Factors:
         A, B = tensors[f"{layer}.A"], tensors[f"{layer}.B"]
         if self.adapter == "core":
-            R = tensors[f"{layer}.R"]
-            if (s := tensors.get(f"{layer}.s")) is not None:
-                R = R * s[:, None, None]
-            if (P := tensors.get(f"{layer}.P")) is not None:
-                R = R + P
+            R = whole_core(tensors[f"{layer}.R"], tensors.get(f"{layer}.s"), tensors.get(f"{layer}.P"))
             B = core_left(B, R)
         return Factors(A=A, B=B, scale=self.scale)

@@ -48,10 +48,16 @@ def part_size(values: int, fraction: float) -> int:
     return math.ceil(fraction * values)
 
 
+@lru_cache(maxsize=16)
+def single_values(layout: Layout) -> NDArray[np.bool_]:
+    """Returns (P,), true for the tensors of one value."""
+    sizes = np.array(layout.sizes, dtype=np.int64)
+    return np.repeat(sizes == 1, sizes)
+
+
 @lru_cache(maxsize=4)  # the updates of a round have the same
 def _places(part: Part, layout: Layout) -> Places:
-    sizes = np.array(layout.sizes, dtype=np.int64)
-    exact = np.repeat(sizes == 1, sizes)
+    exact = single_values(layout)
     others = np.flatnonzero(~exact)
     period, size = math.ceil(1 / part.fraction), part.size(len(others))
     cycle, index = divmod(part.round, period)

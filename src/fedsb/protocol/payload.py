@@ -27,7 +27,7 @@ from safetensors.numpy import load, save
 from fedsb.adapters.layout import Layout
 from fedsb.config.training import Codec
 from fedsb.protocol.codec import CODECS, Bytes, decode, encode, payload_bytes
-from fedsb.protocol.part import Part
+from fedsb.protocol.part import Part, single_values
 
 VERSION = 4
 LAYOUT_LIMIT = 1 << 24  # bytes of a layout when unpacked: a million tensors; more is an attack
@@ -195,14 +195,12 @@ def _counts(layout: Layout, part: Part | None) -> tuple[int, int]:
     return part.size(coded) if part else coded, exact
 
 
-@lru_cache(maxsize=16)
 def _exact(layout: Layout, part: Part | None) -> NDArray[np.bool_]:
     """Returns (values,), true for the tensors of one value: they may be whole numbers (a rank)."""
-    if part is not None:
-        coded, exact = _counts(layout, part)
-        return np.arange(coded + exact) < exact
-    sizes = np.array(layout.sizes, dtype=np.int64)
-    return np.repeat(sizes == 1, sizes)
+    if part is None:
+        return single_values(layout)
+    coded, exact = _counts(layout, part)
+    return np.arange(coded + exact) < exact
 
 
 def _encoded(payload: Payload, draw: np.random.Generator | None) -> Bytes:
