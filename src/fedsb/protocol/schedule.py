@@ -40,7 +40,7 @@ class Broadcasts:
     Args:
         sampled: whether some of the clients take part in a round.
         other_rank: in each round, the clients whose rank differs from the method's.
-        late: in each round but the first, those clients and the ones that missed the round before, or its basis.
+        late: in each round, those clients and the ones that missed the round before, or its basis; in the first, all.
     """
 
     sampled: bool = False
@@ -53,8 +53,6 @@ class Broadcasts:
             return clients
         if (round == 0 and method.adapter == "core") or method.spec.starts_afresh(sampled=self.sampled):
             return self.other_rank[round] if self.other_rank else 0
-        if round == 0:
-            return clients
         return self.late[round] if self.late else 0
 
 
