@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fedsb.adapters.basis import basis_hash, make_basis, random_pair
 from fedsb.adapters.layout import Layout
+from fedsb.client.round import ClientView
 from fedsb.config.registry import build_method
 from fedsb.config.training import Codec, ServerConfig
 from fedsb.methods.averaging import ServerOptimizer
@@ -68,6 +69,8 @@ def received(
     """The payload that a client receives, and the tensors that it decodes; it received the last round's broadcast."""
     shared_hash = basis_hash(view.shared)
     payload = unpack(compressor.broadcast(method, state, view, shared_hash, missed_last_round=late, total_rank=rank))
+    if payload.kind == "start":
+        return payload, method.broadcast(state)
     message = read_change(state.client_view, payload) if payload.change else payload.tensors
     return payload, message
 
@@ -133,24 +136,35 @@ def test_a_client_that_receives_every_broadcast_holds_the_servers_view_of_it(
 ) -> None:
     """Bit for bit, from the payloads alone: h in its tensors, and the shared state."""
     compressor, (method, state) = compressor_of(codec, fraction=fraction), start(name)
+    state, client = compressor.start(method, state), ClientView(state.shared, state.tensors)
     kept: dict[str, Any] = {}
-    held: dict[str, Tensor] = {}
-    shared = state.shared
     for _ in range(4):
         view = compressor.client_view(method, state)
         payload, _ = received(compressor, method, state, view)
-        before = {**shared, **held}  # RoLoRA's factors are in the shared state before they are sent
-        message = read_change(before, payload) if payload.change else payload.tensors
-        held |= message
-        shared = method.update_shared(shared, message)
-        assert same(shared, view.shared) and payload.basis == basis_hash(shared)
-        assert all(torch.equal(held[key], view.tensors[key]) for key in held if key in view.tensors)
+        assert (payload.values == 0) == (state.round == 0 and not method.spec.changes_base)
+        round = client.receive(method, payload, None, keeps=compressor.keeps_view(method))
+        assert round is not None
+        client, shared, message = round.view, round.view.shared, round.message
+        assert same(shared, view.shared) and round.shared_hash == basis_hash(shared)
+        assert all(torch.equal(x, view.tensors[key]) for key, x in client.tensors.items())
         late, whole = received(compressor, method, state, view, late=True)
         assert late.codec == "float32" and not late.change
         mine = method.init_client(shared, message, {}, state.round)
         theirs = method.init_client(method.update_shared(view.shared, whole), whole, {}, state.round)
         assert same(mine, theirs)  # a client that missed the last round starts from the same tensors
         state = one_round(compressor, method, state, kept)
+
+
+def test_a_client_with_another_start_does_not_begin_from_it() -> None:
+    """In its tensors, or in its basis; nor does one that has lost its start."""
+    compressor, (method, state) = compressor_of("int2"), start("fed-sb")
+    payload, _ = received(compressor, method, compressor.start(method, state), state)
+    for shared, tensors in (
+        (state.shared, {key: x + 1e-7 for key, x in state.tensors.items()}),
+        ({key: x + 1e-7 for key, x in state.shared.items()}, state.tensors),
+        (state.shared, {}),
+    ):
+        assert ClientView(shared, tensors).receive(method, payload, None, keeps=True) is None
 
 
 @pytest.mark.parametrize("name", ["fed-sb", "fedit", "rolora"])

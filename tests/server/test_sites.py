@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from conftest import set_all
+from conftest import adapter_bytes, set_all
 from fedsb.client.handler import SiteHandler
 from fedsb.client.round import ClientView
 from fedsb.client.session import StartedClient
@@ -253,6 +253,36 @@ def test_a_site_that_fails_while_it_catches_up_misses_the_round(tiny_config: dic
         ["failed: RunError at the site (the site's log has the reason)"],
         [],
     ]
+
+
+@pytest.mark.parametrize("server", [{"codec": "int4"}, {"codec": "int4", "clients_per_round": 2}])
+def test_a_site_whose_start_differs_receives_the_servers(
+    tiny_config: dict[str, Any], tmp_path: Path, server: dict[str, Any]
+) -> None:
+    """Other hardware may draw a head that differs in its last bits."""
+
+    def run(folder: Path, change: float) -> tuple[Path, dict[str, int]]:
+        sites = federation(folder)
+        honest = sites.channel.handles["site 0"]
+
+        def other_start(request: bytes) -> bytes:
+            asked = read_request(request)
+            if asked.verb == "train" and unpack(asked.payload).kind == "start":
+                store = honest.client.store  # type: ignore[attr-defined]
+                view = store.view(0)
+                store.save_start(replace(view, tensors={key: x + change for key, x in view.tensors.items()}), 0)
+            return honest(request)
+
+        sites.channel.handles["site 0"] = other_start
+        config = set_all(remote_of(tiny_config, {}), server=server, out=str(folder / "runs"))
+        found = federate(load_config(config), open_federation=sites.open_federation).folder
+        sent = [row for row in read_rows(found / "traffic.jsonl") if row["round"] == 1 and row["direction"] == "down"]
+        return found, {row["client"]: row["values"] for row in sent if row["values"]}
+
+    same, nothing = run(tmp_path / "same", 0.0)
+    other, values = run(tmp_path / "other", 1e-6)
+    assert nothing == {} and values.keys() == {"site 0"}
+    assert adapter_bytes(same) == adapter_bytes(other)
 
 
 def test_only_a_round_has_the_deadline(tiny_config: dict[str, Any], tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ from fedsb.adapters.basis import basis_hash
 from fedsb.adapters.layout import Layout
 from fedsb.adapters.residual import is_delta, is_residual
 from fedsb.data.clients import ClientData
-from fedsb.methods.base import Method
+from fedsb.methods.base import Method, State
 from fedsb.privacy.scaling import unpack_moments
-from fedsb.protocol.compressor import baseline_upload, read_change
+from fedsb.protocol.compressor import baseline_upload, read_change, start_hash
 from fedsb.protocol.payload import Payload, Vector
 from fedsb.protocol.tensors import within
 from fedsb.utils.errors import RefusalError
@@ -26,7 +26,7 @@ class ClientView:
 
     Args:
         shared: the shared state.
-        tensors: as decoded from the last broadcasts; a lossy codec's change is added to them.
+        tensors: those of the start, or as decoded from the last broadcasts; a lossy codec's change is added to them.
         rounds: how many rounds' changes are in the shared state.
     """
 
@@ -47,6 +47,8 @@ class ClientView:
 
         A view that has the changes of all rounds so far, because the run was resumed here, does not add them again.
         """
+        if payload.kind == "start":
+            return self._started(method, payload, keeps=keeps)
         message = read_change(self.tensors, payload) if payload.change else payload.tensors
         new = message
         if self.rounds == payload.round:
@@ -57,6 +59,14 @@ class ClientView:
         own = method if total_rank is None else method.at(total_rank)
         view = ClientView(now.shared, {**self.tensors, **message} if keeps else {}, payload.round, now.hash)
         return ClientRound(own, view, message, payload.round, payload.basis)
+
+    def _started(self, method: Method, payload: Payload, *, keeps: bool) -> ClientRound | None:
+        """Returns the first round, from the start that this client has computed; None if it is not the server's."""
+        if payload.basis != start_hash(self.hash, self.tensors):
+            return None
+        message = method.broadcast(State(tensors=self.tensors, shared=self.shared))
+        view = ClientView(self.shared, self.tensors if keeps else {}, 0, self.hash)
+        return ClientRound(method, view, message, 0, self.hash)
 
     def updated(self, shared: Tensors) -> ClientView:
         """Returns a view with this shared state, whose hash is computed where it has changed."""

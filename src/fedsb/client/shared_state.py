@@ -53,7 +53,7 @@ class ClientSharedState:
         if self.method.adapter == "core" and self.config.basis.kind not in ("random", "weights"):
             return None
         basis = self.trainer.data_free_basis(0) if self.method.adapter == "core" else None
-        return self._hold(self.memo.get(("start", 0), lambda: ClientView(self._start(basis), self._known())), 0)
+        return self._hold(self.memo.get(("start", 0), lambda: self._start(basis)), 0)
 
     def basis_gradient(self, request: BasisGradient) -> BasisGradientReply:
         """Returns this client's S of a `core` basis. It is made once: a second request gets the stored payload."""
@@ -89,9 +89,9 @@ class ClientSharedState:
             received, kind = unpack(request.payload).tensors, self.config.basis.kind
             outer = self._outer(round) if kind == "core" else {}
             A, B = inner_basis(received, outer) if outer else whole_basis(received, self.trainer.shapes)
-            shared = {**self._start(Basis(kind=kind, A=A, B=B)), **within("residual", self.store.refresh_start())}
-            self._check_shared(shared)
-            return ClientView(shared, self._known(), round)
+            view = self._start(Basis(kind=kind, A=A, B=B), within("residual", self.store.refresh_start()), round)
+            self._check_shared(view.shared)
+            return view
 
         with fitting():
             view = self.memo.get(("basis", request.payload, round), build)
@@ -123,8 +123,11 @@ class ClientSharedState:
     def set_shared(self, shared: Tensors) -> str:
         """Takes `shared` as the shared state at the start. Raises RefusalError for a basis that is not orthonormal."""
         self._check_shared(shared)
-        round = self.store.start_round
-        return self._hold(ClientView(shared, self._known(), round), round)
+        round, basis = self.store.start_round, None
+        if self.method.adapter == "core":
+            A, B = ({layer: shared[f"{layer}.{side}"] for layer in self.trainer.shapes} for side in "AB")
+            basis = Basis(kind=self.config.basis.kind, A=A, B=B)
+        return self._hold(replace(self._start(basis, round=round), shared=shared), round)
 
     def refresh(self, request: Refresh) -> str | None:
         """Merges the adapter into the residual, for a new basis that starts from here.
@@ -149,8 +152,7 @@ class ClientSharedState:
 
         def build() -> ClientView:
             basis = self.trainer.data_free_basis(payload.round)
-            shared = {**self._start(basis), **within("residual", start)}
-            return ClientView(shared, self._known(), payload.round)
+            return self._start(basis, within("residual", start), payload.round)
 
         return self._hold(self.memo.get(("start", payload.round), build), payload.round)
 
@@ -175,14 +177,10 @@ class ClientSharedState:
         self.store.save_start(view, round)
         return view.hash
 
-    def _start(self, basis: Basis | None) -> Tensors:
-        return self.trainer.start_state(basis).shared
-
-    def _known(self) -> Tensors:
-        """Returns the tensors of the server that a client knows at the start: none of a core, whose start is sent."""
-        if self.method.adapter == "core":
-            return {}
-        return self.memo.get(("known",), lambda: self.trainer.start_state(None).tensors)
+    def _start(self, basis: Basis | None, residual: Tensors | None = None, round: int = 0) -> ClientView:
+        """Returns the view of a client before any broadcast; `basis` without a first step, if there is one."""
+        start = self.trainer.start_state(basis)
+        return ClientView({**start.shared, **(residual or {})}, start.tensors, round)
 
     def _basis_start(self) -> Tensors:
         """Returns the tensors at which gradients are computed: the head, and the current residual adapter."""

@@ -22,11 +22,6 @@ def _uses_side(config: Config) -> bool:
     return basis.kind == "weights" or (basis.kind == "core" and basis.outer == "weights")
 
 
-def _steps_ahead(config: Config) -> bool:
-    basis = config.basis
-    return basis.R0 == "step" or (basis.R0 == "auto" and basis.kind in ("update", "update-pooled"))
-
-
 def _reports_share(config: Config) -> bool:
     return config.engine.name == "in_process" and not config.privacy.on
 
@@ -68,7 +63,7 @@ class BasisConfig(Section):
     """Whether the singular vectors of large models are kept in the user's cache folder for the next run."""
     R0: Annotated[Literal["auto", "zero", "step"], used_if("basis.kind", *FROM_GRADIENTS)] = "auto"
     """Initial R: zero, or one approximate full step. Default: a step for 'update', else zero."""
-    eta: Annotated[Rate | Auto, UsedIf(_steps_ahead, "R starts at zero")] = "auto"
+    eta: Annotated[Rate | Auto, UsedIf(lambda config: config.basis.steps_ahead, "R starts at zero")] = "auto"
     """Learning rate of the initial step. Default: that of the first local step."""
     refresh: Positive | None = None
     """Number of rounds after which the basis is recomputed from the current model. Default: never."""
@@ -80,6 +75,11 @@ class BasisConfig(Section):
         "auto"
     )
     """Memory for gradients of whole weights, one pass for each group of layers. Default: half of what is free."""
+
+    @property
+    def steps_ahead(self) -> bool:
+        """Returns whether R starts with an approximate full step, not at zero."""
+        return self.R0 == "step" or (self.R0 == "auto" and self.kind in ("update", "update-pooled"))
 
     @model_validator(mode="after")
     def _step_needs_a_gradient(self) -> Self:

@@ -5,19 +5,22 @@
     next   s <- aggregate(h, all b_k + c_k) + (s - h)
 
 Q is the codec, x_k what client k would send, b_k the baseline (the same without training, which the server can
-compute for itself), and e_k the client's error feedback. h is 0 before the first round of a core. All clients start
-from h, none from s. Error feedback for updates as in Karimireddy et al. (ICML 2019, arXiv 1901.09847), in both
-directions as in DoubleSqueeze (Tang et al., ICML 2019, arXiv 1905.05957). In float32 nothing is lost: tensors travel
-as they are, h = s, and no one keeps anything.
+compute for itself), and e_k the client's error feedback. All clients start from h, none from s. Error feedback for
+updates as in Karimireddy et al. (ICML 2019, arXiv 1901.09847), in both directions as in DoubleSqueeze (Tang et al.,
+ICML 2019, arXiv 1905.05957). In float32 nothing is lost: tensors travel as they are, h = s, and no one keeps anything.
 
 A basis travels in the codec too, in at least 4 bits, without error feedback: its receiver makes it orthonormal again.
 
+Before the first round h = s: clients compute the start from the settings, the base model and the basis. The first
+broadcast has no values, but a hash of the start. A client whose own start has another hash asks for the values. All
+receive them if the basis came with a first step, which only the server knows (basis.R0).
+
 A broadcast carries h itself, in float32, to a client that missed the last round (its h is older), to a client whose
-rank is not the method's (its corner of h has other blocks), and to all clients after a new basis, and in the first
-round of LoRA's factors, which start at random. Where a sample of the clients takes part in each round
-(server.clients_per_round), most of them missed the last one. Then all receive Q(s), in at least 4 bits, and keep no h,
-if the method takes a mean of values that mean the same in every round. A method that changes the base broadcasts in
-float32: what is added there is never sent again, so no later message would correct an error.
+rank is not the method's (its corner of h has other blocks), and to all clients after a new basis. Where a sample of the
+clients takes part in each round (server.clients_per_round), most of them missed the last one. Then all receive Q(s), in
+at least 4 bits, and keep no h, if the method takes a mean of values that mean the same in every round. A method that
+changes the base broadcasts in float32: what is added there is never sent again, so no later message would correct an
+error.
 
 e_k is part of the client's state, as "codec/<tensor>":
 - an update that the server drops leaves e_k as it was before that round;
@@ -44,6 +47,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from fedsb.adapters.basis import basis_hash
 from fedsb.adapters.layout import Layout
 from fedsb.config.schema import Config
 from fedsb.config.training import Codec, ServerConfig
@@ -94,9 +98,14 @@ class Compressor:
         spec = method.spec
         return self.is_lossy and not spec.changes_base and not spec.starts_afresh(sampled=self.sampled)
 
+    def start(self, method: Method, state: State) -> State:
+        """Returns the first state, which clients compute too: h = s."""
+        derived = self.is_lossy and not method.spec.changes_base
+        return replace(state, client_view=state.tensors) if derived else state
+
     def client_view(self, method: Method, state: State) -> State:
         """Returns the state of this round as the clients have it: h, and what h changes in their shared state."""
-        if self._in_float32(method, state):
+        if self._in_float32(method, state) or _is_derived(state):
             return state
         payload = unpack(self._coded(method, state, basis=""))
         now = read_change(state.client_view, payload) if payload.change else payload.tensors
@@ -114,7 +123,11 @@ class Compressor:
         total_rank: int | None,
     ) -> bytes:
         """Returns the payload that a client receives in this round."""
-        lacks_view = total_rank not in (None, method.total_rank) or (missed_last_round and self.keeps_view(method))
+        keeps_view = self.keeps_view(method) or _is_derived(state)
+        lacks_view = total_rank not in (None, method.total_rank) or (missed_last_round and keeps_view)
+        if not lacks_view and _is_derived(state):
+            payload = Payload.of({}, kind="start", run=self.run, round=0)
+            return pack(replace(payload, basis=start_hash(shared_hash, state.tensors)))
         if not lacks_view and not self._in_float32(method, state):
             return self._coded(method, state, shared_hash)
         tensors = method.broadcast(view, missed_last_round=missed_last_round, total_rank=total_rank)
@@ -162,12 +175,8 @@ class Compressor:
     # --- private ---
 
     def _in_float32(self, method: Method, state: State) -> bool:
-        """Returns whether all broadcasts of a round have all values in float32.
-
-        A core starts at 0, but factors start at random, and errors in them would be errors of the adapter.
-        """
-        first_core = state.round == 0 and method.adapter == "core"
-        new = not state.client_view and self.keeps_view(method) and not first_core
+        """Returns whether all broadcasts of a round have all values in float32."""
+        new = not state.client_view and self.keeps_view(method)
         return new or not self.is_lossy or method.spec.changes_base
 
     def _with_owed(self, payload: Payload, baseline: Vector, client_state: Tensors) -> tuple[Vector, Tensors]:
@@ -192,6 +201,16 @@ class Compressor:
 
     def _draw(self, client: str, round: int, direction: str) -> np.random.Generator:
         return keyed_generator(self.seed, "codec", client, round, direction)
+
+
+def _is_derived(state: State) -> bool:
+    """Returns whether clients compute the state themselves, because it is the start."""
+    return state.round == 0 and bool(state.client_view)
+
+
+def start_hash(shared_hash: str, tensors: Tensors) -> str:
+    """Returns a hash of the start, of which clients compute the shared state and the tensors themselves."""
+    return f"{shared_hash} {basis_hash(tensors)}"
 
 
 def read_change(view: Tensors, payload: Payload) -> Tensors:

@@ -32,7 +32,7 @@ from fedsb.protocol.part import Part, single_values
 VERSION = 4
 LAYOUT_LIMIT = 1 << 24  # bytes of a layout when unpacked: a million tensors; more is an attack
 AXES_LIMIT = 8
-Kind = Literal["broadcast", "update", "basis-up", "basis-down"]
+Kind = Literal["start", "broadcast", "update", "basis-up", "basis-down"]
 Vector = NDArray[np.float32]
 
 

@@ -65,6 +65,10 @@ class PricedRun:
     is_step: bool = False
     sends_moments: bool = False
 
+    @property
+    def is_lossy(self) -> bool:
+        return self.codec != "float32" or self.fraction < 1
+
     def size_of(self, method: Method) -> Callable[[int], int]:
         """Returns the bytes of an update, by its number of values, of which a part is sent."""
         fraction = self.fraction if method.spec.keeps_coordinates else 1.0
@@ -72,9 +76,11 @@ class PricedRun:
 
     def broadcast_size_of(self, method: Method, round: int) -> Callable[[int], int]:
         """Returns the bytes of a broadcast that is not in float32, by its number of values."""
+        if self.is_lossy and self.broadcasts.derived(method, round):
+            return lambda values: 0
         if method.spec.starts_afresh(sampled=self.broadcasts.sampled):
             return partial(payload_bytes, basis_codec(self.codec))
-        return partial(payload_bytes, self.codec) if round == 0 else self.size_of(method)
+        return self.size_of(method)
 
 
 @dataclass(frozen=True, kw_only=True)

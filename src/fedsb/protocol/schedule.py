@@ -39,19 +39,25 @@ class Broadcasts:
 
     Args:
         sampled: whether some of the clients take part in a round.
+        steps_ahead: whether a core starts with a first step that only the server knows.
         other_rank: in each round, the clients whose rank differs from the method's.
         late: in each round, those clients and the ones that missed the round before, or its basis; in the first, all.
     """
 
     sampled: bool = False
+    steps_ahead: bool = False
     other_rank: Sequence[int] = ()
     late: Sequence[int] = ()
+
+    def derived(self, method: Method, round: int) -> bool:
+        """Returns whether clients compute the round's start themselves, so that its broadcast has no values."""
+        return round == 0 and not method.spec.changes_base and not (self.steps_ahead and method.adapter == "core")
 
     def in_float32(self, method: Method, round: int, clients: int) -> int:
         """Returns how many of a round's broadcasts have all values in float32, with a lossy codec or a part."""
         if method.spec.changes_base:
             return clients
-        if (round == 0 and method.adapter == "core") or method.spec.starts_afresh(sampled=self.sampled):
+        if self.derived(method, round) or method.spec.starts_afresh(sampled=self.sampled):
             return self.other_rank[round] if self.other_rank else 0
         return self.late[round] if self.late else 0
 
@@ -64,6 +70,7 @@ def broadcasts(names: Sequence[str], config: Config, method: Method, other_rank:
         up_to_date[round] = set()
     return Broadcasts(
         sampled=config.server.clients_per_round is not None,
+        steps_ahead=config.basis.steps_ahead,
         other_rank=[len(cohort & odd) for cohort in cohorts],
         late=[len(cohort - before) for cohort, before in zip(cohorts, up_to_date, strict=False)],
     )

@@ -113,6 +113,8 @@ class Server:
         if self.method.adapter == "core":
             basis = round.make()
         state = self.trainer.start_state(basis)
+        if basis is None or not basis.R0:
+            state = self.compressor.start(self.method, state)
         traffic = [*round.traffic, *self.shared_state.agree(state.shared, 0, residual=False)]
         return state, basis, traffic
 

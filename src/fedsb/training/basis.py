@@ -81,7 +81,7 @@ def build_basis(
     started = time.monotonic()
     rank, kind, seed, round = method.total_rank, config.basis.kind, config.seed, source.round
     check_rank(adapted.shapes, rank)
-    step_ahead = config.basis.R0 == "step" or (config.basis.R0 == "auto" and kind.startswith("update"))
+    steps_ahead = config.basis.steps_ahead
     eta = config.basis.eta
     if eta == "auto":
         eta = local.lr * local.lr_factor(round, 0, local.steps_for(source.rows))
@@ -90,14 +90,14 @@ def build_basis(
     elif kind == "core":
         outer = outer_basis(config.basis, adapted, rank, seed, round)
         total, counted = _sum_of(source.gradients(outer))
-        basis = _core_basis(total, outer, rank, eta / counted / method.scale if step_ahead else None)
+        basis = _core_basis(total, outer, rank, eta / counted / method.scale if steps_ahead else None)
         inner = {f"{layer}.P": outer[layer][1].T @ basis.B[layer] for layer in outer}
         inner |= {f"{layer}.Q": basis.A[layer] @ outer[layer][0].T for layer in outer}
         A, B = inner_basis(source.broadcast(inner), outer)
         basis = replace(basis, A=A, B=B)
     else:
         basis = _update_basis(config, method, adapted, task, source, eta, local.optimizer == "adamw")
-        basis = basis if step_ahead else replace(basis, R0={})
+        basis = basis if steps_ahead else replace(basis, R0={})
         A, B = whole_basis(source.broadcast(basis.tensors), basis.A)
         basis = replace(basis, A=A, B=B)
     values = basis_values(config.basis, method, adapted.shapes)
