@@ -49,7 +49,6 @@ EVERY_CODEC = [
     pytest.param({"name": "fedit", "rank": 2}, {"clients_per_round": 2}, id="fedit"),
     pytest.param({"name": "fedsvd", "rank": 2}, {"clients_per_round": 2}, id="fedsvd"),
     pytest.param({"name": "rolora", "rank": 2}, {}, id="rolora"),  # who is late gets both factors
-    pytest.param({"name": "flora", "rank": 2}, {}, id="flora"),  # and here all of the carried adapter
     pytest.param({"name": "local", "rank": 2}, {"clients_per_round": 2}, id="local"),
     pytest.param({"name": "central", "rank": 2}, {}, id="central"),
 ]
@@ -111,7 +110,7 @@ SAMPLED = {"codec": "int4", "clients_per_round": 2}
     [
         *(
             pytest.param({"name": name, "rank": 2}, SAMPLED, id=name)
-            for name in ("fed-sb", "fedit", "rolora", "fedsa-lora", "fedsvd", "flora", "fedex-lora")
+            for name in ("fed-sb", "fedit", "rolora", "fedsa-lora", "fedsvd")
         ),
         pytest.param({"name": "hetlora", "rank": 4, "gamma": 0.5, "penalty_weight": 0.1}, SAMPLED, id="hetlora"),
         *(

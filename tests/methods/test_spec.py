@@ -160,6 +160,7 @@ def test_a_control_refuses_options_of_the_other_adapter(options: dict[str, Any],
             {"server": {"optimizer": "adam"}},
             "fedex-lora does not take a plain mean .its fact supports_server_optimizer",
         ),
+        ("flora", {"server": {"codec": "int8"}}, "server.codec = 'int8': what flora adds to the base"),
         ("fedsvd", {"train": {"local_steps": 2, "persist_optimizer_state": True}}, "the coordinates of fedsvd turn"),
         (
             "fedit",

@@ -38,15 +38,13 @@ def test_a_sample_is_a_function_of_seed_and_round() -> None:
 
 def in_float32(config: Config, method: Method, other_rank: Sequence[str] = ()) -> list[int]:
     found = broadcasts(NAMES, config, method, other_rank)
-    clients = config.server.clients_per_round or len(NAMES)
-    return [found.in_float32(method, round, clients) for round in range(config.rounds)]
+    return [found.in_float32(method, round) for round in range(config.rounds)]
 
 
 def test_where_all_take_part_only_clients_of_another_rank_receive_float32() -> None:
     assert in_float32(config(None), FedSB(rank=2)) == [0] * 6
     assert in_float32(config(None), FedSB(rank=2), ["b", "d"]) == [2] * 6
     assert in_float32(config(None), FedIT(rank=2)) == [0] * 6
-    assert in_float32(config(None), FLoRA(rank=2)) == [5] * 6
 
 
 @pytest.mark.parametrize("method", [RoLoRA(rank=2), FlexLoRA(rank=2)])
@@ -91,11 +89,11 @@ def test_price_by_hand() -> None:
     assert (sampled.up_bytes, sampled.down_bytes) == (8 * (32 + 2 + 4), 4 * 68)  # int4 is the coarsest without feedback
 
 
-def test_a_method_that_changes_the_base_is_priced_in_float32_on_the_way_down() -> None:
+def test_a_method_that_changes_the_base_is_priced_in_float32() -> None:
     shapes = {"x": (40, 60)}
     coded, plain = (
         price(FLoRA(rank=2), PricedRun(shapes=shapes, head=7, clients=3, rounds=4, codec=codec))
         for codec in ("int8", "float32")
     )
-    assert coded.down_bytes == plain.down_bytes
-    assert coded.up_bytes == 12 * (207 + 4 * 2) < plain.up_bytes == 12 * 207 * 4
+    assert coded == plain
+    assert plain.up_bytes == 12 * 207 * 4

@@ -18,9 +18,10 @@ receive them if the basis came with a first step, which only the server knows (b
 A broadcast carries h itself, in float32, to a client that missed the last round (its h is older), to a client whose
 rank is not the method's (its corner of h has other blocks), and to all clients after a new basis. Where a sample of the
 clients takes part in each round (server.clients_per_round), most of them missed the last one. Then all receive Q(s), in
-at least 4 bits, and keep no h, if the method takes a mean of values that mean the same in every round. A method that
-changes the base broadcasts in float32: what is added there is never sent again, so no later message would correct an
-error.
+at least 4 bits, and keep no h, if the method takes a mean of values that mean the same in every round.
+
+A method that changes the base sends all in float32 (requirements.py refuses other codecs): what is added to the base is
+never sent again, so no later message would correct an error.
 
 e_k is part of the client's state, as "codec/<tensor>":
 - an update that the server drops leaves e_k as it was before that round;
@@ -95,13 +96,11 @@ class Compressor:
 
     def keeps_view(self, method: Method) -> bool:
         """Returns whether clients keep h, because changes of it are sent to them."""
-        spec = method.spec
-        return self.is_lossy and not spec.changes_base and not spec.starts_afresh(sampled=self.sampled)
+        return self.is_lossy and not method.spec.starts_afresh(sampled=self.sampled)
 
-    def start(self, method: Method, state: State) -> State:
+    def start(self, state: State) -> State:
         """Returns the first state, which clients compute too: h = s."""
-        derived = self.is_lossy and not method.spec.changes_base
-        return replace(state, client_view=state.tensors) if derived else state
+        return replace(state, client_view=state.tensors) if self.is_lossy else state
 
     def client_view(self, method: Method, state: State) -> State:
         """Returns the state of this round as the clients have it: h, and what h changes in their shared state."""
@@ -136,7 +135,7 @@ class Compressor:
 
     def settle(self, method: Method, state: State, view: State, after: State) -> State:
         """Returns the state after a round from `state`, which was trained from `view` and aggregated to `after`."""
-        if not self.is_lossy or method.spec.changes_base:
+        if not self.is_lossy:
             return after
         tensors = after.tensors
         if method.spec.keeps_coordinates:
@@ -176,8 +175,7 @@ class Compressor:
 
     def _in_float32(self, method: Method, state: State) -> bool:
         """Returns whether all broadcasts of a round have all values in float32."""
-        new = not state.client_view and self.keeps_view(method)
-        return new or not self.is_lossy or method.spec.changes_base
+        return not self.is_lossy or (self.keeps_view(method) and not state.client_view)
 
     def _with_owed(self, payload: Payload, baseline: Vector, client_state: Tensors) -> tuple[Vector, Tensors]:
         """Returns (a client's change with what it still owes, all that it owes)."""

@@ -6,7 +6,7 @@ All figures are for the whole federation and all rounds, in the run's codec, wit
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -65,22 +65,24 @@ class PricedRun:
     is_step: bool = False
     sends_moments: bool = False
 
-    @property
-    def is_lossy(self) -> bool:
-        return self.codec != "float32" or self.fraction < 1
-
-    def size_of(self, method: Method) -> Callable[[int], int]:
-        """Returns the bytes of an update, by its number of values, of which a part is sent."""
+    def of(self, method: Method) -> PricedRun:
+        """Returns the run of a method that cannot send a part, or cannot have the codec, with all in float32."""
         fraction = self.fraction if method.spec.keeps_coordinates else 1.0
-        return lambda values: payload_bytes(self.codec, part_size(values, fraction))
+        return replace(self, codec="float32" if method.spec.changes_base else self.codec, fraction=fraction)
+
+    def size_of(self, values: int) -> int:
+        """Returns the bytes of an update, by its number of values, of which a part is sent."""
+        return payload_bytes(self.codec, part_size(values, self.fraction))
 
     def broadcast_size_of(self, method: Method, round: int) -> Callable[[int], int]:
         """Returns the bytes of a broadcast that is not in float32, by its number of values."""
-        if self.is_lossy and self.broadcasts.derived(method, round):
+        if self.codec == "float32" and self.fraction == 1:
+            return self.size_of
+        if self.broadcasts.derived(method, round):
             return lambda values: 0
         if method.spec.starts_afresh(sampled=self.broadcasts.sampled):
             return partial(payload_bytes, basis_codec(self.codec))
-        return self.size_of(method)
+        return self.size_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,18 +103,18 @@ class PricedBasis:
 
 def price(method: Method, run: PricedRun, basis: PricedBasis | None = None, *, this_run: bool = False) -> Price:
     """Returns the price of one method. The head's part of a message is in proportion to its number of values."""
-    basis, clients, codec = basis or PricedBasis(), run.clients, run.codec
+    basis, clients, run = basis or PricedBasis(), run.clients, run.of(method)
     typical = method.traffic(run.shapes, head=run.head, clients=clients)
     each = [method.traffic(run.shapes, head=run.head, clients=clients, round=round) for round in range(run.rounds)]
-    bill = payload_bytes(basis_codec(codec), basis.up) + payload_bytes(basis_codec(codec), basis.down)
+    bill = payload_bytes(basis_codec(run.codec), basis.up) + payload_bytes(basis_codec(run.codec), basis.down)
     adapter_bytes = payload_bytes("float32", each[0].down + each[0].head)
     one_off = basis.clients * (
         payload_bytes("float32", each[0].one_off) + bill + basis.refreshes * (bill + adapter_bytes)
     )
     up, down, heads = 0, 0, basis.clients * basis.refreshes * payload_bytes("float32", each[0].head)
     for round, traffic in enumerate(each):
-        plain = run.broadcasts.in_float32(method, round, clients)
-        up_bytes, up_head = _message(run.up_bytes or run.size_of(method), _summed(traffic, run), traffic.head)
+        plain = run.broadcasts.in_float32(method, round)
+        up_bytes, up_head = _message(run.up_bytes or run.size_of, _summed(traffic, run), traffic.head)
         down_bytes, down_head = _message(run.broadcast_size_of(method, round), traffic.down, traffic.head)
         plain_bytes, plain_head = _message(partial(payload_bytes, "float32"), traffic.down, traffic.head)
         up += clients * up_bytes
@@ -137,8 +139,8 @@ def price(method: Method, run: PricedRun, basis: PricedBasis | None = None, *, t
 
 def round_bytes(method: Method, traffic: Traffic, run: PricedRun) -> dict[str, int]:
     """Returns the bytes of one client, "up" and "down", in a round that follows another."""
-    moments = traffic.step if run.sends_moments else 0
-    up, _ = _message(run.up_bytes or run.size_of(method), _summed(traffic, run), traffic.head)
+    moments, run = traffic.step if run.sends_moments else 0, run.of(method)
+    up, _ = _message(run.up_bytes or run.size_of, _summed(traffic, run), traffic.head)
     down, _ = _message(run.broadcast_size_of(method, 1), traffic.down, traffic.head)
     return {"up": up, "down": down + moments}
 

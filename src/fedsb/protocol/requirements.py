@@ -29,6 +29,11 @@ def refuse_what_facts_forbid(config: Config, method: Method) -> None:
             f"server.optimizer = {config.server.optimizer!r}: {facts.id} does not take a plain mean (its fact "
             "supports_server_optimizer is false), so there is nothing for it to step to; set it to 'none'"
         )
+    if config.server.codec != "float32" and facts.changes_base:
+        faults.append(
+            f"server.codec = {config.server.codec!r}: what {facts.id} adds to the base (its fact changes_base is true) "
+            "is never sent again, so no later message would correct the codec's error. Set it to 'float32'."
+        )
     if config.train.persist_optimizer_state and facts.rotates_basis:
         faults.append(
             f"train.persist_optimizer_state: the coordinates of {facts.id} turn between rounds (its fact "

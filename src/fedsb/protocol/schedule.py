@@ -51,12 +51,10 @@ class Broadcasts:
 
     def derived(self, method: Method, round: int) -> bool:
         """Returns whether clients compute the round's start themselves, so that its broadcast has no values."""
-        return round == 0 and not method.spec.changes_base and not (self.steps_ahead and method.adapter == "core")
+        return round == 0 and not (self.steps_ahead and method.adapter == "core")
 
-    def in_float32(self, method: Method, round: int, clients: int) -> int:
+    def in_float32(self, method: Method, round: int) -> int:
         """Returns how many of a round's broadcasts have all values in float32, with a lossy codec or a part."""
-        if method.spec.changes_base:
-            return clients
         if self.derived(method, round) or method.spec.starts_afresh(sampled=self.sampled):
             return self.other_rank[round] if self.other_rank else 0
         return self.late[round] if self.late else 0

@@ -114,7 +114,7 @@ class Server:
             basis = round.make()
         state = self.trainer.start_state(basis)
         if basis is None or not basis.R0:
-            state = self.compressor.start(self.method, state)
+            state = self.compressor.start(state)
         traffic = [*round.traffic, *self.shared_state.agree(state.shared, 0, residual=False)]
         return state, basis, traffic
 
