@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from fedsb.adapters.layout import Layout
 from fedsb.training.buffers import ClientBuffers
 from fedsb.training.local import LocalTraining
-from fedsb.training.optimizer import StepSizes, clip_rows, step_rows
+from fedsb.training.optimizer import StepSizes, clip_rows, nearest_orthogonal, step_rows
 from support.accelerator import accelerator
 
 SHAPES = {"core": (1, 3, 3), "bias": (4,), "scalar": ()}
@@ -50,6 +52,12 @@ def fill(buffers: ClientBuffers, k: int, tensors: dict[str, Tensor]) -> None:
 def by_torch(local: LocalTraining, k: int, K: int, steps: range, factor: float) -> dict[str, Tensor]:
     """Client k alone, with torch.optim; `bias` takes the head's rate."""
     own = {key: nn.Parameter(x[k].clone()) for key, x in start(K).items()}
+    if local.optimizer == "muon":
+        others = by_torch(replace(local, optimizer="adamw"), k, K, steps, factor)
+        return {
+            **others,
+            "core": by_muon(local, own["core"], [gradients(K, step)["core"][k] for step in steps], factor),
+        }
     groups: list[dict[str, Any]] = [
         {"params": [p for key, p in own.items() if key != "bias"], "lr": local.lr * factor},
         {"params": [own["bias"]], "lr": local.head_lr * factor},
@@ -65,14 +73,28 @@ def by_torch(local: LocalTraining, k: int, K: int, steps: range, factor: float) 
     return {key: p.detach() for key, p in own.items()}
 
 
+def by_muon(local: LocalTraining, core: Tensor, each: list[Tensor], factor: float) -> Tensor:
+    """One core, by the definition: numpy's singular vectors, and each singular value through the polynomial."""
+    x, m, lr = core.detach().double().numpy()[0], np.zeros((3, 3)), local.lr * factor
+    for g in (g.double().numpy()[0] for g in each):
+        m = 0.9 * m + 0.1 * g
+        U, S, Vh = np.linalg.svd(0.9 * m + 0.1 * g)
+        S /= np.linalg.norm(S)
+        for _ in range(5):
+            S = 3.4445 * S - 4.7750 * S**3 + 2.0315 * S**5
+        x = x * (1 - lr * local.weight_decay) - lr * np.sqrt(3) * U @ np.diag(S) @ Vh
+    return torch.from_numpy(x)[None].float()
+
+
 SETTINGS = [
     LocalTraining(lr=0.02, head_lr=0.005, weight_decay=0.1),
+    LocalTraining(optimizer="muon", lr=0.02, head_lr=0.005, weight_decay=0.1),
     LocalTraining(optimizer="sgd", lr=0.02, head_lr=0.005, momentum=0.9),
     LocalTraining(optimizer="sgd", lr=0.02, head_lr=0.005),
 ]
 
 
-@pytest.mark.parametrize("local", SETTINGS, ids=["adamw", "momentum", "sgd"])
+@pytest.mark.parametrize("local", SETTINGS, ids=["adamw", "muon", "momentum", "sgd"])
 def test_one_client_is_torchs_optimiser(local: LocalTraining) -> None:
     buffers = buffers_of([client(start(1), 0)])
     sizes = StepSizes.of(local, buffers, HEADS, [[0.5]] * STEPS, [0])
@@ -84,7 +106,7 @@ def test_one_client_is_torchs_optimiser(local: LocalTraining) -> None:
         torch.testing.assert_close(tensors[key], expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("local", SETTINGS, ids=["adamw", "momentum", "sgd"])
+@pytest.mark.parametrize("local", SETTINGS, ids=["adamw", "muon", "momentum", "sgd"])
 def test_a_step_reads_nothing_from_the_device(local: LocalTraining) -> None:
     """On an accelerator each read waits for all that was queued there."""
     with accelerator() as device:
@@ -96,7 +118,7 @@ def test_a_step_reads_nothing_from_the_device(local: LocalTraining) -> None:
         assert not device.waits and device.kernels
 
 
-@pytest.mark.parametrize("local", SETTINGS, ids=["adamw", "momentum", "sgd"])
+@pytest.mark.parametrize("local", SETTINGS, ids=["adamw", "muon", "momentum", "sgd"])
 def test_three_clients_with_their_own_steps_and_rates(local: LocalTraining) -> None:
     """The first has done 0, 4 and 7 steps before they meet, at rates of 1, 0.5 and 0.1."""
     before, factors = [0, 4, 7], [1.0, 0.5, 0.1]
@@ -118,6 +140,21 @@ def test_three_clients_with_their_own_steps_and_rates(local: LocalTraining) -> N
     for k, (tensors, _) in enumerate(joint.write(3)):
         for key, expected in by_torch(local, k, 3, range(before[k] + 3), factors[k]).items():
             torch.testing.assert_close(tensors[key], expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (4, 30), (30, 4), (1, 5)])
+def test_the_nearest_orthogonal_matrix(shape: tuple[int, int]) -> None:
+    """U V' up to singular values of 0.7 to 1.2, whatever the scale; zeros stay zeros."""
+    draw = torch.Generator().manual_seed(0)
+    M = torch.randn(5, *shape, generator=draw) * torch.tensor([1e-6, 1.0, 1e6, 3.0, 0.1])[:, None, None]
+    found = nearest_orthogonal(M)
+    U, S, Vh = torch.linalg.svd(M, full_matrices=False)
+    inner = U.mT @ found @ Vh.mT  # diagonal where the singular vectors are the same
+    values = inner.diagonal(dim1=-2, dim2=-1)
+    clear = 0.05 * S[:, :1] < S  # smaller ones have not grown to 1 yet
+    assert ((values > 0.65) & (values < 1.25))[clear].all()
+    torch.testing.assert_close(inner, torch.diag_embed(values), rtol=0, atol=1e-4)
+    assert torch.equal(nearest_orthogonal(torch.zeros(shape)), torch.zeros(shape))
 
 
 def test_a_client_that_has_finished_its_steps_stays_as_it_is() -> None:

@@ -107,8 +107,8 @@ class TrainConfig(Section):
     """Rows per client in one forward."""
     gradient_accumulation_steps: Positive = 1
     """Forwards per optimizer step."""
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    """Optimizer of the clients."""
+    optimizer: Literal["adamw", "muon", "sgd"] = "adamw"
+    """Optimizer of the clients. Muon: of the adapter's matrices, with AdamW for the head."""
     lr: Rate = 0.01
     """Learning rate of the adapter."""
     head_lr: Annotated[Rate, used_if("task.kind", *HEADS)] = 0.01
@@ -130,7 +130,7 @@ class TrainConfig(Section):
     """Dropout on the adapter's input."""
     persist_optimizer_state: Annotated[
         bool,
-        UsedIf(lambda c: c.train.optimizer == "adamw" or c.train.momentum > 0, "SGD without momentum has no state"),
+        UsedIf(lambda c: c.train.optimizer != "sgd" or c.train.momentum > 0, "SGD without momentum has no state"),
     ] = False
     """Whether clients keep their optimizer's moments between rounds."""
 

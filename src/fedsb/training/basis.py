@@ -96,7 +96,7 @@ def build_basis(
         A, B = inner_basis(source.broadcast(inner), outer)
         basis = replace(basis, A=A, B=B)
     else:
-        basis = _update_basis(config, method, adapted, task, source, eta, local.optimizer == "adamw")
+        basis = _update_basis(config, method, adapted, task, source, eta, local.optimizer != "sgd")
         basis = basis if steps_ahead else replace(basis, R0={})
         A, B = whole_basis(source.broadcast(basis.tensors), basis.A)
         basis = replace(basis, A=A, B=B)

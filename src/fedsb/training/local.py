@@ -26,7 +26,7 @@ class LocalTraining:
     epochs: int | None = None
     batch_size: int = 8  # rows in one forward
     accumulate: int = 1  # forwards in one step
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: Literal["adamw", "muon", "sgd"] = "adamw"
     lr: float = 1e-2
     head_lr: float = 1e-2
     weight_decay: float = 0.0  # decoupled; on the head too
