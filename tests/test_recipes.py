@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 import subprocess
@@ -231,6 +232,34 @@ def test_medquads_table_has_the_columns_of_its_recipe_and_no_topic_twice(tmp_pat
     )
     assert {row["client"] for row in tables[0]} == {"CDC", "GARD"}
     assert all(row["positive"] == f"{row['positive'].splitlines()[0]}\n{row['query'][:7].strip()}" for row in tables[0])
+
+
+def test_openassistants_table_has_the_columns_of_its_recipe(tmp_path: Path) -> None:
+    """Two answers to one prompt, an answer to the first, one in another language, one whose prompt was removed."""
+    fields = ("message_id", "parent_id", "user_id", "text", "role", "lang")
+    messages = [
+        ("a", None, "ann", "Hi?", "prompter", "en"),
+        ("b", "a", "bob", "Hello.", "assistant", "en"),
+        ("c", "a", "cat", "Hey.", "assistant", "en"),
+        ("d", "b", "ann", "Why?", "prompter", "en"),
+        ("e", "d", "bob", "Why not.", "assistant", "en"),
+        ("f", None, "eva", "Was?", "prompter", "de"),
+        ("g", "f", "eva", "Ja.", "assistant", "de"),
+        ("h", "removed", "bob", "Alone.", "assistant", "en"),
+    ]
+    with gzip.open(tmp_path / "messages.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps(dict(zip(fields, row, strict=True))) + "\n" for row in messages)
+    script = Path(__file__).resolve().parents[1] / "benchmarks" / "oasst" / "table.py"
+    made = tmp_path / "oasst.jsonl"
+    subprocess.run([sys.executable, str(script), str(tmp_path / "messages.jsonl.gz"), "--out", str(made)], check=True)
+    rows = [json.loads(line) for line in made.read_text().splitlines()]
+    config = load("pfl-oasst-private").config
+    assert set(rows[0]) == {config.clients.column, config.task.prompt, config.task.answer}
+    assert [tuple(row.values()) for row in rows] == [
+        ("bob", "User: Hi?", "Hello."),
+        ("cat", "User: Hi?", "Hey."),
+        ("bob", "User: Hi?\n\nAssistant: Hello.\n\nUser: Why?", "Why not."),
+    ]
 
 
 def test_the_private_recipe_promises_what_it_says(tiny_bert: Path, tmp_path: Path) -> None:
