@@ -337,7 +337,7 @@ ALWAYS_USED = {  # settings that have an effect, or are refused, whatever the ot
     "task": "kind",
     "data": "train train_rows exclude classes validation_fraction",
     "clients": "partition min_rows holdout_fraction holdout_clients total_ranks memory_mib",
-    "method": "rank blocks alpha adapter scalars gamma sweeps tolerance best_error personal",
+    "method": "rank blocks tied alpha adapter scalars gamma sweeps tolerance best_error personal",
     "basis": "kind refresh",
     "train": "local_steps local_epochs batch_size gradient_accumulation_steps optimizer lr weight_decay schedule "
     "warmup_ratio dropout",

@@ -39,7 +39,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "part": {"method": {"name": "fed-sb", "rank": 4}, "server": {"codec": "int4", "fraction": 0.3}, "rounds": 4},
     "rolora int8": {"method": {"name": "rolora", "rank": 2}, "server": {"codec": "int8"}},
     "moments": {"method": {"name": "fed-sb", "rank": 4}, "train": {"local_steps": 2, "persist_optimizer_state": True}},
-    "ranks": {"method": {"name": "fed-sb", "rank": 4}, "clients": {"total_ranks": {"site 1": 2}}},
+    "ranks": {"method": {"name": "fed-sb", "rank": 4, "tied": True}, "clients": {"total_ranks": {"site 1": 2}}},
     "secure": {"method": {"name": "fed-sb", "rank": 4}, "server": {"secure_aggregation": True}},
 }
 

@@ -30,7 +30,7 @@ from support.server import started
 
 METHODS = [
     pytest.param(FedSB(rank=3), id="fed-sb"),
-    pytest.param(FedSB(rank=2, blocks=2), id="fed-sb, two blocks"),
+    pytest.param(FedSB(rank=2, blocks=2, tied=True), id="fed-sb, two blocks, tied"),
     pytest.param(Ravan(rank=2, blocks=2), id="ravan"),
     pytest.param(Central(rank=3), id="central"),
 ]

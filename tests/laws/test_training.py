@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from conftest import adapter_bytes, set_all
 from fedsb.adapters.basis import basis_hash
+from fedsb.adapters.core import tied_name
 from fedsb.config.load import load_config
 from fedsb.config.registry import method_type
 from fedsb.methods.averaging import ServerOptimizer
@@ -28,7 +29,7 @@ from support.server import open_server, replies_of, started
 
 METHODS = [
     pytest.param({"name": "fed-sb", "rank": 4}, id="fed-sb"),
-    pytest.param({"name": "fed-sb", "rank": 3, "blocks": 2}, id="fed-sb, two blocks"),
+    pytest.param({"name": "fed-sb", "rank": 3, "blocks": 2, "tied": True}, id="fed-sb, two blocks, tied"),
     pytest.param({"name": "ravan", "rank": 2, "blocks": 3}, id="ravan"),
     pytest.param({"name": "fedit", "rank": 2, "alpha": 6}, id="fedit"),
     *(
@@ -156,7 +157,7 @@ CLASSES = {"kind": "classification"}
 @pytest.mark.parametrize(
     "method",
     [
-        {"name": "fed-sb", "rank": 3, "blocks": 2},
+        {"name": "fed-sb", "rank": 3, "blocks": 2, "tied": True},
         pytest.param({"name": "ravan", "rank": 3, "blocks": 2}, marks=pytest.mark.long),
         pytest.param({"name": "fedit", "rank": 2, "alpha": 6}, marks=pytest.mark.long),
         {"name": "fedex-lora", "rank": 2, "alpha": 6},
@@ -272,7 +273,7 @@ def test_law_11_what_should_move_moves_and_nothing_else(
     for key, value in base.items():
         assert torch.equal(dict(server.trainer.base.model.named_parameters())[key], value), key
     for layer in server.trainer.shapes:
-        assert any(key.startswith(layer) for key in moving)
+        assert any(key.startswith((layer, tied_name(layer))) for key in moving)
     sent, kept = own.upload(before, trained.tensors, round)
     told = {key for key in (*sent, *kept) if key in before}
     assert told == {key for key in moving if not key.endswith(".s")}  # all that moved is sent or kept; s is in s R

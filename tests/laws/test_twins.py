@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from itertools import combinations
 from typing import Any
@@ -23,6 +24,7 @@ OWN = ("local", "fedsa-lora", "fed-sb-personal")  # whose clients end with model
 METHODS = [
     pytest.param({"name": "fed-sb", "rank": 4}, id="fed-sb"),
     pytest.param({"name": "fed-sb", "rank": 3, "blocks": 2}, id="fed-sb, two blocks"),
+    pytest.param({"name": "fed-sb", "rank": 4, "tied": True}, id="fed-sb, tied"),
     pytest.param({"name": "fed-sb-personal", "rank": 3, "personal": 0.25}, id="fed-sb-personal"),
     pytest.param({"name": "ravan", "rank": 3, "blocks": 2}, id="ravan"),
     pytest.param({"name": "ravan", "rank": 3, "blocks": 2, "scalars": False}, id="ravan, scalars fixed"),
@@ -100,7 +102,9 @@ def twin_of(asked: dict[str, Any], server: Server, state: State, lab: twins.Lab)
         if name == "fed-sb-personal":
             return twins.fed_sb_personal(lab, A, B, R, head, asked["personal"])
         mask = torch.block_diag(*[torch.ones(r, r)] * h)
-        return alone_or_together(name, lab, lambda lab: twins.fed_sb(lab, A, B, R, mask, head))
+        core_of = {layer: re.sub("[0-9]", "*", layer) if asked.get("tied") else layer for layer in lab.W0}
+        R = {core_of[layer]: x for layer, x in R.items()}
+        return alone_or_together(name, lab, lambda lab: twins.fed_sb(lab, A, B, R, core_of, mask, head))
     B = {layer: torch.zeros(len(W0), r).double() for layer, W0 in lab.W0.items()}
     if name == "flora":
         return twins.flora(lab, lambda t: drawn(server, state, "A", t), B, head, s)

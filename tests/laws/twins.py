@@ -106,11 +106,16 @@ def ended(lab: Lab, change: Change, state: Parts, clients: Mapping[str, Parts], 
 # --- a core between frozen bases ---
 
 
-def fed_sb(lab: Lab, A: Tensors, B: Tensors, R: Tensors, mask: Tensor, head: Tensors) -> Iterator[Round]:
-    """Fed-SB: R <- sum p_k R_k.  `mask` makes R block-diagonal, for several blocks; of ones, it is the paper's."""
+def fed_sb(
+    lab: Lab, A: Tensors, B: Tensors, R: Tensors, core_of: Mapping[str, str], mask: Tensor, head: Tensors
+) -> Iterator[Round]:
+    """Fed-SB: R <- sum p_k R_k.  `mask` makes R block-diagonal, for several blocks; of ones, it is the paper's.
+
+    `core_of`: layer -> its core in R, the layer's own in the paper.
+    """
 
     def change(own: Parts, layer: str) -> Tensor:
-        return B[layer] @ (own["R"][layer] * mask) @ A[layer]
+        return B[layer] @ (own["R"][core_of[layer]] * mask) @ A[layer]
 
     state = {"R": R, "head": head}
     for t in lab.rounds:

@@ -43,7 +43,7 @@ def test_methods_are_frozen_and_checked() -> None:
 
 def test_a_method_names_itself_in_its_dump() -> None:
     method = build_method("ravan", {"rank": 2})
-    assert method.model_dump() == {"name": "ravan", "rank": 2, "blocks": 4, "scalars": True}
+    assert method.model_dump() == {"name": "ravan", "rank": 2, "blocks": 4, "tied": False, "scalars": True}
     assert load_config({"method": method.model_dump()}).config.method == method
 
 

@@ -137,10 +137,10 @@ def test_the_control_of_a_method_has_its_adapter(control: str, name: str) -> Non
     ("options", "said"),
     [
         ({"alpha": 6.0}, "method: alpha scales LoRA's two factors"),
-        ({"adapter": "factors", "blocks": 2}, "method: blocks and scalars belong to a core"),
+        ({"adapter": "factors", "blocks": 2}, "method: blocks, tied and scalars belong to a core"),
         (
             {"adapter": "factors", "scalars": True},
-            "method: blocks and scalars belong to a core",
+            "method: blocks, tied and scalars belong to a core",
         ),
     ],
 )

@@ -43,6 +43,7 @@ from support.server import open_server, replies_of, started
 
 METHODS = [
     pytest.param({"name": "fed-sb", "rank": 4}, id="fed-sb"),
+    pytest.param({"name": "fed-sb", "rank": 4, "tied": True}, id="fed-sb, tied"),
     pytest.param({"name": "ravan", "rank": 2, "blocks": 2}, id="ravan"),
     pytest.param({"name": "fedit", "rank": 2}, id="fedit"),
     pytest.param({"name": "ffa-lora", "rank": 2}, id="ffa-lora"),

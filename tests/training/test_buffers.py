@@ -23,7 +23,7 @@ from support.server import members_of, started
 
 METHODS = [
     pytest.param({"name": "fed-sb", "rank": 4}, id="fed-sb"),
-    pytest.param({"name": "ravan", "rank": 2, "blocks": 2}, id="ravan"),
+    pytest.param({"name": "ravan", "rank": 2, "blocks": 2, "tied": True}, id="ravan, tied"),
     pytest.param({"name": "fedit", "rank": 2}, id="fedit"),
     pytest.param({"name": "hetlora", "rank": 4, "gamma": 0.5, "penalty_weight": 0.1}, id="hetlora"),
 ]

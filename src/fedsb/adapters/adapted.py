@@ -1,7 +1,8 @@
 """A base model with its adapter: which layers are adapted, and the adapter's tensors by name.
 
-Keys are "<layer>.<tensor>", as in "bert.encoder.layer.0.attention.self.query.R" or "classifier.weight". The base is
-frozen and in memory once; `load` sets the tensors of one client or of several, stacked along a leading axis.
+Keys are "<layer>.<tensor>", as in "bert.encoder.layer.0.attention.self.query.R" or "classifier.weight". A tensor that
+several layers share has their name with "*" for the number (core.py). The base is frozen and in memory once; `load`
+sets the tensors of one client or of several, stacked along a leading axis.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedsb.adapters.core import CoreLinear
+from fedsb.adapters.core import CoreLinear, tied_name
 from fedsb.adapters.factors import FactorLinear
 from fedsb.adapters.layer import AdaptedLinear, HeadLinear, Routing
 from fedsb.models.layers import base_weight, linear_shape
@@ -83,9 +84,8 @@ class AdaptedModel:
 
     def head_tensors(self) -> Tensors:
         """Returns client 0's current head: "<layer>.weight" (m, n) and "<layer>.bias" (m,)."""
-        return {
-            key: parameter.detach()[0].clone() for key, parameter in self._slots(self.heads) if parameter is not None
-        }
+        slots = ((key, getattr(self.heads[name], attribute)) for key, name, attribute in _slots(self.heads))
+        return {key: parameter.detach()[0].clone() for key, parameter in slots}
 
     def load(
         self,
@@ -101,15 +101,15 @@ class AdaptedModel:
         identity, their data become the given tensors themselves, and backward adds to the given `gradients`. Raises
         ValueError if a tensor is missing or unknown.
         """
-        needed = {key for key, _ in self._slots({**self.layers, **self.heads})}
-        optional = {f"{name}.{attribute}" for name, layer in self.layers.items() for attribute in layer.optional}
-        odd = [f"{key!r} is missing" for key in sorted(needed - tensors.keys())]
-        odd += [f"{key!r} is unknown" for key in sorted(tensors.keys() - needed - optional)]
+        needed = list(_slots({**self.layers, **self.heads}, tensors))
+        optional = list(_slots(self.layers, tensors, optional=True))
+        missing = {key for key, _, _ in needed} - tensors.keys()
+        unknown = tensors.keys() - {key for key, _, _ in (*needed, *optional)}
+        odd = [f"{key!r} is missing" for key in sorted(missing)] + [f"{key!r} is unknown" for key in sorted(unknown)]
         if odd:
             raise ValueError(f"{len(odd)} tensors do not fit the adapted model: {', '.join(odd[:3])}")
         gradients = gradients or {}
-        for key in needed | optional:
-            name, attribute = key.rsplit(".", 1)
+        for key, name, attribute in (*needed, *optional):
             layer = self.layers.get(name) or self.heads[name]
             value = self._on_device(key, tensors[key]) if key in tensors else None
             if value is None or self.is_shared(key):
@@ -144,7 +144,8 @@ class AdaptedModel:
         return {key: self._compute_dtype(key) for key in keys}
 
     def _compute_dtype(self, key: str) -> torch.dtype:
-        layer = self.layers.get(key.rsplit(".", 1)[0])
+        name = key.rsplit(".", 1)[0]
+        layer = next((layer for own, layer in self.layers.items() if name in (own, tied_name(own))), None)
         if layer is None:
             return torch.float32
         dtype = layer.weight.dtype
@@ -160,9 +161,11 @@ class AdaptedModel:
         """
         wanted: dict[str, tuple[int, ...]] = {}
         for name, layer in self.layers.items():
-            own = {a: tensors[key] for a in (*layer.names, *layer.optional) if (key := f"{name}.{a}") in tensors}
+            keys = {attribute: key for key, _, attribute in _slots({name: layer}, tensors)}
+            keys |= {a: key for key, _, a in _slots({name: layer}, tensors, optional=True) if key in tensors}
+            own = {attribute: tensors[key] for attribute, key in keys.items() if key in tensors}
             sizes = layer.sizes(own, *linear_shape(layer.base))
-            wanted |= {f"{name}.{attribute}": sizes[attribute] for attribute in {*layer.names, *own}}
+            wanted |= {key: sizes[attribute] for attribute, key in keys.items()}
         for name, head in self.heads.items():
             wanted[f"{name}.weight"] = head.out_features, head.in_features
             if head.bias is not None:
@@ -176,7 +179,7 @@ class AdaptedModel:
 
     @property
     def head_keys(self) -> frozenset[str]:
-        return frozenset(key for key, _ in self._slots(self.heads))
+        return frozenset(key for key, _, _ in _slots(self.heads))
 
     def unwrap(self) -> nn.Module:
         """Removes the adapter and returns the original base model. This object cannot be used afterwards."""
@@ -185,18 +188,27 @@ class AdaptedModel:
         return self.model
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Returns the trained tensors by key, each with the axis of clients first."""
-        slots = [*self._slots({**self.layers, **self.heads})]
-        slots += [(f"{name}.{o}", getattr(layer, o)) for name, layer in self.layers.items() for o in layer.optional]
-        return {key: p for key, p in slots if isinstance(p, nn.Parameter) and p.requires_grad}
+        """Returns the trained tensors by the keys under which they were loaded, each with the axis of clients first."""
+        layers: dict[str, AdaptedLinear | HeadLinear] = {**self.layers, **self.heads}
+        slots = (*_slots(layers), *_slots(self.layers, optional=True))
+        loaded = {id(parameter): key for key, parameter in self._parameters.items()}
+        parameters = ((key, getattr(layers[name], attribute)) for key, name, attribute in slots)
+        return {loaded.get(id(p), key): p for key, p in parameters if isinstance(p, nn.Parameter) and p.requires_grad}
 
-    @staticmethod
-    def _slots(layers: Mapping[str, AdaptedLinear | HeadLinear]) -> Iterator[tuple[str, Tensor | None]]:
-        for name, layer in layers.items():
-            for attribute in layer.names:
-                if isinstance(layer, HeadLinear) and getattr(layer, attribute) is None:
-                    continue
-                yield f"{name}.{attribute}", getattr(layer, attribute)
+
+def _slots(
+    layers: Mapping[str, AdaptedLinear | HeadLinear],
+    tensors: Mapping[str, Tensor] | None = None,
+    *,
+    optional: bool = False,
+) -> Iterator[tuple[str, str, str]]:
+    """Yields (key, layer, attribute) of all tensors of the layers, by the names that they have in `tensors`."""
+    for name, layer in layers.items():
+        for attribute in layer.optional if optional and isinstance(layer, AdaptedLinear) else layer.names:
+            if isinstance(layer, HeadLinear) and getattr(layer, attribute) is None:
+                continue
+            own, tied = f"{name}.{attribute}", f"{tied_name(name)}.{attribute}"
+            yield (tied if tensors is not None and own not in tensors and tied in tensors else own), name, attribute
 
 
 def head_linears(model: nn.Module, head: Sequence[str]) -> list[str]:

@@ -9,11 +9,16 @@ adapter of RAVAN (arXiv 2506.05568). Federated rounds, joint training and the PE
 Shapes: m out, n in, r rank, h blocks, K clients, b rows (examples), t tokens.
   A (h r, n) and B (m, h r) stack the blocks; R (K, h, r, r) is the list of the diagonal blocks.
 R is float32, independent of the base's dtype: in bfloat16, a step of 1e-4 does not change an entry of 0.02.
+
+Layers whose names differ only in their number may share one core, of the name "encoder.layer.*.query.R", while A and B
+are each layer's own.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +64,18 @@ def whole_core(R: Tensor, s: Tensor | None, P: Tensor | None) -> Tensor:
     """Returns s R + P (..., h, r, r), with RAVAN's scalars s (..., h) and a client's own core P, if there are any."""
     R = R if s is None else R * s[..., None, None]
     return R if P is None else R + P
+
+
+@cache
+def tied_name(layer: str) -> str:
+    """Returns the name under which a layer shares its core with others: "layer.*.query" of "layer.0.query"."""
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", layer)
+
+
+def of_layer(tensors: Mapping[str, Tensor], layer: str, name: str) -> Tensor | None:
+    """Returns the layer's tensor of this name, its own or the one that it shares; None if it has none."""
+    own = tensors.get(f"{layer}.{name}")
+    return tensors.get(f"{tied_name(layer)}.{name}") if own is None else own
 
 
 class CoreLinear(AdaptedLinear):

@@ -62,7 +62,7 @@ from pydantic import ConfigDict, SerializerFunctionWrapHandler, model_serializer
 from torch import Tensor
 
 from fedsb.adapters.basis import Basis
-from fedsb.adapters.core import core_left, whole_core
+from fedsb.adapters.core import core_left, of_layer, whole_core
 from fedsb.adapters.factors import Factors
 from fedsb.adapters.residual import apply_delta, delta_of, is_delta, residual_factors, residual_of
 from fedsb.config.section import Positive, Section
@@ -222,12 +222,15 @@ class Method(Section):
 
         The head and its moments are kept. The moments of the old core are dropped, since its coordinates have changed.
         """
-        adapter = tuple(f"{layer}." for layer in shapes)
-        head = {key: tensor for key, tensor in state.tensors.items() if not key.startswith(adapter)}
-        fresh = self.start(shapes, basis, head, seed)
+        fresh = self.start(shapes, basis, {}, seed)
+        head = {key: tensor for key, tensor in state.tensors.items() if key not in fresh.tensors}
         server = {key: tensor for key, tensor in state.server.items() if key.partition(".")[2] in head}
         return replace(
-            fresh, round=state.round, shared={**fresh.shared, **self.merge_into_residual(state)}, server=server
+            fresh,
+            round=state.round,
+            tensors={**fresh.tensors, **head},
+            shared={**fresh.shared, **self.merge_into_residual(state)},
+            server=server,
         )
 
     def broadcast(self, state: State, *, missed_last_round: bool = False, total_rank: int | None = None) -> Tensors:
@@ -278,6 +281,8 @@ class Method(Section):
     def _factors(self, tensors: Tensors, layer: str) -> Factors:
         A, B = tensors[f"{layer}.A"], tensors[f"{layer}.B"]
         if self.adapter == "core":
-            R = whole_core(tensors[f"{layer}.R"], tensors.get(f"{layer}.s"), tensors.get(f"{layer}.P"))
+            R, s, P = (of_layer(tensors, layer, name) for name in "RsP")
+            assert R is not None
+            R = whole_core(R, s, P)
             B = core_left(B, R)
         return Factors(A=A, B=B, scale=self.scale)

@@ -30,6 +30,8 @@ class Control(Method):
     """Adapter to train: a core, or LoRA's factors."""
     blocks: Annotated[Positive, used_if("method.adapter", "core")] = 1
     """Number h of cores per layer."""
+    tied: Annotated[bool, used_if("method.adapter", "core")] = False
+    """Whether layers whose names differ only in their number share one core."""
     scalars: Annotated[bool, used_if("method.adapter", "core")] = False
     """Whether the scalars s of RAVAN are trained."""
     alpha: Annotated[Rate | None, used_if("method.adapter", "factors")] = None
@@ -41,9 +43,10 @@ class Control(Method):
             raise ValueError(
                 "alpha scales LoRA's two factors, and adapter is 'core'. Remove alpha, or set adapter to 'factors'"
             )
-        if self.adapter == "factors" and (self.blocks != 1 or self.scalars):
+        if self.adapter == "factors" and (self.blocks != 1 or self.tied or self.scalars):
             raise ValueError(
-                "blocks and scalars belong to a core, and adapter is 'factors'. Remove them, or set adapter to 'core'"
+                "blocks, tied and scalars belong to a core, and adapter is 'factors'. Remove them, or set adapter to "
+                "'core'"
             )
         return self
 
@@ -53,8 +56,8 @@ class Control(Method):
         if self.adapter == "factors":
             return FedIT(rank=self.rank, alpha=self.alpha)
         if self.scalars:
-            return Ravan(rank=self.rank, blocks=self.blocks)
-        return FedSB(rank=self.rank, blocks=self.blocks)
+            return Ravan(rank=self.rank, blocks=self.blocks, tied=self.tied)
+        return FedSB(rank=self.rank, blocks=self.blocks, tied=self.tied)
 
     @property
     def scale(self) -> float:

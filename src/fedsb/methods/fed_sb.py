@@ -14,6 +14,8 @@ head. B and A are sent once, if a client cannot compute them itself. Exact, sinc
 sum p_k B R_k A = B (sum p_k R_k) A.
 Mixed ranks: a client of rank r_k per block trains the leading r_k x r_k corner of each, and each entry is averaged
 over the clients that sent it. This is exact only if all ranks are equal.
+Tied cores (`tied`): layers that differ only in their number share one R, so that the same number of values has a higher
+rank. The average is exact, and W linear in R, as before.
 Limits: the update stays in the span of the basis. With a bad basis, a low rank learns little.
 """
 
@@ -21,7 +23,10 @@ from __future__ import annotations
 
 from typing import ClassVar, Self
 
+import torch
+
 from fedsb.adapters.basis import Basis
+from fedsb.adapters.core import of_layer, tied_name
 from fedsb.adapters.residual import is_residual
 from fedsb.config.section import Positive
 from fedsb.methods.base import Method, MethodSpec, State, Traffic
@@ -44,6 +49,8 @@ class FedSB(Method):
     """Rank r of one core."""
     blocks: Positive = 1
     """Number h of cores per layer, each with its own part of the basis."""
+    tied: bool = False
+    """Whether layers whose names differ only in their number share one core."""
 
     @property
     def total_rank(self) -> int:
@@ -58,12 +65,19 @@ class FedSB(Method):
         return self.model_copy(update={"rank": total_rank // self.blocks})
 
     def traffic(self, shapes: Shapes, *, head: int, clients: int, round: int = 1) -> Traffic:
-        core = len(shapes) * self.blocks * self.rank**2
+        core = len(self.cores(shapes)) * self.blocks * self.rank**2
         return Traffic(up=core, down=core, head=head)
+
+    def cores(self, shapes: Shapes) -> set[str]:
+        """Returns the names of the cores: the layers', or those that layers share."""
+        return {tied_name(layer) if self.tied else layer for layer in shapes}
 
     def start(self, shapes: Shapes, basis: Basis | None, head: Tensors, seed: int) -> State:
         assert basis is not None
-        return State(tensors={**basis.start(self.blocks, self.rank), **head}, shared=basis.tensors)
+        cores = basis.start(self.blocks, self.rank)
+        if self.tied:  # at zero: requirements.py refuses a first step
+            cores = {f"{core}.R": torch.zeros(self.blocks, self.rank, self.rank) for core in self.cores(shapes)}
+        return State(tensors={**cores, **head}, shared=basis.tensors)
 
     def broadcast(self, state: State, *, missed_last_round: bool = False, total_rank: int | None = None) -> Tensors:
         """Returns the broadcast. A client of a lower rank receives the leading corner of every block."""
@@ -74,9 +88,10 @@ class FedSB(Method):
     def init_client(self, shared: Tensors, message: Tensors, client_state: Tensors, round: int) -> Tensors:
         """Returns a client's tensors. A lower rank takes the first, most important, directions of the basis."""
         own = super().init_client(shared, message, client_state, round)
-        for layer in [key.removesuffix(".R") for key in own if key.endswith(".R")]:
-            h, r, _ = own[f"{layer}.R"].shape
-            A, B = own[f"{layer}.A"], own[f"{layer}.B"]
+        for layer in [key.removesuffix(".A") for key in own if key.endswith(".A")]:
+            A, B, R = own[f"{layer}.A"], own[f"{layer}.B"], of_layer(own, layer, "R")
+            assert R is not None
+            h, r, _ = R.shape
             if len(A) != h * r:
                 own[f"{layer}.A"] = A.reshape(h, -1, A.shape[1])[:, :r].reshape(h * r, -1)
                 own[f"{layer}.B"] = B.reshape(len(B), h, -1)[..., :r].reshape(-1, h * r)

@@ -55,7 +55,7 @@ class Ravan(FedSB):
 
     def traffic(self, shapes: Shapes, *, head: int, clients: int, round: int = 1) -> Traffic:
         core = super().traffic(shapes, head=head, clients=clients, round=round)
-        return replace(core, trained=core.up + self.scalars * self.blocks * len(shapes))
+        return replace(core, trained=core.up + self.scalars * self.blocks * len(self.cores(shapes)))
 
     def broadcast(self, state: State, *, missed_last_round: bool = False, total_rank: int | None = None) -> Tensors:
         """Returns the broadcast. A client of a lower rank receives the first blocks."""
@@ -65,12 +65,11 @@ class Ravan(FedSB):
 
     def init_client(self, shared: Tensors, message: Tensors, client_state: Tensors, round: int) -> Tensors:
         own = Method.init_client(self, shared, message, client_state, round)
-        for layer in [key.removesuffix(".R") for key in own if key.endswith(".R")]:
-            R = own[f"{layer}.R"]
-            own |= {f"{layer}.A": own[f"{layer}.A"][: len(R) * self.rank]}
-            own |= {f"{layer}.B": own[f"{layer}.B"][:, : len(R) * self.rank]}
-            own |= {f"{layer}.s": torch.ones(len(R), dtype=R.dtype)}
-        return own
+        cores = {key: R for key, R in own.items() if key.endswith(".R")}
+        total_rank = self.rank * max(len(R) for R in cores.values())  # the client's own
+        own |= {key: A[:total_rank] for key, A in own.items() if key.endswith(".A")}
+        own |= {key: B[:, :total_rank] for key, B in own.items() if key.endswith(".B")}
+        return own | {f"{key[:-2]}.s": torch.ones(len(R), dtype=R.dtype) for key, R in cores.items()}
 
     def trainable(self, tensors: Tensors, round: int) -> frozenset[str]:
         keys = super().trainable(tensors, round)

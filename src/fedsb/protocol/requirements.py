@@ -29,6 +29,11 @@ def refuse_what_facts_forbid(config: Config, method: Method) -> None:
             f"server.optimizer = {config.server.optimizer!r}: {facts.id} does not take a plain mean (its fact "
             "supports_server_optimizer is false), so there is nothing for it to step to; set it to 'none'"
         )
+    if getattr(method, "tied", False) and config.basis.steps_ahead:
+        faults.append(
+            "method.tied: a core that layers share has no first step of its own. Set basis.R0 to 'zero', or leave out "
+            "tied."
+        )
     if config.server.codec != "float32" and facts.changes_base:
         faults.append(
             f"server.codec = {config.server.codec!r}: what {facts.id} adds to the base (its fact changes_base is true) "
