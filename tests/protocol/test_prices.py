@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,7 +20,9 @@ from fedsb.methods.flora import FLoRA
 from fedsb.methods.local import Local
 from fedsb.models.layers import find_targets
 from fedsb.protocol.prices import PricedBasis, PricedRun, price, price_list
+from fedsb.reporting.prices import bytes_line
 from fedsb.training.basis import basis_values
+from fedsb.utils.formatting import GLUE
 
 TOY = {"up": (20, 10), "down": (10, 20)}  # m + n = 30 in both, m n = 200
 
@@ -67,6 +70,20 @@ def test_price_of_a_run_by_hand() -> None:
     assert got.total_bytes == 3600 + 2 * 2000
     assert got.total_bytes_without_head == 3600 + 2 * 20 * 18 * 4
     assert got.this_run
+
+
+def test_a_price_in_a_codec_also_states_the_bytes_in_float32() -> None:
+    basis = PricedBasis(up=100, down=50, clients=6)
+    run = PricedRun(shapes=TOY, head=7, clients=4, rounds=5)
+    plain = price(FedIT(rank=2), run, basis)
+    coded = price(FedIT(rank=2), replace(run, codec="int2", fraction=0.5), basis)
+    assert coded.float32_bytes == plain.float32_bytes == plain.total_bytes > 10 * coded.total_bytes
+    label = {"label": "fedit (rank 4)", "this_run": False}
+    own = {"label": "fed-sb (rank 2)", "this_run": True, "total_bytes": 7, "float32_bytes": 70}
+    line = bytes_line([own, {**label, "total_bytes": 2000, "float32_bytes": 3000}]).replace(GLUE, " ")
+    assert line.endswith("7 B by all clients in all rounds; FedIT would send 2.00 kB (3.00 kB in float32) at rank 4")
+    older = bytes_line([own, {**label, "total_bytes": 2000}]).replace(GLUE, " ")
+    assert older.endswith("; FedIT would send 2.00 kB at rank 4")
 
 
 def test_price_list_has_this_run_first_and_the_others_cheapest_first() -> None:

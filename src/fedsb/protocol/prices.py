@@ -23,7 +23,10 @@ LORA_RANKS, CORE_RANKS = (4, 1), (32, 8)  # that other methods are priced at
 
 @dataclass(frozen=True, kw_only=True)
 class Price:
-    """The bytes of a whole run. `total_bytes_without_head` leaves the task head out."""
+    """The bytes of a whole run. `total_bytes_without_head` leaves the task head out.
+
+    `float32_bytes` are those of the same run in float32, with all values in each round.
+    """
 
     label: str
     this_run: bool
@@ -32,6 +35,7 @@ class Price:
     down_bytes: int
     total_bytes: int
     total_bytes_without_head: int
+    float32_bytes: int
     up_values: int  # of one client in one round, the head's aside; in a round that follows another
     down_values: int
     head_values: int
@@ -123,6 +127,7 @@ def price(method: Method, run: PricedRun, basis: PricedBasis | None = None, *, t
             down += clients * traffic.step
             heads += clients * traffic.head
         heads += clients * up_head + (clients - plain) * down_head + plain * plain_head
+    uncoded = replace(run, codec="float32", fraction=1.0)
     return Price(
         label=f"{method.spec.id} (rank {method.rank})",
         this_run=this_run,
@@ -131,6 +136,7 @@ def price(method: Method, run: PricedRun, basis: PricedBasis | None = None, *, t
         down_bytes=down,
         total_bytes=one_off + up + down,
         total_bytes_without_head=one_off + up + down - heads,
+        float32_bytes=one_off + up + down if run == uncoded else price(method, uncoded, basis).total_bytes,
         up_values=typical.up,
         down_values=typical.down,
         head_values=typical.head,

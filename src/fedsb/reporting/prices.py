@@ -20,10 +20,16 @@ def method_of(price: Mapping[str, object]) -> str:
     return str(price["label"]).partition(" ")[0]
 
 
+def total_text(price: Json) -> str:
+    """Returns the bytes of a whole run, also in float32 if the run has a codec or sends a part of the values."""
+    total, float32 = price["total_bytes"], price.get("float32_bytes")  # which older runs do not have
+    return bytes_text(total) + (f" ({bytes_text(float32)} in float32)" if float32 not in (None, total) else "")
+
+
 def bytes_line(prices: Sequence[Json]) -> str:
     """Returns one line with the bytes of a run, and those of FedIT."""
     own = next(price for price in prices if price["this_run"])
     others = [row for row in baseline_prices(prices) if row["label"] in ("fedit (rank 1)", "fedit (rank 4)")]
-    fedit = " and ".join(f"{bytes_text(row['total_bytes'])} {row['label'].removeprefix('fedit ')}" for row in others)
+    fedit = " and ".join(f"{total_text(row)} at {row['label'].removeprefix('fedit (').rstrip(')')}" for row in others)
     baseline = f"; FedIT would send {fedit}" if fedit else ""
     return f"{'bytes':<9}{bytes_text(own['total_bytes'])} by all clients in all rounds{baseline}"

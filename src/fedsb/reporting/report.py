@@ -19,7 +19,7 @@ from statistics import fmean, median, pstdev
 from typing import TYPE_CHECKING
 
 from fedsb.reporting import charts
-from fedsb.reporting.prices import BASELINES, baseline_prices, method_of
+from fedsb.reporting.prices import BASELINES, baseline_prices, method_of, total_text
 from fedsb.reporting.run_directory import extra_metrics, read_json, read_lines
 from fedsb.reporting.warnings import run_warnings
 from fedsb.utils import formatting
@@ -239,7 +239,12 @@ def _prices(prices: Sequence[Json]) -> Json:
     own = next((row["total_bytes"] for row in prices if row.get("this_run")), 0)
     most = max((row["total_bytes"] for row in prices), default=0) or 1
     rows = [
-        {**row, "times": row["total_bytes"] / own if own else None, "bar": round(100 * row["total_bytes"] / most, 2)}
+        {
+            **row,
+            "total": total_text(row),
+            "times": row["total_bytes"] / own if own else None,
+            "bar": round(100 * row["total_bytes"] / most, 2),
+        }
         for row in prices
     ]
     cheapest = {method_of(row): row for row in reversed(baseline_prices(rows))}

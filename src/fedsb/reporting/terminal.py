@@ -14,7 +14,7 @@ from rich.table import Column, Table
 from fedsb.adapters.serving import serving_lines
 from fedsb.config.resolved import ResolvedSetting
 from fedsb.data.card import WARNING, shown_lines
-from fedsb.reporting.prices import baseline_prices, bytes_line
+from fedsb.reporting.prices import baseline_prices, bytes_line, total_text
 from fedsb.utils.formatting import bytes_text, counts_text, epsilon_text, extra_metrics_text, score_text, seconds_text
 
 PLAIN: dict[str, Any] = {"box": None, "padding": (0, 2, 0, 0)}  # tables without lines
@@ -189,8 +189,7 @@ def print_summary(folder: Path, found: Mapping[str, Any]) -> None:
         f"up {bytes_text(totals['up'])}, down {bytes_text(totals['down'])}"
     )
     for price in baseline_prices(manifest.get("prices", [])) if totals["total"] else ():
-        sent = bytes_text(price["total_bytes"])
-        console.print(f"    {price['label']:<16} would have sent {sent} for the planned rounds")
+        console.print(f"    {price['label']:<16} would have sent {total_text(price)} for the planned rounds")
     if found["epsilon"] is not None:
         console.print(f"  privacy         {found['privacy']}")
     for warning in found["warnings"]:
