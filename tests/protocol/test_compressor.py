@@ -19,7 +19,7 @@ from fedsb.methods.averaging import ServerOptimizer
 from fedsb.methods.base import Method, State
 from fedsb.protocol.compressor import Compressor, baseline_upload, read_change
 from fedsb.protocol.part import Part
-from fedsb.protocol.payload import Payload, pack, unpack
+from fedsb.protocol.payload import Payload, PayloadError, pack, unpack
 from fedsb.protocol.rotated import BITS
 from fedsb.protocol.tensors import under, within
 from fedsb.server.validation import UpdateRules, update_rules, validate_updates
@@ -163,6 +163,19 @@ def test_a_client_with_another_start_does_not_begin_from_it() -> None:
         (state.shared, {}),
     ):
         assert ClientView(shared, tensors).receive(method, payload, None, keeps=True) is None
+    client = ClientView(state.shared, state.tensors)
+    assert client.receive(method, payload, None, keeps=True) is not None
+    with pytest.raises(PayloadError, match="A start in round 3"):
+        client.receive(method, replace(payload, round=2), None, keeps=True)
+
+
+@pytest.mark.parametrize(("name", "rank"), [("fed-sb", 2), ("ravan", 4), ("hetlora", 2), ("flexlora", 2)])
+def test_a_client_of_another_rank_computes_its_own_start(name: str, rank: int) -> None:
+    compressor, (method, state) = compressor_of("int2"), start(name)
+    payload, _ = received(compressor, method, compressor.start(state), state, rank=rank)
+    round = ClientView(state.shared, state.tensors).receive(method, payload, rank, keeps=True)
+    assert round is not None and round.method.total_rank == rank
+    assert same(round.message, method.broadcast(state, total_rank=rank))
 
 
 @pytest.mark.parametrize("name", ["fed-sb", "fedit", "rolora"])

@@ -14,7 +14,7 @@ from fedsb.data.clients import ClientData
 from fedsb.methods.base import Method, State
 from fedsb.privacy.scaling import unpack_moments
 from fedsb.protocol.compressor import baseline_upload, read_change, start_hash
-from fedsb.protocol.payload import Payload, Vector
+from fedsb.protocol.payload import Payload, PayloadError, Vector
 from fedsb.protocol.tensors import within
 from fedsb.utils.errors import RefusalError
 from fedsb.utils.tensors import Tensors, same_tensors
@@ -48,7 +48,7 @@ class ClientView:
         A view that has the changes of all rounds so far, because the run was resumed here, does not add them again.
         """
         if payload.kind == "start":
-            return self._started(method, payload, keeps=keeps)
+            return self._started(method, payload, total_rank, keeps=keeps)
         message = read_change(self.tensors, payload) if payload.change else payload.tensors
         new = message
         if self.rounds == payload.round:
@@ -60,13 +60,16 @@ class ClientView:
         view = ClientView(now.shared, {**self.tensors, **message} if keeps else {}, payload.round, now.hash)
         return ClientRound(own, view, message, payload.round, payload.basis)
 
-    def _started(self, method: Method, payload: Payload, *, keeps: bool) -> ClientRound | None:
+    def _started(self, method: Method, payload: Payload, total_rank: int | None, *, keeps: bool) -> ClientRound | None:
         """Returns the first round, from the start that this client has computed; None if it is not the server's."""
+        if payload.round:
+            raise PayloadError(f"A start in round {payload.round + 1}.")
         if payload.basis != start_hash(self.hash, self.tensors):
             return None
-        message = method.broadcast(State(tensors=self.tensors, shared=self.shared))
+        own = method if total_rank is None else method.at(total_rank)
+        message = method.broadcast(State(tensors=self.tensors, shared=self.shared), total_rank=total_rank)
         view = ClientView(self.shared, self.tensors if keeps else {}, 0, self.hash)
-        return ClientRound(method, view, message, 0, self.hash)
+        return ClientRound(own, view, message, 0, self.hash)
 
     def updated(self, shared: Tensors) -> ClientView:
         """Returns a view with this shared state, whose hash is computed where it has changed."""

@@ -122,11 +122,11 @@ class Compressor:
         total_rank: int | None,
     ) -> bytes:
         """Returns the payload that a client receives in this round."""
-        keeps_view = self.keeps_view(method) or _is_derived(state)
-        lacks_view = total_rank not in (None, method.total_rank) or (missed_last_round and keeps_view)
-        if not lacks_view and _is_derived(state):
+        if _is_derived(state) and not missed_last_round:
             payload = Payload.of({}, kind="start", run=self.run, round=0)
             return pack(replace(payload, basis=start_hash(shared_hash, state.tensors)))
+        keeps_view = self.keeps_view(method) or _is_derived(state)
+        lacks_view = total_rank not in (None, method.total_rank) or (missed_last_round and keeps_view)
         if not lacks_view and not self._in_float32(method, state):
             return self._coded(method, state, shared_hash)
         tensors = method.broadcast(view, missed_last_round=missed_last_round, total_rank=total_rank)

@@ -55,7 +55,9 @@ class Broadcasts:
 
     def in_float32(self, method: Method, round: int) -> int:
         """Returns how many of a round's broadcasts have all values in float32, with a lossy codec or a part."""
-        if self.derived(method, round) or method.spec.starts_afresh(sampled=self.sampled):
+        if self.derived(method, round):
+            return 0
+        if method.spec.starts_afresh(sampled=self.sampled):
             return self.other_rank[round] if self.other_rank else 0
         return self.late[round] if self.late else 0
 
