@@ -373,7 +373,13 @@ def test_only_torn_checkpoints(cli: Cli, done: Path) -> None:
 
 def test_resume_with_a_changed_configuration(cli: Cli, done: Path, tiny_config: dict[str, Any], tmp_path: Path) -> None:
     changed = write_toml(tmp_path / "changed.toml", set_all(tiny_config, rounds=9, method={"name": "fedit", "rank": 2}))
-    wanted = ["method.blocks: 1 -> unset", "method.name: 'fed-sb' -> 'fedit'", "method.rank: 4 -> 2", "rounds: 3 -> 9"]
+    wanted = [
+        "method.blocks: 1 -> unset",
+        "method.name: 'fed-sb' -> 'fedit'",
+        "method.rank: 4 -> 2",
+        "method.tied: False -> unset",
+        "rounds: 3 -> 9",
+    ]
     said = cli("resume", done, "--config", changed)
     assert said.code == 1 and said.err.splitlines()[1:] == [f"  {line}" for line in wanted]
     assert "was started with other settings. Resume it without them, or start a new run:" in said.err

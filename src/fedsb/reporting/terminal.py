@@ -130,7 +130,7 @@ def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
         return
     for first, *others in cells:
         console.print(first)
-        table = Table(show_header=False, **PLAIN)
+        table = Table("", Column("", overflow="fold"), show_header=False, **PLAIN)
         for name, cell in zip(list(rows[0])[1:], others, strict=True):
             table.add_row(f"  {name}", cell)
         console.print(table)
