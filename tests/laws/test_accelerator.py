@@ -214,9 +214,11 @@ def waits_of_four_steps(config: dict[str, Any], folder: Path, rows: int = 0) -> 
     return Counter({where: count for where, count in found[1].items() if count}), own
 
 
-@pytest.mark.parametrize("method", ["fed-sb", "ravan", "fedit", "hetlora"])
+@pytest.mark.parametrize(
+    "method", ["fed-sb", "fedit", *(pytest.param(name, marks=pytest.mark.long) for name in ("ravan", "hetlora"))]
+)
 @pytest.mark.parametrize("together", [1, 3])
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.long), 0.2])
 def test_a_step_of_training_waits_for_nothing(
     tiny_config: dict[str, Any], tmp_path: Path, method: str, together: int, dropout: float
 ) -> None:

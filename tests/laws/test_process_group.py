@@ -59,7 +59,7 @@ def torchrun(ranks: int, *arguments: object, fails: bool = False) -> str:
     return said
 
 
-SOME = ("fed-sb", "one-client", "secure")  # in every test run; the others in `make test-long`
+SOME = ("fed-sb", "secure")  # in every test run; the others in `make test-long`
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in SOME else pytest.mark.long) for n in METHODS])

@@ -94,7 +94,9 @@ CASES = [
 
 
 @pytest.mark.parametrize(("what", "basis"), CASES)
-@pytest.mark.parametrize("codec", ["float32", "int8", "int4", "int2"])
+@pytest.mark.parametrize(
+    "codec", ["float32", "int4", *(pytest.param(codec, marks=pytest.mark.long) for codec in ("int8", "int2"))]
+)
 def test_laws_4_and_5(tiny_config: dict[str, Any], tmp_path: Path, what: Any, basis: Any, codec: str) -> None:
     """Cut off behind every round, before a refresh and after one, and resumed: bit for bit, and priced to the byte.
 

@@ -58,7 +58,7 @@ def outcome(folder: Path) -> tuple[list[Any], dict[str, torch.Tensor], dict[str,
     return scored, load_file(folder / "adapter" / "adapter_model.safetensors"), settings
 
 
-SOME = ("weights", "fedit")  # in every test run; the others in `make test-long`
+SOME = ("weights",)  # in every test run; the others in `make test-long`
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in SOME else pytest.mark.long) for n in RUNS])
@@ -142,6 +142,7 @@ def test_each_process_has_its_part_of_the_weights_alone(tiny_llama: Path, tmp_pa
         assert before == after and abs(before - total / 2) < 0.05 * total
 
 
+@pytest.mark.long
 def test_a_sharded_run_resumes(tiny_config: dict[str, Any], tmp_path: Path) -> None:
     config = merged(tiny_config, {"model": {"placement": "sharded"}})
     toml = write_toml(tmp_path / "run.toml", config)

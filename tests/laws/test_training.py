@@ -148,10 +148,10 @@ CLASSES = {"kind": "classification"}
 @pytest.mark.parametrize(
     ("model", "task", "auto"),
     [
-        ("tiny_bert", CLASSES, "AutoModelForSequenceClassification"),
+        pytest.param("tiny_bert", CLASSES, "AutoModelForSequenceClassification", marks=pytest.mark.long),
         ("tiny_bert", {**CLASSES, "pooling": "mean"}, "AutoModelForTokenClassification"),
         ("tiny_llama", {"kind": "text"}, "AutoModelForCausalLM"),
-        ("tiny_gpt2", {"kind": "text"}, "AutoModelForCausalLM"),
+        pytest.param("tiny_gpt2", {"kind": "text"}, "AutoModelForCausalLM", marks=pytest.mark.long),
     ],
 )
 @pytest.mark.parametrize(

@@ -130,7 +130,8 @@ class AdaptedModel:
         """
         if not self.is_shared(key):
             return value.detach().to(self.device)
-        weight, dtype = self.layers[key.rsplit(".", 1)[0]].weight, self._compute_dtype(key)
+        layer = self.layers[key.rsplit(".", 1)[0]]
+        weight, dtype = layer.weight, self._compute_dtype(layer)
         dtype = dtype if dtype.itemsize == 2 else value.dtype
         if value.device == weight.device and value.dtype == dtype:
             return value.detach()
@@ -141,12 +142,11 @@ class AdaptedModel:
 
     def compute_dtypes(self, keys: Iterable[str]) -> dict[str, torch.dtype]:
         """Returns the dtype in which the model computes with each tensor. Heads compute in float32."""
-        return {key: self._compute_dtype(key) for key in keys}
+        named: dict[str, AdaptedLinear] = {tied_name(name): layer for name, layer in self.layers.items()} | self.layers
+        return {key: self._compute_dtype(named.get(key.rsplit(".", 1)[0])) for key in keys}
 
-    def _compute_dtype(self, key: str) -> torch.dtype:
-        name = key.rsplit(".", 1)[0]
-        layer = next((layer for own, layer in self.layers.items() if name in (own, tied_name(own))), None)
-        if layer is None:
+    def _compute_dtype(self, layer: AdaptedLinear | None) -> torch.dtype:
+        if layer is None:  # of the head
             return torch.float32
         dtype = layer.weight.dtype
         if dtype.is_floating_point and dtype.itemsize >= 2:
