@@ -280,6 +280,7 @@ def test_what_else_takes_memory() -> None:
         ("fed-sb", {}, 2 * 2 * 2),
         ("ravan", {"blocks": 3}, 2 * 3 * 2 * 2 + 2 * 3),  # a scalar per core too
         ("local", {}, 2 * 2 * 2),  # nothing goes up
+        ("central", {"blocks": 3, "scalars": True}, 2 * 3 * 2 * 2 + 2 * 3),
         ("fedit", {}, 2 * (20 + 10) + 2 * (30 + 10)),
         ("ffa-lora", {}, 2 * 20 + 2 * 30),  # B alone
         ("fedsa-lora", {}, 2 * (20 + 10) + 2 * (30 + 10)),  # A goes up, B is trained too
@@ -289,6 +290,12 @@ def test_what_a_client_trains_is_not_what_it_sends(name: str, options: dict[str,
     """Rank 2 on layers of 20 x 10 and 30 x 10, and a head of 7."""
     method = build_method(name, {"rank": 2, **options})
     assert trained_values(method, {"a": (20, 10), "b": (30, 10)}, 7) == values + 7
+
+
+@pytest.mark.parametrize("name", ["fed-sb", "fed-sb-personal", "local", "central"])
+def test_a_core_that_layers_share_is_trained_once(name: str) -> None:
+    method = build_method(name, {"rank": 2, "tied": True})
+    assert trained_values(method, {"h.0.q": (20, 10), "h.1.q": (20, 10), "h.0.k": (30, 10)}, 7) == 2 * 2 * 2 + 7
 
 
 # --- towers ---

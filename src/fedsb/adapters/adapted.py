@@ -8,13 +8,13 @@ sets the tensors of one client or of several, stacked along a leading axis.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fedsb.adapters.core import CoreLinear, tied_name
+from fedsb.adapters.core import CoreLinear, key_of, tied_name
 from fedsb.adapters.factors import FactorLinear
 from fedsb.adapters.layer import AdaptedLinear, HeadLinear, Routing
 from fedsb.models.layers import base_weight, linear_shape
@@ -197,18 +197,14 @@ class AdaptedModel:
 
 
 def _slots(
-    layers: Mapping[str, AdaptedLinear | HeadLinear],
-    tensors: Mapping[str, Tensor] | None = None,
-    *,
-    optional: bool = False,
+    layers: Mapping[str, AdaptedLinear | HeadLinear], known: Container[str] = (), *, optional: bool = False
 ) -> Iterator[tuple[str, str, str]]:
-    """Yields (key, layer, attribute) of all tensors of the layers, by the names that they have in `tensors`."""
+    """Yields (key, layer, attribute) of all tensors of the layers, by the keys that are known of them."""
     for name, layer in layers.items():
         for attribute in layer.optional if optional and isinstance(layer, AdaptedLinear) else layer.names:
             if isinstance(layer, HeadLinear) and getattr(layer, attribute) is None:
                 continue
-            own, tied = f"{name}.{attribute}", f"{tied_name(name)}.{attribute}"
-            yield (tied if tensors is not None and own not in tensors and tied in tensors else own), name, attribute
+            yield key_of(name, attribute, known), name, attribute
 
 
 def head_linears(model: nn.Module, head: Sequence[str]) -> list[str]:

@@ -17,7 +17,7 @@ are each layer's own.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from functools import cache
 
 import torch
@@ -72,10 +72,10 @@ def tied_name(layer: str) -> str:
     return re.sub(r"(?<![^.])\d+(?![^.])", "*", layer)
 
 
-def of_layer(tensors: Mapping[str, Tensor], layer: str, name: str) -> Tensor | None:
-    """Returns the layer's tensor of this name, its own or the one that it shares; None if it has none."""
-    own = tensors.get(f"{layer}.{name}")
-    return tensors.get(f"{tied_name(layer)}.{name}") if own is None else own
+def key_of(layer: str, name: str, known: Container[str]) -> str:
+    """Returns the key of a layer's tensor among those that are known: its own, or the one that it shares."""
+    own, tied = f"{layer}.{name}", f"{tied_name(layer)}.{name}"
+    return tied if own not in known and tied in known else own
 
 
 class CoreLinear(AdaptedLinear):

@@ -62,7 +62,7 @@ from pydantic import ConfigDict, SerializerFunctionWrapHandler, model_serializer
 from torch import Tensor
 
 from fedsb.adapters.basis import Basis
-from fedsb.adapters.core import core_left, of_layer, whole_core
+from fedsb.adapters.core import core_left, key_of, whole_core
 from fedsb.adapters.factors import Factors
 from fedsb.adapters.residual import apply_delta, delta_of, is_delta, residual_factors, residual_of
 from fedsb.config.section import Positive, Section
@@ -281,8 +281,7 @@ class Method(Section):
     def _factors(self, tensors: Tensors, layer: str) -> Factors:
         A, B = tensors[f"{layer}.A"], tensors[f"{layer}.B"]
         if self.adapter == "core":
-            R, s, P = (of_layer(tensors, layer, name) for name in "RsP")
+            R, s, P = (tensors.get(key_of(layer, name, tensors)) for name in "RsP")
             assert R is not None
-            R = whole_core(R, s, P)
-            B = core_left(B, R)
+            B = core_left(B, whole_core(R, s, P))
         return Factors(A=A, B=B, scale=self.scale)

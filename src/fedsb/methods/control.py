@@ -68,7 +68,8 @@ class Control(Method):
         return self.trains_as.total_rank
 
     def traffic(self, shapes: Shapes, *, head: int, clients: int, round: int = 1) -> Traffic:
-        return Traffic(up=0, down=0)
+        own = self.trains_as.traffic(shapes, head=head, clients=clients, round=round)
+        return Traffic(up=0, down=0, trained=own.step)  # the head too, which does not travel either
 
     def start(self, shapes: Shapes, basis: Basis | None, head: Tensors, seed: int) -> State:
         return self.trains_as.start(shapes, basis, head, seed)

@@ -26,7 +26,7 @@ from typing import ClassVar, Self
 import torch
 
 from fedsb.adapters.basis import Basis
-from fedsb.adapters.core import of_layer, tied_name
+from fedsb.adapters.core import key_of, tied_name
 from fedsb.adapters.residual import is_residual
 from fedsb.config.section import Positive
 from fedsb.methods.base import Method, MethodSpec, State, Traffic
@@ -89,9 +89,8 @@ class FedSB(Method):
         """Returns a client's tensors. A lower rank takes the first, most important, directions of the basis."""
         own = super().init_client(shared, message, client_state, round)
         for layer in [key.removesuffix(".A") for key in own if key.endswith(".A")]:
-            A, B, R = own[f"{layer}.A"], own[f"{layer}.B"], of_layer(own, layer, "R")
-            assert R is not None
-            h, r, _ = R.shape
+            A, B = own[f"{layer}.A"], own[f"{layer}.B"]
+            h, r, _ = own[key_of(layer, "R", own)].shape
             if len(A) != h * r:
                 own[f"{layer}.A"] = A.reshape(h, -1, A.shape[1])[:, :r].reshape(h * r, -1)
                 own[f"{layer}.B"] = B.reshape(len(B), h, -1)[..., :r].reshape(-1, h * r)

@@ -51,10 +51,8 @@ class Memory:
 def trained_values(method: Method, shapes: Shapes, head: int) -> int:
     """Returns the number of values that a client trains: the uploaded ones and those in its client state."""
     traffic = method.traffic(shapes, head=head, clients=1)
-    if traffic.up and (method.adapter == "core" or method.spec.client_state == "nothing"):
+    if method.adapter == "core" or method.spec.client_state == "nothing":
         return traffic.step
-    if method.adapter == "core":
-        return len(shapes) * method.total_rank * method.rank + head
     return sum(method.rank * (m + n) for m, n in shapes.values()) + head
 
 

@@ -82,16 +82,17 @@ def step_rows(local: LocalTraining, buffers: ClientBuffers, clients: int, sizes:
     m.lerp_(g, 1 - local.beta1)
     v.mul_(local.beta2).addcmul_(g, g, value=1 - local.beta2)
     root = (v / sizes.v_corrections_SK[step, :clients].unsqueeze(1)).sqrt_().add_(1e-8)
-    changes = lr_KP / sizes.m_corrections_SK[step, :clients].unsqueeze(1) * m
+    rates_KP = lr_KP.clone() if local.optimizer == "muon" else lr_KP
+    lr_KP.div_(sizes.m_corrections_SK[step, :clients].unsqueeze(1)).mul_(m)
     if local.optimizer == "muon":
-        views = (buffers.layout.views(a) for a in (changes, root, lr_KP, m.lerp(g, 1 - local.beta1)))
-        changes_by, root_by, rates_by, ahead_by = views
+        ahead = m.lerp(g, 1 - local.beta1)
+        changes_by, root_by, rates_by, ahead_by = (buffers.layout.views(a) for a in (lr_KP, root, rates_KP, ahead))
         for keys in sizes.matrices:
             directions = nearest_orthogonal(torch.stack([ahead_by[key] for key in keys]))
             for key, direction in zip(keys, directions, strict=True):
                 changes_by[key].copy_(rates_by[key] * direction * math.sqrt(max(direction.shape[-2:])))
                 root_by[key].fill_(1.0)
-    x.addcdiv_(changes, root, value=-1)
+    x.addcdiv_(lr_KP, root, value=-1)
 
 
 def nearest_orthogonal(M: Tensor) -> Tensor:  # (..., m, n)
