@@ -99,11 +99,10 @@ def loads_with_peft(config: dict[str, Any], folder: Path, adapter: dict[str, tor
 
 
 SCRIPT = """
-import gc
 import sys
 import torch
 from transformers import AutoModelForCausalLM
-from fedsb.channels.launch import gathered, join_launch
+from fedsb.channels.launch import gathered, join_launch, leave_launch
 from fedsb.channels.sharded import blocks_of, shard
 from fedsb.models.placement import device_bytes
 import torch.distributed as dist
@@ -122,8 +121,7 @@ every = gathered((total, before, device_bytes(model), list(blocks_of(model))))
 if dist.get_rank() == 0:
     print("FOUND", every)
 del model, logits, again
-gc.collect()
-dist.destroy_process_group()
+leave_launch()
 """
 
 
